@@ -1,0 +1,32 @@
+"""Package metadata. Exact versions used by the tests are in constraints.txt: ``pip install -c constraints.txt -e .``"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+QUICKSTART = ["tokenizers", "matplotlib"]
+DATA = ["datasets", "transformers", "tokenizers", "tiktoken"]
+
+setup(
+    name="tinytron",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "tinytron" / "__init__.py").read_text())[1],
+    description="A from-scratch, hackable, distributed PyTorch stack that pre-trains GPT-style language models",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=find_packages(include=["tinytron", "tinytron.*"]),
+    python_requires=">=3.10",
+    install_requires=["torch>=2.11", "numpy", "tqdm"],
+    extras_require={
+        "quickstart": QUICKSTART,
+        "data": DATA,
+        "flash-attn": ["flash-attn"],
+        "liger": ["liger-kernel"],
+        "tensorboard": ["tensorboard"],
+        "wandb": ["wandb"],
+        "cli": ["omegaconf"],
+        "dev": [*QUICKSTART, "pytest", "hypothesis", "ruff", "mypy", "types-tqdm", "datasets", "transformers"],
+    },
+)

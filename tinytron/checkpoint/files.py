@@ -1,0 +1,71 @@
+"""The names of a checkpoint's files, and which checkpoints of a folder are complete."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinytron.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """One checkpoint: weights, optimizer states, and metadata. The metadata is written last: its presence says that the
+    rest is whole. ``step`` is the number of completed optimizer steps."""
+
+    folder: Path
+    step: int
+
+    @property
+    def model(self) -> Path:
+        """Consolidated weights, for plain ``torch.load``."""
+        return self.folder / f"{self.step:05d}_model.pt"
+
+    @property
+    def optimizer(self) -> Path:
+        """Folder of sharded optimizer states and main weights, in the format of torch.distributed.checkpoint."""
+        return self.folder / f"{self.step:05d}_opt"
+
+    @property
+    def meta(self) -> Path:
+        """Step, configuration, data position and random states."""
+        return self.folder / f"{self.step:05d}_meta.pt"
+
+    @property
+    def complete(self) -> bool:
+        """Whether all parts are there."""
+        return self.meta.is_file() and self.model.is_file() and (self.optimizer / ".metadata").is_file()
+
+
+def newest_checkpoint(folder: Path) -> CheckpointFiles | None:
+    """The complete checkpoint of ``folder`` with the highest step, or ``None``."""
+    found = [
+        CheckpointFiles(folder, int(m[1])) for p in folder.glob("*_meta.pt") if (m := re.match(r"(\d+)_meta", p.name))
+    ]
+    return max((c for c in found if c.complete), key=lambda c: c.step, default=None)
+
+
+def find_checkpoint(path: str) -> CheckpointFiles:
+    """The checkpoint that ``--resume_path`` names: a run folder (its newest), or one of a checkpoint's files.
+
+    Raises: CheckpointError if there is none, or it is incomplete.
+    """
+    place = Path(path)
+    if place.is_dir() and not place.name.endswith("_opt"):
+        newest = newest_checkpoint(place)
+        if newest is None:
+            raise CheckpointError(f"--resume_path {path} holds no complete checkpoint (no *_meta.pt with its parts)")
+        return newest
+    match = re.fullmatch(r"(\d+)_(model\.pt|meta\.pt|opt)", place.name)
+    if match is None:
+        raise CheckpointError(
+            f"--resume_path {path} is neither a run folder nor a checkpoint file; use log/<run> or log/<run>/00100_model.pt"
+        )
+    files = CheckpointFiles(place.parent, int(match[1]))
+    if not files.complete:
+        raise CheckpointError(
+            f"--resume_path {path}: checkpoint {files.step} is incomplete; it needs {files.model.name}, "
+            f"{files.optimizer.name}/ and {files.meta.name} in {files.folder}"
+        )
+    return files

@@ -1,0 +1,31 @@
+"""How an entry script ends: user errors as one line and status 2, and the process group always taken down."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+from tinytron.errors import TinytronError
+
+_GRACE_SECONDS = 5.0
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call ``main``; on a ``TinytronError`` print ``error: ...`` and exit with status 2, without a traceback."""
+    try:
+        main()
+    except TinytronError as error:
+        # All ranks raise the same error. Local rank 0 says it; the others give the launcher time to stop them.
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(_GRACE_SECONDS)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(2)  # not sys.exit: a peer may be inside a collective, and taking the group down would wait for it
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(130)
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,8 @@
+"""Floor 1: ranks, groups, exchanges, and the optimizer that is sharded over them."""
+
+from tinytron.distributed.layout import ParallelLayout
+from tinytron.distributed.parallel_state import ParallelState
+from tinytron.distributed.param_spec import ParamSpec
+from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer
+
+__all__ = ["DistributedOptimizer", "ParallelLayout", "ParallelState", "ParamSpec"]

@@ -1,0 +1,44 @@
+"""A layout and this process's place in it: one frozen object, passed down, never global."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from tinytron.distributed.layout import AXES, ParallelLayout
+
+
+@dataclass(frozen=True)
+class ParallelState:
+    """The process groups of this rank, one per axis of ``layout.AXES``, and the device it computes on."""
+
+    layout: ParallelLayout
+    rank: int
+    device: torch.device
+    groups: dict[str, dist.ProcessGroup]
+
+    @classmethod
+    def create(cls, layout: ParallelLayout, device: torch.device) -> ParallelState:
+        """Build every group. Collective over the world, which must be initialised (``dist.init_process_group``).
+
+        Axes whose groups hold the same ranks share one process group: fewer NCCL communicators, and with them memory.
+        """
+        made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
+        groups = {}
+        for axis in AXES:  # creating a group is collective: every rank creates every axis, in this order
+            members = tuple(tuple(group) for group in layout.ranks(axis))
+            if members not in made:
+                made[members] = dist.new_subgroups_by_enumeration([list(group) for group in members])[0]
+            groups[axis] = made[members]
+        return cls(layout, dist.get_rank(), device, groups)
+
+    def group_rank(self, axis: str) -> int:
+        """This process's index within its group of ``axis``."""
+        return dist.get_rank(self.groups[axis])
+
+    @property
+    def is_master(self) -> bool:
+        """True on the one process that writes logs and consolidated files."""
+        return self.rank == 0

@@ -1,0 +1,81 @@
+"""Where each parameter lies in its flat buffer, and which rank owns which part: pure arithmetic, no processes.
+
+    buffer   |<------------- bucket 0 ------------->|<--------- bucket 1 --------->|
+    slots    | head.weight | norm | ..down_proj |pad| ..gate_up | ..qkv |   pad    |
+    owners   |  rank 0  |  rank 1  |  rank 2  | r3  | rank 0 | rank 1 | ...       |
+
+A bucket is the unit of communication. Every bucket is cut into equal, aligned, contiguous ranges, one per rank, whatever
+parameters they cross: the work is balanced to the element, and reduce-scatter and all-gather need no copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+ALIGNMENT = 128  # elements: 256 bytes of bf16, what vectorised kernels and NCCL like
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter's place: elements ``[start, start + numel)`` of the buffer, inside bucket ``bucket``."""
+
+    index: int
+    bucket: int
+    start: int
+    numel: int
+
+    @property
+    def end(self) -> int:
+        """One past the last element."""
+        return self.start + self.numel
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Elements ``[start, end)`` of the buffer, padding included; ``end - start`` is a multiple of the shard count."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class BufferLayout:
+    """The plan of one flat buffer that is owned by ``num_shards`` ranks."""
+
+    slots: tuple[Slot, ...]
+    buckets: tuple[Bucket, ...]
+    num_shards: int
+
+    @property
+    def numel(self) -> int:
+        """Length of the buffer in elements."""
+        return self.buckets[-1].end if self.buckets else 0
+
+    def owned(self, bucket: int, shard: int) -> tuple[int, int]:
+        """The range ``[start, end)`` of the buffer that rank ``shard`` owns in ``bucket``."""
+        part = (self.buckets[bucket].end - self.buckets[bucket].start) // self.num_shards
+        start = self.buckets[bucket].start + shard * part
+        return start, start + part
+
+
+def plan_by_elements(
+    numels: Sequence[int], num_shards: int, bucket_numel: int, alignment: int = ALIGNMENT
+) -> BufferLayout:
+    """Lay parameters out in reverse order, closing a bucket once it holds at least ``bucket_numel`` elements.
+
+    Reverse registration order is about the order in which backward finishes gradients, so the first bucket is complete,
+    and can be reduced, first. ``Slot.index`` refers to the position in ``numels``.
+    """
+    unit = num_shards * alignment
+    slots: list[Slot] = []
+    buckets: list[Bucket] = []
+    bucket_start = end = 0
+    for index in reversed(range(len(numels))):
+        slots.append(Slot(index, len(buckets), end, numels[index]))
+        end += numels[index]
+        if end - bucket_start >= bucket_numel or index == 0:
+            end = bucket_start + -(-(end - bucket_start) // unit) * unit
+            buckets.append(Bucket(bucket_start, end))
+            bucket_start = end
+    return BufferLayout(tuple(slots), tuple(buckets), num_shards)

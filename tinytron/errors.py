@@ -1,0 +1,19 @@
+"""The errors a user can cause. Each is one line: the value, the rule it breaks, and a value that works."""
+
+from __future__ import annotations
+
+
+class TinytronError(Exception):
+    """Base of every error that is the input's fault; entry points print it as one line and exit with status 2."""
+
+
+class ConfigError(TinytronError):
+    """A flag, an environment variable or a combination of them breaks a rule."""
+
+
+class DataError(TinytronError):
+    """A data file or data set is missing, damaged, or does not fit the configuration."""
+
+
+class CheckpointError(TinytronError):
+    """A checkpoint is missing, damaged, or belongs to another run."""

@@ -1,0 +1,8 @@
+"""Floor 2: what is measured, and where it is shown and kept."""
+
+from tinytron.metrics.clock import TrainClock
+from tinytron.metrics.console import Progress
+from tinytron.metrics.run_log import RunLog
+from tinytron.metrics.window import StepRecord, StepWindow
+
+__all__ = ["Progress", "RunLog", "StepRecord", "StepWindow", "TrainClock"]

@@ -1,0 +1,50 @@
+"""The two log files of a run: ``log.txt`` for reading and comparing, ``log.jsonl`` with everything."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from tinytron.utils.training import write_atomically
+
+
+class RunLog:
+    """Lines ``<step> train <loss>`` and ``<step> val <loss>`` in ``log.txt``, one JSON object per line in ``log.jsonl``.
+
+    Losses are written with ten significant digits, enough to compare runs. ``keep_until`` is called once after resuming.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._text, self._json = folder / "log.txt", folder / "log.jsonl"
+
+    def keep_until(self, step: int) -> None:
+        """Drop the lines after ``step`` (they will be written again) and a line cut short by a crash."""
+        _keep_lines(self._text, lambda line: len(line.split()) == 3 and int(line.split()[0]) <= step)
+        _keep_lines(self._json, lambda line: json.loads(line)["step"] <= step)
+
+    def write(self, entries: list[dict[str, Any]]) -> None:
+        """Append entries, each with at least ``step``, ``stage`` (train or val) and ``loss``."""
+        with open(self._text, "a") as text:
+            text.writelines(f"{e['step']} {e['stage']} {e['loss']:#.10g}\n" for e in entries)
+        with open(self._json, "a") as file:
+            file.writelines(json.dumps({k: _finite(v) for k, v in e.items()}) + "\n" for e in entries)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: those become text."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _keep_lines(path: Path, wanted: Any) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if wanted(line):
+                kept.append(line + "\n")
+        except ValueError:  # not a whole line: the process was killed while writing it
+            continue
+    write_atomically(path, lambda file: file.write("".join(kept).encode()))

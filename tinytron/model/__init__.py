@@ -1,0 +1,6 @@
+"""Floor 2: the GPT, from small modules."""
+
+from tinytron.model.config import ModelConfig
+from tinytron.model.gpt import GPT
+
+__all__ = ["GPT", "ModelConfig"]

@@ -1,0 +1,148 @@
+"""Causal self-attention with grouped key/value heads (GQA, arXiv:2305.13245).
+
+Letters: B batch, S sequence, N query heads, K key/value heads, H head dimension, D model dimension, T = B * S tokens.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from tinytron.errors import ConfigError
+from tinytron.model.config import ModelConfig
+from tinytron.model.modules.emb import Rotation, rotate
+from tinytron.model.modules.linear import ResidualLinear
+from tinytron.model.modules.norm import RMSNorm
+
+Backend = Literal["sdpa", "flash", "math"]
+
+
+class Documents(NamedTuple):
+    """Where documents begin in the flattened batch: tokens of different documents do not see each other.
+
+    ``cu_seqlens`` is int32 ``[n_documents + 1]``, from 0 to B * S, ascending, with every row's start among its values
+    (a document never spans two rows); ``max_len`` is the longest document in tokens.
+    """
+
+    cu_seqlens: torch.Tensor
+    max_len: int
+
+
+def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises: ConfigError if ``backend`` cannot run on this device or in this precision."""
+    if backend != "flash":
+        return
+    if importlib.util.find_spec("flash_attn") is None:
+        raise ConfigError("--attn_backend flash needs the flash-attn package: pip install flash-attn; or use sdpa")
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        raise ConfigError(
+            f"--attn_backend flash runs on CUDA in bf16 or fp16 only, not on {device.type} in {dtype}; use sdpa"
+        )
+
+
+def attend(
+    q_BSNH: torch.Tensor,
+    k_BSKH: torch.Tensor,
+    v_BSKH: torch.Tensor,
+    *,
+    backend: Backend = "sdpa",
+    documents: Documents | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Causal attention, ``[B, S, N, H] -> [B, S, N, H]``; ``N`` is a multiple of ``K`` and keys are never repeated.
+
+    ``math`` is the readable reference: explicit scores, softmax in fp32 (fp64 for fp64 inputs).
+    """
+    if backend == "flash":
+        return _attend_flash(q_BSNH, k_BSKH, v_BSKH, documents, dropout)
+    mask = None if documents is None else _document_mask(documents, *q_BSNH.shape[:2])
+    if backend == "math":
+        return _attend_math(q_BSNH, k_BSKH, v_BSKH, mask, dropout)
+    out_BNSH = F.scaled_dot_product_attention(
+        q_BSNH.transpose(1, 2),
+        k_BSKH.transpose(1, 2),
+        v_BSKH.transpose(1, 2),
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None,
+        enable_gqa=q_BSNH.shape[2] != k_BSKH.shape[2],
+    )
+    return out_BNSH.transpose(1, 2)
+
+
+def _document_mask(documents: Documents, B: int, S: int) -> torch.Tensor:
+    """True where a query (row) may see a key (column): same document, not later. ``[B, 1, S, S]``."""
+    token = torch.arange(B * S, device=documents.cu_seqlens.device)
+    document_BS = torch.searchsorted(documents.cu_seqlens, token, right=True).view(B, S)
+    same = document_BS[:, :, None] == document_BS[:, None, :]
+    return (same & torch.ones(S, S, dtype=torch.bool, device=same.device).tril()).unsqueeze(1)
+
+
+def _attend_math(
+    q_BSNH: torch.Tensor, k_BSKH: torch.Tensor, v_BSKH: torch.Tensor, mask: torch.Tensor | None, dropout: float
+) -> torch.Tensor:
+    (B, S, N, H), K = q_BSNH.shape, k_BSKH.shape[2]
+    compute = torch.promote_types(q_BSNH.dtype, torch.float32)
+    q_BSKGH = q_BSNH.view(B, S, K, N // K, H).to(compute)
+    scores_BKGSS = torch.einsum("bskgh,btkh->bkgst", q_BSKGH, k_BSKH.to(compute)) * H**-0.5
+    allowed = torch.ones(S, S, dtype=torch.bool, device=q_BSNH.device).tril() if mask is None else mask.unsqueeze(1)
+    weights = scores_BKGSS.masked_fill(~allowed, float("-inf")).softmax(-1)
+    weights = F.dropout(weights, dropout) if dropout > 0 else weights
+    out_BSKGH = torch.einsum("bkgst,btkh->bskgh", weights, v_BSKH.to(compute))
+    return out_BSKGH.reshape(B, S, N, H).to(q_BSNH.dtype)
+
+
+def _attend_flash(
+    q_BSNH: torch.Tensor, k_BSKH: torch.Tensor, v_BSKH: torch.Tensor, documents: Documents | None, dropout: float
+) -> torch.Tensor:
+    flash = importlib.import_module("flash_attn")
+    if documents is None:
+        out: torch.Tensor = flash.flash_attn_func(q_BSNH, k_BSKH, v_BSKH, dropout_p=dropout, causal=True)
+        return out
+    out_TNH: torch.Tensor = flash.flash_attn_varlen_func(
+        q_BSNH.flatten(0, 1),
+        k_BSKH.flatten(0, 1),
+        v_BSKH.flatten(0, 1),
+        documents.cu_seqlens,
+        documents.cu_seqlens,
+        documents.max_len,
+        documents.max_len,
+        dropout_p=dropout,
+        causal=True,
+    )
+    return out_TNH.view_as(q_BSNH)
+
+
+class Attention(nn.Module):
+    """Projections, rotation and attention. Query, key and value weights are one matrix, ``[(N + 2K) H, D]``, in that
+    order. Shapes: ``[B, S, D] -> [B, S, D]``."""
+
+    def __init__(self, config: ModelConfig, backend: Backend = "sdpa") -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.dropout, self.backend = config.resolved_head_dim, config.dropout, backend
+        width = self.num_heads * self.head_dim
+        packed = width + 2 * self.num_kv_heads * self.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, packed, bias=config.bias)
+        self.out_proj = ResidualLinear(width, config.hidden_size, bias=config.bias)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+
+    def forward(self, x_BSD: torch.Tensor, rotation: Rotation, documents: Documents | None = None) -> torch.Tensor:
+        B, S, _ = x_BSD.shape
+        N, K = self.num_heads, self.num_kv_heads
+        qkv = self.qkv_proj(x_BSD).view(B, S, N + 2 * K, self.head_dim)
+        if self.q_norm is None or self.k_norm is None:
+            q, k = rotate(qkv[:, :, : N + K], rotation).split((N, K), dim=2)  # one rotation for both
+        else:
+            q = rotate(self.q_norm(qkv[:, :, :N]), rotation)
+            k = rotate(self.k_norm(qkv[:, :, N : N + K]), rotation)
+        dropout = self.dropout if self.training else 0.0
+        out = attend(q, k, qkv[:, :, N + K :], backend=self.backend, documents=documents, dropout=dropout)
+        projected: torch.Tensor = self.out_proj(out.flatten(2))
+        return projected

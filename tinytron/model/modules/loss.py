@@ -1,0 +1,108 @@
+"""Output head and cross entropy in one, without ever holding the [tokens, vocabulary] logits.
+
+The gradients are computed in the forward pass, chunk by chunk, while a chunk's logits are at hand: nothing is computed
+twice and only one chunk is alive (the idea of Cut Your Losses, arXiv:2411.09009, and Liger, arXiv:2410.10989, in plain
+PyTorch). Letters: T tokens, t tokens of one chunk, D model dimension, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+IGNORE_INDEX = -100
+
+
+class LossSums(NamedTuple):
+    """Sums over the valid targets: ``objective`` is what to differentiate, ``token`` the plain cross entropy in nats
+    (detached). They differ by the auxiliary terms, here the z-loss."""
+
+    objective: torch.Tensor
+    token: torch.Tensor
+
+
+def fused_linear_cross_entropy(
+    hidden_TD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    labels_T: torch.Tensor,
+    *,
+    z_loss_coef: float = 0.0,
+    chunk_tokens: int | None = None,
+) -> LossSums:
+    """Sum over tokens of ``-log softmax(hidden @ weight.T)[label] + z_loss_coef * logsumexp²``.
+
+    Labels equal to ``IGNORE_INDEX`` count as zero. Nothing is averaged: divide by the number of valid targets of the
+    *global* batch. Sums, softmax and the weight's gradient are in fp32 (fp64 for fp64 inputs); the matrix products are
+    in the inputs' precision. ``chunk_tokens`` bounds the live logits; by default it follows from V and the device.
+    Differentiable once, in ``hidden_TD`` and ``weight_VD``. z-loss: PaLM, arXiv:2204.02311, section 5.
+    """
+    if chunk_tokens is None:
+        # Logits of one chunk: 2^25 on a GPU keep its cores busy; on a CPU the fewer the better they stay in cache.
+        elements = 2**27 if hidden_TD.is_cuda else 2**22
+        chunk_tokens = max(128, elements // weight_VD.shape[0])
+    if not torch.is_grad_enabled():
+        hidden_TD, weight_VD = hidden_TD.detach(), weight_VD.detach()  # or the gradients would be computed in vain
+    objective, token = _FusedLinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, z_loss_coef, chunk_tokens)
+    return LossSums(objective, token)
+
+
+class _FusedLinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        labels_T: torch.Tensor,
+        z_loss_coef: float,
+        chunk_tokens: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        (T, _), V = hidden_TD.shape, weight_VD.shape[0]
+        compute = torch.promote_types(hidden_TD.dtype, torch.float32)
+        want_hidden, want_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden_TD) if want_hidden else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=compute) if want_weight else None
+        objective = hidden_TD.new_zeros((), dtype=compute)
+        token = hidden_TD.new_zeros((), dtype=compute)
+        # Two buffers for all chunks: on a CPU, touching fresh memory costs more than the arithmetic on it.
+        size = min(chunk_tokens, T)
+        products = hidden_TD.new_empty(size, V)
+        scores = products if compute == hidden_TD.dtype else hidden_TD.new_empty(size, V, dtype=compute)
+        for start in range(0, T, chunk_tokens):
+            h_tD, label_t = hidden_TD[start : start + chunk_tokens], labels_T[start : start + chunk_tokens]
+            valid_t = label_t != IGNORE_INDEX
+            index_t1 = torch.where(valid_t, label_t, 0).unsqueeze(1)
+            product_tV = torch.mm(h_tD, weight_VD.t(), out=products[: len(h_tD)])
+            z_tV = scores[: len(h_tD)].copy_(product_tV) if scores is not products else product_tV
+            lse_t = torch.logsumexp(z_tV, dim=1)
+            nll = ((lse_t - z_tV.gather(1, index_t1).squeeze(1)) * valid_t).sum()
+            token += nll
+            objective += nll + z_loss_coef * (lse_t.square() * valid_t).sum()
+            if grad_hidden is None and grad_weight is None:
+                continue
+            # d objective / d z = p (1 + 2 z_coef lse) - onehot(label), and zero for ignored labels
+            scale_t = (1 + 2 * z_loss_coef * lse_t) * valid_t
+            z_tV.sub_(lse_t.unsqueeze(1)).exp_().mul_(scale_t.unsqueeze(1))
+            z_tV.scatter_add_(1, index_t1, -valid_t.to(compute).unsqueeze(1))
+            if scores is not products:
+                product_tV.copy_(z_tV)
+            if grad_hidden is not None:
+                torch.mm(product_tV, weight_VD, out=grad_hidden[start : start + chunk_tokens])
+            if grad_weight is not None:
+                grad_weight += product_tV.t() @ h_tD
+        ctx.grads = (grad_hidden, grad_weight)
+        ctx.mark_non_differentiable(token)
+        return objective, token
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_objective: torch.Tensor, grad_token: torch.Tensor) -> tuple[Any, ...]:
+        if ctx.grads is None:
+            raise RuntimeError("the fused loss can be differentiated once only: call the model again")
+        grad_hidden, grad_weight = ctx.grads
+        ctx.grads = None  # scaled in place below
+        if grad_hidden is not None:
+            grad_hidden.mul_(grad_objective)
+        if grad_weight is not None:
+            grad_weight.mul_(grad_objective)
+        return grad_hidden, grad_weight, None, None, None

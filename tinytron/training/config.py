@@ -1,0 +1,309 @@
+"""Every option of a training run, as frozen dataclasses: the one source of names, defaults, help texts and rules.
+
+The command line (arguments.py) and the tables in docs/configuration.md are generated from here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import torch
+
+from tinytron.distributed.layout import ParallelLayout, divisors
+from tinytron.errors import ConfigError
+from tinytron.model.config import ModelConfig
+from tinytron.utils.flags import Flag, config_fields
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The training loop."""
+
+    total_batch_size: Annotated[int, Flag("global batch of one optimizer step", "tokens")] = 524288
+    batch_size: Annotated[int, Flag("micro-batch of one data-parallel rank", "sequences", identity=False)] = 8
+    seq_len: Annotated[int, Flag("length of a training sequence", "tokens")] = 4096
+    max_steps: Annotated[int | None, Flag("stop after this many steps; wins over max_epochs", identity=False)] = None
+    max_epochs: Annotated[int, Flag("passes over the training data", identity=False)] = 1
+    do_val: Annotated[bool, Flag("validate every val_every_steps and after the last step", identity=False)] = False
+    val_every_steps: Annotated[int, Flag("validation interval; 0: only after the last", "steps", identity=False)] = 250
+    split_rate: Annotated[
+        float | None,
+        Flag("part of a dataset without validation data that is trained on; default 0.99 with do_val, else 1.0"),
+    ] = None
+    grad_clip_value: Annotated[float, Flag("clip the global gradient norm to this; 0: never")] = 1.0
+    debug: Annotated[bool, Flag("a trial run: no checkpoints, no validation", identity=False)] = False
+    precision: Annotated[
+        Literal["bf16", "fp16", "fp32", "fp64"],
+        Flag("parameters and matrix products; fp32 main weights, gradients and reductions (fp64: everything)"),
+    ] = "bf16"
+    z_loss_coef: Annotated[float, Flag("weight of the squared log-partition term in the loss")] = 0.0
+    recompute: Annotated[
+        Literal["none", "full", "selective"],
+        Flag("activations computed again in backward: whole blocks, or all but matmuls and attention", identity=False),
+    ] = "none"
+    attn_backend: Annotated[
+        Literal["sdpa", "flash", "math"],
+        Flag("attention: torch SDPA, the flash-attn package, or plain formulas", identity=False),
+    ] = "sdpa"
+    use_compile: Annotated[bool, Flag("torch.compile every block (needs a C++ compiler on CPU)", identity=False)] = (
+        False
+    )
+    disable_tf32: Annotated[bool, Flag("exact fp32 matrix products on Ampere and later GPUs", identity=False)] = False
+    use_profiler: Annotated[bool, Flag("write a Chrome trace of steps_to_profile", identity=False)] = False
+    steps_to_profile: Annotated[tuple[int, int], Flag("first and last profiled step, from 1", identity=False)] = (
+        15,
+        20,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer and its schedule."""
+
+    optimizer: Annotated[Literal["adam", "muon"], Flag("AdamW, or Muon for matrices with AdamW for the rest")] = "adam"
+    max_lr: Annotated[float, Flag("peak learning rate")] = 4e-3
+    min_lr: Annotated[float, Flag("learning rate of the last step (cosine, wsd)")] = 3e-5
+    warmup_steps: Annotated[int, Flag("linear warm-up; cut to a tenth of a shorter run", "steps")] = 1000
+    lr_schedule: Annotated[Literal["cosine", "constant", "wsd"], Flag("shape after the warm-up")] = "cosine"
+    wsd_decay_fraction: Annotated[float, Flag("last part of the steps in which wsd decays")] = 0.1
+    wsd_decay_shape: Annotated[Literal["linear", "cosine", "sqrt"], Flag("how wsd decays")] = "cosine"
+    weight_decay: Annotated[float, Flag("decoupled weight decay of matrices and embeddings")] = 0.1
+    decay_embeddings: Annotated[bool, Flag("decay the token embedding too")] = True
+    decay_all: Annotated[bool, Flag("decay every parameter, norms and biases too")] = False
+    adam_beta1: Annotated[float, Flag("decay of the first moment")] = 0.9
+    adam_beta2: Annotated[float, Flag("decay of the second moment")] = 0.95
+    adam_eps: Annotated[float, Flag("added to the root of the second moment")] = 1e-8
+    muon_momentum: Annotated[float, Flag("momentum of Muon")] = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where samples come from and how they are read."""
+
+    dataset_path: Annotated[
+        str | None,
+        Flag("folder with train_*.bin and val_*.bin, or a pattern of shards; default: mock data", identity=False),
+    ] = None
+    use_mock_data: Annotated[bool, Flag("train on random tokens", identity=False)] = False
+    mock_data_num_samples: Annotated[int, Flag("size of the mock data; a tenth more for validation", "samples")] = 1280
+    num_workers: Annotated[int, Flag("loader processes of each rank; 0: load in the rank itself", identity=False)] = 0
+    pin_memory: Annotated[bool, Flag("load into pinned memory, from which GPUs copy at once", identity=False)] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Processes and what they share."""
+
+    backend: Annotated[
+        Literal["auto", "nccl", "gloo"], Flag("collectives; auto: nccl on GPUs, gloo on CPUs", identity=False)
+    ] = "auto"
+    init_method: Annotated[str, Flag("how processes find each other", identity=False)] = "env://"
+    sep_size: Annotated[int, Flag("ranks that share each sequence (Ulysses)", "processes", identity=False)] = 1
+    use_distributed_optimizer: Annotated[
+        bool, Flag("shard optimizer states over the ranks (ZeRO-1)", identity=False)
+    ] = True
+    bucket_size_mb: Annotated[float, Flag("gradients exchanged at a time", "MiB", identity=False)] = 64.0
+    ddp_find_unused_parameters: Annotated[
+        bool, Flag("accept parameters without a gradient instead of stopping", identity=False)
+    ] = False
+    ddp_gradient_as_bucket_view: Annotated[
+        bool, Flag("gradients live in the exchange buffers; off: copied there, more memory", identity=False)
+    ] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class CkptConfig:
+    """Saving and resuming."""
+
+    do_save: Annotated[bool, Flag("save every save_every_steps and after the last step", identity=False)] = True
+    save_every_steps: Annotated[int, Flag("save interval; 0: only after the last", "steps", identity=False)] = 5000
+    resume: Annotated[bool, Flag("continue from the newest checkpoint of the run's folder", identity=False)] = True
+    resume_path: Annotated[
+        str | None, Flag("continue from this run folder or <step>_model.pt instead", identity=False)
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What is printed and written."""
+
+    exp_name: Annotated[str, Flag("first part of the run folder's name")] = "gpt"
+    log_dir: Annotated[str, Flag("where run folders are made", identity=False)] = "./log/"
+    log_every: Annotated[int, Flag("interval of reports and of writing the log files", "steps", identity=False)] = 10
+    print_config: Annotated[bool, Flag("print the resolved configuration and stop", identity=False)] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedConfig:
+    """Randomness."""
+
+    seed: Annotated[int, Flag("seed of weights, data order and dropout")] = 1337
+    deterministic: Annotated[bool, Flag("bit-identical repetition, also on GPUs", identity=False)] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All options. Raises: ConfigError for values that are wrong in themselves or together, whatever the world size."""
+
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    seed: SeedConfig = field(default_factory=SeedConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainingConfig = field(default_factory=TrainingConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ckpt: CkptConfig = field(default_factory=CkptConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    def __post_init__(self) -> None:
+        _check_ranges(self)
+        if self.train.seq_len > self.model.block_size:
+            raise ConfigError(
+                f"--seq_len {self.train.seq_len} exceeds --block_size {self.model.block_size}; "
+                f"use --block_size {self.train.seq_len}"
+            )
+        if self.train.total_batch_size % self.train.seq_len:
+            raise ConfigError(
+                f"--total_batch_size {self.train.total_batch_size} (tokens) must be a multiple of --seq_len "
+                f"{self.train.seq_len}; use {_round_to(self.train.total_batch_size, self.train.seq_len)}"
+            )
+        if self.model.use_moe:
+            raise ConfigError("--use_moe: experts are not part of this version yet; drop the flag for a dense model")
+        if self.optim.optimizer == "muon":
+            raise ConfigError("--optimizer muon is not part of this version yet; use --optimizer adam")
+        if self.parallel.sep_size > 1:
+            raise ConfigError(
+                f"--sep_size {self.parallel.sep_size}: sequence parallelism is not part of this version yet; "
+                "use --sep_size 1"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Nested plain values, as saved with every run."""
+        return dataclasses.asdict(self)
+
+    def identity(self) -> dict[str, Any]:
+        """The values that make this run what it is: not layout, micro-batch, paths, intervals and step limits."""
+        return {
+            f"{section}.{info.name}": getattr(getattr(self, section), info.name)
+            for section, cls in SECTIONS.items()
+            for info in config_fields(cls)
+            if info.flag.identity
+        }
+
+    def config_hash(self) -> str:
+        """Eight hexadecimal digits of ``identity``; with ``exp_name`` the name of the run's folder."""
+        text = json.dumps(self.identity(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+SECTIONS: dict[str, type] = {
+    "train": TrainingConfig,
+    "model": ModelConfig,
+    "optim": OptimConfig,
+    "data": DataConfig,
+    "parallel": ParallelConfig,
+    "ckpt": CkptConfig,
+    "logging": LoggingConfig,
+    "seed": SeedConfig,
+}
+
+
+@dataclass(frozen=True)
+class TrainingInfo:
+    """What follows from the configuration, the number of processes and the number of training samples."""
+
+    dp_size: int
+    grad_accum_steps: int
+    global_batch_samples: int
+    max_steps: int
+    warmup_steps: int
+    profile_window: tuple[int, int]
+    notes: tuple[str, ...]
+
+
+def derive(config: Config, layout: ParallelLayout, num_samples: int) -> TrainingInfo:
+    """Resolve steps and accumulation. Raises: ConfigError if the global batch does not divide over the ranks, or the
+    data holds less than one global batch."""
+    train = config.train
+    per_pass = train.batch_size * train.seq_len * layout.dp
+    if train.total_batch_size % per_pass:
+        sequences = train.total_batch_size // train.seq_len
+        fitting = [b for b in divisors(sequences) if sequences % (b * layout.dp) == 0]
+        hint = f"use a --batch_size of {fitting}" if fitting else f"use {_round_to(train.total_batch_size, per_pass)}"
+        raise ConfigError(
+            f"--total_batch_size {train.total_batch_size} (tokens) must be a multiple of --batch_size x --seq_len x "
+            f"data-parallel ranks = {train.batch_size} x {train.seq_len} x {layout.dp} = {per_pass}; {hint}"
+        )
+    global_batch = train.total_batch_size // train.seq_len
+    notes = []
+    max_steps = num_samples * train.max_epochs // global_batch
+    if train.max_steps is not None:
+        max_steps = train.max_steps
+    elif max_steps == 0:
+        raise ConfigError(
+            f"{train.max_epochs} epochs of {num_samples} samples do not fill one global batch of {global_batch}; "
+            f"use --max_epochs {-(-global_batch // num_samples)}, a smaller --total_batch_size, or --max_steps"
+        )
+    warmup = config.optim.warmup_steps
+    if warmup >= max_steps and warmup > 0:
+        warmup = max(1, max_steps // 10)
+        notes.append(f"warm-up cut from {config.optim.warmup_steps} to {warmup} steps: the run has only {max_steps}")
+    first, last = train.steps_to_profile
+    if train.use_profiler and last > max_steps:
+        first, last = max(1, max_steps - (last - first)), max_steps
+        notes.append(f"profiling steps {first} to {last}: the run has only {max_steps}")
+    return TrainingInfo(
+        dp_size=layout.dp,
+        grad_accum_steps=train.total_batch_size // per_pass,
+        global_batch_samples=global_batch,
+        max_steps=max_steps,
+        warmup_steps=warmup,
+        profile_window=(first, last),
+        notes=tuple(notes),
+    )
+
+
+def _round_to(value: int, unit: int) -> int:
+    return max(unit, value // unit * unit)
+
+
+def _check_ranges(config: Config) -> None:
+    """Rules on single values."""
+    train, optim = config.train, config.optim
+    at_least = [
+        (1, train, ("total_batch_size", "batch_size", "seq_len", "max_epochs")),
+        (1, config.data, ("mock_data_num_samples",)),
+        (1, config.parallel, ("sep_size",)),
+        (1, config.logging, ("log_every",)),
+        (0, train, ("val_every_steps", "grad_clip_value", "z_loss_coef")),
+        (0, optim, ("max_lr", "min_lr", "warmup_steps", "weight_decay", "adam_eps")),
+        (0, config.data, ("num_workers",)),
+        (0, config.ckpt, ("save_every_steps",)),
+    ]
+    for bound, section, names in at_least:
+        for name in names:
+            if not getattr(section, name) >= bound:
+                raise ConfigError(f"--{name} {getattr(section, name)} must be at least {bound}")
+    if train.max_steps is not None and train.max_steps < 1:
+        raise ConfigError(f"--max_steps {train.max_steps} must be at least 1")
+    if optim.min_lr > optim.max_lr:
+        raise ConfigError(f"--min_lr {optim.min_lr} exceeds --max_lr {optim.max_lr}; use at most {optim.max_lr}")
+    for name in ("adam_beta1", "adam_beta2", "muon_momentum"):
+        if not 0.0 <= getattr(optim, name) < 1.0:
+            raise ConfigError(f"--{name} {getattr(optim, name)} must be in [0, 1); use 0.9")
+    if not 0.0 < optim.wsd_decay_fraction <= 1.0:
+        raise ConfigError(f"--wsd_decay_fraction {optim.wsd_decay_fraction} must be in (0, 1]; use 0.1")
+    if train.split_rate is not None and not 0.0 < train.split_rate <= 1.0:
+        raise ConfigError(f"--split_rate {train.split_rate} must be in (0, 1]; use 0.99")
+    if config.parallel.bucket_size_mb <= 0:
+        raise ConfigError(f"--bucket_size_mb {config.parallel.bucket_size_mb} must be positive; use 64")
+    first, last = train.steps_to_profile
+    if not 1 <= first <= last:
+        raise ConfigError(f"--steps_to_profile {first} {last} must be 1 <= first <= last; use 15 20")
+    if not config.logging.exp_name or "/" in config.logging.exp_name:
+        raise ConfigError(f"--exp_name {config.logging.exp_name!r} must be a plain folder name; use gpt")

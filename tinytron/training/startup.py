@@ -1,0 +1,158 @@
+"""What happens once, before the first step: joining the world, the run's folder, and what is recorded about a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import tinytron
+from tinytron.distributed.collectives import together
+from tinytron.distributed.layout import ParallelLayout
+from tinytron.distributed.parallel_state import ParallelState
+from tinytron.errors import CheckpointError, ConfigError
+from tinytron.training.config import Config
+from tinytron.utils.training import seed_all, use_deterministic_kernels, write_atomically
+
+FORMAT_VERSION = 1  # of the metadata in a checkpoint
+
+# A checkpoint continues only where these are the same; other differences are the user's choice and are printed.
+_FIXED_ON_RESUME = ("model.", "train.total_batch_size", "train.seq_len", "seed.seed")
+
+
+def join_world(config: Config) -> ParallelState:
+    """Read the launcher's environment (none: one process), initialise the process group and build the parallel groups.
+
+    Raises: ConfigError, before any rank waits, for a broken environment, a layout that does not fit the number of
+    processes, or more processes than GPUs.
+    """
+    rank, world_size, local_rank = (_from_env(n, d) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    joined = dist.is_initialized()  # a caller (a notebook, a test) may have done it
+    if joined:
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+    layout = ParallelLayout(world_size, config.parallel.sep_size)
+    device = torch.device("cpu")
+    if torch.cuda.is_available() and config.parallel.backend != "gloo":
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"process {local_rank} of this node has no GPU: there are {torch.cuda.device_count()}; "
+                f"use --nproc_per_node {torch.cuda.device_count()}, or NUM_GPUS=0 for CPU processes"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    elif config.parallel.backend == "nccl":
+        raise ConfigError("--backend nccl needs a GPU, and this machine has none; use --backend gloo or auto")
+    if not joined:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, config.parallel.init_method, rank=rank, world_size=world_size)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    seed_all(config.seed.seed + rank)
+    if config.seed.deterministic:
+        use_deterministic_kernels()
+    torch.set_float32_matmul_precision("highest" if config.train.disable_tf32 else "high")
+    return ParallelState.create(layout, device)
+
+
+def _from_env(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise ConfigError(f"environment variable {name}={text!r} must be a whole number; torchrun sets it")
+    if name == "WORLD_SIZE" and "RANK" in os.environ and name not in os.environ:
+        raise ConfigError("environment variable RANK is set but WORLD_SIZE is not; launch with torchrun, or unset RANK")
+    return int(text)
+
+
+def prepare_run_folder(config: Config, state: ParallelState) -> Path:
+    """Create ``<log_dir>/<exp_name>_<config_hash>`` and write ``config.json`` there. Collective.
+
+    With ``--no-resume`` a folder that holds a run is moved aside (``.1``, ``.2``, ...), never overwritten. Raises:
+    ConfigError on every rank if the folder cannot be written.
+    """
+    folder = Path(config.logging.log_dir) / f"{config.logging.exp_name}_{config.config_hash()}"
+
+    def create() -> None:
+        try:
+            if not config.ckpt.resume and (folder / "log.txt").exists():
+                number = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
+                folder.rename(folder.with_name(f"{folder.name}.{number}"))
+            folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(describe_run(config, state.layout), indent=2)
+            write_atomically(folder / "config.json", lambda file: file.write(text.encode()))
+        except OSError as error:
+            raise ConfigError(
+                f"--log_dir {config.logging.log_dir} cannot be written ({error.strerror}: {error.filename}); "
+                "use a folder you may write to, such as --log_dir ./log/"
+            ) from error
+
+    together(lambda: create() if state.is_master else None, state.groups["world"])
+    return folder
+
+
+def describe_run(config: Config, layout: ParallelLayout) -> dict[str, Any]:
+    """Configuration, layout, code revision and versions."""
+    return {
+        "config": config.as_dict(),
+        "config_hash": config.config_hash(),
+        "world_size": layout.world_size,
+        "command": sys.argv,
+        "git": git_revision(),
+        "versions": {
+            "tinytron": tinytron.__version__,
+            "torch": str(torch.__version__),  # a str subclass that weights_only loading refuses
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+            "cuda": torch.version.cuda,
+        },
+    }
+
+
+def git_revision() -> str | None:
+    """Commit of the code, with ``-dirty`` if files differ from it; ``None`` outside a git checkout."""
+    command = ["git", "-C", str(Path(tinytron.__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip() or None
+
+
+def run_record(config: Config, layout: ParallelLayout, fingerprint: str) -> dict[str, Any]:
+    """What a checkpoint's metadata says beside step and random states; plain types only."""
+    return {
+        "format": FORMAT_VERSION,
+        "run": describe_run(config, layout),
+        "identity": config.identity(),
+        "data": fingerprint,
+    }
+
+
+def check_continues(config: Config, meta: dict[str, Any], fingerprint: str, source: str) -> list[str]:
+    """Whether a checkpoint's run can be continued with ``config``; returns the allowed differences, as text.
+
+    Raises: CheckpointError for another format, model, batch, sequence length, seed or data set.
+    """
+    if meta.get("format") != FORMAT_VERSION:
+        raise CheckpointError(f"{source}: format {meta.get('format')}, this version reads format {FORMAT_VERSION}")
+    mine, theirs = config.identity(), meta["identity"]
+    differing = [k for k in sorted(mine.keys() | theirs.keys()) if mine.get(k) != theirs.get(k)]
+    differences = [f"{k}: {theirs.get(k)} in the checkpoint, {mine.get(k)} now" for k in differing]
+    fixed = [text for k, text in zip(differing, differences, strict=True) if k.startswith(_FIXED_ON_RESUME)]
+    if fixed:
+        shown = "; ".join(fixed[:3])
+        raise CheckpointError(f"{source} is of a different run ({shown}); use the flags it was trained with")
+    if meta["data"] != fingerprint:
+        raise CheckpointError(
+            f"{source} was trained on other data ({meta['data']}, now {fingerprint}); use the same data, "
+            "or another --exp_name to start a new run"
+        )
+    return differences

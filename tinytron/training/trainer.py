@@ -1,0 +1,345 @@
+"""The training loop. Subclass ``Trainer`` and override one ``_init_*`` to change a part, ``_loss`` to change the
+objective; what happens after a step stands in ``train``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.utils.data import DataLoader, Dataset
+
+from tinytron.checkpoint import CheckpointFiles, find_checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
+from tinytron.checkpoint.load import read_file
+from tinytron.data import Batch, GlobalBatchSampler
+from tinytron.data.loader import size_of
+from tinytron.distributed import DistributedOptimizer
+from tinytron.distributed.collectives import sum_over, together
+from tinytron.distributed.param_spec import specs_of
+from tinytron.evaluation import validate
+from tinytron.metrics import Progress, RunLog, StepWindow, TrainClock
+from tinytron.model import GPT
+from tinytron.model.modules.attn import check_backend
+from tinytron.model.modules.loss import IGNORE_INDEX, LossSums
+from tinytron.optim import Schedule, decay_groups
+from tinytron.training import datasets, startup
+from tinytron.training.config import DTYPES, Config, TrainingInfo, derive
+from tinytron.utils.model import train_flops_per_token
+from tinytron.utils.profile import build_profiler, peak_flops
+
+
+class Trainer:
+    """Pre-trains a model as ``config`` says. Construction is collective over all processes; so is ``train``.
+
+    For subclasses (all set before ``train``): ``state`` (layout and groups), ``device``, ``dp_group/rank/world_size``,
+    ``sp_group/rank/world_size``, ``master_process``, ``train_dataset/sampler/loader``, ``val_dataset/loader``,
+    ``raw_model``, ``model``, ``raw_optimizer``, ``optimizer``, ``training_info``, ``log_dir``, ``one_step_results``.
+
+    Raises: ConfigError, DataError or CheckpointError, the same on every rank, before any step.
+    """
+
+    train_dataset: Dataset[Any]
+    val_dataset: Dataset[Any] | None = None
+    train_loader: DataLoader[Batch] | None = None
+    val_loader: DataLoader[Batch] | None = None
+    train_sampler: GlobalBatchSampler
+    raw_model: nn.Module
+    model: nn.Module
+    raw_optimizer: torch.optim.Optimizer
+    optimizer: DistributedOptimizer
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.step = config, 0  # step counts completed optimizer steps
+        self.one_step_results: dict[str, float] = {}
+        self._init_distributed(config)  # -> state, device
+        self._init_dataset(config)  # -> train_dataset, val_dataset
+        self._init_loaders(config)  # -> training_info, samplers, loaders
+        self._init_model(config)  # -> raw_model, model
+        self._init_optimizer(config)  # -> raw_optimizer, optimizer
+        self._attach_optimizer()
+        self._init_logging(config)  # -> log_dir, run_log
+        self._resume_from_checkpoint()  # -> step, and all of the above as it was
+
+    # The parts of a run: override any of these.
+
+    def _init_distributed(self, config: Config) -> None:
+        """Join the process group, choose the device, build every parallel group."""
+        self.state = startup.join_world(config)
+        self.device, self.master_process = self.state.device, self.state.is_master
+        self.dp_group, self.sp_group = self.state.groups["dp"], self.state.groups["sep"]
+        self.dp_rank, self.dp_world_size = self.state.group_rank("dp"), self.state.layout.dp
+        self.sp_rank, self.sp_world_size = self.state.group_rank("sep"), self.state.layout.sep
+
+    def _init_dataset(self, config: Config) -> None:
+        """Set ``train_dataset`` and, if there is one, ``val_dataset``: map-style, items ``{input_ids, labels}`` or rows
+        of ``seq_len + 1`` token ids. Without ``val_dataset``, ``--split_rate`` keeps part of the other back."""
+        if config.data.dataset_path is None and not config.data.use_mock_data:
+            self._say("no --dataset_path given: training on mock data (random tokens: the loss stays near ln V)")
+        self.train_dataset, self.val_dataset = datasets.builtin_datasets(config, self.state)
+
+    def _init_model(self, config: Config) -> None:
+        """Set ``raw_model``, which owns the parameters and maps ``(input_ids, labels)`` to ``LossSums``, and ``model``,
+        what ``_loss`` calls."""
+        dtype = DTYPES[config.train.precision]
+        check_backend(config.train.attn_backend, self.device, dtype)
+        gpt = GPT(
+            config.model,
+            dtype=dtype,
+            device=self.device,
+            seed=config.seed.seed,
+            attn_backend=config.train.attn_backend,
+            recompute=config.train.recompute,
+            z_loss_coef=config.train.z_loss_coef,
+        )
+        if config.train.use_compile:
+            gpt.compile_blocks()
+        self.raw_model = self.model = gpt
+
+    def _init_optimizer(self, config: Config) -> None:
+        """Set ``optimizer``: any torch optimizer over ``raw_model.parameters()``, wrapped or not."""
+        optim, parallel = config.optim, config.parallel
+        groups = decay_groups(
+            self.raw_model,
+            specs_of(self.raw_model),
+            optim.weight_decay,
+            decay_all=optim.decay_all,
+            decay_embeddings=optim.decay_embeddings,
+        )
+        betas = (optim.adam_beta1, optim.adam_beta2)
+        adamw = torch.optim.AdamW(groups, lr=optim.max_lr, betas=betas, eps=optim.adam_eps, fused=True)
+        self.optimizer = DistributedOptimizer(
+            optimizer=adamw,
+            process_group=self.dp_group,
+            shard=parallel.use_distributed_optimizer,
+            bucket_size_mb=parallel.bucket_size_mb,
+            grad_as_view=parallel.ddp_gradient_as_bucket_view,
+            allow_unused=parallel.ddp_find_unused_parameters,
+            loss_scaling=config.train.precision == "fp16",
+        )
+
+    def _init_logging(self, config: Config) -> None:
+        """Make the run's folder and save the resolved configuration in it."""
+        self.log_dir: Path = startup.prepare_run_folder(config, self.state)
+        self.run_log = RunLog(self.log_dir)
+        self._say(f"run folder: {self.log_dir}")
+
+    def _init_profiler(self, config: Config) -> contextlib.AbstractContextManager[Any]:
+        """A profiler with a ``step`` method, or a context of ``None``."""
+        if not config.train.use_profiler:
+            return contextlib.nullcontext()
+        trace = self.log_dir / f"rank{self.state.rank}_trace.json"
+        self._say(f"profiling steps {self.training_info.profile_window}: {trace}")
+        return build_profiler(*self.training_info.profile_window, trace)
+
+    def _lr_scheduler(self, step: int) -> float:
+        """The learning rate of optimizer step ``step``, counted from 0."""
+        return self._schedule(step)
+
+    def _loss(self, batch: Batch) -> LossSums:
+        """Loss *sums* over this rank's valid targets; ``train_step`` divides by the global batch's target count."""
+        losses: LossSums = self.model(batch.input_ids, batch.labels)
+        return losses
+
+    # The loop.
+
+    def train(self) -> None:
+        """Train until ``training_info.max_steps``; validate and save on the way and at the end. Collective."""
+        last = self.training_info.max_steps
+        if self.step >= last:
+            self._say(f"already trained: {self.step} of {last} steps are done")
+            return
+        self._begin()
+        with contextlib.closing(self._progress), self._init_profiler(self.config) as profiler:
+            for microbatches in self._microbatches():
+                self.train_step(microbatches)
+                self.step += 1
+                self._maybe_log()
+                self._maybe_evaluate()
+                self._maybe_save()
+                if profiler is not None:
+                    profiler.step()
+                if self.step >= last:
+                    break
+
+    def train_step(self, microbatches: list[Batch]) -> None:
+        """One optimizer step on this rank's part of the global batch. Collective; the host waits for no result."""
+        lr = self._lr_scheduler(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        targets = torch.stack([(b.labels != IGNORE_INDEX).sum() for b in microbatches]).sum()
+        targets = sum_over(targets, self.state.groups["world"]).clamp(min=1)  # the one division (see _loss)
+        token_loss = torch.zeros((), device=self.device)
+        for i, batch in enumerate(microbatches):
+            with self.optimizer.accumulate(last=i == len(microbatches) - 1):
+                losses = self._loss(batch)
+                self.optimizer.scale(losses.objective / targets).backward()
+            token_loss = token_loss + losses.token
+        grad_norm = self.optimizer.step(max_norm=self.config.train.grad_clip_value)
+        self.optimizer.zero_grad()
+        self._window.add(self.step + 1, lr, token_loss / targets, grad_norm)
+
+    def eval(self) -> float:
+        """Validate the current weights, log the result and return it, in nats per token. Collective."""
+        assert self.val_loader is not None, "no validation data: set val_dataset or pass --do_val"
+        with self._clock.paused():
+            result = validate(self.model, self._loss, self.val_loader, self.state)
+        self.one_step_results["val_loss"] = result.loss
+        if self.master_process:
+            self.run_log.write([{"step": self.step, "stage": "val", "loss": result.loss, "tokens": result.tokens}])
+        self._progress.message(f"step {self.step} | val loss {result.loss:.4f} over {result.tokens:,} tokens")
+        return result.loss
+
+    def save(self) -> CheckpointFiles:
+        """Save a checkpoint of the current step. Collective."""
+        with self._clock.paused():
+            meta = startup.run_record(self.config, self.state.layout, datasets.fingerprint(self.train_dataset))
+            files = save_checkpoint(self.log_dir, self.step, self.raw_model, self.optimizer, meta, self.state)
+        self._progress.message(f"step {self.step} | saved {files.model}")
+        return files
+
+    # Details.
+
+    def _init_loaders(self, config: Config) -> None:
+        """Complete what ``_init_dataset`` left unset: validation split, sampler, loaders; and derive step counts."""
+        self._validates = config.train.do_val and not config.train.debug
+        rate = config.train.split_rate
+        if self.val_dataset is None and self.val_loader is None and (self._validates or rate is not None):
+            rate = rate if rate is not None else 0.99
+            if self._validates or rate < 1.0:
+                self.train_dataset, self.val_dataset = datasets.split_off_validation(self.train_dataset, rate)
+        self.training_info: TrainingInfo = derive(config, self.state.layout, size_of(self.train_dataset))
+        for note in self.training_info.notes:
+            self._say(note)
+        self._own_train_loader = self.train_loader is None
+        if self.train_loader is None:
+            made = datasets.make_train_loader(config, self.state, self.training_info, self.train_dataset)
+            self.train_sampler, self.train_loader = made
+        if self.val_loader is None and self.val_dataset is not None:
+            self.val_loader = datasets.make_val_loader(config, self.state, self.val_dataset)
+        optim, info = config.optim, self.training_info
+        self._schedule = Schedule(
+            name=optim.lr_schedule,
+            max_lr=optim.max_lr,
+            min_lr=optim.min_lr,
+            warmup_steps=info.warmup_steps,
+            max_steps=info.max_steps,
+            decay_fraction=optim.wsd_decay_fraction,
+            decay_shape=optim.wsd_decay_shape,
+        )
+
+    def _attach_optimizer(self) -> None:
+        """Wrap a plain torch optimizer, and tell the wrapper the parameters' names and groups."""
+        if not isinstance(self.optimizer, DistributedOptimizer):
+            shard = self.config.parallel.use_distributed_optimizer
+            self.optimizer = DistributedOptimizer(optimizer=self.optimizer, process_group=self.dp_group, shard=shard)
+        self.raw_optimizer = self.optimizer.inner
+        groups = {"dense": self.state.groups["world"], "expert": self.state.groups["edp"]}
+        self.optimizer.attach(self.raw_model, specs_of(self.raw_model), groups)
+        count = sum(p.numel() for p in self.raw_model.parameters())
+        info, world = self.training_info, self.state.layout.world_size
+        self._say(
+            f"{count / 1e6:.2f}M parameters in {self.config.train.precision} on {world} x {self.device.type} | "
+            f"{info.max_steps} steps of {self.config.train.total_batch_size:,} tokens, "
+            f"{info.grad_accum_steps} micro-batches each"
+        )
+
+    def _resume_from_checkpoint(self) -> None:
+        """Load the checkpoint of ``--resume_path``, or the newest of the run's folder, if there is one."""
+        world, ckpt = self.state.groups["world"], self.config.ckpt
+
+        def choose() -> CheckpointFiles | None:
+            if ckpt.resume_path is not None:
+                return find_checkpoint(ckpt.resume_path)
+            return newest_checkpoint(self.log_dir) if ckpt.resume and not self.config.train.debug else None
+
+        files = together(choose, world)
+        if files is not None:
+            data = datasets.fingerprint(self.train_dataset)
+            meta = together(lambda: read_file(files.meta), world)
+            differences = startup.check_continues(self.config, meta, data, str(files.meta))
+            load_checkpoint(files, meta, self.raw_model, self.optimizer, self.state)
+            self.step = files.step
+            self._say(f"resuming after step {self.step} from {files.model}")
+            for difference in differences:
+                self._say(f"changed since the checkpoint: {difference}")
+        if self.master_process:
+            self.run_log.keep_until(self.step)
+
+    def _begin(self) -> None:
+        self._progress = Progress(self.training_info.max_steps, self.step, enabled=self.master_process)
+        self._window = StepWindow(self.state.groups["world"])
+        dtype = DTYPES[self.config.train.precision]
+        peak, source = peak_flops(self.device, dtype)
+        self._peak_flops = float(sum_over(torch.tensor(peak, device=self.device), self.state.groups["world"]))
+        self._say(f"peak matmul rate for MFU: {self._peak_flops / 1e12:.3g} TFLOP/s ({source})")
+        self._logged_step, self._clock = self.step, TrainClock()
+
+    def _microbatches(self) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of one optimizer step at a time, from the current step on, without end."""
+        assert self.train_loader is not None, "made by _init_loaders"
+        per_step, skip = self.training_info.grad_accum_steps, 0
+        if self._own_train_loader:
+            self.train_sampler.start_step = self.step
+        else:
+            skip = self.step * per_step  # a foreign loader can only be read again up to where it was
+        step: list[Batch] = []
+        while True:
+            for batch in self.train_loader:
+                if skip > 0:
+                    skip -= 1
+                    continue
+                datasets.check_token_ids(batch, self.config.model.vocab_size)
+                step.append(batch.to(self.device))
+                if len(step) == per_step:
+                    yield step
+                    step = []
+
+    def _due(self, every: int) -> bool:
+        return self.step == self.training_info.max_steps or (every > 0 and self.step % every == 0)
+
+    def _maybe_log(self) -> None:
+        """Write and show the steps since the last report; also before validation and saving, to keep lines in order."""
+        self._progress.advance(self.step)
+        train, ckpt = self.config.train, self.config.ckpt
+        validates = self._validates and self._due(train.val_every_steps)
+        saves = self._saves and self._due(ckpt.save_every_steps)
+        if not (self.step == 1 or self._due(self.config.logging.log_every) or validates or saves):
+            return
+        records = self._window.flush()  # the host waits for the device here
+        seconds = self._clock.lap()
+        tokens = (self.step - self._logged_step) * train.total_batch_size
+        self._logged_step = self.step
+        rate = tokens / seconds
+        mfu = rate * train_flops_per_token(self.config.model, train.seq_len) / self._peak_flops
+        last = records[-1]
+        self.one_step_results |= {
+            "step": last.step, "loss": last.loss, "lr": last.lr, "grad_norm": last.grad_norm,
+            "seconds": seconds / len(records), "tokens_per_second": rate, "mfu": mfu,
+        }  # fmt: skip
+        if self.master_process:
+            extra = {"tokens_per_second": rate, "mfu": mfu}
+            self.run_log.write([{**vars(r), "stage": "train", **extra} for r in records])
+        shown = {
+            "loss": f"{last.loss:.4f}", "lr": f"{last.lr:.2e}", "grad norm": f"{last.grad_norm:.3f}",
+            "ms": f"{1000 * seconds / len(records):.0f}", "tok/s": f"{rate:,.0f}", "MFU": f"{mfu:.1%}",
+        }  # fmt: skip
+        self._progress.report(self.step, shown)
+
+    def _maybe_evaluate(self) -> None:
+        if self._validates and self._due(self.config.train.val_every_steps):
+            self.eval()
+
+    @property
+    def _saves(self) -> bool:
+        return self.config.ckpt.do_save and not self.config.train.debug
+
+    def _maybe_save(self) -> None:
+        if self._saves and self._due(self.config.ckpt.save_every_steps):
+            self.save()
+
+    def _say(self, text: str) -> None:
+        if self.master_process:
+            print(text, flush=True)

@@ -1,0 +1,79 @@
+"""Peak FLOP rates (for MFU) and the torch profiler."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+# Dense TFLOP/s by a part of the device name (manufacturers' data sheets), for (fp32, 16-bit). The 32-bit column is the
+# TF32 tensor-core rate where the device has one, because that is what fp32 matmuls use unless --disable_tf32 is given.
+# The first name that matches counts, so a longer name stands before its prefix.
+PEAK_TFLOPS: dict[str, tuple[float, float]] = {
+    "H200": (494.5, 989.0),
+    "H100 PCIe": (378.0, 756.0),
+    "H100": (494.5, 989.0),
+    "H800": (494.5, 989.0),
+    "H20": (74.0, 148.0),
+    "A100": (156.0, 312.0),
+    "A40": (74.8, 149.7),
+    "A30": (82.0, 165.0),
+    "V100": (15.7, 125.0),
+    "T4": (8.1, 65.0),
+    "L40S": (183.0, 362.0),
+    "L40": (90.5, 181.0),
+    "L4": (60.0, 121.0),
+    "RTX 6000 Ada": (182.1, 364.2),
+    "RTX 4090": (82.6, 165.2),
+    "RTX 3090": (35.6, 71.0),
+}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """The device's peak matmul rate in FLOP/s, and where the figure comes from: ``"data sheet"`` or ``"measured"``."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, (single, half) in PEAK_TFLOPS.items():
+            if part in name:
+                return (half if dtype in (torch.bfloat16, torch.float16) else single) * 1e12, "data sheet"
+    return measured_matmul_rate(device, dtype), "measured"
+
+
+def measured_matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """The best FLOP/s that square matmuls reached within about ``seconds``, with the threads this process has."""
+    size = 8192 if device.type == "cuda" else 1536
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    b = torch.ones(size, size, device=device, dtype=dtype)
+    out = a @ b  # warm-up, and the output memory that the timed products reuse
+    best, end = 0.0, time.perf_counter() + seconds
+    while best == 0.0 or time.perf_counter() < end:
+        _synchronize(device)
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        _synchronize(device)
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def build_profiler(first_step: int, last_step: int, trace: Path) -> profile:
+    """A profiler of the steps ``first_step..last_step`` (counted from 1, both included) that writes a Chrome trace.
+
+    Call ``step()`` after every training step; the trace is written when the window closes or, for a shorter run, when
+    the profiler stops with at least one profiled step.
+    """
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    warmup = 1 if first_step > 1 else 0
+    return profile(
+        activities=activities,
+        schedule=schedule(wait=first_step - 1 - warmup, warmup=warmup, active=last_step - first_step + 1, repeat=1),
+        on_trace_ready=lambda p: p.export_chrome_trace(str(trace)),
+    )
