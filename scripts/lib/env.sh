@@ -1,0 +1,71 @@
+# Sourced, not run. `need_python EXTRA MODULE...` leaves an interpreter that can import every MODULE in $PYTHON: the
+# active one if it can, else the one of .venv in the checkout, which is made and filled when needed.
+#
+#   TORCH_SPEC='torch==2.11.0'   take this torch instead of the one in constraints.txt
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+cd "$ROOT"
+
+
+_has() {
+    local python="$1"
+    shift
+    command -v "$python" >/dev/null 2>&1 && "$python" - "$@" >/dev/null 2>&1 <<'PY'
+import importlib.metadata, importlib.util, sys
+assert sys.version_info >= (3, 10)
+assert all(importlib.util.find_spec(name) for name in sys.argv[1:])
+assert tuple(int(n) for n in importlib.metadata.version("torch").split("+")[0].split(".")[:2]) >= (2, 11)
+PY
+}
+
+_base_python() { # the newest Python >= 3.10 on this machine
+    local name
+    for name in python3.13 python3.12 python3.11 python3.10 python3 python; do
+        if command -v "$name" >/dev/null 2>&1 && "$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            echo "$name"
+            return
+        fi
+    done
+    echo "error: no Python >= 3.10 found; install one (Debian: apt-get install python3 python3-venv)" >&2
+    return 1
+}
+
+need_python() {
+    local extra="$1" candidate
+    shift
+    for candidate in python python3 "$ROOT/.venv/bin/python"; do
+        if _has "$candidate" "$@"; then
+            PYTHON="$(command -v "$candidate")"
+            export PYTHON PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+            return
+        fi
+    done
+    _install "$extra"
+    PYTHON="$ROOT/.venv/bin/python"
+    export PYTHON PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+    if ! _has "$PYTHON" "$@"; then
+        echo "error: .venv lacks one of: $* (torch >= 2.11); remove .venv and try again" >&2
+        return 1
+    fi
+}
+
+_install() {
+    local extra="$1" base constraints="$ROOT/constraints.txt"
+    if [ ! -x "$ROOT/.venv/bin/python" ]; then
+        base="$(_base_python)"
+        echo "setting up .venv with $("$base" --version) (once; this takes a minute or more)" >&2
+        if ! "$base" -m venv "$ROOT/.venv" >&2; then
+            rm -rf "$ROOT/.venv"
+            echo "error: $base cannot make a virtual environment; install its venv module (Debian: apt-get install python3-venv)" >&2
+            return 1
+        fi
+    else
+        echo "installing what is missing into .venv" >&2
+    fi
+    if [ -n "${TORCH_SPEC:-}" ]; then
+        constraints="$(mktemp)"
+        grep -v '^torch==' "$ROOT/constraints.txt" >"$constraints"
+    fi
+    "$ROOT/.venv/bin/python" -m pip install -qq --disable-pip-version-check -c "$constraints" \
+        ${TORCH_SPEC:+"$TORCH_SPEC"} -e "$ROOT${extra:+[$extra]}" >&2
+}

@@ -1,0 +1,138 @@
+"""Quickstart, part 3: what the newest run of a log folder has learned.
+
+python scripts/quickstart/report.py [--log_dir log/quickstart]
+
+Prints the validation loss in nats per token and in bits per byte beside what gzip -9 and xz -9 need for the same bytes,
+samples from the model, and draws the loss curve. Needs a run on the shards of scripts/quickstart/prepare.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import lzma
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from tokenizers import Tokenizer
+
+from tinytron.checkpoint import CheckpointFiles, newest_checkpoint
+from tinytron.checkpoint.load import load_weights, read_file
+from tinytron.cli import entry
+from tinytron.data.shards import find_shards, open_shard
+from tinytron.errors import CheckpointError
+from tinytron.inference import generate
+from tinytron.model import GPT, ModelConfig
+from tinytron.training.config import DTYPES
+
+matplotlib.use("Agg")  # no display needed
+import matplotlib.pyplot as plt
+
+PROMPTS = ("def read_lines(path):\n", "class Stack:\n", "import os\n")
+EOT = "<|endoftext|>"
+
+
+def newest_run(log_dir: Path) -> CheckpointFiles:
+    """The last checkpoint written below ``log_dir``. Raises: CheckpointError if there is none."""
+    found = [c for folder in log_dir.glob("*/") if (c := newest_checkpoint(folder))]
+    if not found:
+        raise CheckpointError(f"--log_dir {log_dir} holds no run with a checkpoint; run scripts/quickstart/pretrain.sh")
+    return max(found, key=lambda c: c.meta.stat().st_mtime)
+
+
+def read_losses(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """``{"train": [(step, loss), ...], "val": [...]}`` from log.txt."""
+    losses: dict[str, list[tuple[int, float]]] = {"train": [], "val": []}
+    for line in (folder / "log.txt").read_text().splitlines():
+        step, stage, loss = line.split()
+        losses[stage].append((int(step), float(loss)))
+    return losses
+
+
+def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
+    """The bytes each token id stands for; end-of-text stands for none.
+
+    Byte-level BPE writes bytes as characters: printable Latin-1 as itself, the others as 256, 257, ... in order.
+    """
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in plain]
+    byte_of = {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    names = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
+    return [b"" if name == EOT else bytes(byte_of[c] for c in name) for name in names]
+
+
+def predicted_bytes(tokenizer: Tokenizer, shards: list[Path], seq_len: int) -> tuple[int, bytes]:
+    """How many targets validation has, and the bytes they stand for."""
+    meaning, count, text = token_bytes(tokenizer), 0, []
+    for shard in shards:
+        tokens = open_shard(shard)
+        used = (len(tokens) - 1) // seq_len * seq_len
+        count += used
+        text += [meaning[t] for t in tokens[1 : used + 1].tolist()]
+    return count, b"".join(text)
+
+
+def draw(losses: dict[str, list[tuple[int, float]]], gzip_loss: float, xz_loss: float, path: Path) -> None:
+    """The loss curve, with the compressors' marks, as a PNG."""
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(*zip(*losses["train"], strict=True), color="tab:blue", alpha=0.35, linewidth=0.8, label="training batch")
+    if losses["val"]:
+        axes.plot(*zip(*losses["val"], strict=True), "o-", color="tab:blue", markersize=4, label="validation")
+    axes.axhline(gzip_loss, color="tab:red", linestyle="--", linewidth=1, label="gzip -9")
+    axes.axhline(xz_loss, color="tab:orange", linestyle="--", linewidth=1, label="xz -9")
+    axes.set(
+        xlabel="optimizer step", ylabel="loss [nats per token]", title="Held-out text: the model and the compressors"
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def load_model(files: CheckpointFiles, config: dict[str, Any]) -> GPT:
+    """The trained model on the best device."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = GPT(ModelConfig(**config["model"]), dtype=DTYPES[config["train"]["precision"]], device=device)
+    load_weights(model, read_file(files.model), str(files.model))
+    return model
+
+
+def main() -> None:
+    """Report on the newest run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--log_dir", type=Path, default=Path("log/quickstart"))
+    parser.add_argument("--tokens", type=int, default=120, help="length of each sample")
+    args = parser.parse_args()
+    files = newest_run(args.log_dir)
+    config = json.loads((files.folder / "config.json").read_text())["config"]
+    data = Path(config["data"]["dataset_path"])
+    tokenizer = Tokenizer.from_file(str(data / "tokenizer.json"))
+    losses = read_losses(files.folder)
+
+    model = load_model(files, config)
+    for prompt in PROMPTS:
+        ids = [tokenizer.token_to_id(EOT), *tokenizer.encode(prompt).ids]
+        sample = generate(model, ids, args.tokens, temperature=0.7, top_k=50, stop_token=ids[0])
+        print(f"\n--- sample ---\n{tokenizer.decode(sample)}")
+
+    count, text = predicted_bytes(tokenizer, find_shards(str(data), "val"), config["train"]["seq_len"])
+    val_loss = losses["val"][-1][1]
+    bits = {
+        "this model": val_loss * count / math.log(2) / len(text),
+        "gzip -9": 8 * len(gzip.compress(text, 9)) / len(text),
+        "xz -9": 8 * len(lzma.compress(text, preset=9)) / len(text),
+    }
+    to_nats = math.log(2) * len(text) / count
+    draw(losses, bits["gzip -9"] * to_nats, bits["xz -9"] * to_nats, files.folder / "loss.png")
+    print(f"\nvalidation loss after {files.step} steps: {val_loss:.4f} nats per token")
+    print(f"the same {len(text):,} held-out bytes in bits per byte (less is better):")
+    for name, value in bits.items():
+        print(f"  {name:<11} {value:.3f}")
+    print(f"loss curve: {files.folder / 'loss.png'}\nweights:    {files.model}")
+
+
+if __name__ == "__main__":
+    entry.run(main)
