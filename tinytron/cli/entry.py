@@ -22,10 +22,17 @@ def run(main: Callable[[], None]) -> None:
         # All ranks raise the same error. Local rank 0 says it; the others give the launcher time to stop them.
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(_GRACE_SECONDS)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
         os._exit(2)  # not sys.exit: a peer may be inside a collective, and taking the group down would wait for it
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         os._exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _one_line(error: TinytronError) -> str:
+    """The message; a data loader's worker process wraps it in its traceback, of which it is the last line."""
+    last = str(error).strip().splitlines()[-1]
+    return last.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")

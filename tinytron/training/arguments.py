@@ -23,7 +23,10 @@ class _Parser(argparse.ArgumentParser):
 def build_parser(description: str = "Pre-train a GPT.") -> argparse.ArgumentParser:
     """One flag per configuration field, grouped by section; booleans as ``--flag`` and ``--no-flag``."""
     parser = _Parser(
-        description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        usage="%(prog)s [--flag value ...]",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for section, cls in SECTIONS.items():
         group = parser.add_argument_group(section, (cls.__doc__ or "").split(" Raises:")[0])

@@ -37,7 +37,7 @@ class TrainingConfig:
         Flag("part of a dataset without validation data that is trained on; default 0.99 with do_val, else 1.0"),
     ] = None
     grad_clip_value: Annotated[float, Flag("clip the global gradient norm to this; 0: never")] = 1.0
-    debug: Annotated[bool, Flag("a trial run: no checkpoints, no validation", identity=False)] = False
+    debug: Annotated[bool, Flag("a trial run in a folder of its own: no checkpoints, no validation")] = False
     precision: Annotated[
         Literal["bf16", "fp16", "fp32", "fp64"],
         Flag("parameters and matrix products; fp32 main weights, gradients and reductions (fp64: everything)"),

@@ -62,6 +62,7 @@ class Trainer:
         self._attach_optimizer()
         self._init_logging(config)  # -> log_dir, run_log
         self._resume_from_checkpoint()  # -> step, and all of the above as it was
+        self._init_metrics()
 
     # The parts of a run: override any of these.
 
@@ -151,7 +152,7 @@ class Trainer:
         if self.step >= last:
             self._say(f"already trained: {self.step} of {last} steps are done")
             return
-        self._begin()
+        self._measure_peak()
         with contextlib.closing(self._progress), self._init_profiler(self.config) as profiler:
             for microbatches in self._microbatches():
                 self.train_step(microbatches)
@@ -268,14 +269,17 @@ class Trainer:
         if self.master_process:
             self.run_log.keep_until(self.step)
 
-    def _begin(self) -> None:
+    def _init_metrics(self) -> None:
         self._progress = Progress(self.training_info.max_steps, self.step, enabled=self.master_process)
         self._window = StepWindow(self.state.groups["world"])
+        self._logged_step, self._clock = self.step, TrainClock()
+
+    def _measure_peak(self) -> None:
         dtype = DTYPES[self.config.train.precision]
         peak, source = peak_flops(self.device, dtype)
         self._peak_flops = float(sum_over(torch.tensor(peak, device=self.device), self.state.groups["world"]))
         self._say(f"peak matmul rate for MFU: {self._peak_flops / 1e12:.3g} TFLOP/s ({source})")
-        self._logged_step, self._clock = self.step, TrainClock()
+        self._clock.lap()  # training time starts now
 
     def _microbatches(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches of one optimizer step at a time, from the current step on, without end."""

@@ -33,11 +33,14 @@ PEAK_TFLOPS: dict[str, tuple[float, float]] = {
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """The device's peak matmul rate in FLOP/s, and where the figure comes from: ``"data sheet"`` or ``"measured"``."""
-    if device.type == "cuda":
+    column = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 1}.get(dtype)
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        column = None  # without TF32 the table does not apply
+    if device.type == "cuda" and column is not None:
         name = torch.cuda.get_device_name(device)
-        for part, (single, half) in PEAK_TFLOPS.items():
+        for part, rates in PEAK_TFLOPS.items():
             if part in name:
-                return (half if dtype in (torch.bfloat16, torch.float16) else single) * 1e12, "data sheet"
+                return rates[column] * 1e12, "data sheet"
     return measured_matmul_rate(device, dtype), "measured"
 
 

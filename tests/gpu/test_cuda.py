@@ -1,0 +1,107 @@
+"""What only a CUDA device can show; run with ``pytest -m gpu`` on a machine that has one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tinytron.model import GPT, ModelConfig
+from tinytron.model.modules.attn import Documents, attend
+from tinytron.model.modules.loss import LossSums, fused_linear_cross_entropy
+from tinytron.utils.profile import peak_flops
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+CONFIG = ModelConfig(
+    block_size=256,
+    vocab_size=1000,
+    num_layer=2,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    hidden_size=256,
+    intermediate_size=512,
+)
+TINY = (
+    "--use_mock_data --mock_data_num_samples 64 --total_batch_size 2048 --batch_size 2 --seq_len 128 --num_layer 2 "
+    "--num_attention_heads 8 --num_key_value_heads 4 --hidden_size 256 --intermediate_size 512 --vocab_size 512"
+).split()
+
+
+def _losses_and_grads(device: str, dtype: torch.dtype) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model = GPT(CONFIG, dtype=dtype, device=device)
+    tokens = torch.randint(0, CONFIG.vocab_size, (2, 257), generator=torch.Generator().manual_seed(0)).to(device)
+    sums = model(tokens[:, :-1], tokens[:, 1:])
+    assert isinstance(sums, LossSums)
+    (sums.objective / 512).backward()
+    grads = {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
+    return sums.token.detach().cpu(), grads
+
+
+def test_cuda_equals_cpu_in_fp64() -> None:
+    (loss, grads), (cpu_loss, cpu_grads) = (_losses_and_grads(d, torch.float64) for d in ("cuda", "cpu"))
+    torch.testing.assert_close(loss, cpu_loss, rtol=1e-10, atol=1e-10)
+    for name, grad in cpu_grads.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-8, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_bf16_loss_is_close_to_fp64() -> None:
+    (loss, _), (exact, _) = _losses_and_grads("cuda", torch.bfloat16), _losses_and_grads("cpu", torch.float64)
+    torch.testing.assert_close(loss.double(), exact, rtol=2e-3, atol=0)
+
+
+def test_loss_waits_for_nothing() -> None:
+    hidden = torch.randn(512, 64, device="cuda", requires_grad=True)
+    weight = torch.randn(1000, 64, device="cuda", requires_grad=True)
+    labels = torch.randint(0, 1000, (512,), device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fused_linear_cross_entropy(hidden, weight, labels, chunk_tokens=100).objective.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_flash_attention_equals_math() -> None:
+    pytest.importorskip("flash_attn")
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 128, n, 64, device="cuda", dtype=torch.bfloat16) for n in (8, 2, 2))
+    documents = Documents(torch.tensor([0, 50, 128, 200, 256], device="cuda", dtype=torch.int32), 78)
+    for given in (None, documents):
+        flash, math = (attend(q, k, v, backend=b, documents=given) for b in ("flash", "math"))
+        torch.testing.assert_close(flash, math, rtol=2e-2, atol=2e-2)
+
+
+def test_peak_is_known_or_measured() -> None:
+    peak, source = peak_flops(torch.device("cuda"), torch.bfloat16)
+    assert peak > 1e12
+    assert source in ("data sheet", "measured")
+
+
+@pytest.mark.parametrize("options", [[], ["--deterministic"], ["--precision", "fp16"], ["--use_compile"]], ids=str)
+def test_training_runs_and_learns_nothing_wrong(options: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "pretrain_debug.py", *TINY, "--log_dir", str(tmp_path), "--max_steps", "8", *options]
+    subprocess.run(command, check=True, timeout=300)
+    (log,) = tmp_path.glob("*/log.jsonl")
+    losses = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
+    assert len(losses) == 8
+    assert all(5.5 < loss < 7.0 for loss in losses)  # ln 512 = 6.24
+
+
+def test_training_step_never_waits_for_the_host(tmp_path: Path) -> None:
+    code = """
+import sys, torch
+from tinytron.training import Trainer, build_config, parse_args
+trainer = Trainer(build_config(parse_args(sys.argv[1:])))
+steps = trainer._microbatches()
+first, second = next(steps), next(steps)
+trainer.train_step(first)
+torch.cuda.set_sync_debug_mode("error")
+trainer.train_step(second)
+torch.cuda.set_sync_debug_mode("default")
+"""
+    command = [sys.executable, "-c", code, *TINY, "--log_dir", str(tmp_path), "--debug"]
+    subprocess.run(command, check=True, timeout=300)

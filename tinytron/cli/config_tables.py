@@ -1,0 +1,41 @@
+"""The configuration tables of README.md: ``python -m tinytron.cli.config_tables`` rewrites them from the dataclasses."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import get_args
+
+from tinytron.training.config import SECTIONS
+from tinytron.utils.flags import FieldInfo, config_fields
+
+README = Path(__file__).parents[2] / "README.md"
+_MARKED = re.compile(r"(<!-- configuration tables: begin -->\n).*(<!-- configuration tables: end -->)", re.DOTALL)
+
+
+def tables() -> str:
+    """One Markdown table per section; a star marks what is part of the run's identity."""
+    parts = []
+    for section, cls in SECTIONS.items():
+        title = (cls.__doc__ or "").split("\n")[0].split(" Raises:")[0].rstrip(".")
+        parts.append(f"**{section}** ({title.lower()})\n\n| flag | default | meaning |\n|---|---|---|\n")
+        parts += [_row(info) for info in config_fields(cls)]
+        parts.append("\n")
+    return "".join(parts)
+
+
+def _row(info: FieldInfo) -> str:
+    name = f"--[no-]{info.name}" if info.type is bool else f"--{info.name}"
+    default = " ".join(str(v) for v in info.default) if isinstance(info.default, tuple) else str(info.default)
+    choices = f" ({', '.join(str(c) for c in get_args(info.type))})" if info.choices else ""
+    star = "\\*" if info.flag.identity else ""
+    return f"| `{name}`{star} | `{default}` | {info.flag.text}{choices} |\n"
+
+
+def updated(readme: str) -> str:
+    """``readme`` with current tables between its markers."""
+    return _MARKED.sub(lambda match: match[1] + tables() + match[2], readme)
+
+
+if __name__ == "__main__":
+    README.write_text(updated(README.read_text()))

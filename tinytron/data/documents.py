@@ -1,0 +1,164 @@
+"""Documents as text: read from local files or a stream of rows, filtered, shuffled, tokenised. All of these are
+generators, so that a pipeline of them holds one batch, whatever the size of the source."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import importlib
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tinytron.errors import ConfigError, DataError, TinytronError
+
+SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
+PIECE_CHARS = 2**20  # a longer text file becomes several documents, cut at a line end
+BATCH_CHARS = 2**22  # tokenised at a time
+
+
+def find_text_files(path: str) -> list[Path]:
+    """The readable files below the folder ``path`` (hidden ones left out), those a pattern matches, or the one file;
+    sorted. Raises: DataError if there is none."""
+    place = Path(path)
+    if place.is_dir():
+        found = [p for p in place.rglob("*") if not any(part.startswith(".") for part in p.relative_to(place).parts)]
+    else:
+        found = [Path(p) for p in glob.glob(path)] or [place]
+    if not any(p.exists() for p in [place, *found]):
+        raise DataError(f"--dataset_path {path}: there is no such file or folder")
+    files = sorted(p for p in found if p.suffix in SUFFIXES and p.is_file())
+    if not files:
+        raise DataError(
+            f"--dataset_path {path} has no token shards (train_*.bin) and no text; give a file, or a folder with files, "
+            f"that end in {', '.join(SUFFIXES)}"
+        )
+    return files
+
+
+def read_texts(files: Iterable[Path], text_key: str = "text", option: str = "the text key") -> Iterator[str]:
+    """The documents of ``files``: each row's ``text_key`` of .jsonl and .parquet files; any other file is one document,
+    or several if it is longer than ``PIECE_CHARS``. Raises: DataError naming file and line, and ``option``, which sets
+    the text key."""
+    for path in files:
+        if path.suffix == ".jsonl":
+            yield from texts_of(_json_lines(path), text_key, str(path), option)
+        elif path.suffix == ".parquet":
+            yield from texts_of(stream_rows(str(path), "parquet", data_files=[str(path)]), text_key, str(path), option)
+        else:
+            with as_data_error(str(path)), open(path, encoding="utf-8") as file:
+                while piece := file.read(PIECE_CHARS):
+                    yield piece + file.readline(PIECE_CHARS)
+
+
+def stream_rows(where: str, *args: Any, split: str = "train", **kwargs: Any) -> Iterator[dict[str, Any]]:
+    """The rows that ``datasets.load_dataset(...)`` streams. Raises: DataError starting with ``where``, whatever goes
+    wrong there; ConfigError without the package."""
+    datasets = require_package("datasets")
+    with as_data_error(where):
+        yield from datasets.load_dataset(*args, split=split, streaming=True, **kwargs)
+
+
+def texts_of(rows: Iterable[Any], text_key: str, where: str, option: str = "the text key") -> Iterator[str]:
+    """``row[text_key]`` of every row; a null is an empty text. Raises: DataError for rows without such a text."""
+    for count, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: row {count} is {type(row).__name__}, not an object with keys")
+        if text_key not in row:
+            keys = ", ".join(map(str, row)) or "no key at all"
+            raise DataError(f"{where}: row {count} has no key {text_key!r}; set {option} to one that it has: {keys}")
+        text = row[text_key]
+        if not isinstance(text, str | None):
+            kind = type(text).__name__
+            raise DataError(f"{where}: row {count}: {text_key!r} is {kind}, not text; set {option} to another key")
+        yield text or ""
+
+
+def long_enough(texts: Iterable[str], min_chars: int, option: str = "the minimum ") -> Iterator[str]:
+    """The texts with at least ``min_chars`` characters, white space around them not counted, and at least one. Raises:
+    DataError if there is none, naming ``option``, which sets the minimum."""
+    count = kept = longest = 0
+    for text in texts:
+        count, length = count + 1, len(text.strip())
+        longest = max(longest, length)
+        if length >= max(1, min_chars):
+            kept += 1
+            yield text
+    if not kept:
+        advice = f"use {option}{longest} or less" if longest else "all are empty"
+        raise DataError(f"none of {count} documents has {option}{min_chars} characters; {advice}")
+
+
+def shuffled(texts: Iterable[str], buffer_size: int, seed: int) -> Iterator[str]:
+    """The same texts in an order that ``seed`` decides: each leaves a buffer of ``buffer_size`` at random when another
+    comes in. A buffer of 0 or 1 keeps the order."""
+    buffer: list[str] = []
+    chance, buffer_size = random.Random(seed), max(1, buffer_size)
+    for text in texts:
+        if len(buffer) < buffer_size:
+            buffer.append(text)
+            continue
+        place = chance.randrange(buffer_size)
+        yield buffer[place]
+        buffer[place] = text
+    chance.shuffle(buffer)
+    yield from buffer
+
+
+def tokenised(
+    texts: Iterable[str], encode: Callable[[list[str]], Sequence[list[int]]], end: Sequence[int] = ()
+) -> Iterator[list[int]]:
+    """The token ids of every text, followed by ``end``; ``encode`` gets about ``BATCH_CHARS`` characters at a time."""
+    for batch in _batches(texts):
+        for ids in encode(batch):
+            yield [*ids, *end]
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    chars = 0
+    for text in texts:
+        # Half of a surrogate pair, which JSON can spell, is no character: tokenizers refuse it.
+        batch.append(text.encode("utf-8", "replace").decode("utf-8"))
+        chars += len(text)
+        if chars >= BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+def _json_lines(path: Path) -> Iterator[Any]:
+    with as_data_error(str(path)), open(path, encoding="utf-8") as file:
+        for count, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            with as_data_error(f"{path}, line {count}"):
+                row = json.loads(line)
+            yield row
+
+
+@contextlib.contextmanager
+def as_data_error(where: str) -> Iterator[None]:
+    """Any exception of other people's code as a one-line DataError that starts with ``where``."""
+    try:
+        yield
+    except TinytronError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        shown = text if len(text) <= 300 else text[:297] + "..."
+        raise DataError(f"{where}: {shown or type(error).__name__}") from error
+
+
+def require_package(name: str) -> Any:
+    """Import an optional package. Raises: ConfigError with the command that installs it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f'the package {name} is needed ({error}); run: pip install "tinytron[data]" (or: pip install datasets '
+            "transformers)"
+        ) from error
