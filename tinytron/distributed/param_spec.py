@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch.nn as nn
 
-Kind = Literal["matrix", "embedding", "head", "norm", "bias"]
+Kind = Literal["matrix", "router", "embedding", "head", "norm", "bias"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class ParamSpec:
     ``name`` is the key in ``state_dict``; ``shape`` is global (all experts); ``shard_axis`` is the dimension that expert
     parallelism cuts, ``None`` when every rank holds the whole tensor; ``gradient_group`` names the ranks its gradient is
     summed over: ``dense`` is the world, ``expert`` the expert-data-parallel group. ``writes_residual`` marks projections
-    into the residual stream.
+    into the residual stream; ``row_blocks`` are the heights of separate matrices packed into one (empty: it is one).
     """
 
     name: str
@@ -26,6 +26,7 @@ class ParamSpec:
     gradient_group: Literal["dense", "expert"] = "dense"
     shard_axis: int | None = None
     writes_residual: bool = False
+    row_blocks: tuple[int, ...] = ()
 
     @property
     def numel(self) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tinytron.distributed.layout import divisors
 from tinytron.errors import ConfigError
@@ -35,6 +36,18 @@ class ModelConfig:
     num_experts: Annotated[int, Flag("experts per layer")] = 128
     num_experts_per_tok: Annotated[int, Flag("experts that each token is sent to")] = 8
     moe_intermediate_size: Annotated[int, Flag("width of one expert")] = 256
+    num_shared_experts: Annotated[int, Flag("experts that every token passes, beside the chosen ones")] = 0
+    first_k_dense: Annotated[int, Flag("leading layers that keep the dense feed-forward")] = 0
+    moe_router_score: Annotated[
+        Literal["softmax", "sigmoid"], Flag("how router logits become scores; the choice is by score")
+    ] = "softmax"
+    norm_topk_prob: Annotated[bool, Flag("the chosen scores are divided by their sum")] = True
+    moe_aux_loss_coef: Annotated[float, Flag("weight of the load-balance loss, summed over layers")] = 0.01
+    moe_aux_loss_scope: Annotated[
+        Literal["sequence", "batch"], Flag("balance over each sequence, or over the micro-batch of all ranks")
+    ] = "sequence"
+    moe_z_loss_coef: Annotated[float, Flag("weight of the squared log-sum of the router's logits")] = 0.0
+    moe_bias_update_rate: Annotated[float, Flag("step of the loss-free balancing bias; 0: no bias")] = 0.0
 
     def __post_init__(self) -> None:
         sizes = ["block_size", "vocab_size", "num_layer", "num_attention_heads", "num_key_value_heads", "hidden_size"]
@@ -49,9 +62,12 @@ class ModelConfig:
                 f"use one of {divisors(heads)}"
             )
         if self.head_dim is None and self.hidden_size % heads:
+            # Those that also keep the head dimension even and the number of key and value heads a divisor.
+            even = [n for n in divisors(self.hidden_size) if self.hidden_size // n % 2 == 0]
+            fitting = [n for n in even if n % kv_heads == 0]
             raise ConfigError(
                 f"--num_attention_heads {heads} must divide --hidden_size {self.hidden_size}; "
-                f"use one of {divisors(self.hidden_size)}, or give --head_dim"
+                + (f"use one of {fitting}, or give --head_dim" if fitting else "use --head_dim 64")
             )
         if self.resolved_head_dim % 2 or self.resolved_head_dim < 2:
             raise ConfigError(
@@ -60,14 +76,32 @@ class ModelConfig:
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"--dropout {self.dropout} must be in [0, 1); use 0.1")
-        for name in ("init_std", "norm_eps", "rope_theta"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"--{name} {getattr(self, name)} must be positive")
+        for name, works in (("init_std", 0.013), ("norm_eps", 1e-6), ("rope_theta", 10000.0)):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"--{name} {getattr(self, name)} must be positive; use {works}")
+        for name in (
+            "num_shared_experts",
+            "first_k_dense",
+            "moe_aux_loss_coef",
+            "moe_z_loss_coef",
+            "moe_bias_update_rate",
+        ):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"--{name} {getattr(self, name)} must be at least 0; use 0")
+        if self.use_moe and self.first_k_dense >= self.num_layer:
+            raise ConfigError(
+                f"--first_k_dense {self.first_k_dense} leaves no expert layer of --num_layer {self.num_layer}; "
+                f"use at most {self.num_layer - 1}, or drop --use_moe"
+            )
         if self.use_moe and self.num_experts_per_tok > self.num_experts:
             raise ConfigError(
                 f"--num_experts_per_tok {self.num_experts_per_tok} must not exceed --num_experts {self.num_experts}; "
                 f"use at most {self.num_experts}"
             )
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether block ``layer`` (from 0) has experts."""
+        return self.use_moe and layer >= self.first_k_dense
 
     @property
     def resolved_head_dim(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -11,23 +12,29 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
+from tinytron.distributed.collectives import sum_over
+from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import Kind, ParamSpec
 from tinytron.errors import ConfigError
 from tinytron.model.config import ModelConfig
 from tinytron.model.modules.attn import Attention, Backend, Documents
-from tinytron.model.modules.emb import RotaryEmbedding, Rotation
-from tinytron.model.modules.linear import ResidualLinear
+from tinytron.model.modules.emb import RotaryEmbedding, Rotation, TokenEmbedding
+from tinytron.model.modules.linear import PackedLinear, ResidualLinear
 from tinytron.model.modules.loss import LossSums, fused_linear_cross_entropy
 from tinytron.model.modules.mlp import SwiGLU
+from tinytron.model.modules.moe import Experts, MoE, MoEStats, Router
 from tinytron.model.modules.norm import RMSNorm
 
 Recompute = Literal["none", "full", "selective"]
 
 # What selective recomputation keeps: the outputs of matrix products and attention, costly to compute again; norms,
 # rotations and activations are cheap (Korthikanti et al., arXiv:2205.05198, section 5).
-_KEPT_OPS = {
+# The router's choice is always kept: chosen again it could differ in a tie, and the ranks would wait for each other.
+_ROUTING_OPS = {torch.ops.aten.topk.default}
+_KEPT_OPS = _ROUTING_OPS | {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
+    torch.ops.aten._grouped_mm.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
@@ -35,37 +42,60 @@ _KEPT_OPS = {
 }
 
 
-def _selective_policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _KEPT_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+_ATTENTION_OPS = {op for op in _KEPT_OPS if "attention" in str(op)}
 
 
-_selective_contexts = partial(create_selective_checkpoint_contexts, _selective_policy)
+def _keep(kept: set[Any], ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_selective_contexts = partial(create_selective_checkpoint_contexts, partial(_keep, _KEPT_OPS))
+# A kept attention would not draw its dropout again in recomputation, and all later draws would be others.
+_dropout_contexts = partial(create_selective_checkpoint_contexts, partial(_keep, _KEPT_OPS - _ATTENTION_OPS))
+_routing_contexts = partial(create_selective_checkpoint_contexts, partial(_keep, _ROUTING_OPS))
 
 
 class Block(nn.Module):
-    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``. Shapes: ``[B, S, D] -> [B, S, D]``."""
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``. Shapes: ``[B, s, D] -> [B, s, D]``, and the routing's
+    statistics if the feed-forward layer is a mixture of experts."""
 
-    def __init__(self, config: ModelConfig, backend: Backend, recompute: Recompute) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, backend: Backend, recompute: Recompute, state: ParallelState | None
+    ) -> None:
         super().__init__()
         self.dropout, self.recompute = config.dropout, recompute
         self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attn = Attention(config, backend)
+        self.attn = Attention(config, backend, state)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, config.bias)
+        self.mlp: SwiGLU | MoE
+        if config.is_moe_layer(layer):
+            self.mlp = MoE(config, state)
+        else:
+            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, config.bias)
 
-    def forward(self, x_BSD: torch.Tensor, rotation: Rotation, documents: Documents | None = None) -> torch.Tensor:
+    def forward(
+        self, x_BsD: torch.Tensor, rotation: Rotation, documents: Documents | None = None
+    ) -> tuple[torch.Tensor, MoEStats | None]:
         # Inside the block, so that torch.compile sees the recomputation and fuses across it.
         if self.recompute == "none" or not torch.is_grad_enabled():
-            return self._forward(x_BSD, rotation, documents)
-        contexts = _selective_contexts if self.recompute == "selective" else noop_context_fn
-        out: torch.Tensor = checkpoint(
-            self._forward, x_BSD, rotation, documents, use_reentrant=False, context_fn=contexts
+            return self._forward(x_BsD, rotation, documents)
+        contexts: Any = _routing_contexts if isinstance(self.mlp, MoE) else noop_context_fn
+        if self.recompute == "selective":
+            contexts = _selective_contexts if self.dropout == 0 else _dropout_contexts
+        out: tuple[torch.Tensor, MoEStats | None] = checkpoint(
+            self._forward, x_BsD, rotation, documents, use_reentrant=False, context_fn=contexts
         )
         return out
 
-    def _forward(self, x_BSD: torch.Tensor, rotation: Rotation, documents: Documents | None) -> torch.Tensor:
-        x_BSD = x_BSD + self._drop(self.attn(self.attn_norm(x_BSD), rotation, documents))
-        return x_BSD + self._drop(self.mlp(self.mlp_norm(x_BSD)))
+    def _forward(
+        self, x_BsD: torch.Tensor, rotation: Rotation, documents: Documents | None
+    ) -> tuple[torch.Tensor, MoEStats | None]:
+        x_BsD = x_BsD + self._drop(self.attn(self.attn_norm(x_BsD), rotation, documents))
+        normed_BsD = self.mlp_norm(x_BsD)
+        if isinstance(self.mlp, MoE):
+            out_BsD, stats = self.mlp(normed_BsD)
+            return x_BsD + self._drop(out_BsD), stats
+        return x_BsD + self._drop(self.mlp(normed_BsD)), None
 
     def _drop(self, x: torch.Tensor) -> torch.Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout > 0 else x
@@ -74,8 +104,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The model. Weights are created on ``device`` in ``dtype`` and drawn by ``init_weights``.
 
-    ``forward(input_ids)`` gives logits; with ``labels`` it gives ``LossSums`` instead and never builds the logits.
-    Raises: ConfigError for an architecture that is not available.
+    ``forward(input_ids)`` gives logits; with ``labels`` it gives ``LossSums`` instead and never builds the logits. With
+    ``state`` (default: this process alone) the inputs are this rank's part of the sequences, and the experts are spread
+    over the expert-parallel group. Raises: ConfigError if the heads do not fit the layout.
     """
 
     def __init__(
@@ -88,25 +119,35 @@ class GPT(nn.Module):
         attn_backend: Backend = "sdpa",
         recompute: Recompute = "none",
         z_loss_coef: float = 0.0,
+        state: ParallelState | None = None,
     ) -> None:
         super().__init__()
-        if config.use_moe:
-            raise ConfigError("--use_moe: experts are not part of this version yet; drop the flag for a dense model")
-        self.config, self.z_loss_coef = config, z_loss_coef
+        self.config, self.z_loss_coef, self.state = config, z_loss_coef, state
         outer = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
-            with torch.device(device):
-                self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
-                self.blocks = nn.ModuleList(Block(config, attn_backend, recompute) for _ in range(config.num_layer))
+            with torch.device("meta"):  # torch's own initial values would be drawn in vain
+                self.wte = TokenEmbedding(config.vocab_size, config.hidden_size)
+                self.blocks = nn.ModuleList(
+                    Block(config, layer, attn_backend, recompute, state) for layer in range(config.num_layer)
+                )
                 self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
                 self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-                table = torch.promote_types(dtype, torch.float32)
+            self.to_empty(device=device)
+            table = torch.promote_types(dtype, torch.float32)
+            with torch.device(device):
                 self.rope = RotaryEmbedding(config.resolved_head_dim, config.block_size, config.rope_theta, table)
         finally:
             torch.set_default_dtype(outer)
         if config.tied_lm_head:
             self.lm_head.weight = self.wte.weight
+        # Called with a module before its parameters are used; an optimizer that gathers them in the background waits
+        # here. (Not a forward hook: torch.compile would trace it.)
+        self.before_use: Callable[[nn.Module], None] = _always_ready
+        self.moe_layers = [block.mlp for block in self.blocks if isinstance(block.mlp, MoE)]
+        # Rows per expert layer and expert: of the current optimizer step (this rank), and since the last report (all).
+        shape = (len(self.moe_layers), config.num_experts)
+        self.step_load, self.load = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
         self.init_weights(seed)
 
     @torch.no_grad()
@@ -117,6 +158,8 @@ class GPT(nn.Module):
         one, biases zero.
         """
         residual_std = self.config.init_std / (2 * self.config.num_layer) ** 0.5
+        for layer in self.moe_layers:
+            layer.router.bias.zero_()
         for spec in self.param_specs():
             parameter = self.get_parameter(spec.name)
             if spec.kind == "norm":
@@ -125,25 +168,41 @@ class GPT(nn.Module):
                 parameter.zero_()
             else:
                 std = residual_std if spec.writes_residual else self.config.init_std
-                parameter.copy_(named_normal(spec.name, spec.shape, std, seed))
+                if spec.gradient_group == "expert":
+                    for expert, weight in enumerate(parameter, start=self._first_expert(len(parameter))):
+                        weight.copy_(named_normal(f"{spec.name}.{expert}", spec.shape[1:], std, seed))
+                else:
+                    parameter.copy_(named_normal(spec.name, spec.shape, std, seed))
+
+    def _first_expert(self, local_experts: int) -> int:
+        return self.state.group_rank("ep") * local_experts if self.state else 0
 
     def param_specs(self) -> list[ParamSpec]:
         """One ``ParamSpec`` per parameter, in registration order; a tied head is the embedding and stands once."""
-        facts: dict[str, tuple[Kind, bool]] = {}
+        specs: dict[str, ParamSpec] = {}
         for prefix, module in self.named_modules():
-            kind: Kind = "matrix"
-            if isinstance(module, RMSNorm):
-                kind = "norm"
-            elif module is self.wte:
-                kind = "embedding"
-            elif module is self.lm_head:
-                kind = "head"
-            for name, _ in module.named_parameters(recurse=False):
-                facts[f"{prefix}.{name}"] = ("bias" if name == "bias" else kind, isinstance(module, ResidualLinear))
-        return [
-            ParamSpec(name, tuple(p.shape), facts[name][0], writes_residual=facts[name][1])
-            for name, p in self.named_parameters()
-        ]
+            for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
+                specs[name] = self._spec(module, name, tuple(parameter.shape))
+        return [specs[name] for name, _ in self.named_parameters()]
+
+    def _spec(self, module: nn.Module, name: str, shape: tuple[int, ...]) -> ParamSpec:
+        if isinstance(module, Experts):
+            shape = (self.config.num_experts, *shape[1:])
+            into_residual = name.endswith("down_proj")
+            blocks = () if into_residual else (shape[1] // 2,) * 2
+            return ParamSpec(name, shape, "matrix", "expert", 0, into_residual, blocks)
+        kinds: dict[type | nn.Module, Kind] = {
+            RMSNorm: "norm",
+            Router: "router",
+            self.wte: "embedding",
+            self.lm_head: "head",
+        }
+        kind = kinds.get(module) or kinds.get(type(module), "matrix")
+        if name.endswith(".bias"):
+            kind = "bias"
+        into_residual = isinstance(module, ResidualLinear)
+        row_blocks = module.row_blocks if isinstance(module, PackedLinear) else ()
+        return ParamSpec(name, shape, kind, writes_residual=into_residual, row_blocks=row_blocks)
 
     def compile_blocks(self) -> None:
         """Compile every block in place (parameter names stay); blocks share one compiled graph."""
@@ -151,22 +210,33 @@ class GPT(nn.Module):
             block.compile()
 
     def hidden_states(
-        self, input_ids_BS: torch.Tensor, positions: torch.Tensor | None = None, documents: Documents | None = None
-    ) -> torch.Tensor:
-        """Everything but the head: ``[B, S] -> [B, S, D]``. ``positions`` default to 0 .. S - 1."""
-        S = input_ids_BS.shape[1]
+        self, input_ids_Bs: torch.Tensor, positions: torch.Tensor | None = None, documents: Documents | None = None
+    ) -> tuple[torch.Tensor, list[MoEStats]]:
+        """Everything but the head: ``[B, s] -> [B, s, D]``, and the routing statistics of the expert layers.
+
+        ``positions`` default to this rank's part of 0 .. S - 1; ``documents`` are those of the whole sequences.
+        """
+        s = input_ids_Bs.shape[1]
+        S = s * (self.state.layout.sep if self.state else 1)
         if self.config.block_size < S:
             raise ConfigError(
                 f"a sequence of {S} tokens exceeds --block_size {self.config.block_size}; use --block_size {S}"
             )
-        x_BSD = self.wte(input_ids_BS)
+        self.before_use(self.wte)
+        x_BsD = self.wte(input_ids_Bs)
         if self.config.dropout > 0:
-            x_BSD = F.dropout(x_BSD, self.config.dropout, self.training)
-        rotation = self.rope(S, positions)
+            x_BsD = F.dropout(x_BsD, self.config.dropout, self.training)
+        first = self.state.group_rank("sep") * s if self.state else 0
+        rotation = self.rope(first, s, positions)
+        all_stats = []
         for block in self.blocks:
-            x_BSD = block(x_BSD, rotation, documents)
-        out: torch.Tensor = self.final_norm(x_BSD)
-        return out
+            self.before_use(block)
+            x_BsD, stats = block(x_BsD, rotation, documents)
+            if stats is not None:
+                all_stats.append(stats)
+        self.before_use(self.final_norm)
+        out: torch.Tensor = self.final_norm(x_BsD)
+        return out, all_stats
 
     def forward(
         self,
@@ -175,18 +245,55 @@ class GPT(nn.Module):
         positions: torch.Tensor | None = None,
         documents: Documents | None = None,
     ) -> torch.Tensor | LossSums:
-        """Logits ``[B, S, V]``, or with ``labels`` ``[B, S]`` (already shifted; -100 is ignored) the loss *sums*."""
-        x_BSD = self.hidden_states(input_ids, positions, documents)
+        """Logits ``[B, s, V]``, or with ``labels`` ``[B, s]`` (already shifted; -100 is ignored) the loss *sums*."""
+        x_BsD, all_stats = self.hidden_states(input_ids, positions, documents)
+        self.before_use(self.lm_head)
         if labels is None:
-            logits: torch.Tensor = self.lm_head(x_BSD)
+            logits: torch.Tensor = self.lm_head(x_BsD)
             return logits
-        return fused_linear_cross_entropy(
-            x_BSD.flatten(0, 1), self.lm_head.weight, labels.flatten(), z_loss_coef=self.z_loss_coef
+        sums = fused_linear_cross_entropy(
+            x_BsD.flatten(0, 1), self.lm_head.weight, labels.flatten(), z_loss_coef=self.z_loss_coef
         )
+        return self._add_routing_losses(sums, all_stats) if all_stats else sums
+
+    def _add_routing_losses(self, sums: LossSums, all_stats: list[MoEStats]) -> LossSums:
+        if self.training:
+            self.step_load += torch.stack([stats.load_E for stats in all_stats])
+        balance = torch.stack([stats.balance for stats in all_stats]).sum()
+        z = torch.stack([stats.z for stats in all_stats]).sum()
+        added = self.config.moe_aux_loss_coef * balance + self.config.moe_z_loss_coef * z
+        aux = {"moe_balance": balance.detach(), "moe_z": z.detach()}
+        return LossSums(sums.objective + added, sums.token, aux)
+
+    @torch.no_grad()
+    def end_step(self, skipped: torch.Tensor | None = None) -> None:
+        """Once per optimizer step: sum the experts' load over all ranks and move the balancing bias against it, unless the
+        step was ``skipped`` (a device scalar, 1 or 0). Collective over the world if there are expert layers."""
+        if not self.moe_layers:
+            return
+        load_LE = sum_over(self.step_load, self.state.groups["world"]) if self.state else self.step_load
+        if (rate := self.config.moe_bias_update_rate) > 0:
+            excess_LE = load_LE - load_LE.double().mean(1, keepdim=True)
+            if skipped is not None:
+                excess_LE = excess_LE * (1 - skipped)
+            for layer, excess_E in zip(self.moe_layers, excess_LE, strict=True):
+                layer.router.bias -= rate * excess_E.sign().to(layer.router.bias.dtype)
+        self.load += load_LE
+        self.step_load.zero_()
+
+    def take_load(self) -> list[list[int]]:
+        """Rows that each expert of each expert layer got since the last call, over all ranks; the host waits."""
+        load_LE: list[list[int]] = self.load.tolist()
+        self.load.zero_()
+        return load_LE
+
+
+def _always_ready(module: nn.Module) -> None:
+    """The gate of a model whose parameters are never on their way."""
 
 
 def named_normal(name: str, shape: tuple[int, ...], std: float, seed: int) -> torch.Tensor:
     """Normal(0, std) as a function of (seed, name) alone: fp32, drawn on the CPU, so that all devices agree."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    return torch.randn(shape, generator=generator) * std
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * std

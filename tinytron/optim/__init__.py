@@ -1,6 +1,7 @@
-"""Floor 2: parameter groups and learning-rate schedules."""
+"""Floor 2: parameter groups, Muon and learning-rate schedules."""
 
-from tinytron.optim.groups import decay_groups
+from tinytron.optim.groups import parameter_groups
+from tinytron.optim.muon import Muon
 from tinytron.optim.schedule import Schedule
 
-__all__ = ["Schedule", "decay_groups"]
+__all__ = ["Muon", "Schedule", "parameter_groups"]

@@ -1,31 +1,56 @@
-"""Which parameters get weight decay."""
+"""Which parameters are updated how: weight decay, learning-rate multiplier, Muon or AdamW."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.nn as nn
 
-from tinytron.distributed.param_spec import ParamSpec
+from tinytron.distributed.param_spec import Kind, ParamSpec
+
+# The class whose learning-rate multiplier a kind of parameter has.
+_LR_CLASS: dict[Kind, str] = {
+    "matrix": "matrix",
+    "router": "matrix",
+    "embedding": "embedding",
+    "head": "head",
+    "norm": "scalar",
+    "bias": "scalar",
+}
 
 
-def decay_groups(
-    model: nn.Module, specs: Sequence[ParamSpec], weight_decay: float, *, decay_all: bool, decay_embeddings: bool
+def parameter_groups(
+    model: nn.Module,
+    specs: Sequence[ParamSpec],
+    weight_decay: float,
+    *,
+    decay_all: bool = False,
+    decay_embeddings: bool = True,
+    muon: bool = False,
+    lr_mults: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """Two optimizer groups, decayed and not; norms and biases are not, embeddings by choice, ``decay_all`` takes all.
+    """Optimizer groups that cover every trainable parameter exactly once.
 
-    Covers every trainable parameter exactly once; an empty group is left out.
+    Matrices and the head decay, embeddings by choice, norms and biases only with ``decay_all``. Each group carries
+    ``lr_mult`` (from ``lr_mults`` by class: matrix, embedding, head, scalar; 1 if missing), by which the trainer multiplies
+    the scheduled rate. With ``muon``, matrices (not the router's) get ``kind="muon"`` and their ``row_blocks``.
     """
-    kinds = {spec.name: spec.kind for spec in specs}
-
-    def decays(name: str) -> bool:
-        kind = kinds[name]
-        return decay_all or kind in ("matrix", "head") or (kind == "embedding" and decay_embeddings)
-
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in trainable if decays(name)], "weight_decay": weight_decay},
-        {"params": [p for name, p in trainable if not decays(name)], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    by_name = {spec.name: spec for spec in specs}
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        spec = by_name[name]
+        decays = (
+            decay_all or spec.kind in ("matrix", "router", "head") or (spec.kind == "embedding" and decay_embeddings)
+        )
+        options: dict[str, Any] = {
+            "weight_decay": weight_decay if decays else 0.0,
+            "lr_mult": (lr_mults or {}).get(_LR_CLASS[spec.kind], 1.0),
+        }
+        if muon:
+            matrix = spec.kind == "matrix" and parameter.ndim >= 2
+            options |= {"kind": "muon", "row_blocks": spec.row_blocks} if matrix else {"kind": "adamw"}
+        groups.setdefault(tuple(options.values()), {"params": [], **options})["params"].append(parameter)
+    return list(groups.values())

@@ -38,7 +38,7 @@ class Schedule:
         last = self.max_steps - 1
         if step >= last:
             return self.min_lr
-        done = max(0.0, (step - start) / (last - start))
+        done = (step - start) / (last - start) if step > start else 0.0
         shape = self.decay_shape if self.name == "wsd" else "cosine"
         remaining = {
             "linear": 1 - done,

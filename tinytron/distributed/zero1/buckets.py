@@ -79,3 +79,38 @@ def plan_by_elements(
             buckets.append(Bucket(bucket_start, end))
             bucket_start = end
     return BufferLayout(tuple(slots), tuple(buckets), num_shards)
+
+
+def plan_by_tensors(
+    numels: Sequence[int], num_shards: int, bucket_numel: int, alignment: int = ALIGNMENT
+) -> BufferLayout:
+    """The same for optimizers that need whole matrices: every tensor lies inside one rank's range of its bucket.
+
+    A bucket closes once it holds ``bucket_numel`` elements and a tensor for every rank; its tensors are dealt largest
+    first to the emptiest range, and ranges are padded to the fullest one. Padding costs memory and wire, never results.
+    """
+    slots: list[Slot] = []
+    buckets: list[Bucket] = []
+    pending: list[int] = []
+    bucket_start = 0
+    for index in reversed(range(len(numels))):
+        pending.append(index)
+        full = sum(numels[i] for i in pending) >= bucket_numel and len(pending) >= num_shards
+        if not full and index > 0:
+            continue
+        ranges: list[list[int]] = [[] for _ in range(num_shards)]
+        for i in sorted(pending, key=lambda i: -numels[i]):
+            min(ranges, key=lambda r: sum(_aligned(numels[j], alignment) for j in r)).append(i)
+        part = max(sum(_aligned(numels[j], alignment) for j in r) for r in ranges)
+        for rank, members in enumerate(ranges):
+            place = bucket_start + rank * part
+            for i in members:
+                slots.append(Slot(i, len(buckets), place, numels[i]))
+                place += _aligned(numels[i], alignment)
+        buckets.append(Bucket(bucket_start, bucket_start + num_shards * part))
+        bucket_start, pending = buckets[-1].end, []
+    return BufferLayout(tuple(slots), tuple(buckets), num_shards)
+
+
+def _aligned(numel: int, alignment: int) -> int:
+    return -(-numel // alignment) * alignment

@@ -8,25 +8,52 @@ Sources: ZeRO (arXiv:1910.02054, section 5); bucketed overlap as in PyTorch DDP 
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 
+from tinytron.distributed.collectives import Waitable
 from tinytron.distributed.param_spec import ParamSpec
-from tinytron.distributed.zero1.flat_buffer import FlatBuffer, Piece
+from tinytron.distributed.zero1.flat_buffer import FlatBuffer, Member, Ownership, Piece
 from tinytron.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a ``DistributedOptimizer`` works.
+
+    ``shard=False`` keeps whole states on every rank (all-reduce instead of reduce-scatter and all-gather).
+    ``bucket_size_mb`` is the gradient volume exchanged at a time; ``overlap_grad_reduce`` starts a bucket's exchange during
+    the last backward; with ``overlap_param_gather`` ``step`` returns while parameters are still on their way (see
+    ``finish_gather``). ``reduce_dtype`` is the precision of gradients on the wire. ``grad_as_view=False`` lets autograd
+    allocate gradients, which are copied into the buffers. ``allow_unused`` accepts parameters without a gradient (they
+    count as zero). ``loss_scaling`` guards fp16 gradients against underflow.
+    """
+
+    shard: bool = True
+    bucket_size_mb: float = 64.0
+    overlap_grad_reduce: bool = True
+    overlap_param_gather: bool = False
+    reduce_dtype: torch.dtype | None = None
+    grad_as_view: bool = True
+    allow_unused: bool = False
+    loss_scaling: bool = False
 
 
 class DistributedOptimizer:
     """Wraps ``optimizer`` (any element-wise ``torch.optim.Optimizer``) for the ranks of ``process_group``.
 
     The optimizer's parameters move into flat buffers (they stay the same ``nn.Parameter`` objects), its parameter
-    groups are pointed at this rank's fp32 shards, and its options (``lr``, ``weight_decay``, ...) stay per group. Scale
+    groups are pointed at this rank's fp32 shards, and its options (``lr``, ``weight_decay``, ...) stay per group; a group
+    with the option ``kind="muon"`` is owned by whole tensors instead of elements, and its shards keep their shapes. Scale
     each loss so that the *sum* over all ranks and micro-batches is the gradient you want: nothing is averaged.
 
         with optimizer.accumulate(last=True):
@@ -34,42 +61,51 @@ class DistributedOptimizer:
         grad_norm = optimizer.step(max_norm=1.0)
         optimizer.zero_grad()
 
-    ``shard=False`` keeps whole states on every rank (all-reduce instead of reduce-scatter and all-gather).
-    ``bucket_size_mb`` is the gradient volume exchanged at a time. ``allow_unused`` accepts parameters without a gradient
-    (they count as zero). ``loss_scaling`` guards fp16 gradients against underflow. Collective on construction.
+    ``options`` are the fields of ``Options``; those not given are the trainer's (``attach``), else the defaults. The
+    buffers are made on first use or by ``attach``, collectively.
     """
 
     def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        process_group: dist.ProcessGroup | None = None,
-        *,
-        shard: bool = True,
-        bucket_size_mb: float = 64.0,
-        grad_as_view: bool = True,
-        allow_unused: bool = False,
-        loss_scaling: bool = False,
+        self, optimizer: torch.optim.Optimizer, process_group: dist.ProcessGroup | None = None, **options: Any
     ) -> None:
-        self.inner, self.shard, self.allow_unused, self.grad_as_view = optimizer, shard, allow_unused, grad_as_view
-        self.bucket_numel = int(bucket_size_mb * 2**20) // 4
-        self._model_params: list[list[nn.Parameter]] = [list(g["params"]) for g in optimizer.param_groups]
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self.inner, self._given = optimizer, options
+        self.options = Options(**options)
         group = process_group if process_group is not None else dist.group.WORLD
         assert group is not None, "initialise the process group before DistributedOptimizer"
-        flat = [p for params in self._model_params for p in params]
-        self._build({id(p): f"param{i}" for i, p in enumerate(flat)}, {}, {"dense": group, "expert": group})
-        device = flat[0].device
-        self.loss_scale = torch.tensor(65536.0 if loss_scaling else 1.0, device=device)
-        self._growth_tracker = torch.zeros((), dtype=torch.int32, device=device) if loss_scaling else None
-        self.skipped_steps = torch.zeros((), device=device)
+        self._group = group
+        self._model_params: list[list[nn.Parameter]] = [list(g["params"]) for g in optimizer.param_groups]
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._gathers: dict[tuple[int, int], Waitable | None] = {}
+        self._home: dict[int, tuple[FlatBuffer, int]] = {}
+        self._buffers: list[FlatBuffer] | None = None
+        self._reset_counters()
 
-    def attach(self, model: nn.Module, specs: Sequence[ParamSpec], groups: Mapping[str, dist.ProcessGroup]) -> None:
-        """Learn the parameters' names and gradient groups, and lay the buffers out anew. Collective.
+    @property
+    def buffers(self) -> list[FlatBuffer]:
+        """The flat buffers, in the order of the optimizer's groups."""
+        if self._buffers is None:
+            flat = [p for params in self._model_params for p in params]
+            groups = {"dense": self._group, "expert": self._group, "ep": self._group}
+            self._build({id(p): f"param{i}" for i, p in enumerate(flat)}, {}, groups)
+        assert self._buffers is not None, "built above"
+        return self._buffers
 
-        ``groups`` maps ``"dense"`` and ``"expert"`` to the ranks their gradients are summed over: it replaces
-        ``process_group``, so that a wrapper made with the data-parallel group is right at any sequence-parallel size.
-        Raises: ConfigError if the optimizer misses a trainable parameter of ``model``.
+    def attach(
+        self,
+        model: nn.Module,
+        specs: Sequence[ParamSpec],
+        groups: Mapping[str, dist.ProcessGroup],
+        options: Options | None = None,
+    ) -> None:
+        """Learn the parameters' names and gradient groups, and lay the buffers out. Collective.
+
+        ``groups`` maps ``"dense"`` and ``"expert"`` to the ranks that gradients are summed over, and ``"ep"`` to those that
+        hold different experts (needed with expert parameters only). It replaces ``process_group``, so that a wrapper made
+        with the data-parallel group is right at any sequence- and expert-parallel size. ``options`` fills in what the
+        constructor was not given. Raises: ConfigError if the optimizer misses a trainable parameter of ``model``.
         """
+        if options is not None:
+            self.options = dataclasses.replace(options, **self._given)
         names = {id(p): name for name, p in model.named_parameters()}
         ours = {id(p) for params in self._model_params for p in params}
         missing = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
@@ -78,39 +114,64 @@ class DistributedOptimizer:
                 f"the optimizer does not update {len(missing)} trainable parameters ({', '.join(missing[:3])}, ...); "
                 "build it from self.raw_model.parameters(), or set requires_grad=False on those"
             )
-        self._build(names, {spec.name: spec.gradient_group for spec in specs}, groups)
+        self._build(names, {spec.name: spec for spec in specs}, groups)
 
     def _build(
-        self, names: Mapping[int, str], kinds: Mapping[str, str], groups: Mapping[str, dist.ProcessGroup]
+        self, names: Mapping[int, str], specs: Mapping[str, ParamSpec], groups: Mapping[str, dist.ProcessGroup]
     ) -> None:
         for hook in self._hooks:
             hook.remove()
-        self.buffers: list[FlatBuffer] = []
+        self.finish_gather()
+        buffers: list[FlatBuffer] = []
         order: dict[int, int] = {key: i for i, key in enumerate(names)}
         for options, params in zip(self.inner.param_groups, self._model_params, strict=True):
-            by_kind: dict[tuple[torch.dtype, str], list[nn.Parameter]] = {}
+            by_kind: dict[tuple[torch.dtype, str], list[Member]] = {}
             for p in sorted((p for p in params if p.requires_grad), key=lambda p: order.get(id(p), 0)):
-                kind = kinds.get(names.get(id(p), ""), "dense")
-                by_kind.setdefault((p.dtype, kind), []).append(p)
+                name = names.get(id(p), "")
+                spec = specs.get(name) or ParamSpec(name, tuple(p.shape), "matrix")
+                part = dist.get_rank(groups["ep"]) if spec.shard_axis is not None else 0
+                member = Member(p, name, spec.numel, part * p.numel())
+                by_kind.setdefault((p.dtype, spec.gradient_group), []).append(member)
+            whole = options.get("kind") == "muon"
             made = [
                 FlatBuffer(
-                    ps,
-                    [names.get(id(p), "") for p in ps],
-                    groups[kind],
-                    shard=self.shard,
-                    bucket_numel=self.bucket_numel,
-                    grad_as_view=self.grad_as_view,
+                    members,
+                    self._ownership(kind, groups, whole),
+                    bucket_numel=int(self.options.bucket_size_mb * 2**20) // 4,
+                    grad_as_view=self.options.grad_as_view,
                 )
-                for (_, kind), ps in by_kind.items()
+                for (_, kind), members in by_kind.items()
             ]
             options["params"] = [s for buffer in made for s in buffer.shards]
-            self.buffers += made
+            buffers += made
+        self._buffers = buffers
         self.inner.state.clear()
+        self._reset_counters()
         self._plan_reductions(order)
+
+    def _reset_counters(self) -> None:
+        device, scaling = self._model_params[0][0].device, self.options.loss_scaling
+        self.loss_scale = torch.tensor(65536.0 if scaling else 1.0, device=device)
+        self._growth_tracker = torch.zeros((), dtype=torch.int32, device=device) if scaling else None
+        self.skipped_steps = torch.zeros((), device=device)
+
+    def _ownership(self, kind: str, groups: Mapping[str, dist.ProcessGroup], whole_tensors: bool) -> Ownership:
+        """Dense gradients exist on all ranks, each expert's on the ranks of one expert-data-parallel group."""
+        if self.options.shard:
+            norm_group: dist.ProcessGroup | None = groups["dense"]  # all shards of all experts
+        else:
+            norm_group = groups["ep"] if kind == "expert" else None
+        return Ownership(groups[kind], self.options.shard, whole_tensors, norm_group, self.options.reduce_dtype)
 
     def _plan_reductions(self, order: Mapping[int, int]) -> None:
         """Fix one order of buckets for all ranks: by when backward (last parameter first) completes them."""
-        self._home: dict[int, tuple[FlatBuffer, int]] = {}
+        self._home = {}
+        on_grad_ready = weakref.WeakMethod(self._on_grad_ready)
+
+        def ready(param: nn.Parameter) -> None:  # parameter -> hook -> optimizer -> parameter would never be freed
+            if method := on_grad_ready():
+                method(param)
+
         first_param: dict[tuple[int, int], int] = {}
         for i, buffer in enumerate(self.buffers):
             for slot in buffer.layout.slots:
@@ -118,7 +179,7 @@ class DistributedOptimizer:
                 self._home[id(param)] = (buffer, slot.bucket)
                 position = order.get(id(param), 0)
                 first_param[i, slot.bucket] = min(position, first_param.get((i, slot.bucket), position))
-                self._hooks.append(param.register_post_accumulate_grad_hook(self._on_grad_ready))
+                self._hooks.append(param.register_post_accumulate_grad_hook(ready))
         self._sequence = [(self.buffers[i], b) for (i, b), _ in sorted(first_param.items(), key=lambda kv: -kv[1])]
         self._launching = False
         self._reset_reductions()
@@ -128,14 +189,15 @@ class DistributedOptimizer:
             (id(buffer), b): sum(slot.bucket == b for slot in buffer.layout.slots) for buffer, b in self._sequence
         }
         self._seen: set[int] = set()
-        self._works: list[dist.Work | None] = []
+        self._works: list[Waitable] = []
 
-    def _on_grad_ready(self, param: nn.Parameter) -> None:
+    def _on_grad_ready(self, param: torch.Tensor) -> None:
         if self._launching and id(param) not in self._seen:
             self._seen.add(id(param))
             buffer, bucket = self._home[id(param)]
             self._missing[id(buffer), bucket] -= 1
-            self._launch(only_complete=True)
+            if self.options.overlap_grad_reduce:
+                self._launch(only_complete=True)
 
     def _launch(self, *, only_complete: bool) -> None:
         # Strictly in sequence: ranks whose gradients come in another order must still agree on what is exchanged.
@@ -151,14 +213,13 @@ class DistributedOptimizer:
 
         Raises: ConfigError after the last backward if a parameter got no gradient, unless ``allow_unused``.
         """
+        _ = self.buffers  # made before the first gradient
         self._launching = last
         yield
         self._launching = False
         if last:
-            unused = [
-                n for b in self.buffers for n, p in zip(b.names, b.params, strict=True) if id(p) not in self._seen
-            ]
-            if unused and not self.allow_unused:
+            unused = [m.name for b in self.buffers for m in b.members if id(m.param) not in self._seen]
+            if unused and not self.options.allow_unused:
                 raise ConfigError(
                     f"{len(unused)} parameters got no gradient in the last backward ({', '.join(unused[:3])}, ...); "
                     "use them in the loss, set requires_grad=False, or pass --ddp_find_unused_parameters"
@@ -174,32 +235,51 @@ class DistributedOptimizer:
         """Reduce what is not reduced yet, clip to ``max_norm`` (0: no clipping), update, and gather the parameters.
 
         Returns the gradient norm before clipping, over the whole model, on the device: the host waits for nothing
-        (unless ``inner`` is not a fused optimizer; then it looks whether the norm is finite). A non-finite norm skips
-        the update on every rank alike and is counted in ``skipped_steps``. Collective.
+        (unless ``inner`` is not fused, or has no states yet; then it looks whether the norm is finite). A non-finite
+        norm skips the update on every rank alike and is counted in ``skipped_steps``. Collective.
         """
+        _ = self.buffers  # made here if nobody used ``accumulate``; gradients that exist are kept
         self._launch(only_complete=False)
         for work in self._works:
-            if work is not None:
-                work.wait()
+            work.wait()
         self._reset_reductions()
         norm = self._grad_norm() / self.loss_scale
         skip = (~torch.isfinite(norm)).float()
         factor = 1.0 / self.loss_scale
         if max_norm > 0:
             factor = factor * torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        grads = [s.grad for buffer in self.buffers for s in buffer.shards if s.grad is not None]
-        for grad in grads:
-            grad.mul_(factor)
+        for buffer in self.buffers:
+            buffer.scale_grads(factor)
         self._inner_step(skip)
         self.skipped_steps += skip
+        self.last_skipped = skip
         if self._growth_tracker is not None:
             torch._amp_update_scale_(self.loss_scale, self._growth_tracker, skip, 2.0, 0.5, 2000)
-        for buffer in self.buffers:
-            buffer.publish()
+        self.finish_gather()  # whatever no forward has waited for
+        # In the order in which the next forward needs them: the reverse of how backward filled them.
+        self._gathers = {(id(buffer), b): buffer.publish(b) for buffer, b in reversed(self._sequence)}
+        if not self.options.overlap_param_gather:
+            self.finish_gather()
         return norm
 
+    def finish_gather(self, params: Iterable[nn.Parameter] | None = None) -> None:
+        """Wait until ``params`` (default: all) hold the last step's values. Needed before they are read other than
+        through the model's forward, which waits block by block."""
+        if not self._gathers:
+            return
+        keys = list(self._gathers) if params is None else [self._home_key(p) for p in params if id(p) in self._home]
+        for key in keys:
+            work = self._gathers.pop(key, None)
+            if work is not None:
+                work.wait()
+
+    def _home_key(self, param: nn.Parameter) -> tuple[int, int]:
+        buffer, bucket = self._home[id(param)]
+        return id(buffer), bucket
+
     def _inner_step(self, skip: torch.Tensor) -> None:
-        if getattr(self.inner, "_step_supports_amp_scaling", False):
+        # Not without states: fused SGD would make its momentum in a skipped step, uninitialised (torch 2.13).
+        if getattr(self.inner, "_step_supports_amp_scaling", False) and any(self.inner.state.values()):
             self.inner.found_inf = skip  # type: ignore[attr-defined]  # fused kernels look at it on the device
             self.inner.grad_scale = None  # type: ignore[attr-defined]
             self.inner.step()
@@ -208,13 +288,7 @@ class DistributedOptimizer:
 
     def _grad_norm(self) -> torch.Tensor:
         """The norm over all parameters, each element counted once: every rank adds what it owns."""
-        total = torch.zeros((), dtype=torch.float64, device=self.loss_scale.device)
-        for buffer in self.buffers:
-            norms = torch.stack([torch.linalg.vector_norm(s.grad) for s in buffer.shards if s.grad is not None])
-            squares = norms.double().square().sum()
-            if buffer.shard:
-                dist.all_reduce(squares, op=dist.ReduceOp.SUM, group=buffer.group)
-            total += squares
+        total = torch.stack([buffer.squared_norm() for buffer in self.buffers]).sum()
         return total.sqrt().to(self.buffers[0].main_dtype)
 
     def zero_grad(self, set_to_none: bool = False) -> None:
@@ -232,8 +306,21 @@ class DistributedOptimizer:
         for buffer in self.buffers:
             yield from buffer.pieces()
 
+    def counters(self) -> dict[str, float]:
+        """What a checkpoint keeps beside the pieces: the loss scale, the good steps since it changed, skipped steps."""
+        growth = 0.0 if self._growth_tracker is None else float(self._growth_tracker)
+        return {"scale": float(self.loss_scale), "growth": growth, "skipped": float(self.skipped_steps)}
+
+    def load_counters(self, saved: Mapping[str, float]) -> None:
+        """Go on from what ``counters`` returned."""
+        self.skipped_steps.fill_(saved["skipped"])
+        if self._growth_tracker is not None:
+            self.loss_scale.fill_(saved["scale"])
+            self._growth_tracker.fill_(int(saved["growth"]))
+
     def refresh_shards(self) -> None:
         """Set the fp32 main copies from the model's parameters, after those were written from outside."""
+        self.finish_gather()
         for buffer in self.buffers:
             buffer.refresh_shards()
 

@@ -13,10 +13,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from tinytron.distributed.parallel_state import ParallelState
+from tinytron.distributed.sequence_parallel.ulysses import HeadPlan, head_to_seq, seq_to_head
 from tinytron.errors import ConfigError
 from tinytron.model.config import ModelConfig
 from tinytron.model.modules.emb import Rotation, rotate
-from tinytron.model.modules.linear import ResidualLinear
+from tinytron.model.modules.linear import PackedLinear, ResidualLinear
 from tinytron.model.modules.norm import RMSNorm
 
 Backend = Literal["sdpa", "flash", "math"]
@@ -120,29 +122,37 @@ def _attend_flash(
 
 class Attention(nn.Module):
     """Projections, rotation and attention. Query, key and value weights are one matrix, ``[(N + 2K) H, D]``, in that
-    order. Shapes: ``[B, S, D] -> [B, S, D]``."""
+    order. Shapes: ``[B, s, D] -> [B, s, D]``: under sequence parallelism each rank has a part of the sequence, and inside
+    some heads of all of it (ulysses.py); the rotation is that of this rank's positions, documents are those of the whole.
+    """
 
-    def __init__(self, config: ModelConfig, backend: Backend = "sdpa") -> None:
+    def __init__(self, config: ModelConfig, backend: Backend = "sdpa", state: ParallelState | None = None) -> None:
         super().__init__()
+        self.plan = HeadPlan(config.num_attention_heads, config.num_key_value_heads, state.layout.sep if state else 1)
+        self.group = state.groups["sep"] if state else None
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.dropout, self.backend = config.resolved_head_dim, config.dropout, backend
-        width = self.num_heads * self.head_dim
-        packed = width + 2 * self.num_kv_heads * self.head_dim
-        self.qkv_proj = nn.Linear(config.hidden_size, packed, bias=config.bias)
+        width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.qkv_proj = PackedLinear(config.hidden_size, (width, kv_width, kv_width), bias=config.bias)
         self.out_proj = ResidualLinear(width, config.hidden_size, bias=config.bias)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x_BSD: torch.Tensor, rotation: Rotation, documents: Documents | None = None) -> torch.Tensor:
-        B, S, _ = x_BSD.shape
+    def forward(self, x_BsD: torch.Tensor, rotation: Rotation, documents: Documents | None = None) -> torch.Tensor:
+        B, s, _ = x_BsD.shape
         N, K = self.num_heads, self.num_kv_heads
-        qkv = self.qkv_proj(x_BSD).view(B, S, N + 2 * K, self.head_dim)
+        qkv = self.qkv_proj(x_BsD).view(B, s, N + 2 * K, self.head_dim)
+        q, k, v = qkv.split((N, K, K), dim=2)
         if self.q_norm is None or self.k_norm is None:
             q, k = rotate(qkv[:, :, : N + K], rotation).split((N, K), dim=2)  # one rotation for both
         else:
-            q = rotate(self.q_norm(qkv[:, :, :N]), rotation)
-            k = rotate(self.k_norm(qkv[:, :, N : N + K]), rotation)
+            q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
+        if self.group is not None and self.plan.size > 1:
+            packed_BSmH = seq_to_head(torch.cat((q, k, v), dim=2), self.plan, self.group)
+            q, k, v = packed_BSmH.split((self.plan.heads, self.plan.kv_heads, self.plan.kv_heads), dim=2)
         dropout = self.dropout if self.training else 0.0
-        out = attend(q, k, qkv[:, :, N + K :], backend=self.backend, documents=documents, dropout=dropout)
+        out = attend(q, k, v, backend=self.backend, documents=documents, dropout=dropout)
+        if self.group is not None and self.plan.size > 1:
+            out = head_to_seq(out, self.plan, self.group)
         projected: torch.Tensor = self.out_proj(out.flatten(2))
         return projected

@@ -1,11 +1,34 @@
-"""Token embeddings are ``nn.Embedding``; this file has the positions: rotary embeddings (RoPE)."""
+"""Token embedding, and rotary position embeddings (RoPE)."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
+
+
+class TokenEmbedding(nn.Embedding):
+    """``weight[ids]`` whose gradient is summed in fp32 (fp64): torch's CPU kernel sums in the weight's own precision, and
+    in bf16 a token that occurs 256 times stops counting. Shapes: ``[...] -> [..., D]``."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return _Lookup.apply(self.weight, ids)
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight_VD: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(ids)
+        ctx.rows = weight_VD.shape[0]
+        return weight_VD[ids]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (ids,) = ctx.saved_tensors
+        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        # The native kernel rather than index_add_: it is deterministic on CUDA.
+        return torch.ops.aten.embedding_dense_backward(wide, ids, ctx.rows, -1, False), None
 
 
 class Rotation(NamedTuple):
@@ -31,10 +54,10 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("cos", angles.cos().to(dtype).unsqueeze(1), persistent=False)
         self.register_buffer("sin", angles.sin().to(dtype).unsqueeze(1), persistent=False)
 
-    def forward(self, seq_len: int, positions: torch.Tensor | None = None) -> Rotation:
-        """The rotations of positions ``0 .. seq_len - 1``, or of ``positions`` ``[S]`` or ``[B, S]``."""
+    def forward(self, first: int, count: int, positions: torch.Tensor | None = None) -> Rotation:
+        """The rotations of ``count`` positions from ``first`` on, or of ``positions`` ``[S]`` or ``[B, S]``."""
         if positions is None:
-            return Rotation(self.cos[:seq_len], self.sin[:seq_len])
+            return Rotation(self.cos[first : first + count], self.sin[first : first + count])
         return Rotation(self.cos[positions], self.sin[positions])
 
 

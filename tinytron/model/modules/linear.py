@@ -7,3 +7,11 @@ import torch.nn as nn
 
 class ResidualLinear(nn.Linear):
     """A projection whose output is added to the residual stream; its initial weights are scaled down with depth."""
+
+
+class PackedLinear(nn.Linear):
+    """Several projections of one input in one matrix product: ``row_blocks`` are their output sizes, in order."""
+
+    def __init__(self, in_features: int, row_blocks: tuple[int, ...], bias: bool) -> None:
+        super().__init__(in_features, sum(row_blocks), bias=bias)
+        self.row_blocks = row_blocks

@@ -7,6 +7,8 @@ PyTorch). Letters: T tokens, t tokens of one chunk, D model dimension, V vocabul
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +18,12 @@ IGNORE_INDEX = -100
 
 class LossSums(NamedTuple):
     """Sums over the valid targets: ``objective`` is what to differentiate, ``token`` the plain cross entropy in nats
-    (detached). They differ by the auxiliary terms, here the z-loss."""
+    (detached). They differ by the weighted auxiliary terms: z-loss, and those of ``aux`` (detached and unweighted, by
+    name)."""
 
     objective: torch.Tensor
     token: torch.Tensor
+    aux: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
 def fused_linear_cross_entropy(
@@ -38,7 +42,7 @@ def fused_linear_cross_entropy(
     Differentiable once, in ``hidden_TD`` and ``weight_VD``. z-loss: PaLM, arXiv:2204.02311, section 5.
     """
     if chunk_tokens is None:
-        # Logits of one chunk: 2^25 on a GPU keep its cores busy; on a CPU the fewer the better they stay in cache.
+        # Logits of one chunk: many keep a GPU busy; on a CPU fewer stay in its cache.
         elements = 2**27 if hidden_TD.is_cuda else 2**22
         chunk_tokens = max(128, elements // weight_VD.shape[0])
     if not torch.is_grad_enabled():

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from tinytron.model.modules.linear import ResidualLinear
+from tinytron.model.modules.linear import PackedLinear, ResidualLinear
 
 
 class SwiGLU(nn.Module):
@@ -17,7 +17,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int, bias: bool) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=bias)
+        self.gate_up_proj = PackedLinear(hidden_size, (intermediate_size, intermediate_size), bias=bias)
         self.down_proj = ResidualLinear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""Expert parallelism: tokens travel to the rank that holds their experts, and back."""

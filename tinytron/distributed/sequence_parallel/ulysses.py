@@ -1,0 +1,92 @@
+"""Ulysses sequence parallelism (arXiv:2309.14509, section 3): the exchange between sequence parts and heads.
+
+Letters: B batch, S whole sequence, s = S / P this rank's part, N query heads, K key/value heads, H head dimension, P ranks
+of the group; n and k are the heads of one rank. One packed exchange takes queries, keys and values in, one takes the
+output back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from tinytron.distributed.collectives import AllToAll
+from tinytron.distributed.layout import divisors
+from tinytron.errors import ConfigError
+
+
+def check_sep_size(size: int, num_heads: int, num_kv_heads: int, seq_len: int = 0) -> None:
+    """Raises: ConfigError if ``size`` ranks cannot share these heads, or sequences of ``seq_len`` tokens (0: of any);
+    it names all sizes that can share both."""
+    fitting = [p for p in divisors(num_heads) if (num_kv_heads % p == 0 or p % num_kv_heads == 0) and seq_len % p == 0]
+    if seq_len % size:
+        raise ConfigError(f"--sep_size {size} must divide --seq_len {seq_len}; use one of {fitting}")
+    if size not in fitting:
+        raise ConfigError(
+            f"--sep_size {size} must divide --num_attention_heads {num_heads}, and divide or be a multiple of "
+            f"--num_key_value_heads {num_kv_heads}; use one of {fitting}"
+        )
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """Which heads each rank of the group attends with: pure arithmetic.
+
+    Rank r has the query heads ``[r N/P, (r + 1) N/P)`` and the key/value heads they use: K/P of its own when P divides K;
+    when K divides P, one head, which it shares with the P/K - 1 ranks beside it (their gradients add up).
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    size: int
+
+    def __post_init__(self) -> None:
+        check_sep_size(self.size, self.num_heads, self.num_kv_heads)
+
+    @property
+    def heads(self) -> int:
+        """Query heads per rank, n."""
+        return self.num_heads // self.size
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads per rank, k."""
+        return max(1, self.num_kv_heads // self.size)
+
+    def packed_index(self) -> list[int]:
+        """Positions in the packed ``[q heads | k heads | v heads]`` axis, rank by rank: what each rank is sent."""
+        N, K, P = self.num_heads, self.num_kv_heads, self.size
+        index = []
+        for rank in range(P):
+            queries = range(rank * self.heads, (rank + 1) * self.heads)
+            first = rank * K // P
+            kv = range(first, first + self.kv_heads)
+            index += [*queries, *(N + head for head in kv), *(N + K + head for head in kv)]
+        return index
+
+
+def seq_to_head(qkv_BsMH: torch.Tensor, plan: HeadPlan, group: dist.ProcessGroup) -> torch.Tensor:
+    """``[B, s, N + 2K, H] -> [B, S, n + 2k, H]``: all positions of this rank's heads. Collective over ``group``."""
+    B, s, _, H = qkv_BsMH.shape
+    m = plan.heads + 2 * plan.kv_heads
+    index = torch.tensor(plan.packed_index(), device=qkv_BsMH.device)
+    qkv_BsPmH = qkv_BsMH.index_select(2, index).view(B, s, plan.size, m, H)
+    qkv_PBsmH = AllToAll.apply(qkv_BsPmH.permute(2, 0, 1, 3, 4), group, None, None)  # dim 0: destination -> source
+    return qkv_PBsmH.permute(1, 0, 2, 3, 4).reshape(B, plan.size * s, m, H)
+
+
+def head_to_seq(out_BSnH: torch.Tensor, plan: HeadPlan, group: dist.ProcessGroup) -> torch.Tensor:
+    """``[B, S, n, H] -> [B, s, N, H]``: the inverse for the attention output. Collective over ``group``."""
+    B, S, n, H = out_BSnH.shape
+    out_BPsnH = out_BSnH.reshape(B, plan.size, S // plan.size, n, H)
+    out_PBsnH = AllToAll.apply(out_BPsnH.transpose(0, 1), group, None, None)
+    return out_PBsnH.permute(1, 2, 0, 3, 4).reshape(B, S // plan.size, plan.num_heads, H)
+
+
+def cut_sequence(whole_BS: torch.Tensor, group_rank: int, size: int) -> torch.Tensor:
+    """This rank's part of the sequence dimension. Labels and positions must be made before the cut: a part cannot see
+    its last label."""
+    part = whole_BS.shape[1] // size
+    return whole_BS[:, group_rank * part : (group_rank + 1) * part].contiguous()

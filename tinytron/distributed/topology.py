@@ -1,0 +1,35 @@
+"""Who sits where and who owns what, for people."""
+
+from __future__ import annotations
+
+from tinytron.distributed.layout import ParallelLayout
+from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer
+
+
+def describe_topology(layout: ParallelLayout, optimizer: DistributedOptimizer) -> str:
+    """A readable report: the groups of each axis, and per flat buffer its size, buckets, owners and padding."""
+    lines = [
+        f"topology: {layout.world_size} processes = dp {layout.dp} x sep {layout.sep} for dense parameters, "
+        f"edp {layout.world_size // layout.ep} x ep {layout.ep} for experts"
+    ]
+    meaning = {
+        "sep": "share each sequence",
+        "dp": "hold the same part of different sequences",
+        "ep": "share the experts",
+        "edp": "hold the same experts",
+    }
+    for axis, what in meaning.items():
+        groups = layout.ranks(axis)
+        shown = " ".join(str(group) for group in groups[:8]) + (" ..." if len(groups) > 8 else "")
+        lines.append(f"  {axis:<4} {what}: {shown}")
+    for buffer in optimizer.buffers:
+        used = sum(slot.numel for slot in buffer.layout.slots)
+        rule = "whole tensors" if buffer.own.whole_tensors else "elements"
+        lines.append(
+            f"  {len(buffer.members)} tensors, {used:,} elements in {len(buffer.layout.buckets)} buckets, "
+            f"owned by {rule} over {buffer.num_shards} ranks, {buffer.layout.numel - used:,} elements of padding: "
+            f"{buffer.members[0].name} ... {buffer.members[-1].name}"
+        )
+    sizes = ", ".join(f"{kind} {count / 2**20:.1f} MiB" for kind, count in optimizer.bytes_per_rank().items())
+    lines.append(f"  this rank holds: {sizes}")
+    return "\n".join(lines)

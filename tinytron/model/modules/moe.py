@@ -1,0 +1,159 @@
+"""Mixture of experts: router, balance terms, and SwiGLU experts spread over the expert-parallel group.
+
+Letters: B batch, s this rank's part of the sequence, T = B s tokens of this rank, k choices per token, E experts, e experts
+of this rank, Q rows that arrive here, D model dimension, F expert width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from tinytron.distributed.collectives import sum_over
+from tinytron.distributed.expert_parallel.comm import combine, dispatch, plan_routes
+from tinytron.distributed.parallel_state import ParallelState
+from tinytron.model.config import ModelConfig
+from tinytron.model.modules.mlp import SwiGLU
+
+
+class MoEStats(NamedTuple):
+    """What one layer's routing adds to the loss, as sums over this rank's tokens, and its load."""
+
+    balance: torch.Tensor  # sum over tokens of E * sum_e f_e p_te: 1 per token when the load f is even
+    z: torch.Tensor  # sum over tokens of logsumexp(router logits)²
+    load_E: torch.Tensor  # rows this rank sent to each expert, int64
+
+
+class Routing(NamedTuple):
+    """The router's decision for each token; scores in fp32 (fp64 for fp64 models)."""
+
+    expert_Tk: torch.Tensor
+    weight_Tk: torch.Tensor
+    prob_TE: torch.Tensor
+    logits_TE: torch.Tensor
+
+
+class Router(nn.Module):
+    """Scores in fp32, top-k choice, optional renormalisation of the chosen scores.
+
+    ``bias`` shifts the choice only, not the weights (auxiliary-loss-free balancing, arXiv:2408.15664): it is moved once
+    per optimizer step against the load, and saved.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.top_k, self.score, self.norm_topk = (
+            config.num_experts_per_tok,
+            config.moe_router_score,
+            config.norm_topk_prob,
+        )
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.bias: torch.Tensor
+        self.register_buffer("bias", torch.zeros(config.num_experts, dtype=torch.float32))
+
+    def forward(self, x_TD: torch.Tensor) -> Routing:
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
+        score_TE = logits_TE.softmax(-1) if self.score == "softmax" else logits_TE.sigmoid()
+        expert_Tk = (score_TE.detach() + self.bias).topk(self.top_k, dim=-1).indices
+        weight_Tk = score_TE.gather(1, expert_Tk)
+        if self.norm_topk:
+            weight_Tk = weight_Tk / _positive(weight_Tk.sum(-1, keepdim=True))
+        prob_TE = score_TE if self.score == "softmax" else score_TE / _positive(score_TE.sum(-1, keepdim=True))
+        return Routing(expert_Tk, weight_Tk, prob_TE, logits_TE)
+
+
+def _positive(total: torch.Tensor) -> torch.Tensor:
+    """A divisor that is not zero, even when all sigmoid scores of a token underflow."""
+    return total.clamp(min=torch.finfo(total.dtype).tiny)
+
+
+class Experts(nn.Module):
+    """This rank's experts: SwiGLU with weights ``[e, 2F, D]`` (gate first) and ``[e, D, F]``."""
+
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+
+    def forward(self, rows_QD: torch.Tensor, rows_e: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        gate, up = grouped_linear(rows_QD, self.gate_up_proj, rows_e, counts).chunk(2, dim=-1)
+        return grouped_linear(F.silu(gate) * up, self.down_proj, rows_e, counts)
+
+
+class MoE(nn.Module):
+    """Router, dispatch, experts, combine, and shared experts that see every token (arXiv:2401.06066).
+
+    Shapes: ``[B, s, D] -> [B, s, D]`` and ``MoEStats``. Collective over the expert group in forward and backward; over the
+    sequence group (balance scope ``sequence``) or the world (``batch``) for the load, in forward.
+    """
+
+    def __init__(self, config: ModelConfig, state: ParallelState | None) -> None:
+        super().__init__()
+        self.config, self.state = config, state
+        self.router = Router(config)
+        local = config.num_experts // (state.layout.ep if state else 1)
+        self.experts = Experts(local, config.hidden_size, config.moe_intermediate_size)
+        width = config.num_shared_experts * config.moe_intermediate_size
+        self.shared = SwiGLU(config.hidden_size, width, config.bias) if width else None
+
+    def forward(self, x_BsD: torch.Tensor) -> tuple[torch.Tensor, MoEStats]:
+        x_TD = x_BsD.flatten(0, 1)
+        routing = self.router(x_TD)
+        group = self.state.groups["ep"] if self.state else None
+        routes = plan_routes(routing.expert_Tk, self.config.num_experts, group)
+        rows_QD = self.experts(dispatch(x_TD, routes, group), routes.rows_e, routes.counts)
+        out_TD = combine(rows_QD, routing.weight_Tk, routes, group)
+        out_BsD = out_TD.view_as(x_BsD)
+        if self.shared is not None:
+            out_BsD = out_BsD + self.shared(x_BsD)
+        return out_BsD, self._stats(routing, x_BsD.shape[0])
+
+    def _stats(self, routing: Routing, B: int) -> MoEStats:
+        """Balance: Switch Transformer's loss (arXiv:2101.03961, section 2.2) times the tokens it stands for.
+
+        It is linear in the probabilities, so each rank adds its own tokens' part and only the loads, which carry no
+        gradient, are summed over ranks: over the sequence's ranks, or over all ranks of the micro-batch.
+        """
+        (T, k), E = routing.expert_Tk.shape, self.config.num_experts
+        row_T1 = torch.arange(T, device=routing.expert_Tk.device).unsqueeze(1) // (T // B)
+        index = (row_T1 * E + routing.expert_Tk).flatten()
+        load_BE = torch.zeros(B * E, dtype=torch.int64, device=index.device)
+        load_BE = load_BE.scatter_add_(0, index, torch.ones_like(index)).view(B, E)
+        prob_BE = routing.prob_TE.view(B, T // B, E).sum(1)
+        load_E = load_BE.sum(0)
+        z = torch.logsumexp(routing.logits_TE, dim=-1).square().sum()
+        if self.config.moe_aux_loss_scope == "sequence":
+            seen, group, ranks = load_BE, "sep", self.state.layout.sep if self.state else 1
+            rows = k * (T // B) * ranks
+        else:
+            ranks = self.state.layout.world_size if self.state else 1
+            seen, group, rows = load_E.clone(), "world", k * T * ranks
+        if self.state is not None and ranks > 1:
+            seen = sum_over(seen.clone(), self.state.groups[group])
+        balance = E * (prob_BE * (seen.to(prob_BE.dtype) / rows)).sum()
+        return MoEStats(balance, z, load_E)
+
+
+def grouped_linear(
+    rows_QD: torch.Tensor, weight_eFD: torch.Tensor, rows_e: torch.Tensor, counts: list[int]
+) -> torch.Tensor:
+    """Each row times its expert's transposed weight; rows are grouped by expert. ``[Q, D] -> [Q, F]``.
+
+    One grouped GEMM where torch has one (bf16; fp32 on CPUs; widths of whole 16 bytes), else one product per expert.
+    ``counts`` is ``rows_e`` on the host. Experts without rows get a zero gradient.
+    """
+    grouped = rows_QD.dtype == torch.bfloat16 or (rows_QD.dtype == torch.float32 and rows_QD.device.type == "cpu")
+    if grouped and all(width * rows_QD.element_size() % 16 == 0 for width in weight_eFD.shape[1:]):
+        ends_e = rows_e.cumsum(0).to(torch.int32)
+        out: torch.Tensor = F.grouped_mm(rows_QD, weight_eFD.transpose(1, 2), offs=ends_e)
+        return out
+    return looped_linear(rows_QD, weight_eFD, counts)
+
+
+def looped_linear(rows_QD: torch.Tensor, weight_eFD: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """``grouped_linear`` as one product per expert: any dtype, any device."""
+    return torch.cat([rows @ weight.t() for rows, weight in zip(rows_QD.split(counts), weight_eFD, strict=True)])
