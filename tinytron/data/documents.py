@@ -16,7 +16,7 @@ from tinytron.errors import ConfigError, DataError, TinytronError
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
 PIECE_CHARS = 2**20  # a longer text file becomes several documents, cut at a line end
-BATCH_CHARS = 2**22  # tokenised at a time
+BATCH_CHARS = 2**20  # tokenised at a time
 
 
 def find_text_files(path: str) -> list[Path]:
@@ -46,19 +46,20 @@ def read_texts(files: Iterable[Path], text_key: str = "text", option: str = "the
         if path.suffix == ".jsonl":
             yield from texts_of(_json_lines(path), text_key, str(path), option)
         elif path.suffix == ".parquet":
-            yield from texts_of(stream_rows(str(path), "parquet", data_files=[str(path)]), text_key, str(path), option)
+            rows = stream_rows(str(path), "parquet", data_files=[str(path)], split="train")
+            yield from texts_of(rows, text_key, str(path), option)
         else:
             with as_data_error(str(path)), open(path, encoding="utf-8") as file:
                 while piece := file.read(PIECE_CHARS):
                     yield piece + file.readline(PIECE_CHARS)
 
 
-def stream_rows(where: str, *args: Any, split: str = "train", **kwargs: Any) -> Iterator[dict[str, Any]]:
-    """The rows that ``datasets.load_dataset(...)`` streams. Raises: DataError starting with ``where``, whatever goes
-    wrong there; ConfigError without the package."""
+def stream_rows(where: str, *args: Any, advice: str = "", **kwargs: Any) -> Iterator[dict[str, Any]]:
+    """The rows that ``datasets.load_dataset(...)`` streams. Raises: DataError starting with ``where`` and ending in
+    ``advice``, whatever goes wrong there; ConfigError without the package."""
     datasets = require_package("datasets")
-    with as_data_error(where):
-        yield from datasets.load_dataset(*args, split=split, streaming=True, **kwargs)
+    with as_data_error(where, advice):
+        yield from datasets.load_dataset(*args, streaming=True, **kwargs)
 
 
 def texts_of(rows: Iterable[Any], text_key: str, where: str, option: str = "the text key") -> Iterator[str]:
@@ -141,8 +142,8 @@ def _json_lines(path: Path) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def as_data_error(where: str) -> Iterator[None]:
-    """Any exception of other people's code as a one-line DataError that starts with ``where``."""
+def as_data_error(where: str, advice: str = "") -> Iterator[None]:
+    """Any exception of other people's code as a one-line DataError that starts with ``where`` and ends in ``advice``."""
     try:
         yield
     except TinytronError:
@@ -150,7 +151,7 @@ def as_data_error(where: str) -> Iterator[None]:
     except Exception as error:
         text = " ".join(str(error).split())
         shown = text if len(text) <= 300 else text[:297] + "..."
-        raise DataError(f"{where}: {shown or type(error).__name__}") from error
+        raise DataError(f"{where}: {shown.rstrip('.') or type(error).__name__}{advice and f'; {advice}'}") from error
 
 
 def require_package(name: str) -> Any:

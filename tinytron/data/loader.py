@@ -26,6 +26,20 @@ class Batch(NamedTuple):
         return Batch(*(t.to(device, non_blocking=True) for t in self))
 
 
+def as_batch(item: Any) -> Batch:
+    """What a loader of the user's own gave: a ``Batch``, a dict with ``input_ids`` and ``labels``, or the two in a row."""
+    if isinstance(item, Batch):
+        return item
+    pair = [item.get("input_ids"), item.get("labels")] if isinstance(item, dict) else item
+    if not (
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and all(torch.is_tensor(t) and t.ndim == 2 for t in pair)
+    ):
+        raise DataError(
+            "a loader must give input_ids and labels, integer tensors [B, S]: a dict, a pair, or a data.Batch"
+        )
+    return Batch(*(t.long() for t in pair))
+
+
 class GlobalBatchSampler(Sampler[list[int]]):
     """Sample numbers of this data-parallel rank's micro-batches, from ``start_step`` on without end.
 
@@ -108,9 +122,11 @@ def _as_sample(item: Any) -> dict[str, torch.Tensor]:
 
 def _collate(items: Sequence[Any]) -> Batch:
     samples = [_as_sample(item) for item in items]
-    lengths = {len(sample["input_ids"]) for sample in samples}
+    lengths = {len(tensor) for sample in samples for tensor in sample.values()}
     if len(lengths) != 1:
-        raise DataError(f"the samples of a micro-batch have different lengths {sorted(lengths)}; cut or pad them alike")
+        raise DataError(
+            f"the input_ids and labels of a micro-batch have different lengths {sorted(lengths)}; cut or pad them alike"
+        )
     return Batch(*(torch.stack([s[key] for s in samples]).long() for key in ("input_ids", "labels")))
 
 
@@ -136,6 +152,7 @@ def build_train_loader(
         collate_fn=_collate,
         num_workers=num_workers,
         pin_memory=pin_memory and torch.cuda.is_available(),
+        generator=torch.Generator(),  # or every start would draw from the generator that dropout uses
         persistent_workers=num_workers > 0,
     )
 
@@ -150,4 +167,5 @@ def build_val_loader(
         collate_fn=_collate,
         num_workers=num_workers,
         pin_memory=pin_memory and torch.cuda.is_available(),
+        generator=torch.Generator(),  # or every start would draw from the generator that dropout uses
     )

@@ -19,6 +19,8 @@ class MockDataset(Dataset[dict[str, torch.Tensor]]):
         return self.num_samples
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < self.num_samples:
+            raise IndexError(f"sample {index} of {self.num_samples}")  # ends a plain for loop over the data set
         random = np.random.default_rng([self.seed, self.offset + index])
         tokens = torch.from_numpy(random.integers(0, self.vocab_size, self.seq_len + 1, dtype=np.int64))
         return {"input_ids": tokens[:-1], "labels": tokens[1:]}

@@ -154,19 +154,23 @@ def prepare_once(folder: Path, write: Callable[[Path], Mapping[str, Any]]) -> Fa
     """The facts of ``folder``, for which ``write(folder)`` first writes the shards unless that is done already. What an
     interrupted preparation left is removed; a second process waits for the first and uses its result.
 
-    Raises: DataError if ``folder`` has shards that were not prepared here (they are not touched), or cannot be locked.
+    Raises: DataError if ``folder`` has shards that were not prepared here (they are not touched), or cannot be written
+    or locked.
     """
     if (facts := prepared(folder)) is not None:
         return facts
     if not (folder / LOCK).exists() and any(folder.glob("*.bin")):
         raise DataError(f"{folder} holds token shards that were not prepared here; use another folder, or remove them")
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
-        if (facts := prepared(folder)) is not None:  # by the process that held the lock
-            return facts
-        for left_over in [folder / MARKER, *folder.glob("*.bin"), *folder.glob("*.tmp")]:
-            left_over.unlink(missing_ok=True)
-        return mark_prepared(folder, write(folder))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            if (facts := prepared(folder)) is not None:  # by the process that held the lock
+                return facts
+            for left_over in [folder / MARKER, *folder.glob("*.bin"), *folder.glob("*.tmp")]:
+                left_over.unlink(missing_ok=True)
+            return mark_prepared(folder, write(folder))
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written ({error}); use a folder on a disk with space") from error
 
 
 def file_states(paths: Iterable[Path]) -> list[list[Any]]:
@@ -196,8 +200,6 @@ def _locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             print(f"waiting for another process that prepares {folder}", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            raise DataError(f"{folder} cannot be locked ({error.strerror}); use a folder on a local disk") from error
         yield
 
 

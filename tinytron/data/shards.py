@@ -74,11 +74,13 @@ def open_shard(path: Path) -> npt.NDArray[Any]:
 def write_shard(path: Path, tokens: npt.ArrayLike, dtype: npt.DTypeLike = np.uint16) -> None:
     """Write token ids as one shard; the file appears whole or not at all.
 
-    Raises: DataError for more than 2^31 - 1 tokens, or an id that ``dtype`` cannot hold.
+    Raises: DataError for more than 2^31 - 1 tokens, ids that are no integers, or an id that ``dtype`` cannot hold.
     """
     tokens, target = np.asarray(tokens), np.dtype(dtype).newbyteorder("<")
     if target not in TOKEN_DTYPES:
         raise DataError(f"token dtype {target} is not one of uint16, uint32")
+    if tokens.size and tokens.dtype.kind not in "iu":
+        raise DataError(f"{path}: token ids must be integers, not {tokens.dtype}")
     if tokens.size > MAX_TOKENS:
         raise DataError(f"{path}: {tokens.size} tokens exceed the {MAX_TOKENS} of one shard; write several")
     if tokens.size and (tokens.min() < 0 or tokens.max() > np.iinfo(target).max):
@@ -89,7 +91,8 @@ def write_shard(path: Path, tokens: npt.ArrayLike, dtype: npt.DTypeLike = np.uin
 
 
 def find_shards(dataset_path: str, split: str) -> list[Path]:
-    """The shards of ``split`` in a folder (``<split>_*.bin``), or for ``train`` those a glob pattern matches; sorted.
+    """The shards of ``split``, ``train`` or ``val``, sorted: ``<split>_*.bin`` of a folder, or of those a glob pattern
+    matches the ones named ``val_*`` for ``val`` and all others for ``train``.
 
     Raises: DataError if there is no such folder, or it has no training shard.
     """
@@ -99,10 +102,9 @@ def find_shards(dataset_path: str, split: str) -> list[Path]:
         if not shards and split == "train":
             raise DataError(f"--dataset_path {dataset_path} has no train_*.bin; name a folder with token shards")
         return shards
-    if split != "train":
-        return []
-    shards = sorted(Path(p) for p in glob.glob(dataset_path))
-    if not shards:
+    matches = sorted(Path(p) for p in glob.glob(dataset_path))
+    shards = [p for p in matches if p.name.startswith("val_") == (split == "val")]
+    if not shards and split == "train":
         raise DataError(
             f"--dataset_path {dataset_path} is no folder and matches no file; "
             "give a folder with train_*.bin and val_*.bin, or a pattern such as 'shards/train_*.bin'"
@@ -149,11 +151,13 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
         )
 
     def check_token_ids(self, part: int = 0, parts: int = 1, limit: int = 2**28) -> None:
-        """Look for ids outside the vocabulary in every ``parts``-th shard, at most about ``limit`` tokens of each, evenly
-        spread (the rest is checked on access). Raises: DataError naming file, byte and id."""
-        for number in range(part, len(self.shards), parts):
-            shard, block = self.shards[number], 2**20
-            stride = max(1, -(-len(shard) // limit)) * block
+        """Look for ids outside the vocabulary in every ``parts``-th shard: all tokens, or if those are more than ``limit``
+        about as many, evenly spread (the rest is checked on access). Raises: DataError naming file, byte and id."""
+        mine = range(part, len(self.shards), parts)
+        block = 2**18
+        stride = block * max(1, -(-sum(len(self.shards[n]) for n in mine) // limit))
+        for number in mine:
+            shard = self.shards[number]
             for first in range(0, len(shard), stride):
                 tokens = shard[first : first + block]
                 if int(tokens.max()) >= self.vocab_size:
