@@ -38,6 +38,12 @@ class CheckpointFiles:
         return self.meta.is_file() and self.model.is_file() and (self.optimizer / ".metadata").is_file()
 
 
+def damaged(path: Path, error: BaseException | str) -> CheckpointError:
+    """The error for a part that cannot be read, in one line."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return CheckpointError(f"{path} cannot be read ({reason}); remove this checkpoint to use the one before")
+
+
 def newest_checkpoint(folder: Path) -> CheckpointFiles | None:
     """The complete checkpoint of ``folder`` with the highest step, or ``None``."""
     found = [

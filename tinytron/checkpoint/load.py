@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +9,24 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from tinytron.checkpoint.files import CheckpointFiles
-from tinytron.checkpoint.optimizer_state import load_optimizer_state
+from tinytron.checkpoint.files import CheckpointFiles, damaged
 from tinytron.distributed.collectives import together
 from tinytron.distributed.parallel_state import ParallelState
+from tinytron.distributed.param_spec import specs_of
 from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer
 from tinytron.errors import CheckpointError
 from tinytron.utils.training import set_rng_state
 
 
-def read_file(path: Path) -> Any:
+def read_file(path: Path) -> dict[str, Any]:
     """``torch.load`` with plain types only. Raises: CheckpointError if the file is missing or damaged."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path} cannot be read ({reason}); remove this checkpoint to use the one before"
-        ) from error
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged pickles raise all sorts
+        raise damaged(path, error) from error
+    if not isinstance(content, dict):
+        raise damaged(path, f"it holds a {type(content).__name__}, not a dict")
+    return content
 
 
 def load_checkpoint(
@@ -43,18 +42,31 @@ def load_checkpoint(
     A rank that the saving run did not have keeps its fresh random state. Raises: CheckpointError on every rank if a file
     is damaged or the model does not fit.
     """
+    from tinytron.checkpoint.optimizer_state import load_optimizer_state  # torch's DCP takes a second to import
+
     world = state.groups["world"]
-    together(lambda: load_weights(model, read_file(files.model), str(files.model)), world)
+    together(lambda: load_weights(model, read_file(files.model), str(files.model), state), world)
     optimizer.refresh_shards()
     load_optimizer_state(optimizer, files.optimizer, world)
+    optimizer.load_counters(meta["counters"])
     rank = dist.get_rank(world)
     if rank < len(meta["rng"]):
         set_rng_state(meta["rng"][rank])
 
 
-def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
-    """Copy ``weights`` into ``model`` in place. Raises: CheckpointError naming missing, unknown and misshapen tensors."""
+def load_weights(
+    model: nn.Module, weights: dict[str, torch.Tensor], source: str, state: ParallelState | None = None
+) -> None:
+    """Copy ``weights``, those of the whole model, into ``model`` in place; with ``state`` this rank's experts only.
+
+    Raises: CheckpointError naming missing, unknown and misshapen tensors.
+    """
     own = model.state_dict()
+    if state is not None:
+        cut = {spec.name for spec in specs_of(model) if spec.shard_axis is not None} & weights.keys()
+        part, parts = state.group_rank("ep"), state.layout.ep
+        whole = {name: len(weights[name]) == parts * len(own[name]) for name in cut}
+        weights = weights | {name: weights[name].chunk(parts)[part] for name in cut if whole[name]}
     problems = [f"{n} is missing" for n in own.keys() - weights.keys()]
     problems += [f"{n} is unknown to this model" for n in weights.keys() - own.keys()]
     problems += [

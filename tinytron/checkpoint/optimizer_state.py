@@ -1,12 +1,13 @@
 """An optimizer's main weights and states by parameter name, independent of who owned which part.
 
-Keys: ``<parameter>/main`` (fp32 master weights), ``<parameter>/<state>`` (such as ``exp_avg``) and
-``<parameter>/scalar.<state>`` (such as Adam's ``step``).
+Keys: ``<parameter>/main`` (fp32 master weights), ``<parameter>/<state>`` (such as ``exp_avg``),
+``<parameter>/scalar.<state>`` (such as Adam's ``step``) and ``<parameter>/<sizes>.<state>`` for a state of another size
+than its parameter (such as ``64x1.second_moment`` of a matrix with 64 rows; only optimizers that own whole tensors).
 """
 
 from __future__ import annotations
 
-import pickle
+import re
 from pathlib import Path
 
 import torch
@@ -14,16 +15,21 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from tinytron.checkpoint.files import damaged
 from tinytron.checkpoint.sharded import FlatLoadPlanner, FlatRange, FlatSavePlanner
 from tinytron.distributed.collectives import together
 from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer
+from tinytron.distributed.zero1.flat_buffer import Piece
 from tinytron.errors import CheckpointError
 
 _MAIN, _SCALAR = "main", "scalar."
 
 
 def save_optimizer_state(optimizer: DistributedOptimizer, folder: Path, group: dist.ProcessGroup) -> None:
-    """Write every owned part to ``folder``. Collective over ``group``."""
+    """Write every owned part to ``folder``. Collective over ``group``.
+
+    Raises: CheckpointError on every rank if the disk refuses.
+    """
     tensors: dict[str, FlatRange] = {}
     for piece in optimizer.pieces():
         length = len(piece.main)
@@ -31,17 +37,29 @@ def save_optimizer_state(optimizer: DistributedOptimizer, folder: Path, group: d
         for key, value in optimizer.inner.state[piece.holder].items():
             if not torch.is_tensor(value):
                 continue
-            if value.ndim > 0:
-                part = value[piece.start : piece.start + length]
+            if value.ndim > 0 and value.numel() == piece.holder.numel():
+                part = value.view(-1)[piece.start : piece.start + length]
                 tensors[f"{piece.name}/{key}"] = FlatRange(piece.numel, piece.offset, part)
+            elif value.ndim > 0:
+                label = "x".join(str(size) for size in value.shape[-2:])
+                tensors[f"{piece.name}/{label}.{key}"] = _other_size(piece, value)
             elif piece.offset == 0:  # stored by the owner of the parameter's first element
                 tensors[f"{piece.name}/{_SCALAR}{key}"] = FlatRange(1, 0, value.reshape(1))
-    dcp.save(
-        dict(tensors),
-        storage_writer=dcp.FileSystemWriter(folder),
-        planner=FlatSavePlanner(tensors),
-        process_group=group,
-    )
+    try:
+        dcp.save(
+            dict(tensors),
+            storage_writer=dcp.FileSystemWriter(folder),
+            planner=FlatSavePlanner(tensors),
+            process_group=group,
+        )
+    except dcp.api.CheckpointException as error:
+        raise CheckpointError(f"{folder} cannot be written ({_first_reason(error)})") from error
+
+
+def _other_size(piece: Piece, value: torch.Tensor) -> FlatRange:
+    """The place of a state that is not as large as its parameter, which this rank owns whole (or whole experts of)."""
+    count = value.numel()
+    return FlatRange(piece.numel // len(piece.main) * count, piece.offset // len(piece.main) * count, value.view(-1))
 
 
 def load_optimizer_state(optimizer: DistributedOptimizer, folder: Path, group: dist.ProcessGroup) -> None:
@@ -58,17 +76,20 @@ def load_optimizer_state(optimizer: DistributedOptimizer, folder: Path, group: d
             process_group=group,
         )
     except dcp.api.CheckpointException as error:
-        first = next(iter(error.failures.values()))[0]
-        raise CheckpointError(
-            f"{folder} cannot be read ({first}); remove this checkpoint to use the one before"
-        ) from error
+        raise damaged(folder, _first_reason(error)) from error
+
+
+def _first_reason(error: dcp.api.CheckpointException) -> str:
+    """What went wrong on the first of the ranks that failed, in one line."""
+    reason = next(iter(error.failures.values()))[0]
+    return str(reason).splitlines()[0] if str(reason) else type(reason).__name__
 
 
 def _stored(folder: Path) -> dict[str, TensorStorageMetadata]:
     try:
         entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    except (OSError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{folder}/.metadata cannot be read ({error}); remove this checkpoint") from error
+    except Exception as error:  # damaged pickles raise all sorts
+        raise damaged(folder / ".metadata", error) from error
     return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
@@ -96,11 +117,16 @@ def _prepare(
                 )
                 wanted[name] = FlatRange(1, 0, scalar.reshape(1))
                 continue
+            if sizes := re.fullmatch(r"(\d+)x(\d+)\.(.+)", key):
+                shape = (*piece.holder.shape[:-2], int(sizes[1]), int(sizes[2]))
+                value = state.setdefault(sizes[3], torch.zeros(shape, dtype=dtype, device=piece.main.device))
+                wanted[name] = _other_size(piece, value)
+                continue
             if size != piece.numel:
                 raise CheckpointError(f"{folder}: {name} has {size} elements, this model's parameter {piece.numel}")
             part = piece.main
             if key != _MAIN:
                 whole = state.setdefault(key, torch.zeros_like(piece.holder.data, dtype=dtype))
-                part = whole[piece.start : piece.start + len(piece.main)]
+                part = whole.view(-1)[piece.start : piece.start + len(piece.main)]
             wanted[name] = FlatRange(piece.numel, piece.offset, part)
     return wanted

@@ -11,9 +11,9 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from tinytron.checkpoint.files import CheckpointFiles
-from tinytron.checkpoint.optimizer_state import save_optimizer_state
 from tinytron.distributed.collectives import together
 from tinytron.distributed.parallel_state import ParallelState
+from tinytron.distributed.param_spec import specs_of
 from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer
 from tinytron.utils.training import rng_state, write_atomically
 
@@ -31,24 +31,36 @@ def save_checkpoint(
     Until ``*_meta.pt`` is in place the checkpoint does not exist for a reader; an older one of the same step stops
     existing before its parts are overwritten. Raises: TinytronError on every rank if the disk refuses.
     """
+    from tinytron.checkpoint.optimizer_state import save_optimizer_state  # torch's DCP takes a second to import
+
     files, world = CheckpointFiles(folder, step), state.groups["world"]
     together(lambda: _clear(files) if state.is_master else None, world)
     states: list[Any] = [None] * dist.get_world_size(world)
     dist.all_gather_object(states, rng_state(), group=world)
-    together(lambda: _write(files.model, consolidated_weights(model)) if state.is_master else None, world)
+    weights = consolidated_weights(model, state)
+    together(lambda: _write(files.model, weights) if state.is_master else None, world)
     save_optimizer_state(optimizer, files.optimizer, world)
-    record = {**meta, "step": step, "rng": states}
+    record = {**meta, "step": step, "rng": states, "counters": optimizer.counters()}
     together(lambda: _write(files.meta, record) if state.is_master else None, world)
     return files
 
 
-def consolidated_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """``state_dict`` as CPU tensors of their own (parameters are views of large buffers); tied ones stay tied."""
+def consolidated_weights(model: nn.Module, state: ParallelState) -> dict[str, torch.Tensor]:
+    """``state_dict`` of the whole model, on the master: all experts, tied tensors tied, as CPU tensors of their own
+    (parameters are views of large buffers). Collective over the master's expert group; empty on other ranks."""
+    cut = {spec.name for spec in specs_of(model) if spec.shard_axis is not None}
+    group, weights = state.groups["ep"], {}
+    with_master = state.layout.ranks("edp")[state.group_rank("ep")][0] == state.rank
     copies: dict[int, torch.Tensor] = {}
-    return {
-        name: copies.setdefault(tensor.data_ptr(), tensor.detach().to("cpu", copy=True))
-        for name, tensor in model.state_dict().items()
-    }
+    for name, tensor in model.state_dict().items():
+        place = tensor.data_ptr()  # of the parameter: one gathered below may get the memory of the one before
+        if name in cut and with_master and state.layout.ep > 1:
+            parts = [torch.empty_like(tensor) for _ in range(state.layout.ep)]
+            dist.all_gather(parts, tensor.contiguous(), group=group)
+            tensor = torch.cat(parts)
+        if state.is_master:
+            weights[name] = copies.setdefault(place, tensor.detach().to("cpu", copy=True))
+    return weights
 
 
 def _clear(files: CheckpointFiles) -> None:

@@ -25,12 +25,11 @@ class ValResult(NamedTuple):
 def validate(
     model: nn.Module, loss: Callable[[Batch], LossSums], batches: Iterable[Batch], state: ParallelState
 ) -> ValResult:
-    """Sum ``loss`` over this rank's ``batches`` and over the ranks. Collective over the world."""
+    """Sum ``loss`` over this rank's ``batches`` (on the device) and over the ranks. Collective over the world."""
     was_training = model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=state.device)
     for batch in batches:
-        batch = batch.to(state.device)
         sums[0] += loss(batch).token
         sums[1] += (batch.labels != IGNORE_INDEX).sum()
     model.train(was_training)

@@ -33,7 +33,7 @@ def generate(
     tokens = list(prompt)
     for _ in range(max_new_tokens):
         window = torch.tensor([tokens[-model.config.block_size :]], device=device)
-        logits_V = model.lm_head(model.hidden_states(window)[0, -1]).float()
+        logits_V = model.lm_head(model.hidden_states(window)[0][0, -1]).float()
         if temperature == 0:
             token = int(logits_V.argmax())
         else:

@@ -41,10 +41,10 @@ def _keep_lines(path: Path, wanted: Any) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text().splitlines(keepends=True):
         try:
-            if wanted(line):
-                kept.append(line + "\n")
+            if line.endswith("\n") and wanted(line):
+                kept.append(line)
         except ValueError:  # not a whole line: the process was killed while writing it
             continue
     write_atomically(path, lambda file: file.write("".join(kept).encode()))

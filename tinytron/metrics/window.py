@@ -12,12 +12,18 @@ from tinytron.distributed.collectives import sum_over
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What is known of one optimizer step: loss in nats per token of the global batch, norm before clipping."""
+    """What is known of one optimizer step: loss in nats per token of the global batch, norm before clipping, auxiliary
+    losses per token by name."""
 
     step: int
     loss: float
     lr: float
     grad_norm: float
+    aux: dict[str, float]
+
+    def fields(self) -> dict[str, float]:
+        """All values by name, auxiliary losses too."""
+        return {"step": self.step, "loss": self.loss, "lr": self.lr, "grad_norm": self.grad_norm, **self.aux}
 
 
 class StepWindow:
@@ -26,24 +32,27 @@ class StepWindow:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
         self._steps: list[tuple[int, float]] = []
-        self._losses: list[torch.Tensor] = []
+        self._parts: list[torch.Tensor] = []
         self._norms: list[torch.Tensor] = []
+        self._names: list[str] = []
 
-    def add(self, step: int, lr: float, loss_part: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        """Keep one step's device scalars; the loss is the sum of ``loss_part`` over the ranks of the group."""
+    def add(self, step: int, lr: float, parts: dict[str, torch.Tensor], grad_norm: torch.Tensor) -> None:
+        """Keep one step's device scalars. ``parts`` has ``loss`` and any auxiliary terms, always the same; each is summed
+        over the ranks of the group."""
+        self._names = list(parts)
         self._steps.append((step, lr))
-        self._losses.append(loss_part)
+        self._parts.append(torch.stack([value.double() for value in parts.values()]))
         self._norms.append(grad_norm)
 
     def flush(self) -> list[StepRecord]:
         """The records since the last flush: one reduction, one copy to the host. Collective."""
         if not self._steps:
             return []
-        losses = sum_over(torch.stack(self._losses).double(), self._group)
-        loss_values, norm_values = torch.stack([losses, torch.stack(self._norms).double()]).tolist()
-        records = [
-            StepRecord(step, loss, lr, norm)
-            for (step, lr), loss, norm in zip(self._steps, loss_values, norm_values, strict=True)
-        ]
-        self._steps, self._losses, self._norms = [], [], []
+        sums = sum_over(torch.stack(self._parts), self._group)
+        rows = torch.cat([sums, torch.stack(self._norms).double().unsqueeze(1)], dim=1).tolist()
+        records = []
+        for (step, lr), (*values, norm) in zip(self._steps, rows, strict=True):
+            aux = dict(zip(self._names, values, strict=True))
+            records.append(StepRecord(step, aux.pop("loss"), lr, norm, aux))
+        self._steps, self._parts, self._norms = [], [], []
         return records

@@ -1,6 +1,6 @@
 """Every option of a training run, as frozen dataclasses: the one source of names, defaults, help texts and rules.
 
-The command line (arguments.py) and the tables in docs/configuration.md are generated from here.
+The command line (arguments.py) and the tables in README.md are generated from here.
 """
 
 from __future__ import annotations
@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
 
 from tinytron.distributed.layout import ParallelLayout, divisors
+from tinytron.distributed.sequence_parallel.ulysses import check_sep_size
 from tinytron.errors import ConfigError
 from tinytron.model.config import ModelConfig
 from tinytron.utils.flags import Flag, config_fields
@@ -80,6 +82,14 @@ class OptimConfig:
     adam_beta2: Annotated[float, Flag("decay of the second moment")] = 0.95
     adam_eps: Annotated[float, Flag("added to the root of the second moment")] = 1e-8
     muon_momentum: Annotated[float, Flag("momentum of Muon")] = 0.95
+    muon_ns_steps: Annotated[int, Flag("iterations of Muon's orthogonalisation")] = 5
+    muon_normuon: Annotated[bool, Flag("NorMuon: divide Muon's update by its running root mean square")] = False
+    muon_beta2: Annotated[float, Flag("decay of NorMuon's second moment")] = 0.95
+    muon_cautious: Annotated[bool, Flag("weight decay only where it agrees in sign with Muon's update")] = False
+    matrix_lr_mult: Annotated[float, Flag("learning-rate multiplier of matrices")] = 1.0
+    embedding_lr_mult: Annotated[float, Flag("learning-rate multiplier of the (tied) token embedding")] = 1.0
+    head_lr_mult: Annotated[float, Flag("learning-rate multiplier of an untied head")] = 1.0
+    scalar_lr_mult: Annotated[float, Flag("learning-rate multiplier of norms and biases")] = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +115,23 @@ class ParallelConfig:
     ] = "auto"
     init_method: Annotated[str, Flag("how processes find each other", identity=False)] = "env://"
     sep_size: Annotated[int, Flag("ranks that share each sequence (Ulysses)", "processes", identity=False)] = 1
+    ep_size: Annotated[
+        int, Flag("ranks that share the experts; 0: as many as sep_size", "processes", identity=False)
+    ] = 0
     use_distributed_optimizer: Annotated[
         bool, Flag("shard optimizer states over the ranks (ZeRO-1)", identity=False)
     ] = True
     bucket_size_mb: Annotated[float, Flag("gradients exchanged at a time", "MiB", identity=False)] = 64.0
+    overlap_grad_reduce: Annotated[
+        bool, Flag("exchange gradients while backward still computes others", identity=False)
+    ] = True
+    overlap_param_gather: Annotated[
+        bool, Flag("gather updated parameters while the next forward computes", identity=False)
+    ] = True
+    grad_reduce_dtype: Annotated[
+        Literal["fp32", "bf16"], Flag("precision of gradients on the wire; sums are in fp32", identity=False)
+    ] = "fp32"
+    print_topology: Annotated[bool, Flag("print who sits where and owns what, before training", identity=False)] = False
     ddp_find_unused_parameters: Annotated[
         bool, Flag("accept parameters without a gradient instead of stopping", identity=False)
     ] = False
@@ -125,7 +148,8 @@ class CkptConfig:
     save_every_steps: Annotated[int, Flag("save interval; 0: only after the last", "steps", identity=False)] = 5000
     resume: Annotated[bool, Flag("continue from the newest checkpoint of the run's folder", identity=False)] = True
     resume_path: Annotated[
-        str | None, Flag("continue from this run folder or <step>_model.pt instead", identity=False)
+        str | None,
+        Flag("start from this run folder or <step>_model.pt, until the run has a checkpoint", identity=False),
     ] = None
 
 
@@ -172,14 +196,18 @@ class Config:
                 f"--total_batch_size {self.train.total_batch_size} (tokens) must be a multiple of --seq_len "
                 f"{self.train.seq_len}; use {_round_to(self.train.total_batch_size, self.train.seq_len)}"
             )
-        if self.model.use_moe:
-            raise ConfigError("--use_moe: experts are not part of this version yet; drop the flag for a dense model")
-        if self.optim.optimizer == "muon":
-            raise ConfigError("--optimizer muon is not part of this version yet; use --optimizer adam")
-        if self.parallel.sep_size > 1:
+        heads, kv_heads = self.model.num_attention_heads, self.model.num_key_value_heads
+        check_sep_size(self.parallel.sep_size, heads, kv_heads, self.train.seq_len)
+        ep = self.parallel.ep_size or self.parallel.sep_size
+        if self.model.use_moe and self.model.num_experts % ep:
             raise ConfigError(
-                f"--sep_size {self.parallel.sep_size}: sequence parallelism is not part of this version yet; "
-                "use --sep_size 1"
+                f"--ep_size {ep} must divide --num_experts {self.model.num_experts}; "
+                f"use one of {divisors(self.model.num_experts)}"
+            )
+        if self.parallel.grad_reduce_dtype != "fp32" and not self.parallel.use_distributed_optimizer:
+            raise ConfigError(
+                f"--grad_reduce_dtype {self.parallel.grad_reduce_dtype} needs --use_distributed_optimizer: without it "
+                "gradients are summed in place; use fp32"
             )
 
     def as_dict(self) -> dict[str, Any]:
@@ -226,9 +254,8 @@ class TrainingInfo:
     notes: tuple[str, ...]
 
 
-def derive(config: Config, layout: ParallelLayout, num_samples: int) -> TrainingInfo:
-    """Resolve steps and accumulation. Raises: ConfigError if the global batch does not divide over the ranks, or the
-    data holds less than one global batch."""
+def accumulation_steps(config: Config, layout: ParallelLayout) -> int:
+    """Micro-batches of one optimizer step. Raises: ConfigError if the global batch does not divide over the ranks."""
     train = config.train
     per_pass = train.batch_size * train.seq_len * layout.dp
     if train.total_batch_size % per_pass:
@@ -239,6 +266,13 @@ def derive(config: Config, layout: ParallelLayout, num_samples: int) -> Training
             f"--total_batch_size {train.total_batch_size} (tokens) must be a multiple of --batch_size x --seq_len x "
             f"data-parallel ranks = {train.batch_size} x {train.seq_len} x {layout.dp} = {per_pass}; {hint}"
         )
+    return train.total_batch_size // per_pass
+
+
+def derive(config: Config, layout: ParallelLayout, num_samples: int) -> TrainingInfo:
+    """Resolve steps and accumulation. Raises: ConfigError if the global batch does not divide over the ranks, or the
+    data holds less than one global batch."""
+    train, micro_batches = config.train, accumulation_steps(config, layout)
     global_batch = train.total_batch_size // train.seq_len
     notes = []
     max_steps = num_samples * train.max_epochs // global_batch
@@ -250,7 +284,7 @@ def derive(config: Config, layout: ParallelLayout, num_samples: int) -> Training
             f"use --max_epochs {-(-global_batch // num_samples)}, a smaller --total_batch_size, or --max_steps"
         )
     warmup = config.optim.warmup_steps
-    if warmup >= max_steps and warmup > 0:
+    if warmup >= max_steps and warmup > 1:
         warmup = max(1, max_steps // 10)
         notes.append(f"warm-up cut from {config.optim.warmup_steps} to {warmup} steps: the run has only {max_steps}")
     first, last = train.steps_to_profile
@@ -259,7 +293,7 @@ def derive(config: Config, layout: ParallelLayout, num_samples: int) -> Training
         notes.append(f"profiling steps {first} to {last}: the run has only {max_steps}")
     return TrainingInfo(
         dp_size=layout.dp,
-        grad_accum_steps=train.total_batch_size // per_pass,
+        grad_accum_steps=micro_batches,
         global_batch_samples=global_batch,
         max_steps=max_steps,
         warmup_steps=warmup,
@@ -282,6 +316,9 @@ def _check_ranges(config: Config) -> None:
         (1, config.logging, ("log_every",)),
         (0, train, ("val_every_steps", "grad_clip_value", "z_loss_coef")),
         (0, optim, ("max_lr", "min_lr", "warmup_steps", "weight_decay", "adam_eps")),
+        (1, optim, ("muon_ns_steps",)),
+        (0, optim, ("matrix_lr_mult", "embedding_lr_mult", "head_lr_mult", "scalar_lr_mult")),
+        (0, config.parallel, ("ep_size",)),
         (0, config.data, ("num_workers",)),
         (0, config.ckpt, ("save_every_steps",)),
     ]
@@ -293,15 +330,17 @@ def _check_ranges(config: Config) -> None:
         raise ConfigError(f"--max_steps {train.max_steps} must be at least 1")
     if optim.min_lr > optim.max_lr:
         raise ConfigError(f"--min_lr {optim.min_lr} exceeds --max_lr {optim.max_lr}; use at most {optim.max_lr}")
-    for name in ("adam_beta1", "adam_beta2", "muon_momentum"):
+    for name in ("adam_beta1", "adam_beta2", "muon_momentum", "muon_beta2"):
         if not 0.0 <= getattr(optim, name) < 1.0:
             raise ConfigError(f"--{name} {getattr(optim, name)} must be in [0, 1); use 0.9")
     if not 0.0 < optim.wsd_decay_fraction <= 1.0:
         raise ConfigError(f"--wsd_decay_fraction {optim.wsd_decay_fraction} must be in (0, 1]; use 0.1")
     if train.split_rate is not None and not 0.0 < train.split_rate <= 1.0:
         raise ConfigError(f"--split_rate {train.split_rate} must be in (0, 1]; use 0.99")
-    if config.parallel.bucket_size_mb <= 0:
+    if not 0.0 < config.parallel.bucket_size_mb < math.inf:
         raise ConfigError(f"--bucket_size_mb {config.parallel.bucket_size_mb} must be positive; use 64")
+    if not 0 <= config.seed.seed < 2**63:
+        raise ConfigError(f"--seed {config.seed.seed} must be in 0..2^63 - 1; use 1337")
     first, last = train.steps_to_profile
     if not 1 <= first <= last:
         raise ConfigError(f"--steps_to_profile {first} {last} must be 1 <= first <= last; use 15 20")

@@ -20,6 +20,7 @@ from tinytron.data.loader import size_of
 from tinytron.distributed.collectives import together
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import ConfigError, DataError
+from tinytron.model.modules.loss import IGNORE_INDEX
 from tinytron.training.config import Config, TrainingInfo
 
 MOCK_VAL_OFFSET = 10**9
@@ -60,7 +61,7 @@ def split_off_validation(dataset: Dataset[Any], split_rate: float) -> tuple[Data
     if not 0 < first_val < count:
         raise ConfigError(
             f"--split_rate {split_rate} of {count} samples leaves no sample to train or to validate on; "
-            f"use {(count - 1) / count:.6g}, give val_dataset, or drop --do_val"
+            f"use {min(0.99, (count - 1) / count):.6g}, give val_dataset, or drop --do_val"
         )
     return Subset(dataset, range(first_val)), Subset(dataset, range(first_val, count))
 
@@ -101,15 +102,18 @@ def make_val_loader(config: Config, state: ParallelState, dataset: Dataset[Any])
     )
 
 
-def check_token_ids(batch: Batch, vocab_size: int) -> None:
-    """Raises: DataError for token ids the model has no embedding for (on a GPU they would end in a device assertion).
+def check_batch(batch: Batch, seq_len: int, vocab_size: int) -> None:
+    """Raises: DataError for samples of another length than ``seq_len`` (the global batch would not be what was asked for)
+    and for token ids the model has no embedding for (on a GPU they would end in a device assertion).
 
     Reads host memory, before the batch goes to the device.
     """
-    low = int(batch.input_ids.min())
-    high = int(torch.maximum(batch.input_ids.max(), batch.labels.max()))
-    if low < 0 or high >= vocab_size:
+    if batch.input_ids.shape[1] != seq_len:
         raise DataError(
-            f"the dataset gave token id {low if low < 0 else high}, outside 0..{vocab_size - 1}; "
-            "set --vocab_size to the tokenizer's"
+            f"the dataset gave samples of {batch.input_ids.shape[1]} tokens, but --seq_len is {seq_len}; make them alike"
         )
+    ids = torch.cat([batch.input_ids.flatten(), batch.labels[batch.labels != IGNORE_INDEX]])
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        advice = f"mark labels to ignore with {IGNORE_INDEX}" if low < 0 else "set --vocab_size to the tokenizer's"
+        raise DataError(f"the dataset gave token id {low if low < 0 else high}, outside 0..{vocab_size - 1}; {advice}")

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tinytron.distributed.collectives import together
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import CheckpointError, ConfigError
-from tinytron.training.config import Config
+from tinytron.training.config import Config, accumulation_steps
 from tinytron.utils.training import seed_all, use_deterministic_kernels, write_atomically
 
 FORMAT_VERSION = 1  # of the metadata in a checkpoint
@@ -31,14 +32,15 @@ _FIXED_ON_RESUME = ("model.", "train.total_batch_size", "train.seq_len", "seed.s
 def join_world(config: Config) -> ParallelState:
     """Read the launcher's environment (none: one process), initialise the process group and build the parallel groups.
 
-    Raises: ConfigError, before any rank waits, for a broken environment, a layout that does not fit the number of
-    processes, or more processes than GPUs.
+    Raises: ConfigError, before any rank waits, for a broken environment, a layout or batch that does not fit the number
+    of processes, or more processes than GPUs.
     """
-    rank, world_size, local_rank = (_from_env(n, d) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world_size, local_rank = _place_in_world()
     joined = dist.is_initialized()  # a caller (a notebook, a test) may have done it
     if joined:
         rank, world_size = dist.get_rank(), dist.get_world_size()
-    layout = ParallelLayout(world_size, config.parallel.sep_size)
+    layout = ParallelLayout(world_size, config.parallel.sep_size, config.parallel.ep_size)
+    accumulation_steps(config, layout)  # checked before anybody waits
     device = torch.device("cpu")
     if torch.cuda.is_available() and config.parallel.backend != "gloo":
         if local_rank >= torch.cuda.device_count():
@@ -53,49 +55,97 @@ def join_world(config: Config) -> ParallelState:
     if not joined:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend, config.parallel.init_method, rank=rank, world_size=world_size)
+            try:
+                dist.init_process_group(backend, config.parallel.init_method, rank=rank, world_size=world_size)
+            except (ValueError, RuntimeError) as error:
+                raise ConfigError(
+                    f"rank {rank} cannot join the others by --init_method {config.parallel.init_method} "
+                    f"({str(error).splitlines()[0]}); launch with torchrun, which sets MASTER_ADDR and MASTER_PORT"
+                ) from error
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     seed_all(config.seed.seed + rank)
     if config.seed.deterministic:
         use_deterministic_kernels()
     torch.set_float32_matmul_precision("highest" if config.train.disable_tf32 else "high")
-    return ParallelState.create(layout, device)
+    state = ParallelState.create(layout, device)
+    # Whoever stops with an error from here on takes no connection away that another is still making.
+    together(lambda: None, state.groups["world"])
+    return state
 
 
-def _from_env(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    if not text.isdecimal():
-        raise ConfigError(f"environment variable {name}={text!r} must be a whole number; torchrun sets it")
-    if name == "WORLD_SIZE" and "RANK" in os.environ and name not in os.environ:
-        raise ConfigError("environment variable RANK is set but WORLD_SIZE is not; launch with torchrun, or unset RANK")
-    return int(text)
+def _place_in_world() -> tuple[int, int, int]:
+    """Rank, world size and local rank from the launcher's environment; without one: the only process."""
+    values = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    for name in values:
+        text = os.environ.get(name, str(values[name]))
+        if not text.isdecimal():
+            raise ConfigError(f"environment variable {name}={text!r} must be a whole number; torchrun sets it")
+        values[name] = int(text)
+    given, missing = ("RANK", "WORLD_SIZE") if "RANK" in os.environ else ("WORLD_SIZE", "RANK")
+    if given in os.environ and missing not in os.environ:
+        raise ConfigError(
+            f"environment variable {given} is set but {missing} is not; launch with torchrun, or unset {given}"
+        )
+    if values["RANK"] >= values["WORLD_SIZE"]:
+        raise ConfigError(
+            f"environment variable RANK={values['RANK']} must be below WORLD_SIZE={values['WORLD_SIZE']}; "
+            "torchrun sets both"
+        )
+    return values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"]
+
+
+def run_folder(config: Config) -> Path:
+    """``<log_dir>/<exp_name>_<config_hash>``."""
+    return Path(config.logging.log_dir) / f"{config.logging.exp_name}_{config.config_hash()}"
 
 
 def prepare_run_folder(config: Config, state: ParallelState) -> Path:
-    """Create ``<log_dir>/<exp_name>_<config_hash>`` and write ``config.json`` there. Collective.
+    """Create the run's folder. Collective.
 
     With ``--no-resume`` a folder that holds a run is moved aside (``.1``, ``.2``, ...), never overwritten. Raises:
-    ConfigError on every rank if the folder cannot be written.
+    ConfigError on every rank if the folder cannot be written, or is not the same for all ranks.
     """
-    folder = Path(config.logging.log_dir) / f"{config.logging.exp_name}_{config.config_hash()}"
+    folder, world = run_folder(config), state.groups["world"]
+    seal = folder / ".shared"
 
     def create() -> None:
-        try:
-            if not config.ckpt.resume and (folder / "log.txt").exists():
-                number = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
-                folder.rename(folder.with_name(f"{folder.name}.{number}"))
-            folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(describe_run(config, state.layout), indent=2)
-            write_atomically(folder / "config.json", lambda file: file.write(text.encode()))
-        except OSError as error:
-            raise ConfigError(
-                f"--log_dir {config.logging.log_dir} cannot be written ({error.strerror}: {error.filename}); "
-                "use a folder you may write to, such as --log_dir ./log/"
-            ) from error
+        if not config.ckpt.resume and (folder / "log.txt").exists():
+            number = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
+            folder.rename(folder.with_name(f"{folder.name}.{number}"))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(seal, lambda file: file.write(b""))
 
-    together(lambda: create() if state.is_master else None, state.groups["world"])
+    def see() -> None:
+        if not seal.exists():
+            raise ConfigError(
+                f"--log_dir {config.logging.log_dir} is not the same folder on all nodes: process {state.rank} does not "
+                f"see what process 0 wrote to {folder}; use a folder that all nodes share"
+            )
+
+    together(lambda: writable(config, create) if state.is_master else None, world)
+    together(see, world)
+    together(lambda: seal.unlink() if state.is_master else None, world)
     return folder
+
+
+def write_description(config: Config, state: ParallelState, description: dict[str, Any]) -> None:
+    """Save ``description`` as the run folder's ``config.json``, on the master. Collective."""
+    text = json.dumps(description, indent=2).encode()
+    path = run_folder(config) / "config.json"
+    action = lambda: write_atomically(path, lambda file: file.write(text))  # noqa: E731
+    together(lambda: writable(config, action) if state.is_master else None, state.groups["world"])
+
+
+def writable(config: Config, action: Callable[[], None]) -> None:
+    """Run ``action``, which writes below the log folder. Raises: ConfigError if the system refuses."""
+    try:
+        action()
+    except OSError as error:
+        raise ConfigError(
+            f"--log_dir {config.logging.log_dir} cannot be written ({error.strerror}: {error.filename}); "
+            "use a folder you may write to, such as --log_dir ./log/"
+        ) from error
 
 
 def describe_run(config: Config, layout: ParallelLayout) -> dict[str, Any]:
@@ -126,14 +176,9 @@ def git_revision() -> str | None:
     return answer.stdout.strip() or None
 
 
-def run_record(config: Config, layout: ParallelLayout, fingerprint: str) -> dict[str, Any]:
+def run_record(config: Config, description: dict[str, Any], fingerprint: str) -> dict[str, Any]:
     """What a checkpoint's metadata says beside step and random states; plain types only."""
-    return {
-        "format": FORMAT_VERSION,
-        "run": describe_run(config, layout),
-        "identity": config.identity(),
-        "data": fingerprint,
-    }
+    return {"format": FORMAT_VERSION, "run": description, "identity": config.identity(), "data": fingerprint}
 
 
 def check_continues(config: Config, meta: dict[str, Any], fingerprint: str, source: str) -> list[str]:
@@ -152,7 +197,7 @@ def check_continues(config: Config, meta: dict[str, Any], fingerprint: str, sour
         raise CheckpointError(f"{source} is of a different run ({shown}); use the flags it was trained with")
     if meta["data"] != fingerprint:
         raise CheckpointError(
-            f"{source} was trained on other data ({meta['data']}, now {fingerprint}); use the same data, "
-            "or another --exp_name to start a new run"
+            f"{source} was trained on other data ({meta['data']}, now {fingerprint}); use the same data (and the same "
+            "--do_val and --split_rate, if validation data is split off), or another --exp_name to start a new run"
         )
     return differences

@@ -15,17 +15,20 @@ from torch.utils.data import DataLoader, Dataset
 from tinytron.checkpoint import CheckpointFiles, find_checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
 from tinytron.checkpoint.load import read_file
 from tinytron.data import Batch, GlobalBatchSampler
-from tinytron.data.loader import size_of
+from tinytron.data.loader import as_batch, size_of
 from tinytron.distributed import DistributedOptimizer
 from tinytron.distributed.collectives import sum_over, together
 from tinytron.distributed.param_spec import specs_of
+from tinytron.distributed.sequence_parallel.ulysses import cut_sequence
+from tinytron.distributed.topology import describe_topology
+from tinytron.errors import ConfigError, DataError
 from tinytron.evaluation import validate
-from tinytron.metrics import Progress, RunLog, StepWindow, TrainClock
+from tinytron.metrics import Progress, RunLog, StepWindow, TrainClock, load_statistics
 from tinytron.model import GPT
-from tinytron.model.modules.attn import check_backend
 from tinytron.model.modules.loss import IGNORE_INDEX, LossSums
-from tinytron.optim import Schedule, decay_groups
+from tinytron.optim import Schedule
 from tinytron.training import datasets, startup
+from tinytron.training.build import build_model, build_optimizer, optimizer_options, parameter_gate
 from tinytron.training.config import DTYPES, Config, TrainingInfo, derive
 from tinytron.utils.model import train_flops_per_token
 from tinytron.utils.profile import build_profiler, peak_flops
@@ -54,6 +57,7 @@ class Trainer:
     def __init__(self, config: Config) -> None:
         self.config, self.step = config, 0  # step counts completed optimizer steps
         self.one_step_results: dict[str, float] = {}
+        self._clock, self._progress = TrainClock(), Progress(0, 0, enabled=False)  # those of train() are made there
         self._init_distributed(config)  # -> state, device
         self._init_dataset(config)  # -> train_dataset, val_dataset
         self._init_loaders(config)  # -> training_info, samplers, loaders
@@ -84,45 +88,16 @@ class Trainer:
     def _init_model(self, config: Config) -> None:
         """Set ``raw_model``, which owns the parameters and maps ``(input_ids, labels)`` to ``LossSums``, and ``model``,
         what ``_loss`` calls."""
-        dtype = DTYPES[config.train.precision]
-        check_backend(config.train.attn_backend, self.device, dtype)
-        gpt = GPT(
-            config.model,
-            dtype=dtype,
-            device=self.device,
-            seed=config.seed.seed,
-            attn_backend=config.train.attn_backend,
-            recompute=config.train.recompute,
-            z_loss_coef=config.train.z_loss_coef,
-        )
-        if config.train.use_compile:
-            gpt.compile_blocks()
-        self.raw_model = self.model = gpt
+        self.raw_model = self.model = build_model(config, self.state)
 
     def _init_optimizer(self, config: Config) -> None:
         """Set ``optimizer``: any torch optimizer over ``raw_model.parameters()``, wrapped or not."""
-        optim, parallel = config.optim, config.parallel
-        groups = decay_groups(
-            self.raw_model,
-            specs_of(self.raw_model),
-            optim.weight_decay,
-            decay_all=optim.decay_all,
-            decay_embeddings=optim.decay_embeddings,
-        )
-        betas = (optim.adam_beta1, optim.adam_beta2)
-        adamw = torch.optim.AdamW(groups, lr=optim.max_lr, betas=betas, eps=optim.adam_eps, fused=True)
         self.optimizer = DistributedOptimizer(
-            optimizer=adamw,
-            process_group=self.dp_group,
-            shard=parallel.use_distributed_optimizer,
-            bucket_size_mb=parallel.bucket_size_mb,
-            grad_as_view=parallel.ddp_gradient_as_bucket_view,
-            allow_unused=parallel.ddp_find_unused_parameters,
-            loss_scaling=config.train.precision == "fp16",
+            optimizer=build_optimizer(config.optim, self.raw_model), process_group=self.dp_group
         )
 
     def _init_logging(self, config: Config) -> None:
-        """Make the run's folder and save the resolved configuration in it."""
+        """Make the run's folder; ``config.json`` follows once it is clear that the run goes on in it."""
         self.log_dir: Path = startup.prepare_run_folder(config, self.state)
         self.run_log = RunLog(self.log_dir)
         self._say(f"run folder: {self.log_dir}")
@@ -132,8 +107,12 @@ class Trainer:
         if not config.train.use_profiler:
             return contextlib.nullcontext()
         trace = self.log_dir / f"rank{self.state.rank}_trace.json"
-        self._say(f"profiling steps {self.training_info.profile_window}: {trace}")
-        return build_profiler(*self.training_info.profile_window, trace)
+        first, last = self.training_info.profile_window
+        if last <= self.step:
+            self._say(f"not profiling: steps {first} to {last} are done already")
+            return contextlib.nullcontext()
+        self._say(f"profiling steps {max(first, self.step + 1)} to {last}: {trace}")
+        return build_profiler(max(1, first - self.step), last - self.step, trace)  # counted from here on
 
     def _lr_scheduler(self, step: int) -> float:
         """The learning rate of optimizer step ``step``, counted from 0."""
@@ -164,42 +143,56 @@ class Trainer:
                     profiler.step()
                 if self.step >= last:
                     break
+        self.optimizer.finish_gather()
 
     def train_step(self, microbatches: list[Batch]) -> None:
         """One optimizer step on this rank's part of the global batch. Collective; the host waits for no result."""
         lr = self._lr_scheduler(self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_mult", 1.0)
         targets = torch.stack([(b.labels != IGNORE_INDEX).sum() for b in microbatches]).sum()
         targets = sum_over(targets, self.state.groups["world"]).clamp(min=1)  # the one division (see _loss)
-        token_loss = torch.zeros((), device=self.device)
+        sums: dict[str, torch.Tensor] = {}
         for i, batch in enumerate(microbatches):
             with self.optimizer.accumulate(last=i == len(microbatches) - 1):
                 losses = self._loss(batch)
                 self.optimizer.scale(losses.objective / targets).backward()
-            token_loss = token_loss + losses.token
+            for name, value in {"loss": losses.token, **losses.aux}.items():
+                sums[name] = sums[name] + value if i else value
         grad_norm = self.optimizer.step(max_norm=self.config.train.grad_clip_value)
         self.optimizer.zero_grad()
-        self._window.add(self.step + 1, lr, token_loss / targets, grad_norm)
+        self._end_step()
+        self._window.add(self.step + 1, lr, {name: value / targets for name, value in sums.items()}, grad_norm)
 
     def eval(self) -> float:
         """Validate the current weights, log the result and return it, in nats per token. Collective."""
         assert self.val_loader is not None, "no validation data: set val_dataset or pass --do_val"
         with self._clock.paused():
-            result = validate(self.model, self._loss, self.val_loader, self.state)
+            result = validate(self.model, self._loss, map(self._to_device, self.val_loader), self.state)
         self.one_step_results["val_loss"] = result.loss
         if self.master_process:
             self.run_log.write([{"step": self.step, "stage": "val", "loss": result.loss, "tokens": result.tokens}])
-        self._progress.message(f"step {self.step} | val loss {result.loss:.4f} over {result.tokens:,} tokens")
+        self._say(f"step {self.step} | val loss {result.loss:.4f} over {result.tokens:,} tokens")
         return result.loss
 
     def save(self) -> CheckpointFiles:
         """Save a checkpoint of the current step. Collective."""
         with self._clock.paused():
-            meta = startup.run_record(self.config, self.state.layout, datasets.fingerprint(self.train_dataset))
-            files = save_checkpoint(self.log_dir, self.step, self.raw_model, self.optimizer, meta, self.state)
-        self._progress.message(f"step {self.step} | saved {files.model}")
+            self.optimizer.finish_gather()
+            files = save_checkpoint(self.log_dir, self.step, self.raw_model, self.optimizer, self._record, self.state)
+        self._say(f"step {self.step} | saved {files.model}")
         return files
+
+    def _to_device(self, loaded: Any) -> Batch:
+        """This rank's part of a loaded micro-batch's sequences, on the device. Raises: DataError for unfit samples."""
+        batch = as_batch(loaded)
+        datasets.check_batch(batch, self.config.train.seq_len, self.config.model.vocab_size)
+        part = [cut_sequence(tensor, self.sp_rank, self.sp_world_size) for tensor in batch]
+        return Batch(*part).to(self.device)
+
+    def _end_step(self) -> None:
+        if isinstance(self.raw_model, GPT):
+            self.raw_model.end_step(self.optimizer.last_skipped)
 
     # Details.
 
@@ -207,6 +200,11 @@ class Trainer:
         """Complete what ``_init_dataset`` left unset: validation split, sampler, loaders; and derive step counts."""
         self._validates = config.train.do_val and not config.train.debug
         rate = config.train.split_rate
+        if not hasattr(self, "train_dataset"):
+            raise ConfigError(
+                "_init_dataset set no train_dataset; set self.train_dataset, also beside an own train_loader: its size "
+                "gives the number of steps"
+            )
         if self.val_dataset is None and self.val_loader is None and (self._validates or rate is not None):
             rate = rate if rate is not None else 0.99
             if self._validates or rate < 1.0:
@@ -234,12 +232,20 @@ class Trainer:
     def _attach_optimizer(self) -> None:
         """Wrap a plain torch optimizer, and tell the wrapper the parameters' names and groups."""
         if not isinstance(self.optimizer, DistributedOptimizer):
-            shard = self.config.parallel.use_distributed_optimizer
-            self.optimizer = DistributedOptimizer(optimizer=self.optimizer, process_group=self.dp_group, shard=shard)
+            self.optimizer = DistributedOptimizer(optimizer=self.optimizer, process_group=self.dp_group)
         self.raw_optimizer = self.optimizer.inner
-        groups = {"dense": self.state.groups["world"], "expert": self.state.groups["edp"]}
-        self.optimizer.attach(self.raw_model, specs_of(self.raw_model), groups)
-        count = sum(p.numel() for p in self.raw_model.parameters())
+        groups = {
+            "dense": self.state.groups["world"],
+            "expert": self.state.groups["edp"],
+            "ep": self.state.groups["ep"],
+        }
+        options = optimizer_options(self.config, self.raw_model)
+        self.optimizer.attach(self.raw_model, specs_of(self.raw_model), groups, options)
+        if isinstance(self.raw_model, GPT):
+            self.raw_model.before_use = parameter_gate(self.optimizer, self.raw_model)
+        if self.config.parallel.print_topology:
+            self._say(describe_topology(self.state.layout, self.optimizer))
+        count = sum(spec.numel for spec in specs_of(self.raw_model))  # of all experts, wherever they are
         info, world = self.training_info, self.state.layout.world_size
         self._say(
             f"{count / 1e6:.2f}M parameters in {self.config.train.precision} on {world} x {self.device.type} | "
@@ -252,13 +258,14 @@ class Trainer:
         world, ckpt = self.state.groups["world"], self.config.ckpt
 
         def choose() -> CheckpointFiles | None:
-            if ckpt.resume_path is not None:
-                return find_checkpoint(ckpt.resume_path)
-            return newest_checkpoint(self.log_dir) if ckpt.resume and not self.config.train.debug else None
+            own = newest_checkpoint(self.log_dir) if ckpt.resume and not self.config.train.debug else None
+            if ckpt.resume_path is None or own is not None:
+                return own  # a requeued job with --resume_path goes on where it got to
+            return find_checkpoint(ckpt.resume_path)
 
         files = together(choose, world)
+        data = datasets.fingerprint(self.train_dataset)
         if files is not None:
-            data = datasets.fingerprint(self.train_dataset)
             meta = together(lambda: read_file(files.meta), world)
             differences = startup.check_continues(self.config, meta, data, str(files.meta))
             load_checkpoint(files, meta, self.raw_model, self.optimizer, self.state)
@@ -266,6 +273,9 @@ class Trainer:
             self._say(f"resuming after step {self.step} from {files.model}")
             for difference in differences:
                 self._say(f"changed since the checkpoint: {difference}")
+        description = startup.describe_run(self.config, self.state.layout)
+        self._record = startup.run_record(self.config, description, data)
+        startup.write_description(self.config, self.state, description)
         if self.master_process:
             self.run_log.keep_until(self.step)
 
@@ -291,15 +301,17 @@ class Trainer:
             skip = self.step * per_step  # a foreign loader can only be read again up to where it was
         step: list[Batch] = []
         while True:
+            batch = None
             for batch in self.train_loader:
                 if skip > 0:
                     skip -= 1
                     continue
-                datasets.check_token_ids(batch, self.config.model.vocab_size)
-                step.append(batch.to(self.device))
+                step.append(self._to_device(batch))
                 if len(step) == per_step:
                     yield step
                     step = []
+            if batch is None:
+                raise DataError("train_loader gave no batch; it must give this rank's micro-batches on every pass")
 
     def _due(self, every: int) -> bool:
         return self.step == self.training_info.max_steps or (every > 0 and self.step % every == 0)
@@ -313,6 +325,7 @@ class Trainer:
         if not (self.step == 1 or self._due(self.config.logging.log_every) or validates or saves):
             return
         records = self._window.flush()  # the host waits for the device here
+        skipped = int(self.optimizer.skipped_steps)
         seconds = self._clock.lap()
         tokens = (self.step - self._logged_step) * train.total_batch_size
         self._logged_step = self.step
@@ -320,16 +333,23 @@ class Trainer:
         mfu = rate * train_flops_per_token(self.config.model, train.seq_len) / self._peak_flops
         last = records[-1]
         self.one_step_results |= {
-            "step": last.step, "loss": last.loss, "lr": last.lr, "grad_norm": last.grad_norm,
+            "step": last.step, "loss": last.loss, "lr": last.lr, "grad_norm": last.grad_norm, **last.aux,
             "seconds": seconds / len(records), "tokens_per_second": rate, "mfu": mfu,
         }  # fmt: skip
-        if self.master_process:
-            extra = {"tokens_per_second": rate, "mfu": mfu}
-            self.run_log.write([{**vars(r), "stage": "train", **extra} for r in records])
         shown = {
             "loss": f"{last.loss:.4f}", "lr": f"{last.lr:.2e}", "grad norm": f"{last.grad_norm:.3f}",
             "ms": f"{1000 * seconds / len(records):.0f}", "tok/s": f"{rate:,.0f}", "MFU": f"{mfu:.1%}",
         }  # fmt: skip
+        extra = {"tokens_per_second": rate, "mfu": mfu, "skipped_steps": skipped}
+        entries = [{**record.fields(), "stage": "train", **extra} for record in records]
+        if isinstance(self.raw_model, GPT) and self.raw_model.moe_layers:
+            loads = load_statistics(self.raw_model.take_load(), self.config.model.first_k_dense)
+            entries[-1]["expert_load"] = loads  # of all steps since the last report
+            shown["max load"] = f"{1 + max(load['max_violation'] for load in loads):.2f}x"
+        if self.master_process:
+            self.run_log.write(entries)
+        if skipped:
+            shown["skipped"] = str(skipped)
         self._progress.report(self.step, shown)
 
     def _maybe_evaluate(self) -> None:
@@ -345,5 +365,7 @@ class Trainer:
             self.save()
 
     def _say(self, text: str) -> None:
-        if self.master_process:
+        if self._progress.enabled:
+            self._progress.message(text)
+        elif self.master_process:
             print(text, flush=True)

@@ -30,13 +30,14 @@ class GPTShape(Protocol):
     @property
     def tied_lm_head(self) -> bool: ...
     @property
-    def use_moe(self) -> bool: ...
-    @property
     def num_experts(self) -> int: ...
     @property
     def num_experts_per_tok(self) -> int: ...
     @property
     def moe_intermediate_size(self) -> int: ...
+    @property
+    def num_shared_experts(self) -> int: ...
+    def is_moe_layer(self, layer: int) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -58,20 +59,26 @@ def count_parameters(shape: GPTShape) -> ParameterCount:
     def feed_forward(width: int) -> int:
         return 3 * D * width + (2 * width + D) * shape.bias
 
-    if shape.use_moe:
-        expert = 3 * D * shape.moe_intermediate_size
-        router = D * shape.num_experts
-        mlp_total, mlp_active = router + shape.num_experts * expert, router + shape.num_experts_per_tok * expert
-    else:
-        mlp_total = mlp_active = feed_forward(shape.intermediate_size)
+    experts, dense = _layers(shape)
+    expert = 3 * D * shape.moe_intermediate_size
+    shared_width = shape.num_shared_experts * shape.moe_intermediate_size
+    # Router and shared experts.
+    everywhere = D * shape.num_experts + (feed_forward(shared_width) if shared_width else 0)
+    mlps = dense * feed_forward(shape.intermediate_size) + experts * everywhere
     embedding = shape.vocab_size * D
     outside = embedding * (1 if shape.tied_lm_head else 2) + D  # D: the final norm
-    layer = attention + norms
+    used = shape.num_layer * (attention + norms) + mlps + outside
     return ParameterCount(
-        total=shape.num_layer * (layer + mlp_total) + outside,
-        active=shape.num_layer * (layer + mlp_active) + outside,
+        total=used + experts * shape.num_experts * expert,
+        active=used + experts * shape.num_experts_per_tok * expert,
         embedding=embedding,
     )
+
+
+def _layers(shape: GPTShape) -> tuple[int, int]:
+    """How many layers have experts, and how many a dense feed-forward."""
+    experts = sum(shape.is_moe_layer(layer) for layer in range(shape.num_layer))
+    return experts, shape.num_layer - experts
 
 
 def train_flops_per_token(shape: GPTShape, seq_len: int, *, causal: bool = True) -> float:
@@ -85,9 +92,8 @@ def train_flops_per_token(shape: GPTShape, seq_len: int, *, causal: bool = True)
     q, kv = shape.num_attention_heads * H, shape.num_key_value_heads * H
     attended = (seq_len + 1) / 2 if causal else seq_len
     attention = 2 * D * (q + 2 * kv) + 2 * q * D + 2 * 2 * q * attended
-    if shape.use_moe:
-        mlp = 2 * D * shape.num_experts + shape.num_experts_per_tok * 2 * 3 * D * shape.moe_intermediate_size
-    else:
-        mlp = 2 * 3 * D * shape.intermediate_size
-    forward = shape.num_layer * (attention + mlp) + 2 * D * shape.vocab_size
+    experts, dense = _layers(shape)
+    passed = (shape.num_experts_per_tok + shape.num_shared_experts) * shape.moe_intermediate_size
+    mlps = experts * (2 * D * shape.num_experts + 2 * 3 * D * passed) + dense * 2 * 3 * D * shape.intermediate_size
+    forward = shape.num_layer * attention + mlps + 2 * D * shape.vocab_size
     return 3 * forward

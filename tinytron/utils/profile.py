@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 # Dense TFLOP/s by a part of the device name (manufacturers' data sheets), for (fp32, 16-bit). The 32-bit column is the
 # TF32 tensor-core rate where the device has one, because that is what fp32 matmuls use unless --disable_tf32 is given.
-# The first name that matches counts, so a longer name stands before its prefix.
+# The first name that matches whole words counts, so a longer name stands before its prefix.
 PEAK_TFLOPS: dict[str, tuple[float, float]] = {
+    "GH200": (494.5, 989.0),
     "H200": (494.5, 989.0),
     "H100 PCIe": (378.0, 756.0),
     "H100": (494.5, 989.0),
@@ -39,7 +41,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     if device.type == "cuda" and column is not None:
         name = torch.cuda.get_device_name(device)
         for part, rates in PEAK_TFLOPS.items():
-            if part in name:
+            if re.search(rf"\b{part}\b", name):  # an RTX A4000 is no A40
                 return rates[column] * 1e12, "data sheet"
     return measured_matmul_rate(device, dtype), "measured"
 

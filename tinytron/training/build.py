@@ -1,0 +1,90 @@
+"""The built-in model and optimizer, made from the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+
+from tinytron.distributed import DistributedOptimizer
+from tinytron.distributed.parallel_state import ParallelState
+from tinytron.distributed.param_spec import specs_of
+from tinytron.distributed.zero1.distributed_optimizer import Options
+from tinytron.model import GPT
+from tinytron.model.modules.attn import check_backend
+from tinytron.optim import Muon, parameter_groups
+from tinytron.training.config import DTYPES, Config, OptimConfig
+
+
+def build_model(config: Config, state: ParallelState) -> GPT:
+    """The GPT of this rank, compiled if asked for. Raises: ConfigError for an attention backend that cannot run."""
+    dtype = DTYPES[config.train.precision]
+    check_backend(config.train.attn_backend, state.device, dtype)
+    gpt = GPT(
+        config.model,
+        dtype=dtype,
+        device=state.device,
+        seed=config.seed.seed,
+        attn_backend=config.train.attn_backend,
+        recompute=config.train.recompute,
+        z_loss_coef=config.train.z_loss_coef,
+        state=state,
+    )
+    if config.train.use_compile:
+        gpt.compile_blocks()
+    return gpt
+
+
+def build_optimizer(optim: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW, or Muon with AdamW for what is no matrix, over every trainable parameter; not wrapped yet."""
+    muon = optim.optimizer == "muon"
+    groups = parameter_groups(
+        model,
+        specs_of(model),
+        optim.weight_decay,
+        decay_all=optim.decay_all,
+        decay_embeddings=optim.decay_embeddings,
+        muon=muon,
+        lr_mults={
+            "matrix": optim.matrix_lr_mult,
+            "embedding": optim.embedding_lr_mult,
+            "head": optim.head_lr_mult,
+            "scalar": optim.scalar_lr_mult,
+        },
+    )
+    betas = (optim.adam_beta1, optim.adam_beta2)
+    if not muon:
+        return torch.optim.AdamW(groups, lr=optim.max_lr, betas=betas, eps=optim.adam_eps, fused=True)
+    return Muon(
+        groups,
+        lr=optim.max_lr,
+        momentum=optim.muon_momentum,
+        ns_steps=optim.muon_ns_steps,
+        normuon=optim.muon_normuon,
+        normuon_beta2=optim.muon_beta2,
+        cautious=optim.muon_cautious,
+        betas=betas,
+        eps=optim.adam_eps,
+    )
+
+
+def optimizer_options(config: Config, model: nn.Module) -> Options:
+    """How the wrapper works, from the flags. A foreign model's forward waits for no parameters: no background gather."""
+    parallel = config.parallel
+    return Options(
+        shard=parallel.use_distributed_optimizer,
+        bucket_size_mb=parallel.bucket_size_mb,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather and isinstance(model, GPT),
+        reduce_dtype=torch.bfloat16 if parallel.grad_reduce_dtype == "bf16" else None,
+        grad_as_view=parallel.ddp_gradient_as_bucket_view,
+        allow_unused=parallel.ddp_find_unused_parameters,
+        loss_scaling=config.train.precision == "fp16",
+    )
+
+
+def parameter_gate(optimizer: DistributedOptimizer, model: nn.Module) -> Callable[[nn.Module], None]:
+    """What ``GPT.before_use`` calls: wait until a module's parameters have arrived."""
+    owned = {id(module): list(module.parameters()) for module in model.modules()}
+    return lambda module: optimizer.finish_gather(owned[id(module)])
