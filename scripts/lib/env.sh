@@ -40,7 +40,8 @@ need_python() {
             return
         fi
     done
-    _install "$extra"
+    _install "$extra" "$@"
+    exec 9>&- # the lock must not outlive the installation
     PYTHON="$ROOT/.venv/bin/python"
     export PYTHON PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
     if ! _has "$PYTHON" "$@"; then
@@ -51,7 +52,14 @@ need_python() {
 
 _install() {
     local extra="$1" base constraints="$ROOT/constraints.txt"
-    if [ ! -x "$ROOT/.venv/bin/python" ]; then
+    shift
+    if command -v flock >/dev/null 2>&1; then # one at a time, also of several nodes that share the folder
+        exec 9>"$ROOT/.venv.lock"
+        flock 9
+        if _has "$ROOT/.venv/bin/python" "$@"; then return; fi
+    fi
+    if ! "$ROOT/.venv/bin/python" -m pip --version >/dev/null 2>&1; then # none, or one left half-made
+        rm -rf "$ROOT/.venv"
         base="$(_base_python)"
         echo "setting up .venv with $("$base" --version) (once; this takes a minute or more)" >&2
         if ! "$base" -m venv "$ROOT/.venv" >&2; then
@@ -66,6 +74,9 @@ _install() {
         constraints="$(mktemp)"
         grep -v '^torch==' "$ROOT/constraints.txt" >"$constraints"
     fi
-    "$ROOT/.venv/bin/python" -m pip install -qq --disable-pip-version-check -c "$constraints" \
-        ${TORCH_SPEC:+"$TORCH_SPEC"} -e "$ROOT${extra:+[$extra]}" >&2
+    if ! "$ROOT/.venv/bin/python" -m pip install -qq --disable-pip-version-check -c "$constraints" \
+        ${TORCH_SPEC:+"$TORCH_SPEC"} -e "$ROOT${extra:+[$extra]}" >&2; then
+        echo "error: pip could not install what is needed (see above); call again to continue, or remove .venv" >&2
+        return 1
+    fi
 }

@@ -6,10 +6,13 @@
 #
 # Extra arguments go to training (--max_steps 500). Interrupted? The same command continues. Results: log/quickstart/.
 set -euo pipefail
-: "${DEBUG:=0}"
 source "$(dirname "$0")/../lib/launch.sh"
 need_python quickstart torch numpy tqdm tokenizers matplotlib
-flags="$("$PYTHON" scripts/quickstart/prepare.py ${DATA:+--data "$DATA"})"
-eval "words=($flags)" # quoted by prepare.py
-(launch pretrain_debug.py --exp_name quickstart --log_dir log/quickstart "${words[@]}" "$@")
-"$PYTHON" scripts/quickstart/report.py --log_dir log/quickstart
+workers=1 # the largest power of two, so that it divides the batch
+while [ $((2 * workers)) -le "$((NUM_GPUS > 0 ? NUM_GPUS : NPROC))" ]; do workers=$((2 * workers)); done
+if [ "$NUM_GPUS" -gt 0 ]; then NUM_GPUS=$workers; else NPROC=$workers; fi
+flags="$("$PYTHON" scripts/quickstart/prepare.py --workers "$workers" ${DATA:+--data "$DATA"})"
+eval "flags=($flags)" # quoted by prepare.py
+flags=(--log_dir log/quickstart "${flags[@]}" "$@")
+(launch pretrain_debug.py "${flags[@]}")
+"$PYTHON" scripts/quickstart/report.py "${flags[@]}"

@@ -1,6 +1,6 @@
-"""Quickstart, part 3: what the newest run of a log folder has learned.
+"""Quickstart, part 3: what a run has learned.
 
-python scripts/quickstart/report.py [--log_dir log/quickstart]
+python scripts/quickstart/report.py [the flags of the training run]
 
 Prints the validation loss in nats per token and in bits per byte beside what gzip -9 and xz -9 need for the same bytes,
 samples from the model, and draws the loss curve. Needs a run on the shards of scripts/quickstart/prepare.py.
@@ -8,13 +8,10 @@ samples from the model, and draws the loss curve. Needs a run on the shards of s
 
 from __future__ import annotations
 
-import argparse
 import gzip
-import json
 import lzma
 import math
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import torch
@@ -26,22 +23,28 @@ from tinytron.cli import entry
 from tinytron.data.shards import find_shards, open_shard
 from tinytron.errors import CheckpointError
 from tinytron.inference import generate
-from tinytron.model import GPT, ModelConfig
+from tinytron.model import GPT
+from tinytron.training import Config, build_config, parse_args
 from tinytron.training.config import DTYPES
+from tinytron.training.startup import run_folder
 
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 
 PROMPTS = ("def read_lines(path):\n", "class Stack:\n", "import os\n")
 EOT = "<|endoftext|>"
+SAMPLE_TOKENS = 120
 
 
-def newest_run(log_dir: Path) -> CheckpointFiles:
-    """The last checkpoint written below ``log_dir``. Raises: CheckpointError if there is none."""
-    found = [c for folder in log_dir.glob("*/") if (c := newest_checkpoint(folder))]
-    if not found:
-        raise CheckpointError(f"--log_dir {log_dir} holds no run with a checkpoint; run scripts/quickstart/pretrain.sh")
-    return max(found, key=lambda c: c.meta.stat().st_mtime)
+def finished_run(config: Config) -> CheckpointFiles:
+    """The newest checkpoint of the run that ``config`` describes. Raises: CheckpointError if there is none."""
+    folder = run_folder(config)
+    files = newest_checkpoint(folder)
+    if files is None:
+        raise CheckpointError(
+            f"nothing to report: {folder} has no checkpoint (runs with --debug or --no-do_save write none)"
+        )
+    return files
 
 
 def read_losses(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -92,33 +95,31 @@ def draw(losses: dict[str, list[tuple[int, float]]], gzip_loss: float, xz_loss: 
     figure.savefig(path, dpi=120)
 
 
-def load_model(files: CheckpointFiles, config: dict[str, Any]) -> GPT:
+def load_model(files: CheckpointFiles, config: Config) -> GPT:
     """The trained model on the best device."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = GPT(ModelConfig(**config["model"]), dtype=DTYPES[config["train"]["precision"]], device=device)
+    model = GPT(config.model, dtype=DTYPES[config.train.precision], device=device)
     load_weights(model, read_file(files.model), str(files.model))
     return model
 
 
 def main() -> None:
-    """Report on the newest run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--log_dir", type=Path, default=Path("log/quickstart"))
-    parser.add_argument("--tokens", type=int, default=120, help="length of each sample")
-    args = parser.parse_args()
-    files = newest_run(args.log_dir)
-    config = json.loads((files.folder / "config.json").read_text())["config"]
-    data = Path(config["data"]["dataset_path"])
+    """Report on the run that the command line describes."""
+    config = build_config(parse_args())
+    files = finished_run(config)
+    data = Path(config.data.dataset_path or "")
     tokenizer = Tokenizer.from_file(str(data / "tokenizer.json"))
-    losses = read_losses(files.folder)
-
     model = load_model(files, config)
     for prompt in PROMPTS:
         ids = [tokenizer.token_to_id(EOT), *tokenizer.encode(prompt).ids]
-        sample = generate(model, ids, args.tokens, temperature=0.7, top_k=50, stop_token=ids[0])
+        sample = generate(model, ids, SAMPLE_TOKENS, temperature=0.7, top_k=50, stop_token=ids[0])
         print(f"\n--- sample ---\n{tokenizer.decode(sample)}")
 
-    count, text = predicted_bytes(tokenizer, find_shards(str(data), "val"), config["train"]["seq_len"])
+    losses = read_losses(files.folder)
+    if not losses["val"]:
+        print("\nno validation loss in log.txt (--no-do_val): nothing to compare with gzip and xz")
+        return
+    count, text = predicted_bytes(tokenizer, find_shards(str(data), "val"), config.train.seq_len)
     val_loss = losses["val"][-1][1]
     bits = {
         "this model": val_loss * count / math.log(2) / len(text),
