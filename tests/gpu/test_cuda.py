@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -26,10 +27,10 @@ CONFIG = ModelConfig(
     hidden_size=256,
     intermediate_size=512,
 )
-TINY = (
+TINY = shlex.split(
     "--use_mock_data --mock_data_num_samples 64 --total_batch_size 2048 --batch_size 2 --seq_len 128 --num_layer 2 "
     "--num_attention_heads 8 --num_key_value_heads 4 --hidden_size 256 --intermediate_size 512 --vocab_size 512"
-).split()
+)
 
 
 def _losses_and_grads(device: str, dtype: torch.dtype) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

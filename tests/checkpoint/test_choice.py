@@ -1,0 +1,134 @@
+"""From which checkpoint a run goes on, and from which it must not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.helpers.ranks import Ranks
+from tests.helpers.runs import losses, train, user_error
+from tests.helpers.stopping import run_until
+from tinytron.data import write_shard
+from tinytron.training import Trainer
+
+Pools = Callable[[int], Ranks]
+FLAGS: tuple[object, ...] = ("--max_steps", 4, "--save_every_steps", 2, "--lr_schedule", "constant")
+
+
+@pytest.fixture(scope="module")
+def done(ranks: Pools, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run with checkpoints 2 and 4; not to be changed."""
+    return ranks(1).run(train, Trainer, tmp_path_factory.mktemp("done"), *FLAGS)[0].folder
+
+
+@pytest.mark.parametrize(("name", "first"), [("", 5), ("00002_model.pt", 3), ("00002_opt", 3), ("00004_meta.pt", 5)])
+def test_resume_path_names_a_folder_or_a_checkpoint(
+    ranks: Pools, tmp_path: Path, done: Path, name: str, first: int
+) -> None:
+    flags = (*FLAGS, "--max_steps", 6, "--exp_name", "other", "--resume_path", done / name)
+    result = ranks(2).run(train, Trainer, tmp_path, *flags)[0]
+    assert result.folder.parent == tmp_path
+    assert list(losses(result.log)) == list(range(first, 7))
+    unbroken = ranks(1).run(train, Trainer, tmp_path / "unbroken", *FLAGS, "--max_steps", 6)[0]
+    assert losses(result.log) == pytest.approx({s: losses(unbroken.log)[s] for s in range(first, 7)}, rel=1e-5)
+
+
+def test_a_requeued_run_goes_on_where_it_got_to(ranks: Pools, tmp_path: Path, done: Path) -> None:
+    """--resume_path is where a run starts; once it has checkpoints of its own, the same command takes those."""
+    flags = (*FLAGS, "--exp_name", "other", "--resume_path", done / "00002_model.pt")
+    first = ranks(1).run(run_until, tmp_path, 4, *flags, "--max_steps", 6)[0]
+    assert list(losses(first.log)) == [3, 4]
+    again = ranks(1).run(train, Trainer, tmp_path, *flags, "--max_steps", 6)[0]
+    assert again.log.startswith(first.log)
+    assert list(losses(again.log)) == [3, 4, 5, 6]
+
+
+def test_the_own_folder_as_resume_path_does_not_go_back(ranks: Pools, tmp_path: Path) -> None:
+    whole = ranks(1).run(train, Trainer, tmp_path, *FLAGS)[0]
+    back = ranks(1).run(train, Trainer, tmp_path, *FLAGS, "--resume_path", whole.folder / "00002_model.pt")[0]
+    assert back.log == whole.log
+    assert back.step == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere", "is neither a run folder nor a checkpoint file"),
+        ("00003_model.pt", "checkpoint 3 is incomplete; it needs 00003_model.pt, 00003_opt/ and 00003_meta.pt"),
+        ("..", "holds no complete checkpoint"),
+    ],
+)
+def test_a_resume_path_without_checkpoint_is_one_error(
+    ranks: Pools, tmp_path: Path, done: Path, name: str, message: str
+) -> None:
+    first, second = ranks(2).run(user_error, Trainer, tmp_path, *FLAGS, "--resume_path", done / name)
+    assert first == second
+    assert re.match(f"CheckpointError: --resume_path .*{message}", first)
+
+
+def test_no_resume_moves_the_old_run_aside(ranks: Pools, tmp_path: Path) -> None:
+    logs = [ranks(2).run(train, Trainer, tmp_path, *FLAGS, "--no-resume", "--max_steps", n)[0] for n in (1, 2, 3)]
+    name = logs[0].folder.name
+    assert sorted(p.name for p in tmp_path.iterdir()) == [name, f"{name}.1", f"{name}.2"]
+    assert list(losses((tmp_path / f"{name}.1/log.txt").read_text())) == [1]
+    assert list(losses((tmp_path / f"{name}.2/log.txt").read_text())) == [1, 2]
+    assert list(losses((tmp_path / name / "log.txt").read_text())) == [1, 2, 3]
+    assert (tmp_path / f"{name}.2/00002_meta.pt").exists()
+
+
+def test_a_debug_run_starts_anew_and_saves_nothing(ranks: Pools, tmp_path: Path) -> None:
+    saved = ranks(1).run(run_until, tmp_path, 2, *FLAGS)[0]
+    before = {p: p.read_bytes() for p in saved.folder.rglob("0*") if p.is_file()}
+    result = ranks(1).run(train, Trainer, tmp_path, *FLAGS, "--debug", "--max_steps", 3)[0]
+    assert list(losses(result.log)) == [1, 2, 3]
+    assert {p: p.read_bytes() for p in saved.folder.rglob("0*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--hidden_size", 32), r"model\.hidden_size: 16 in the checkpoint, 32 now"),
+        (("--no-tied_lm_head",), r"model\.tied_lm_head: True in the checkpoint, False now"),
+        (("--total_batch_size", 192), r"train\.total_batch_size: 96 in the checkpoint, 192 now"),
+        (("--seq_len", 6), r"train\.seq_len: 12 in the checkpoint, 6 now"),
+        (("--seed", 7), r"seed\.seed: 1337 in the checkpoint, 7 now"),
+        (
+            ("--mock_data_num_samples", 40),
+            r"was trained on other data \(mock:32:12:61:1337:0, now mock:40:12:61:1337:0\)",
+        ),
+    ],
+    ids=["model", "tied", "batch", "seq_len", "seed", "data"],
+)
+def test_another_run_cannot_be_continued(
+    ranks: Pools, tmp_path: Path, done: Path, flags: tuple[object, ...], message: str
+) -> None:
+    flags = (*FLAGS, *flags, "--resume_path", done)
+    first, second = ranks(2).run(user_error, Trainer, tmp_path, *flags)
+    assert first == second
+    assert first.startswith(f"CheckpointError: {done}/00004_meta.pt")
+    assert re.search(message, first)
+    assert "\n" not in first
+
+
+def test_other_shards_under_the_same_flags_are_refused(ranks: Pools, tmp_path: Path) -> None:
+    """The path is not part of the run's identity, the tokens are."""
+    for number in (0, 1):
+        folder = tmp_path / f"data{number}"
+        folder.mkdir()
+        write_shard(folder / "train_0.bin", np.random.default_rng(number).integers(0, 61, 1000))
+    flags = (*FLAGS, "--no-use_mock_data", "--dataset_path")
+    ranks(1).run(train, Trainer, tmp_path / "log", *flags, tmp_path / "data0", "--max_steps", 2)
+    (tmp_path / "data0").rename(tmp_path / "moved")
+    ranks(1).run(train, Trainer, tmp_path / "log", *flags, tmp_path / "moved", "--max_steps", 4)
+    (error,) = ranks(1).run(user_error, Trainer, tmp_path / "log", *flags, tmp_path / "data1")
+    assert re.search(r"CheckpointError: .*/00004_meta.pt was trained on other data \(shards:", error)
+
+
+def test_another_learning_rate_is_the_users_choice(ranks: Pools, tmp_path: Path, done: Path) -> None:
+    flags = (*FLAGS, "--max_steps", 6, "--max_lr", 0.02, "--weight_decay", 0, "--resume_path", done)
+    result = ranks(1).run(train, Trainer, tmp_path, *flags)[0]
+    assert [record["lr"] for record in result.records] == [0.02, 0.02]

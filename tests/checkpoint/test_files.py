@@ -1,0 +1,69 @@
+"""Which checkpoints of a folder there are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tinytron.checkpoint import CheckpointFiles, find_checkpoint, newest_checkpoint
+from tinytron.errors import CheckpointError
+
+
+def _make(folder: Path, step: int, *missing: str) -> CheckpointFiles:
+    files = CheckpointFiles(folder, step)
+    files.optimizer.mkdir(parents=True)
+    for name, path in {"model": files.model, "meta": files.meta, "opt": files.optimizer / ".metadata"}.items():
+        if name not in missing:
+            path.write_bytes(b"")
+    return files
+
+
+def test_files_have_the_documented_names() -> None:
+    files = CheckpointFiles(Path("run"), 100)
+    assert [str(p) for p in (files.model, files.optimizer, files.meta)] == [
+        *("run/00100_model.pt", "run/00100_opt", "run/00100_meta.pt")
+    ]
+
+
+def test_the_newest_is_the_highest_number_not_the_last_name(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) is None
+    for step in (9, 99999, 100000):
+        _make(tmp_path, step)
+    assert newest_checkpoint(tmp_path) == CheckpointFiles(tmp_path, 100000)
+
+
+@pytest.mark.parametrize("missing", ["model", "opt", "meta"])
+def test_an_incomplete_checkpoint_does_not_exist(tmp_path: Path, missing: str) -> None:
+    _make(tmp_path, 2)
+    _make(tmp_path, 4, missing)
+    assert newest_checkpoint(tmp_path) == CheckpointFiles(tmp_path, 2)
+    with pytest.raises(CheckpointError, match=r"checkpoint 4 is incomplete; it needs 00004_model.pt, 00004_opt/ and"):
+        find_checkpoint(str(tmp_path / "00004_model.pt"))
+
+
+def test_other_files_are_no_checkpoints(tmp_path: Path) -> None:
+    for name in ("best_meta.pt", "00003_meta.pt.tmp", "config.json"):
+        (tmp_path / name).write_bytes(b"")
+    assert newest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["", "00002_model.pt", "00002_meta.pt", "00002_opt", "00002_opt/"])
+def test_resume_path_may_be_the_folder_or_any_part(tmp_path: Path, name: str) -> None:
+    _make(tmp_path, 2)
+    assert find_checkpoint(f"{tmp_path}/{name}") == CheckpointFiles(tmp_path, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "holds no complete checkpoint"),
+        ("missing", "is neither a run folder nor a checkpoint file; use log/<run> or log/<run>/00100_model.pt"),
+        ("00007_model.pt", "checkpoint 7 is incomplete"),
+        ("weights.pt", "is neither a run folder nor a checkpoint file"),
+    ],
+)
+def test_a_resume_path_that_is_no_checkpoint_is_an_error(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message) as caught:
+        find_checkpoint(str(tmp_path / name))
+    assert "--resume_path" in str(caught.value)

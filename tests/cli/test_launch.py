@@ -1,0 +1,55 @@
+"""Our launcher: torchrun's agents and environment, exit statuses passed on, nothing printed of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.runs import run
+
+SHOW = """
+import json, os, sys
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
+print(json.dumps({"env": {n: os.environ[n] for n in names}, "argv": sys.argv[1:]}))
+"""
+FAIL = """
+import os, signal, sys, time
+if os.environ["RANK"] == "1":
+    print("rank 1 says why", file=sys.stderr, flush=True)
+    sys.exit(7) if sys.argv[1] == "exit" else os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(60)
+"""
+
+
+def _script(folder: Path, text: str) -> Path:
+    path = folder / "script.py"
+    path.write_text(text)
+    return path
+
+
+def test_workers_get_torchruns_environment_and_the_scripts_arguments(tmp_path: Path) -> None:
+    script = _script(tmp_path, SHOW)
+    finished = run("--flag", "value", cwd=tmp_path, processes=2, script=script, env={"OMP_NUM_THREADS": None})
+    assert (finished.code, finished.stderr) == (0, "")
+    shown = [json.loads(line) for line in finished.stdout.splitlines()]
+    threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
+    for rank, worker in enumerate(sorted(shown, key=lambda w: str(w["env"]["RANK"]))):
+        assert worker["argv"] == ["--flag", "value"]
+        names = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": threads}
+        assert worker["env"] == names
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "says"),
+    [("exit", 7, ""), ("kill", 128 + 9, "error: process 1 was killed by SIGKILL (out of memory?)\n")],
+    ids=["exit", "kill"],
+)
+def test_a_failed_workers_status_is_passed_on_and_the_others_are_stopped(
+    tmp_path: Path, how: str, status: int, says: str
+) -> None:
+    finished = run(how, cwd=tmp_path, processes=2, script=_script(tmp_path, FAIL))
+    assert finished.code == status
+    assert finished.stderr == "rank 1 says why\n" + says

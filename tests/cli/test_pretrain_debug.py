@@ -1,0 +1,153 @@
+"""The documented commands, shrunk, with plain python and under the launchers."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.forked import Case, Result, run_cases
+from tests.helpers.runs import TINY, finish, losses, run_well, start
+
+GOLDEN = [
+    *("--exp_name", "debug_test", "--use_mock_data", "--mock_data_num_samples", "64", "--total_batch_size", "2048"),
+    *("--batch_size", "2", "--seq_len", "128", "--num_layer", "2", "--num_attention_heads", "8"),
+    *("--num_key_value_heads", "4", "--hidden_size", "128", "--intermediate_size", "256", "--vocab_size", "512"),
+    *("--sep_size", "1", "--max_epochs", "1", "--debug"),
+]
+SMALL = [str(flag) for flag in TINY]
+NO_DATA_FLAG = [flag for flag in SMALL if flag != "--use_mock_data"]
+VALIDATED = [*SMALL, "--max_epochs", "2", "--do_val", "--val_every_steps", "3"]
+RUNS: dict[str, tuple[list[str], int]] = {
+    "golden": (GOLDEN, 1),
+    "golden on 2": (GOLDEN, 2),
+    "world 1": (VALIDATED, 1),
+    "world 2": (VALIDATED, 2),
+    "world 4": (VALIDATED, 4),
+    "replicated": ([*VALIDATED, "--no-use_distributed_optimizer", "--bucket_size_mb", "0.002"], 2),
+    "other micro-batch": ([*VALIDATED, "--batch_size", "1"], 2),
+    "workers": ([*VALIDATED, "--num_workers", "2"], 1),
+    "profiler": ([*SMALL, "--use_profiler", "--steps_to_profile", "2", "3"], 1),
+    "profiler, short run": ([*SMALL, "--use_profiler", "--steps_to_profile", "15", "20"], 1),
+    "profiler, first step": ([*SMALL, "--use_profiler", "--steps_to_profile", "1", "1"], 2),
+    "print_config": ([*SMALL, "--print_config"], 1),
+    "help": (["--help"], 1),
+    "no data given": ([*NO_DATA_FLAG, "--debug"], 1),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Result, Path]]:
+    """Every run's result and working directory."""
+    places = {name: tmp_path_factory.mktemp("run") for name in RUNS}
+    results = run_cases([Case(argv, str(places[name]), world) for name, (argv, world) in RUNS.items()])
+    return {name: (result, places[name]) for name, result in zip(RUNS, results, strict=True)}
+
+
+def _log(place: Path) -> str:
+    (path,) = place.glob("log/*/log.txt")
+    return path.read_text()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_run_succeeds_quietly(runs: dict[str, tuple[Result, Path]], name: str) -> None:
+    result, _ = runs[name]
+    assert (result.code, result.hung) == (0, False), result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    assert result.stderr == "" or name.startswith("profiler")  # torch's profiler has remarks of its own
+    printed = [line for line in result.stdout.splitlines() if not line.startswith("step")]
+    assert name in ("help", "print_config") or len(printed) == len(set(printed)), "only one process may print"
+
+
+@pytest.mark.parametrize("name", ["golden", "golden on 2"])
+def test_the_golden_command_trains_four_steps(runs: dict[str, tuple[Result, Path]], name: str) -> None:
+    result, place = runs[name]
+    assert list(losses(_log(place))) == [1, 2, 3, 4]
+    assert losses(_log(place))[1] == pytest.approx(6.24, abs=0.05)  # about ln 512
+    assert "warm-up cut from 1000 to 1 steps: the run has only 4" in result.stdout
+    assert {p.name for p in place.glob("log/debug_test_*/*")} == {"config.json", "log.txt", "log.jsonl"}
+
+
+@pytest.mark.parametrize("name", ["world 2", "world 4", "replicated", "other micro-batch"])
+def test_every_layout_logs_the_same(runs: dict[str, tuple[Result, Path]], name: str) -> None:
+    (_, one), (_, other) = runs["world 1"], runs[name]
+    for stage, steps in (("train", [1, 2, 3, 4, 5, 6, 7, 8]), ("val", [3, 6, 8])):
+        assert losses(_log(other), stage) == pytest.approx(losses(_log(one), stage), rel=1e-5)
+        assert list(losses(_log(other), stage)) == steps
+    assert [p.name for p in one.glob("log/*")] == [p.name for p in other.glob("log/*")]  # one folder for all layouts
+
+
+def test_loader_processes_change_nothing(runs: dict[str, tuple[Result, Path]]) -> None:
+    assert _log(runs["workers"][1]) == _log(runs["world 1"][1])
+
+
+@pytest.mark.parametrize(
+    ("name", "note", "steps"),
+    [
+        ("profiler", "profiling steps 2 to 3", 2),
+        ("profiler, short run", "profiling steps 1 to 4: the run has only 4", 4),
+        ("profiler, first step", "profiling steps 1 to 1", 1),
+    ],
+)
+def test_the_profiler_writes_a_trace_of_its_steps(
+    runs: dict[str, tuple[Result, Path]], name: str, note: str, steps: int
+) -> None:
+    result, place = runs[name]
+    assert note in result.stdout
+    traces = sorted(place.glob("log/*/rank*_trace.json"))
+    assert [p.name for p in traces] == [f"rank{rank}_trace.json" for rank in range(RUNS[name][1])]
+    for path in traces:
+        events = json.loads(path.read_text())["traceEvents"]
+        assert sum(str(event.get("name", "")).startswith("ProfilerStep#") for event in events) == steps
+        assert any("aten::mm" in str(event.get("name", "")) for event in events)
+
+
+def test_print_config_prints_and_does_nothing_else(runs: dict[str, tuple[Result, Path]]) -> None:
+    result, place = runs["print_config"]
+    shown = json.loads(result.stdout)
+    assert shown["train"]["seq_len"] == 12
+    assert shown["logging"]["exp_name"] == "tiny"
+    assert list(place.iterdir()) == []
+    (made,) = runs["world 1"][1].glob("log/*/config.json")
+    assert json.loads(made.read_text())["config"]["train"]["seq_len"] == 12
+    assert made.parent.name == f"tiny_{json.loads(made.read_text())['config_hash']}"
+
+
+def test_help_names_every_documented_flag(runs: dict[str, tuple[Result, Path]]) -> None:
+    text = runs["help"][0].stdout
+    for flag in (flag for flag in GOLDEN if flag.startswith("--")):
+        assert flag in text
+
+
+def test_without_a_data_flag_it_says_that_the_data_is_mock(runs: dict[str, tuple[Result, Path]]) -> None:
+    result, place = runs["no data given"]
+    assert "no --dataset_path given: training on mock data" in result.stdout
+    assert len(losses(_log(place))) == 4
+
+
+# Under real launchers.
+
+
+def test_our_launcher(runs: dict[str, tuple[Result, Path]], tmp_path: Path) -> None:
+    finished = run_well(*VALIDATED, cwd=tmp_path, processes=2)
+    assert finished.stderr == ""
+    assert _log(tmp_path) == _log(runs["world 2"][1])
+
+
+@pytest.mark.slow
+def test_torchrun_itself(runs: dict[str, tuple[Result, Path]], tmp_path: Path) -> None:
+    run_well(*VALIDATED, cwd=tmp_path, processes=2, launcher="torch.distributed.run")
+    assert _log(tmp_path) == _log(runs["world 2"][1])
+
+
+def test_an_interrupt_ends_in_one_line(tmp_path: Path) -> None:
+    process = start(*SMALL, "--max_steps", 10**6, "--log_every", 1, cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not any(tmp_path.glob("log/*/log.txt")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    finished = finish(process, timeout=20)
+    assert (finished.code, finished.stderr) == (130, "interrupted\n")

@@ -1,0 +1,165 @@
+"""The mutants of P12: one scaling factor or one reduction removed at a time, and the run whose parity must see it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tests.helpers.mutants import Mutant
+from tests.helpers.parity import EXPERTS, Case
+from tests.naive.training import Recipe
+
+TRAINER = "tinytron.training.trainer:Trainer."
+STEP, ATTACH, METRICS = TRAINER + "train_step", TRAINER + "_attach_optimizer", TRAINER + "_init_metrics"
+TO_DEVICE = TRAINER + "_to_device"
+FLUSH = "tinytron.metrics.window:StepWindow.flush"
+COLLECTIVES = "tinytron.distributed.collectives:"
+SUMMED, SCATTER = COLLECTIVES + "_SummedExchange.wait", COLLECTIVES + "start_reduce_scatter"
+ALL_REDUCE, EXCHANGE_BACK = COLLECTIVES + "start_all_reduce", COLLECTIVES + "AllToAll.backward"
+BUFFER = "tinytron.distributed.zero1.flat_buffer:FlatBuffer."
+OPTIMIZER = "tinytron.distributed.zero1.distributed_optimizer:DistributedOptimizer."
+OWNERSHIP = OPTIMIZER + "_ownership"
+ULYSSES = "tinytron.distributed.sequence_parallel.ulysses:"
+COMM = "tinytron.distributed.expert_parallel.comm:"
+GPT, MOE, ROUTER = "tinytron.model.gpt:GPT.", "tinytron.model.modules.moe:MoE.", "tinytron.model.modules.moe:Router."
+MUON = "tinytron.optim.muon:Muon."
+# Pieces of their source.
+DENSE, EXPERT = '"dense": self.state.groups["world"]', '"expert": self.state.groups["edp"]'
+PARTS, LOAD = "sum_over(torch.stack(self._parts), self._group)", 'sum_over(self.step_load, self.state.groups["world"])'
+GATHER, SUM = "score_TE.gather(1, expert_Tk)", "torch.sum(self.parts_WN, dim=0, dtype=self.out_N.dtype, out=self.out_N)"
+ADJOINT = "AllToAll.apply(grad, ctx.group, ctx.recv, ctx.send)"
+SELECT = "qkv_BsMH.index_select(2, index)"
+FIRST_COPIES = f"""torch.where(
+        torch.tensor([i in index[:j] for j, i in enumerate(index)])[:, None], {SELECT}.detach(), {SELECT})"""
+
+_DENSE = Case(world=2, accumulation=2, mask="uneven", small_buckets=True)
+_SEP = Case(world=4, accumulation=2, mask="uneven", sep=2, kv_heads=2, small_buckets=True)
+_EP = Case(world=4, accumulation=2, mask="uneven", sep=2, ep=2, experts=EXPERTS, shared_experts=1, precision="fp64")
+CASES = {
+    "dense": _DENSE,
+    "replicated": replace(_DENSE, shard=False),
+    "copied": replace(_DENSE, view=False),
+    "unclipped": replace(_DENSE, recipe=Recipe(clip=100.0)),
+    "not overlapped": replace(_DENSE, overlap=False),
+    "sep": _SEP,
+    "kv heads shared": replace(_SEP, sep=4, kv_heads=1),
+    "experts": _EP,
+    "experts replicated": replace(_EP, shard=False),
+    "batch scope": replace(_EP, experts=replace(EXPERTS, scope="batch", score="sigmoid"), sep=1),
+    "muon": replace(_EP, recipe=Recipe(optimizer="normuon", max_lr=0.01, clip=0.3)),
+}
+
+
+def _mutants(case: str, *changes: tuple[str, str, str, str]) -> dict[str, tuple[Mutant, Case]]:
+    """By name: what is changed where, in which case."""
+    return {name: (Mutant(target, old, new), CASES[case]) for name, target, old, new in changes}
+
+
+MUTANTS = {
+    **_mutants(
+        "dense",
+        ("targets not summed over ranks", STEP, "sum_over(targets, ", "(lambda t, _: t)(targets, "),
+        ("targets of one micro-batch", STEP, "for b in microbatches]).sum()", "for b in microbatches])[0]"),
+        ("gradients not divided by targets", STEP, "losses.objective / targets", "losses.objective"),
+        (
+            "gradients divided by micro-batches too",
+            STEP,
+            "losses.objective / targets",
+            "losses.objective / targets / len(microbatches)",
+        ),
+        ("loss not divided by targets", STEP, "name: value / targets", "name: value"),
+        ("loss of the last micro-batch only", STEP, "sums[name] + value if i else value", "value"),
+        ("loss not summed over ranks", FLUSH, PARTS, "torch.stack(self._parts)"),
+        ("gradients not zeroed", BUFFER + "attach_grads", "self.grad_data.zero_()", "pass"),
+        ("no clipping", BUFFER + "scale_grads", ".mul_(factor)", ""),
+        ("clip factor not of the norm", OPTIMIZER + "step", "max_norm / (norm + 1e-6)", "max_norm + 0 * norm"),
+        ("norm of this rank's shard only", BUFFER + "squared_norm", "self.own.norm_group is not None", "False"),
+        ("norm not squared", BUFFER + "squared_norm", ".double().square().sum()", ".double().sum()"),
+        ("no root of the norm", OPTIMIZER + "_grad_norm", "total.sqrt()", "total"),
+        ("exchanged gradients not summed", SUMMED, SUM,
+         "self.out_N.copy_(self.parts_WN[0])"),
+        ("exchanged gradients averaged", SUMMED, "torch.sum(", "torch.mean("),
+        ("gradients not exchanged", SCATTER, "dist.all_to_all_single(parts, send, group=group, async_op=True)",
+         "(parts.copy_(send), dist.barrier(group, async_op=True))[1]"),
+        ("no all-gather", BUFFER + "publish",
+         "start_all_gather(self._whole(self.param_data, bucket), own, self.own.group)", "None"),
+        ("reduced after every micro-batch", OPTIMIZER + "accumulate", "self._launching = last", "self._launching = True"),
+        ("updated before the sum has arrived", OPTIMIZER + "step", "work.wait()", "pass"),
+    ),
+    **_mutants(
+        "replicated",
+        ("norm of replicas summed", OWNERSHIP, "if self.options.shard:", "if True:"),
+        ("no all-reduce", ALL_REDUCE, "dist.all_reduce(whole, op=dist.ReduceOp.SUM, group=group, async_op=True)",
+         "dist.barrier(group, async_op=True)"),
+        ("all-reduce averages", ALL_REDUCE, "dist.ReduceOp.SUM", "dist.ReduceOp.AVG"),
+    ),
+    **_mutants("copied", ("gradients not copied", BUFFER + "_copy_grads_in", "place.copy_(grad.flatten())", "pass")),
+    **_mutants("unclipped", ("clip factor without bound", OPTIMIZER + "step", ", max=1.0)", ", max=1e9)")),
+    **_mutants(
+        "not overlapped",
+        ("buckets left over not reduced", OPTIMIZER + "_launch", "while len(self._works) < len(self._sequence)",
+         "while len(self._works) < len(self._sequence) - 1"),
+    ),
+    **_mutants(
+        "sep",
+        ("targets summed over dp", STEP, 'self.state.groups["world"]', 'self.state.groups["dp"]'),
+        ("loss summed over dp", METRICS, 'self.state.groups["world"]', 'self.state.groups["dp"]'),
+        ("dense gradients summed over dp", ATTACH, DENSE, '"dense": self.dp_group'),
+        ("dense gradients summed over sep", ATTACH, DENSE, '"dense": self.sp_group'),
+        ("exchange without its adjoint", EXCHANGE_BACK, ADJOINT, "grad.clone()"),
+        ("adjoint divided by the ranks", EXCHANGE_BACK, "AllToAll.apply(grad, ", "AllToAll.apply(grad / 2, "),
+        ("every part at position 0", GPT + "hidden_states", 'self.state.group_rank("sep") * s if self.state else 0', "0"),
+        ("every rank has the first part", TO_DEVICE, "self.sp_rank, self.sp_world_size", "0, self.sp_world_size"),
+    ),
+    **_mutants(
+        "kv heads shared",
+        ("gradient of one copy of a shared head", ULYSSES + "seq_to_head", SELECT, FIRST_COPIES),
+    ),
+    **_mutants(
+        "experts",
+        ("expert gradients not summed", ATTACH, EXPERT, '"expert": self.state.groups["self"]'),
+        ("expert gradients summed over all", ATTACH, EXPERT,
+         '"expert": self.state.groups["world"]'),
+        ("norm of this rank's experts", OWNERSHIP, 'norm_group: dist.ProcessGroup | None = groups["dense"]',
+         "norm_group: dist.ProcessGroup | None = groups[kind]"),
+        ("rows not weighted", COMM + "combine", "choices_TkD * weight_Tk.unsqueeze(-1)", "choices_TkD"),
+        ("gradient of one choice", COMM + "_CopyToChoices.backward", "choices_TkD.sum(1, dtype=wide)", "choices_TkD[:, 0]"),
+        ("gradients of rows not sent back", COMM + "_Permute.backward", "grad[inverse]", "grad"),
+        ("router without gradient", ROUTER + "forward", GATHER, GATHER + ".detach()"),
+        ("scores not divided by their sum", ROUTER + "forward", "if self.norm_topk:", "if False:"),
+        ("bias in the weights", ROUTER + "forward", GATHER, "(score_TE + self.bias).gather(1, expert_Tk)"),
+        ("no balance loss", GPT + "_add_routing_losses", "self.config.moe_aux_loss_coef * balance", "0 * balance"),
+        ("no z-loss", GPT + "_add_routing_losses", "self.config.moe_z_loss_coef * z", "0 * z"),
+        ("z-loss not weighted", GPT + "_add_routing_losses", "self.config.moe_z_loss_coef * z", "z"),
+        ("balance not times the experts", MOE + "_stats", "balance = E * ", "balance = "),
+        ("load of this part of the sequence", MOE + "_stats", "sum_over(seen.clone(), self.state.groups[group])", "seen"),
+        ("load over one part's choices", MOE + "_stats", "rows = k * (T // B) * ranks", "rows = k * (T // B)"),
+        ("load over one choice", MOE + "_stats", "rows = k * (T // B) * ranks", "rows = (T // B) * ranks"),
+        ("probabilities of one token", MOE + "_stats", "view(B, T // B, E).sum(1)", "view(B, T // B, E)[:, 0]"),
+        ("load of a step not summed over ranks", GPT + "end_step", LOAD, "self.step_load"),
+        ("load of a step summed over dp", GPT + "end_step", 'self.state.groups["world"]', 'self.state.groups["dp"]'),
+        ("load of the last micro-batch", GPT + "_add_routing_losses", "self.step_load += torch", "self.step_load = torch"),
+        ("load never zeroed", GPT + "end_step", "self.step_load.zero_()", "pass"),
+        ("bias moves with the load", GPT + "end_step", "layer.router.bias -= rate", "layer.router.bias += rate"),
+        ("bias stands still", GPT + "end_step", "(rate := self.config.moe_bias_update_rate) > 0", "False"),
+        ("every rank has the first experts", GPT + "_first_expert", 'self.state.group_rank("ep") * local_experts', "0"),
+        ("shared experts left out", MOE + "forward", "out_BsD + self.shared(x_BsD)", "out_BsD + 0 * self.shared(x_BsD)"),
+    ),
+    **_mutants(
+        "experts replicated",
+        ("norm of one rank's experts", OWNERSHIP, 'groups["ep"] if kind == "expert" else None', "None"),
+        ("dense gradients summed over ep", ATTACH, DENSE, '"dense": self.state.groups["ep"]'),
+    ),
+    **_mutants(
+        "batch scope",
+        ("load of this rank's batch", MOE + "_stats", "sum_over(seen.clone(), self.state.groups[group])", "seen"),
+        ("load over one rank's rows", MOE + "_stats", '"world", k * T * ranks', '"world", k * T'),
+        ("probabilities do not sum to one", ROUTER + "forward",
+         'score_TE if self.score == "softmax" else', "score_TE if True else"),
+    ),
+    **_mutants(
+        "muon",
+        ("no factor for tall matrices", MUON + "_direction", " * max(1.0, rows / cols) ** 0.5", ""),
+        ("packed matrices as one", MUON + "_muon", 'group["row_blocks"] or look_ahead.shape[-2]', "look_ahead.shape[-2]"),
+        ("norm of the stack", MUON + "_normalize", "torch.linalg.matrix_norm(u, keepdim=True)", "u.norm()"),
+    ),
+}  # fmt: skip

@@ -1,0 +1,148 @@
+"""Training runs: on the live ranks, and as processes of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinytron.errors import TinytronError
+from tinytron.training import Config, Trainer, build_config, parse_args
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "pretrain_debug.py"
+
+# A model of 6,000 parameters and 4 steps of 8 samples of 12 tokens; exact enough to compare layouts.
+TINY: tuple[object, ...] = (
+    *("--exp_name", "tiny", "--use_mock_data", "--mock_data_num_samples", 32, "--precision", "fp32"),
+    *("--total_batch_size", 96, "--batch_size", 2, "--seq_len", 12, "--block_size", 12, "--vocab_size", 61),
+    *("--num_layer", 2, "--num_attention_heads", 4, "--num_key_value_heads", 2, "--hidden_size", 16),
+    *("--intermediate_size", 24, "--init_std", 0.1, "--max_lr", 0.01, "--warmup_steps", 1),
+)
+
+
+def config_of(*flags: object) -> Config:
+    """The configuration that the command line ``flags`` gives."""
+    return build_config(parse_args([str(flag) for flag in flags]))
+
+
+@dataclass
+class Run:
+    """What a trainer left behind, as seen by one rank; the logs are read by the master."""
+
+    folder: Path
+    step: int
+    log: str
+    records: list[dict[str, Any]]
+    extra: Any
+
+
+def train(cls: type[Trainer], log_dir: Path, *flags: object) -> Run:
+    """Train ``cls`` with the TINY configuration and ``flags``. A job for the pool; ``extra`` is ``cls``'s own report."""
+    trainer = cls(config_of(*TINY, "--log_dir", log_dir, *flags))
+    trainer.train()
+    report = getattr(trainer, "report", None)
+    extra = report() if callable(report) else None
+    if not trainer.master_process:
+        return Run(trainer.log_dir, trainer.step, "", [], extra)
+    log, records = read_logs(trainer.log_dir)
+    return Run(trainer.log_dir, trainer.step, log, records, extra)
+
+
+def read_logs(folder: Path) -> tuple[str, list[dict[str, Any]]]:
+    """The text of log.txt and the records of log.jsonl."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return (folder / "log.txt").read_text(), records
+
+
+def losses(log: str, stage: str = "train") -> dict[int, float]:
+    """The losses of one stage by step. Raises: AssertionError if a step stands there twice."""
+    lines = [line.split() for line in log.splitlines()]
+    found = [(int(step), float(loss)) for step, what, loss in lines if what == stage]
+    assert len(dict(found)) == len(found), f"a step is logged twice:\n{log}"
+    return dict(found)
+
+
+def user_error(cls: type[Trainer], log_dir: Path, *flags: object) -> str:
+    """The TinytronError that ``train`` ends in, as ``Type: text``; empty if it does not. A job for the pool."""
+    try:
+        train(cls, log_dir, *flags)
+    except TinytronError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@dataclass
+class Finished:
+    """How a process ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def start(
+    *arguments: object,
+    cwd: Path,
+    processes: int = 0,
+    script: Path = SCRIPT,
+    launcher: str = "tinytron.cli.launch",
+    env: Mapping[str, str | None] | None = None,
+) -> subprocess.Popen[str]:
+    """Start ``script`` with plain python, or for ``processes`` under ``launcher``. ``env`` adds to the
+    environment, or removes what is None."""
+    prefix = ["-m", launcher, "--standalone", "--nproc_per_node", str(processes)] if processes else []
+    fixed = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    variables: dict[str, str | None] = {**os.environ, **fixed, **(env or {})}
+    return subprocess.Popen(
+        [sys.executable, *prefix, str(script), *(str(a) for a in arguments)],
+        cwd=cwd,
+        env={k: v for k, v in variables.items() if v is not None},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 180) -> Finished:
+    """Wait for the end. Raises: AssertionError if that takes more than ``timeout`` seconds; all is killed then."""
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        stdout, stderr = process.communicate()
+        raise AssertionError(f"hang: no end after {timeout:g} s\n{stdout}\n{stderr}") from None
+    return Finished(process.returncode, stdout, stderr)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to the process and all its descendants (the launcher gives workers sessions of their own)."""
+    if process.poll() is not None:
+        return  # its number may be somebody else's by now
+    for pid in [process.pid, *_descendants(process.pid)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _descendants(pid: int) -> list[int]:
+    children = [int(c) for path in Path(f"/proc/{pid}/task").glob("*/children") for c in path.read_text().split()]
+    return [*children, *(d for child in children for d in _descendants(child))]
+
+
+def run(*arguments: object, cwd: Path, processes: int = 0, timeout: float = 180, **options: Any) -> Finished:
+    """``start`` and ``finish``."""
+    return finish(start(*arguments, cwd=cwd, processes=processes, **options), timeout)
+
+
+def run_well(*arguments: object, cwd: Path, **options: Any) -> Finished:
+    """``run``, and the process must succeed."""
+    finished = run(*arguments, cwd=cwd, **options)
+    assert finished.code == 0, f"exit status {finished.code}\n{finished.stdout}\n{finished.stderr}"
+    return finished

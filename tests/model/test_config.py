@@ -1,0 +1,141 @@
+"""Every rule of the architecture, and that the value each message proposes works."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import pytest
+
+from tinytron.errors import ConfigError
+from tinytron.model import ModelConfig
+
+VALID: dict[str, Any] = {
+    "block_size": 64,
+    "vocab_size": 100,
+    "num_layer": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+}
+
+
+def refusal(**changes: Any) -> str:
+    """The text of the error that ``VALID`` with ``changes`` gives."""
+    with pytest.raises(ConfigError, match=r"^.+$") as caught:  # one line
+        ModelConfig(**VALID | changes)
+    return str(caught.value)
+
+
+MAY_BE_ZERO = ["num_shared_experts", "first_k_dense"]
+COUNTS = [f.name for f in dataclasses.fields(ModelConfig) if f.type.startswith("Annotated[int, ")]
+SIZES = [name for name in COUNTS if name not in MAY_BE_ZERO]
+
+
+def test_the_sizes_are_these() -> None:
+    experts = ["num_experts", "num_experts_per_tok", "moe_intermediate_size"]
+    assert sorted(COUNTS) == sorted([*VALID, *experts, *MAY_BE_ZERO])
+
+
+@pytest.mark.parametrize("value", [0, -3])
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_are_at_least_one(name: str, value: int) -> None:
+    assert refusal(**{name: value}) == f"--{name} {value} must be at least 1"
+
+
+def test_key_value_heads_divide_the_query_heads() -> None:
+    text = refusal(num_attention_heads=12, num_key_value_heads=5)
+    assert text == "--num_key_value_heads 5 must divide --num_attention_heads 12; use one of [1, 2, 3, 4, 6, 12]"
+    for works in (1, 2, 3, 4, 6, 12):
+        ModelConfig(**VALID | {"num_attention_heads": 12, "num_key_value_heads": works})
+
+
+@pytest.mark.parametrize(
+    ("hidden", "heads", "kv_heads"), [(48, 5, 1), (48, 10, 2), (64, 6, 3), (48, 36, 12), (30, 4, 1)]
+)
+def test_heads_divide_the_hidden_size(hidden: int, heads: int, kv_heads: int) -> None:
+    sizes = {"hidden_size": hidden, "num_key_value_heads": kv_heads}
+    text = refusal(**sizes, num_attention_heads=heads)
+    start = f"--num_attention_heads {heads} must divide --hidden_size {hidden}; use "
+    assert text.startswith(start)
+    if proposed := re.search(r"use one of \[([\d, ]+)\], or give --head_dim", text):
+        for works in proposed.group(1).split(", "):
+            ModelConfig(**VALID | sizes | {"num_attention_heads": int(works)})
+    else:  # 64 has no divisor that 3 key/value heads divide
+        assert (hidden, kv_heads, text) == (64, 3, start + "--head_dim 64")
+        ModelConfig(**VALID | sizes | {"num_attention_heads": heads, "head_dim": 64})
+
+
+@pytest.mark.parametrize(
+    ("changes", "head_dim", "works"),
+    [
+        ({"hidden_size": 12}, 3, 4),
+        ({"hidden_size": 4}, 1, 2),
+        ({"head_dim": 7}, 7, 8),
+        ({"head_dim": 0}, 0, 2),
+        ({"head_dim": -4}, -4, 2),
+        ({"head_dim": -3}, -3, 2),
+    ],
+)
+def test_the_head_dimension_is_even(changes: dict[str, int], head_dim: int, works: int) -> None:
+    text = f"the head dimension {head_dim} must be even for rotary positions; use --head_dim {works}"
+    assert refusal(**changes) == text
+    assert ModelConfig(**VALID | changes | {"head_dim": works}).resolved_head_dim == works
+
+
+@pytest.mark.parametrize("value", [1.0, 1.5, -0.1, math.nan])
+def test_dropout_is_a_probability_below_one(value: float) -> None:
+    assert refusal(dropout=value) == f"--dropout {value} must be in [0, 1); use 0.1"
+    ModelConfig(**VALID, dropout=0.1)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize(("name", "works"), [("init_std", 0.013), ("norm_eps", 1e-6), ("rope_theta", 10000.0)])
+def test_scales_are_positive(name: str, value: float, works: float) -> None:
+    assert refusal(**{name: value}) == f"--{name} {value} must be positive; use {works}"
+    ModelConfig(**VALID | {name: works})
+
+
+def test_no_more_experts_per_token_than_experts() -> None:
+    text = "--num_experts_per_tok 9 must not exceed --num_experts 8; use at most 8"
+    assert refusal(use_moe=True, num_experts=8, num_experts_per_tok=9) == text
+    ModelConfig(**VALID, use_moe=True, num_experts=8, num_experts_per_tok=8)
+    ModelConfig(**VALID, use_moe=False, num_experts=8, num_experts_per_tok=9)  # of no effect
+
+
+AMOUNTS = ["moe_aux_loss_coef", "moe_z_loss_coef", "moe_bias_update_rate"]
+
+
+@pytest.mark.parametrize("name", [*MAY_BE_ZERO, *AMOUNTS])
+def test_amounts_of_the_experts_are_not_negative(name: str) -> None:
+    for value in (-1, -0.5, math.nan, math.inf)[: None if name in AMOUNTS else 1]:
+        assert refusal(**{name: value}) == f"--{name} {value} must be at least 0; use 0"
+    ModelConfig(**VALID, use_moe=True, **{name: 0})
+
+
+@pytest.mark.parametrize("first_k_dense", [2, 3])
+def test_some_layer_has_experts(first_k_dense: int) -> None:
+    text = f"--first_k_dense {first_k_dense} leaves no expert layer of --num_layer 2; use at most 1, or drop --use_moe"
+    assert refusal(use_moe=True, first_k_dense=first_k_dense) == text
+    ModelConfig(**VALID, use_moe=True, first_k_dense=1)
+    ModelConfig(**VALID, use_moe=False, first_k_dense=first_k_dense)  # of no effect
+
+
+@pytest.mark.parametrize("use_moe", [True, False])
+def test_layers_from_first_k_dense_on_have_experts(use_moe: bool) -> None:
+    config = ModelConfig(**VALID | {"num_layer": 4}, use_moe=use_moe, first_k_dense=2)
+    assert [config.is_moe_layer(layer) for layer in range(4)] == [False, False, use_moe, use_moe]
+
+
+def test_the_head_dimension_is_given_or_derived() -> None:
+    assert ModelConfig(**VALID).resolved_head_dim == 12
+    assert ModelConfig(**VALID, head_dim=10).resolved_head_dim == 10
+    assert ModelConfig(**VALID | {"hidden_size": 50}, head_dim=10).resolved_head_dim == 10
+
+
+def test_it_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ModelConfig(**VALID).num_layer = 3  # type: ignore[misc]

@@ -1,0 +1,307 @@
+"""The GPT with experts against its twin in loops; recomputation; the load and the balancing bias; initial weights."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.model.test_gpt import SIZES, B, CountOps, S, Twin, assert_same_gradients, gradients, make_batch, sums
+from tests.naive import moe as naive
+from tinytron.distributed.layout import ParallelLayout
+from tinytron.model import GPT, ModelConfig
+from tinytron.model.gpt import named_normal
+
+E, K = 6, 2
+MOE: dict[str, Any] = SIZES | {
+    "num_layer": 3,
+    "use_moe": True,
+    "num_experts": E,
+    "num_experts_per_tok": K,
+    "moe_intermediate_size": 8,
+    "moe_aux_loss_coef": 0.2,
+    "moe_z_loss_coef": 0.05,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dense first": {"first_k_dense": 2},
+    "shared": {"num_shared_experts": 2, "first_k_dense": 1},
+    "batch": {"moe_aux_loss_scope": "batch"},
+    "sigmoid": {"moe_router_score": "sigmoid", "norm_topk_prob": False, "tied_lm_head": False},
+    "all": {
+        "moe_router_score": "sigmoid", "first_k_dense": 1, "num_shared_experts": 1, "bias": True, "qk_norm": True,
+        "moe_aux_loss_scope": "batch",
+    },
+}  # fmt: skip
+
+
+def make_model(variant: str = "plain", dtype: torch.dtype = torch.float64, seed: int = 1, **options: Any) -> GPT:
+    """Large weights, norms and biases off their neutral values, and balancing biases that change the choice."""
+    model = GPT(ModelConfig(**MOE | VARIANTS[variant]), dtype=dtype, **options)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.3 * noise)
+        for layer in model.moe_layers:
+            layer.router.bias.copy_(torch.randn(E, generator=generator) * 0.1)
+    return model
+
+
+class MoETwin(Twin):
+    """The twin of test_gpt.py; layers with a router are naive experts, whose decisions are kept by layer."""
+
+    def __init__(self, model: GPT, sizes: dict[str, Any]) -> None:
+        super().__init__({n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}, sizes)
+        self.sizes, self.biases = sizes, {n: b.tolist() for n, b in model.named_buffers() if n.endswith("router.bias")}
+        self.decisions: dict[str, list[list[naive.Routed]]] = {}
+
+    def feed_forward(self, prefix: str, x: torch.Tensor) -> torch.Tensor:
+        if prefix + "router.weight" not in self.w:
+            return super().feed_forward(prefix, x)
+        rules = naive.Rules(
+            K,
+            self.sizes.get("moe_router_score", "softmax"),
+            self.sizes.get("norm_topk_prob", True),
+            self.biases[prefix + "router.bias"],
+        )
+        plain = {n.removeprefix(prefix): w for n, w in self.w.items() if n.startswith(prefix) and "shared" not in n}
+        out, decisions = naive.moe(x, plain, rules)
+        self.decisions.setdefault(prefix, []).append(decisions)
+        if prefix + "shared.gate_up_proj.weight" in self.w:
+            out = out + super().feed_forward(prefix + "shared.", x)
+        return out
+
+    def routing_losses(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Balance and z of all layers, after the logits of the whole batch."""
+        balance, z = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for rows in self.decisions.values():
+            flat = list(itertools.chain(*rows))
+            balance = balance + naive.balance([flat] if self.sizes.get("moe_aux_loss_scope") == "batch" else rows, E)
+            z = z + torch.stack([d.log_partition**2 for d in flat]).sum()
+        return balance, z
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_losses_load_and_every_gradient_equal_the_twin(variant: str) -> None:
+    model = make_model(variant)
+    twin = MoETwin(model, MOE | VARIANTS[variant])
+    ids, labels = make_batch()
+    losses = sums(model, ids, labels)
+    rows = zip(ids.tolist(), labels.tolist(), strict=True)
+    token = torch.stack([twin.loss(twin.logits(row), targets) for row, targets in rows]).sum()
+    balance, z = twin.routing_losses()
+    expected = token + 0.2 * balance + 0.05 * z
+    for found, wanted in (
+        (losses.token, token),
+        (losses.objective, expected),
+        (losses.aux["moe_balance"], balance),
+        (losses.aux["moe_z"], z),
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=0)
+    assert not any(value.requires_grad for value in losses.aux.values())
+    theirs = dict(zip(twin.w, torch.autograd.grad(expected, list(twin.w.values())), strict=True))
+    assert_same_gradients(gradients(losses.objective, model), theirs, tolerance=1e-10)
+    assert model.step_load.tolist() == [naive.load(list(itertools.chain(*r)), E) for r in twin.decisions.values()]
+    assert len(model.moe_layers) == len(twin.decisions) == 3 - VARIANTS[variant].get("first_k_dense", 0)
+
+
+def test_logits_equal_the_twin_and_count_nothing() -> None:
+    model = make_model("all")
+    twin, (ids, _) = MoETwin(model, MOE | VARIANTS["all"]), make_batch()
+    expected = torch.stack([twin.logits(row) for row in ids.tolist()])
+    torch.testing.assert_close(model(ids), expected, rtol=1e-10, atol=1e-10)
+    assert not model.step_load.any()
+
+
+# Recomputation.
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_recomputation_changes_nothing_and_counts_the_load_once(
+    recompute: Any, dtype: torch.dtype, dropout: float
+) -> None:
+    ids, labels = make_batch()
+    results = []
+    for choice in ("none", recompute):
+        config = ModelConfig(**MOE | {"num_shared_experts": 1, "dropout": dropout})
+        model = GPT(config, dtype=dtype, recompute=choice).train()
+        torch.manual_seed(5)
+        losses = sums(model, ids, labels)
+        grads = gradients(losses.objective, model)
+        results.append((losses.objective, losses.aux, grads, model.step_load))
+    (plain, plain_aux, plain_grads, plain_load), (other, other_aux, other_grads, other_load) = results
+    assert torch.equal(plain, other)
+    assert plain_aux == other_aux
+    assert all(torch.equal(plain_grads[name], other_grads[name]) for name in plain_grads)
+    assert torch.equal(plain_load, other_load)
+    assert plain_load.sum(1).tolist() == [B * S * K] * 3
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_the_choice_is_never_made_again(recompute: Any) -> None:
+    """A second choice could differ in a tie, and ranks would wait for each other: top-k runs once per layer."""
+    ids, labels = make_batch()
+    model = make_model(recompute=recompute)
+    with CountOps() as ops:
+        sums(model, ids, labels).objective.backward()
+    assert ops.calls["topk"] == 3
+    assert ops.calls["silu"] > 3  # the experts' inner values are
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_a_choice_that_would_differ_when_made_again_is_kept(recompute: Any) -> None:
+    """The bias moves between forward and backward, as a tie or another kernel could move it: gradients stay."""
+    ids, labels = make_batch()
+    plain = make_model()
+    expected = gradients(sums(plain, ids, labels).objective, plain)
+    model = make_model(recompute=recompute)
+    losses = sums(model, ids, labels)
+    for layer in model.moe_layers:
+        layer.router.bias += torch.linspace(-5, 5, E)
+    found = gradients(losses.objective, model)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+# The load and the balancing bias.
+
+
+def test_the_bias_moves_against_the_load_once_per_step() -> None:
+    config = ModelConfig(**MOE | {"moe_bias_update_rate": 0.25, "first_k_dense": 1})
+    model = GPT(config, dtype=torch.float64)
+    model.step_load.copy_(torch.tensor([[4, 0, 2, 2, 1, 3], [0, 0, 0, 0, 0, 12]]))  # mean 2 in both layers
+    model.end_step()
+    first = [[-0.25, 0.25, 0.0, 0.0, 0.25, -0.25], [0.25, 0.25, 0.25, 0.25, 0.25, -0.25]]
+    assert [layer.router.bias.tolist() for layer in model.moe_layers] == first
+    assert not model.step_load.any()
+    model.step_load.copy_(torch.tensor([[4, 0, 2, 2, 1, 3], [2, 2, 2, 2, 2, 2]]))
+    model.end_step()
+    assert model.moe_layers[0].router.bias.tolist() == [2 * value for value in first[0]]
+    assert model.moe_layers[1].router.bias.tolist() == first[1]  # balanced: it stays
+    assert model.load.tolist() == [[8, 0, 4, 4, 2, 6], [2, 2, 2, 2, 2, 14]]  # since the last report
+
+
+def test_a_mean_load_that_is_no_whole_number_is_not_rounded() -> None:
+    config = ModelConfig(**MOE | {"moe_bias_update_rate": 1.0, "first_k_dense": 2})
+    model = GPT(config)
+    model.step_load.copy_(torch.tensor([[1, 0, 0, 0, 0, 0]]))  # mean 1/6
+    model.end_step()
+    assert model.moe_layers[0].router.bias.tolist() == [-1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+
+
+def test_the_load_adds_up_over_micro_batches_of_training_only() -> None:
+    model, (ids, labels) = make_model(), make_batch()
+    sums(model.eval(), ids, labels)
+    assert not model.step_load.any()
+    sums(model.train(), ids, labels)
+    once = model.step_load.clone()
+    sums(model, ids, labels)
+    assert torch.equal(model.step_load, 2 * once)
+    model.end_step()
+    assert torch.equal(model.load, 2 * once)
+    biases = [layer.router.bias for layer in model.moe_layers]
+    fresh = make_model()
+    assert all(
+        torch.equal(mine, layer.router.bias) for mine, layer in zip(biases, fresh.moe_layers, strict=True)
+    )  # rate 0
+
+
+def test_the_bias_evens_out_the_load_in_the_end() -> None:
+    config = ModelConfig(**MOE | {"moe_bias_update_rate": 0.01, "first_k_dense": 2})
+    model = GPT(config, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+        model.moe_layers[0].router.weight.mul_(0.1)
+    ids = torch.randint(29, (16, S), generator=torch.Generator().manual_seed(4))
+
+    def most() -> float:
+        model.step_load.zero_()
+        with torch.no_grad():
+            sums(model, ids, ids)
+        return float(model.step_load.max() / model.step_load.double().mean())
+
+    before = most()
+    for _ in range(60):
+        model.step_load.zero_()
+        with torch.no_grad():
+            sums(model, ids, ids)
+        model.end_step()
+    assert before > 1.5
+    assert most() < 1 + (before - 1) / 2
+
+
+def test_a_dense_model_ends_its_step_without_effect() -> None:
+    GPT(ModelConfig(**SIZES)).end_step()
+
+
+# Initial weights.
+
+INIT: dict[str, Any] = {"num_layer": 2, "hidden_size": 32, "num_attention_heads": 2, "moe_intermediate_size": 24}
+
+
+def expert_weights(model: GPT) -> dict[str, torch.Tensor]:
+    return {n: p.detach() for n, p in model.named_parameters() if ".experts." in n}
+
+
+def test_an_expert_is_a_function_of_seed_name_and_global_index() -> None:
+    model = GPT(ModelConfig(**MOE | INIT), seed=3)
+    std = {"gate_up_proj": 0.02, "down_proj": 0.02 / (2 * 2) ** 0.5}
+    names = [f"blocks.{i}.mlp.experts.{part}" for i in range(2) for part in ("gate_up_proj", "down_proj")]
+    weights = expert_weights(model)
+    assert list(weights) == names
+    for name in names:
+        for expert in range(E):
+            drawn = named_normal(f"{name}.{expert}", weights[name].shape[1:], std[name.split(".")[-1]], 3)
+            assert torch.equal(weights[name][expert], drawn)
+
+
+@pytest.mark.parametrize("ep", [2, 3, 6])
+def test_ranks_of_an_expert_group_hold_slices_of_the_same_experts(ep: int) -> None:
+    whole = GPT(ModelConfig(**MOE | INIT), seed=3)
+    layout, each = ParallelLayout(ep, ep=ep), E // ep
+    for rank in range(ep):
+        state: Any = SimpleNamespace(
+            layout=layout, groups={"sep": None, "ep": None}, group_rank=lambda axis, rank=rank: {"ep": rank}[axis]
+        )
+        part = GPT(ModelConfig(**MOE | INIT), seed=3, state=state)
+        for name, weight in part.named_parameters():
+            expected = whole.get_parameter(name)
+            expected = expected[rank * each : (rank + 1) * each] if ".experts." in name else expected
+            assert torch.equal(weight, expected), name
+        assert [(s.name, s.shape) for s in part.param_specs()] == [(s.name, s.shape) for s in whole.param_specs()]
+
+
+def test_all_experts_differ_and_have_the_right_scale() -> None:
+    parts: dict[tuple[Any, ...], torch.Tensor] = {}
+    for name, weight in expert_weights(GPT(ModelConfig(**MOE | INIT), seed=3)).items():
+        for expert in range(E):
+            halves = weight[expert].chunk(2) if name.endswith("gate_up_proj") else (weight[expert],)
+            parts |= {(name, expert, half): part for half, part in enumerate(halves)}
+            std = 0.02 if name.endswith("gate_up_proj") else 0.01
+            assert float(weight[expert].std()) == pytest.approx(std, rel=5 / (2 * weight[expert].numel()) ** 0.5)
+    assert len(parts) == 2 * E * 3
+    for a, b in itertools.combinations(parts.values(), 2):
+        pair = torch.stack([a.flatten(), b.flatten()])
+        assert abs(float(torch.corrcoef(pair)[0, 1])) * a.numel() ** 0.5 < 5
+
+
+def test_param_specs_of_experts_router_and_shared_experts() -> None:
+    model = GPT(ModelConfig(**MOE | {"num_layer": 1, "num_shared_experts": 2}))
+    specs = {s.name.removeprefix("blocks.0.mlp."): s for s in model.param_specs() if ".mlp." in s.name}
+    found = {
+        name: (s.shape, s.kind, s.gradient_group, s.shard_axis, s.writes_residual, s.row_blocks)
+        for name, s in specs.items()
+    }
+    assert found == {
+        "router.weight": ((E, 16), "router", "dense", None, False, ()),
+        "experts.gate_up_proj": ((E, 16, 16), "matrix", "expert", 0, False, (8, 8)),
+        "experts.down_proj": ((E, 16, 8), "matrix", "expert", 0, True, ()),
+        "shared.gate_up_proj.weight": ((32, 16), "matrix", "dense", None, False, (16, 16)),
+        "shared.down_proj.weight": ((16, 16), "matrix", "dense", None, True, ()),
+    }

@@ -1,0 +1,139 @@
+"""The one-process twin of a training run: plain backward on the whole global batch, plain optimizers, no buffers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from tests.naive.gpt import Shape, Weights, balance_sum, forward, z_sum
+from tests.naive.muon import Muon
+
+Arrays = dict[str, npt.NDArray[np.float64]]
+Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]  # input_ids and labels of a whole global batch
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run optimizes with. ``micro_batches`` are consecutive parts of the global batch; they matter to the balance
+    loss of scope ``batch`` only."""
+
+    optimizer: Literal["adamw", "sgd", "muon", "normuon"] = "adamw"
+    max_lr: float = 2e-3
+    min_lr: float = 2e-4
+    warmup: int = 2
+    weight_decay: float = 0.1
+    clip: float = 0.0
+    micro_batches: int = 1
+
+
+@dataclass
+class Outcome:
+    """What a run produced, as float64 arrays by parameter name: per step, and in the end."""
+
+    losses: list[float] = field(default_factory=list)
+    aux: list[dict[str, float]] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    grads: list[Arrays] = field(default_factory=list)  # after clipping
+    load: list[Any] = field(default_factory=list)  # per step: choices by expert layer and expert
+    biases: list[Any] = field(default_factory=list)  # per step: [expert layers, experts]
+    weights: Arrays = field(default_factory=dict)
+
+
+def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
+    """Linear warm-up, then half a cosine wave that reaches ``min_lr`` at the last step. ``step`` counts from 0."""
+    if step < recipe.warmup:
+        return recipe.max_lr * (step + 1) / recipe.warmup
+    done = (step - recipe.warmup) / max(1, steps - 1 - recipe.warmup)
+    return recipe.min_lr + (recipe.max_lr - recipe.min_lr) * (1 + math.cos(math.pi * done)) / 2
+
+
+class _Optimizers:
+    """Plain ones over whole tensors, all with the same learning rate."""
+
+    def __init__(self, weights: Weights, shape: Shape, recipe: Recipe) -> None:
+        muon = {n: w for n, w in weights.items() if "muon" in recipe.optimizer and "_proj" in n}
+        head = next((w.shape[1] // shape.heads for n, w in weights.items() if n.endswith("out_proj.weight")), 0)
+
+        def blocks(name: str, weight: torch.Tensor) -> tuple[int, ...]:
+            if "qkv_proj" in name:
+                return (shape.heads * head, shape.kv_heads * head, shape.kv_heads * head)
+            return (weight.shape[-2] // 2,) * 2 if "gate_up_proj" in name else ()
+
+        normuon = recipe.optimizer == "normuon"
+        self.matrices = [Muon(w, blocks(n, w), recipe.weight_decay, normuon) for n, w in muon.items()]
+        rest = [w for n, w in weights.items() if n not in muon]
+        groups = [
+            {"params": [w for w in rest if w.ndim >= 2], "weight_decay": recipe.weight_decay},
+            {"params": [w for w in rest if w.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.rest: torch.optim.Optimizer
+        if recipe.optimizer == "sgd":
+            self.rest = torch.optim.SGD(groups, lr=recipe.max_lr, momentum=0.9, foreach=False)
+        else:
+            self.rest = torch.optim.AdamW(groups, lr=recipe.max_lr, betas=(0.9, 0.95), eps=1e-8, foreach=False)
+
+    def step(self, lr: float) -> None:
+        for group in self.rest.param_groups:
+            group["lr"] = lr
+        self.rest.step()
+        for matrix in self.matrices:
+            matrix.step(lr)
+
+
+def train(initial: Weights, batches: Batches, shape: Shape, recipe: Recipe) -> Outcome:
+    """Train on ``batches``, one optimizer step each. Entries of ``initial`` that are one tensor stay one (tied)."""
+    own: dict[int, torch.Tensor] = {}
+    biases = {n: w.detach().clone() for n, w in initial.items() if n.endswith("router.bias")}
+    given = {n: w for n, w in initial.items() if n not in biases}
+    weights = {n: own.setdefault(w.data_ptr(), w.detach().clone().requires_grad_()) for n, w in given.items()}
+    names = {id(w): n for n, w in reversed(weights.items())}  # of tied ones the first name
+    parameters = {names[id(w)]: w for w in own.values()}
+    optimizers, outcome = _Optimizers(parameters, shape, recipe), Outcome()
+    for step, (input_ids, labels) in enumerate(batches):
+        load = _backward({**weights, **biases}, input_ids, labels, shape, recipe, outcome)
+        limit = recipe.clip if recipe.clip > 0 else math.inf
+        outcome.norms.append(float(torch.nn.utils.clip_grad_norm_(own.values(), limit, foreach=False)))
+        outcome.grads.append({n: w.grad.double().numpy().copy() for n, w in parameters.items() if w.grad is not None})
+        optimizers.step(learning_rate(recipe, step, len(batches)))
+        for w in own.values():
+            w.grad = None
+        for i, bias in enumerate(biases.values()):
+            assert shape.experts is not None
+            for e in range(len(bias)):  # against the load, once per step
+                bias[e] -= shape.experts.bias_rate * float(np.sign(load[i][e] - load[i].mean()))
+        outcome.load.append(load)
+        outcome.biases.append(np.array([bias.double().numpy() for bias in biases.values()]))
+    outcome.weights = {n: w.detach().double().numpy() for n, w in parameters.items()}
+    return outcome
+
+
+def _backward(
+    weights: Weights, ids: torch.Tensor, labels: torch.Tensor, shape: Shape, recipe: Recipe, outcome: Outcome
+) -> Any:
+    """Gradients of the global batch; returns how often each expert of each layer was chosen."""
+    targets = (labels != -100).sum().clamp(min=1)
+    parts = recipe.micro_batches
+    token, load = torch.zeros((), dtype=torch.float64), 0.0
+    aux = {"moe_balance": 0.0, "moe_z": 0.0} if shape.experts else {}
+    for ids_part, labels_part in zip(ids.chunk(parts), labels.chunk(parts), strict=True):
+        values, routed = forward(weights, ids_part, shape)
+        loss = F.cross_entropy(values.flatten(0, 1), labels_part.flatten(), reduction="sum") / targets
+        token += loss.detach()
+        for routing in routed:
+            assert shape.experts is not None
+            balance, z = balance_sum(routing, shape.experts) / targets, z_sum(routing) / targets
+            loss = loss + shape.experts.balance_coef * balance + shape.experts.z_coef * z
+            aux["moe_balance"] += float(balance.detach())
+            aux["moe_z"] += float(z.detach())
+        loss.backward()  # type: ignore[no-untyped-call]
+        load = load + np.array([routing.chosen.sum((0, 1)).double().numpy() for routing in routed])
+    outcome.losses.append(float(token))
+    outcome.aux.append(aux)
+    return load

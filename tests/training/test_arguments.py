@@ -1,0 +1,203 @@
+"""The command line: documented names and defaults, and that every flag changes the configuration."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import pytest
+
+from tests.training.test_config import EXECUTION
+from tinytron.errors import ConfigError
+from tinytron.training.arguments import build_config, build_parser, parse_args, show_config
+from tinytron.training.config import SECTIONS, Config
+from tinytron.utils.flags import FieldInfo, config_fields
+
+# Every flag and its default. Where the documentation of the base product states them, they are those, with these
+# decisions of ours: one source of defaults, so four booleans are on; saving is on; sep_size 1, which fits every machine;
+# mock data when no path is given; the backend follows the device.
+DOCUMENTED: dict[str, dict[str, Any]] = {
+    "train": {
+        "total_batch_size": 524288, "batch_size": 8, "seq_len": 4096, "max_steps": None, "max_epochs": 1, "do_val": False,
+        "val_every_steps": 250, "split_rate": None, "grad_clip_value": 1.0, "debug": False, "precision": "bf16",
+        "use_compile": False, "use_profiler": False, "steps_to_profile": (15, 20), "disable_tf32": False,
+        "z_loss_coef": 0.0, "recompute": "none", "attn_backend": "sdpa",
+    },
+    "logging": {"exp_name": "gpt", "log_dir": "./log/", "log_every": 10, "print_config": False},
+    "seed": {"seed": 1337, "deterministic": False},
+    "data": {
+        "dataset_path": None, "use_mock_data": False, "mock_data_num_samples": 1280, "num_workers": 0, "pin_memory": True,
+    },
+    "optim": {
+        "max_lr": 4e-3, "min_lr": 3e-5, "warmup_steps": 1000, "weight_decay": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.95,
+        "adam_eps": 1e-8, "optimizer": "adam", "muon_momentum": 0.95, "muon_ns_steps": 5, "muon_normuon": False,
+        "muon_beta2": 0.95, "muon_cautious": False, "matrix_lr_mult": 1.0, "embedding_lr_mult": 1.0, "head_lr_mult": 1.0,
+        "scalar_lr_mult": 1.0, "lr_schedule": "cosine", "wsd_decay_fraction": 0.1, "wsd_decay_shape": "cosine",
+        "decay_embeddings": True, "decay_all": False,
+    },
+    "ckpt": {"do_save": True, "save_every_steps": 5000, "resume": True, "resume_path": None},
+    "parallel": {
+        "backend": "auto", "init_method": "env://", "sep_size": 1, "ddp_find_unused_parameters": False,
+        "ddp_gradient_as_bucket_view": True, "use_distributed_optimizer": True, "ep_size": 0, "bucket_size_mb": 64.0,
+        "overlap_grad_reduce": True, "overlap_param_gather": True, "grad_reduce_dtype": "fp32", "print_topology": False,
+    },
+    "model": {
+        "block_size": 4096, "vocab_size": 50304, "num_layer": 32, "num_attention_heads": 128, "num_key_value_heads": 8,
+        "hidden_size": 1024, "intermediate_size": 4096, "dropout": 0.0, "init_std": 0.013, "tied_lm_head": True,
+        "head_dim": None, "rope_theta": 10000.0, "qk_norm": False, "bias": False, "norm_eps": 1e-6, "use_moe": False,
+        "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 256, "num_shared_experts": 0,
+        "first_k_dense": 0, "moe_router_score": "softmax", "norm_topk_prob": True, "moe_aux_loss_coef": 0.01,
+        "moe_aux_loss_scope": "sequence", "moe_z_loss_coef": 0.0, "moe_bias_update_rate": 0.0,
+    },
+}  # fmt: skip
+
+FIELDS = [(section, info) for section, cls in SECTIONS.items() for info in config_fields(cls)]
+BOOLEANS = [(section, info) for section, info in FIELDS if info.type is bool]
+BY_NAME = [pytest.param(section, info, id=info.name) for section, info in FIELDS]
+
+# Another valid value, where "the next one" breaks a rule or there is no number to start from.
+OTHER = {
+    "total_batch_size": 1048576,
+    "seq_len": 2048,
+    "max_steps": 5,
+    "split_rate": 0.5,
+    "hidden_size": 2048,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 16,
+    "head_dim": 16,
+    "block_size": 8192,
+    "dropout": 0.1,
+    "z_loss_coef": 1e-4,
+    "moe_z_loss_coef": 1e-4,
+    "moe_bias_update_rate": 1e-3,
+    "dataset_path": "shards",
+    "resume_path": "log/run",
+}
+
+
+def another(info: FieldInfo) -> Any:
+    if info.name in OTHER:
+        return OTHER[info.name]
+    if info.choices is not None:
+        return next(choice for choice in info.choices if choice != info.default)
+    if info.type is bool:
+        return not info.default
+    if isinstance(info.default, tuple):
+        return tuple(value + 1 for value in info.default)
+    if info.type is int:
+        return info.default + 1
+    return info.default / 2 if info.type is float else "other"
+
+
+def argv(info: FieldInfo, value: Any) -> list[str]:
+    if info.type is bool:
+        return [f"--{info.name}" if value else f"--no-{info.name}"]
+    return [f"--{info.name}", *(str(v) for v in (value if isinstance(value, tuple) else [value]))]
+
+
+def refusal(*arguments: str) -> str:
+    with pytest.raises(ConfigError, match=r"^.+$") as caught:
+        build_config(parse_args(arguments))
+    return str(caught.value)
+
+
+def test_documented_names_and_defaults() -> None:
+    found = build_config(parse_args([])).as_dict()
+    for section, documented in DOCUMENTED.items():
+        assert found[section] == documented
+    assert {"bf16", "fp16", "fp32"} <= set(next(i.choices or () for _, i in FIELDS if i.name == "precision"))
+
+
+def test_the_command_line_has_the_defaults_of_the_dataclasses() -> None:
+    assert build_config(parse_args([])) == Config()
+
+
+def test_no_name_stands_in_two_sections() -> None:
+    assert len({info.name for _, info in FIELDS}) == len(FIELDS)
+    assert {f"{s}" for s, _ in FIELDS} == set(Config().as_dict())
+
+
+@pytest.mark.parametrize(("section", "info"), BY_NAME)
+def test_every_flag_changes_its_field_and_nothing_else(section: str, info: FieldInfo) -> None:
+    value = another(info)
+    assert value != info.default
+    built, plain = build_config(parse_args(argv(info, value))), Config()
+    expected = plain.as_dict()
+    expected[section][info.name] = value
+    assert built.as_dict() == expected
+    assert type(getattr(getattr(built, section), info.name)) is type(value)
+    same_run = built.config_hash() == plain.config_hash()
+    assert same_run == (info.name in EXECUTION[section])
+
+
+@pytest.mark.parametrize(("section", "info"), [pytest.param(s, i, id=i.name) for s, i in BOOLEANS])
+def test_booleans_have_three_spellings(section: str, info: FieldInfo) -> None:
+    for flag, value in ((f"--{info.name}", True), (f"--no-{info.name}", False), (f"--no_{info.name}", False)):
+        assert getattr(parse_args([flag]), info.name) is value
+        assert getattr(parse_args(["--no-" + info.name, "--" + info.name, flag]), info.name) is value  # the last counts
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--num_layers", "3"], "unknown argument --num_layers; did you mean --num_layer?; see --help"),
+        (["--num-layer", "3"], "unknown argument --num-layer; did you mean --num_layer?; see --help"),
+        (["--seq-len=1234567890123"], "unknown argument --seq-len=1234567890123; did you mean --seq_len?; see --help"),
+        (["--no_resum"], "unknown argument --no_resum; did you mean --no_resume?; see --help"),
+        (["--num_laye", "3"], "unknown argument --num_laye; did you mean --num_layer?; see --help"),
+        (["--zzz"], "unknown argument --zzz; see --help"),
+        (["train"], "unknown argument train; see --help"),
+    ],
+)
+def test_an_unknown_flag_names_the_nearest(arguments: list[str], text: str) -> None:
+    assert refusal(*arguments) == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--seq_len", "long"], "argument --seq_len: invalid int value: 'long'; see --help"),
+        (["--seq_len", "1e3"], "argument --seq_len: invalid int value: '1e3'; see --help"),
+        (["--max_lr", "high"], "argument --max_lr: invalid float value: 'high'; see --help"),
+        (["--seq_len"], "argument --seq_len: expected one argument; see --help"),
+        (["--steps_to_profile", "1"], "argument --steps_to_profile: expected 2 arguments; see --help"),
+        (["--precision", "int8"], "argument --precision: invalid choice: 'int8' (choose from "),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_told(arguments: list[str], text: str) -> None:
+    assert refusal(*arguments).startswith(text)
+
+
+def test_negative_numbers_are_values_not_flags() -> None:
+    assert refusal("--max_lr", "-0.5") == "--max_lr -0.5 must be at least 0"
+
+
+def test_arguments_default_to_those_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--num_layer", "3"])
+    assert parse_args().num_layer == 3
+
+
+def test_help_shows_every_flag_with_its_text_unit_and_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_args(["--help"])
+    assert caught.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for section, info in FIELDS:
+        assert f"--{info.name}" in shown
+        assert " ".join(info.flag.text.split()) in shown
+        assert f"{section}:" in shown
+    assert "global batch of one optimizer step [tokens] (default: 524288)" in shown
+
+
+def test_every_flag_is_a_field() -> None:
+    """Nothing stands on the command line that the dataclasses do not know."""
+    names = {action.dest for action in build_parser()._actions}
+    assert names == {info.name for _, info in FIELDS} | {"help"}
+
+
+def test_the_configuration_is_shown_with_its_hash() -> None:
+    config = build_config(parse_args(["--num_layer", "5"]))
+    shown = json.loads(show_config(config))
+    assert shown.pop("config_hash") == config.config_hash()
+    assert shown == json.loads(json.dumps(config.as_dict()))

@@ -1,0 +1,279 @@
+"""Every rule on options with the text of its error, that the proposed value works, and what the hash is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from typing import Any
+
+import pytest
+
+from tinytron.errors import ConfigError
+from tinytron.training.arguments import build_config, parse_args
+from tinytron.training.config import SECTIONS, Config, OptimConfig, TrainingConfig
+from tinytron.utils.flags import config_fields
+
+
+def build(flags: str = "") -> Config:
+    return build_config(parse_args(flags.split()))
+
+
+def refusal(flags: str) -> str:
+    with pytest.raises(ConfigError, match=r"^.+$") as caught:  # one line
+        build(flags)
+    return str(caught.value)
+
+
+AT_LEAST_ONE = [
+    "total_batch_size",
+    "batch_size",
+    "seq_len",
+    "max_epochs",
+    "mock_data_num_samples",
+    "sep_size",
+    "log_every",
+    "max_steps",
+    "muon_ns_steps",
+]
+AT_LEAST_ZERO = [
+    "val_every_steps",
+    "grad_clip_value",
+    "z_loss_coef",
+    "max_lr",
+    "min_lr",
+    "warmup_steps",
+    "weight_decay",
+    "adam_eps",
+    "matrix_lr_mult",
+    "embedding_lr_mult",
+    "head_lr_mult",
+    "scalar_lr_mult",
+    "ep_size",
+    "num_workers",
+    "save_every_steps",
+]
+
+
+@pytest.mark.parametrize("name", AT_LEAST_ONE)
+def test_counts_are_at_least_one(name: str) -> None:
+    for value in (0, -3):
+        assert refusal(f"--{name} {value}") == f"--{name} {value} must be at least 1"
+    build(f"--seq_len 1 --{name} 1")
+
+
+@pytest.mark.parametrize("name", AT_LEAST_ZERO)
+def test_amounts_are_not_negative(name: str) -> None:
+    assert refusal(f"--{name} -1") in (f"--{name} {value} must be at least 0" for value in ("-1", "-1.0"))
+    build(f"--min_lr 0 --{name} 0")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "grad_clip_value", "z_loss_coef", "max_lr", "min_lr", "weight_decay", "adam_eps", "matrix_lr_mult",
+        "embedding_lr_mult", "head_lr_mult", "scalar_lr_mult",
+    ],
+)  # fmt: skip
+def test_amounts_are_numbers(name: str) -> None:
+    assert refusal(f"--{name} nan") == f"--{name} nan must be at least 0"
+
+
+@pytest.mark.parametrize(
+    ("flags", "text", "works"),
+    [
+        (
+            "--seq_len 8192 --total_batch_size 16384",
+            "--seq_len 8192 exceeds --block_size 4096; use --block_size 8192",
+            "--seq_len 8192 --total_batch_size 16384 --block_size 8192",
+        ),
+        (
+            "--total_batch_size 10000",
+            "--total_batch_size 10000 (tokens) must be a multiple of --seq_len 4096; use 8192",
+            "--total_batch_size 8192",
+        ),
+        (
+            "--total_batch_size 100",
+            "--total_batch_size 100 (tokens) must be a multiple of --seq_len 4096; use 4096",
+            "--total_batch_size 4096",
+        ),
+        (
+            "--min_lr 0.01 --max_lr 0.002",
+            "--min_lr 0.01 exceeds --max_lr 0.002; use at most 0.002",
+            "--min_lr 0.002 --max_lr 0.002",
+        ),
+        *(
+            (f"--{name} {value}", f"--{name} {value} must be in [0, 1); use 0.9", f"--{name} 0.9")
+            for name in ("adam_beta1", "adam_beta2", "muon_momentum", "muon_beta2")
+            for value in (1.0, -0.1, float("nan"))
+        ),
+        *(
+            (f"--{name} {value}", f"--{name} {value} must be in (0, 1]; use {works}", f"--{name} {works}")
+            for name, works in (("wsd_decay_fraction", 0.1), ("split_rate", 0.99))
+            for value in (0.0, 1.1, float("nan"))
+        ),
+        *(
+            (f"--bucket_size_mb {value}", f"--bucket_size_mb {value} must be positive; use 64", "--bucket_size_mb 64")
+            for value in (0.0, -1.0, float("nan"), float("inf"))
+        ),
+        *(
+            (f"--seed {value}", f"--seed {value} must be in 0..2^63 - 1; use 1337", "--seed 1337")
+            for value in (-1, 2**63)
+        ),
+        *(
+            (
+                f"--steps_to_profile {window}",
+                f"--steps_to_profile {window} must be 1 <= first <= last; use 15 20",
+                "--steps_to_profile 15 20",
+            )
+            for window in ("0 3", "5 4")
+        ),
+        ("--exp_name a/b", "--exp_name 'a/b' must be a plain folder name; use gpt", "--exp_name gpt"),
+        ("--exp_name=", "--exp_name '' must be a plain folder name; use gpt", "--exp_name gpt"),
+    ],
+)
+def test_a_broken_rule_is_told_with_a_value_that_works(flags: str, text: str, works: str) -> None:
+    assert refusal(flags) == text
+    build(works)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--split_rate 1.0", "--wsd_decay_fraction 1.0", "--adam_beta1 0", "--steps_to_profile 1 1", "--seed 0",
+        f"--seed {2**63 - 1}", "--grad_clip_value inf", "--bucket_size_mb 0.001",
+    ],
+)  # fmt: skip
+def test_limits_themselves_are_allowed(flags: str) -> None:
+    build(flags)
+
+
+@pytest.mark.parametrize(
+    "flags", ["--use_moe", "--optimizer muon", "--sep_size 2", "--use_moe --sep_size 4 --ep_size 2"]
+)
+def test_what_was_refused_once_is_allowed(flags: str) -> None:
+    build(flags)
+
+
+HEADS = "--num_attention_heads 12 --hidden_size 96 --num_key_value_heads"
+SEQ = "--seq_len 24 --total_batch_size 48"
+
+
+@pytest.mark.parametrize(
+    ("flags", "size", "rule", "works"),
+    [
+        (f"{HEADS} 4 {SEQ}", 16, "must divide --seq_len 24", [1, 2, 4, 12]),
+        (f"{HEADS} 4 --seq_len 8 --total_batch_size 48", 12, "must divide --seq_len 8", [1, 2, 4]),
+        (f"{HEADS} 4 {SEQ}", 8, "must divide --num_attention_heads 12, {kv} 4", [1, 2, 4, 12]),
+        (f"{HEADS} 4 {SEQ}", 3, "must divide --num_attention_heads 12, {kv} 4", [1, 2, 4, 12]),
+        (f"{HEADS} 4 {SEQ}", 6, "must divide --num_attention_heads 12, {kv} 4", [1, 2, 4, 12]),
+        (f"{HEADS} 6 {SEQ}", 4, "must divide --num_attention_heads 12, {kv} 6", [1, 2, 3, 6, 12]),
+        (f"{HEADS} 1 {SEQ}", 24, "must divide --num_attention_heads 12, {kv} 1", [1, 2, 3, 4, 6, 12]),
+        (f"{HEADS} 4 --seq_len 8 --total_batch_size 48", 8, "must divide --num_attention_heads 12, {kv} 4", [1, 2, 4]),
+    ],
+)
+def test_a_sequence_group_fits_sequence_and_heads(flags: str, size: int, rule: str, works: list[int]) -> None:
+    """Each proposed size keeps both rules, and no size that keeps both is left out."""
+    rule = rule.format(kv="and divide or be a multiple of --num_key_value_heads")
+    assert refusal(f"{flags} --sep_size {size}") == f"--sep_size {size} {rule}; use one of {works}"
+    for other in range(1, 26):
+        if other in works:
+            assert build(f"{flags} --sep_size {other}").parallel.sep_size == other
+        else:
+            refusal(f"{flags} --sep_size {other}")
+
+
+@pytest.mark.parametrize("flags", ["--ep_size 4", "--sep_size 4", "--sep_size 2 --ep_size 4"])
+def test_experts_divide_over_their_group(flags: str) -> None:
+    moe = "--use_moe --num_experts 6 --num_experts_per_tok 2"
+    text = "--ep_size 4 must divide --num_experts 6; use one of [1, 2, 3, 6]"
+    assert refusal(f"{moe} {flags}") == text
+    for works in (1, 2, 3, 6):
+        build(f"{moe} {flags} --ep_size {works}")
+    build(f"--num_experts 6 {flags}")  # no experts: of no effect
+
+
+def test_rounded_gradients_need_sharded_optimizer_states() -> None:
+    text = (
+        "--grad_reduce_dtype bf16 needs --use_distributed_optimizer: without it gradients are summed in place; use fp32"
+    )
+    assert refusal("--grad_reduce_dtype bf16 --no-use_distributed_optimizer") == text
+    build("--grad_reduce_dtype fp32 --no-use_distributed_optimizer")
+    build("--grad_reduce_dtype bf16 --use_distributed_optimizer")
+
+
+def test_rules_of_the_model_come_through() -> None:
+    assert refusal("--num_key_value_heads 3").startswith(
+        "--num_key_value_heads 3 must divide --num_attention_heads 128"
+    )
+
+
+def test_every_text_names_a_flag_that_exists() -> None:
+    known = {info.name for cls in SECTIONS.values() for info in config_fields(cls)}
+    for flags in (
+        "--seq_len 8192", "--total_batch_size 10000", "--hidden_size 100", "--head_dim 3", "--sep_size 3", "--sep_size 256",
+        "--use_moe --ep_size 3", "--use_moe --first_k_dense 99", "--grad_reduce_dtype bf16 --no-use_distributed_optimizer",
+    ):  # fmt: skip
+        assert set(re.findall(r"--(\w+)", refusal(flags))) <= known
+
+
+def test_rules_hold_without_the_command_line_too() -> None:
+    with pytest.raises(ConfigError, match=r"--batch_size 0 must be at least 1"):
+        Config(train=TrainingConfig(batch_size=0))
+    with pytest.raises(ConfigError, match=r"--min_lr 1.0 exceeds --max_lr 0.004; use at most 0.004"):
+        dataclasses.replace(Config(), optim=OptimConfig(min_lr=1.0))
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    config = Config()
+    for section in (config, *(getattr(config, name) for name in SECTIONS)):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(section, dataclasses.fields(section)[0].name, 1)
+
+
+# The run's identity.
+
+# How a run is executed and how long: layout, micro-batch, paths, intervals, step limits. All else is what it is.
+EXECUTION = {
+    "train": {
+        "batch_size", "max_steps", "max_epochs", "do_val", "val_every_steps", "recompute", "attn_backend", "use_compile",
+        "disable_tf32", "use_profiler", "steps_to_profile",
+    },
+    "model": set(),
+    "optim": set(),
+    "data": {"dataset_path", "use_mock_data", "num_workers", "pin_memory"},
+    "parallel": {
+        "backend", "init_method", "sep_size", "ep_size", "use_distributed_optimizer", "bucket_size_mb",
+        "overlap_grad_reduce", "overlap_param_gather", "grad_reduce_dtype", "print_topology", "ddp_find_unused_parameters",
+        "ddp_gradient_as_bucket_view",
+    },
+    "ckpt": {"do_save", "save_every_steps", "resume", "resume_path"},
+    "logging": {"log_dir", "log_every", "print_config"},
+    "seed": {"deterministic"},
+}  # fmt: skip
+
+
+def test_the_identity_is_everything_else() -> None:
+    expected = {
+        f"{section}.{info.name}"
+        for section, cls in SECTIONS.items()
+        for info in config_fields(cls)
+        if info.name not in EXECUTION[section]
+    }
+    assert set(Config().identity()) == expected
+
+
+def test_the_hash_is_eight_hexadecimal_digits_of_the_values() -> None:
+    assert re.fullmatch("[0-9a-f]{8}", Config().config_hash())
+    assert Config().config_hash() == build().config_hash()
+    assert build("--seed 1337 --max_lr 0.004").config_hash() == Config().config_hash()
+
+
+def test_the_saved_form_is_plain() -> None:
+    config = build("--steps_to_profile 3 4 --num_layer 5")
+    saved: dict[str, Any] = json.loads(json.dumps(config.as_dict()))
+    assert saved["model"]["num_layer"] == 5
+    assert saved["train"]["steps_to_profile"] == [3, 4]
+    assert {name: set(values) for name, values in saved.items()} == {
+        name: {info.name for info in config_fields(cls)} for name, cls in SECTIONS.items()
+    }

@@ -1,0 +1,93 @@
+"""Peak rates by device name, and which steps a trace holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tinytron.utils import profile
+from tinytron.utils.profile import build_profiler, measured_matmul_rate, peak_flops
+
+CUDA = torch.device("cuda")
+NAMES = {  # as the drivers report them -> 16-bit TFLOP/s
+    "NVIDIA H200": 989.0,
+    "NVIDIA GH200 480GB": 989.0,
+    "NVIDIA H100 80GB HBM3": 989.0,
+    "NVIDIA H100 PCIe": 756.0,
+    "NVIDIA H800": 989.0,
+    "NVIDIA H20": 148.0,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA A40": 149.7,
+    "NVIDIA A30": 165.0,
+    "Tesla V100-SXM2-16GB": 125.0,
+    "Tesla T4": 65.0,
+    "NVIDIA L4": 121.0,
+    "NVIDIA L40": 181.0,
+    "NVIDIA L40S": 362.0,
+    "NVIDIA RTX 6000 Ada Generation": 364.2,
+    "NVIDIA GeForce RTX 4090": 165.2,
+    "NVIDIA GeForce RTX 3090": 71.0,
+}
+
+
+@pytest.fixture
+def device_name(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Set the name in place to pretend to have that GPU; 7 FLOP/s are what it measures."""
+    name = [""]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name[0])
+    monkeypatch.setattr(profile, "measured_matmul_rate", lambda device, dtype: 7.0)
+    return name
+
+
+@pytest.mark.parametrize(("name", "tflops"), NAMES.items())
+def test_known_gpus_have_their_own_rate(device_name: list[str], name: str, tflops: float) -> None:
+    device_name[0] = name
+    assert peak_flops(CUDA, torch.bfloat16) == (tflops * 1e12, "data sheet")
+    assert peak_flops(CUDA, torch.float16) == (tflops * 1e12, "data sheet")
+
+
+@pytest.mark.parametrize("name", ["NVIDIA RTX A4000", "NVIDIA RTX A3000", "NVIDIA T400 4GB", "AMD Instinct MI300X"])
+def test_unknown_gpus_are_measured_not_guessed_from_a_prefix(device_name: list[str], name: str) -> None:
+    device_name[0] = name
+    assert peak_flops(CUDA, torch.bfloat16) == (7.0, "measured")
+
+
+def test_fp32_has_the_tf32_rate_unless_that_is_off(device_name: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    device_name[0] = "NVIDIA H200"
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert peak_flops(CUDA, torch.float32) == (494.5e12, "data sheet")
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
+    assert peak_flops(CUDA, torch.float32) == (7.0, "measured")
+    assert peak_flops(CUDA, torch.float64) == (7.0, "measured")
+
+
+def test_a_cpu_is_measured() -> None:
+    rate = measured_matmul_rate(torch.device("cpu"), torch.float32, seconds=0.0)
+    assert 1e8 < rate < 1e15
+
+
+def traced_steps(first: int, last: int, run: int, trace: Path) -> set[int]:
+    """Numbers of the steps found in the trace of a run of ``run`` steps."""
+    with build_profiler(first, last, trace) as profiler:
+        for step in range(1, run + 1):
+            with torch.profiler.record_function(f"training step {step}"):
+                torch.ones(2).sum()
+            profiler.step()
+    if not trace.exists():
+        return set()
+    names = {str(event.get("name")) for event in json.loads(trace.read_text())["traceEvents"]}
+    return {int(name.split()[-1]) for name in names if name.startswith("training step ")}
+
+
+@pytest.mark.filterwarnings("ignore:Profiler won't be using warmup")  # there is no step before the first
+@pytest.mark.parametrize(
+    ("first", "last", "run", "expected"),
+    [(3, 4, 8, {3, 4}), (1, 2, 4, {1, 2}), (2, 2, 2, {2}), (3, 9, 5, {3, 4, 5}), (4, 5, 3, set())],
+)
+def test_the_trace_holds_the_steps_of_the_window(
+    tmp_path: Path, first: int, last: int, run: int, expected: set[int]
+) -> None:
+    assert traced_steps(first, last, run, tmp_path / "trace.json") == expected
