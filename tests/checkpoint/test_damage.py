@@ -90,7 +90,8 @@ class PutBack(StoppingTrainer):
     """Finds complete metadata of the step it is about to save."""
 
     def save(self) -> CheckpointFiles:
-        (self.log_dir / "00002_meta.pt").write_bytes((self.log_dir / "kept").read_bytes())
+        if self.master_process:
+            (self.log_dir / "00002_meta.pt").write_bytes((self.log_dir / "kept").read_bytes())
         return super().save()
 
 

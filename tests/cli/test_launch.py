@@ -13,7 +13,8 @@ from tests.helpers.runs import run
 SHOW = """
 import json, os, sys
 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
-print(json.dumps({"env": {n: os.environ[n] for n in names}, "argv": sys.argv[1:]}))
+shown = json.dumps({"env": {n: os.environ[n] for n in names}, "argv": sys.argv[1:]})
+os.write(1, (shown + "\\n").encode())  # in one piece: the other worker writes to the same pipe
 """
 FAIL = """
 import os, signal, sys, time
