@@ -13,7 +13,7 @@ STEP, ATTACH, METRICS = TRAINER + "train_step", TRAINER + "_attach_optimizer", T
 TO_DEVICE = TRAINER + "_to_device"
 FLUSH = "tinytron.metrics.window:StepWindow.flush"
 COLLECTIVES = "tinytron.distributed.collectives:"
-SUMMED, SCATTER = COLLECTIVES + "_SummedExchange.wait", COLLECTIVES + "start_reduce_scatter"
+SUMMED, SENT = COLLECTIVES + "SummedExchange.wait", COLLECTIVES + "SummedExchange.start"
 ALL_REDUCE, EXCHANGE_BACK = COLLECTIVES + "start_all_reduce", COLLECTIVES + "AllToAll.backward"
 BUFFER = "tinytron.distributed.zero1.flat_buffer:FlatBuffer."
 OPTIMIZER = "tinytron.distributed.zero1.distributed_optimizer:DistributedOptimizer."
@@ -25,7 +25,7 @@ MUON = "tinytron.optim.muon:Muon."
 # Pieces of their source.
 DENSE, EXPERT = '"dense": self.state.groups["world"]', '"expert": self.state.groups["edp"]'
 PARTS, LOAD = "sum_over(torch.stack(self._parts), self._group)", 'sum_over(self.step_load, self.state.groups["world"])'
-GATHER, SUM = "score_TE.gather(1, expert_Tk)", "torch.sum(self.parts_WN, dim=0, dtype=self.out_N.dtype, out=self.out_N)"
+GATHER, SUM = "score_TE.gather(1, expert_Tk)", "self.own_N += part"
 ADJOINT = "AllToAll.apply(grad, ctx.group, ctx.recv, ctx.send)"
 SELECT = "qkv_BsMH.index_select(2, index)"
 FIRST_COPIES = f"""torch.where(
@@ -69,17 +69,16 @@ MUTANTS = {
         ("loss not divided by targets", STEP, "name: value / targets", "name: value"),
         ("loss of the last micro-batch only", STEP, "sums[name] + value if i else value", "value"),
         ("loss not summed over ranks", FLUSH, PARTS, "torch.stack(self._parts)"),
-        ("gradients not zeroed", BUFFER + "attach_grads", "self.grad_data.zero_()", "pass"),
+        ("gradients not zeroed", BUFFER + "release_grads", "self._release_grad(param)", "pass"),
         ("no clipping", BUFFER + "scale_grads", ".mul_(factor)", ""),
         ("clip factor not of the norm", OPTIMIZER + "step", "max_norm / (norm + 1e-6)", "max_norm + 0 * norm"),
         ("norm of this rank's shard only", BUFFER + "squared_norm", "self.own.norm_group is not None", "False"),
         ("norm not squared", BUFFER + "squared_norm", ".double().square().sum()", ".double().sum()"),
         ("no root of the norm", OPTIMIZER + "_grad_norm", "total.sqrt()", "total"),
-        ("exchanged gradients not summed", SUMMED, SUM,
-         "self.out_N.copy_(self.parts_WN[0])"),
-        ("exchanged gradients averaged", SUMMED, "torch.sum(", "torch.mean("),
-        ("gradients not exchanged", SCATTER, "dist.all_to_all_single(parts, send, group=group, async_op=True)",
-         "(parts.copy_(send), dist.barrier(group, async_op=True))[1]"),
+        ("exchanged gradients not summed", SUMMED, SUM, "pass"),
+        ("exchanged gradients averaged", SUMMED, SUM, "self.own_N.add_(part).div_(2)"),
+        ("gradients not exchanged", SENT, "_exchange([*zip(self.peers, sent, self._parts, strict=True)], self.group)",
+         "_Together([part.copy_(own) for part, own in zip(self._parts, sent)][:0])"),
         ("no all-gather", BUFFER + "publish",
          "start_all_gather(self._whole(self.param_data, bucket), own, self.own.group)", "None"),
         ("reduced after every micro-batch", OPTIMIZER + "accumulate", "self._launching = last", "self._launching = True"),
@@ -92,7 +91,7 @@ MUTANTS = {
          "dist.barrier(group, async_op=True)"),
         ("all-reduce averages", ALL_REDUCE, "dist.ReduceOp.SUM", "dist.ReduceOp.AVG"),
     ),
-    **_mutants("copied", ("gradients not copied", BUFFER + "_copy_grads_in", "place.copy_(grad.flatten())", "pass")),
+    **_mutants("copied", ("gradients not copied", BUFFER + "take_grad", "view.copy_(param.grad)", "pass")),
     **_mutants("unclipped", ("clip factor without bound", OPTIMIZER + "step", ", max=1.0)", ", max=1e9)")),
     **_mutants(
         "not overlapped",

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from tests.helpers.ranks import Ranks
 from tinytron.distributed.collectives import (
     AllToAll,
+    SummedExchange,
     start_all_gather,
     start_all_reduce,
     start_reduce_scatter,
@@ -47,14 +48,17 @@ def _scatter_and_gather(wire: torch.dtype | None) -> None:
     whole = torch.arange(4.0 * world) * (rank + 1)
     expected = torch.arange(4.0 * world) * world * (world + 1) / 2
     own = whole[4 * rank : 4 * rank + 4]
-    start_reduce_scatter(own, whole, _world(), wire).wait()
+    if wire is None:
+        start_reduce_scatter(own, whole, _world()).wait()
+    else:
+        SummedExchange(own, whole, _world(), wire).start().wait()
     assert torch.equal(own, expected[4 * rank : 4 * rank + 4])
     start_all_gather(whole, own, _world()).wait()
     assert torch.equal(whole, expected)
 
 
 @WORLDS
-@pytest.mark.parametrize("wire", [None, torch.bfloat16])
+@pytest.mark.parametrize("wire", [None, torch.float32, torch.bfloat16])
 def test_reduce_scatter_then_all_gather_is_the_sum_everywhere(
     ranks: Pools, world: int, wire: torch.dtype | None
 ) -> None:
@@ -67,7 +71,7 @@ def _several_in_flight() -> None:
     works = [
         start_all_reduce(whole, _world())
         if i % 2
-        else start_reduce_scatter(whole[2 * rank : 2 * rank + 2], whole, _world())
+        else SummedExchange(whole[2 * rank : 2 * rank + 2], whole, _world(), whole.dtype).start()
         for i, whole in enumerate(wholes)
     ]
     for work in reversed(works):
@@ -83,12 +87,12 @@ def test_exchanges_in_flight_do_not_mix(ranks: Pools, world: int) -> None:
 
 
 def _bf16_wire() -> None:
-    """Parts are rounded to bf16 once: 1 + 2^-9 is 1. Sums are not: 4 + 2^-7 is no bf16 number."""
+    """Peers' parts are rounded to bf16 once: 1 + 2^-9 is 1. Sums and the own part are not: 4 + 2^-7 is no bf16 number."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    for values, expected in (([1 + 2.0**-9] * 4, 4.0), ([1 + 2.0**-7, 1.0, 1.0, 1.0], 4 + 2.0**-7)):
+    for values, expected in (([1 + 2.0**-9] * 4, 4 + 2.0**-9), ([1 + 2.0**-7, 1.0, 1.0, 1.0], 4 + 2.0**-7)):
         whole = torch.full((world,), values[rank])
-        own = whole[rank : rank + 1].clone()
-        start_reduce_scatter(own, whole, _world(), torch.bfloat16).wait()
+        own = whole[rank : rank + 1]
+        SummedExchange(own, whole, _world(), torch.bfloat16).start().wait()
         assert own.tolist() == [expected]
 
 

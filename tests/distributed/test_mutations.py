@@ -43,8 +43,8 @@ def test_parity_holds_without_mutants(ranks: Pools, tmp_path: Path, name: str) -
 # so fast that a forward which does not wait would find its parameters nevertheless.)
 LATE = Mutant(
     "tinytron.distributed.collectives:start_all_gather",
-    "work: Waitable = _all_gather(whole, own, group=group, async_op=True)",
-    'work = type("Late", (), {"wait": lambda self: _all_gather(whole, own, group=group)})()',
+    "return _exchange([(r, own, part) for r, part in parts if r != dist.get_rank(group)], group)",
+    'return type("Late", (), {"wait": lambda self: _all_gather(whole, own, group=group)})()',
 )
 GATE = Mutant("tinytron.training.build:parameter_gate", "optimizer.finish_gather(owned[id(module)])", "None")
 

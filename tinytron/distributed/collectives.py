@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -24,32 +24,62 @@ class Waitable(Protocol):
         """Make its results usable by what comes next on this device."""
 
 
-class _SummedExchange:
-    """An all-to-all whose parts are summed on arrival."""
+class _Together:
+    """Several exchanges, waited for as one."""
 
-    def __init__(self, work: Waitable, parts_WN: torch.Tensor, out_N: torch.Tensor) -> None:
-        self.work, self.parts_WN, self.out_N = work, parts_WN, out_N
+    def __init__(self, works: Sequence[Waitable]) -> None:
+        self.works = works
 
     def wait(self) -> None:
-        self.work.wait()
-        torch.sum(self.parts_WN, dim=0, dtype=self.out_N.dtype, out=self.out_N)
+        for work in self.works:
+            work.wait()
 
 
-def start_reduce_scatter(
-    own: torch.Tensor, whole: torch.Tensor, group: dist.ProcessGroup, wire_dtype: torch.dtype | None = None
-) -> Waitable:
-    """Start summing ``whole`` (1-D) over ``group``; ``own``, this rank's range of it, holds the sum once waited for.
+class SummedExchange:
+    """A reduce-scatter out of messages: every rank sends each other one its part, and sums what arrives.
 
-    With ``wire_dtype``, and on gloo always, parts travel by all-to-all and are summed here in ``own``'s precision and
-    rank order: nothing is rounded on the way, and on gloo it is about 3x as fast (3.1 against 1.0 GB/s at 16 MiB).
+    Parts travel in ``wire_dtype`` and are summed in ``own``'s precision, peers in rank order: nothing is rounded between
+    hops. On gloo it costs about a third of the native reduce-scatter, which also copies the whole buffer first.
     """
-    if wire_dtype is None and dist.get_backend(group) == "nccl":
-        native: Waitable = _reduce_scatter(own, whole, op=dist.ReduceOp.SUM, group=group, async_op=True)
-        return native
-    send = whole if wire_dtype is None else whole.to(wire_dtype)
-    parts = torch.empty_like(send)
-    work: Waitable = dist.all_to_all_single(parts, send, group=group, async_op=True)
-    return _SummedExchange(work, parts.view(dist.get_world_size(group), -1), own)
+
+    def __init__(
+        self, own: torch.Tensor, whole: torch.Tensor, group: dist.ProcessGroup, wire_dtype: torch.dtype
+    ) -> None:
+        self.own_N, self.whole_WN, self.group = own, whole.view(dist.get_world_size(group), -1), group
+        self.wire_dtype = wire_dtype
+        self.peers = [r for r in range(len(self.whole_WN)) if r != dist.get_rank(group)]
+        self._parts: list[torch.Tensor] = []
+        self._work: Waitable = _Together([])
+
+    def start(self) -> SummedExchange:
+        """Send this rank's parts, and expect the others' parts of ``own``."""
+        # On a CPU the memory is kept: writing into new pages takes longer than the sum.
+        if not self._parts or self.own_N.device.type != "cpu":
+            self._parts = [torch.empty_like(self.own_N, dtype=self.wire_dtype) for _ in self.peers]
+        sent = [self.whole_WN[r].to(self.wire_dtype) for r in self.peers]
+        self._work = _exchange([*zip(self.peers, sent, self._parts, strict=True)], self.group)
+        return self
+
+    def wait(self) -> None:
+        """Sum: ``own`` then holds the total."""
+        self._work.wait()
+        for part in self._parts:
+            self.own_N += part
+
+
+def _exchange(messages: Sequence[tuple[int, torch.Tensor, torch.Tensor]], group: dist.ProcessGroup) -> Waitable:
+    """Start one message to and one from each peer: (its rank in ``group``, what it gets, where its own goes)."""
+    operations = []
+    for peer, sent, received in messages:
+        operations.append(dist.P2POp(dist.isend, sent, group=group, group_peer=peer))
+        operations.append(dist.P2POp(dist.irecv, received, group=group, group_peer=peer))
+    return _Together(dist.batch_isend_irecv(operations) if operations else [])
+
+
+def start_reduce_scatter(own: torch.Tensor, whole: torch.Tensor, group: dist.ProcessGroup) -> Waitable:
+    """Start summing ``whole`` (1-D) over ``group``; ``own``, this rank's range of it, holds the sum once waited for."""
+    work: Waitable = _reduce_scatter(own, whole, op=dist.ReduceOp.SUM, group=group, async_op=True)
+    return work
 
 
 def start_all_reduce(whole: torch.Tensor, group: dist.ProcessGroup) -> Waitable:
@@ -59,7 +89,13 @@ def start_all_reduce(whole: torch.Tensor, group: dist.ProcessGroup) -> Waitable:
 
 
 def start_all_gather(whole: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup) -> Waitable:
-    """Start collecting every rank's ``own`` range into ``whole`` (of which it may be a view)."""
+    """Start collecting every rank's ``own`` range into ``whole``, of which it is a view.
+
+    On gloo by messages, which need no copies of the buffer and take about 2/3 of the time.
+    """
+    if dist.get_backend(group) != "nccl":
+        parts = list(enumerate(whole.view(dist.get_world_size(group), -1)))
+        return _exchange([(r, own, part) for r, part in parts if r != dist.get_rank(group)], group)
     work: Waitable = _all_gather(whole, own, group=group, async_op=True)
     return work
 

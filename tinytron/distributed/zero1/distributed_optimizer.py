@@ -192,9 +192,11 @@ class DistributedOptimizer:
         self._works: list[Waitable] = []
 
     def _on_grad_ready(self, param: torch.Tensor) -> None:
+        buffer, bucket = self._home[id(param)]
+        if buffer.grad_as_view:
+            buffer.take_grad(param)
         if self._launching and id(param) not in self._seen:
             self._seen.add(id(param))
-            buffer, bucket = self._home[id(param)]
             self._missing[id(buffer), bucket] -= 1
             if self.options.overlap_grad_reduce:
                 self._launch(only_complete=True)
@@ -247,7 +249,7 @@ class DistributedOptimizer:
         skip = (~torch.isfinite(norm)).float()
         factor = 1.0 / self.loss_scale
         if max_norm > 0:
-            factor = factor * torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+            factor = factor * torch.clamp(max_norm / (norm + 1e-6), max=1.0).nan_to_num()  # padding stays zero
         for buffer in self.buffers:
             buffer.scale_grads(factor)
         self._inner_step(skip)
@@ -292,9 +294,9 @@ class DistributedOptimizer:
         return total.sqrt().to(self.buffers[0].main_dtype)
 
     def zero_grad(self, set_to_none: bool = False) -> None:
-        """Zero all gradients. The buffers stay: ``set_to_none`` is accepted for compatibility and has no effect."""
+        """Forget all gradients; ``.grad`` is ``None`` until the next backward, whatever ``set_to_none`` says."""
         for buffer in self.buffers:
-            buffer.attach_grads()
+            buffer.release_grads()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -9,7 +9,13 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from tinytron.distributed.collectives import Waitable, start_all_gather, start_all_reduce, start_reduce_scatter
+from tinytron.distributed.collectives import (
+    SummedExchange,
+    Waitable,
+    start_all_gather,
+    start_all_reduce,
+    start_reduce_scatter,
+)
 from tinytron.distributed.zero1.buckets import BufferLayout, plan_by_elements, plan_by_tensors
 
 
@@ -75,20 +81,27 @@ class FlatBuffer:
         self.main_dtype = torch.promote_types(dtype, torch.float32)
         self.param_data = torch.zeros(self.layout.numel, dtype=dtype, device=device)
         self.grad_data = torch.zeros(self.layout.numel, dtype=self.main_dtype, device=device)
-        earlier = {i: p.grad for i, p in enumerate(self.params) if p.grad is not None}
+        self._grad_views: dict[int, torch.Tensor] = {}  # by id of the parameter
         for slot in self.layout.slots:
             param = self.params[slot.index]
             view = self.param_data[slot.start : slot.end].view_as(param)
             view.copy_(param.data)
             param.data = view
-            param.grad = None
-            param.grad_dtype = self.main_dtype  # autograd casts, then adds: measured 1.6x faster than a mixed add
+            self._grad_views[id(param)] = self.grad_data[slot.start : slot.end].view_as(param)
         # A model of the user's own may have been initialised differently on every rank: the first one's weights count.
         dist.broadcast(self.param_data, group=own.group, group_src=0)
-        self.attach_grads()
-        for slot in self.layout.slots:
-            if slot.index in earlier:
-                self.grad_data[slot.start : slot.end].copy_(earlier[slot.index].flatten())
+        for param in self.params:  # gradients of before count
+            if param.grad is not None:
+                self.take_grad(param)
+            else:
+                self._release_grad(param)
+        wire_dtype = own.reduce_dtype or self.main_dtype
+        self._exchanges: list[SummedExchange] = []
+        if own.shard and (own.reduce_dtype is not None or dist.get_backend(own.group) != "nccl"):
+            self._exchanges = [
+                SummedExchange(self._owned(self.grad_data, b), self._whole(self.grad_data, b), own.group, wire_dtype)
+                for b in self._bucket_ids()
+            ]
         # Master copies of the owned range of each bucket; a view where the parameters are that precise themselves.
         self._mains = [self._owned(self.param_data, b).to(self.main_dtype) for b in self._bucket_ids()]
         self.shards: list[nn.Parameter] = []
@@ -119,28 +132,43 @@ class FlatBuffer:
     def _whole(self, flat: torch.Tensor, bucket: int) -> torch.Tensor:
         return flat[self.layout.buckets[bucket].start : self.layout.buckets[bucket].end]
 
-    def attach_grads(self) -> None:
-        """Zero the gradient buffer and (re)connect every ``.grad`` to it; user code may have set them to ``None``."""
-        self.grad_data.zero_()
-        for slot in self.layout.slots:
-            param = self.params[slot.index]
-            param.grad = self.grad_data[slot.start : slot.end].view_as(param) if self.grad_as_view else None
+    @torch.no_grad()
+    def take_grad(self, param: torch.Tensor) -> None:
+        """Move the gradient that autograd made for ``param`` into the buffer, where later ones are added to it.
+
+        Moving the first one costs a third of the memory traffic of zeroing the buffer, casting and adding.
+        """
+        view = self._grad_views[id(param)]
+        if param.grad is not None and param.grad is not view:
+            view.copy_(param.grad)
+            if self.grad_as_view:
+                param.grad = None
+                param.grad_dtype = self.main_dtype  # autograd casts, then adds: measured 1.6x faster than a mixed add
+                param.grad = view
+
+    def _release_grad(self, param: torch.Tensor) -> None:
+        param.grad = None
+        param.grad_dtype = None if self.grad_as_view else self.main_dtype  # None: of whatever precision it comes in
+
+    def release_grads(self) -> None:
+        """Forget all gradients: the next ones overwrite them."""
+        for param in self.params:
+            self._release_grad(param)
 
     def reduce_bucket(self, bucket: int) -> Waitable:
         """Start summing a bucket's gradients over the group; owned ranges hold the sum once the work is waited for."""
-        self._copy_grads_in(bucket)
-        whole = self._whole(self.grad_data, bucket)
+        for slot in self.layout.slots:
+            if slot.bucket == bucket:
+                param = self.params[slot.index]
+                if param.grad is None:  # unused, or set to None by the user's code
+                    self._grad_views[id(param)].zero_()
+                self.take_grad(param)
+        whole, own = self._whole(self.grad_data, bucket), self._owned(self.grad_data, bucket)
         if not self.own.shard:
             return start_all_reduce(whole, self.own.group)
-        return start_reduce_scatter(self._owned(self.grad_data, bucket), whole, self.own.group, self.own.reduce_dtype)
-
-    def _copy_grads_in(self, bucket: int) -> None:
-        """Gradients that are no views of the buffer: by choice, or because user code set ``.grad`` to ``None``."""
-        for slot in self.layout.slots:
-            if slot.bucket == bucket and (grad := self.params[slot.index].grad) is not None:
-                place = self.grad_data[slot.start : slot.end]
-                if grad.data_ptr() != place.data_ptr():
-                    place.copy_(grad.flatten())
+        if self._exchanges:
+            return self._exchanges[bucket].start()
+        return start_reduce_scatter(own, whole, self.own.group)
 
     def squared_norm(self) -> torch.Tensor:
         """Sum of squares of the gradients of all ranks' parts of this buffer, each element once, in fp64."""

@@ -67,6 +67,28 @@ def rotate(x_BSNH: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     The pairing is that of GPT-NeoX and Llama in Hugging Face. Scores of rotated queries and keys depend on the
     relative position only, and norms do not change.
     """
-    first, second = x_BSNH.to(rotation.cos.dtype).chunk(2, dim=-1)
-    cos, sin = rotation
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BSNH.dtype)
+    rotated: torch.Tensor = _Rotate.apply(x_BSNH, *rotation)
+    return rotated
+
+
+class _Rotate(torch.autograd.Function):
+    """By hand, because autograd would keep and add up the halves: the gradient is turned back, nothing else is needed."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BSNH: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x_BSNH, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, -sin), None, None
+
+
+def _turn(x_BSNH: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x_BSNH.to(cos.dtype).chunk(2, dim=-1)
+    turned = torch.empty(x_BSNH.shape, dtype=cos.dtype, device=x_BSNH.device)
+    left, right = turned.chunk(2, dim=-1)
+    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=right).addcmul_(first, sin)
+    return turned.to(x_BSNH.dtype)

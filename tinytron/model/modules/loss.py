@@ -68,32 +68,36 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VD, dtype=compute) if want_weight else None
         objective = hidden_TD.new_zeros((), dtype=compute)
         token = hidden_TD.new_zeros((), dtype=compute)
-        # Two buffers for all chunks: on a CPU, touching fresh memory costs more than the arithmetic on it.
+        # The same buffers for all chunks: on a CPU, touching fresh memory costs more than the arithmetic on it.
         size = min(chunk_tokens, T)
         products = hidden_TD.new_empty(size, V)
         scores = products if compute == hidden_TD.dtype else hidden_TD.new_empty(size, V, dtype=compute)
+        part_VD = torch.empty_like(weight_VD) if want_weight else None
         for start in range(0, T, chunk_tokens):
             h_tD, label_t = hidden_TD[start : start + chunk_tokens], labels_T[start : start + chunk_tokens]
             valid_t = label_t != IGNORE_INDEX
             index_t1 = torch.where(valid_t, label_t, 0).unsqueeze(1)
             product_tV = torch.mm(h_tD, weight_VD.t(), out=products[: len(h_tD)])
             z_tV = scores[: len(h_tD)].copy_(product_tV) if scores is not products else product_tV
-            lse_t = torch.logsumexp(z_tV, dim=1)
-            nll = ((lse_t - z_tV.gather(1, index_t1).squeeze(1)) * valid_t).sum()
+            label_z_t, max_t1 = z_tV.gather(1, index_t1).squeeze(1), z_tV.amax(1, keepdim=True)
+            z_tV.sub_(max_t1).exp_()  # in place and once: the gradient below needs the same exponentials
+            sum_t1 = z_tV.sum(1, keepdim=True)
+            lse_t = (max_t1 + sum_t1.log()).squeeze(1)
+            nll = ((lse_t - label_z_t) * valid_t).sum()
             token += nll
             objective += nll + z_loss_coef * (lse_t.square() * valid_t).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
             # d objective / d z = p (1 + 2 z_coef lse) - onehot(label), and zero for ignored labels
             scale_t = (1 + 2 * z_loss_coef * lse_t) * valid_t
-            z_tV.sub_(lse_t.unsqueeze(1)).exp_().mul_(scale_t.unsqueeze(1))
+            z_tV.mul_(scale_t.unsqueeze(1) / sum_t1)
             z_tV.scatter_add_(1, index_t1, -valid_t.to(compute).unsqueeze(1))
             if scores is not products:
                 product_tV.copy_(z_tV)
             if grad_hidden is not None:
                 torch.mm(product_tV, weight_VD, out=grad_hidden[start : start + chunk_tokens])
             if grad_weight is not None:
-                grad_weight += product_tV.t() @ h_tD
+                grad_weight += torch.mm(product_tV.t(), h_tD, out=part_VD)
         ctx.grads = (grad_hidden, grad_weight)
         ctx.mark_non_differentiable(token)
         return objective, token
