@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import pickle
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.helpers.mutants import Mutant, mutated
 from tests.helpers.ranks import Ranks
-from tests.helpers.runs import losses, user_error
-from tests.helpers.stopping import Died, StoppingTrainer, run_until
-from tinytron.checkpoint import CheckpointFiles, newest_checkpoint, save
-from tinytron.training import Trainer, trainer
+from tests.helpers.runs import Run, losses, user_error
+from tests.helpers.stopping import Died, StoppingTrainer, plain, run_until, said_until
+from tinytron.checkpoint import CheckpointFiles, complete_checkpoints, newest_checkpoint, save
+from tinytron.checkpoint.load import read_meta
+from tinytron.errors import CheckpointError
+from tinytron.training import Trainer
 
 Pools = Callable[[int], Ranks]
 FLAGS: tuple[object, ...] = ("--max_steps", 4, "--save_every_steps", 2, "--log_every", 1)
@@ -43,11 +47,11 @@ def _run_folder(log_dir: Path) -> Path:
 
 # Saves that were cut short.
 
-SAVE = "tinytron.checkpoint.save:save_checkpoint"
+SAVE = "tinytron.checkpoint.save:write_checkpoint"
 CUTS = {
     "before anything": ("together(lambda: _clear(files)", "die()\n    together(lambda: _clear(files)"),
-    "before the model": ("together(lambda: _write(files.model", "die()\n    together(lambda: _write(files.model"),
-    "before the states": ("save_optimizer_state(optimizer, ", "die()\n    save_optimizer_state(optimizer, "),
+    "before the model": ("sums = together(", "die()\n    sums = together("),
+    "before the states": ("sums |= ", "die()\n    sums |= "),
     "before the metadata": ("record = {", "die()\n    record = {"),
 }
 
@@ -55,8 +59,7 @@ CUTS = {
 def _die_while_saving(cut: str, log_dir: Path, *flags: object, cls: type[StoppingTrainer] = StoppingTrainer) -> None:
     """Die in the first save. A job for the pool."""
     save.die = die  # type: ignore[attr-defined]
-    with mutated(Mutant(SAVE, *CUTS[cut])), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "save_checkpoint", save.save_checkpoint)
+    with mutated(Mutant(SAVE, *CUTS[cut])):
         run_until(log_dir, 0, *flags, cls=cls)
 
 
@@ -90,7 +93,7 @@ class PutBack(StoppingTrainer):
     """Finds complete metadata of the step it is about to save."""
 
     def save(self) -> CheckpointFiles:
-        if self.master_process:
+        if self.master_process and self.step == 2:
             (self.log_dir / "00002_meta.pt").write_bytes((self.log_dir / "kept").read_bytes())
         return super().save()
 
@@ -159,15 +162,129 @@ def _assert_one_error(errors: list[str], file: str) -> None:
     assert file.split("/")[0] in errors[0]
 
 
+# Damage beside an undamaged checkpoint.
+
+
+@pytest.fixture(scope="module")
+def two(ranks: Pools, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 2 ranks with checkpoints 2 and 4 that died before its fifth step."""
+    folder = tmp_path_factory.mktemp("two")
+    ranks(2).run(run_until, folder, 4, *FLAGS, "--max_steps", 6)
+    return folder
+
+
+@pytest.mark.parametrize("file", ["00004_model.pt", "00004_meta.pt", "00004_opt/.metadata", "00004_opt/__1_0.distcp"])
+@pytest.mark.parametrize("where", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_one_flipped_bit_is_noticed_and_the_checkpoint_before_is_used(
+    ranks: Pools, two: Path, tmp_path: Path, file: str, where: float
+) -> None:
+    shutil.copytree(two, tmp_path / "log")
+    path = _run_folder(tmp_path / "log") / file
+    content = bytearray(path.read_bytes())
+    content[min(int(where * len(content)), len(content) - 1)] ^= 0x10
+    path.write_bytes(content)
+    result, said = ranks(2).run(said_until, tmp_path / "log", 0, *FLAGS, "--max_steps", 6)[0]
+    if "resuming after step 4" not in said or not file.endswith("meta.pt"):  # a zip has gaps whose content is nothing
+        assert f"error: {path} cannot be read" in said
+        assert "using the checkpoint before" in said
+        assert "resuming after step 2" in said
+    unbroken = ranks(2).run(run_until, tmp_path / "unbroken", 0, *FLAGS, "--max_steps", 6)[0]
+    assert result.log == unbroken.log
+
+
+def test_every_flipped_bit_of_the_metadata_is_noticed_or_changes_nothing(two: Path) -> None:
+    path = CheckpointFiles(_run_folder(two), 4).meta
+    content, expected = path.read_bytes(), plain(read_meta(path))
+    noticed = 0
+    for place in range(0, len(content), 41):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        try:
+            assert plain(read_meta(path)) == expected
+        except CheckpointError:
+            noticed += 1
+    path.write_bytes(content)
+    assert noticed > len(content) / 41 / 2
+
+
+def test_without_an_undamaged_checkpoint_nothing_starts_anew(ranks: Pools, two: Path, tmp_path: Path) -> None:
+    shutil.copytree(two, tmp_path / "log")
+    for step in (2, 4):
+        _truncate(_run_folder(tmp_path / "log") / f"{step:05d}_model.pt")
+    first, second = ranks(2).run(user_error, Trainer, tmp_path / "log", *FLAGS, "--max_steps", 6)
+    assert first == second
+    assert "00004_model.pt cannot be read (it has" in first
+    assert "pass --no-resume to start anew" in first
+
+
 # A disk that refuses.
 
 
 @pytest.mark.parametrize("blocked", ["00002_model.pt.tmp", "00002_meta.pt.tmp", "00002_opt"])
-def test_a_save_that_the_disk_refuses_is_one_error_on_every_rank(ranks: Pools, tmp_path: Path, blocked: str) -> None:
+@pytest.mark.parametrize("mode", ["--async_save", "--no-async_save"])
+def test_training_goes_on_when_the_disk_refuses_a_save(ranks: Pools, tmp_path: Path, blocked: str, mode: str) -> None:
     ranks(2).run(run_until, tmp_path, 1, *FLAGS)
     path = _run_folder(tmp_path) / blocked
     path.write_bytes(b"in the way") if blocked.endswith("opt") else path.mkdir()
+    result, said = ranks(2).run(said_until, tmp_path, 0, *FLAGS, mode)[0]
+    assert "error: checkpoint 2 was NOT saved (" in said
+    assert blocked in said
+    assert result.step == 4
+    assert [files.step for files in complete_checkpoints(result.folder)] == [4]
+
+
+def test_a_last_save_that_fails_is_an_error_of_the_run(ranks: Pools, tmp_path: Path) -> None:
+    ranks(2).run(run_until, tmp_path, 1, *FLAGS)
+    (_run_folder(tmp_path) / "00004_model.pt.tmp").mkdir()
     first, second = ranks(2).run(user_error, Trainer, tmp_path, *FLAGS)
     assert first == second
-    assert blocked in first
-    assert "\n" not in first
+    assert first.startswith("CheckpointError: checkpoint 4 was NOT saved (")
+    assert first.endswith("free the disk and run the same command again")
+    assert [files.step for files in complete_checkpoints(_run_folder(tmp_path))] == [2]
+
+
+def _small_files(log_dir: Path, limit: int) -> tuple[Run, str]:
+    """While a checkpoint is written no file may grow beyond ``limit`` bytes: to a program that is a full disk."""
+    write = save.write_checkpoint
+
+    def limited(*args: Any) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            write(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(save, "write_checkpoint", limited)
+        return said_until(log_dir, 2, *FLAGS, "--no-async_save")
+
+
+@pytest.mark.parametrize("limit", [5000, 26000])  # too small for the weights, for a rank's states
+def test_training_goes_on_on_a_full_disk(ranks: Pools, tmp_path: Path, limit: int) -> None:
+    _, said = ranks(2).run(_small_files, tmp_path, limit)[0]
+    assert "error: checkpoint 2 was NOT saved (" in said
+    assert "File too large" in said
+    assert not complete_checkpoints(_run_folder(tmp_path))
+    result = ranks(2).run(run_until, tmp_path, 0, *FLAGS)[0]
+    unbroken = ranks(2).run(run_until, tmp_path / "unbroken", 0, *FLAGS)[0]
+    assert result.log == unbroken.log
+
+
+class Removes(StoppingTrainer):
+    """Somebody removes the run's folder during the second step."""
+
+    def _maybe_log(self) -> None:
+        if self.step == 2 and self.master_process:
+            shutil.rmtree(self.log_dir)
+        super()._maybe_log()
+
+
+def test_training_goes_on_when_its_folder_is_removed(ranks: Pools, tmp_path: Path) -> None:
+    result = ranks(2).run(_removed, tmp_path)[0]
+    assert result.step == 4
+    assert list(losses(result.log)) == [2, 3, 4]
+    assert [files.step for files in complete_checkpoints(result.folder)] == [4, 2]
+
+
+def _removed(log_dir: Path) -> Run:
+    return run_until(log_dir, 0, *FLAGS, cls=Removes)

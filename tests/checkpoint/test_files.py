@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tinytron.checkpoint import CheckpointFiles, find_checkpoint, newest_checkpoint
+from tinytron.checkpoint import CheckpointFiles, find_checkpoints, newest_checkpoint
 from tinytron.errors import CheckpointError
 
 
@@ -39,7 +39,7 @@ def test_an_incomplete_checkpoint_does_not_exist(tmp_path: Path, missing: str) -
     _make(tmp_path, 4, missing)
     assert newest_checkpoint(tmp_path) == CheckpointFiles(tmp_path, 2)
     with pytest.raises(CheckpointError, match=r"checkpoint 4 is incomplete; it needs 00004_model.pt, 00004_opt/ and"):
-        find_checkpoint(str(tmp_path / "00004_model.pt"))
+        find_checkpoints(str(tmp_path / "00004_model.pt"))
 
 
 def test_other_files_are_no_checkpoints(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_other_files_are_no_checkpoints(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["", "00002_model.pt", "00002_meta.pt", "00002_opt", "00002_opt/"])
 def test_resume_path_may_be_the_folder_or_any_part(tmp_path: Path, name: str) -> None:
     _make(tmp_path, 2)
-    assert find_checkpoint(f"{tmp_path}/{name}") == CheckpointFiles(tmp_path, 2)
+    assert find_checkpoints(f"{tmp_path}/{name}") == [CheckpointFiles(tmp_path, 2)]
 
 
 @pytest.mark.parametrize(
@@ -65,5 +65,5 @@ def test_resume_path_may_be_the_folder_or_any_part(tmp_path: Path, name: str) ->
 )
 def test_a_resume_path_that_is_no_checkpoint_is_an_error(tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
-        find_checkpoint(str(tmp_path / name))
+        find_checkpoints(str(tmp_path / name))
     assert "--resume_path" in str(caught.value)

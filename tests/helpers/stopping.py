@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ class StoppingTrainer(Trainer):
     def _maybe_save(self) -> None:
         super()._maybe_save()
         if self.step == self.stop_after:
+            self._saver.finish()
             raise Died
 
 
@@ -38,6 +40,22 @@ def run_until(log_dir: Path, stop_after: int, *flags: object, cls: type[Stopping
     if not trainer.master_process:
         return Run(trainer.log_dir, trainer.step, "", [], extra)
     return Run(trainer.log_dir, trainer.step, *read_logs(trainer.log_dir), extra)
+
+
+def said_until(log_dir: Path, stop_after: int, *flags: object) -> tuple[Run, str]:
+    """``run_until``, and what this rank printed. A job for the pool."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        result = run_until(log_dir, stop_after, *flags)
+    return result, said.getvalue()
+
+
+def plain(value: Any) -> Any:
+    """Nested containers with lists for tensors: what ``==`` can compare."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value.tolist() if torch.is_tensor(value) else value
 
 
 def owned(trainer: Trainer) -> list[tuple[str, int, int, Any]]:

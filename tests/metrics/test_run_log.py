@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +101,32 @@ def test_a_line_cut_short_is_dropped_wherever_it_is_cut(tmp_path: Path, cut: int
         whole = left[: left.rfind("\n") + 1].splitlines()
         log.keep_until(step)
         assert (tmp_path / name).read_text().splitlines() == whole[:step]
+
+
+def test_lines_that_the_disk_refuses_wait_for_the_next_report(tmp_path: Path) -> None:
+    """No file may grow beyond a limit: to a program that is a full disk."""
+    log = RunLog(tmp_path)
+    assert log.write([{"step": 1, "stage": "train", "loss": 1.0}]) is None
+    before = (tmp_path / "log.txt").read_text()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, hard))
+    try:
+        refused = log.write([{"step": 2, "stage": "train", "loss": 2.0}])
+        again = log.write([{"step": 3, "stage": "train", "loss": 3.0}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert refused is not None
+    assert again is not None
+    assert "cannot be written (File too large); its lines wait for the next report" in refused
+    assert (tmp_path / "log.txt").read_text() == before  # no part of a line
+    assert log.write([{"step": 4, "stage": "train", "loss": 4.0}]) is None
+    assert [line.split()[0] for line in (tmp_path / "log.txt").read_text().splitlines()] == ["1", "2", "3", "4"]
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_a_removed_folder_is_made_again(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "run")
+    assert log.write([{"step": 1, "stage": "train", "loss": 1.0}]) is None
+    shutil.rmtree(tmp_path / "run")
+    assert log.write([{"step": 2, "stage": "train", "loss": 2.0}]) is None
+    assert (tmp_path / "run" / "log.txt").read_text().startswith("2 train")

@@ -36,7 +36,10 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
         "scalar_lr_mult": 1.0, "lr_schedule": "cosine", "wsd_decay_fraction": 0.1, "wsd_decay_shape": "cosine",
         "decay_embeddings": True, "decay_all": False,
     },
-    "ckpt": {"do_save": True, "save_every_steps": 5000, "resume": True, "resume_path": None},
+    "ckpt": {
+        **{"do_save": True, "save_every_steps": 5000, "resume": True, "resume_path": None},
+        **{"async_save": True, "keep_last": 0, "keep_every": 0, "keep_best": False},
+    },
     "parallel": {
         "backend": "auto", "init_method": "env://", "sep_size": 1, "ddp_find_unused_parameters": False,
         "ddp_gradient_as_bucket_view": True, "use_distributed_optimizer": True, "ep_size": 0, "bucket_size_mb": 64.0,

@@ -37,6 +37,8 @@ AT_LEAST_ONE = [
     "muon_ns_steps",
 ]
 AT_LEAST_ZERO = [
+    "keep_last",
+    "keep_every",
     "val_every_steps",
     "grad_clip_value",
     "z_loss_coef",
@@ -247,7 +249,7 @@ EXECUTION = {
         "overlap_grad_reduce", "overlap_param_gather", "grad_reduce_dtype", "print_topology", "ddp_find_unused_parameters",
         "ddp_gradient_as_bucket_view",
     },
-    "ckpt": {"do_save", "save_every_steps", "resume", "resume_path"},
+    "ckpt": {"do_save", "save_every_steps", "async_save", "keep_last", "keep_every", "keep_best", "resume", "resume_path"},
     "logging": {"log_dir", "log_every", "print_config"},
     "seed": {"deterministic"},
 }  # fmt: skip

@@ -1,7 +1,22 @@
 """Floor 3: checkpoints that are whole or absent, and load on any number of processes."""
 
-from tinytron.checkpoint.files import CheckpointFiles, find_checkpoint, newest_checkpoint
-from tinytron.checkpoint.load import load_checkpoint
-from tinytron.checkpoint.save import save_checkpoint
+from tinytron.checkpoint.files import (
+    CheckpointFiles,
+    Retention,
+    complete_checkpoints,
+    find_checkpoints,
+    newest_checkpoint,
+)
+from tinytron.checkpoint.load import first_undamaged, load_checkpoint
+from tinytron.checkpoint.save import CheckpointSaver
 
-__all__ = ["CheckpointFiles", "find_checkpoint", "load_checkpoint", "newest_checkpoint", "save_checkpoint"]
+__all__ = [
+    "CheckpointFiles",
+    "CheckpointSaver",
+    "Retention",
+    "complete_checkpoints",
+    "find_checkpoints",
+    "first_undamaged",
+    "load_checkpoint",
+    "newest_checkpoint",
+]

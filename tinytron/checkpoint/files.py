@@ -1,12 +1,17 @@
-"""The names of a checkpoint's files, and which checkpoints of a folder are complete."""
+"""The names of a checkpoint's files, which checkpoints of a folder are complete, and which are kept."""
 
 from __future__ import annotations
 
+import hashlib
 import re
+import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tinytron.errors import CheckpointError
+from tinytron.utils.training import sync_folder
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class CheckpointFiles:
 
     @property
     def meta(self) -> Path:
-        """Step, configuration, data position and random states."""
+        """Step, configuration, data position, random states, and size and checksum of every other file."""
         return self.folder / f"{self.step:05d}_meta.pt"
 
     @property
@@ -37,32 +42,44 @@ class CheckpointFiles:
         """Whether all parts are there."""
         return self.meta.is_file() and self.model.is_file() and (self.optimizer / ".metadata").is_file()
 
+    def remove(self) -> None:
+        """Delete it, metadata first: from then on, whatever happens, nobody takes the rest for a checkpoint."""
+        if self.meta.exists():
+            self.meta.unlink()
+            sync_folder(self.folder)
+        self.model.unlink(missing_ok=True)
+        shutil.rmtree(self.optimizer, ignore_errors=True)
+
 
 def damaged(path: Path, error: BaseException | str) -> CheckpointError:
     """The error for a part that cannot be read, in one line."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return CheckpointError(f"{path} cannot be read ({reason}); remove this checkpoint to use the one before")
+    return CheckpointError(f"{path} cannot be read ({reason})")
+
+
+def complete_checkpoints(folder: Path) -> list[CheckpointFiles]:
+    """The complete checkpoints of ``folder``, newest first."""
+    matches = (re.fullmatch(r"(\d+)_meta\.pt", path.name) for path in folder.glob("*_meta.pt"))
+    found = (CheckpointFiles(folder, int(match[1])) for match in matches if match)
+    return sorted((files for files in found if files.complete), key=lambda files: -files.step)
 
 
 def newest_checkpoint(folder: Path) -> CheckpointFiles | None:
     """The complete checkpoint of ``folder`` with the highest step, or ``None``."""
-    found = [
-        CheckpointFiles(folder, int(m[1])) for p in folder.glob("*_meta.pt") if (m := re.match(r"(\d+)_meta", p.name))
-    ]
-    return max((c for c in found if c.complete), key=lambda c: c.step, default=None)
+    return next(iter(complete_checkpoints(folder)), None)
 
 
-def find_checkpoint(path: str) -> CheckpointFiles:
-    """The checkpoint that ``--resume_path`` names: a run folder (its newest), or one of a checkpoint's files.
+def find_checkpoints(path: str) -> list[CheckpointFiles]:
+    """The checkpoints that ``--resume_path`` names, best first: all of a run folder, or the one of a checkpoint's file.
 
     Raises: CheckpointError if there is none, or it is incomplete.
     """
     place = Path(path)
     if place.is_dir() and not place.name.endswith("_opt"):
-        newest = newest_checkpoint(place)
-        if newest is None:
+        found = complete_checkpoints(place)
+        if not found:
             raise CheckpointError(f"--resume_path {path} holds no complete checkpoint (no *_meta.pt with its parts)")
-        return newest
+        return found
     match = re.fullmatch(r"(\d+)_(model\.pt|meta\.pt|opt)", place.name)
     if match is None:
         raise CheckpointError(
@@ -74,4 +91,53 @@ def find_checkpoint(path: str) -> CheckpointFiles:
             f"--resume_path {path}: checkpoint {files.step} is incomplete; it needs {files.model.name}, "
             f"{files.optimizer.name}/ and {files.meta.name} in {files.folder}"
         )
-    return files
+    return [files]
+
+
+def checksum(path: Path) -> dict[str, Any]:
+    """Size in bytes and SHA-256 of a file, as the metadata keeps them."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+            size += len(block)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def verify(folder: Path, sums: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> None:
+    """Compare the files ``names`` (relative to ``folder``) with their ``sums``.
+
+    Raises: CheckpointError naming the first file that is missing or differs, and how.
+    """
+    for name in names:
+        path, expected = folder / name, sums[name]
+        if not path.is_file():
+            raise damaged(path, "it is missing")
+        if (size := path.stat().st_size) != expected["bytes"]:
+            raise damaged(path, f"it has {size:,} bytes, {expected['bytes']:,} were written")
+        if checksum(path) != expected:
+            raise damaged(path, "its SHA-256 is not that of what was written")
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the newest ``keep_last``, every multiple of ``keep_every`` steps (0: none for that reason),
+    and with ``keep_best`` the one of the lowest validation loss. ``keep_last`` 0 means all, or beside the others 1."""
+
+    keep_last: int = 0
+    keep_every: int = 0
+    keep_best: bool = False
+
+    def superfluous(self, losses: Mapping[int, float | None]) -> list[int]:
+        """The steps to delete, oldest first. ``losses``: the validation loss of each complete checkpoint, where known."""
+        newest = self.keep_last or int(bool(self.keep_every or self.keep_best))
+        if newest == 0:
+            return []
+        steps = sorted(losses)
+        kept = set(steps[-newest:])
+        if self.keep_every:
+            kept |= {step for step in steps if step % self.keep_every == 0}
+        known = {step: loss for step, loss in losses.items() if loss is not None}
+        if self.keep_best and known:
+            kept.add(min(known, key=lambda step: (known[step], step)))
+        return [step for step in steps if step not in kept]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from tinytron.checkpoint.files import CheckpointFiles, damaged
+from tinytron.checkpoint.files import CheckpointFiles, damaged, verify
 from tinytron.distributed.collectives import together
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import specs_of
@@ -27,6 +29,52 @@ def read_file(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise damaged(path, f"it holds a {type(content).__name__}, not a dict")
     return content
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """The metadata of a checkpoint. It vouches for the other files, so its own checksums, those of a zip archive, which
+    ``torch.load`` takes on trust, are compared first. Raises: CheckpointError if it is missing or damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except Exception as error:  # damaged archives raise all sorts
+        raise damaged(path, error) from error
+    if broken is not None:
+        raise damaged(path, f"the checksum of its part {broken} is wrong")
+    return read_file(path)
+
+
+def first_undamaged(
+    found: Sequence[CheckpointFiles], group: dist.ProcessGroup, warn: Callable[[str], None]
+) -> tuple[CheckpointFiles, dict[str, Any]]:
+    """The first of ``found`` whose files are what was written, and its metadata; ``warn`` hears of those passed over.
+    Collective.
+
+    Raises: CheckpointError on every rank if all are damaged: starting from nothing is a decision for the user.
+    """
+    errors: list[CheckpointError] = []
+    for files in found:
+        try:
+            return files, read_verified(files, group)
+        except CheckpointError as error:
+            errors.append(error)
+            if len(errors) < len(found):
+                warn(f"error: {error}; using the checkpoint before")
+    raise CheckpointError(
+        f"{errors[0]}; no undamaged checkpoint is left in {found[0].folder}: restore one, or pass --no-resume to start anew"
+    )
+
+
+def read_verified(files: CheckpointFiles, group: dist.ProcessGroup) -> dict[str, Any]:
+    """The metadata of a checkpoint whose files all are what was written; each rank reads a part of them. Collective.
+
+    Raises: CheckpointError on every rank, naming the first file that is not.
+    """
+    meta = together(lambda: read_meta(files.meta), group)
+    sums = meta.get("files", {})
+    mine = sorted(sums)[dist.get_rank(group) :: dist.get_world_size(group)]
+    together(lambda: verify(files.folder, sums, mine), group)
+    return meta
 
 
 def load_checkpoint(

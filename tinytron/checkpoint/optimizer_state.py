@@ -8,15 +8,18 @@ than its parameter (such as ``64x1.second_moment`` of a matrix with 64 rows; onl
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from tinytron.checkpoint.files import damaged
+from tinytron.checkpoint.files import checksum, damaged
 from tinytron.checkpoint.sharded import FlatLoadPlanner, FlatRange, FlatSavePlanner
+from tinytron.checkpoint.snapshot import HostBuffers
 from tinytron.distributed.collectives import together
 from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer
 from tinytron.distributed.zero1.flat_buffer import Piece
@@ -25,35 +28,44 @@ from tinytron.errors import CheckpointError
 _MAIN, _SCALAR = "main", "scalar."
 
 
-def save_optimizer_state(optimizer: DistributedOptimizer, folder: Path, group: dist.ProcessGroup) -> None:
-    """Write every owned part to ``folder``. Collective over ``group``.
-
-    Raises: CheckpointError on every rank if the disk refuses.
-    """
-    tensors: dict[str, FlatRange] = {}
+def owned_states(optimizer: DistributedOptimizer, buffers: HostBuffers) -> dict[str, FlatRange]:
+    """Copies of every part that this rank owns."""
+    states: dict[str, FlatRange] = {}
     for piece in optimizer.pieces():
         length = len(piece.main)
-        tensors[f"{piece.name}/{_MAIN}"] = FlatRange(piece.numel, piece.offset, piece.main)
+        states[f"{piece.name}/{_MAIN}"] = FlatRange(piece.numel, piece.offset, piece.main)
         for key, value in optimizer.inner.state[piece.holder].items():
             if not torch.is_tensor(value):
                 continue
             if value.ndim > 0 and value.numel() == piece.holder.numel():
                 part = value.view(-1)[piece.start : piece.start + length]
-                tensors[f"{piece.name}/{key}"] = FlatRange(piece.numel, piece.offset, part)
+                states[f"{piece.name}/{key}"] = FlatRange(piece.numel, piece.offset, part)
             elif value.ndim > 0:
                 label = "x".join(str(size) for size in value.shape[-2:])
-                tensors[f"{piece.name}/{label}.{key}"] = _other_size(piece, value)
+                states[f"{piece.name}/{label}.{key}"] = _other_size(piece, value)
             elif piece.offset == 0:  # stored by the owner of the parameter's first element
-                tensors[f"{piece.name}/{_SCALAR}{key}"] = FlatRange(1, 0, value.reshape(1))
+                states[f"{piece.name}/{_SCALAR}{key}"] = FlatRange(1, 0, value.reshape(1))
+    return {key: replace(part, elements=buffers.copy(key, part.elements)) for key, part in states.items()}
+
+
+def write_optimizer_state(states: dict[str, FlatRange], folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
+    """Write every rank's parts to ``folder``; returns the checksums of this rank's files, by name relative to the
+    folder's parent. Collective over ``group``.
+
+    Raises: CheckpointError on every rank if the disk refuses.
+    """
     try:
         dcp.save(
-            dict(tensors),
+            dict(states),
             storage_writer=dcp.FileSystemWriter(folder),
-            planner=FlatSavePlanner(tensors),
+            planner=FlatSavePlanner(states),
             process_group=group,
         )
     except dcp.api.CheckpointException as error:
         raise CheckpointError(f"{folder} cannot be written ({_first_reason(error)})") from error
+    rank = dist.get_rank(group)
+    mine = [*folder.glob(f"__{rank}_*"), *([folder / ".metadata"] if rank == 0 else [])]
+    return {f"{folder.name}/{path.name}": checksum(path) for path in mine}
 
 
 def _other_size(piece: Piece, value: torch.Tensor) -> FlatRange:

@@ -1,8 +1,10 @@
-"""Writing a checkpoint: weights and states first, metadata last."""
+"""Writing a checkpoint: weights and states first, metadata last; in the background unless told otherwise."""
 
 from __future__ import annotations
 
-import shutil
+import threading
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,63 +12,166 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from tinytron.checkpoint.files import CheckpointFiles
+from tinytron.checkpoint.files import CheckpointFiles, Retention, checksum, complete_checkpoints
+from tinytron.checkpoint.load import read_meta
+from tinytron.checkpoint.snapshot import HostBuffers, Snapshot, take_snapshot
 from tinytron.distributed.collectives import together
 from tinytron.distributed.parallel_state import ParallelState
-from tinytron.distributed.param_spec import specs_of
 from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer
-from tinytron.utils.training import rng_state, write_atomically
+from tinytron.errors import CheckpointError, TinytronError
+from tinytron.utils.training import sync_folder, write_atomically
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: DistributedOptimizer,
-    meta: dict[str, Any],
-    state: ParallelState,
-) -> CheckpointFiles:
-    """Save ``step``; ``meta`` plus the random states of all ranks becomes the commit record. Collective.
+def write_checkpoint(snapshot: Snapshot, group: dist.ProcessGroup) -> None:
+    """Write every rank's part of a snapshot and, once all are on disk, the metadata. Collective over ``group``.
 
     Until ``*_meta.pt`` is in place the checkpoint does not exist for a reader; an older one of the same step stops
-    existing before its parts are overwritten. Raises: TinytronError on every rank if the disk refuses.
+    existing before its parts are overwritten. Raises: TinytronError on every rank if the disk refuses on one.
     """
-    from tinytron.checkpoint.optimizer_state import save_optimizer_state  # torch's DCP takes a second to import
+    from tinytron.checkpoint.optimizer_state import write_optimizer_state  # torch's DCP takes a second to import
 
-    files, world = CheckpointFiles(folder, step), state.groups["world"]
-    together(lambda: _clear(files) if state.is_master else None, world)
-    states: list[Any] = [None] * dist.get_world_size(world)
-    dist.all_gather_object(states, rng_state(), group=world)
-    weights = consolidated_weights(model, state)
-    together(lambda: _write(files.model, weights) if state.is_master else None, world)
-    save_optimizer_state(optimizer, files.optimizer, world)
-    record = {**meta, "step": step, "rng": states, "counters": optimizer.counters()}
-    together(lambda: _write(files.meta, record) if state.is_master else None, world)
-    return files
-
-
-def consolidated_weights(model: nn.Module, state: ParallelState) -> dict[str, torch.Tensor]:
-    """``state_dict`` of the whole model, on the master: all experts, tied tensors tied, as CPU tensors of their own
-    (parameters are views of large buffers). Collective over the master's expert group; empty on other ranks."""
-    cut = {spec.name for spec in specs_of(model) if spec.shard_axis is not None}
-    group, weights = state.groups["ep"], {}
-    with_master = state.layout.ranks("edp")[state.group_rank("ep")][0] == state.rank
-    copies: dict[int, torch.Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        place = tensor.data_ptr()  # of the parameter: one gathered below may get the memory of the one before
-        if name in cut and with_master and state.layout.ep > 1:
-            parts = [torch.empty_like(tensor) for _ in range(state.layout.ep)]
-            dist.all_gather(parts, tensor.contiguous(), group=group)
-            tensor = torch.cat(parts)
-        if state.is_master:
-            weights[name] = copies.setdefault(place, tensor.detach().to("cpu", copy=True))
-    return weights
+    files, rank = snapshot.files, dist.get_rank(group)
+    together(lambda: _clear(files) if rank == 0 else None, group)
+    sums = together(lambda: _write_model(snapshot) if rank == 0 else {}, group)
+    sums |= write_optimizer_state(snapshot.states, files.optimizer, group)
+    of_ranks: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(of_ranks, (sums, snapshot.rng), group=group)
+    record = {
+        **snapshot.record,
+        "files": {name: value for sums, _ in of_ranks for name, value in sums.items()},
+        "rng": [rng for _, rng in of_ranks],
+    }
+    together(lambda: _commit(files, record) if rank == 0 else None, group)
 
 
 def _clear(files: CheckpointFiles) -> None:
-    files.meta.unlink(missing_ok=True)
-    shutil.rmtree(files.optimizer, ignore_errors=True)
+    files.folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it during the run
+    files.remove()
 
 
-def _write(path: Path, content: Any) -> None:
-    write_atomically(path, lambda file: torch.save(content, file))
+def _write_model(snapshot: Snapshot) -> dict[str, Any]:
+    path = snapshot.files.model
+    write_atomically(path, lambda file: torch.save(snapshot.weights, file))
+    return {path.name: checksum(path)}
+
+
+def _commit(files: CheckpointFiles, record: dict[str, Any]) -> None:
+    sync_folder(files.optimizer)
+    sync_folder(files.folder)
+    write_atomically(files.meta, lambda file: torch.save(record, file))
+
+
+def prune(folder: Path, retention: Retention) -> list[CheckpointFiles]:
+    """Delete the complete checkpoints of ``folder`` that ``retention`` does not keep; returns them."""
+    found = {files.step: files for files in complete_checkpoints(folder)}
+    losses = {step: _val_loss(files) if retention.keep_best else None for step, files in found.items()}
+    gone = [found[step] for step in retention.superfluous(losses)]
+    for files in gone:
+        files.remove()
+    return gone
+
+
+def _val_loss(files: CheckpointFiles) -> float | None:
+    try:
+        loss: float | None = read_meta(files.meta).get("val_loss")
+    except CheckpointError:  # damaged: certainly not the best
+        return None
+    return loss
+
+
+@dataclass
+class Save:
+    """A save under way: the rest is set when it ends."""
+
+    snapshot: Snapshot
+    error: BaseException | None = None
+    seconds: float = 0.0
+    note: str = ""
+
+
+class CheckpointSaver:
+    """Saves a run's checkpoints into ``folder``, one at a time.
+
+    ``save`` returns once everything is copied to host memory; a thread writes it while training goes on. The thread's
+    collectives have a gloo group of their own, so they mix with nothing. A save that fails costs that checkpoint, never
+    the run: ``report`` says so.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        optimizer: DistributedOptimizer,
+        state: ParallelState,
+        *,
+        retention: Retention | None = None,
+    ) -> None:
+        self.folder, self.model, self.optimizer, self.state = folder, model, optimizer, state
+        self.retention = retention or Retention()
+        self._buffers = HostBuffers()
+        self._group: dist.ProcessGroup | None = None
+        self._save: Save | None = None
+        self._thread: threading.Thread | None = None
+        self.failed: str | None = None  # why the last save that ended is not on disk
+
+    def save(self, step: int, meta: dict[str, Any], *, wait: bool = False) -> list[str]:
+        """Start saving ``step`` (waiting for an earlier save first), or with ``wait`` save it; returns what there is to
+        report. Collective. ``meta``: plain types, for the metadata."""
+        messages = self.finish()
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo")
+        files = CheckpointFiles(self.folder, step)
+        self._save = Save(take_snapshot(files, self.model, self.optimizer, meta, self.state, self._buffers))
+        # A daemon: a process that dies does not wait for a save, and a save cut short is none.
+        self._thread = threading.Thread(target=self._write, args=(self._save,), name=f"save {step}", daemon=True)
+        self._thread.start()
+        return messages + self.finish() if wait else messages
+
+    def _write(self, save: Save) -> None:
+        start = time.perf_counter()
+        try:
+            assert self._group is not None, "made by save"
+            write_checkpoint(save.snapshot, self._group)
+        except BaseException as error:  # handed to the training thread
+            save.error = error
+        else:
+            self._prune(save)
+        save.seconds = time.perf_counter() - start
+
+    def _prune(self, save: Save) -> None:
+        if not self.state.is_master:
+            return
+        try:
+            gone = prune(self.folder, self.retention)
+        except OSError as error:
+            save.note = f"; error: older checkpoints cannot be removed ({error})"
+        else:
+            save.note = "".join(f"; removed {files.step}" for files in gone)
+
+    def report(self) -> list[str]:
+        """What ended since the last call, for printing; waits for nothing. Raises: whatever is no refusal of the disk."""
+        if self._thread is None or self._thread.is_alive():
+            return []
+        return self.finish()
+
+    def finish(self) -> list[str]:
+        """Wait for the save under way, then as ``report``."""
+        if self._thread is None or self._save is None:
+            return []
+        self._thread.join()
+        save, self._save, self._thread = self._save, None, None
+        step, path = save.snapshot.files.step, save.snapshot.files.model
+        if save.error is None:
+            self.failed = None
+            return [f"step {step} | saved {path} in {save.seconds:.1f} s{save.note}"]
+        if not isinstance(save.error, (TinytronError, OSError)):
+            raise save.error
+        self.failed = f"checkpoint {step} was NOT saved ({save.error})"
+        return [f"error: {self.failed}; training goes on, the next save tries again"]
+
+    def close(self) -> list[str]:
+        """Wait for the last save. Raises: CheckpointError if it failed: the end of the run is not on disk."""
+        messages = self.finish()
+        if self.failed is not None:
+            raise CheckpointError(f"{self.failed}; free the disk and run the same command again")
+        return messages

@@ -18,18 +18,42 @@ class RunLog:
 
     def __init__(self, folder: Path) -> None:
         self._text, self._json = folder / "log.txt", folder / "log.jsonl"
+        self._pending: dict[Path, str] = {self._text: "", self._json: ""}
 
     def keep_until(self, step: int) -> None:
         """Drop the lines after ``step`` (they will be written again) and a line cut short by a crash."""
         _keep_lines(self._text, lambda line: len(line.split()) == 3 and int(line.split()[0]) <= step)
         _keep_lines(self._json, lambda line: json.loads(line)["step"] <= step)
 
-    def write(self, entries: list[dict[str, Any]]) -> None:
-        """Append entries, each with at least ``step``, ``stage`` (train or val) and ``loss``."""
-        with open(self._text, "a") as text:
-            text.writelines(f"{e['step']} {e['stage']} {e['loss']:#.10g}\n" for e in entries)
-        with open(self._json, "a") as file:
-            file.writelines(json.dumps({k: _finite(v) for k, v in e.items()}) + "\n" for e in entries)
+    def write(self, entries: list[dict[str, Any]]) -> str | None:
+        """Append entries, each with at least ``step``, ``stage`` (train or val) and ``loss``.
+
+        Returns why the system refused, if it did: then the lines wait in memory for the next call.
+        """
+        self._pending[self._text] += "".join(f"{e['step']} {e['stage']} {e['loss']:#.10g}\n" for e in entries)
+        self._pending[self._json] += "".join(json.dumps({k: _finite(v) for k, v in e.items()}) + "\n" for e in entries)
+        refused = None
+        for path, lines in self._pending.items():
+            try:
+                _append(path, lines)
+                self._pending[path] = ""
+            except OSError as error:
+                refused = f"{path} cannot be written ({error.strerror}); its lines wait for the next report"
+        return refused
+
+
+def _append(path: Path, lines: str) -> None:
+    """All of ``lines``, or none: a full disk may have taken a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it during the run
+    with open(path, "ab", buffering=0) as file:
+        before = file.tell()
+        content = memoryview(lines.encode())
+        try:
+            while content:
+                content = content[file.write(content) :]
+        except OSError:
+            file.truncate(before)
+            raise
 
 
 def _finite(value: Any) -> Any:

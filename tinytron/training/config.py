@@ -146,6 +146,16 @@ class CkptConfig:
 
     do_save: Annotated[bool, Flag("save every save_every_steps and after the last step", identity=False)] = True
     save_every_steps: Annotated[int, Flag("save interval; 0: only after the last", "steps", identity=False)] = 5000
+    async_save: Annotated[
+        bool, Flag("train on while a checkpoint is written; off: wait for the disk", identity=False)
+    ] = True
+    keep_last: Annotated[
+        int, Flag("checkpoints kept, newest first; 0: all, or 1 beside keep_every or keep_best", identity=False)
+    ] = 0
+    keep_every: Annotated[
+        int, Flag("keep those of every so many steps; 0: none for that reason", "steps", identity=False)
+    ] = 0
+    keep_best: Annotated[bool, Flag("keep that of the lowest validation loss", identity=False)] = False
     resume: Annotated[bool, Flag("continue from the newest checkpoint of the run's folder", identity=False)] = True
     resume_path: Annotated[
         str | None,
@@ -320,7 +330,7 @@ def _check_ranges(config: Config) -> None:
         (0, optim, ("matrix_lr_mult", "embedding_lr_mult", "head_lr_mult", "scalar_lr_mult")),
         (0, config.parallel, ("ep_size",)),
         (0, config.data, ("num_workers",)),
-        (0, config.ckpt, ("save_every_steps",)),
+        (0, config.ckpt, ("save_every_steps", "keep_last", "keep_every")),
     ]
     for bound, section, names in at_least:
         for name in names:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import platform
@@ -9,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ from tinytron.errors import CheckpointError, ConfigError
 from tinytron.training.config import Config, accumulation_steps
 from tinytron.utils.training import seed_all, use_deterministic_kernels, write_atomically
 
-FORMAT_VERSION = 1  # of the metadata in a checkpoint
+FORMAT_VERSION = 2  # of the metadata in a checkpoint
 
 # A checkpoint continues only where these are the same; other differences are the user's choice and are printed.
 _FIXED_ON_RESUME = ("model.", "train.total_batch_size", "train.seq_len", "seed.seed")
@@ -111,6 +113,7 @@ def prepare_run_folder(config: Config, state: ParallelState) -> Path:
 
     def create() -> None:
         if not config.ckpt.resume and (folder / "log.txt").exists():
+            _lock(folder).close()  # not from under a living run
             number = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
             folder.rename(folder.with_name(f"{folder.name}.{number}"))
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,6 +130,34 @@ def prepare_run_folder(config: Config, state: ParallelState) -> Path:
     together(see, world)
     together(lambda: seal.unlink() if state.is_master else None, world)
     return folder
+
+
+def lock_run_folder(folder: Path, state: ParallelState) -> IO[str] | None:
+    """Keep other runs out of ``folder`` until the result is closed or the master's process ends, however it ends.
+    Collective.
+
+    Raises: ConfigError on every rank if a living run holds the folder, naming its host and process.
+    """
+
+    return together(lambda: _lock(folder) if state.is_master else None, state.groups["world"])
+
+
+def _lock(folder: Path) -> IO[str]:
+    file = open(folder / ".lock", "a+")  # noqa: SIM115  # stays open: the lock lives as long as the file
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: a killed run's lock is gone with it
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return file  # this file system has no locks
+        file.seek(0)
+        holder = file.read().strip() or "another run"
+        raise ConfigError(
+            f"run folder {folder} is in use by {holder}; wait for it or stop it, or use another --exp_name"
+        ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
 
 
 def write_description(config: Config, state: ParallelState, description: dict[str, Any]) -> None:

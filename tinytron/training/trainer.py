@@ -12,8 +12,15 @@ import torch
 import torch.nn as nn
 from torch.utils.data import DataLoader, Dataset
 
-from tinytron.checkpoint import CheckpointFiles, find_checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
-from tinytron.checkpoint.load import read_file
+from tinytron.checkpoint import (
+    CheckpointFiles,
+    CheckpointSaver,
+    Retention,
+    complete_checkpoints,
+    find_checkpoints,
+    first_undamaged,
+    load_checkpoint,
+)
 from tinytron.data import Batch, GlobalBatchSampler
 from tinytron.data.loader import as_batch, size_of
 from tinytron.distributed import DistributedOptimizer
@@ -99,6 +106,7 @@ class Trainer:
     def _init_logging(self, config: Config) -> None:
         """Make the run's folder; ``config.json`` follows once it is clear that the run goes on in it."""
         self.log_dir: Path = startup.prepare_run_folder(config, self.state)
+        self._lock = startup.lock_run_folder(self.log_dir, self.state)
         self.run_log = RunLog(self.log_dir)
         self._say(f"run folder: {self.log_dir}")
 
@@ -132,6 +140,7 @@ class Trainer:
             self._say(f"already trained: {self.step} of {last} steps are done")
             return
         self._measure_peak()
+        self._in_loop = True
         with contextlib.closing(self._progress), self._init_profiler(self.config) as profiler:
             for microbatches in self._microbatches():
                 self.train_step(microbatches)
@@ -143,7 +152,9 @@ class Trainer:
                     profiler.step()
                 if self.step >= last:
                     break
+        self._in_loop = False
         self.optimizer.finish_gather()
+        self._say(*self._saver.close())
 
     def train_step(self, microbatches: list[Batch]) -> None:
         """One optimizer step on this rank's part of the global batch. Collective; the host waits for no result."""
@@ -170,18 +181,23 @@ class Trainer:
         with self._clock.paused():
             result = validate(self.model, self._loss, map(self._to_device, self.val_loader), self.state)
         self.one_step_results["val_loss"] = result.loss
-        if self.master_process:
-            self.run_log.write([{"step": self.step, "stage": "val", "loss": result.loss, "tokens": result.tokens}])
+        self._validated = (self.step, result.loss)
+        self._write_log([{"step": self.step, "stage": "val", "loss": result.loss, "tokens": result.tokens}])
         self._say(f"step {self.step} | val loss {result.loss:.4f} over {result.tokens:,} tokens")
         return result.loss
 
     def save(self) -> CheckpointFiles:
-        """Save a checkpoint of the current step. Collective."""
+        """Save a checkpoint of the current step; inside ``train`` it is written while training goes on. Collective."""
+        samples = self.step * self.config.train.total_batch_size // self.config.train.seq_len
+        position = {"step": self.step, "samples": samples, "tokens": self.step * self.config.train.total_batch_size}
+        val_step, val_loss = self._validated
+        extra = {"data_position": position, "val_loss": val_loss if val_step == self.step else None}
         with self._clock.paused():
             self.optimizer.finish_gather()
-            files = save_checkpoint(self.log_dir, self.step, self.raw_model, self.optimizer, self._record, self.state)
-        self._say(f"step {self.step} | saved {files.model}")
-        return files
+            wait = not (self._in_loop and self.config.ckpt.async_save)
+            messages = self._saver.save(self.step, {**self._record, **extra}, wait=wait)
+        self._say(*messages)
+        return CheckpointFiles(self.log_dir, self.step)
 
     def _to_device(self, loaded: Any) -> Batch:
         """This rank's part of a loaded micro-batch's sequences, on the device. Raises: DataError for unfit samples."""
@@ -254,19 +270,19 @@ class Trainer:
         )
 
     def _resume_from_checkpoint(self) -> None:
-        """Load the checkpoint of ``--resume_path``, or the newest of the run's folder, if there is one."""
+        """Load the newest undamaged checkpoint of the run's folder, else of ``--resume_path``, if there is one."""
         world, ckpt = self.state.groups["world"], self.config.ckpt
 
-        def choose() -> CheckpointFiles | None:
-            own = newest_checkpoint(self.log_dir) if ckpt.resume and not self.config.train.debug else None
-            if ckpt.resume_path is None or own is not None:
+        def candidates() -> list[CheckpointFiles]:
+            own = complete_checkpoints(self.log_dir) if ckpt.resume and not self.config.train.debug else []
+            if ckpt.resume_path is None or own:
                 return own  # a requeued job with --resume_path goes on where it got to
-            return find_checkpoint(ckpt.resume_path)
+            return find_checkpoints(ckpt.resume_path)
 
-        files = together(choose, world)
+        found = together(candidates, world)
         data = datasets.fingerprint(self.train_dataset)
-        if files is not None:
-            meta = together(lambda: read_file(files.meta), world)
+        if found:
+            files, meta = first_undamaged(found, world, self._say)
             differences = startup.check_continues(self.config, meta, data, str(files.meta))
             load_checkpoint(files, meta, self.raw_model, self.optimizer, self.state)
             self.step = files.step
@@ -280,6 +296,10 @@ class Trainer:
             self.run_log.keep_until(self.step)
 
     def _init_metrics(self) -> None:
+        ckpt = self.config.ckpt
+        retention = Retention(ckpt.keep_last, ckpt.keep_every, ckpt.keep_best)
+        self._saver = CheckpointSaver(self.log_dir, self.raw_model, self.optimizer, self.state, retention=retention)
+        self._validated, self._in_loop = (0, 0.0), False  # step and loss
         self._progress = Progress(self.training_info.max_steps, self.step, enabled=self.master_process)
         self._window = StepWindow(self.state.groups["world"])
         self._logged_step, self._clock = self.step, TrainClock()
@@ -346,8 +366,7 @@ class Trainer:
             loads = load_statistics(self.raw_model.take_load(), self.config.model.first_k_dense)
             entries[-1]["expert_load"] = loads  # of all steps since the last report
             shown["max load"] = f"{1 + max(load['max_violation'] for load in loads):.2f}x"
-        if self.master_process:
-            self.run_log.write(entries)
+        self._write_log(entries)
         if skipped:
             shown["skipped"] = str(skipped)
         self._progress.report(self.step, shown)
@@ -361,11 +380,17 @@ class Trainer:
         return self.config.ckpt.do_save and not self.config.train.debug
 
     def _maybe_save(self) -> None:
+        self._say(*self._saver.report())
         if self._saves and self._due(self.config.ckpt.save_every_steps):
             self.save()
 
-    def _say(self, text: str) -> None:
-        if self._progress.enabled:
-            self._progress.message(text)
-        elif self.master_process:
-            print(text, flush=True)
+    def _write_log(self, entries: list[dict[str, Any]]) -> None:
+        if self.master_process and (refused := self.run_log.write(entries)):
+            self._say(f"error: {refused}")
+
+    def _say(self, *texts: str) -> None:
+        for text in texts:
+            if self._progress.enabled:
+                self._progress.message(text)
+            elif self.master_process:
+                print(text, flush=True)
