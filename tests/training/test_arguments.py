@@ -24,7 +24,10 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
         "use_compile": False, "use_profiler": False, "steps_to_profile": (15, 20), "disable_tf32": False,
         "z_loss_coef": 0.0, "recompute": "none", "attn_backend": "sdpa",
     },
-    "logging": {"exp_name": "gpt", "log_dir": "./log/", "log_every": 10, "print_config": False},
+    "logging": {
+        "exp_name": "gpt", "log_dir": "./log/", "log_every": 10, "print_config": False, "moe_router_debug": False,
+        "moe_route_trace": False,
+    },
     "seed": {"seed": 1337, "deterministic": False},
     "data": {
         "dataset_path": None, "use_mock_data": False, "mock_data_num_samples": 1280, "num_workers": 0, "pin_memory": True,

@@ -250,7 +250,7 @@ EXECUTION = {
         "ddp_gradient_as_bucket_view",
     },
     "ckpt": {"do_save", "save_every_steps", "async_save", "keep_last", "keep_every", "keep_best", "resume", "resume_path"},
-    "logging": {"log_dir", "log_every", "print_config"},
+    "logging": {"log_dir", "log_every", "print_config", "moe_router_debug", "moe_route_trace"},
     "seed": {"deterministic"},
 }  # fmt: skip
 

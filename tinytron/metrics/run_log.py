@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tinytron.utils.training import write_atomically
+
+ROUTES = "routes_rank{}.jsonl"  # by rank; written by RoutingReport
 
 
 class RunLog:
@@ -17,13 +20,15 @@ class RunLog:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._text, self._json = folder / "log.txt", folder / "log.jsonl"
+        self._folder, self._text, self._json = folder, folder / "log.txt", folder / "log.jsonl"
         self._pending: dict[Path, str] = {self._text: "", self._json: ""}
 
     def keep_until(self, step: int) -> None:
-        """Drop the lines after ``step`` (they will be written again) and a line cut short by a crash."""
+        """Drop the lines after ``step`` (they will be written again) and a line cut short by a crash; also from the route
+        traces of all ranks, of which there may have been more than now."""
         _keep_lines(self._text, lambda line: len(line.split()) == 3 and int(line.split()[0]) <= step)
-        _keep_lines(self._json, lambda line: json.loads(line)["step"] <= step)
+        for path in (self._json, *self._folder.glob(ROUTES.format("*"))):
+            _keep_lines(path, lambda line: json.loads(line)["step"] <= step)
 
     def write(self, entries: list[dict[str, Any]]) -> str | None:
         """Append entries, each with at least ``step``, ``stage`` (train or val) and ``loss``.
@@ -31,7 +36,7 @@ class RunLog:
         Returns why the system refused, if it did: then the lines wait in memory for the next call.
         """
         self._pending[self._text] += "".join(f"{e['step']} {e['stage']} {e['loss']:#.10g}\n" for e in entries)
-        self._pending[self._json] += "".join(json.dumps({k: _finite(v) for k, v in e.items()}) + "\n" for e in entries)
+        self._pending[self._json] += "".join(map(json_line, entries))
         refused = None
         for path, lines in self._pending.items():
             try:
@@ -56,19 +61,31 @@ def _append(path: Path, lines: str) -> None:
             raise
 
 
+def json_line(entry: dict[str, Any]) -> str:
+    """``entry`` as one line. JSON has no NaN or infinity: those become text, at any depth."""
+    return json.dumps(_finite(entry)) + "\n"
+
+
 def _finite(value: Any) -> Any:
-    """JSON has no NaN or infinity: those become text."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _keep_lines(path: Path, wanted: Any) -> None:
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            if line.endswith("\n") and wanted(line):
-                kept.append(line)
-        except ValueError:  # not a whole line: the process was killed while writing it
-            continue
-    write_atomically(path, lambda file: file.write("".join(kept).encode()))
+def _keep_lines(path: Path, wanted: Callable[[bytes], bool]) -> None:
+    if path.exists():
+        write_atomically(path, lambda file: file.writelines(_kept_lines(path, wanted)))
+
+
+def _kept_lines(path: Path, wanted: Callable[[bytes], bool]) -> Iterator[bytes]:
+    """One at a time: a route trace can be larger than memory."""
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                keep = line.endswith(b"\n") and wanted(line)
+            except ValueError:  # not a whole line: the process was killed while writing it
+                continue
+            if keep:
+                yield line

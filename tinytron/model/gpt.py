@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -22,7 +22,7 @@ from tinytron.model.modules.emb import RotaryEmbedding, Rotation, TokenEmbedding
 from tinytron.model.modules.linear import PackedLinear, ResidualLinear
 from tinytron.model.modules.loss import LossSums, fused_linear_cross_entropy
 from tinytron.model.modules.mlp import SwiGLU
-from tinytron.model.modules.moe import Experts, MoE, MoEStats, Router
+from tinytron.model.modules.moe import Choice, Experts, MoE, MoEStats, Router
 from tinytron.model.modules.norm import RMSNorm
 
 Recompute = Literal["none", "full", "selective"]
@@ -101,6 +101,13 @@ class Block(nn.Module):
         return F.dropout(x, self.dropout, self.training) if self.dropout > 0 else x
 
 
+class Recorded(NamedTuple):
+    """A micro-batch's tokens on this rank, and what each expert layer's router chose for them (``T = B s``, row-major)."""
+
+    input_ids_Bs: torch.Tensor
+    choices: list[Choice]
+
+
 class GPT(nn.Module):
     """The model. Weights are created on ``device`` in ``dtype`` and drawn by ``init_weights``.
 
@@ -148,6 +155,7 @@ class GPT(nn.Module):
         # Rows per expert layer and expert: of the current optimizer step (this rank), and since the last report (all).
         shape = (len(self.moe_layers), config.num_experts)
         self.step_load, self.load = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
+        self.recorded: Recorded | None = None  # of the last training forward, if the routers record
         self.init_weights(seed)
 
     @torch.no_grad()
@@ -254,6 +262,9 @@ class GPT(nn.Module):
         sums = fused_linear_cross_entropy(
             x_BsD.flatten(0, 1), self.lm_head.weight, labels.flatten(), z_loss_coef=self.z_loss_coef
         )
+        choices = [stats.choice for stats in all_stats if stats.choice is not None]
+        if self.training and choices:
+            self.recorded = Recorded(input_ids, choices)
         return self._add_routing_losses(sums, all_stats) if all_stats else sums
 
     def _add_routing_losses(self, sums: LossSums, all_stats: list[MoEStats]) -> LossSums:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -11,10 +12,12 @@ from tinytron.distributed import DistributedOptimizer
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import specs_of
 from tinytron.distributed.zero1.distributed_optimizer import Options
+from tinytron.errors import ConfigError
+from tinytron.metrics import RoutingReport
 from tinytron.model import GPT
 from tinytron.model.modules.attn import check_backend
 from tinytron.optim import Muon, parameter_groups
-from tinytron.training.config import DTYPES, Config, OptimConfig
+from tinytron.training.config import DTYPES, Config, OptimConfig, accumulation_steps
 
 
 def build_model(config: Config, state: ParallelState) -> GPT:
@@ -88,3 +91,20 @@ def parameter_gate(optimizer: DistributedOptimizer, model: nn.Module) -> Callabl
     """What ``GPT.before_use`` calls: wait until a module's parameters have arrived."""
     owned = {id(module): list(module.parameters()) for module in model.modules()}
     return lambda module: optimizer.finish_gather(owned[id(module)])
+
+
+def build_routing(config: Config, model: nn.Module, state: ParallelState, folder: Path) -> RoutingReport | None:
+    """What ``--moe_router_debug`` and ``--moe_route_trace`` ask for, ``None`` without them; the routers record from now on.
+
+    Raises: ConfigError for a model without our expert layers.
+    """
+    margins, trace = config.logging.moe_router_debug, config.logging.moe_route_trace
+    if not (margins or trace):
+        return None
+    if not (isinstance(model, GPT) and model.moe_layers):
+        flag = "moe_router_debug" if margins else "moe_route_trace"
+        raise ConfigError(
+            f"--{flag} needs the expert layers of our GPT, and this {type(model).__name__} has none; "
+            f"use --use_moe, or --no-{flag}"
+        )
+    return RoutingReport(model, state, folder, accumulation_steps(config, state.layout), margins=margins, trace=trace)

@@ -171,6 +171,12 @@ class LoggingConfig:
     log_dir: Annotated[str, Flag("where run folders are made", identity=False)] = "./log/"
     log_every: Annotated[int, Flag("interval of reports and of writing the log files", "steps", identity=False)] = 10
     print_config: Annotated[bool, Flag("print the resolved configuration and stop", identity=False)] = False
+    moe_router_debug: Annotated[
+        bool, Flag("log how far the last chosen expert is ahead of the first one not chosen", identity=False)
+    ] = False
+    moe_route_trace: Annotated[
+        bool, Flag("write every token's experts at each report, for scripts/compare_routes.py; large", identity=False)
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,7 @@ from tinytron.model import GPT
 from tinytron.model.modules.loss import IGNORE_INDEX, LossSums
 from tinytron.optim import Schedule
 from tinytron.training import datasets, startup
-from tinytron.training.build import build_model, build_optimizer, optimizer_options, parameter_gate
+from tinytron.training.build import build_model, build_optimizer, build_routing, optimizer_options, parameter_gate
 from tinytron.training.config import DTYPES, Config, TrainingInfo, derive
 from tinytron.utils.model import train_flops_per_token
 from tinytron.utils.profile import build_profiler, peak_flops
@@ -303,6 +303,7 @@ class Trainer:
         self._progress = Progress(self.training_info.max_steps, self.step, enabled=self.master_process)
         self._window = StepWindow(self.state.groups["world"])
         self._logged_step, self._clock = self.step, TrainClock()
+        self._routing = build_routing(self.config, self.raw_model, self.state, self.log_dir)
 
     def _measure_peak(self) -> None:
         dtype = DTYPES[self.config.train.precision]
@@ -366,6 +367,12 @@ class Trainer:
             loads = load_statistics(self.raw_model.take_load(), self.config.model.first_k_dense)
             entries[-1]["expert_load"] = loads  # of all steps since the last report
             shown["max load"] = f"{1 + max(load['max_violation'] for load in loads):.2f}x"
+        if self._routing is not None:
+            with self._clock.paused():
+                margins = self._routing.report(self.step)
+            if margins:
+                entries[-1]["router_margin"] = margins  # of the last micro-batch
+                shown["min margin"] = f"{min(margin['min'] for margin in margins):.1e}"
         self._write_log(entries)
         if skipped:
             shown["skipped"] = str(skipped)

@@ -6,6 +6,7 @@ of this rank, Q rows that arrive here, D model dimension, F expert width.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,12 +20,21 @@ from tinytron.model.config import ModelConfig
 from tinytron.model.modules.mlp import SwiGLU
 
 
+class Choice(NamedTuple):
+    """What a router that records keeps of every token, without gradient; weights and margins as wide as the scores."""
+
+    expert_Tk: torch.Tensor  # best first
+    weight_Tk: torch.Tensor
+    margin_T: torch.Tensor
+
+
 class MoEStats(NamedTuple):
-    """What one layer's routing adds to the loss, as sums over this rank's tokens, and its load."""
+    """What one layer's routing adds to the loss, as sums over this rank's tokens; its load; its choices, if recorded."""
 
     balance: torch.Tensor  # sum over tokens of E * sum_e f_e p_te: 1 per token when the load f is even
     z: torch.Tensor  # sum over tokens of logsumexp(router logits)²
     load_E: torch.Tensor  # rows this rank sent to each expert, int64
+    choice: Choice | None
 
 
 class Routing(NamedTuple):
@@ -34,13 +44,14 @@ class Routing(NamedTuple):
     weight_Tk: torch.Tensor
     prob_TE: torch.Tensor
     logits_TE: torch.Tensor
+    choice: Choice | None
 
 
 class Router(nn.Module):
     """Scores in fp32, top-k choice, optional renormalisation of the chosen scores.
 
     ``bias`` shifts the choice only, not the weights (auxiliary-loss-free balancing, arXiv:2408.15664): it is moved once
-    per optimizer step against the load, and saved.
+    per optimizer step against the load, and saved. With ``record`` set the choices are returned too.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -50,6 +61,7 @@ class Router(nn.Module):
             config.moe_router_score,
             config.norm_topk_prob,
         )
+        self.record = False
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.bias: torch.Tensor
         self.register_buffer("bias", torch.zeros(config.num_experts, dtype=torch.float32))
@@ -58,12 +70,23 @@ class Router(nn.Module):
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
         score_TE = logits_TE.softmax(-1) if self.score == "softmax" else logits_TE.sigmoid()
-        expert_Tk = (score_TE.detach() + self.bias).topk(self.top_k, dim=-1).indices
+        ranked_TE = score_TE.detach() + self.bias
+        expert_Tk = ranked_TE.topk(self.top_k, dim=-1).indices
         weight_Tk = score_TE.gather(1, expert_Tk)
         if self.norm_topk:
             weight_Tk = weight_Tk / _positive(weight_Tk.sum(-1, keepdim=True))
         prob_TE = score_TE if self.score == "softmax" else score_TE / _positive(score_TE.sum(-1, keepdim=True))
-        return Routing(expert_Tk, weight_Tk, prob_TE, logits_TE)
+        choice = Choice(expert_Tk, weight_Tk.detach(), margin(ranked_TE, expert_Tk)) if self.record else None
+        return Routing(expert_Tk, weight_Tk, prob_TE, logits_TE, choice)
+
+
+def margin(ranked_TE: torch.Tensor, expert_Tk: torch.Tensor) -> torch.Tensor:
+    """The last chosen expert's score minus the best score not chosen: ``[T]``, inf where every expert is chosen.
+
+    The scores are those the choice is made by, balancing bias included; ``expert_Tk`` is best first.
+    """
+    left_TE = ranked_TE.scatter(1, expert_Tk, -math.inf)
+    return ranked_TE.gather(1, expert_Tk[:, -1:]).squeeze(1) - left_TE.amax(1)
 
 
 def _positive(total: torch.Tensor) -> torch.Tensor:
@@ -135,7 +158,7 @@ class MoE(nn.Module):
         if self.state is not None and ranks > 1:
             seen = sum_over(seen.clone(), self.state.groups[group])
         balance = E * (prob_BE * (seen.to(prob_BE.dtype) / rows)).sum()
-        return MoEStats(balance, z, load_E)
+        return MoEStats(balance, z, load_E, routing.choice)
 
 
 def grouped_linear(

@@ -1,0 +1,91 @@
+"""How surely the routers decide: statistics of their margins, and a trace of every token's experts to compare runs by.
+
+Both are of the last micro-batch before a report. Letters: L expert layers, B rows of this rank's micro-batch, s its part of
+a sequence, T = B s its tokens, k choices per token, N tokens of all ranks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from tinytron.distributed.parallel_state import ParallelState
+from tinytron.metrics.run_log import ROUTES, json_line
+from tinytron.model.gpt import GPT, Recorded
+
+THRESHOLDS = ("1e-3", "1e-4", "1e-5")
+
+
+class RoutingReport:
+    """Makes ``model``'s routers record, in every training forward: a few element-wise kernels on the scores, and no wait.
+
+    ``micro_batches`` are those of a step. With ``trace`` each report appends to ``folder``'s ``routes_rank<r>.jsonl`` one
+    line per expert layer and token of this rank: step, layer (block), row in the step's global batch, position in the whole
+    sequence, token id, experts (best first), their weights, margin. Row and position do not depend on the layout.
+    """
+
+    def __init__(
+        self, model: GPT, state: ParallelState, folder: Path, micro_batches: int, *, margins: bool, trace: bool
+    ) -> None:
+        self._model, self._state, self._micro_batches = model, state, micro_batches
+        self._margins, self._path = margins, folder / ROUTES.format(state.rank) if trace else None
+        self._first_layer = model.config.first_k_dense
+        for layer in model.moe_layers:
+            layer.router.record = True
+
+    def report(self, step: int) -> list[dict[str, Any]]:
+        """``margin_statistics`` of every expert layer over all ranks' tokens, empty unless asked for. Collective; the host
+        waits, and writes the trace."""
+        recorded = self._model.recorded
+        if recorded is None:  # a loss of the user's own that never asked this model for its own
+            return []
+        if self._path is not None:
+            self._write(self._path, step, recorded)
+        if not self._margins:
+            return []
+        own = [torch.stack([c.margin_T, weight_entropy(c.weight_Tk)]) for c in recorded.choices]
+        parts: list[Any] = [None] * self._state.layout.world_size
+        # As objects: a loader of the user's own may give the ranks different numbers of rows.
+        dist.all_gather_object(parts, torch.stack(own).double().cpu().numpy(), group=self._state.groups["world"])
+        layers = enumerate(np.concatenate(parts, axis=2), start=self._first_layer)
+        return [{"layer": layer, **margin_statistics(*values_2N)} for layer, values_2N in layers]
+
+    def _write(self, path: Path, step: int, recorded: Recorded) -> None:
+        B, s = recorded.input_ids_Bs.shape
+        dp_rank, sep_rank = (self._state.group_rank(axis) for axis in ("dp", "sep"))
+        first_row = (
+            (self._micro_batches - 1) * self._state.layout.dp + dp_rank
+        ) * B  # as GlobalBatchSampler deals them
+        tokens = recorded.input_ids_Bs.flatten().tolist()
+        with open(path, "a") as file:
+            for layer, choice in enumerate(recorded.choices, start=self._first_layer):
+                columns = zip(tokens, *(column.tolist() for column in choice), strict=True)
+                for t, (token, experts, weights, margin) in enumerate(columns):
+                    place = {"row": first_row + t // s, "position": sep_rank * s + t % s, "token": token}
+                    decision = {"experts": experts, "weights": weights, "margin": margin}
+                    file.write(json_line({"step": step, "layer": layer, **place, **decision}))
+
+
+def margin_statistics(margin_N: np.ndarray[Any, Any], entropy_N: np.ndarray[Any, Any]) -> dict[str, float]:
+    """Mean, smallest, and lower percentiles (values that occur: no interpolation) of the margins, in units of the scores;
+    the fractions of tokens at most 1e-3, 1e-4 and 1e-5 ahead; the mean entropy of the weights, in nats."""
+    percentiles = {
+        f"percentile_{q}": float(np.quantile(margin_N, float(q) / 100, method="lower")) for q in ("1", "0.1")
+    }
+    return {
+        "mean": float(margin_N.mean()),
+        "min": float(margin_N.min()),
+        **percentiles,
+        **{f"at_most_{bound}": float((margin_N <= float(bound)).mean()) for bound in THRESHOLDS},
+        "weight_entropy": float(entropy_N.mean()),
+    }
+
+
+def weight_entropy(weight_Tk: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of each token's weights, made to sum to one: 0 for a single expert, ln k for k equal ones. ``[T]``"""
+    total_T1 = weight_Tk.sum(-1, keepdim=True).clamp(min=torch.finfo(weight_Tk.dtype).tiny)
+    return torch.special.entr(weight_Tk / total_T1).sum(-1)
