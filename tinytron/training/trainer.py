@@ -30,7 +30,7 @@ from tinytron.distributed.sequence_parallel.ulysses import cut_sequence
 from tinytron.distributed.topology import describe_topology
 from tinytron.errors import ConfigError, DataError
 from tinytron.evaluation import validate
-from tinytron.metrics import Progress, RunLog, StepWindow, TrainClock, load_statistics
+from tinytron.metrics import Progress, Report, RunLog, StepWindow, TrainClock, load_statistics
 from tinytron.model import GPT
 from tinytron.model.modules.loss import IGNORE_INDEX, LossSums
 from tinytron.optim import Schedule
@@ -346,37 +346,23 @@ class Trainer:
         if not (self.step == 1 or self._due(self.config.logging.log_every) or validates or saves):
             return
         records = self._window.flush()  # the host waits for the device here
-        skipped = int(self.optimizer.skipped_steps)
-        seconds = self._clock.lap()
-        tokens = (self.step - self._logged_step) * train.total_batch_size
+        report = Report(
+            records,
+            skipped=int(self.optimizer.skipped_steps),
+            seconds=self._clock.lap(),
+            tokens=(self.step - self._logged_step) * train.total_batch_size,
+            flops_per_token=train_flops_per_token(self.config.model, train.seq_len),
+            peak_flops=self._peak_flops,
+        )
         self._logged_step = self.step
-        rate = tokens / seconds
-        mfu = rate * train_flops_per_token(self.config.model, train.seq_len) / self._peak_flops
-        last = records[-1]
-        self.one_step_results |= {
-            "step": last.step, "loss": last.loss, "lr": last.lr, "grad_norm": last.grad_norm, **last.aux,
-            "seconds": seconds / len(records), "tokens_per_second": rate, "mfu": mfu,
-        }  # fmt: skip
-        shown = {
-            "loss": f"{last.loss:.4f}", "lr": f"{last.lr:.2e}", "grad norm": f"{last.grad_norm:.3f}",
-            "ms": f"{1000 * seconds / len(records):.0f}", "tok/s": f"{rate:,.0f}", "MFU": f"{mfu:.1%}",
-        }  # fmt: skip
-        extra = {"tokens_per_second": rate, "mfu": mfu, "skipped_steps": skipped}
-        entries = [{**record.fields(), "stage": "train", **extra} for record in records]
+        self.one_step_results |= report.results
         if isinstance(self.raw_model, GPT) and self.raw_model.moe_layers:
-            loads = load_statistics(self.raw_model.take_load(), self.config.model.first_k_dense)
-            entries[-1]["expert_load"] = loads  # of all steps since the last report
-            shown["max load"] = f"{1 + max(load['max_violation'] for load in loads):.2f}x"
+            report.add_expert_load(load_statistics(self.raw_model.take_load(), self.config.model.first_k_dense))
         if self._routing is not None:
             with self._clock.paused():
-                margins = self._routing.report(self.step)
-            if margins:
-                entries[-1]["router_margin"] = margins  # of the last micro-batch
-                shown["min margin"] = f"{min(margin['min'] for margin in margins):.1e}"
-        self._write_log(entries)
-        if skipped:
-            shown["skipped"] = str(skipped)
-        self._progress.report(self.step, shown)
+                report.add_router_margin(self._routing.report(self.step))
+        self._write_log(report.entries)
+        self._progress.report(self.step, report.shown)
 
     def _maybe_evaluate(self) -> None:
         if self._validates and self._due(self.config.train.val_every_steps):
