@@ -11,7 +11,7 @@ from tinytron.metrics.window import StepRecord
 class Report:
     """``entries`` go to log.jsonl, one per step; ``shown`` is the console line; ``results`` the last step as numbers.
 
-    ``seconds`` of training for ``tokens`` tokens at ``flops_per_token``, on devices that do ``peak_flops`` per second in all.
+    ``seconds`` of training for ``tokens`` tokens at ``flops_per_token``, on devices of ``peak_flops`` per second in all.
     """
 
     def __init__(
