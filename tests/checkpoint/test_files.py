@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,14 @@ def test_the_newest_is_the_highest_number_not_the_last_name(tmp_path: Path) -> N
     for step in (9, 99999, 100000):
         _make(tmp_path, step)
     assert newest_checkpoint(tmp_path) == CheckpointFiles(tmp_path, 100000)
+
+
+def test_a_clock_that_goes_backwards_changes_nothing(tmp_path: Path) -> None:
+    for step in (2, 4):
+        files = _make(tmp_path, step)
+        for path in (files.model, files.optimizer, files.meta):
+            os.utime(path, (1e9 / step, 1e9 / step))  # the later, the older
+    assert newest_checkpoint(tmp_path) == CheckpointFiles(tmp_path, 4)
 
 
 @pytest.mark.parametrize("missing", ["model", "opt", "meta"])

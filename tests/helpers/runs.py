@@ -94,11 +94,12 @@ def start(
     processes: int = 0,
     script: Path = SCRIPT,
     launcher: str = "tinytron.cli.launch",
+    launcher_flags: tuple[str, ...] = (),
     env: Mapping[str, str | None] | None = None,
 ) -> subprocess.Popen[str]:
     """Start ``script`` with plain python, or for ``processes`` under ``launcher``. ``env`` adds to the
     environment, or removes what is None."""
-    prefix = ["-m", launcher, "--standalone", "--nproc_per_node", str(processes)] if processes else []
+    prefix = ["-m", launcher, "--standalone", *launcher_flags, "--nproc_per_node", str(processes)] if processes else []
     fixed = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     variables: dict[str, str | None] = {**os.environ, **fixed, **(env or {})}
     return subprocess.Popen(

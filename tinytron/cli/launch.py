@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = torchrun.parse_args(sys.argv[1:] if argv is None else argv)
     # What torchrun would set to 1, with a warning, for more than one worker.
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads_per_worker(args)))
+    # A store of their own for restarted workers: in the shared one gloo finds the addresses of those before (torch 2.13).
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="torch.distributed")
     try:
