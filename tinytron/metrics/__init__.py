@@ -4,6 +4,7 @@ from tinytron.metrics.clock import TrainClock
 from tinytron.metrics.console import Progress
 from tinytron.metrics.expert_load import load_statistics
 from tinytron.metrics.run_log import RunLog
+from tinytron.metrics.spikes import SpikeDetector
 from tinytron.metrics.window import StepRecord, StepWindow
 
-__all__ = ["Progress", "RunLog", "StepRecord", "StepWindow", "TrainClock", "load_statistics"]
+__all__ = ["Progress", "RunLog", "SpikeDetector", "StepRecord", "StepWindow", "TrainClock", "load_statistics"]

@@ -30,6 +30,7 @@ from tinytron.optim import Schedule
 from tinytron.training import datasets, startup
 from tinytron.training.build import build_model, build_optimizer, optimizer_options, parameter_gate
 from tinytron.training.config import DTYPES, Config, TrainingInfo, derive
+from tinytron.training.guards import Guards
 from tinytron.utils.model import train_flops_per_token
 from tinytron.utils.profile import build_profiler, peak_flops
 
@@ -65,6 +66,7 @@ class Trainer:
         self._init_optimizer(config)  # -> raw_optimizer, optimizer
         self._attach_optimizer()
         self._init_logging(config)  # -> log_dir, run_log
+        self._guards = Guards(config, self.state, self.log_dir, self.optimizer, self.raw_model)
         self._resume_from_checkpoint()  # -> step, and all of the above as it was
         self._init_metrics()
 
@@ -126,24 +128,30 @@ class Trainer:
     # The loop.
 
     def train(self) -> None:
-        """Train until ``training_info.max_steps``; validate and save on the way and at the end. Collective."""
+        """Train until ``training_info.max_steps``; validate and save on the way and at the end. Collective.
+
+        Raises: SystemExit(0), once a checkpoint is saved, if a rank got SIGTERM or SIGUSR1; TrainingError if a guard rail
+        ends the run (docs/reliability.md).
+        """
         last = self.training_info.max_steps
         if self.step >= last:
             self._say(f"already trained: {self.step} of {last} steps are done")
             return
         self._measure_peak()
-        with contextlib.closing(self._progress), self._init_profiler(self.config) as profiler:
+        with contextlib.closing(self._progress), self._guards.active(), self._init_profiler(self.config) as profiler:
             for microbatches in self._microbatches():
                 self.train_step(microbatches)
                 self.step += 1
+                self._guards.after_step(self.step, last=self.step >= last)
                 self._maybe_log()
                 self._maybe_evaluate()
                 self._maybe_save()
                 if profiler is not None:
                     profiler.step()
-                if self.step >= last:
+                if self.step >= last or self._guards.ends:
                     break
-        self.optimizer.finish_gather()
+            self.optimizer.finish_gather()
+            self._guards.leave(self.step, self._say)
 
     def train_step(self, microbatches: list[Batch]) -> None:
         """One optimizer step on this rank's part of the global batch. Collective; the host waits for no result."""
@@ -159,15 +167,17 @@ class Trainer:
                 self.optimizer.scale(losses.objective / targets).backward()
             for name, value in {"loss": losses.token, **losses.aux}.items():
                 sums[name] = sums[name] + value if i else value
-        grad_norm = self.optimizer.step(max_norm=self.config.train.grad_clip_value)
+        parts = {name: value / targets for name, value in sums.items()}
+        reject = self._guards.spikes.judge(self.step + 1, parts["loss"])
+        grad_norm = self.optimizer.step(max_norm=self.config.train.grad_clip_value, reject=reject)
         self.optimizer.zero_grad()
         self._end_step()
-        self._window.add(self.step + 1, lr, {name: value / targets for name, value in sums.items()}, grad_norm)
+        self._window.add(self.step + 1, lr, parts, grad_norm)
 
     def eval(self) -> float:
         """Validate the current weights, log the result and return it, in nats per token. Collective."""
         assert self.val_loader is not None, "no validation data: set val_dataset or pass --do_val"
-        with self._clock.paused():
+        with self._clock.paused(), self._guards.paused():
             result = validate(self.model, self._loss, map(self._to_device, self.val_loader), self.state)
         self.one_step_results["val_loss"] = result.loss
         if self.master_process:
@@ -177,9 +187,10 @@ class Trainer:
 
     def save(self) -> CheckpointFiles:
         """Save a checkpoint of the current step. Collective."""
-        with self._clock.paused():
+        with self._clock.paused(), self._guards.paused():
             self.optimizer.finish_gather()
-            files = save_checkpoint(self.log_dir, self.step, self.raw_model, self.optimizer, self._record, self.state)
+            record = {**self._record, "guard": self._guards.state_dict()}
+            files = save_checkpoint(self.log_dir, self.step, self.raw_model, self.optimizer, record, self.state)
         self._say(f"step {self.step} | saved {files.model}")
         return files
 
@@ -269,6 +280,7 @@ class Trainer:
             meta = together(lambda: read_file(files.meta), world)
             differences = startup.check_continues(self.config, meta, data, str(files.meta))
             load_checkpoint(files, meta, self.raw_model, self.optimizer, self.state)
+            self._guards.load_state_dict(meta.get("guard"))
             self.step = files.step
             self._say(f"resuming after step {self.step} from {files.model}")
             for difference in differences:
@@ -322,9 +334,11 @@ class Trainer:
         train, ckpt = self.config.train, self.config.ckpt
         validates = self._validates and self._due(train.val_every_steps)
         saves = self._saves and self._due(ckpt.save_every_steps)
-        if not (self.step == 1 or self._due(self.config.logging.log_every) or validates or saves):
+        ends = self._guards.ends
+        if not (self.step == 1 or self._due(self.config.logging.log_every) or validates or saves or ends):
             return
         records = self._window.flush()  # the host waits for the device here
+        self._guards.after_report()
         skipped = int(self.optimizer.skipped_steps)
         seconds = self._clock.lap()
         tokens = (self.step - self._logged_step) * train.total_batch_size
@@ -353,7 +367,7 @@ class Trainer:
         self._progress.report(self.step, shown)
 
     def _maybe_evaluate(self) -> None:
-        if self._validates and self._due(self.config.train.val_every_steps):
+        if self._validates and self._due(self.config.train.val_every_steps) and not self._guards.ends:
             self.eval()
 
     @property
@@ -361,7 +375,7 @@ class Trainer:
         return self.config.ckpt.do_save and not self.config.train.debug
 
     def _maybe_save(self) -> None:
-        if self._saves and self._due(self.config.ckpt.save_every_steps):
+        if self._saves and (self._due(self.config.ckpt.save_every_steps) or self._guards.ends):
             self.save()
 
     def _say(self, text: str) -> None:
