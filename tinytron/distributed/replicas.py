@@ -22,8 +22,9 @@ _ODD2 = -4658895280553007687  # 0xBF58476D1CE4E5B9, likewise
 def hash_bits(flat: torch.Tensor) -> torch.Tensor:
     """One int64 on ``flat``'s device, a function of the bits (so NaN and -0.0 count) and of their places.
 
-    Sum of bits x weight modulo 2^64, chunk by chunk: the weights are odd, so one changed element always shows; they are
-    mixed as in SplitMix64 (Steele et al., OOPSLA 2014), so several do but with chance 2^-64 or so.
+    A sum modulo 2^64 over elements, each mixed with a weight of its place. Mixing is one-to-one (odd factors, xor with the
+    higher half), so one changed element always shows; several hide each other by chance only. Weights and mixing are
+    those of SplitMix64 (Steele et al., OOPSLA 2014).
     """
     bits_N = flat.detach().reshape(-1).view(_INTEGERS[flat.element_size()])
     weights_C = torch.arange(1, min(_CHUNK, len(bits_N)) + 1, device=flat.device) * _ODD
@@ -31,7 +32,10 @@ def hash_bits(flat: torch.Tensor) -> torch.Tensor:
     weights_C = (weights_C ^ (weights_C >> 27)) | 1
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
     for chunk in bits_N.split(_CHUNK):
-        total = total * _ODD + (chunk.long() * weights_C[: len(chunk)]).sum()
+        weights_c = weights_C[: len(chunk)]
+        mixed_c = chunk.long() * weights_c
+        mixed_c = (mixed_c ^ ((mixed_c >> 32) & 0xFFFFFFFF)) * weights_c
+        total = total * _ODD + mixed_c.sum()
     return total
 
 

@@ -52,10 +52,10 @@ class SpikeDetector:
 
     def _reject(self, step: int, values_K: torch.Tensor) -> torch.Tensor:
         limits_K = self._limits()
-        finite_K = values_K.isfinite()  # those that are not are no spikes: fp16 overflows until its scale is found
-        above_K = (values_K > limits_K) & finite_K
-        spike = above_K.any()
-        rejected = spike | ~finite_K.all()
+        finite = values_K.isfinite().all()
+        above_K = values_K > limits_K
+        spike = above_K.any() & finite  # not those that are not: fp16 overflows until its scale is found
+        rejected = spike | ~finite
         kind = above_K.int().argmax()  # the first that is above
         fresh = torch.stack([torch.full_like(limits_K[0], step), kind.double(), values_K[kind], limits_K[kind]])
         self._spike = torch.where(spike & (self._spike[0] == 0), fresh, self._spike)
