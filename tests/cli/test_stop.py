@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.ranks import Ranks
-from tests.helpers.runs import TINY, Finished, _descendants, finish, kill, losses, read_logs, run_well, start, train
+from tests.helpers.runs import TINY, Finished, descendants, finish, kill, losses, read_logs, run_well, start, train
 from tinytron.training import Trainer
 
 Pools = Callable[[int], Ranks]
@@ -62,7 +62,7 @@ def _stop(
     process = start(*LONG, *flags, cwd=cwd, processes=2, launcher=launcher)
     try:
         _wait_for(lambda: _training(cwd), process)
-        everybody = [process.pid, *_descendants(process.pid)]
+        everybody = [process.pid, *descendants(process.pid)]
         for pid in {"launcher": [process.pid], "one rank": _workers(process)[1:2], "everybody": everybody}[to]:
             os.kill(pid, number)
         return finish(process, timeout=60)
@@ -73,13 +73,12 @@ def _stop(
 @pytest.mark.parametrize(
     ("number", "to", "flags"),
     [
-        (TERM, "launcher", ()),
-        (USR1, "launcher", ()),
-        (USR1, "one rank", ()),
-        (TERM, "everybody", ("--num_workers", 1)),
-        pytest.param(USR1, "everybody", ("--num_workers", 1), marks=pytest.mark.slow),
+        pytest.param(USR1, "launcher", (), id="usr1_launcher"),
+        pytest.param(TERM, "everybody", ("--num_workers", 1), id="term_everybody"),
+        pytest.param(TERM, "launcher", (), id="term_launcher", marks=pytest.mark.slow),
+        pytest.param(USR1, "one rank", (), id="usr1_one_rank", marks=pytest.mark.slow),
+        pytest.param(USR1, "everybody", ("--num_workers", 1), id="usr1_everybody", marks=pytest.mark.slow),
     ],
-    ids=["term_launcher", "usr1_launcher", "one_rank", "term_everybody", "usr1_everybody"],
 )
 def test_a_signal_saves_and_ends_with_status_0(
     tmp_path: Path, number: signal.Signals, to: str, flags: tuple[object, ...]
@@ -95,6 +94,7 @@ def test_a_signal_saves_and_ends_with_status_0(
     assert [p.name for p in folder.glob("*_meta.pt")] == [f"{last:05}_meta.pt"]
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on(ranks: Pools, tmp_path: Path) -> None:
     """A stopped and resumed run logs what one that was left alone does."""
     flags = ("--max_steps", 150, "--save_every_steps", 0)
@@ -107,6 +107,7 @@ def test_the_same_command_goes_on(ranks: Pools, tmp_path: Path) -> None:
     assert read_logs(meta.parent)[0] == unbroken.log
 
 
+@pytest.mark.slow
 def test_plain_torchrun_saves_too(tmp_path: Path) -> None:
     finished = _stop(tmp_path, TERM, "launcher", launcher="torch.distributed.run")
     assert "stopped by SIGTERM: saved; run the same command again to resume" in finished.stdout

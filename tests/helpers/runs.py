@@ -126,14 +126,15 @@ def kill(process: subprocess.Popen[str]) -> None:
     """SIGKILL to the process and all its descendants (the launcher gives workers sessions of their own)."""
     if process.poll() is not None:
         return  # its number may be somebody else's by now
-    for pid in [process.pid, *_descendants(process.pid)]:
+    for pid in [process.pid, *descendants(process.pid)]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
+    """The process's children, their children, and so on."""
     children = [int(c) for path in Path(f"/proc/{pid}/task").glob("*/children") for c in path.read_text().split()]
-    return [*children, *(d for child in children for d in _descendants(child))]
+    return [*children, *(d for child in children for d in descendants(child))]
 
 
 def run(*arguments: object, cwd: Path, processes: int = 0, timeout: float = 180, **options: Any) -> Finished:
