@@ -42,6 +42,7 @@ def test_every_bit_and_every_place_counts(monkeypatch: pytest.MonkeyPatch, dtype
             hashes.add(int(hash_bits(other)))
     assert len(hashes) == 1 + len(flat) * len(bits) + 16 * 15
     assert int(hash_bits(flat.clone())) in hashes
+    assert hash_bits(flat.to("meta")).device.type == "meta"  # no value was asked for: the host did not wait
     assert int(hash_bits(torch.tensor([0.0]))) != int(hash_bits(torch.tensor([-0.0])))
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tests.helpers.ranks import Ranks
+from tinytron.metrics import spikes
 from tinytron.metrics.spikes import PATIENCE, Spike, SpikeDetector
 
 Pools = Callable[[int], Ranks]
@@ -56,13 +57,12 @@ def _random_steps(count: int) -> Steps:
 
 
 def _judged(steps: Steps, sigma: float, window: int, resume_every: int = 0) -> list[bool]:
-    """This rank's share of each loss is not the others'."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+    """On two ranks whose shares of a loss say nothing by themselves."""
     assert dist.group.WORLD is not None
     detector, found = SpikeDetector(sigma, window, CPU, dist.group.WORLD), []
     for step, (loss, norm) in enumerate(steps, 1):
-        share = (rank + 1) / sum(range(world + 1))
-        reject = detector.judge(step, torch.tensor(loss * share, dtype=torch.float64))
+        share = loss / 2 + (1 - 2 * dist.get_rank()) * (step * 7 % 5)
+        reject = detector.judge(step, torch.tensor(share, dtype=torch.float64))
         assert reject is not None
         found.append(bool(reject(torch.tensor(norm, dtype=torch.float64))))
         if resume_every and step % resume_every == 0:
@@ -95,13 +95,13 @@ def _after(steps: Steps, **state: Any) -> tuple[list[Spike | None], dict[str, An
 
 def test_the_first_spike_is_told_once(ranks: Pools) -> None:
     calm = [(1.0, 1.0), (3.0, 1.0), (1.0, 1.0), (3.0, 1.0)]
-    ((spikes, state),) = ranks(1).run(_after, [*calm, (math.nan, 1.0), (5.5, 1.0), (9.0, 9.0)])
-    assert spikes == [Spike(6, "loss", 5.5, 2 + 3 * 1.0), None]
+    ((found, state),) = ranks(1).run(_after, [*calm, (math.nan, 1.0), (5.5, 1.0), (9.0, 9.0)])
+    assert found == [Spike(6, "loss", 5.5, 2 + 3 * 1.0), None]
     assert state == {"values": {"loss": [1, 3, 1, 3], "grad norm": [1, 1, 1, 1]}, "in_a_row": 2}
-    ((spikes, _),) = ranks(1).run(_after, [*calm, (2.0, 1.5)])
-    assert spikes == [Spike(5, "grad norm", 1.5, 1.0), None]
-    ((spikes, _),) = ranks(1).run(_after, [*calm, (5.0, 1.0)])  # at the limit
-    assert spikes == [None, None]
+    ((found, _),) = ranks(1).run(_after, [*calm, (2.0, 1.5)])
+    assert found == [Spike(5, "grad norm", 1.5, 1.0), None]
+    ((found, _),) = ranks(1).run(_after, [*calm, (5.0, 1.0)])  # at the limit
+    assert found == [None, None]
 
 
 def _loaded() -> dict[str, Any]:
@@ -125,3 +125,16 @@ def _off() -> tuple[Any, Any]:
 
 def test_off_costs_nothing(ranks: Pools) -> None:
     assert ranks(1).run(_off) == [(None, None)]
+
+
+def test_the_host_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without values: whoever asked for one would get an error."""
+    group: Any = object()
+    monkeypatch.setattr(spikes, "sum_over", lambda tensor, _: tensor)
+    detector = SpikeDetector(3.0, 5, torch.device("meta"), group)
+    for step in (1, 2):
+        reject = detector.judge(step, torch.empty((), device="meta"))
+        assert reject is not None
+        assert reject(torch.empty((), device="meta")).device.type == "meta"
+    with pytest.raises(RuntimeError):
+        detector.first_spike()

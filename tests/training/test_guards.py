@@ -46,6 +46,7 @@ def _stopped(during: int, log_dir: Path, *flags: object) -> tuple[int, Any, list
         trainer.train()
     except SystemExit as end:
         status = end.code
+    assert trainer._guards._agreement._work is None  # nothing is left on its way
     trainer.state.groups["world"].barrier().wait()
     return trainer.step, status, sorted(p.name for p in trainer.log_dir.glob("*.pt")), said[-1]
 

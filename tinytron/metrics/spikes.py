@@ -56,9 +56,9 @@ class SpikeDetector:
         above_K = values_K > limits_K
         spike = above_K.any() & finite  # not those that are not: fp16 overflows until its scale is found
         rejected = spike | ~finite
-        kind = above_K.int().argmax()  # the first that is above
-        fresh = torch.stack([torch.full_like(limits_K[0], step), kind.double(), values_K[kind], limits_K[kind]])
-        self._spike = torch.where(spike & (self._spike[0] == 0), fresh, self._spike)
+        kind_1 = above_K.int().argmax().unsqueeze(0)  # the first that is above
+        found = (values_K.new_full((1,), step), kind_1.double(), values_K.gather(0, kind_1), limits_K.gather(0, kind_1))
+        self._spike = torch.where(spike & (self._spike[0] == 0), torch.cat(found), self._spike)
         shifted_KW = torch.cat([self._values_KW[:, 1:], values_K[:, None]], dim=1)
         self._values_KW = torch.where(rejected, self._values_KW, shifted_KW)
         self._in_a_row = torch.where(rejected, self._in_a_row + spike, 0)
