@@ -110,6 +110,7 @@ def test_the_same_command_goes_on(ranks: Pools, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_plain_torchrun_saves_too(tmp_path: Path) -> None:
     finished = _stop(tmp_path, TERM, "launcher", launcher="torch.distributed.run")
+    assert finished.code == 1  # torchrun's own
     assert "stopped by SIGTERM: saved; run the same command again to resume" in finished.stdout
     assert any((tmp_path / "log").glob("tiny_*/*_meta.pt"))
 

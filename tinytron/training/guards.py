@@ -44,7 +44,8 @@ class Guards:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Around the training loop: signals are caught and stalls are watched. Collective."""
-        self._agreement = StopAgreement()
+        self._request, self._agreement = StopRequest(), StopAgreement()
+        self._signal, self._error = 0, None  # a notebook may go on after a stop
         with self._request.listening(), self._watchdog.watching():
             yield
 
