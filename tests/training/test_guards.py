@@ -203,17 +203,17 @@ class Slow(Trainer):
 
     def _loss(self, batch: Batch) -> LossSums:
         if self.step == 0 or not torch.is_grad_enabled():
-            time.sleep(0.3)
+            time.sleep(0.25)  # for each micro-batch
         return super()._loss(batch)
 
     def _maybe_save(self) -> None:
         super()._maybe_save()
         if self.step == 3:
-            time.sleep(0.6)
+            time.sleep(0.9)
 
 
 def test_the_watchdog_is_silent_in_the_first_step_and_in_validation(ranks: Pools, tmp_path: Path) -> None:
-    flags = ("--max_steps", 3, "--do_val", "--val_every_steps", 1, "--step_timeout", 0.25)
+    flags = ("--max_steps", 3, "--do_val", "--val_every_steps", 1, "--step_timeout", 0.4)
     result = ranks(1).run(train, Slow, tmp_path, *flags)[0]
     text = (result.folder / "stacks_rank0.txt").read_text()
     assert text.count("no step completed") == 1
