@@ -199,7 +199,7 @@ def test_replicas_are_checked_at_the_interval(ranks: Pools, tmp_path: Path) -> N
 
 
 class Slow(Trainer):
-    """Takes its time where that is no stall: in the first step, in validation and in saving."""
+    """Takes its time in the first step and in validation, which is no stall, and after step 3, which is one."""
 
     def _loss(self, batch: Batch) -> LossSums:
         if self.step == 0 or not torch.is_grad_enabled():
