@@ -1,10 +1,10 @@
-"""The errors a user can cause. Each is one line: the value, the rule it breaks, and a value that works."""
+"""The errors a user sees. Each is one line: the value, the rule it breaks, and a value that works."""
 
 from __future__ import annotations
 
 
 class TinytronError(Exception):
-    """Base of every error that is the input's fault; entry points print it as one line and exit with status 2."""
+    """Base of every error that is no bug of the code; entry points print it as one line and exit with status 2."""
 
 
 class ConfigError(TinytronError):
@@ -17,3 +17,7 @@ class DataError(TinytronError):
 
 class CheckpointError(TinytronError):
     """A checkpoint is missing, damaged, or belongs to another run."""
+
+
+class TrainingError(TinytronError):
+    """A run cannot go on: its loss leaps (``--spike_action stop``), or its replicas are no longer the same."""

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from tests.helpers.ranks import Ranks
-from tests.helpers.runs import losses
-from tests.helpers.stopping import run_until, said_until, whole
+from tests.helpers.runs import TINY, Run, config_of, losses
+from tests.helpers.stopping import owned, run_until, said_until, whole
+from tinytron.training import Trainer
 
 Pools = Callable[[int], Ranks]
 FLAGS: tuple[object, ...] = ("--save_every_steps", 2, "--log_every", 1, "--lr_schedule", "constant")
@@ -24,6 +25,12 @@ WAYS: dict[str, tuple[object, ...]] = {
 PAIRS = [("eager", "compiled"), ("eager", "replicated"), ("eager", "bf16"), ("bf16", "replicated")]
 
 
+def _loaded(log_dir: Path, *flags: object) -> Run:
+    """A trainer that resumed and did no step."""
+    trainer = Trainer(config_of(*TINY, "--log_dir", log_dir, *flags))
+    return Run(trainer.log_dir, trainer.step, "", [], owned(trainer))
+
+
 @pytest.mark.parametrize(
     ("saved_by", "loaded_by"),
     [
@@ -34,8 +41,7 @@ PAIRS = [("eager", "compiled"), ("eager", "replicated"), ("eager", "bf16"), ("bf
 def test_each_loads_the_others_checkpoints(ranks: Pools, tmp_path: Path, saved_by: str, loaded_by: str) -> None:
     first = ranks(2).run(run_until, tmp_path, 0, *FLAGS, "--max_steps", 2, *WAYS[saved_by])
     load = (*FLAGS, *WAYS[loaded_by], "--resume_path", first[0].folder)  # the precision is in a folder's name
-    loaded = ranks(2).run(run_until, tmp_path, 0, *load, "--max_steps", 2)  # does no step
-    assert [run.step for run in loaded] == [2, 2]
+    loaded = ranks(2).run(_loaded, tmp_path, *load, "--max_steps", 2)
     mine, theirs = whole(loaded), whole(first)
     assert mine.keys() == theirs.keys()
     for key, values in theirs.items():
@@ -46,8 +52,9 @@ def test_each_loads_the_others_checkpoints(ranks: Pools, tmp_path: Path, saved_b
         precisions = ("bf16", "fp32") if saved_by == "bf16" else ("fp32", "bf16")
         assert "changed since the checkpoint: train.precision: {} in the checkpoint, {} now".format(*precisions) in said
     unbroken = ranks(2).run(run_until, tmp_path / "unbroken", 0, *FLAGS, "--max_steps", 4, *WAYS[loaded_by])[0]
-    assert losses(result.log) == pytest.approx(
-        losses(unbroken.log), rel=0.01 if "bf16" in (saved_by, loaded_by) else 1e-5
-    )
+    mine_losses, theirs_losses = losses(result.log), losses(unbroken.log)
+    tolerance = 0.01 if "bf16" in (saved_by, loaded_by) else 1e-5
+    assert {3, 4} <= mine_losses.keys()
+    assert mine_losses == pytest.approx({step: theirs_losses[step] for step in mine_losses}, rel=tolerance)
     weights = torch.load(result.folder / "00004_model.pt", weights_only=True)
     assert not [name for name in weights if "_orig_mod" in name or name.startswith("module.")]

@@ -133,6 +133,7 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 def descendants(pid: int) -> list[int]:
+    """The process's children, their children, and so on."""
     children = [int(c) for path in Path(f"/proc/{pid}/task").glob("*/children") for c in path.read_text().split()]
     return [*children, *(d for child in children for d in descendants(child))]
 

@@ -22,7 +22,8 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
         "total_batch_size": 524288, "batch_size": 8, "seq_len": 4096, "max_steps": None, "max_epochs": 1, "do_val": False,
         "val_every_steps": 250, "split_rate": None, "grad_clip_value": 1.0, "debug": False, "precision": "bf16",
         "use_compile": False, "use_profiler": False, "steps_to_profile": (15, 20), "disable_tf32": False,
-        "z_loss_coef": 0.0, "recompute": "none", "attn_backend": "sdpa",
+        "z_loss_coef": 0.0, "recompute": "none", "attn_backend": "sdpa", "spike_sigma": 0.0, "spike_window": 100,
+        "spike_action": "skip", "replica_check_every": 0, "step_timeout": 0.0,
     },
     "logging": {
         "exp_name": "gpt", "log_dir": "./log/", "log_every": 10, "print_config": False, "moe_router_debug": False,
@@ -79,6 +80,8 @@ OTHER = {
     "moe_bias_update_rate": 1e-3,
     "dataset_path": "shards",
     "resume_path": "log/run",
+    "spike_sigma": 6.0,
+    "step_timeout": 600.0,
 }
 
 

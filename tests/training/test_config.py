@@ -35,6 +35,7 @@ AT_LEAST_ONE = [
     "log_every",
     "max_steps",
     "muon_ns_steps",
+    "spike_window",
 ]
 AT_LEAST_ZERO = [
     "keep_last",
@@ -54,6 +55,9 @@ AT_LEAST_ZERO = [
     "ep_size",
     "num_workers",
     "save_every_steps",
+    "spike_sigma",
+    "replica_check_every",
+    "step_timeout",
 ]
 
 
@@ -74,7 +78,7 @@ def test_amounts_are_not_negative(name: str) -> None:
     "name",
     [
         "grad_clip_value", "z_loss_coef", "max_lr", "min_lr", "weight_decay", "adam_eps", "matrix_lr_mult",
-        "embedding_lr_mult", "head_lr_mult", "scalar_lr_mult",
+        "embedding_lr_mult", "head_lr_mult", "scalar_lr_mult", "spike_sigma", "step_timeout",
     ],
 )  # fmt: skip
 def test_amounts_are_numbers(name: str) -> None:
@@ -239,7 +243,8 @@ def test_a_configuration_cannot_be_changed() -> None:
 EXECUTION = {
     "train": {
         "batch_size", "max_steps", "max_epochs", "do_val", "val_every_steps", "recompute", "attn_backend", "use_compile",
-        "disable_tf32", "use_profiler", "steps_to_profile",
+        "disable_tf32", "use_profiler", "steps_to_profile", "spike_sigma", "spike_window", "spike_action",
+        "replica_check_every", "step_timeout",
     },
     "model": set(),
     "optim": set(),

@@ -28,6 +28,14 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         os._exit(130)
+    except SystemExit as end:
+        if not end.code:  # a run that was asked to stop, and has saved
+            _leave_the_others()
+        raise
+    _leave_the_others()
+
+
+def _leave_the_others() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 

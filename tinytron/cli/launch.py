@@ -1,22 +1,63 @@
 """torchrun, without its traceback: ``python -m tinytron.cli.launch [torchrun options] script.py [arguments]``.
 
 The same options, agents and environment as ``torchrun``. A worker that fails has said why, so only its exit status is
-passed on; one that a signal killed could not, so that is said here.
+passed on; one that a signal killed could not, so that is said here. SIGTERM and SIGUSR1 are passed on to the workers,
+which save and end by themselves, however long that takes; torchrun would kill them after 30 seconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from torch.distributed import run as torchrun
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.agent.server import local_elastic_agent
+from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from tinytron.utils.signals import STOP_SIGNALS
+
+# Between SIGTERM and SIGKILL for the workers that are left when one has failed: without it they cannot save anyway.
+_FAILED_GRACE_SECONDS = "10"
+
+
+class _Forwarder:
+    """Starts torchrun's workers, and then passes stop signals on to them instead of ending the agent."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._workers: PContext | None = None
+        self._start = local_elastic_agent.start_processes
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._forward)
+
+    def start_processes(self, *args: Any, **kwargs: Any) -> PContext:
+        """What the agent calls for its workers, also to restart them."""
+        self._stop_if_asked()
+        self._workers = self._start(*args, **kwargs)
+        for number in STOP_SIGNALS:  # again: torchrun has just put its own handler there
+            signal.signal(number, self._forward)
+        return self._workers
+
+    def _forward(self, number: int, frame: object) -> None:
+        self.received = signal.Signals(number)
+        if self._workers is None:
+            self._stop_if_asked()
+            return
+        for pid in self._workers.pids().values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def _stop_if_asked(self) -> None:
+        if self.received is not None:
+            raise SignalException(f"got {self.received.name}", self.received)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,10 +69,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="torch.distributed")
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _FAILED_GRACE_SECONDS)
+    forwarder = _Forwarder()
+    local_elastic_agent.start_processes = forwarder.start_processes
     try:
         torchrun.run(args)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        if forwarder.received is not None and failure.exitcode == -forwarder.received:
+            _exit_stopped_by(forwarder.received)  # it had not begun to train
         if failure.exitcode >= 0:
             sys.exit(failure.exitcode)
         name = signal.Signals(-failure.exitcode).name
@@ -39,8 +85,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"error: process {rank} was killed by {name}{hint}", file=sys.stderr, flush=True)
         sys.exit(128 - failure.exitcode)
     except SignalException as stop:
-        print(f"stopped by {stop.sigval.name}", file=sys.stderr, flush=True)
-        sys.exit(128 + stop.sigval.value)
+        _exit_stopped_by(stop.sigval)
+
+
+def _exit_stopped_by(number: signal.Signals) -> NoReturn:
+    print(f"stopped by {number.name}", file=sys.stderr, flush=True)
+    sys.exit(128 + number)
 
 
 def _threads_per_worker(args: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tinytron.data.permutation import Permutation
 from tinytron.errors import DataError
 from tinytron.model.modules.loss import IGNORE_INDEX
+from tinytron.utils.signals import obey_only_the_parent
 
 
 class Batch(NamedTuple):
@@ -153,6 +154,7 @@ def build_train_loader(
         num_workers=num_workers,
         pin_memory=pin_memory and torch.cuda.is_available(),
         generator=torch.Generator(),  # or every start would draw from the generator that dropout uses
+        worker_init_fn=obey_only_the_parent,
         persistent_workers=num_workers > 0,
     )
 
@@ -168,4 +170,5 @@ def build_val_loader(
         num_workers=num_workers,
         pin_memory=pin_memory and torch.cuda.is_available(),
         generator=torch.Generator(),  # or every start would draw from the generator that dropout uses
+        worker_init_fn=obey_only_the_parent,
     )

@@ -6,6 +6,17 @@ from tinytron.metrics.expert_load import load_statistics
 from tinytron.metrics.report import Report
 from tinytron.metrics.routing import RoutingReport
 from tinytron.metrics.run_log import RunLog
+from tinytron.metrics.spikes import SpikeDetector
 from tinytron.metrics.window import StepRecord, StepWindow
 
-__all__ = ["Progress", "Report", "RoutingReport", "RunLog", "StepRecord", "StepWindow", "TrainClock", "load_statistics"]
+__all__ = [
+    "Progress",
+    "Report",
+    "RoutingReport",
+    "RunLog",
+    "SpikeDetector",
+    "StepRecord",
+    "StepWindow",
+    "TrainClock",
+    "load_statistics",
+]

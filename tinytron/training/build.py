@@ -16,8 +16,8 @@ from tinytron.errors import ConfigError
 from tinytron.metrics import RoutingReport
 from tinytron.model import GPT
 from tinytron.model.modules.attn import check_backend
-from tinytron.optim import Muon, parameter_groups
-from tinytron.training.config import DTYPES, Config, OptimConfig, accumulation_steps
+from tinytron.optim import Muon, Schedule, parameter_groups
+from tinytron.training.config import DTYPES, Config, OptimConfig, TrainingInfo, accumulation_steps
 
 
 def build_model(config: Config, state: ParallelState) -> GPT:
@@ -69,6 +69,19 @@ def build_optimizer(optim: OptimConfig, model: nn.Module) -> torch.optim.Optimiz
         cautious=optim.muon_cautious,
         betas=betas,
         eps=optim.adam_eps,
+    )
+
+
+def build_schedule(optim: OptimConfig, info: TrainingInfo) -> Schedule:
+    """The learning rate by step."""
+    return Schedule(
+        name=optim.lr_schedule,
+        max_lr=optim.max_lr,
+        min_lr=optim.min_lr,
+        warmup_steps=info.warmup_steps,
+        max_steps=info.max_steps,
+        decay_fraction=optim.wsd_decay_fraction,
+        decay_shape=optim.wsd_decay_shape,
     )
 
 

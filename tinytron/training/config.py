@@ -39,6 +39,23 @@ class TrainingConfig:
         Flag("part of a dataset without validation data that is trained on; default 0.99 with do_val, else 1.0"),
     ] = None
     grad_clip_value: Annotated[float, Flag("clip the global gradient norm to this; 0: never")] = 1.0
+    spike_sigma: Annotated[
+        float,
+        Flag(
+            "reject steps whose loss or gradient norm exceeds the recent mean by this many standard deviations; 0: never",
+            identity=False,
+        ),
+    ] = 0.0
+    spike_window: Annotated[int, Flag("accepted steps that spike_sigma compares with", "steps", identity=False)] = 100
+    spike_action: Annotated[
+        Literal["skip", "stop"], Flag("skip a rejected step; stop: also save and end the run", identity=False)
+    ] = "skip"
+    replica_check_every: Annotated[
+        int, Flag("compare the replicas' parameters bit by bit; 0: never", "steps", identity=False)
+    ] = 0
+    step_timeout: Annotated[
+        float, Flag("write all stacks down when a step takes longer; 0: never", "seconds", identity=False)
+    ] = 0.0
     debug: Annotated[bool, Flag("a trial run in a folder of its own: no checkpoints, no validation")] = False
     precision: Annotated[
         Literal["bf16", "fp16", "fp32", "fp64"],
@@ -330,7 +347,9 @@ def _check_ranges(config: Config) -> None:
         (1, config.data, ("mock_data_num_samples",)),
         (1, config.parallel, ("sep_size",)),
         (1, config.logging, ("log_every",)),
+        (1, train, ("spike_window",)),
         (0, train, ("val_every_steps", "grad_clip_value", "z_loss_coef")),
+        (0, train, ("spike_sigma", "replica_check_every", "step_timeout")),
         (0, optim, ("max_lr", "min_lr", "warmup_steps", "weight_decay", "adam_eps")),
         (1, optim, ("muon_ns_steps",)),
         (0, optim, ("matrix_lr_mult", "embedding_lr_mult", "head_lr_mult", "scalar_lr_mult")),

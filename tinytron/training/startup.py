@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 import tinytron
+from tinytron.checkpoint import CheckpointFiles, complete_checkpoints, find_checkpoints
 from tinytron.distributed.collectives import together
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.parallel_state import ParallelState
@@ -210,6 +211,21 @@ def git_revision() -> str | None:
 def run_record(config: Config, description: dict[str, Any], fingerprint: str) -> dict[str, Any]:
     """What a checkpoint's metadata says beside step and random states; plain types only."""
     return {"format": FORMAT_VERSION, "run": description, "identity": config.identity(), "data": fingerprint}
+
+
+def checkpoints_to_resume(config: Config, folder: Path) -> list[CheckpointFiles]:
+    """Those of the run's ``folder``, newest first, or else what ``--resume_path`` names: a requeued job with that flag goes
+    on where it got to. Raises: CheckpointError if ``--resume_path`` names none."""
+    own = complete_checkpoints(folder) if config.ckpt.resume and not config.train.debug else []
+    if own or config.ckpt.resume_path is None:
+        return own
+    return find_checkpoints(config.ckpt.resume_path)
+
+
+def data_position(config: Config, step: int) -> dict[str, int]:
+    """Where a run is in its data after ``step`` steps, in steps, samples and tokens: the order follows from these alone."""
+    samples = step * config.train.total_batch_size // config.train.seq_len
+    return {"step": step, "samples": samples, "tokens": step * config.train.total_batch_size}
 
 
 def check_continues(config: Config, meta: dict[str, Any], fingerprint: str, source: str) -> list[str]:

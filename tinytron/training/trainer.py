@@ -16,8 +16,6 @@ from tinytron.checkpoint import (
     CheckpointFiles,
     CheckpointSaver,
     Retention,
-    complete_checkpoints,
-    find_checkpoints,
     first_undamaged,
     load_checkpoint,
 )
@@ -33,10 +31,17 @@ from tinytron.evaluation import validate
 from tinytron.metrics import Progress, Report, RunLog, StepWindow, TrainClock, load_statistics
 from tinytron.model import GPT
 from tinytron.model.modules.loss import IGNORE_INDEX, LossSums
-from tinytron.optim import Schedule
 from tinytron.training import datasets, startup
-from tinytron.training.build import build_model, build_optimizer, build_routing, optimizer_options, parameter_gate
+from tinytron.training.build import (
+    build_model,
+    build_optimizer,
+    build_routing,
+    build_schedule,
+    optimizer_options,
+    parameter_gate,
+)
 from tinytron.training.config import DTYPES, Config, TrainingInfo, derive
+from tinytron.training.guards import Guards
 from tinytron.utils.model import train_flops_per_token
 from tinytron.utils.profile import build_profiler, peak_flops
 
@@ -72,6 +77,7 @@ class Trainer:
         self._init_optimizer(config)  # -> raw_optimizer, optimizer
         self._attach_optimizer()
         self._init_logging(config)  # -> log_dir, run_log
+        self._guards = Guards(config, self.state, self.log_dir, self.optimizer, self.raw_model)
         self._resume_from_checkpoint()  # -> step, and all of the above as it was
         self._init_metrics()
 
@@ -134,27 +140,34 @@ class Trainer:
     # The loop.
 
     def train(self) -> None:
-        """Train until ``training_info.max_steps``; validate and save on the way and at the end. Collective."""
+        """Train until ``training_info.max_steps``; validate and save on the way and at the end. Collective.
+
+        Raises: SystemExit(0), once a checkpoint is saved, if a rank got SIGTERM or SIGUSR1; TrainingError if a guard rail
+        ends the run (docs/reliability.md).
+        """
         last = self.training_info.max_steps
         if self.step >= last:
             self._say(f"already trained: {self.step} of {last} steps are done")
             return
         self._measure_peak()
         self._in_loop = True
-        with contextlib.closing(self._progress), self._init_profiler(self.config) as profiler:
+        with contextlib.closing(self._progress), self._guards.active(), self._init_profiler(self.config) as profiler:
             for microbatches in self._microbatches():
                 self.train_step(microbatches)
                 self.step += 1
+                self._guards.after_step(self.step, last=self.step >= last)
                 self._maybe_log()
                 self._maybe_evaluate()
                 self._maybe_save()
                 if profiler is not None:
                     profiler.step()
-                if self.step >= last:
+                if self.step >= last or self._guards.ends:
                     break
-        self._in_loop = False
-        self.optimizer.finish_gather()
-        self._say(*self._saver.close())
+            self._in_loop = False
+            self.optimizer.finish_gather()
+            with self._guards.paused():
+                self._say(*self._saver.close())
+            self._guards.leave(self.step, self._say)
 
     def train_step(self, microbatches: list[Batch]) -> None:
         """One optimizer step on this rank's part of the global batch. Collective; the host waits for no result."""
@@ -170,15 +183,17 @@ class Trainer:
                 self.optimizer.scale(losses.objective / targets).backward()
             for name, value in {"loss": losses.token, **losses.aux}.items():
                 sums[name] = sums[name] + value if i else value
-        grad_norm = self.optimizer.step(max_norm=self.config.train.grad_clip_value)
+        parts = {name: value / targets for name, value in sums.items()}
+        reject = self._guards.spikes.judge(self.step + 1, parts["loss"])
+        grad_norm = self.optimizer.step(max_norm=self.config.train.grad_clip_value, reject=reject)
         self.optimizer.zero_grad()
         self._end_step()
-        self._window.add(self.step + 1, lr, {name: value / targets for name, value in sums.items()}, grad_norm)
+        self._window.add(self.step + 1, lr, parts, grad_norm)
 
     def eval(self) -> float:
         """Validate the current weights, log the result and return it, in nats per token. Collective."""
         assert self.val_loader is not None, "no validation data: set val_dataset or pass --do_val"
-        with self._clock.paused():
+        with self._clock.paused(), self._guards.paused():
             result = validate(self.model, self._loss, map(self._to_device, self.val_loader), self.state)
         self.one_step_results["val_loss"] = result.loss
         self._validated = (self.step, result.loss)
@@ -188,14 +203,17 @@ class Trainer:
 
     def save(self) -> CheckpointFiles:
         """Save a checkpoint of the current step; inside ``train`` it is written while training goes on. Collective."""
-        samples = self.step * self.config.train.total_batch_size // self.config.train.seq_len
-        position = {"step": self.step, "samples": samples, "tokens": self.step * self.config.train.total_batch_size}
         val_step, val_loss = self._validated
-        extra = {"data_position": position, "val_loss": val_loss if val_step == self.step else None}
-        with self._clock.paused():
+        record = {
+            **self._record,
+            "data_position": startup.data_position(self.config, self.step),
+            "val_loss": val_loss if val_step == self.step else None,
+            "guard": self._guards.state_dict(),
+        }
+        with self._clock.paused(), self._guards.paused():
             self.optimizer.finish_gather()
             wait = not (self._in_loop and self.config.ckpt.async_save)
-            messages = self._saver.save(self.step, {**self._record, **extra}, wait=wait)
+            messages = self._saver.save(self.step, record, wait=wait)
         self._say(*messages)
         return CheckpointFiles(self.log_dir, self.step)
 
@@ -234,16 +252,7 @@ class Trainer:
             self.train_sampler, self.train_loader = made
         if self.val_loader is None and self.val_dataset is not None:
             self.val_loader = datasets.make_val_loader(config, self.state, self.val_dataset)
-        optim, info = config.optim, self.training_info
-        self._schedule = Schedule(
-            name=optim.lr_schedule,
-            max_lr=optim.max_lr,
-            min_lr=optim.min_lr,
-            warmup_steps=info.warmup_steps,
-            max_steps=info.max_steps,
-            decay_fraction=optim.wsd_decay_fraction,
-            decay_shape=optim.wsd_decay_shape,
-        )
+        self._schedule = build_schedule(config.optim, self.training_info)
 
     def _attach_optimizer(self) -> None:
         """Wrap a plain torch optimizer, and tell the wrapper the parameters' names and groups."""
@@ -271,20 +280,14 @@ class Trainer:
 
     def _resume_from_checkpoint(self) -> None:
         """Load the newest undamaged checkpoint of the run's folder, else of ``--resume_path``, if there is one."""
-        world, ckpt = self.state.groups["world"], self.config.ckpt
-
-        def candidates() -> list[CheckpointFiles]:
-            own = complete_checkpoints(self.log_dir) if ckpt.resume and not self.config.train.debug else []
-            if ckpt.resume_path is None or own:
-                return own  # a requeued job with --resume_path goes on where it got to
-            return find_checkpoints(ckpt.resume_path)
-
-        found = together(candidates, world)
+        world = self.state.groups["world"]
+        found = together(lambda: startup.checkpoints_to_resume(self.config, self.log_dir), world)
         data = datasets.fingerprint(self.train_dataset)
         if found:
             files, meta = first_undamaged(found, world, self._say)
             differences = startup.check_continues(self.config, meta, data, str(files.meta))
             load_checkpoint(files, meta, self.raw_model, self.optimizer, self.state)
+            self._guards.load_state_dict(meta.get("guard"))
             self.step = files.step
             self._say(f"resuming after step {self.step} from {files.model}")
             for difference in differences:
@@ -343,9 +346,11 @@ class Trainer:
         train, ckpt = self.config.train, self.config.ckpt
         validates = self._validates and self._due(train.val_every_steps)
         saves = self._saves and self._due(ckpt.save_every_steps)
-        if not (self.step == 1 or self._due(self.config.logging.log_every) or validates or saves):
+        ends = self._guards.ends
+        if not (self.step == 1 or self._due(self.config.logging.log_every) or validates or saves or ends):
             return
         records = self._window.flush()  # the host waits for the device here
+        self._guards.after_report()
         report = Report(
             records,
             skipped=int(self.optimizer.skipped_steps),
@@ -365,7 +370,7 @@ class Trainer:
         self._progress.report(self.step, report.shown)
 
     def _maybe_evaluate(self) -> None:
-        if self._validates and self._due(self.config.train.val_every_steps):
+        if self._validates and self._due(self.config.train.val_every_steps) and not self._guards.ends:
             self.eval()
 
     @property
@@ -374,7 +379,7 @@ class Trainer:
 
     def _maybe_save(self) -> None:
         self._say(*self._saver.report())
-        if self._saves and self._due(self.config.ckpt.save_every_steps):
+        if self._saves and (self._due(self.config.ckpt.save_every_steps) or self._guards.ends):
             self.save()
 
     def _write_log(self, entries: list[dict[str, Any]]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -233,12 +233,13 @@ class DistributedOptimizer:
         return loss * self.loss_scale if self._growth_tracker is not None else loss
 
     @torch.no_grad()
-    def step(self, max_norm: float = 0.0) -> torch.Tensor:
+    def step(self, max_norm: float = 0.0, reject: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
         """Reduce what is not reduced yet, clip to ``max_norm`` (0: no clipping), update, and gather the parameters.
 
         Returns the gradient norm before clipping, over the whole model, on the device: the host waits for nothing
         (unless ``inner`` is not fused, or has no states yet; then it looks whether the norm is finite). A non-finite
-        norm skips the update on every rank alike and is counted in ``skipped_steps``. Collective.
+        norm skips the update on every rank alike and is counted in ``skipped_steps``; so does a true ``reject(norm)``,
+        a device scalar that must be the same on all ranks. Collective.
         """
         _ = self.buffers  # made here if nobody used ``accumulate``; gradients that exist are kept
         self._launch(only_complete=False)
@@ -246,7 +247,8 @@ class DistributedOptimizer:
             work.wait()
         self._reset_reductions()
         norm = self._grad_norm() / self.loss_scale
-        skip = (~torch.isfinite(norm)).float()
+        overflow = (~torch.isfinite(norm)).float()
+        skip = overflow if reject is None else torch.maximum(overflow, reject(norm).float())
         factor = 1.0 / self.loss_scale
         if max_norm > 0:
             factor = factor * torch.clamp(max_norm / (norm + 1e-6), max=1.0).nan_to_num()  # padding stays zero
@@ -256,7 +258,7 @@ class DistributedOptimizer:
         self.skipped_steps += skip
         self.last_skipped = skip
         if self._growth_tracker is not None:
-            torch._amp_update_scale_(self.loss_scale, self._growth_tracker, skip, 2.0, 0.5, 2000)
+            torch._amp_update_scale_(self.loss_scale, self._growth_tracker, overflow, 2.0, 0.5, 2000)
         self.finish_gather()  # whatever no forward has waited for
         # In the order in which the next forward needs them: the reverse of how backward filled them.
         self._gathers = {(id(buffer), b): buffer.publish(b) for buffer, b in reversed(self._sequence)}

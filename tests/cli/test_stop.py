@@ -1,0 +1,154 @@
+"""Signals to real processes, by every way they may come, and a run that hangs."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.ranks import Ranks
+from tests.helpers.runs import TINY, Finished, descendants, finish, kill, losses, read_logs, run_well, start, train
+from tinytron.training import Trainer
+
+Pools = Callable[[int], Ranks]
+TERM, USR1 = signal.SIGTERM, signal.SIGUSR1
+LONG = (*TINY, "--max_steps", 10**6, "--log_dir", "log", "--log_every", 10, "--save_every_steps", 10**5)
+HANG = """
+import time
+from tinytron.cli import entry
+from tinytron.training import Trainer, build_config, parse_args
+
+
+class Hanging(Trainer):
+    def train_step(self, microbatches):
+        if self.step == 2 and self.state.rank == 1:
+            print("hanging", flush=True)
+            time.sleep(600)
+        super().train_step(microbatches)
+
+
+if __name__ == "__main__":
+    entry.run(lambda: Hanging(build_config(parse_args())).train())
+"""
+
+
+def _wait_for(what: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not what():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def _training(cwd: Path) -> bool:
+    return any((cwd / "log").glob("tiny_*/log.txt"))
+
+
+def _workers(process: subprocess.Popen[str]) -> list[int]:
+    """The ranks below a launcher."""
+    below = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    return [pid for pid in below if b"pretrain_debug" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def _stop(
+    cwd: Path, number: signal.Signals, to: str, *flags: object, launcher: str = "tinytron.cli.launch"
+) -> Finished:
+    """Start two ranks, send ``number`` once they train, and wait for the end."""
+    process = start(*LONG, *flags, cwd=cwd, processes=2, launcher=launcher)
+    try:
+        _wait_for(lambda: _training(cwd), process)
+        everybody = [process.pid, *descendants(process.pid)]
+        for pid in {"launcher": [process.pid], "one rank": _workers(process)[1:2], "everybody": everybody}[to]:
+            os.kill(pid, number)
+        return finish(process, timeout=60)
+    finally:
+        kill(process)
+
+
+@pytest.mark.parametrize(
+    ("number", "to", "flags"),
+    [
+        pytest.param(USR1, "launcher", (), id="usr1_launcher"),
+        pytest.param(TERM, "everybody", ("--num_workers", 1), id="term_everybody"),
+        pytest.param(TERM, "launcher", (), id="term_launcher", marks=pytest.mark.slow),
+        pytest.param(USR1, "one rank", (), id="usr1_one_rank", marks=pytest.mark.slow),
+        pytest.param(USR1, "everybody", ("--num_workers", 1), id="usr1_everybody", marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_saves_and_ends_with_status_0(
+    tmp_path: Path, number: signal.Signals, to: str, flags: tuple[object, ...]
+) -> None:
+    finished = _stop(tmp_path, number, to, *flags)
+    assert (finished.code, finished.stderr) == (0, "")
+    folder = next((tmp_path / "log").glob("tiny_*"))
+    last = list(losses(read_logs(folder)[0]))[-1]
+    assert [re.sub(r" in [\d.]+ s$", "", line) for line in finished.stdout.splitlines()[-2:]] == [
+        f"step {last} | saved {folder.relative_to(tmp_path)}/{last:05}_model.pt",
+        f"step {last} | stopped by {number.name}: saved; run the same command again to resume",
+    ]
+    assert [p.name for p in folder.glob("*_meta.pt")] == [f"{last:05}_meta.pt"]
+
+
+@pytest.mark.slow
+def test_the_same_command_goes_on(ranks: Pools, tmp_path: Path) -> None:
+    """A stopped and resumed run logs what one that was left alone does."""
+    flags = ("--max_steps", 150, "--save_every_steps", 0)
+    stopped = _stop(tmp_path, TERM, "launcher", *flags)
+    (meta,) = (tmp_path / "log").glob("tiny_*/*_meta.pt")
+    assert 1 < int(meta.name[:5]) < 150, stopped
+    resumed = run_well(*LONG, *flags, cwd=tmp_path, processes=2)
+    assert f"resuming after step {int(meta.name[:5])} from" in resumed.stdout
+    unbroken = ranks(2).run(train, Trainer, tmp_path / "unbroken", "--log_every", 10, *flags)[0]
+    assert read_logs(meta.parent)[0] == unbroken.log
+
+
+@pytest.mark.slow
+def test_plain_torchrun_saves_too(tmp_path: Path) -> None:
+    finished = _stop(tmp_path, TERM, "launcher", launcher="torch.distributed.run")
+    assert finished.code == 1  # torchrun's own
+    assert "stopped by SIGTERM: saved; run the same command again to resume" in finished.stdout
+    assert any((tmp_path / "log").glob("tiny_*/*_meta.pt"))
+
+
+def test_a_run_that_hangs_is_described_and_can_be_ended(tmp_path: Path) -> None:
+    (tmp_path / "hang.py").write_text(HANG)
+    process = start(*LONG, "--step_timeout", 1, cwd=tmp_path, processes=2, script=tmp_path / "hang.py")
+    try:
+        _wait_for(lambda: _training(tmp_path), process)
+        stacks = [path.parent / f"stacks_rank{rank}.txt" for path in tmp_path.glob("log/*/log.txt") for rank in (0, 1)]
+        _wait_for(lambda: all(path.exists() and "train_step" in path.read_text() for path in stacks), process)
+        time.sleep(1.5)  # it would speak again by now
+        process.send_signal(TERM)
+        time.sleep(0.3)
+        process.send_signal(USR1)
+        finished = finish(process, timeout=30)
+    finally:
+        kill(process)
+    assert finished.code == 128 + USR1
+    lines = sorted(line for line in finished.stderr.splitlines() if line.startswith("rank"))
+    assert [line.split(":")[0] for line in lines] == ["rank 0", "rank 1"], finished.stderr
+    assert "after step 2; waits in all_reduce, called at tinytron/distributed/collectives.py" in lines[0]
+    assert "after step 2; is at tinytron/training/trainer.py" in lines[1]
+    assert "hang.py" in stacks[1].read_text()
+
+
+IGNORES_NOTHING = "import time; print('ready', flush=True); time.sleep(60)"
+
+
+def test_a_script_that_does_not_train_is_ended(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(IGNORES_NOTHING)
+    process = start(cwd=tmp_path, processes=2, script=tmp_path / "script.py")
+    try:
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(USR1)
+        finished = finish(process, timeout=30)
+    finally:
+        kill(process)
+    assert (finished.code, finished.stderr) == (128 + USR1, "stopped by SIGUSR1\n")

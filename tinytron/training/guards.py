@@ -1,0 +1,95 @@
+"""The guard rails of a run (docs/reliability.md), behind one object that the training loop asks once per step."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.nn as nn
+
+from tinytron.distributed import DistributedOptimizer
+from tinytron.distributed.parallel_state import ParallelState
+from tinytron.distributed.param_spec import specs_of
+from tinytron.distributed.replicas import check_replicas
+from tinytron.errors import TrainingError
+from tinytron.metrics import SpikeDetector
+from tinytron.training.config import Config
+from tinytron.training.stop import StopAgreement
+from tinytron.utils.signals import StopRequest
+from tinytron.utils.watchdog import Watchdog
+
+
+class Guards:
+    """Signals, spikes, replicas and stalls. Once ``ends``, the loop is to report, save and call ``leave``.
+
+    ``spikes.judge`` goes into the optimizer step, ``after_step`` follows it; ``after_report`` is called where the host has
+    waited for the device anyway.
+    """
+
+    def __init__(
+        self, config: Config, state: ParallelState, folder: Path, optimizer: DistributedOptimizer, model: nn.Module
+    ) -> None:
+        self.config, self.state, self._optimizer, self._model = config, state, optimizer, model
+        train = config.train
+        self.spikes = SpikeDetector(train.spike_sigma, train.spike_window, state.device, state.groups["world"])
+        self._watchdog = Watchdog(train.step_timeout, folder / f"stacks_rank{state.rank}.txt", state.rank)
+        self.paused = self._watchdog.paused
+        self._request = StopRequest()
+        self._signal = 0
+        self._error: TrainingError | None = None
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Around the training loop: signals are caught and stalls are watched. Collective."""
+        self._request, self._agreement = StopRequest(), StopAgreement()
+        self._signal, self._error = 0, None  # a notebook may go on after a stop
+        with self._request.listening(), self._watchdog.watching():
+            yield
+
+    def after_step(self, step: int, *, last: bool) -> None:
+        """``step`` is complete. Collective. Raises: TrainingError on every rank if the replicas diverged."""
+        every = self.config.train.replica_check_every
+        if every and step % every == 0:
+            check_replicas(step, self._optimizer, specs_of(self._model), self.state)
+        self._signal = self._agreement.poll(self._request.received, last=last)
+        self._watchdog.beat(step)
+
+    def after_report(self) -> None:
+        """With ``--spike_action stop``: see whether a step was rejected since the last report."""
+        train = self.config.train
+        if train.spike_action == "stop" and (spike := self.spikes.first_spike()):
+            self._error = TrainingError(
+                f"step {spike.step}: {spike.kind} {spike.value:.6g} exceeds {spike.limit:.6g}, the mean + --spike_sigma "
+                f"{train.spike_sigma:g} x standard deviation of the last --spike_window {train.spike_window} accepted "
+                "steps; the step was skipped and --spike_action stop ends the run; rerun the same command to go on "
+                "behind it, or use --spike_action skip"
+            )
+
+    @property
+    def ends(self) -> bool:
+        """The run ends with this step; the same on every rank."""
+        return self._signal != 0 or self._error is not None
+
+    def leave(self, step: int, say: Callable[[str], None]) -> None:
+        """If the run ``ends``, end it. Raises: TrainingError after a spike; SystemExit(0), after saying how to resume,
+        for a signal."""
+        if self._error is not None:
+            raise self._error
+        if self._signal:
+            off = "--debug" if self.config.train.debug else "" if self.config.ckpt.do_save else "--no-do_save"
+            again = "the same command" if self.config.ckpt.resume else "this command without --no-resume"
+            what = f"nothing is saved with {off}" if off else f"saved; run {again} again to resume"
+            say(f"step {step} | stopped by {signal.Signals(self._signal).name}: {what}")
+            raise SystemExit(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps, in plain types; empty without ``--spike_sigma``."""
+        return self.spikes.state_dict() if self.config.train.spike_sigma else {}
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Go on from what ``state_dict`` returned; a run that had no guard leaves nothing to go on from."""
+        if state and self.config.train.spike_sigma:
+            self.spikes.load_state_dict(state)

@@ -1,0 +1,90 @@
+"""Being asked to stop: SIGTERM and SIGUSR1, as SLURM and other schedulers send before they take a machine away."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_END = b"\0"  # no signal has this number
+SAME_SIGNAL_SECONDS = 2.0  # within this time a copy of the first signal is the same one, on another way
+
+
+class StopRequest:
+    """The first stop signal that this process got since ``listening``, in ``received`` (0: none); a second one ends the
+    process at once, with status 128 + its number.
+
+    A scheduler may signal a launcher and its workers alike, and the launcher passes its copy on: the same signal again
+    within ``SAME_SIGNAL_SECONDS`` does not count. ``leave`` ends the process, ``now`` is the time in seconds.
+    """
+
+    def __init__(self, leave: Callable[[int], object] = os._exit, now: Callable[[], float] = time.monotonic) -> None:
+        self.received = 0
+        self._leave, self._now, self._first_at = leave, now, 0.0
+
+    def take(self, number: int) -> None:
+        """Note that signal ``number`` arrived."""
+        if self.received == 0:
+            self.received, self._first_at = number, self._now()
+        elif number != self.received or self._now() - self._first_at > SAME_SIGNAL_SECONDS:
+            print(f"second {signal.Signals(number).name}: leaving at once", file=sys.stderr, flush=True)
+            self._leave(128 + number)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Receive the signals in this context, then put the old handlers back. Only a main thread may; elsewhere this
+        does nothing.
+
+        A thread reads them, through a socket that the interpreter's C handler writes to. A handler in Python would have
+        to wait for the main thread, which may sit in a collective that never ends.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        old_handlers = {number: signal.signal(number, _leave_to_the_thread) for number in STOP_SIGNALS}
+        old_writer = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._read, args=(reader,), name="stop signals", daemon=True).start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(old_writer)
+            for number, handler in old_handlers.items():
+                signal.signal(number, handler or signal.SIG_DFL)  # None: one that was not made in Python
+            with writer:
+                writer.send(_END)
+
+    def _read(self, reader: socket.socket) -> None:
+        with reader:
+            while (byte := reader.recv(1)) != _END:
+                if byte[0] in STOP_SIGNALS:  # others with a handler in Python are written too
+                    self.take(byte[0])
+
+
+def _leave_to_the_thread(number: int, frame: object) -> None:
+    """Nothing: but without a handler in Python nobody would write to the socket."""
+
+
+def obey_only_the_parent(*_: object) -> None:
+    """In a helper process, such as that of a data loader: let the process it works for decide when to stop.
+
+    A signal to a whole job reaches helpers too; a loader without its processes could not go on to the next checkpoint.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # macOS: nothing tells who sent a signal
+        return
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=_wait_for_the_parents_signal, args=(os.getppid(),), daemon=True).start()
+
+
+def _wait_for_the_parents_signal(parent: int) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)

@@ -1,0 +1,105 @@
+"""What is a run that makes no progress waiting for? A thread that looks, and writes every stack down."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import linecache
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+import tinytron
+
+_PACKAGE = str(Path(tinytron.__file__).parent)
+
+
+class Watchdog:
+    """Reports, once per stall, that no step was completed for ``seconds``: all Python stacks of this process are appended
+    to ``path`` and one line goes to stderr. Training goes on if the step completes after all.
+
+    It is armed by the first ``beat`` (the first step may compile for minutes) and does not count ``paused`` time; it
+    needs the interpreter, so it is silent while C code holds the GIL. ``seconds`` 0: off. ``now`` is the time in seconds.
+    """
+
+    def __init__(self, seconds: float, path: Path, rank: int, now: Callable[[], float] = time.monotonic) -> None:
+        self.seconds, self.path, self.rank, self._now = seconds, path, rank, now
+        self._lock = threading.Lock()
+        self._deadline = float("inf")
+        self._step, self._pauses = 0, 0
+
+    def beat(self, step: int) -> None:
+        """Step ``step`` is complete; a call before the first one leaves the watchdog unarmed."""
+        with self._lock:
+            self._step, self._deadline = step, self._now() + self.seconds
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside this context does not count."""
+        with self._lock:
+            self._pauses += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._pauses -= 1
+                if self._deadline < float("inf"):  # armed, and not reported yet
+                    self._deadline = self._now() + self.seconds
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch the calling thread in this context."""
+        if self.seconds == 0:
+            yield
+            return
+        done, caller = threading.Event(), threading.get_ident()
+
+        def watch() -> None:
+            while not done.wait(min(1.0, self.seconds / 10)):
+                self.look(caller)
+
+        threading.Thread(target=watch, name="watchdog", daemon=True).start()
+        try:
+            yield
+        finally:
+            done.set()
+            self._deadline = float("inf")
+
+    def look(self, thread: int) -> None:
+        """Report if the deadline has passed; ``thread`` is the one that trains."""
+        with self._lock:
+            overdue = self._now() - self._deadline
+            if overdue < 0 or self._pauses:
+                return
+            self._deadline, step = float("inf"), self._step  # once per stall: the next beat arms it again
+        place = whereabouts(sys._current_frames().get(thread))
+        text = f"rank {self.rank}: no step completed for {self.seconds + overdue:.1f} s, after step {step}; {place}"
+        try:
+            with open(self.path, "a") as file:
+                print(text, file=file, flush=True)
+                faulthandler.dump_traceback(file, all_threads=True)
+            text += f"; stacks: {self.path}"
+        except OSError as error:
+            text += f"; stacks could not be written ({error})"
+        sys.stderr.write(text + "\n")  # in one piece: other ranks write too
+        sys.stderr.flush()
+
+
+def whereabouts(frame: FrameType | None) -> str:
+    """The collective that ``frame``, the innermost one of a thread, is in, and the innermost line of Tinytron."""
+    collective = None
+    while frame is not None:
+        path, line = frame.f_code.co_filename, frame.f_lineno
+        if path.startswith(_PACKAGE):
+            text = linecache.getline(path, line)
+            if collective is None and ".wait(" in text:  # of a Work: C++, without a frame
+                collective = "Work.wait"
+            doing = f"waits in {collective}, called at" if collective else "is at"
+            return f"{doing} tinytron{path.removeprefix(_PACKAGE)}:{line} ({frame.f_code.co_name})"
+        if collective is None and "/torch/distributed/" in path:
+            collective = frame.f_code.co_name
+        frame = frame.f_back
+    return "is outside of Tinytron" + (f", in {collective}" if collective else "")
