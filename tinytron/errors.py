@@ -17,3 +17,7 @@ class DataError(TinytronError):
 
 class CheckpointError(TinytronError):
     """A checkpoint is missing, damaged, or belongs to another run."""
+
+
+class StorageError(TinytronError):
+    """A remote folder cannot be reached, read or written."""
