@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from tinytron.checkpoint.files import CheckpointFiles
+from tinytron.checkpoint.mirror import Mirror
 from tinytron.distributed.collectives import together
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import specs_of
@@ -25,8 +26,10 @@ def save_checkpoint(
     optimizer: DistributedOptimizer,
     meta: dict[str, Any],
     state: ParallelState,
+    mirror: Mirror | None = None,
 ) -> CheckpointFiles:
-    """Save ``step``; ``meta`` plus the random states of all ranks becomes the commit record. Collective.
+    """Save ``step``; ``meta`` plus the random states of all ranks becomes the commit record. Collective. With ``mirror``
+    the checkpoint is copied to where it points, too.
 
     Until ``*_meta.pt`` is in place the checkpoint does not exist for a reader; an older one of the same step stops
     existing before its parts are overwritten. Raises: TinytronError on every rank if the disk refuses.
@@ -34,14 +37,18 @@ def save_checkpoint(
     from tinytron.checkpoint.optimizer_state import save_optimizer_state  # torch's DCP takes a second to import
 
     files, world = CheckpointFiles(folder, step), state.groups["world"]
-    together(lambda: _clear(files) if state.is_master else None, world)
+    together(lambda: _clear(files, mirror) if state.is_master else None, world)
     states: list[Any] = [None] * dist.get_world_size(world)
     dist.all_gather_object(states, rng_state(), group=world)
     weights = consolidated_weights(model, state)
     together(lambda: _write(files.model, weights) if state.is_master else None, world)
     save_optimizer_state(optimizer, files.optimizer, world)
+    if mirror is not None:
+        mirror.push_checkpoint_parts(files.names_written_by(state.rank))
     record = {**meta, "step": step, "rng": states, "counters": optimizer.counters()}
-    together(lambda: _write(files.meta, record) if state.is_master else None, world)
+    together(lambda: _write(files.meta, record) if state.is_master else None, world)  # all have pushed
+    if mirror is not None and state.is_master:
+        mirror.push_commit(step)
     return files
 
 
@@ -63,9 +70,11 @@ def consolidated_weights(model: nn.Module, state: ParallelState) -> dict[str, to
     return weights
 
 
-def _clear(files: CheckpointFiles) -> None:
+def _clear(files: CheckpointFiles, mirror: Mirror | None) -> None:
     files.meta.unlink(missing_ok=True)
     shutil.rmtree(files.optimizer, ignore_errors=True)
+    if mirror is not None:
+        mirror.remove_checkpoint(files.step)
 
 
 def _write(path: Path, content: Any) -> None:

@@ -134,7 +134,7 @@ def prepare_run_folder(config: Config, state: ParallelState) -> Path:
     """Create the run's folder. Collective.
 
     With ``--no-resume`` a folder that holds a run is moved aside (``.1``, ``.2``, ...), never overwritten. A remote one is
-    staged on each node. Raises: ConfigError on every rank if the folder cannot be written, or is not the same for all ranks.
+    staged on each node. Raises: ConfigError on every rank if the folder cannot be written, or is not the same for all.
     """
     folder, world = run_folder(config), state.groups["world"]
     seal, staged = folder / ".shared", is_remote(config.logging.log_dir)
@@ -161,11 +161,22 @@ def prepare_run_folder(config: Config, state: ParallelState) -> Path:
     return folder
 
 
-def write_description(config: Config, state: ParallelState, description: dict[str, Any]) -> None:
-    """Save ``description`` as the run folder's ``config.json``, on the master. Collective."""
+def write_description(
+    config: Config, state: ParallelState, description: dict[str, Any], mirror: Mirror | None = None
+) -> None:
+    """Save ``description`` as the run folder's ``config.json``, on the master. Collective.
+
+    Raises: ConfigError or, for the copy of ``mirror``, StorageError on every rank: a run whose log folder cannot be
+    written does not begin.
+    """
     text = json.dumps(description, indent=2).encode()
     path = run_folder(config) / "config.json"
-    action = lambda: write_atomically(path, lambda file: file.write(text))  # noqa: E731
+
+    def action() -> None:
+        write_atomically(path, lambda file: file.write(text))
+        if mirror is not None:
+            mirror.remote.push(path.parent, [path.name])
+
     together(lambda: writable(config, action) if state.is_master else None, state.groups["world"])
 
 

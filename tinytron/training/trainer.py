@@ -12,7 +12,14 @@ import torch
 import torch.nn as nn
 from torch.utils.data import DataLoader, Dataset
 
-from tinytron.checkpoint import CheckpointFiles, find_checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
+from tinytron.checkpoint import (
+    CheckpointFiles,
+    Mirror,
+    find_checkpoint,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from tinytron.checkpoint.load import read_file
 from tinytron.data import Batch, GlobalBatchSampler
 from tinytron.data.loader import as_batch, size_of
@@ -46,6 +53,7 @@ class Trainer:
 
     train_dataset: Dataset[Any]
     val_dataset: Dataset[Any] | None = None
+    mirror: Mirror | None = None  # of a remote log_dir
     train_loader: DataLoader[Batch] | None = None
     val_loader: DataLoader[Batch] | None = None
     train_sampler: GlobalBatchSampler
@@ -99,8 +107,9 @@ class Trainer:
     def _init_logging(self, config: Config) -> None:
         """Make the run's folder; ``config.json`` follows once it is clear that the run goes on in it."""
         self.log_dir: Path = startup.prepare_run_folder(config, self.state)
+        self.mirror = startup.open_mirror(config, self.state)
         self.run_log = RunLog(self.log_dir)
-        self._say(f"run folder: {self.log_dir}")
+        self._say(f"run folder: {self.log_dir}" + (f", copied to {self.mirror.remote.url}" if self.mirror else ""))
 
     def _init_profiler(self, config: Config) -> contextlib.AbstractContextManager[Any]:
         """A profiler with a ``step`` method, or a context of ``None``."""
@@ -144,6 +153,8 @@ class Trainer:
                 if self.step >= last:
                     break
         self.optimizer.finish_gather()
+        if self.mirror is not None and self.master_process:
+            self.mirror.push_logs()
 
     def train_step(self, microbatches: list[Batch]) -> None:
         """One optimizer step on this rank's part of the global batch. Collective; the host waits for no result."""
@@ -179,7 +190,8 @@ class Trainer:
         """Save a checkpoint of the current step. Collective."""
         with self._clock.paused():
             self.optimizer.finish_gather()
-            files = save_checkpoint(self.log_dir, self.step, self.raw_model, self.optimizer, self._record, self.state)
+            parts = self.raw_model, self.optimizer, self._record, self.state, self.mirror
+            files = save_checkpoint(self.log_dir, self.step, *parts)
         self._say(f"step {self.step} | saved {files.model}")
         return files
 
@@ -275,7 +287,7 @@ class Trainer:
                 self._say(f"changed since the checkpoint: {difference}")
         description = startup.describe_run(self.config, self.state.layout)
         self._record = startup.run_record(self.config, description, data)
-        startup.write_description(self.config, self.state, description)
+        startup.write_description(self.config, self.state, description, self.mirror)
         if self.master_process:
             self.run_log.keep_until(self.step)
 
