@@ -27,6 +27,9 @@ setup(
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
         "cli": ["omegaconf"],
+        "s3": ["s3fs"],
+        "gcs": ["gcsfs"],
+        "s3-test": ["s3fs", "moto[server]"],  # not in dev: botocore and the pinned python-dateutil exclude each other
         "dev": [*QUICKSTART, "pytest", "hypothesis", "ruff", "mypy", "types-tqdm", "datasets", "transformers"],
     },
 )

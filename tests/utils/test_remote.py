@@ -134,7 +134,7 @@ def test_missing_files_are_not_waited_for(storage: str, tmp_path: Path, monkeypa
     folder = RemoteFolder(storage)
     with pytest.raises(StorageError, match=r": cannot read nothing \(it is not there\)"):
         folder.pull(["nothing"], tmp_path)
-    with pytest.raises(StorageError, match=r"cannot write nothing \(.*No such file"):
+    with pytest.raises(StorageError, match="cannot write nothing"):
         folder.push(tmp_path, ["nothing"])
 
 
