@@ -79,6 +79,12 @@ def test_a_failed_push_is_said_and_made_up_for(
     assert capsys.readouterr().err == ""
     assert done[-2:] == ["00002_meta.pt", "00004_meta.pt"]  # after all parts and the logs
     assert sorted(done) == sorted([*first.part_names(), *second.part_names(), "log.txt", *done[-2:]])
+    third = make(tmp_path, 6)
+    with monkeypatch.context() as patch:
+        breaking(patch, mirror, "put_file", "_model")
+        mirror.push_checkpoint_parts(third.part_names())
+    mirror.push_commit(6)
+    assert complete_there(storage) == [2, 4, 6]
 
 
 def test_a_checkpoint_waits_for_the_parts_of_all_ranks(
@@ -151,6 +157,11 @@ def test_a_removed_checkpoint_goes_metadata_first(
     for step in (2, 4):
         mirror.push_checkpoint_parts(make(tmp_path, step).part_names())
         mirror.push_commit(step)
+    with monkeypatch.context() as patch:
+        breaking(patch, mirror, "rm_file", "_meta")
+        mirror.remove_checkpoint(2)
+    assert "cannot delete 00002_meta.pt (reset by peer)" in capsys.readouterr().err
+    assert len([name for name in RemoteFolder(storage).list() if name.startswith("00002")]) == 5
     with monkeypatch.context() as patch:
         breaking(patch, mirror, "rm_file", "_model")
         mirror.remove_checkpoint(2)

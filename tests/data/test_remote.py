@@ -22,7 +22,7 @@ def fetched(url: str) -> list[str]:
 
 def test_a_folder_and_a_pattern(storage: str, tmp_path: Path) -> None:
     folder = RemoteFolder(storage)
-    other = {"notes.txt": "", "old/train_9.bin": "9"}
+    other = {"notes.txt": "", "old/train_9.bin": "9", "old/prepared.json": "{}"}
     folder.push(tmp_path, write(tmp_path, {**SHARDS, **other}))
     pattern = f"{storage}/train_[0]*.bin"
     assert fetched(pattern) == ["prepared.json", "train_0.bin"]
