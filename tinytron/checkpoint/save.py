@@ -37,7 +37,9 @@ def save_checkpoint(
     from tinytron.checkpoint.optimizer_state import save_optimizer_state  # torch's DCP takes a second to import
 
     files, world = CheckpointFiles(folder, step), state.groups["world"]
-    together(lambda: _clear(files, mirror) if state.is_master else None, world)
+    together(lambda: _clear(files) if state.is_master else None, world)
+    if mirror is not None and state.is_master:
+        mirror.remove_checkpoint(step)  # before anybody pushes parts: the others wait in the next line
     states: list[Any] = [None] * dist.get_world_size(world)
     dist.all_gather_object(states, rng_state(), group=world)
     weights = consolidated_weights(model, state)
@@ -70,11 +72,9 @@ def consolidated_weights(model: nn.Module, state: ParallelState) -> dict[str, to
     return weights
 
 
-def _clear(files: CheckpointFiles, mirror: Mirror | None) -> None:
+def _clear(files: CheckpointFiles) -> None:
     files.meta.unlink(missing_ok=True)
     shutil.rmtree(files.optimizer, ignore_errors=True)
-    if mirror is not None:
-        mirror.remove_checkpoint(files.step)
 
 
 def _write(path: Path, content: Any) -> None:
