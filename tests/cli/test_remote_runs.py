@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from tests.cli.test_nodes import _free_port
 from tests.helpers.ranks import Ranks
@@ -56,6 +57,25 @@ def test_a_run_goes_on_from_its_remote_folder(storage: str, ranks: Pools, tmp_pa
     assert logs_there(f"{storage}/runs") == (unbroken[0].log, [2, 4])
     assert SECRET not in first.stdout + first.stderr + second.stdout + second.stderr
     assert first.stderr + second.stderr == ""
+
+
+def _begin_anew(folder: Path, url: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINYTRON_CACHE", str(folder / "cache"))
+        patch.setenv("LOCAL_RANK", str(dist.get_rank()))
+        for flags in (("--max_steps", 4), ("--max_steps", 2, "--no-resume"), ("--max_steps", 2, "--debug")):
+            train(Trainer, url, *RUN, *flags)  # type: ignore[arg-type]  # a flag's value
+
+
+def test_a_run_that_starts_anew_leaves_the_old_one(ranks: Pools, tmp_path: Path) -> None:
+    url = f"local://{tmp_path}/runs"
+    ranks(2).run(_begin_anew, tmp_path, url)
+    names = sorted(RemoteFolder(url).list())
+    runs = sorted({name.partition("/")[0] for name in names})
+    steps = {run: [Path(n).name[:5] for n in names if n.startswith(f"{run}/") and "_meta" in n] for run in runs}
+    assert sorted(steps.values()) == [[], ["00002"], ["00002", "00004"]]  # that of --debug has another name
+    assert [run for run in runs if run.endswith(".1")] == [run for run in runs if len(steps[run]) == 2]
+    assert len([name for name in names if name.endswith("/log.txt")]) == 3
 
 
 def two_nodes(*flags: object, cwd: Path) -> list[Finished]:
