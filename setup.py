@@ -27,6 +27,11 @@ setup(
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
         "cli": ["omegaconf"],
-        "dev": [*QUICKSTART, "pytest", "hypothesis", "ruff", "mypy", "types-tqdm", "datasets", "transformers"],
+        "s3": ["s3fs"],
+        "gcs": ["gcsfs"],
+        "dev": [
+            *QUICKSTART,
+            *("pytest", "hypothesis", "ruff", "mypy", "types-tqdm", "datasets", "transformers", "s3fs", "moto[server]"),
+        ],
     },
 )

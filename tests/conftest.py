@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.helpers.ranks import Ranks
+from tests.helpers.storage import s3, s3_server, storage  # noqa: F401
 
 os.environ["OMP_NUM_THREADS"] = "1"  # also for the processes that tests start
 torch.set_num_threads(1)

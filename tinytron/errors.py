@@ -21,3 +21,7 @@ class CheckpointError(TinytronError):
 
 class TrainingError(TinytronError):
     """A run cannot go on: its loss leaps (``--spike_action stop``), or its replicas are no longer the same."""
+
+
+class StorageError(TinytronError):
+    """A remote folder cannot be reached, read or written."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Callable
+from datetime import timedelta
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from tinytron.distributed.collectives import (
     start_reduce_scatter,
     sum_over,
     together,
+    together_long,
 )
 from tinytron.errors import ConfigError, DataError, TinytronError
 
@@ -160,6 +163,27 @@ def test_together_turns_a_disks_error_into_a_users(ranks: Pools) -> None:
     failing = {1: OSError(errno.ENOSPC, "No space left on device", "/data/00001_model.pt")}
     message = "[Errno 28] No space left on device: '/data/00001_model.pt'"
     assert ranks(2).run(_caught, failing) == [("TinytronError", message)] * 2
+
+
+def _slow_on_rank_1(fail: bool) -> str:
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=2))
+
+    def action() -> str:
+        if dist.get_rank() == 1:
+            time.sleep(4)
+            if fail:
+                raise DataError("no shards")
+        return f"result {dist.get_rank()}"
+
+    try:
+        return together_long(action, group)
+    except TinytronError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("fail", [False, True])
+def test_together_long_outlives_the_timeout_of_collectives(ranks: Pools, fail: bool) -> None:
+    assert ranks(2).run(_slow_on_rank_1, fail) == (["no shards"] * 2 if fail else ["result 0", "result 1"])
 
 
 def _subgroup_agreement() -> str:

@@ -24,7 +24,7 @@ FLOORS = (
 )
 SCRIPT_FLOOR = len(FLOORS) - 1
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
-READS_ENVIRONMENT = ("cli/", "training/startup.py", "utils/training.py")
+READS_ENVIRONMENT = ("cli/", "training/startup.py", "utils/training.py", "utils/remote.py")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 

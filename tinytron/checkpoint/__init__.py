@@ -8,11 +8,13 @@ from tinytron.checkpoint.files import (
     newest_checkpoint,
 )
 from tinytron.checkpoint.load import first_undamaged, load_checkpoint
+from tinytron.checkpoint.mirror import Mirror
 from tinytron.checkpoint.save import CheckpointSaver
 
 __all__ = [
     "CheckpointFiles",
     "CheckpointSaver",
+    "Mirror",
     "Retention",
     "complete_checkpoints",
     "find_checkpoints",

@@ -50,6 +50,24 @@ class CheckpointFiles:
         self.model.unlink(missing_ok=True)
         shutil.rmtree(self.optimizer, ignore_errors=True)
 
+    def part_names(self) -> list[str]:
+        """All files but the metadata, relative to the folder, on whatever node each rank has written its own. Raises:
+        CheckpointError if the optimizer's table of contents is damaged."""
+        from torch.distributed.checkpoint import FileSystemReader  # takes a second to import
+
+        try:
+            stored = FileSystemReader(self.optimizer).read_metadata().storage_data.values()
+        except Exception as error:  # damaged pickles raise all sorts
+            raise damaged(self.optimizer / ".metadata", error) from error
+        states = sorted({place.relative_path for place in stored})
+        return [self.model.name, *(f"{self.optimizer.name}/{name}" for name in (*states, ".metadata"))]
+
+    def names_written_by(self, rank: int) -> list[str]:
+        """Those of ``part_names`` that ``rank`` wrote, as torch.distributed.checkpoint names them."""
+        states = sorted(self.optimizer.glob(f"__{rank}_*.distcp"))
+        shared = [self.model, self.optimizer / ".metadata"] if rank == 0 else []
+        return [str(path.relative_to(self.folder)) for path in (*states, *shared)]
+
 
 def damaged(path: Path, error: BaseException | str) -> CheckpointError:
     """The error for a part that cannot be read, in one line."""

@@ -14,6 +14,7 @@ import torch.nn as nn
 
 from tinytron.checkpoint.files import CheckpointFiles, Retention, checksum, complete_checkpoints
 from tinytron.checkpoint.load import read_meta
+from tinytron.checkpoint.mirror import Mirror
 from tinytron.checkpoint.snapshot import HostBuffers, Snapshot, take_snapshot
 from tinytron.distributed.collectives import together
 from tinytron.distributed.parallel_state import ParallelState
@@ -22,8 +23,9 @@ from tinytron.errors import CheckpointError, TinytronError
 from tinytron.utils.training import sync_folder, write_atomically
 
 
-def write_checkpoint(snapshot: Snapshot, group: dist.ProcessGroup) -> None:
-    """Write every rank's part of a snapshot and, once all are on disk, the metadata. Collective over ``group``.
+def write_checkpoint(snapshot: Snapshot, group: dist.ProcessGroup, mirror: Mirror | None = None) -> None:
+    """Write every rank's part of a snapshot and, once all are on disk, the metadata; then copy all to where ``mirror``
+    points. Collective over ``group``.
 
     Until ``*_meta.pt`` is in place the checkpoint does not exist for a reader; an older one of the same step stops
     existing before its parts are overwritten. Raises: TinytronError on every rank if the disk refuses on one.
@@ -31,7 +33,8 @@ def write_checkpoint(snapshot: Snapshot, group: dist.ProcessGroup) -> None:
     from tinytron.checkpoint.optimizer_state import write_optimizer_state  # torch's DCP takes a second to import
 
     files, rank = snapshot.files, dist.get_rank(group)
-    together(lambda: _clear(files) if rank == 0 else None, group)
+    staged = mirror is not None and mirror.first_on_node  # each node has a folder of its own
+    together(lambda: _clear(files) if rank == 0 or staged else None, group)
     sums = together(lambda: _write_model(snapshot) if rank == 0 else {}, group)
     sums |= write_optimizer_state(snapshot.states, files.optimizer, group)
     of_ranks: list[Any] = [None] * dist.get_world_size(group)
@@ -42,6 +45,19 @@ def write_checkpoint(snapshot: Snapshot, group: dist.ProcessGroup) -> None:
         "rng": [rng for _, rng in of_ranks],
     }
     together(lambda: _commit(files, record) if rank == 0 else None, group)
+    if mirror is not None:
+        _copy(files, mirror, group)
+
+
+def _copy(files: CheckpointFiles, mirror: Mirror, group: dist.ProcessGroup) -> None:
+    rank = dist.get_rank(group)
+    if rank == 0:
+        mirror.remove_checkpoint(files.step)
+    together(lambda: None, group)  # nothing is pushed before
+    mirror.push_checkpoint_parts(files.names_written_by(rank))
+    together(lambda: None, group)  # all have pushed
+    if rank == 0:
+        mirror.push_commit(files.step)
 
 
 def _clear(files: CheckpointFiles) -> None:
@@ -105,9 +121,10 @@ class CheckpointSaver:
         state: ParallelState,
         *,
         retention: Retention | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
         self.folder, self.model, self.optimizer, self.state = folder, model, optimizer, state
-        self.retention = retention or Retention()
+        self.retention, self.mirror = retention or Retention(), mirror
         self._buffers = HostBuffers()
         self._group: dist.ProcessGroup | None = None
         self._save: Save | None = None
@@ -131,22 +148,30 @@ class CheckpointSaver:
         start = time.perf_counter()
         try:
             assert self._group is not None, "made by save"
-            write_checkpoint(save.snapshot, self._group)
+            write_checkpoint(save.snapshot, self._group, self.mirror)
+            self._prune(save, self._group)
         except BaseException as error:  # handed to the training thread
             save.error = error
-        else:
-            self._prune(save)
         save.seconds = time.perf_counter() - start
 
-    def _prune(self, save: Save) -> None:
-        if not self.state.is_master:
+    def _prune(self, save: Save, group: dist.ProcessGroup) -> None:
+        """The master decides; of a staged run every node, and the remote copy, have their own files to delete."""
+        gone: list[int] = []
+        if self.state.is_master:
+            try:
+                gone = [files.step for files in prune(self.folder, self.retention)]
+            except OSError as error:
+                save.note = f"; error: older checkpoints cannot be removed ({error})"
+            save.note += "".join(f"; removed {step}" for step in gone)
+        if self.mirror is None:
             return
-        try:
-            gone = prune(self.folder, self.retention)
-        except OSError as error:
-            save.note = f"; error: older checkpoints cannot be removed ({error})"
-        else:
-            save.note = "".join(f"; removed {files.step}" for files in gone)
+        decided = [gone]
+        dist.broadcast_object_list(decided, group=group, group_src=0)
+        for step in decided[0]:
+            if self.mirror.first_on_node:
+                CheckpointFiles(self.folder, step).remove()
+            if self.state.is_master:
+                self.mirror.remove_checkpoint(step)
 
     def report(self) -> list[str]:
         """What ended since the last call, for printing; waits for nothing. Raises: whatever is no refusal of the disk."""

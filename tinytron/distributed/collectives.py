@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -125,6 +126,18 @@ def together(action: Callable[[], T], group: dist.ProcessGroup) -> T:
     if first is not None:
         raise first if isinstance(first, TinytronError) else TinytronError(str(first))
     return result  # type: ignore[return-value]
+
+
+def together_long(action: Callable[[], T], group: dist.ProcessGroup) -> T:
+    """``together`` for an ``action`` that may take longer than a collective's timeout, such as a download: it runs in a
+    thread, while the ranks tell each other every second that they are alive."""
+    with ThreadPoolExecutor(1) as pool:
+        job, all_done = pool.submit(action), [False]
+        while not all(all_done):
+            wait([job], timeout=1.0)
+            all_done = [False] * dist.get_world_size(group)
+            dist.all_gather_object(all_done, job.done(), group=group)
+    return together(job.result, group)
 
 
 class AllToAll(torch.autograd.Function):

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+from tinytron.checkpoint import CheckpointSaver, Mirror, Retention
 from tinytron.distributed import DistributedOptimizer
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import specs_of
@@ -17,7 +18,7 @@ from tinytron.metrics import RoutingReport
 from tinytron.model import GPT
 from tinytron.model.modules.attn import check_backend
 from tinytron.optim import Muon, Schedule, parameter_groups
-from tinytron.training.config import DTYPES, Config, OptimConfig, TrainingInfo, accumulation_steps
+from tinytron.training.config import DTYPES, CkptConfig, Config, OptimConfig, TrainingInfo, accumulation_steps
 
 
 def build_model(config: Config, state: ParallelState) -> GPT:
@@ -83,6 +84,19 @@ def build_schedule(optim: OptimConfig, info: TrainingInfo) -> Schedule:
         decay_fraction=optim.wsd_decay_fraction,
         decay_shape=optim.wsd_decay_shape,
     )
+
+
+def build_saver(
+    ckpt: CkptConfig,
+    folder: Path,
+    model: nn.Module,
+    optimizer: DistributedOptimizer,
+    state: ParallelState,
+    mirror: Mirror | None,
+) -> CheckpointSaver:
+    """What writes the run's checkpoints, and deletes those that are not to be kept."""
+    retention = Retention(ckpt.keep_last, ckpt.keep_every, ckpt.keep_best)
+    return CheckpointSaver(folder, model, optimizer, state, retention=retention, mirror=mirror)
 
 
 def optimizer_options(config: Config, model: nn.Module) -> Options:

@@ -115,7 +115,9 @@ class DataConfig:
 
     dataset_path: Annotated[
         str | None,
-        Flag("folder with train_*.bin and val_*.bin, or a pattern of shards; default: mock data", identity=False),
+        Flag(
+            "folder or URL with train_*.bin and val_*.bin, or a pattern of shards; default: mock data", identity=False
+        ),
     ] = None
     use_mock_data: Annotated[bool, Flag("train on random tokens", identity=False)] = False
     mock_data_num_samples: Annotated[int, Flag("size of the mock data; a tenth more for validation", "samples")] = 1280
@@ -185,7 +187,7 @@ class LoggingConfig:
     """What is printed and written."""
 
     exp_name: Annotated[str, Flag("first part of the run folder's name")] = "gpt"
-    log_dir: Annotated[str, Flag("where run folders are made", identity=False)] = "./log/"
+    log_dir: Annotated[str, Flag("where run folders are made: a folder or a URL", identity=False)] = "./log/"
     log_every: Annotated[int, Flag("interval of reports and of writing the log files", "steps", identity=False)] = 10
     print_config: Annotated[bool, Flag("print the resolved configuration and stop", identity=False)] = False
     moe_router_debug: Annotated[

@@ -17,11 +17,14 @@ from tinytron.data import (
     find_shards,
 )
 from tinytron.data.loader import size_of
-from tinytron.distributed.collectives import together
+from tinytron.data.remote import fetch_shards, local_dataset_path
+from tinytron.distributed.collectives import together, together_long
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import ConfigError, DataError
 from tinytron.model.modules.loss import IGNORE_INDEX
 from tinytron.training.config import Config, TrainingInfo
+from tinytron.training.startup import first_on_node
+from tinytron.utils.remote import is_remote
 
 MOCK_VAL_OFFSET = 10**9
 
@@ -29,14 +32,20 @@ MOCK_VAL_OFFSET = 10**9
 def builtin_datasets(config: Config, state: ParallelState) -> tuple[Dataset[Any], Dataset[Any] | None]:
     """Training and validation data as ``--dataset_path`` or ``--use_mock_data`` says. Collective.
 
-    Raises: DataError on every rank for missing or damaged shards and for token ids outside the vocabulary.
+    Shards behind a URL are first fetched, once on each node. Raises: DataError on every rank for missing or damaged shards
+    and for token ids outside the vocabulary; StorageError if they cannot be fetched.
     """
     seq_len, vocab_size = config.train.seq_len, config.model.vocab_size
     if config.data.use_mock_data or config.data.dataset_path is None:
         count, seed = config.data.mock_data_num_samples, config.seed.seed
         val = MockDataset(max(1, count // 10), seq_len, vocab_size, seed, offset=MOCK_VAL_OFFSET)
         return MockDataset(count, seq_len, vocab_size, seed), val
-    path = config.data.dataset_path
+    path, world = config.data.dataset_path, state.groups["world"]
+    if is_remote(path):
+        url = path
+        together_long(lambda: fetch_shards(url) if first_on_node() else None, world)
+        path = local_dataset_path(url)
+    path = path.removeprefix("file://")
 
     def open_split(split: str) -> TokenShardDataset | None:
         shards = find_shards(path, split)
@@ -46,7 +55,7 @@ def builtin_datasets(config: Config, state: ParallelState) -> tuple[Dataset[Any]
         dataset.check_token_ids(part=state.rank, parts=state.layout.world_size)
         return dataset
 
-    train, val_shards = together(lambda: (open_split("train"), open_split("val")), state.groups["world"])
+    train, val_shards = together(lambda: (open_split("train"), open_split("val")), world)
     assert train is not None, "find_shards refuses a folder without training shards"
     return train, val_shards
 

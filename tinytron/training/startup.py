@@ -19,11 +19,13 @@ import torch.distributed as dist
 
 import tinytron
 from tinytron.checkpoint import CheckpointFiles, complete_checkpoints, find_checkpoints
-from tinytron.distributed.collectives import together
+from tinytron.checkpoint.mirror import Mirror
+from tinytron.distributed.collectives import together, together_long
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.training.config import Config, accumulation_steps
+from tinytron.utils.remote import is_remote, local_folder
 from tinytron.utils.training import seed_all, use_deterministic_kernels, write_atomically
 
 FORMAT_VERSION = 2  # of the metadata in a checkpoint
@@ -98,22 +100,51 @@ def _place_in_world() -> tuple[int, int, int]:
     return values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"]
 
 
+def first_on_node() -> bool:
+    """Whether this process is the one that fetches and makes files for all of its node."""
+    return _place_in_world()[2] == 0
+
+
 def run_folder(config: Config) -> Path:
-    """``<log_dir>/<exp_name>_<config_hash>``."""
-    return Path(config.logging.log_dir) / f"{config.logging.exp_name}_{config.config_hash()}"
+    """``<log_dir>/<exp_name>_<config_hash>``; where it is staged, if the log folder is remote."""
+    return local_folder(config.logging.log_dir) / _run_name(config)
+
+
+def _run_name(config: Config) -> str:
+    return f"{config.logging.exp_name}_{config.config_hash()}"
+
+
+def open_mirror(config: Config, state: ParallelState) -> Mirror | None:
+    """The remote copy of the run's folder, if the log folder is remote; what it has and the local folder lacks is fetched.
+    Collective, once the folder is prepared.
+
+    With ``--no-resume`` a run that is there is moved aside. Raises: ConfigError or StorageError on every rank if the
+    storage cannot be used.
+    """
+    log_dir = config.logging.log_dir
+    if not is_remote(log_dir):
+        return None
+    url, world = f"{log_dir.rstrip('/')}/{_run_name(config)}", state.groups["world"]
+    mirror = together(lambda: Mirror(run_folder(config), url, state, first_on_node()), world)
+    if not config.ckpt.resume:
+        together_long(lambda: mirror.set_aside() if state.is_master else None, world)
+    elif not config.train.debug:
+        mirror.restore()
+    return mirror
 
 
 def prepare_run_folder(config: Config, state: ParallelState) -> Path:
     """Create the run's folder. Collective.
 
-    With ``--no-resume`` a folder that holds a run is moved aside (``.1``, ``.2``, ...), never overwritten. Raises:
-    ConfigError on every rank if the folder cannot be written, or is not the same for all ranks.
+    With ``--no-resume`` a folder that holds a run is moved aside (``.1``, ``.2``, ...), never overwritten. A remote one is
+    staged on each node. Raises: ConfigError on every rank if the folder cannot be written, or is not the same for all.
     """
     folder, world = run_folder(config), state.groups["world"]
-    seal = folder / ".shared"
+    seal, staged = folder / ".shared", is_remote(config.logging.log_dir)
 
     def create() -> None:
-        if not config.ckpt.resume and (folder / "log.txt").exists():
+        # Only the master has a log; the other nodes of a staged run have parts of checkpoints.
+        if not config.ckpt.resume and (folder if staged else folder / "log.txt").exists():
             _lock(folder).close()  # not from under a living run
             number = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
             folder.rename(folder.with_name(f"{folder.name}.{number}"))
@@ -127,9 +158,10 @@ def prepare_run_folder(config: Config, state: ParallelState) -> Path:
                 f"see what process 0 wrote to {folder}; use a folder that all nodes share"
             )
 
-    together(lambda: writable(config, create) if state.is_master else None, world)
+    creates = first_on_node() if staged else state.is_master
+    together(lambda: writable(config, create) if creates else None, world)
     together(see, world)
-    together(lambda: seal.unlink() if state.is_master else None, world)
+    together(lambda: seal.unlink() if creates else None, world)
     return folder
 
 
@@ -161,11 +193,22 @@ def _lock(folder: Path) -> IO[str]:
     return file
 
 
-def write_description(config: Config, state: ParallelState, description: dict[str, Any]) -> None:
-    """Save ``description`` as the run folder's ``config.json``, on the master. Collective."""
+def write_description(
+    config: Config, state: ParallelState, description: dict[str, Any], mirror: Mirror | None = None
+) -> None:
+    """Save ``description`` as the run folder's ``config.json``, on the master. Collective.
+
+    Raises: ConfigError or, for the copy of ``mirror``, StorageError on every rank: a run whose log folder cannot be
+    written does not begin.
+    """
     text = json.dumps(description, indent=2).encode()
     path = run_folder(config) / "config.json"
-    action = lambda: write_atomically(path, lambda file: file.write(text))  # noqa: E731
+
+    def action() -> None:
+        write_atomically(path, lambda file: file.write(text))
+        if mirror is not None:
+            mirror.remote.push(path.parent, [path.name])
+
     together(lambda: writable(config, action) if state.is_master else None, state.groups["world"])
 
 

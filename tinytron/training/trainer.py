@@ -14,8 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tinytron.checkpoint import (
     CheckpointFiles,
-    CheckpointSaver,
-    Retention,
+    Mirror,
     first_undamaged,
     load_checkpoint,
 )
@@ -36,6 +35,7 @@ from tinytron.training.build import (
     build_model,
     build_optimizer,
     build_routing,
+    build_saver,
     build_schedule,
     optimizer_options,
     parameter_gate,
@@ -58,6 +58,7 @@ class Trainer:
 
     train_dataset: Dataset[Any]
     val_dataset: Dataset[Any] | None = None
+    mirror: Mirror | None = None  # of a remote log_dir
     train_loader: DataLoader[Batch] | None = None
     val_loader: DataLoader[Batch] | None = None
     train_sampler: GlobalBatchSampler
@@ -113,8 +114,9 @@ class Trainer:
         """Make the run's folder; ``config.json`` follows once it is clear that the run goes on in it."""
         self.log_dir: Path = startup.prepare_run_folder(config, self.state)
         self._lock = startup.lock_run_folder(self.log_dir, self.state)
+        self.mirror = startup.open_mirror(config, self.state)
         self.run_log = RunLog(self.log_dir)
-        self._say(f"run folder: {self.log_dir}")
+        self._say(f"run folder: {self.log_dir}" + (f", copied to {self.mirror.remote.url}" if self.mirror else ""))
 
     def _init_profiler(self, config: Config) -> contextlib.AbstractContextManager[Any]:
         """A profiler with a ``step`` method, or a context of ``None``."""
@@ -167,6 +169,8 @@ class Trainer:
             self.optimizer.finish_gather()
             with self._guards.paused():
                 self._say(*self._saver.close())
+                if self.mirror is not None and self.master_process:
+                    self.mirror.push_logs()
             self._guards.leave(self.step, self._say)
 
     def train_step(self, microbatches: list[Batch]) -> None:
@@ -294,14 +298,14 @@ class Trainer:
                 self._say(f"changed since the checkpoint: {difference}")
         description = startup.describe_run(self.config, self.state.layout)
         self._record = startup.run_record(self.config, description, data)
-        startup.write_description(self.config, self.state, description)
+        startup.write_description(self.config, self.state, description, self.mirror)
         if self.master_process:
             self.run_log.keep_until(self.step)
 
     def _init_metrics(self) -> None:
-        ckpt = self.config.ckpt
-        retention = Retention(ckpt.keep_last, ckpt.keep_every, ckpt.keep_best)
-        self._saver = CheckpointSaver(self.log_dir, self.raw_model, self.optimizer, self.state, retention=retention)
+        self._saver = build_saver(
+            self.config.ckpt, self.log_dir, self.raw_model, self.optimizer, self.state, self.mirror
+        )
         self._validated, self._in_loop = (0, 0.0), False  # step and loss
         self._progress = Progress(self.training_info.max_steps, self.step, enabled=self.master_process)
         self._window = StepWindow(self.state.groups["world"])

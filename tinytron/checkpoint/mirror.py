@@ -1,0 +1,154 @@
+"""The remote copy of a run folder: fetched when the run starts, completed with every save."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from tinytron.checkpoint.files import CheckpointFiles, newest_checkpoint
+from tinytron.distributed.collectives import together_long
+from tinytron.distributed.parallel_state import ParallelState
+from tinytron.errors import StorageError, TinytronError
+from tinytron.utils.remote import RemoteFolder
+
+LOGS = ("log.txt", "log.jsonl", "config.json")
+_ADVICE = "training goes on with the local copy, and the next save tries again"
+
+
+class Mirror:
+    """Keeps ``url`` like the local ``folder``. There, too, a checkpoint exists from its ``*_meta.pt`` on.
+
+    Each rank has one and pushes the files it wrote. ``push_*`` and ``remove_checkpoint`` block, may be called from any
+    thread, and never raise for a storage that fails: they say so, keep what is missing in mind, and make up for it with the
+    next call. Raises: ConfigError as ``RemoteFolder``.
+    """
+
+    def __init__(self, folder: Path, url: str, state: ParallelState, first_on_node: bool) -> None:
+        self.folder, self.remote, self.state = folder, RemoteFolder(url), state
+        self.first_on_node, self._lock = first_on_node, threading.RLock()
+        self._parts: set[str] = set()  # not there yet, as far as this rank wrote them
+        self._commits: set[int] = set()  # steps whose metadata is not there yet
+        self._removals: set[int] = set()  # steps that are to go from there
+
+    def set_aside(self) -> None:
+        """Rename what is there (``.1``, ``.2``, ...), for a run that starts anew. Raises: StorageError."""
+        if self.remote.list():
+            names = (f"{self.remote.url}.{number}" for number in range(1, 10**6))
+            self.remote.move(next(name for name in names if not RemoteFolder(name).list()))
+
+    def restore(self) -> None:
+        """Fetch the newest checkpoint and the logs, where they are newer than the local ones. Collective; afterwards all
+        nodes have the same newest checkpoint.
+
+        Raises: StorageError on every rank if the storage cannot be read.
+        """
+        world = self.state.groups["world"]
+        firsts = [False] * dist.get_world_size(world)
+        dist.all_gather_object(firsts, self.first_on_node, group=world)
+        together_long(lambda: self._restore(several_nodes=sum(firsts) > 1) if self.first_on_node else None, world)
+
+    def push_checkpoint_parts(self, names: Iterable[str]) -> None:
+        """Copy ``names``, files of a checkpoint other than its metadata, and what is missing from before."""
+        with self._lock:
+            self._parts |= set(names)
+            self._try(self._push_parts)
+
+    def push_commit(self, step: int) -> None:
+        """Copy the logs, then the metadata of ``step``. For the master, when all ranks have pushed their parts: a
+        checkpoint of which a part is missing there stays without metadata until the part has come."""
+        with self._lock:
+            self._commits.add(step)
+            self._try(self._push_commits)
+
+    def push_logs(self) -> None:
+        """Copy the log files and config.json. For the master."""
+        with self._lock:
+            self._try(self._push_logs)
+
+    def remove_checkpoint(self, step: int) -> None:
+        """Delete the files of ``step`` there, the metadata first. For the master."""
+        with self._lock:
+            self._parts = {name for name in self._parts if not _is_of(name, step)}
+            self._commits.discard(step)
+            self._removals.add(step)
+            self._try(self._remove)
+
+    # Each of the following raises StorageError, and leaves in the sets what is still to do.
+
+    def _push_parts(self) -> None:
+        self._remove()
+        self.remote.push(self.folder, [name for name in sorted(self._parts) if (self.folder / name).is_file()])
+        self._parts.clear()
+
+    def _push_logs(self) -> None:
+        self.remote.push(self.folder, [name for name in LOGS if (self.folder / name).is_file()])
+
+    def _push_commits(self) -> None:
+        self._push_parts()
+        self._push_logs()  # before the metadata: the log of a restored run has all lines up to its checkpoint
+        present, missing = self.remote.list(), ""
+        for files in [CheckpointFiles(self.folder, step) for step in sorted(self._commits)]:
+            if files.complete:  # it may have been deleted since
+                if lacking := [name for name in files.part_names() if name not in present]:
+                    missing = f"cannot write {files.meta.name} ({lacking[0]} is not there yet)"
+                    continue
+                self.remote.push(self.folder, [files.meta.name])
+            self._commits.discard(files.step)
+        if missing:
+            raise StorageError(f"{self.remote.url}: {missing}")
+
+    def _remove(self) -> None:
+        for step in sorted(self._removals):
+            names = [name for name in self.remote.list() if _is_of(name, step)]
+            self.remote.remove([name for name in names if name.endswith("_meta.pt")])
+            self.remote.remove(names)
+            self._removals.discard(step)
+
+    def _try(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except TinytronError as error:
+            print(f"error: {error}; {_ADVICE}", file=sys.stderr, flush=True)
+
+    def _restore(self, several_nodes: bool) -> None:
+        present = self.remote.list()
+        steps = [int(match[1]) for name in present if (match := re.fullmatch(r"(\d+)_meta\.pt", name))]
+        newest, own = max(steps, default=-1), newest_checkpoint(self.folder)
+        if several_nodes:
+            # Each node has the parts of its own ranks only, so what was never pushed cannot be loaded.
+            while own is not None and own.step > newest:
+                unpushed = own.meta.rename(own.meta.with_name(f"{own.meta.name}.unpushed"))
+                print(f"checkpoint {own.step} never got to {self.remote.url}: left as {unpushed}", file=sys.stderr)
+                own = newest_checkpoint(self.folder)
+        if newest >= 0 and (several_nodes or own is None or newest > own.step):
+            self._pull(newest, [name for name in present if _is_of(name, newest)], present)
+        elif own is not None and own.step > newest:
+            self.push_checkpoint_parts(own.part_names())
+            self.push_commit(own.step)
+
+    def _pull(self, step: int, names: list[str], present: Iterable[str]) -> None:
+        """Fetch into a folder of its own, where an interrupted call goes on; then move, the metadata last."""
+        files, arrived = CheckpointFiles(self.folder, step), self.folder / ".pull"
+        print(f"fetching checkpoint {step} from {self.remote.url}", flush=True)
+        for name in LOGS:  # unlike a checkpoint they change, maybe at the same size
+            (arrived / name).unlink(missing_ok=True)
+        parts = [name for name in names if name != files.meta.name]
+        parts += [name for name in LOGS if name in present]
+        self.remote.pull([*parts, files.meta.name], arrived)
+        files.meta.unlink(missing_ok=True)
+        shutil.rmtree(files.optimizer, ignore_errors=True)
+        files.optimizer.mkdir(parents=True)
+        for name in [*parts, files.meta.name]:
+            os.replace(arrived / name, self.folder / name)
+        shutil.rmtree(arrived)
+
+
+def _is_of(name: str, step: int) -> bool:
+    return name.startswith((f"{step:05d}_model.", f"{step:05d}_opt/", f"{step:05d}_meta."))
