@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import platform
@@ -18,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 import tinytron
+from tinytron.checkpoint.lock import lock_folder
 from tinytron.distributed.collectives import together
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.parallel_state import ParallelState
@@ -29,6 +28,7 @@ FORMAT_VERSION = 2  # of the metadata in a checkpoint
 
 # A checkpoint continues only where these are the same; other differences are the user's choice and are printed.
 _FIXED_ON_RESUME = ("model.", "train.total_batch_size", "train.seq_len", "seed.seed")
+_REMEDY = "wait for it or stop it, or use another --exp_name"  # when the run folder is in use
 
 
 def join_world(config: Config) -> ParallelState:
@@ -113,7 +113,7 @@ def prepare_run_folder(config: Config, state: ParallelState) -> Path:
 
     def create() -> None:
         if not config.ckpt.resume and (folder / "log.txt").exists():
-            _lock(folder).close()  # not from under a living run
+            lock_folder(folder, _REMEDY).close()  # not from under a living run
             number = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
             folder.rename(folder.with_name(f"{folder.name}.{number}"))
         folder.mkdir(parents=True, exist_ok=True)
@@ -138,26 +138,7 @@ def lock_run_folder(folder: Path, state: ParallelState) -> IO[str] | None:
 
     Raises: ConfigError on every rank if a living run holds the folder, naming its host and process.
     """
-
-    return together(lambda: _lock(folder) if state.is_master else None, state.groups["world"])
-
-
-def _lock(folder: Path) -> IO[str]:
-    file = open(folder / ".lock", "a+")  # noqa: SIM115  # stays open: the lock lives as long as the file
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: a killed run's lock is gone with it
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            return file  # this file system has no locks
-        file.seek(0)
-        holder = file.read().strip() or "another run"
-        raise ConfigError(
-            f"run folder {folder} is in use by {holder}; wait for it or stop it, or use another --exp_name"
-        ) from error
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
-    return file
+    return together(lambda: lock_folder(folder, _REMEDY) if state.is_master else None, state.groups["world"])
 
 
 def write_description(config: Config, state: ParallelState, description: dict[str, Any]) -> None:
