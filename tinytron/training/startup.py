@@ -9,13 +9,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 import tinytron
+from tinytron.checkpoint.files import bytes_of, leftovers, remove_leftovers
 from tinytron.checkpoint.lock import lock_folder
 from tinytron.distributed.collectives import together
 from tinytron.distributed.layout import ParallelLayout
@@ -24,6 +25,7 @@ from tinytron.errors import CheckpointError, ConfigError
 from tinytron.training.config import Config, accumulation_steps
 from tinytron.utils.training import seed_all, use_deterministic_kernels, write_atomically
 
+T = TypeVar("T")
 FORMAT_VERSION = 2  # of the metadata in a checkpoint
 
 # A checkpoint continues only where these are the same; other differences are the user's choice and are printed.
@@ -141,6 +143,18 @@ def lock_run_folder(folder: Path, state: ParallelState) -> IO[str] | None:
     return together(lambda: lock_folder(folder, _REMEDY) if state.is_master else None, state.groups["world"])
 
 
+def remove_leftovers_of_saves(config: Config, folder: Path, state: ParallelState) -> list[str]:
+    """Delete what earlier, killed processes left half saved in ``folder``, whose lock is held; returns what there is to
+    say. Collective. Raises: ConfigError on every rank if the system refuses."""
+
+    def remove() -> list[str]:
+        size = bytes_of(leftovers(folder))
+        names = [path.name for path in remove_leftovers(folder)]
+        return [f"removed what interrupted saves left: {', '.join(names)} ({size:,} bytes)"] if names else []
+
+    return together(lambda: writable(config, remove) if state.is_master else [], state.groups["world"])
+
+
 def write_description(config: Config, state: ParallelState, description: dict[str, Any]) -> None:
     """Save ``description`` as the run folder's ``config.json``, on the master. Collective."""
     text = json.dumps(description, indent=2).encode()
@@ -149,10 +163,10 @@ def write_description(config: Config, state: ParallelState, description: dict[st
     together(lambda: writable(config, action) if state.is_master else None, state.groups["world"])
 
 
-def writable(config: Config, action: Callable[[], None]) -> None:
-    """Run ``action``, which writes below the log folder. Raises: ConfigError if the system refuses."""
+def writable(config: Config, action: Callable[[], T]) -> T:
+    """The result of ``action``, which writes below the log folder. Raises: ConfigError if the system refuses."""
     try:
-        action()
+        return action()
     except OSError as error:
         raise ConfigError(
             f"--log_dir {config.logging.log_dir} cannot be written ({error.strerror}: {error.filename}); "
