@@ -102,6 +102,33 @@ def _die_saving_over_metadata(log_dir: Path) -> None:
     _die_while_saving("before the metadata", log_dir, *FLAGS, cls=PutBack)
 
 
+def test_what_a_killed_save_left_is_removed_at_the_next_start(ranks: Pools, copy: Path) -> None:
+    ranks(2).run(_die_while_saving, "before the metadata", copy, *FLAGS)
+    folder = _run_folder(copy)
+    left = ["00001_meta.pt.tmp", "00004_model.pt", "00004_opt", "00012_model.pt.tmp"]
+    for name in (left[0], left[3]):
+        (folder / name).write_bytes(b"half")
+    kept = [
+        "00002_model.pt",
+        "00002_meta.pt",
+        "00002_opt",
+        "00002_consolidated.pt",
+        "00003_opt",
+        "4_model.pt",
+        "note.tmp",
+    ]
+    for name in kept[3:]:
+        (folder / name).write_bytes(b"the user's")  # a file where a save makes a folder, say
+    kept.append("00005_model.pt")
+    (folder / kept[-1]).mkdir()
+    assert all((folder / name).exists() for name in left + kept)
+    said = ranks(2).run(said_until, copy, 3, *FLAGS, "--save_every_steps", 5)[0][1]
+    assert f"removed what interrupted saves left: {', '.join(left)} (" in said
+    assert not any((folder / name).exists() for name in left)
+    assert all((folder / name).exists() for name in kept)
+    assert "removed" not in ranks(2).run(said_until, copy, 3, *FLAGS)[0][1]
+
+
 @pytest.mark.parametrize("missing", ["00002_model.pt", "00002_meta.pt", "00002_opt", "00002_opt/.metadata"])
 def test_a_missing_part_means_no_checkpoint(ranks: Pools, copy: Path, missing: str) -> None:
     path = _run_folder(copy) / missing

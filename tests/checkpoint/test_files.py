@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tinytron.checkpoint import CheckpointFiles, find_checkpoints, newest_checkpoint
+from tinytron.checkpoint.files import remove_leftovers
 from tinytron.errors import CheckpointError
 
 
@@ -76,3 +77,11 @@ def test_a_resume_path_that_is_no_checkpoint_is_an_error(tmp_path: Path, name: s
     with pytest.raises(CheckpointError, match=message) as caught:
         find_checkpoints(str(tmp_path / name))
     assert "--resume_path" in str(caught.value)
+
+
+def test_weights_that_were_kept_alone_are_no_leftovers(tmp_path: Path) -> None:
+    for step, missing in ((2, ("meta",)), (4, ("meta", "opt"))):
+        _make(tmp_path, step, *missing)
+    (tmp_path / "00004_opt").rmdir()
+    assert [path.name for path in remove_leftovers(tmp_path)] == ["00002_model.pt", "00002_opt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["00004_model.pt"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -145,8 +145,8 @@ class _Recording(DistributedOptimizer):
         self.norms: list[float] = []
         self.grads: list[Parts] = []
 
-    def step(self, max_norm: float = 0.0) -> torch.Tensor:
-        norm = super().step(max_norm)
+    def step(self, max_norm: float = 0.0, reject: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
+        norm = super().step(max_norm, reject)
         self.norms.append(float(norm))
         self.grads.append(owned_gradients(self))
         return norm

@@ -42,6 +42,11 @@ class CheckpointFiles:
         """Whether all parts are there."""
         return self.meta.is_file() and self.model.is_file() and (self.optimizer / ".metadata").is_file()
 
+    @property
+    def parts(self) -> tuple[Path, Path, Path]:
+        """Weights, folder of states, metadata."""
+        return self.model, self.optimizer, self.meta
+
     def remove(self) -> None:
         """Delete it, metadata first: from then on, whatever happens, nobody takes the rest for a checkpoint."""
         if self.meta.exists():
@@ -87,6 +92,45 @@ def newest_checkpoint(folder: Path) -> CheckpointFiles | None:
     return next(iter(complete_checkpoints(folder)), None)
 
 
+def checkpoint_of(path: Path) -> CheckpointFiles | None:
+    """The checkpoint that the file, or folder of states, ``path`` is a part of by its name, else ``None``."""
+    match = re.fullmatch(r"(\d+)_(model\.pt|meta\.pt|opt)", path.name)
+    return CheckpointFiles(path.parent, int(match[1])) if match else None
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What interrupted saves and removals left in ``folder``: temporary files, and parts whose metadata is not there.
+    Weights all by themselves are none: somebody may have kept just those.
+
+    A save under way looks the same: only whoever holds the folder's lock may take them for leftovers.
+    """
+    found = []
+    for path in sorted(folder.iterdir()):
+        files = checkpoint_of(path.with_name(path.name.removesuffix(".tmp")))
+        if files is None or path.is_symlink():
+            continue
+        temporary = path.name.endswith(".tmp") and path.is_file()
+        has_states = files.optimizer.is_dir()
+        part = has_states and (path == files.optimizer or (path == files.model and path.is_file()))
+        if temporary or (part and not files.meta.exists()):
+            found.append(path)
+    return found
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Delete the ``leftovers`` of ``folder``, whose lock is held; returns them. Raises: OSError if the system refuses."""
+    found = leftovers(folder)
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return found
+
+
+def bytes_of(paths: Iterable[Path]) -> int:
+    """Bytes in files and folders; what is not there counts nothing."""
+    files = (inner for path in paths for inner in (path.rglob("*") if path.is_dir() else [path]))
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 def find_checkpoints(path: str) -> list[CheckpointFiles]:
     """The checkpoints that ``--resume_path`` names, best first: all of a run folder, or the one of a checkpoint's file.
 
@@ -98,12 +142,11 @@ def find_checkpoints(path: str) -> list[CheckpointFiles]:
         if not found:
             raise CheckpointError(f"--resume_path {path} holds no complete checkpoint (no *_meta.pt with its parts)")
         return found
-    match = re.fullmatch(r"(\d+)_(model\.pt|meta\.pt|opt)", place.name)
-    if match is None:
+    files = checkpoint_of(place)
+    if files is None:
         raise CheckpointError(
             f"--resume_path {path} is neither a run folder nor a checkpoint file; use log/<run> or log/<run>/00100_model.pt"
         )
-    files = CheckpointFiles(place.parent, int(match[1]))
     if not files.complete:
         raise CheckpointError(
             f"--resume_path {path}: checkpoint {files.step} is incomplete; it needs {files.model.name}, "

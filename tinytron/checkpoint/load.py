@@ -20,10 +20,13 @@ from tinytron.errors import CheckpointError
 from tinytron.utils.training import set_rng_state
 
 
-def read_file(path: Path) -> dict[str, Any]:
-    """``torch.load`` with plain types only. Raises: CheckpointError if the file is missing or damaged."""
+def read_file(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+    """``torch.load`` with plain types only; with ``mmap`` tensors are read where they are used.
+
+    Raises: CheckpointError if the file is missing or damaged.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # damaged pickles raise all sorts
         raise damaged(path, error) from error
     if not isinstance(content, dict):

@@ -8,6 +8,7 @@ than its parameter (such as ``64x1.second_moment`` of a matrix with 64 rows; onl
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimize
 from tinytron.distributed.zero1.flat_buffer import Piece
 from tinytron.errors import CheckpointError
 
-_MAIN, _SCALAR = "main", "scalar."
+MAIN, SCALAR = "main", "scalar."
+_SIZES = re.compile(r"(\d+)x(\d+)\.(.+)")
 
 
 def owned_states(optimizer: DistributedOptimizer, buffers: HostBuffers) -> dict[str, FlatRange]:
@@ -33,7 +35,7 @@ def owned_states(optimizer: DistributedOptimizer, buffers: HostBuffers) -> dict[
     states: dict[str, FlatRange] = {}
     for piece in optimizer.pieces():
         length = len(piece.main)
-        states[f"{piece.name}/{_MAIN}"] = FlatRange(piece.numel, piece.offset, piece.main)
+        states[f"{piece.name}/{MAIN}"] = FlatRange(piece.numel, piece.offset, piece.main)
         for key, value in optimizer.inner.state[piece.holder].items():
             if not torch.is_tensor(value):
                 continue
@@ -44,7 +46,7 @@ def owned_states(optimizer: DistributedOptimizer, buffers: HostBuffers) -> dict[
                 label = "x".join(str(size) for size in value.shape[-2:])
                 states[f"{piece.name}/{label}.{key}"] = _other_size(piece, value)
             elif piece.offset == 0:  # stored by the owner of the parameter's first element
-                states[f"{piece.name}/{_SCALAR}{key}"] = FlatRange(1, 0, value.reshape(1))
+                states[f"{piece.name}/{SCALAR}{key}"] = FlatRange(1, 0, value.reshape(1))
     return {key: replace(part, elements=buffers.copy(key, part.elements)) for key, part in states.items()}
 
 
@@ -79,14 +81,25 @@ def load_optimizer_state(optimizer: DistributedOptimizer, folder: Path, group: d
 
     Raises: CheckpointError on every rank if the folder is damaged, lacks a parameter or has it in another size.
     """
-    wanted = together(lambda: _prepare(optimizer, _stored(folder), folder), group)
+    wanted = together(lambda: _prepare(optimizer, stored_states(folder), folder), group)
+    read_states(wanted, folder, group)
+
+
+def read_states(wanted: dict[str, FlatRange], folder: Path, group: dist.ProcessGroup | None = None) -> None:
+    """Read ranges of what ``folder`` holds, by key. Collective over ``group``; ``None``: this process reads alone.
+
+    Raises: CheckpointError on every rank if the folder is damaged.
+    """
     try:
-        dcp.load(
-            dict(wanted),
-            storage_reader=dcp.FileSystemReader(folder),
-            planner=FlatLoadPlanner(wanted),
-            process_group=group,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for
+            dcp.load(
+                dict(wanted),
+                storage_reader=dcp.FileSystemReader(folder),
+                planner=FlatLoadPlanner(wanted),
+                process_group=group,
+                no_dist=group is None,
+            )
     except dcp.api.CheckpointException as error:
         raise damaged(folder, _first_reason(error)) from error
 
@@ -97,12 +110,22 @@ def _first_reason(error: dcp.api.CheckpointException) -> str:
     return str(reason).splitlines()[0] if str(reason) else type(reason).__name__
 
 
-def _stored(folder: Path) -> dict[str, TensorStorageMetadata]:
+def stored_states(folder: Path) -> dict[str, TensorStorageMetadata]:
+    """Size, precision and chunks of every tensor in ``folder``, by key. Raises: CheckpointError if it is damaged."""
     try:
         entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     except Exception as error:  # damaged pickles raise all sorts
         raise damaged(folder / ".metadata", error) from error
-    return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+    return {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def state_of(key: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    """Name and shape of the state under ``key`` (without its parameter) of a parameter of ``shape``."""
+    if key.startswith(SCALAR):
+        return key.removeprefix(SCALAR), ()
+    if sizes := _SIZES.fullmatch(key):
+        return sizes[3], (*shape[:-2], int(sizes[1]), int(sizes[2]))
+    return key, shape
 
 
 def _prepare(
@@ -123,21 +146,21 @@ def _prepare(
         for key in keys[piece.name]:
             name = f"{piece.name}/{key}"
             size, dtype = stored[name].size.numel(), stored[name].properties.dtype
-            if key.startswith(_SCALAR):  # parameters of one bucket share the scalar; they all store the same value
+            if key.startswith(SCALAR):  # parameters of one bucket share the scalar; they all store the same value
                 scalar = state.setdefault(
-                    key.removeprefix(_SCALAR), torch.zeros((), dtype=dtype, device=piece.main.device)
+                    key.removeprefix(SCALAR), torch.zeros((), dtype=dtype, device=piece.main.device)
                 )
                 wanted[name] = FlatRange(1, 0, scalar.reshape(1))
                 continue
-            if sizes := re.fullmatch(r"(\d+)x(\d+)\.(.+)", key):
-                shape = (*piece.holder.shape[:-2], int(sizes[1]), int(sizes[2]))
-                value = state.setdefault(sizes[3], torch.zeros(shape, dtype=dtype, device=piece.main.device))
+            if _SIZES.fullmatch(key):
+                state_name, shape = state_of(key, tuple(piece.holder.shape))
+                value = state.setdefault(state_name, torch.zeros(shape, dtype=dtype, device=piece.main.device))
                 wanted[name] = _other_size(piece, value)
                 continue
             if size != piece.numel:
                 raise CheckpointError(f"{folder}: {name} has {size} elements, this model's parameter {piece.numel}")
             part = piece.main
-            if key != _MAIN:
+            if key != MAIN:
                 whole = state.setdefault(key, torch.zeros_like(piece.holder.data, dtype=dtype))
                 part = whole.view(-1)[piece.start : piece.start + len(piece.main)]
             wanted[name] = FlatRange(piece.numel, piece.offset, part)

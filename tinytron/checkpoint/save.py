@@ -77,11 +77,16 @@ def _commit(files: CheckpointFiles, record: dict[str, Any]) -> None:
     write_atomically(files.meta, lambda file: torch.save(record, file))
 
 
-def prune(folder: Path, retention: Retention) -> list[CheckpointFiles]:
-    """Delete the complete checkpoints of ``folder`` that ``retention`` does not keep; returns them."""
+def superfluous(folder: Path, retention: Retention) -> list[CheckpointFiles]:
+    """The complete checkpoints of ``folder`` that ``retention`` does not keep, oldest first."""
     found = {files.step: files for files in complete_checkpoints(folder)}
     losses = {step: _val_loss(files) if retention.keep_best else None for step, files in found.items()}
-    gone = [found[step] for step in retention.superfluous(losses)]
+    return [found[step] for step in retention.superfluous(losses)]
+
+
+def prune(folder: Path, retention: Retention) -> list[CheckpointFiles]:
+    """Delete the ``superfluous`` checkpoints of ``folder``; returns them. Raises: OSError if the system refuses."""
+    gone = superfluous(folder, retention)
     for files in gone:
         files.remove()
     return gone

@@ -57,7 +57,9 @@ def take_snapshot(
 
     weights = consolidated_weights(model, state, buffers)
     states = owned_states(optimizer, buffers)
-    record = {**meta, "step": files.step, "counters": optimizer.counters()}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    shapes = {spec.name: list(spec.shape) for spec in specs_of(model) if spec.name in trained}
+    record = {**meta, "step": files.step, "counters": optimizer.counters(), "parameters": shapes}
     if state.device.type == "cuda":
         torch.cuda.synchronize(state.device)  # the copies above were only queued
     return Snapshot(files, weights, states, record, rng_state())

@@ -6,23 +6,16 @@ import argparse
 import json
 import typing
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from tinytron.errors import ConfigError
 from tinytron.training.config import SECTIONS, Config
-from tinytron.utils.flags import FieldInfo, config_fields, nearest
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raises ConfigError instead of printing the usage and exiting."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see --help")
+from tinytron.utils.flags import FieldInfo, Parser, config_fields, nearest
 
 
 def build_parser(description: str = "Pre-train a GPT.") -> argparse.ArgumentParser:
     """One flag per configuration field, grouped by section; booleans as ``--flag`` and ``--no-flag``."""
-    parser = _Parser(
+    parser = Parser(
         usage="%(prog)s [--flag value ...]",
         description=description,
         allow_abbrev=False,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import platform
@@ -11,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +17,8 @@ import torch.distributed as dist
 
 import tinytron
 from tinytron.checkpoint import CheckpointFiles, complete_checkpoints, find_checkpoints
+from tinytron.checkpoint.files import bytes_of, leftovers, remove_leftovers
+from tinytron.checkpoint.lock import lock_folder
 from tinytron.checkpoint.mirror import Mirror
 from tinytron.distributed.collectives import together, together_long
 from tinytron.distributed.layout import ParallelLayout
@@ -28,10 +28,12 @@ from tinytron.training.config import Config, accumulation_steps
 from tinytron.utils.remote import is_remote, local_folder
 from tinytron.utils.training import seed_all, use_deterministic_kernels, write_atomically
 
+T = TypeVar("T")
 FORMAT_VERSION = 2  # of the metadata in a checkpoint
 
 # A checkpoint continues only where these are the same; other differences are the user's choice and are printed.
 _FIXED_ON_RESUME = ("model.", "train.total_batch_size", "train.seq_len", "seed.seed")
+_REMEDY = "wait for it or stop it, or use another --exp_name"  # when the run folder is in use
 
 
 def join_world(config: Config) -> ParallelState:
@@ -145,7 +147,7 @@ def prepare_run_folder(config: Config, state: ParallelState) -> Path:
     def create() -> None:
         # Only the master has a log; the other nodes of a staged run have parts of checkpoints.
         if not config.ckpt.resume and (folder if staged else folder / "log.txt").exists():
-            _lock(folder).close()  # not from under a living run
+            lock_folder(folder, _REMEDY).close()  # not from under a living run
             number = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
             folder.rename(folder.with_name(f"{folder.name}.{number}"))
         folder.mkdir(parents=True, exist_ok=True)
@@ -171,26 +173,19 @@ def lock_run_folder(folder: Path, state: ParallelState) -> IO[str] | None:
 
     Raises: ConfigError on every rank if a living run holds the folder, naming its host and process.
     """
+    return together(lambda: lock_folder(folder, _REMEDY) if state.is_master else None, state.groups["world"])
 
-    return together(lambda: _lock(folder) if state.is_master else None, state.groups["world"])
 
+def remove_leftovers_of_saves(config: Config, folder: Path, state: ParallelState) -> list[str]:
+    """Delete what earlier, killed processes left half saved in ``folder``, whose lock is held; returns what there is to
+    say. Collective. Raises: ConfigError on every rank if the system refuses."""
 
-def _lock(folder: Path) -> IO[str]:
-    file = open(folder / ".lock", "a+")  # noqa: SIM115  # stays open: the lock lives as long as the file
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: a killed run's lock is gone with it
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            return file  # this file system has no locks
-        file.seek(0)
-        holder = file.read().strip() or "another run"
-        raise ConfigError(
-            f"run folder {folder} is in use by {holder}; wait for it or stop it, or use another --exp_name"
-        ) from error
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
-    return file
+    def remove() -> list[str]:
+        size = bytes_of(leftovers(folder))
+        names = [path.name for path in remove_leftovers(folder)]
+        return [f"removed what interrupted saves left: {', '.join(names)} ({size:,} bytes)"] if names else []
+
+    return together(lambda: writable(config, remove) if state.is_master else [], state.groups["world"])
 
 
 def write_description(
@@ -212,10 +207,10 @@ def write_description(
     together(lambda: writable(config, action) if state.is_master else None, state.groups["world"])
 
 
-def writable(config: Config, action: Callable[[], None]) -> None:
-    """Run ``action``, which writes below the log folder. Raises: ConfigError if the system refuses."""
+def writable(config: Config, action: Callable[[], T]) -> T:
+    """The result of ``action``, which writes below the log folder. Raises: ConfigError if the system refuses."""
     try:
-        action()
+        return action()
     except OSError as error:
         raise ConfigError(
             f"--log_dir {config.logging.log_dir} cannot be written ({error.strerror}: {error.filename}); "

@@ -117,6 +117,7 @@ class Trainer:
         self.mirror = startup.open_mirror(config, self.state)
         self.run_log = RunLog(self.log_dir)
         self._say(f"run folder: {self.log_dir}" + (f", copied to {self.mirror.remote.url}" if self.mirror else ""))
+        self._say(*startup.remove_leftovers_of_saves(config, self.log_dir, self.state))
 
     def _init_profiler(self, config: Config) -> contextlib.AbstractContextManager[Any]:
         """A profiler with a ``step`` method, or a context of ``None``."""
@@ -263,11 +264,8 @@ class Trainer:
         if not isinstance(self.optimizer, DistributedOptimizer):
             self.optimizer = DistributedOptimizer(optimizer=self.optimizer, process_group=self.dp_group)
         self.raw_optimizer = self.optimizer.inner
-        groups = {
-            "dense": self.state.groups["world"],
-            "expert": self.state.groups["edp"],
-            "ep": self.state.groups["ep"],
-        }
+        made = self.state.groups
+        groups = {"dense": made["world"], "expert": made["edp"], "ep": made["ep"]}
         options = optimizer_options(self.config, self.raw_model)
         self.optimizer.attach(self.raw_model, specs_of(self.raw_model), groups, options)
         if isinstance(self.raw_model, GPT):

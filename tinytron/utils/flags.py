@@ -1,14 +1,18 @@
-"""What a configuration field says about itself beside its type and default: the command line is made from it."""
+"""What a configuration field says about itself beside its type and default: the command line is made from it; and the
+parser of all command lines."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
+
+from tinytron.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -70,3 +74,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """``"; did you mean X?"`` for the known name most like ``name``, or an empty string when none is close."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {match[0]}?" if match else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises ConfigError instead of printing the usage and exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see --help")

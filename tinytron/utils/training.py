@@ -52,12 +52,16 @@ def use_deterministic_kernels() -> None:
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Call ``write(file)`` on a temporary neighbour of ``path``, flush it to disk, and rename it into place: a
-    reader sees the old file or the whole new one, whatever happens in between."""
+    reader sees the old file or the whole new one, whatever happens in between. What fails leaves nothing behind."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            temporary.unlink(missing_ok=True)  # a full disk needs the room
+            raise
     os.replace(temporary, path)
     sync_folder(path.parent)
 

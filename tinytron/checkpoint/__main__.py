@@ -1,0 +1,138 @@
+"""Tools for checkpoints: ``python -m tinytron.checkpoint inspect|verify|consolidate|prune PATH``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tinytron.checkpoint import report, tools
+from tinytron.checkpoint.files import CheckpointFiles, Retention, checkpoint_of, leftovers, newest_checkpoint
+from tinytron.errors import CheckpointError, ConfigError, TinytronError
+from tinytron.metrics.run_log import json_line
+from tinytron.utils.flags import Parser
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """One subcommand per tool; ``args.tool`` runs it and returns the exit status."""
+    parser = Parser(
+        prog="python -m tinytron.checkpoint", description="Look at checkpoints, check, export and delete them."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    either = "run folder, or a file of one checkpoint such as log/<run>/00100_model.pt"
+
+    command = commands.add_parser("inspect", help="show what is in a run folder or a checkpoint")
+    command.add_argument("path", type=Path, metavar="PATH", help=either)
+    command.add_argument("--json", action="store_true", help="the same as JSON")
+    command.set_defaults(tool=_inspect)
+
+    text = "check that checkpoints are what was written, and whole; exit status 1 if one is not"
+    command = commands.add_parser("verify", help=text, description=text)
+    command.add_argument("path", type=Path, metavar="PATH", help=f"{either}; a folder: all of its checkpoints")
+    command.set_defaults(tool=_verify)
+
+    text = "write fp32 weights and optimizer states into one file for torch.load"
+    command = commands.add_parser("consolidate", help=text, description=text)
+    command.add_argument("path", type=Path, metavar="PATH", help=f"{either}; a folder: its newest checkpoint")
+    command.add_argument(
+        "--out", type=Path, metavar="FILE", help="default: <step>_consolidated.pt beside the checkpoint"
+    )
+    command.set_defaults(tool=_consolidate)
+
+    text = "delete checkpoints that are not to be kept, and what interrupted saves left"
+    command = commands.add_parser("prune", help=text, description=text)
+    command.add_argument("path", type=Path, metavar="PATH", help="run folder that no run is using")
+    command.add_argument(
+        "--keep_last",
+        type=int,
+        required=True,
+        metavar="K",
+        help="checkpoints kept, newest first; 0: all, or 1 beside others",
+    )
+    command.add_argument("--keep_every", type=int, default=0, metavar="N", help="also keep those of every N steps")
+    command.add_argument("--keep_best", action="store_true", help="also keep that of the lowest validation loss")
+    command.add_argument("--dry_run", action="store_true", help="delete nothing, say what would be deleted")
+    command.set_defaults(tool=_prune)
+    return parser
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    if checkpoint_of(args.path) is None:
+        found = report.folder_report(args.path, tools.checkpoints_at(args.path))
+        if not found["checkpoints"] and not found["leftovers"]:
+            raise _nothing(args.path)
+        text = report.show_folder(found)
+    else:
+        found = report.checkpoint_report(_only(args.path))
+        text = report.show_checkpoint(found)
+    print(json_line(found).rstrip() if args.json else text)
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    found = tools.checkpoints_at(args.path)
+    if not found:
+        raise _nothing(args.path)
+    status = 0
+    for files in found:
+        problems = tools.problems(files)
+        print(f"checkpoint {files.step}: {'; '.join(problems) or 'ok'}", flush=True)  # the next one takes its time
+        status = 1 if problems else status
+    return status
+
+
+def _consolidate(args: argparse.Namespace) -> int:
+    files = newest_checkpoint(args.path) if checkpoint_of(args.path) is None else _only(args.path)
+    if files is None:
+        raise _nothing(args.path)
+    out = tools.consolidate(files, args.out)
+    print(f"wrote {out}, {out.stat().st_size:,} bytes")
+    return 0
+
+
+def _prune(args: argparse.Namespace) -> int:
+    for name in ("keep_last", "keep_every"):
+        if getattr(args, name) < 0:
+            raise ConfigError(f"--{name} {getattr(args, name)} must be at least 0")
+    if not args.path.is_dir() or not (tools.checkpoints_at(args.path) or leftovers(args.path)):
+        raise _nothing(args.path)
+    retention = Retention(args.keep_last, args.keep_every, args.keep_best)
+    gone = tools.prune_folder(args.path, retention, dry_run=args.dry_run)
+    verb = "would remove" if args.dry_run else "removed"
+    for step in gone.checkpoints:
+        print(f"{verb} checkpoint {step}")
+    for name in gone.leftovers:
+        print(f"{verb} {name}, left by an interrupted save")
+    print(f"{gone.bytes_freed:,} bytes {'would be ' if args.dry_run else ''}freed")
+    return 0
+
+
+def _only(path: Path) -> CheckpointFiles:
+    (files,) = tools.checkpoints_at(path)
+    return files
+
+
+def _nothing(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} holds no checkpoint; use a run folder such as log/<run>")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the tool that ``arguments`` (default: the command line) name; returns the exit status: 0, 1 (``verify`` found
+    damage), or 2 after an error, which is one line."""
+    try:
+        args = build_parser().parse_args(arguments)
+        status: int = args.tool(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (TinytronError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

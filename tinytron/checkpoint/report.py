@@ -1,0 +1,217 @@
+"""What is in a run folder and in a checkpoint, as data and as tables."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinytron.checkpoint.files import CheckpointFiles, bytes_of, leftovers
+from tinytron.checkpoint.load import read_file, read_meta
+from tinytron.checkpoint.optimizer_state import state_of, stored_states
+from tinytron.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One checkpoint in a line. Bytes are those on disk; ``None`` is what unreadable or older metadata does not say."""
+
+    step: int
+    status: str  # "complete", or what is wrong
+    tokens: int | None
+    val_loss: float | None
+    bytes_weights: int
+    bytes_states: int
+    bytes_total: int
+    parameters: int | None
+    bytes_per_parameter: float | None
+    saved: str | None  # local time
+    world_size: int | None
+
+
+def summarize(files: CheckpointFiles) -> Summary:
+    """What can be said of a checkpoint in whatever condition."""
+    missing = [path.name for path in files.parts if not path.exists()]
+    status, meta = "complete" if files.complete else "incomplete", {}
+    if missing:
+        status += f": {', '.join(missing)} missing"
+    try:
+        meta = read_meta(files.meta)
+    except CheckpointError as error:
+        status = status if files.meta.name in missing else f"unreadable: {error}"
+    parameters = sum(math.prod(shape) for shape in meta.get("parameters", {}).values()) or None
+    total = bytes_of(files.parts)
+    return Summary(
+        step=files.step,
+        status=status,
+        tokens=meta.get("data_position", {}).get("tokens"),
+        val_loss=meta.get("val_loss"),
+        bytes_weights=bytes_of([files.model]),
+        bytes_states=bytes_of([files.optimizer]),
+        bytes_total=total,
+        parameters=parameters,
+        bytes_per_parameter=total / parameters if parameters else None,
+        saved=time.strftime("%Y-%m-%d %H:%M", time.localtime(files.meta.stat().st_mtime))
+        if files.meta.exists()
+        else None,
+        world_size=meta.get("run", {}).get("world_size"),
+    )
+
+
+def folder_report(folder: Path, found: Sequence[CheckpointFiles]) -> dict[str, Any]:
+    """Summaries of the checkpoints ``found`` in ``folder``, and what interrupted saves left."""
+    left = [{"name": path.name, "bytes": bytes_of([path])} for path in leftovers(folder)]
+    return {"folder": str(folder), "checkpoints": [asdict(summarize(files)) for files in found], "leftovers": left}
+
+
+def checkpoint_report(files: CheckpointFiles) -> dict[str, Any]:
+    """Everything about one checkpoint. Raises: CheckpointError if a part is missing or cannot be read."""
+    meta = read_meta(files.meta)
+    run = meta.get("run", {})
+    config = run.get("config", {})
+    parallel = config.get("parallel", {})
+    return {
+        "folder": str(files.folder),
+        **asdict(summarize(files)),
+        "format": meta.get("format"),
+        "git": run.get("git"),
+        "versions": run.get("versions", {}),
+        "command": run.get("command", []),
+        "data": meta.get("data"),
+        "optimizer": config.get("optim", {}).get("optimizer"),
+        "precision": config.get("train", {}).get("precision"),
+        "layout": {key: parallel.get(key) for key in ("sep_size", "ep_size", "use_distributed_optimizer")},
+        "tensors": _tensors(files),
+    }
+
+
+def states_by_parameter(files: CheckpointFiles) -> dict[str, dict[str, Any]]:
+    """Parameter -> key -> how the state is stored. Raises: CheckpointError if the folder of states is damaged."""
+    found: dict[str, dict[str, Any]] = {}
+    for key, entry in stored_states(files.optimizer).items():
+        parameter, state = key.rsplit("/", 1)
+        found.setdefault(parameter, {})[state] = entry
+    return found
+
+
+def _tensors(files: CheckpointFiles) -> list[dict[str, Any]]:
+    states, tensors = states_by_parameter(files), []
+    places: dict[int, str] = {}
+    for name, weight in read_file(files.model, mmap=True).items():
+        shape = tuple(weight.shape)
+        first = places.setdefault(weight.data_ptr(), name)
+        entries = {
+            state_of(key, shape)[0]: _dtype(entry.properties.dtype) for key, entry in states.get(name, {}).items()
+        }
+        tensors.append(
+            {
+                "name": name,
+                "shape": list(shape),
+                "dtype": _dtype(weight.dtype),
+                "tied_to": None if first == name else first,
+                "states": entries,
+            }
+        )
+    return tensors
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# As text.
+
+
+def show_folder(report: dict[str, Any]) -> str:
+    """``folder_report`` for people: a line per checkpoint and per leftover."""
+    title = ("step", "tokens", "val loss", "weights", "states", "total", "B/param", "saved", "ranks", "status")
+    rows = [
+        (
+            str(c["step"]),
+            _number(c["tokens"], ","),
+            _number(c["val_loss"], ".4f"),
+            _size(c["bytes_weights"]),
+            _size(c["bytes_states"]),
+            _size(c["bytes_total"]),
+            _number(c["bytes_per_parameter"], ".1f"),
+            c["saved"] or "-",
+            _number(c["world_size"], "d"),
+            c["status"],
+        )
+        for c in report["checkpoints"]
+    ]
+    lines = [report["folder"], *_table([title, *rows], right=range(9))]
+    if report["leftovers"]:
+        lines += ["", "left by interrupted saves, or of one under way:"]
+        lines += _table([(left["name"], _size(left["bytes"])) for left in report["leftovers"]], right=[1])
+    return "\n".join(lines)
+
+
+def show_checkpoint(report: dict[str, Any]) -> str:
+    """``checkpoint_report`` for people. Tensors that differ in one number of their name share a line."""
+    layout, versions = report["layout"], report["versions"]
+    zero = "sharded" if layout["use_distributed_optimizer"] else "not sharded"
+    facts = [
+        ("status", report["status"]),
+        ("saved", f"{report['saved']}, format {report['format']}"),
+        ("tokens", _number(report["tokens"], ",")),
+        ("val loss", _number(report["val_loss"], ".4f")),
+        (
+            "size",
+            f"{_size(report['bytes_weights'])} weights + {_size(report['bytes_states'])} states, in all "
+            f"{_size(report['bytes_total'])}, {_number(report['bytes_per_parameter'], '.1f')} bytes per parameter",
+        ),
+        ("layout", f"{report['world_size']} ranks, sep {layout['sep_size']}, ep {layout['ep_size']}, states {zero}"),
+        ("training", f"{report['optimizer']} in {report['precision']}, data {report['data']}"),
+        ("code", f"{report['git']}; {', '.join(f'{name} {version}' for name, version in versions.items())}"),
+        ("command", " ".join(report["command"])),
+    ]
+    lines = [f"checkpoint {report['step']} of {report['folder']}", *_table(facts), ""]
+    count = _number(report["parameters"], ",")
+    return "\n".join(
+        [*lines, *_tensor_table(report["tensors"]), f"{len(report['tensors'])} tensors, {count} parameters"]
+    )
+
+
+def _tensor_table(tensors: Sequence[dict[str, Any]]) -> list[str]:
+    counts: dict[tuple[str, ...], int] = {}
+    for tensor in tensors:
+        kinds = ", ".join(dict.fromkeys(tensor["states"].values()))
+        states = f"{' '.join(tensor['states'])} ({kinds})" if kinds else "-"
+        if tensor["tied_to"]:
+            states = f"tied to {tensor['tied_to']}"
+        name = re.sub(r"\.\d+\.", ".*.", tensor["name"], count=1)
+        row = (name, "x".join(str(size) for size in tensor["shape"]), tensor["dtype"], states)
+        counts[row] = counts.get(row, 0) + 1
+    rows = [(row[0], str(count), *row[1:]) for row, count in counts.items()]
+    return _table([("tensor", "count", "shape", "dtype", "states"), *rows], right=[1, 2])
+
+
+def _table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Columns as wide as their longest entry; those in ``right`` are aligned at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            text.rjust(width) if i in right else text.ljust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"

@@ -1,0 +1,178 @@
+"""Checking, consolidating and pruning checkpoints: one process, whatever layout wrote them."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+from tinytron.checkpoint.files import (
+    CheckpointFiles,
+    Retention,
+    bytes_of,
+    checkpoint_of,
+    damaged,
+    leftovers,
+    newest_checkpoint,
+    remove_leftovers,
+    verify,
+)
+from tinytron.checkpoint.load import read_file, read_meta
+from tinytron.checkpoint.lock import lock_folder
+from tinytron.checkpoint.optimizer_state import MAIN, read_states, state_of, stored_states
+from tinytron.checkpoint.report import states_by_parameter
+from tinytron.checkpoint.save import prune, superfluous
+from tinytron.checkpoint.sharded import FlatRange
+from tinytron.errors import CheckpointError, ConfigError
+from tinytron.utils.training import write_atomically
+
+
+def checkpoints_at(path: Path) -> list[CheckpointFiles]:
+    """The checkpoints of a run folder that have metadata, in whatever condition, oldest first; or the one that the file
+    ``path`` is a part of. Raises: CheckpointError if there is none."""
+    one = checkpoint_of(path)
+    if one is not None and path.exists():
+        return [one]
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is neither a run folder nor a checkpoint file; use log/<run> or a file in it")
+    found = (checkpoint_of(meta) for meta in path.glob("*_meta.pt"))
+    return sorted((files for files in found if files is not None), key=lambda files: files.step)
+
+
+def problems(files: CheckpointFiles) -> list[str]:
+    """What is wrong with a checkpoint: files that are not what was written, states that do not cover their parameter."""
+    try:
+        meta = read_meta(files.meta)
+    except CheckpointError as error:
+        return [str(error)]
+    sums = meta.get("files", {})
+    parts = [files.model, files.optimizer / ".metadata", *sorted(files.optimizer.glob("*.distcp"))]
+    names = [str(path.relative_to(files.folder)) for path in parts]
+    found = [f"{files.folder / name} has no checksum in {files.meta.name}" for name in names if name not in sums]
+    for name in sorted(sums):
+        try:
+            verify(files.folder, sums, [name])
+        except CheckpointError as error:
+            found.append(str(error))
+    try:
+        return found or _uncovered(files, meta.get("parameters", {}))
+    except CheckpointError as error:
+        return [str(error)]
+
+
+def _uncovered(files: CheckpointFiles, parameters: dict[str, list[int]]) -> list[str]:
+    stored = stored_states(files.optimizer)
+    found = [f"{files.optimizer} lacks {name}/{MAIN}" for name in parameters if f"{name}/{MAIN}" not in stored]
+    for key, entry in stored.items():
+        name, state = key.rsplit("/", 1)
+        size, count = entry.size.numel(), covered(entry.chunks)
+        expected = math.prod(state_of(state, tuple(parameters[name]))[1]) if name in parameters else size
+        if count != size:
+            found.append(f"{files.optimizer} has {count} of the {size} elements of {key}")
+        elif size != expected:
+            found.append(f"{files.optimizer} has {size} elements of {key}, the parameter {expected}")
+    return found
+
+
+def covered(chunks: Iterable[ChunkStorageMetadata]) -> int:
+    """The number of elements in the union of flat ranges."""
+    count = end = 0
+    for start, length in sorted((chunk.offsets[0], chunk.sizes[0]) for chunk in chunks):
+        count += max(0, start + length - max(start, end))
+        end = max(end, start + length)
+    return count
+
+
+def consolidate(files: CheckpointFiles, out: Path | None = None) -> Path:
+    """Write main weights and optimizer states as plain tensors of their real shapes into one file; returns its path.
+
+    The file: ``{"step", "model": {name: tensor}, "optimizer": {name: {state: tensor}}, "meta"}``; ``model`` is a whole
+    ``state_dict``, tied tensors tied. Raises: CheckpointError for a damaged checkpoint, ConfigError for the name of one of
+    its parts, OSError if the disk refuses.
+    """
+    out = out or files.folder / f"{files.step:05d}_consolidated.pt"
+    if checkpoint_of(out) is not None:
+        raise ConfigError(f"--out {out} would be a part of a checkpoint; use another name")
+    if found := problems(files):
+        raise CheckpointError(found[0])
+    meta, weights = read_meta(files.meta), read_file(files.model, mmap=True)
+    content: dict[str, Any] = {
+        "step": files.step,
+        "model": {},
+        "optimizer": {},
+        "meta": {key: value for key, value in meta.items() if key not in ("files", "rng")},  # of the other files
+    }
+    wanted: dict[str, FlatRange] = {}
+    states, places = states_by_parameter(files), dict[int, torch.Tensor]()
+    if unknown := states.keys() - weights.keys():
+        raise damaged(files.optimizer, f"it has states of {min(unknown)}, which {files.model.name} lacks")
+    for name, weight in weights.items():
+        for key, entry in states.get(name, {}).items():
+            state, shape = state_of(key, tuple(weight.shape))
+            if entry.size.numel() != math.prod(shape):
+                raise damaged(files.optimizer, f"{name}/{key} has another size than {name}")
+            tensor = _on_disk(out, shape, entry.properties.dtype)
+            wanted[f"{name}/{key}"] = FlatRange(tensor.numel(), 0, tensor.view(-1))
+            if key == MAIN:
+                places[weight.data_ptr()] = tensor
+            else:
+                content["optimizer"].setdefault(name, {})[state] = tensor
+    # A tied tensor is its twin's main weights; what is not trained is as it is.
+    content["model"] = {name: places.get(weight.data_ptr(), weight) for name, weight in weights.items()}
+    read_states(wanted, files.optimizer)
+    write_atomically(out, lambda file: torch.save(content, file))
+    return out
+
+
+def _on_disk(out: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor in a file without a name beside ``out``: the checkpoint need not fit into memory, as ``torch.save`` wants
+    all tensors before it writes the first."""
+    with tempfile.NamedTemporaryFile(dir=out.parent, prefix=f"{out.name}.", suffix=".tmp") as file:
+        count = math.prod(shape)
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, a crash later
+            os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
+        return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What was deleted, or would be."""
+
+    checkpoints: list[int]
+    leftovers: list[str]
+    bytes_freed: int
+
+
+def prune_folder(folder: Path, retention: Retention, *, dry_run: bool = False) -> Pruned:
+    """Delete what ``retention`` does not keep and what interrupted saves left; with ``dry_run`` only say what.
+
+    Raises: ConfigError if a living run holds the folder, CheckpointError if the newest checkpoint is damaged (those
+    before may be all there is), OSError if the system refuses.
+    """
+    with lock_folder(folder, "stop it, or let it prune with --keep_last"):
+        gone, left = superfluous(folder, retention), leftovers(folder)
+        if gone:
+            _require_newest(folder)
+        paths = [*(part for files in gone for part in files.parts), *left]
+        size = bytes_of(paths)
+        if not dry_run:
+            prune(folder, retention)
+            remove_leftovers(folder)
+            size -= bytes_of(paths)
+        return Pruned([files.step for files in gone], [path.name for path in left], size)
+
+
+def _require_newest(folder: Path) -> None:
+    newest = newest_checkpoint(folder)
+    assert newest is not None, "older ones were found"
+    if found := problems(newest):
+        raise CheckpointError(
+            f"{found[0]}; nothing is deleted while the newest checkpoint is damaged: remove it yourself"
+        )
