@@ -29,7 +29,10 @@ OPTIMIZERS: dict[str, tuple[object, ...]] = {
     "normuon": ("--optimizer", "muon", "--muon_normuon", "--muon_cautious"),
 }
 SAVED_ON = (4, 2, 4)  # world, sep, ep
-LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 2), (4, 4, 2), (4, 1, 1), (4, 2, 4)]
+LAYOUTS = [
+    *[(1, 1, 1), (2, 2, 1), (2, 1, 2), (4, 4, 2), (4, 1, 1), (4, 2, 4)],
+    pytest.param(8, 2, 4, marks=pytest.mark.slow),
+]
 
 
 def _layout(sep: int, ep: int) -> tuple[object, ...]:

@@ -68,7 +68,7 @@ def test_the_golden_command_trains_four_steps(runs: dict[str, tuple[Result, Path
     assert list(losses(_log(place))) == [1, 2, 3, 4]
     assert losses(_log(place))[1] == pytest.approx(6.24, abs=0.05)  # about ln 512
     assert "warm-up cut from 1000 to 1 steps: the run has only 4" in result.stdout
-    assert {p.name for p in place.glob("log/debug_test_*/*")} == {"config.json", "log.txt", "log.jsonl"}
+    assert {p.name for p in place.glob("log/debug_test_*/*")} == {"config.json", "log.txt", "log.jsonl", ".lock"}
 
 
 @pytest.mark.parametrize("name", ["world 2", "world 4", "replicated", "other micro-batch"])

@@ -23,7 +23,7 @@ COMM = "tinytron.distributed.expert_parallel.comm:"
 GPT, MOE, ROUTER = "tinytron.model.gpt:GPT.", "tinytron.model.modules.moe:MoE.", "tinytron.model.modules.moe:Router."
 MUON = "tinytron.optim.muon:Muon."
 # Pieces of their source.
-DENSE, EXPERT = '"dense": self.state.groups["world"]', '"expert": self.state.groups["edp"]'
+DENSE, EXPERT = '"dense": made["world"]', '"expert": made["edp"]'
 PARTS, LOAD = "sum_over(torch.stack(self._parts), self._group)", 'sum_over(self.step_load, self.state.groups["world"])'
 GATHER, SUM = "score_TE.gather(1, expert_Tk)", "self.own_N += part"
 ADJOINT = "AllToAll.apply(grad, ctx.group, ctx.recv, ctx.send)"
@@ -77,8 +77,8 @@ MUTANTS = {
         ("no root of the norm", OPTIMIZER + "_grad_norm", "total.sqrt()", "total"),
         ("exchanged gradients not summed", SUMMED, SUM, "pass"),
         ("exchanged gradients averaged", SUMMED, SUM, "self.own_N.add_(part).div_(2)"),
-        ("gradients not exchanged", SENT, "_exchange([*zip(self.peers, sent, self._parts, strict=True)], self.group)",
-         "_Together([part.copy_(own) for part, own in zip(self._parts, sent)][:0])"),
+        ("gradients not exchanged", SENT, "_exchange([*zip(self.peers, self._sent, self._parts, strict=True)], self.group)",
+         "_Together([part.copy_(own) for part, own in zip(self._parts, self._sent)][:0])"),
         ("no all-gather", BUFFER + "publish",
          "start_all_gather(self._whole(self.param_data, bucket), own, self.own.group)", "None"),
         ("reduced after every micro-batch", OPTIMIZER + "accumulate", "self._launching = last", "self._launching = True"),

@@ -50,6 +50,7 @@ class SummedExchange:
         self.wire_dtype = wire_dtype
         self.peers = [r for r in range(len(self.whole_WN)) if r != dist.get_rank(group)]
         self._parts: list[torch.Tensor] = []
+        self._sent: list[torch.Tensor] = []
         self._work: Waitable = _Together([])
 
     def start(self) -> SummedExchange:
@@ -57,13 +58,14 @@ class SummedExchange:
         # On a CPU the memory is kept: writing into new pages takes longer than the sum.
         if not self._parts or self.own_N.device.type != "cpu":
             self._parts = [torch.empty_like(self.own_N, dtype=self.wire_dtype) for _ in self.peers]
-        sent = [self.whole_WN[r].to(self.wire_dtype) for r in self.peers]
-        self._work = _exchange([*zip(self.peers, sent, self._parts, strict=True)], self.group)
+        self._sent = [self.whole_WN[r].to(self.wire_dtype) for r in self.peers]  # alive until they are gone
+        self._work = _exchange([*zip(self.peers, self._sent, self._parts, strict=True)], self.group)
         return self
 
     def wait(self) -> None:
         """Sum: ``own`` then holds the total."""
         self._work.wait()
+        self._sent = []
         for part in self._parts:
             self.own_N += part
 
