@@ -25,3 +25,8 @@ class TrainingError(TinytronError):
 
 class StorageError(TinytronError):
     """A remote folder cannot be reached, read or written."""
+
+
+def first_line(error: BaseException | str) -> str:
+    """What an error of other people's code says, in one line."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

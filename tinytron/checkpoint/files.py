@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -10,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinytron.errors import CheckpointError
-from tinytron.utils.training import sync_folder
+from tinytron.errors import CheckpointError, first_line
+from tinytron.utils.training import sha256_of, sync_folder
 
 
 @dataclass(frozen=True)
@@ -76,15 +75,18 @@ class CheckpointFiles:
 
 def damaged(path: Path, error: BaseException | str) -> CheckpointError:
     """The error for a part that cannot be read, in one line."""
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return CheckpointError(f"{path} cannot be read ({reason})")
+    return CheckpointError(f"{path} cannot be read ({first_line(error)})")
 
 
 def complete_checkpoints(folder: Path) -> list[CheckpointFiles]:
     """The complete checkpoints of ``folder``, newest first."""
-    matches = (re.fullmatch(r"(\d+)_meta\.pt", path.name) for path in folder.glob("*_meta.pt"))
-    found = (CheckpointFiles(folder, int(match[1])) for match in matches if match)
-    return sorted((files for files in found if files.complete), key=lambda files: -files.step)
+    return [files for files in reversed(checkpoints_with_metadata(folder)) if files.complete]
+
+
+def checkpoints_with_metadata(folder: Path) -> list[CheckpointFiles]:
+    """The checkpoints of ``folder`` that have metadata, in whatever condition, oldest first."""
+    found = (checkpoint_of(meta) for meta in folder.glob("*_meta.pt"))
+    return sorted((files for files in found if files is not None), key=lambda files: files.step)
 
 
 def newest_checkpoint(folder: Path) -> CheckpointFiles | None:
@@ -157,12 +159,7 @@ def find_checkpoints(path: str) -> list[CheckpointFiles]:
 
 def checksum(path: Path) -> dict[str, Any]:
     """Size in bytes and SHA-256 of a file, as the metadata keeps them."""
-    digest, size = hashlib.sha256(), 0
-    with open(path, "rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-            size += len(block)
-    return {"bytes": size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def verify(folder: Path, sums: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> None:

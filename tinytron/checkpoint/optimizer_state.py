@@ -24,7 +24,7 @@ from tinytron.checkpoint.snapshot import HostBuffers
 from tinytron.distributed.collectives import together
 from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer
 from tinytron.distributed.zero1.flat_buffer import Piece
-from tinytron.errors import CheckpointError
+from tinytron.errors import CheckpointError, first_line
 
 MAIN, SCALAR = "main", "scalar."
 _SIZES = re.compile(r"(\d+)x(\d+)\.(.+)")
@@ -107,7 +107,7 @@ def read_states(wanted: dict[str, FlatRange], folder: Path, group: dist.ProcessG
 def _first_reason(error: dcp.api.CheckpointException) -> str:
     """What went wrong on the first of the ranks that failed, in one line."""
     reason = next(iter(error.failures.values()))[0]
-    return str(reason).splitlines()[0] if str(reason) else type(reason).__name__
+    return first_line(reason)
 
 
 def stored_states(folder: Path) -> dict[str, TensorStorageMetadata]:

@@ -65,12 +65,9 @@ def take_snapshot(
     return Snapshot(files, weights, states, record, rng_state())
 
 
-def consolidated_weights(
-    model: nn.Module, state: ParallelState, buffers: HostBuffers | None = None
-) -> dict[str, torch.Tensor]:
+def consolidated_weights(model: nn.Module, state: ParallelState, buffers: HostBuffers) -> dict[str, torch.Tensor]:
     """``state_dict`` of the whole model, on the master: all experts, tied tensors tied, as CPU tensors of their own
     (parameters are views of large buffers). Collective over the master's expert group; empty on other ranks."""
-    buffers = buffers or HostBuffers()
     cut = {spec.name for spec in specs_of(model) if spec.shard_axis is not None}
     group, weights = state.groups["ep"], {}
     with_master = state.layout.ranks("edp")[state.group_rank("ep")][0] == state.rank

@@ -18,6 +18,7 @@ from tinytron.checkpoint.files import (
     Retention,
     bytes_of,
     checkpoint_of,
+    checkpoints_with_metadata,
     damaged,
     leftovers,
     newest_checkpoint,
@@ -42,8 +43,7 @@ def checkpoints_at(path: Path) -> list[CheckpointFiles]:
         return [one]
     if not path.is_dir():
         raise CheckpointError(f"{path} is neither a run folder nor a checkpoint file; use log/<run> or a file in it")
-    found = (checkpoint_of(meta) for meta in path.glob("*_meta.pt"))
-    return sorted((files for files in found if files is not None), key=lambda files: files.step)
+    return checkpoints_with_metadata(path)
 
 
 def problems(files: CheckpointFiles) -> list[str]:

@@ -23,7 +23,7 @@ from tinytron.checkpoint.mirror import Mirror
 from tinytron.distributed.collectives import together, together_long
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.parallel_state import ParallelState
-from tinytron.errors import CheckpointError, ConfigError
+from tinytron.errors import CheckpointError, ConfigError, first_line
 from tinytron.training.config import Config, accumulation_steps
 from tinytron.utils.remote import is_remote, local_folder
 from tinytron.utils.training import seed_all, use_deterministic_kernels, write_atomically
@@ -67,7 +67,7 @@ def join_world(config: Config) -> ParallelState:
             except (ValueError, RuntimeError) as error:
                 raise ConfigError(
                     f"rank {rank} cannot join the others by --init_method {config.parallel.init_method} "
-                    f"({str(error).splitlines()[0]}); launch with torchrun, which sets MASTER_ADDR and MASTER_PORT"
+                    f"({first_line(error)}); launch with torchrun, which sets MASTER_ADDR and MASTER_PORT"
                 ) from error
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tinytron.errors import ConfigError, StorageError
+from tinytron.errors import ConfigError, StorageError, first_line
+from tinytron.utils.training import sha256_of
 
 T = TypeVar("T")
 
@@ -69,10 +70,10 @@ class RemoteFolder:
             self._fs, self._root = fsspec.core.url_to_fs(self.url, **options)
         except ImportError as error:
             extra = EXTRAS.get(protocol)
-            advice = f"pip install tinytron[{extra}]" if extra else str(error).splitlines()[0]
+            advice = f"pip install tinytron[{extra}]" if extra else first_line(error)
             raise ConfigError(f"{self.url}: {protocol}:// needs a package that is not installed; {advice}") from error
         except ValueError as error:
-            raise ConfigError(f"{self.url}: {_reason(error)}; use s3://, gs:// or a local folder") from error
+            raise ConfigError(f"{self.url}: {first_line(error)}; use s3://, gs:// or a local folder") from error
 
     def list(self) -> dict[str, int]:
         """Sizes in bytes of all files below, by name relative to the folder; empty if there is none."""
@@ -161,13 +162,9 @@ class RemoteFolder:
             except Exception as error:  # every file system has errors of its own
                 permanent = isinstance(error, _PERMANENT) or type(error).__name__ in _PERMANENT_NAMES
                 if permanent or pause is None:
-                    raise StorageError(f"{self.url}: cannot {operation} {name} ({_reason(error)})") from error
+                    raise StorageError(f"{self.url}: cannot {operation} {name} ({first_line(error)})") from error
                 time.sleep(pause)
         raise AssertionError("the last attempt returns or raises")
-
-
-def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _difference(path: Path, size: int, sha256: str | None) -> str:
@@ -176,8 +173,5 @@ def _difference(path: Path, size: int, sha256: str | None) -> str:
         return f"{got} bytes came instead of {size}"
     if sha256 is None:
         return ""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-    return "" if digest.hexdigest() == sha256 else f"its sha256 is {digest.hexdigest()} instead of {sha256}"
+    found = sha256_of(path)
+    return "" if found == sha256 else f"its sha256 is {found} instead of {sha256}"

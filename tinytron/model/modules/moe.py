@@ -154,7 +154,7 @@ class MoE(nn.Module):
             rows = k * (T // B) * ranks
         else:
             ranks = self.state.layout.world_size if self.state else 1
-            seen, group, rows = load_E.clone(), "world", k * T * ranks
+            seen, group, rows = load_E, "world", k * T * ranks
         if self.state is not None and ranks > 1:
             seen = sum_over(seen.clone(), self.state.groups[group])
         balance = E * (prob_BE * (seen.to(prob_BE.dtype) / rows)).sum()
