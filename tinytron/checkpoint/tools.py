@@ -29,7 +29,7 @@ from tinytron.checkpoint.load import read_file, read_meta
 from tinytron.checkpoint.lock import lock_folder
 from tinytron.checkpoint.optimizer_state import MAIN, read_states, state_of, stored_states
 from tinytron.checkpoint.report import states_by_parameter
-from tinytron.checkpoint.save import prune, superfluous
+from tinytron.checkpoint.save import superfluous
 from tinytron.checkpoint.sharded import FlatRange
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.utils.training import write_atomically
@@ -163,7 +163,8 @@ def prune_folder(folder: Path, retention: Retention, *, dry_run: bool = False) -
         paths = [*(part for files in gone for part in files.parts), *left]
         size = bytes_of(paths)
         if not dry_run:
-            prune(folder, retention)
+            for files in gone:
+                files.remove()
             remove_leftovers(folder)
             size -= bytes_of(paths)
         return Pruned([files.step for files in gone], [path.name for path in left], size)
