@@ -1,0 +1,289 @@
+"""Weighted mixtures of data sources: which sample stands at a position of the run, as a formula.
+
+The run is a row of segments: a stage, or what a stage leaves when a source of it is used up. A segment is walked in blocks
+of M positions. With weights w_1 + w_2 + ... = 1 and W_k = w_1 + ... + w_k, source k has in the first B blocks
+
+    T_k(B) = floor(W_k M B) - floor(W_(k-1) M B)
+
+positions: less than one away from w_k M B however long the run, and together M B. Block b holds T_k(b+1) - T_k(b) of them,
+which is never negative: floor(W_k M (b+1)) - floor(W_k M b) is at least floor(W_k M), the same of W_(k-1) at most
+ceil(W_(k-1) M), and W_k M >= W_(k-1) M + 1, for a weight is 0 (then T_k is 0) or at least 1/M. A permutation of its own
+shuffles each block. The positions of a source, in order, walk through the source's own epochs, whose orders know nothing of
+the mixture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+
+from tinytron.data.mixture_file import BLOCK, Mixture
+from tinytron.data.permutation import Permutation
+from tinytron.errors import ConfigError, DataError
+
+Ints = npt.NDArray[np.int64]
+ENDLESS = 2**62  # positions; what would end later never ends
+_SHUFFLE = 0x6D6978  # keeps the keys of blocks apart from those of sources
+_CACHED_BLOCKS = 8
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Positions ``start`` to ``end`` - 1 (None: without end), of which source k takes ``weights[k]``; ``used[k]`` of its
+    samples came before."""
+
+    number: int
+    stage: int
+    start: int
+    end: int | None
+    weights: tuple[Fraction, ...]
+    used: tuple[int, ...]
+
+    def before_block(self, block: int) -> list[int]:
+        """T_k(block) for every source k."""
+        edges, total = [0], Fraction(0)
+        for weight in self.weights:
+            total += weight
+            edges.append(total.numerator * BLOCK * block // total.denominator)
+        return [high - low for low, high in itertools.pairwise(edges)]
+
+
+class MixtureOrder:
+    """Sample ids of the positions of a run, in the concatenation of the sources of ``sizes`` samples: the id of a sample is
+    the sizes of the sources before its own, plus its number there. A function of (arguments, position) alone.
+
+    ``seq_len`` is the tokens of one sample: stages and ``max_tokens`` are rounded down to samples, ``max_epochs`` too.
+    ``fingerprints`` says what the sources hold. Positions, counts and ids are in samples. Raises: ConfigError for a stage
+    or a cap of less than one sample.
+    """
+
+    def __init__(
+        self, mixture: Mixture, sizes: Sequence[int], seq_len: int, seed: int, fingerprints: Sequence[str] = ()
+    ) -> None:
+        assert len(sizes) == len(mixture.sources), "every source has a size"
+        assert min(sizes) > 0, "every source has a sample"
+        self.names = [source.name for source in mixture.sources]
+        self.file, self.sizes, self.seq_len, self.seed = mixture.file, [int(size) for size in sizes], seq_len, seed
+        self.fingerprints = list(fingerprints)
+        self.ends: Ints = np.cumsum(np.array(sizes, np.int64))
+        self.caps = [self._cap(mixture, number) for number in range(len(sizes))]
+        self.stage_weights = [stage.weights for stage in mixture.stages]
+        self.stage_sizes = [
+            None if stage.tokens is None else self._samples(stage.tokens, f"stages[{number}].tokens")
+            for number, stage in enumerate(mixture.stages)
+        ]
+        # Every source has a key of its own, so that its order is the same in whatever mixture it is.
+        self.keys = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") for name in self.names]
+        self.capacity: int | None = None  # samples, if every source ends
+        self._cache: dict[tuple[int, int], tuple[Ints, Ints]] = {}
+        self.segments = self._lay_out()
+        self._starts: Ints = np.array([segment.start for segment in self.segments], np.int64)
+
+    @property
+    def num_samples(self) -> int:
+        """The default length of a run: every source's cap, or size if it has none, together; at most ``capacity``. It is a
+        length only: the weights decide how much of it every source gets."""
+        total = sum(size if cap is None else cap for size, cap in zip(self.sizes, self.caps, strict=True))
+        return total if self.capacity is None else min(total, self.capacity)
+
+    def __call__(self, positions: Ints) -> Ints:
+        """Sample ids at ``positions``, in any order. Raises: DataError beyond ``capacity``."""
+        positions = np.asarray(positions, np.int64)
+        if positions.size:
+            self._check_end(int(positions.max()) + 1)
+        ids = np.empty_like(positions)
+        numbers = np.searchsorted(self._starts, positions, side="right") - 1
+        for block, here in _groups((positions - self._starts[numbers]) // BLOCK):
+            for number, chosen in _groups(numbers[here]):
+                places = here[chosen]
+                sources, ranks = self._block(self.segments[number], block)
+                offsets = (positions[places] - self._starts[number]) % BLOCK
+                for source, of_source in _groups(sources[offsets]):
+                    ids[places[of_source]] = self._walk(source, ranks[offsets[of_source]])
+        return ids
+
+    def counts(self, position: int) -> Ints:
+        """Samples of every source among positions 0 to ``position`` - 1. Raises: DataError beyond ``capacity``."""
+        self._check_end(position)
+        segment = self.segments[int(np.searchsorted(self._starts, position, side="right")) - 1]
+        return np.array(self._counts_of(segment, position - segment.start), np.int64)
+
+    def source_of(self, ids: Ints) -> Ints:
+        """The number of the source that each sample id belongs to."""
+        return np.searchsorted(self.ends, ids, side="right").astype(np.int64)
+
+    def fingerprint(self) -> str:
+        """A hash of all that the order depends on, the seed left out: names, weights, caps, stages, sizes, contents."""
+        weights = [[str(weight) for weight in stage] for stage in self.stage_weights]
+        parts = [self.names, self.sizes, self.caps, self.stage_sizes, weights, self.seq_len, self.fingerprints]
+        return f"mixture:{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
+
+    def describe(self, num_samples: int | None = None) -> list[str]:
+        """Lines for the user about a run of ``num_samples`` (by default its own; at most ``capacity``): what every source
+        gives, and what every part of the run consists of."""
+        length = self.num_samples if num_samples is None else num_samples
+        length = length if self.capacity is None else min(length, self.capacity)
+        used = self.counts(length).tolist()
+        lines = [f"mixture {self.file}: {len(self.names)} sources, {self._tokens(length)}"]
+        for k, name in enumerate(self.names):
+            shares = "/".join(f"{float(weights[k]):.4g}" for weights in self.stage_weights)
+            line = (
+                f"  {name}: weight {shares}, has {self._tokens(self.sizes[k])}, gives {self._tokens(used[k])} "
+                f"({used[k] / self.sizes[k]:.3g} epochs)"
+            )
+            cap = self.caps[k]
+            lines.append(line if cap is None else f"{line}, at most {self._tokens(cap)}")
+        for segment in self.segments:
+            end = segment.end
+            parts = ", ".join(f"{n} {float(w):.4g}" for n, w in zip(self.names, segment.weights, strict=True) if w)
+            line = f"  stage {segment.stage + 1}, from {self._tokens(segment.start)} "
+            line += f"to {'the end of the run' if end is None else self._tokens(end)}: {parts}"
+            over = [] if end is None else self._used_up_at(segment, end)
+            lines.append(f"{line}; {', '.join(over)} used up there" if over else line)
+        if self.capacity is not None:
+            lines.append(f"  the mixture ends after {self._tokens(self.capacity)}, all used up")
+        return lines
+
+    def _used_up_at(self, segment: Segment, end: int) -> list[str]:
+        counts = self._counts_of(segment, end - segment.start)
+        return [
+            n for n, w, c, cap in zip(self.names, segment.weights, counts, self.caps, strict=True) if w and c == cap
+        ]
+
+    def _tokens(self, samples: int) -> str:
+        tokens = float(samples * self.seq_len)
+        for unit in ("", "K", "M", "B", "T"):
+            if tokens < 999.95 or unit == "T":
+                break
+            tokens /= 1000
+        return f"{tokens:.4g}{unit} tokens"
+
+    def _check_end(self, end: int) -> None:
+        assert end >= 0, "positions count from 0"
+        if self.capacity is not None and end > self.capacity:
+            last = self.segments[-1]
+            names = [name for name, weight in zip(self.names, self.stage_weights[last.stage], strict=True) if weight]
+            raise DataError(
+                f"{self.file}: the mixture ends after {self.capacity * self.seq_len} tokens, when {', '.join(names)} (all "
+                f"that stage {last.stage + 1} uses) have given their max_epochs or max_tokens; lower --max_steps to no "
+                "more tokens than that, or raise a cap"
+            )
+
+    # Layout.
+
+    def _samples(self, tokens: Fraction, key: str) -> int:
+        if tokens < self.seq_len:
+            raise ConfigError(
+                f"{self.file}: {key} {float(tokens):.12g} is less than one sample of --seq_len {self.seq_len}; "
+                f"use {self.seq_len} or more"
+            )
+        return int(tokens // self.seq_len)
+
+    def _cap(self, mixture: Mixture, number: int) -> int | None:
+        source, key, caps = mixture.sources[number], f"sources[{number}]", []
+        if source.max_tokens is not None:
+            caps.append(self._samples(source.max_tokens, f"{key}.max_tokens"))
+        if (epochs := source.max_epochs) is not None:
+            size = self.sizes[number]
+            caps.append(int(epochs * size))
+            if not caps[-1]:
+                raise ConfigError(
+                    f"{self.file}: {key}.max_epochs {float(epochs):.6g} of {size} samples is less than one sample of "
+                    f"--seq_len {self.seq_len}; use {1.0001 / size:.6g} or more"
+                )
+        return min(caps, default=None)
+
+    def _lay_out(self) -> list[Segment]:
+        """The segments, and ``capacity``. Every one ends a stage or a source, so they are few."""
+        segments: list[Segment] = []
+        start, stage, stage_start, used = 0, 0, 0, [0] * len(self.sizes)
+        while True:
+            left = [None if cap is None else cap - u for cap, u in zip(self.caps, used, strict=True)]
+            weights = [Fraction(0) if rest == 0 else w for w, rest in zip(self.stage_weights[stage], left, strict=True)]
+            if not (total := sum(weights, Fraction(0))):
+                self.capacity = start
+                return segments
+            segment = Segment(len(segments), stage, start, None, tuple(w / total for w in weights), tuple(used))
+            size = self.stage_sizes[stage]
+            ends = [] if size is None else [stage_start + size]
+            ends += [
+                start + self._length_until(segment, k, rest)
+                for k, rest in enumerate(left)
+                if rest is not None and weights[k]
+            ]
+            end = min(ends, default=ENDLESS)
+            if end >= ENDLESS:
+                return [*segments, segment]
+            segments.append(Segment(segment.number, stage, start, end, segment.weights, segment.used))
+            used = self._counts_of(segment, end - start)
+            start = end
+            if size is not None and end == stage_start + size:
+                stage, stage_start = stage + 1, end
+
+    def _length_until(self, segment: Segment, source: int, count: int) -> int:
+        """Positions of ``segment`` up to and with the ``count``-th of ``source``, or ``ENDLESS``."""
+        # T(B) is less than 1 away from w M B, and w M >= 1: not too far to begin with, and at most three rounds.
+        block = int((count - 1) / (segment.weights[source] * BLOCK))
+        if block * BLOCK >= ENDLESS:
+            return ENDLESS
+        while segment.before_block(block + 1)[source] < count:
+            block += 1
+        sources, _ = self._block(segment, block)
+        within = count - segment.before_block(block)[source]
+        return block * BLOCK + int(np.flatnonzero(sources == source)[within - 1]) + 1
+
+    # Blocks.
+
+    def _make_block(self, segment: Segment, block: int) -> tuple[Ints, Ints]:
+        """Source of every position of a block, and how many samples that source gave before it in the whole run."""
+        before, after = segment.before_block(block), segment.before_block(block + 1)
+        bounds = np.cumsum([high - low for low, high in zip(before, after, strict=True)])
+        shuffle = Permutation(BLOCK, self.seed, _SHUFFLE, segment.number, block)
+        slots = shuffle(np.arange(BLOCK, dtype=np.int64))
+        sources = np.searchsorted(bounds, slots, side="right").astype(np.int64)
+        ranks = np.empty_like(sources)
+        for source, places in _groups(sources):
+            first = segment.used[source] + before[source]
+            ranks[places] = np.arange(first, first + len(places), dtype=np.int64)
+        return sources, ranks
+
+    def _block(self, segment: Segment, block: int) -> tuple[Ints, Ints]:
+        """``_make_block``, remembered for a while: a batch is often less than a block."""
+        key = (segment.number, block)
+        if key not in self._cache:
+            if len(self._cache) >= _CACHED_BLOCKS:
+                del self._cache[next(iter(self._cache))]  # the oldest
+            self._cache[key] = self._make_block(segment, block)
+        return self._cache[key]
+
+    def _walk(self, source: int, ranks: Ints) -> Ints:
+        """The ids of samples ``ranks`` of a source's walk through its epochs."""
+        size, ids = self.sizes[source], np.empty_like(ranks)
+        for epoch, here in _groups(ranks // size):
+            ids[here] = Permutation(size, self.seed, self.keys[source], epoch)(ranks[here] % size)
+        return ids + (self.ends[source] - size)
+
+    def _counts_of(self, segment: Segment, length: int) -> list[int]:
+        """Samples of every source before position ``length`` of ``segment``."""
+        block, rest = divmod(length, BLOCK)
+        counts = [used + before for used, before in zip(segment.used, segment.before_block(block), strict=True)]
+        if rest:
+            sources, _ = self._block(segment, block)
+            part = np.bincount(sources[:rest], minlength=len(counts))
+            counts = [count + int(more) for count, more in zip(counts, part, strict=True)]
+        return counts
+
+
+def _groups(values: Ints) -> Iterator[tuple[int, Ints]]:
+    """Every different value and the places where it stands, both ascending."""
+    order = np.argsort(values, kind="stable")
+    cuts = np.flatnonzero(np.diff(values[order])) + 1
+    for places in np.split(order, cuts):
+        if len(places):
+            yield int(values[places[0]]), places

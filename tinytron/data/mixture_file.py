@@ -1,0 +1,212 @@
+"""The mixture file: which sources are mixed, in which proportions, for how long. Checked here as far as the file alone
+allows; numbers are kept as fractions of their decimal text, so that 0.1 is a tenth."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tinytron.errors import ConfigError, first_line
+from tinytron.utils.flags import nearest
+
+BLOCK = 4096  # positions; proportions are exact at the end of every block (mixture.py)
+_LARGEST, _SMALLEST = Decimal("1e15"), Decimal("1e-12")
+_SOURCE_KEYS = ("name", "path", "weight", "max_epochs", "max_tokens")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set of the mixture; ``path`` as ``--dataset_path`` takes it. Caps are over the whole run."""
+
+    name: str
+    path: str
+    max_epochs: Fraction | None = None
+    max_tokens: Fraction | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the run: ``tokens`` long (None: to the end), ``weights`` in the order of the sources, summing to 1."""
+
+    tokens: Fraction | None
+    weights: tuple[Fraction, ...]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A checked mixture file; ``file`` is its name in errors."""
+
+    file: str
+    sources: tuple[Source, ...]
+    stages: tuple[Stage, ...]
+
+
+def read_mixture(path: str | Path) -> Mixture:
+    """Read and check a mixture file::
+
+        {"sources": [{"name": "web", "path": "data/web", "weight": 0.7, "max_epochs": 2, "max_tokens": 1e9}, ...],
+         "stages": [{"tokens": 1e9, "weights": {"web": 0.5, "code": 0.5}}, ..., {"weights": {"code": 1}}]}
+
+    Weights are relative. Without ``stages`` every source has a ``weight``; with them the stages have them all, and a source
+    that a stage does not name, or gives 0, is not used there. Each stage but the last lasts ``tokens``. Paths are relative
+    to the file. Raises: ConfigError naming file, key, rule and a value that works.
+    """
+    check = _Checker(str(path))
+    top = check.fields(check.read(), "the file", ("sources", "stages"), '{"sources": [...]}')
+    entries = check.entries(top.get("sources"), "sources", '[{"name": "web", "path": "data/web", "weight": 1}]')
+    has_stages = "stages" in top
+    sources: list[Source] = []
+    given: dict[str, Fraction] = {}
+    for number, entry in enumerate(entries):
+        source, weight = _source(check, entry, f"sources[{number}]", has_stages)
+        if source.name in given:
+            check.fail(f"sources[{number}].name {source.name!r} is taken; give every source a name of its own")
+        sources.append(source)
+        given[source.name] = weight
+    if has_stages:
+        stages = _stages(check, top["stages"], list(given))
+    else:
+        keys = [f"sources[{number}].weight" for number in range(len(sources))]
+        stages = [Stage(None, _normalised(check, list(given.values()), keys))]
+    return Mixture(str(path), tuple(sources), tuple(stages))
+
+
+def _source(check: _Checker, entry: Any, key: str, has_stages: bool) -> tuple[Source, Fraction]:
+    """The source, and its weight (0 if the stages have the weights)."""
+    fields = check.fields(entry, key, _SOURCE_KEYS, '{"name": "web", "path": "data/web", "weight": 1}')
+    name, place = fields.get("name"), fields.get("path")
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+        check.fail(f'{key}.name is {_shown(name)}, but must be made of letters, digits, ".", "_", "-"; use "web"')
+    if not isinstance(place, str) or not place:
+        check.fail(f'{key}.path is {_shown(place)}, but must name token shards; use "data/{name}"')
+    if has_stages and "weight" in fields:
+        check.fail(
+            f"{key}.weight cannot be given beside stages, which have weights of their own; leave one of them out"
+        )
+    weight = Fraction(0) if has_stages else check.number(fields.get("weight"), f"{key}.weight", "1")
+    caps = [
+        check.number(fields[cap], f"{key}.{cap}", works) if cap in fields else None
+        for cap, works in (("max_epochs", "2"), ("max_tokens", "1e9"))
+    ]
+    here = place if "://" in place else str(Path(check.file).parent / place)
+    return Source(name, here, *caps), weight
+
+
+def _stages(check: _Checker, value: Any, names: list[str]) -> list[Stage]:
+    entries = check.entries(value, "stages", '[{"tokens": 1e9, "weights": {...}}, {"weights": {...}}]')
+    stages = []
+    for number, entry in enumerate(entries):
+        key, last = f"stages[{number}]", number == len(entries) - 1
+        fields = check.fields(entry, key, ("tokens", "weights"), f'{{"weights": {{"{names[0]}": 1}}}}')
+        if last and "tokens" in fields:
+            check.fail(
+                f"{key}.tokens cannot be given for the last stage, which lasts to the end of the run; leave it out"
+            )
+        tokens = None if last else check.number(fields.get("tokens"), f"{key}.tokens", "1e9")
+        shares = check.fields(fields.get("weights"), f"{key}.weights", names, f'{{"{names[0]}": 1}}', "source")
+        keys = [f"{key}.weights.{name}" for name in names]
+        weights = [
+            check.number(shares[name], k, "1", zero=True) if name in shares else Fraction(0)
+            for name, k in zip(names, keys, strict=True)
+        ]
+        if not any(weights):
+            check.fail(f"{key}.weights uses no source; give one a weight, such as {names[0]!r}: 1")
+        stages.append(Stage(tokens, _normalised(check, weights, keys)))
+    for number, name in enumerate(names):
+        if not any(stage.weights[number] for stage in stages):
+            check.fail(f"sources[{number}]: {name!r} has a weight in no stage; give it one, or take the source out")
+    return stages
+
+
+def _normalised(check: _Checker, weights: list[Fraction], keys: list[str]) -> tuple[Fraction, ...]:
+    """Weights that sum to 1. Raises: ConfigError for one so small that a block could do without the source."""
+    total = sum(weights, Fraction(0))
+    for weight, key in zip(weights, keys, strict=True):
+        if weight and weight * BLOCK < total:
+            enough = float((total - weight) / (BLOCK - 1)) * 1.0001
+            check.fail(
+                f"{key} is {float(weight / total):.3g} of the weights together, below 1/{BLOCK}; use {enough:.6g} or more"
+            )
+    return tuple(weight / total for weight in weights)
+
+
+class _Checker:
+    """The rules of one file; every failure starts with its name."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    def fail(self, message: str) -> NoReturn:
+        """Raises: ConfigError, always."""
+        raise ConfigError(f"{self.file}: {message}")
+
+    def read(self) -> Any:
+        """The JSON value; every number is a Decimal (an exponent may be too large for anything else)."""
+        try:
+            text = Path(self.file).read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            self.fail(f"the mixture file cannot be read ({reason}); check --dataset_path")
+        try:
+            return json.loads(
+                text,
+                parse_int=_decimal,
+                parse_float=_decimal,
+                parse_constant=_decimal,
+                object_pairs_hook=self._without_duplicates,
+            )
+        except (ValueError, RecursionError) as error:
+            self.fail(f"this is no JSON: {first_line(error)}; write " + '{"sources": [...]}')
+
+    def _without_duplicates(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            double = next(name for name in names if names.count(name) > 1)
+            self.fail(f"the key {double!r} is given twice in one object; give it once")
+        return found
+
+    def fields(self, value: Any, key: str, known: Iterable[str], works: str, what: str = "key") -> dict[str, Any]:
+        """``value`` if it is an object with known keys only."""
+        known = list(known)
+        if not isinstance(value, dict):
+            self.fail(f"{key} is {_shown(value)}, but must be an object; use {works}")
+        for name in value:
+            if name not in known:
+                advice = nearest(name, known) or f"; use {', '.join(known)}"
+                self.fail(f"{key} has an unknown {what} {name!r}{advice}")
+        return dict(value)
+
+    def entries(self, value: Any, key: str, works: str) -> list[Any]:
+        """``value`` if it is a list with something in it."""
+        if not isinstance(value, list) or not value:
+            self.fail(f"{key} is {_shown(value)}, but must be a list with at least one entry; use {works}")
+        return list(value)
+
+    def number(self, value: Any, key: str, works: str, zero: bool = False) -> Fraction:
+        """``value`` if it is a positive number (or 0 if ``zero``), exactly."""
+        good = isinstance(value, Decimal) and value.is_finite()
+        if not good or not (_SMALLEST <= value <= _LARGEST or (zero and value == 0)):
+            rule = "must be 0 or a positive number" if zero else "must be a positive number"
+            self.fail(f"{key} is {_shown(value)}, but {rule}, {_SMALLEST:e} to {_LARGEST:e}; use {works}")
+        return Fraction(value) if value else Fraction(0)  # a zero may have any exponent
+
+
+def _decimal(text: str) -> Decimal:
+    try:
+        return Decimal(text)
+    except ArithmeticError:  # an exponent of 20 digits
+        return Decimal("Infinity")
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "not given"
+    text = str(value) if isinstance(value, Decimal) else json.dumps(value, default=str)
+    return text if len(text) <= 40 else text[:37] + "..."
