@@ -252,16 +252,24 @@ class GPT(nn.Module):
         labels: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
         documents: Documents | None = None,
+        weights: torch.Tensor | None = None,
     ) -> torch.Tensor | LossSums:
-        """Logits ``[B, s, V]``, or with ``labels`` ``[B, s]`` (already shifted; -100 is ignored) the loss *sums*."""
+        """Logits ``[B, s, V]``, or with ``labels`` ``[B, s]`` (already shifted; -100 is ignored) the loss *sums*, in which
+        a target counts ``weights`` ``[B, s]`` times (default 1)."""
         x_BsD, all_stats = self.hidden_states(input_ids, positions, documents)
         self.before_use(self.lm_head)
         if labels is None:
             logits: torch.Tensor = self.lm_head(x_BsD)
             return logits
         sums = fused_linear_cross_entropy(
-            x_BsD.flatten(0, 1), self.lm_head.weight, labels.flatten(), z_loss_coef=self.z_loss_coef
+            x_BsD.flatten(0, 1),
+            self.lm_head.weight,
+            labels.flatten(),
+            weights_T=None if weights is None else weights.flatten(),
+            z_loss_coef=self.z_loss_coef,
         )
+        if sums.per_token is not None:
+            sums = sums._replace(per_token=sums.per_token.view_as(labels))
         choices = [stats.choice for stats in all_stats if stats.choice is not None]
         if self.training and choices:
             self.recorded = Recorded(input_ids, choices)
@@ -274,7 +282,7 @@ class GPT(nn.Module):
         z = torch.stack([stats.z for stats in all_stats]).sum()
         added = self.config.moe_aux_loss_coef * balance + self.config.moe_z_loss_coef * z
         aux = {"moe_balance": balance.detach(), "moe_z": z.detach()}
-        return LossSums(sums.objective + added, sums.token, aux)
+        return sums._replace(objective=sums.objective + added, aux=aux)
 
     @torch.no_grad()
     def end_step(self, skipped: torch.Tensor | None = None) -> None:
