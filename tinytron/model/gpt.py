@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from tinytron.distributed.collectives import sum_over
 from tinytron.distributed.parallel_state import ParallelState
@@ -79,11 +79,13 @@ class Block(nn.Module):
         # Inside the block, so that torch.compile sees the recomputation and fuses across it.
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self._forward(x_BsD, rotation, documents)
-        contexts: Any = _routing_contexts if isinstance(self.mlp, MoE) else noop_context_fn
+        contexts: dict[str, Any] = {}  # torch.compile cannot trace the default when it is passed
         if self.recompute == "selective":
-            contexts = _selective_contexts if self.dropout == 0 else _dropout_contexts
+            contexts["context_fn"] = _selective_contexts if self.dropout == 0 else _dropout_contexts
+        elif isinstance(self.mlp, MoE):
+            contexts["context_fn"] = _routing_contexts
         out: tuple[torch.Tensor, MoEStats | None] = checkpoint(
-            self._forward, x_BsD, rotation, documents, use_reentrant=False, context_fn=contexts
+            self._forward, x_BsD, rotation, documents, use_reentrant=False, **contexts
         )
         return out
 
@@ -130,6 +132,7 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.z_loss_coef, self.state = config, z_loss_coef, state
+        self.needs_mask = attn_backend != "flash"  # flash-attn takes the documents' boundaries
         outer = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
@@ -222,7 +225,8 @@ class GPT(nn.Module):
     ) -> tuple[torch.Tensor, list[MoEStats]]:
         """Everything but the head: ``[B, s] -> [B, s, D]``, and the routing statistics of the expert layers.
 
-        ``positions`` default to this rank's part of 0 .. S - 1; ``documents`` are those of the whole sequences.
+        ``positions`` (this rank's part) default to 0 .. S - 1; ``documents`` are those of the whole sequences, and their
+        mask is made here, once for all blocks.
         """
         s = input_ids_Bs.shape[1]
         S = s * (self.state.layout.sep if self.state else 1)
@@ -236,6 +240,8 @@ class GPT(nn.Module):
             x_BsD = F.dropout(x_BsD, self.config.dropout, self.training)
         first = self.state.group_rank("sep") * s if self.state else 0
         rotation = self.rope(first, s, positions)
+        if documents is not None and self.needs_mask:
+            documents = documents.with_mask(len(x_BsD), S, x_BsD.dtype)
         all_stats = []
         for block in self.blocks:
             self.before_use(block)
