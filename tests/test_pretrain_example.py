@@ -17,7 +17,7 @@ import torch.distributed as dist
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import config_of
 from tinytron.data import prepare, write_shard
-from tinytron.data.shards import open_shard
+from tinytron.data.formats import open_shard
 from tinytron.errors import TinytronError
 from tinytron.metrics import Progress
 

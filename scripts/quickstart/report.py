@@ -20,7 +20,8 @@ from tokenizers import Tokenizer
 from tinytron.checkpoint import CheckpointFiles, newest_checkpoint
 from tinytron.checkpoint.load import load_weights, read_file
 from tinytron.cli import entry
-from tinytron.data.shards import find_shards, open_shard
+from tinytron.data.formats import open_shard
+from tinytron.data.shards import find_shards
 from tinytron.errors import CheckpointError
 from tinytron.inference import generate
 from tinytron.model import GPT

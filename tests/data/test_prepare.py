@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from tests.helpers.ranks import Ranks
 from tinytron.data import TokenShardDataset, find_shards, prepare, read_header
-from tinytron.data.shards import open_shard
+from tinytron.data.formats import open_shard
 from tinytron.errors import ConfigError, DataError, TinytronError
 
 DOCUMENTS = [[1, 2, 3], [], [4], list(range(5, 25)), [65535]]

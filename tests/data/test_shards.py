@@ -1,30 +1,16 @@
-"""Token files: bytes written out by hand, every kind of damage, and what a sample is."""
+"""Which files belong to a split, and what a sample is."""
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from tinytron.data import TokenShardDataset, find_shards, read_header, write_shard
-from tinytron.data import shards as shards_module
-from tinytron.data.shards import open_shard
+from tinytron.data import TokenShardDataset, find_shards, write_shard
 from tinytron.errors import DataError
-
-# Magic 20250805 = 0x013500b5, version 1, dtype id, number of tokens; zeros up to byte 1024; the tokens.
-MAGIC = b"\xb5\x00\x35\x01"
-GOLDEN_U16 = MAGIC + b"\x01\0\0\0" + b"\0\0\0\0" + b"\x03\0\0\0" + bytes(1008) + b"\x01\0" + b"\x02\x01" + b"\xff\xff"
-GOLDEN_U32 = MAGIC + b"\x01\0\0\0" + b"\x01\0\0\0" + b"\x02\0\0\0" + bytes(1008) + b"\x01\0\0\0" + b"\x04\x03\x02\x01"
-
-
-def header(magic: int = 20250805, version: int = 1, dtype_id: int = 0, count: int = 3) -> bytes:
-    return struct.pack("<4i", magic, version, dtype_id, count) + bytes(1008)
 
 
 def shard(folder: Path, tokens: Any, name: str = "train_0.bin", dtype: Any = np.uint16) -> Path:
@@ -35,129 +21,6 @@ def shard(folder: Path, tokens: Any, name: str = "train_0.bin", dtype: Any = np.
 def items(dataset: TokenShardDataset) -> list[tuple[list[int], list[int]]]:
     samples = [dataset[i] for i in range(len(dataset))]
     return [(s["input_ids"].tolist(), s["labels"].tolist()) for s in samples]
-
-
-# The file.
-
-
-@pytest.mark.parametrize(
-    ("golden", "dtype", "tokens"),
-    [(GOLDEN_U16, np.uint16, [1, 258, 65535]), (GOLDEN_U32, np.uint32, [1, 0x01020304])],
-)
-def test_golden_bytes_are_written_and_read(tmp_path: Path, golden: bytes, dtype: Any, tokens: list[int]) -> None:
-    path = shard(tmp_path, tokens, dtype=dtype)
-    assert path.read_bytes() == golden
-    other = tmp_path / "given.bin"
-    other.write_bytes(golden)
-    found = read_header(other)
-    assert (found.dtype, found.count) == (np.dtype(dtype), len(tokens))
-    assert open_shard(other).tolist() == tokens
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(wide=st.booleans(), data=st.data())
-def test_any_tokens_come_back(tmp_path: Path, wide: bool, data: st.DataObject) -> None:
-    dtype = np.uint32 if wide else np.uint16
-    tokens = data.draw(st.lists(st.integers(0, np.iinfo(dtype).max), max_size=50))
-    path = shard(tmp_path, tokens, dtype=dtype)
-    assert open_shard(path).tolist() == tokens
-    assert path.stat().st_size == 1024 + len(tokens) * (4 if wide else 2)
-
-
-def test_tokens_are_mapped_not_loaded_and_cannot_be_written(tmp_path: Path) -> None:
-    tokens = open_shard(shard(tmp_path, [1, 2, 3]))
-    assert isinstance(tokens, np.memmap)
-    with pytest.raises(ValueError, match="read-only"):
-        tokens[0] = 7
-
-
-@pytest.mark.parametrize(
-    ("tokens", "dtype", "text"),
-    [
-        ([65536], np.uint16, "token ids 65536..65536 do not fit uint16; use uint32"),
-        ([-1, 5], np.uint32, "token ids -1..5 do not fit uint32"),
-        ([1.5], np.uint16, r"a\.bin: token ids must be integers, not float64"),
-        ([True], np.uint16, r"a\.bin: token ids must be integers, not bool"),
-        ([1], np.int64, "token dtype int64 is not one of uint16, uint32"),
-        ([1], np.float32, "token dtype float32 is not one of uint16, uint32"),
-    ],
-)
-def test_what_cannot_be_written_is_refused(tmp_path: Path, tokens: list[Any], dtype: Any, text: str) -> None:
-    with pytest.raises(DataError, match=text):
-        write_shard(tmp_path / "a.bin", tokens, dtype)
-    assert not list(tmp_path.iterdir())
-
-
-def test_more_tokens_than_the_header_can_count_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert shards_module.MAX_TOKENS == 2**31 - 1
-    monkeypatch.setattr(shards_module, "MAX_TOKENS", 4)
-    with pytest.raises(DataError, match=r"a\.bin: 5 tokens exceed the 4 of one shard; write several"):
-        write_shard(tmp_path / "a.bin", [0] * 5)
-
-
-@pytest.mark.parametrize(
-    ("content", "text"),
-    [
-        (b"", "0 bytes are no token shard: its header alone has 1024"),
-        (GOLDEN_U16[:1023], "1023 bytes are no token shard: its header alone has 1024"),
-        (
-            header(magic=20240520) + bytes(6),
-            "magic number 20240520 at byte 0, expected 20250805: not a timl v1",
-        ),
-        (header(version=2) + bytes(6), "version 2 at byte 4, only version 1 is known"),
-        (header(dtype_id=2) + bytes(6), r"dtype id 2 at byte 8, expected 0 \(uint16\) or 1 \(uint32\)"),
-        (header(dtype_id=-1) + bytes(6), r"dtype id -1 at byte 8, expected 0 \(uint16\) or 1 \(uint32\)"),
-        (header(count=-1), r"the header \(byte 12\) promises -1 tokens"),
-        (header(count=-512), r"the header \(byte 12\) promises -512 tokens, so 0 bytes"),
-        (
-            GOLDEN_U16[:-1],
-            r"\(byte 12\) promises 3 tokens, so 1030 bytes, but the file has 1029: it is truncated",
-        ),
-        (
-            GOLDEN_U16 + b"\0",
-            r"\(byte 12\) promises 3 tokens, so 1030 bytes, but the file has 1031: .* or damaged",
-        ),
-        (header(dtype_id=1) + bytes(6), r"promises 3 tokens, so 1036 bytes, but the file has 1030: .*; write it again"),
-    ],
-)
-def test_damage_is_named_with_file_and_offset(tmp_path: Path, content: bytes, text: str) -> None:
-    path = tmp_path / "train_0.bin"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=rf"^{path}: .*{text}"):
-        TokenShardDataset([path], 1, 2**16)
-
-
-def test_a_missing_file_and_a_folder_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match=rf"{tmp_path}/none\.bin: cannot be read \(No such file.*\); check --dataset_path"
-    ):
-        read_header(tmp_path / "none.bin")
-    with pytest.raises(DataError, match=rf"{tmp_path}: cannot be read \(Is a directory\); check --dataset_path"):
-        read_header(tmp_path)
-
-
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    wide=st.booleans(),
-    cut=st.integers(0, 1040),
-    flips=st.lists(st.tuples(st.one_of(st.integers(0, 15), st.integers(0, 1039)), st.integers(1, 255)), max_size=4),
-    tail=st.binary(max_size=5),
-)
-def test_damaged_files_give_a_data_error_or_data(
-    tmp_path: Path, wide: bool, cut: int, flips: list[tuple[int, int]], tail: bytes
-) -> None:
-    path = shard(tmp_path, range(8), dtype=np.uint32 if wide else np.uint16)
-    content = bytearray(path.read_bytes()[:cut] + tail)
-    for at, mask in flips:
-        if at < len(content):
-            content[at] ^= mask
-    path.write_bytes(bytes(content))
-    try:
-        dataset = TokenShardDataset([path], 3, 64)
-        dataset.check_token_ids()
-        assert all(0 <= t < 64 for row, labels in items(dataset) for t in row + labels)
-    except DataError as error:
-        assert str(path) in str(error) or path.name in str(error)  # noqa: PT017
 
 
 # Samples.

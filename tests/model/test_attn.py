@@ -30,7 +30,7 @@ def make_qkv(N: int, K: int, dtype: torch.dtype = torch.float64) -> list[torch.T
     ]
 
 
-def documents_of(lengths: list[int]) -> Documents:
+def of_lengths(lengths: list[int]) -> Documents:
     return Documents(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), max(lengths))
 
 
@@ -60,7 +60,7 @@ def gradients(out: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tenso
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_equals_naive_attention(backend: Backend, N: int, K: int, lengths: list[int] | None) -> None:
     qkv = make_qkv(N, K)
-    documents = None if lengths is None else documents_of(lengths)
+    documents = None if lengths is None else of_lengths(lengths)
     out, expected = attend(*qkv, backend=backend, documents=documents), naive(*qkv, lengths)
     torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(gradients(out, qkv), gradients(expected, qkv), rtol=1e-10, atol=1e-12)
@@ -74,7 +74,7 @@ def test_lower_precision_is_near(
 ) -> None:
     qkv = make_qkv(4, 2, dtype)
     exact = [t.detach().double().requires_grad_() for t in qkv]
-    out = attend(*qkv, backend=backend, documents=None if lengths is None else documents_of(lengths))
+    out = attend(*qkv, backend=backend, documents=None if lengths is None else of_lengths(lengths))
     expected = naive(*exact, lengths)
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
@@ -85,7 +85,7 @@ def test_lower_precision_is_near(
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_each_document_is_as_if_it_were_alone(backend: Backend) -> None:
     qkv = make_qkv(4, 2)
-    out = attend(*qkv, backend=backend, documents=documents_of(LENGTHS))
+    out = attend(*qkv, backend=backend, documents=of_lengths(LENGTHS))
     flat = [t.flatten(0, 1) for t in qkv]
     alone, start = [], 0
     for length in LENGTHS:
@@ -162,7 +162,7 @@ def test_flash_is_called_in_its_own_layout(monkeypatch: pytest.MonkeyPatch, leng
 
     package = SimpleNamespace(flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func)
     monkeypatch.setitem(sys.modules, "flash_attn", package)
-    out = attend(q, k, v, backend="flash", documents=None if lengths is None else documents_of(lengths))
+    out = attend(q, k, v, backend="flash", documents=None if lengths is None else of_lengths(lengths))
     torch.testing.assert_close(out, naive(q, k, v, lengths), rtol=1e-12, atol=1e-12)
 
 

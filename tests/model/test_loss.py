@@ -34,6 +34,22 @@ def full_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, 
     return loss
 
 
+def token_weights() -> torch.Tensor:
+    """Positive ones, and 0 for every third target; ignored targets get any of both."""
+    weights = torch.rand(T, generator=torch.Generator().manual_seed(3)) + 0.1
+    weights[::3] = 0
+    return weights
+
+
+def weighted_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, z_coef: float
+) -> torch.Tensor:
+    logits = hidden @ weight.T
+    loss = F.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
+    z_term = logits.logsumexp(1).square() * (labels != -100)
+    return (weights.to(loss.dtype) * (loss + z_coef * z_term)).sum()
+
+
 def gradients(loss: torch.Tensor, *inputs: torch.Tensor) -> list[torch.Tensor]:
     return [g.double() for g in torch.autograd.grad(loss, inputs)]
 
@@ -131,8 +147,11 @@ def test_the_incoming_gradient_scales_both_gradients() -> None:
     torch.testing.assert_close(scaled, [g * 3 / 7 for g in plain], rtol=1e-14, atol=0)
 
 
-def test_gradcheck() -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gradcheck(weighted: bool) -> None:
     hidden, weight, labels = problem(tokens=6)
+    weights = torch.tensor([1.0, 0.5, 0.0, 2.0, -1.0, 1.0]) if weighted else None
+    options: dict[str, Any] = {"weights_T": weights, "z_loss_coef": 0.1, "chunk_tokens": 4}
 
     class Rerun(torch.autograd.Function):
         """The fused loss, called again in backward: gradcheck differentiates a graph more than once."""
@@ -140,13 +159,13 @@ def test_gradcheck() -> None:
         @staticmethod
         def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             ctx.save_for_backward(hidden, weight)
-            return fused_linear_cross_entropy(hidden, weight, labels, z_loss_coef=0.1, chunk_tokens=4).objective
+            return fused_linear_cross_entropy(hidden, weight, labels, **options).objective
 
         @staticmethod
         def backward(ctx: Any, grad: torch.Tensor) -> Any:
             inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors]
             with torch.enable_grad():
-                losses = fused_linear_cross_entropy(*inputs, labels, z_loss_coef=0.1, chunk_tokens=4)
+                losses = fused_linear_cross_entropy(*inputs, labels, **options)
             return torch.autograd.grad(losses.objective, inputs, grad)
 
     assert torch.autograd.gradcheck(Rerun.apply, (hidden, weight))
@@ -224,3 +243,89 @@ def test_inputs_are_left_as_they_were() -> None:
     before = [t.detach().clone() for t in (hidden, weight, labels)]
     fused_linear_cross_entropy(hidden, weight, labels, chunk_tokens=8).objective.backward()
     assert all(torch.equal(t.detach(), b) for t, b in zip((hidden, weight, labels), before, strict=True))
+
+
+# Weights of targets, and the losses of single tokens.
+
+
+@pytest.mark.parametrize("z_coef", [0.0, 0.01])
+@pytest.mark.parametrize("chunk", [1, 8, T - 1, T, 1000, None])
+def test_weights_multiply_each_targets_loss_and_gradient(chunk: int | None, z_coef: float) -> None:
+    hidden, weight, labels = problem()
+    weights = token_weights()
+    expected = weighted_loss(hidden, weight, labels, weights, z_coef)
+    losses = fused_linear_cross_entropy(
+        hidden, weight, labels, weights_T=weights, z_loss_coef=z_coef, chunk_tokens=chunk
+    )
+    torch.testing.assert_close(losses.objective, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(losses.token, weighted_loss(hidden, weight, labels, weights, 0.0), rtol=1e-12, atol=0)
+    mine, theirs = gradients(losses.objective, hidden, weight), gradients(expected, hidden, weight)
+    torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16, torch.int64], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_weights_in_lower_precision(dtype: torch.dtype, tolerance: float, kind: torch.dtype) -> None:
+    hidden, weight, labels = problem(dtype)
+    weights = (3 * token_weights()).to(kind)
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    expected = weighted_loss(exact[0], exact[1], labels, weights, 0.01)
+    losses = fused_linear_cross_entropy(hidden, weight, labels, weights_T=weights, z_loss_coef=0.01, chunk_tokens=8)
+    assert losses.objective.dtype == losses.token.dtype == torch.float32
+    torch.testing.assert_close(losses.objective.double(), expected, rtol=tolerance, atol=0)
+    for mine, theirs in zip(gradients(losses.objective, hidden, weight), gradients(expected, *exact), strict=True):
+        assert (mine - theirs).norm() < tolerance * theirs.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_weights_of_one_change_no_bit(dtype: torch.dtype) -> None:
+    hidden, weight, labels = problem(dtype)
+    plain, ones = (
+        fused_linear_cross_entropy(hidden, weight, labels, weights_T=weights, z_loss_coef=0.01, chunk_tokens=8)
+        for weights in (None, torch.ones(T))
+    )
+    pairs = zip(gradients(plain.objective, hidden, weight), gradients(ones.objective, hidden, weight), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert torch.equal(plain.objective, ones.objective)
+    assert torch.equal(plain.token, ones.token)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_weight_of_zero_is_an_ignored_label(dtype: torch.dtype) -> None:
+    hidden, weight, labels = problem(dtype)
+    weights = (token_weights() > 0).float()
+    masked = labels.masked_fill(weights == 0, IGNORE_INDEX)
+    zero = fused_linear_cross_entropy(hidden, weight, labels, weights_T=weights, z_loss_coef=0.01, chunk_tokens=8)
+    ignored = fused_linear_cross_entropy(hidden, weight, masked, z_loss_coef=0.01, chunk_tokens=8)
+    pairs = zip(gradients(zero.objective, hidden, weight), gradients(ignored.objective, hidden, weight), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert torch.equal(zero.objective, ignored.objective)
+    assert torch.equal(zero.token, ignored.token)
+
+
+@pytest.mark.parametrize("chunk", [1, 8, None])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weights", [None, token_weights()], ids=["plain", "weighted"])
+def test_losses_of_single_tokens(dtype: torch.dtype, chunk: int | None, weights: torch.Tensor | None) -> None:
+    """Unweighted and without the z-term, zero where ignored, detached."""
+    hidden, weight, labels = problem(dtype)
+    losses = fused_linear_cross_entropy(hidden, weight, labels, weights_T=weights, z_loss_coef=0.1, chunk_tokens=chunk)
+    assert losses.per_token is not None
+    assert not losses.per_token.requires_grad
+    assert losses.per_token.dtype == torch.promote_types(dtype, torch.float32)
+    logits = hidden.detach().double() @ weight.detach().double().T
+    expected = F.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(losses.per_token.double(), expected, rtol=tolerance, atol=tolerance)
+    assert torch.equal(losses.per_token == 0, labels == IGNORE_INDEX)
+    counted = losses.per_token if weights is None else losses.per_token * weights
+    torch.testing.assert_close(counted.sum(), losses.token, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_losses_of_single_tokens_without_grad(context: Callable[[], Any]) -> None:
+    hidden, weight, labels = problem()
+    with context():
+        found = fused_linear_cross_entropy(hidden, weight, labels, weights_T=token_weights()).per_token
+    expected = F.cross_entropy(hidden.detach() @ weight.detach().T, labels, reduction="none")
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

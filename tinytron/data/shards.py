@@ -1,14 +1,10 @@
-"""Token files in the timl v1 format: 256 little-endian int32 of header, then raw token ids.
-
-header[0] = 20250805 (magic)   [1] = 1 (version)   [2] = dtype id (0 uint16, 1 uint32)   [3] = number of tokens
-"""
+"""Token shards: which files belong to a split, and the samples in them."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,77 +13,8 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
+from tinytron.data.formats import HEADER_BYTES, open_shard
 from tinytron.errors import DataError
-from tinytron.utils.training import write_atomically
-
-MAGIC, VERSION = 20250805, 1
-HEADER_BYTES = 1024
-TOKEN_DTYPES: tuple[np.dtype[Any], ...] = (np.dtype("<u2"), np.dtype("<u4"))
-MAX_TOKENS = 2**31 - 1  # the count is an int32
-
-
-@dataclass(frozen=True)
-class ShardHeader:
-    """What a shard says it holds."""
-
-    dtype: np.dtype[Any]
-    count: int
-
-
-def read_header(path: Path) -> ShardHeader:
-    """Read and check the header and the file's length.
-
-    Raises: DataError naming the file and the byte offset of what is wrong.
-    """
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(HEADER_BYTES)
-        size = path.stat().st_size
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check --dataset_path") from error
-    if len(raw) < HEADER_BYTES:
-        raise DataError(f"{path}: {len(raw)} bytes are no token shard: its header alone has {HEADER_BYTES}")
-    magic, version, dtype_id, count = (int(v) for v in np.frombuffer(raw, "<i4", 4))
-    if magic != MAGIC:
-        raise DataError(f"{path}: magic number {magic} at byte 0, expected {MAGIC}: not a timl v1 token shard")
-    if version != VERSION:
-        raise DataError(f"{path}: version {version} at byte 4, only version {VERSION} is known")
-    if not 0 <= dtype_id < len(TOKEN_DTYPES):
-        raise DataError(f"{path}: dtype id {dtype_id} at byte 8, expected 0 (uint16) or 1 (uint32)")
-    expected = HEADER_BYTES + count * TOKEN_DTYPES[dtype_id].itemsize
-    if count < 0 or size != expected:
-        raise DataError(
-            f"{path}: the header (byte 12) promises {count} tokens, so {expected} bytes, but the file has {size}: "
-            "it is truncated or damaged; write it again"
-        )
-    return ShardHeader(TOKEN_DTYPES[dtype_id], count)
-
-
-def open_shard(path: Path) -> npt.NDArray[Any]:
-    """The tokens of a shard as a read-only memory map. Raises: DataError as ``read_header``."""
-    header = read_header(path)
-    if header.count == 0:
-        return np.empty(0, header.dtype)
-    return np.memmap(path, header.dtype, mode="r", offset=HEADER_BYTES, shape=(header.count,))
-
-
-def write_shard(path: Path, tokens: npt.ArrayLike, dtype: npt.DTypeLike = np.uint16) -> None:
-    """Write token ids as one shard; the file appears whole or not at all.
-
-    Raises: DataError for more than 2^31 - 1 tokens, ids that are no integers, or an id that ``dtype`` cannot hold.
-    """
-    tokens, target = np.asarray(tokens), np.dtype(dtype).newbyteorder("<")
-    if target not in TOKEN_DTYPES:
-        raise DataError(f"token dtype {target} is not one of uint16, uint32")
-    if tokens.size and tokens.dtype.kind not in "iu":
-        raise DataError(f"{path}: token ids must be integers, not {tokens.dtype}")
-    if tokens.size > MAX_TOKENS:
-        raise DataError(f"{path}: {tokens.size} tokens exceed the {MAX_TOKENS} of one shard; write several")
-    if tokens.size and (tokens.min() < 0 or tokens.max() > np.iinfo(target).max):
-        raise DataError(f"{path}: token ids {tokens.min()}..{tokens.max()} do not fit {target}; use uint32")
-    header = np.zeros(HEADER_BYTES // 4, "<i4")
-    header[:4] = MAGIC, VERSION, TOKEN_DTYPES.index(target), tokens.size
-    write_atomically(path, lambda file: (file.write(header.tobytes()), file.write(tokens.astype(target).tobytes())))
 
 
 def find_shards(dataset_path: str, split: str) -> list[Path]:

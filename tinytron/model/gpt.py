@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from tinytron.distributed.collectives import sum_over
 from tinytron.distributed.parallel_state import ParallelState
@@ -79,11 +79,13 @@ class Block(nn.Module):
         # Inside the block, so that torch.compile sees the recomputation and fuses across it.
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self._forward(x_BsD, rotation, documents)
-        contexts: Any = _routing_contexts if isinstance(self.mlp, MoE) else noop_context_fn
+        contexts: dict[str, Any] = {}  # torch.compile cannot trace the default when it is passed
         if self.recompute == "selective":
-            contexts = _selective_contexts if self.dropout == 0 else _dropout_contexts
+            contexts["context_fn"] = _selective_contexts if self.dropout == 0 else _dropout_contexts
+        elif isinstance(self.mlp, MoE):
+            contexts["context_fn"] = _routing_contexts
         out: tuple[torch.Tensor, MoEStats | None] = checkpoint(
-            self._forward, x_BsD, rotation, documents, use_reentrant=False, context_fn=contexts
+            self._forward, x_BsD, rotation, documents, use_reentrant=False, **contexts
         )
         return out
 
@@ -130,6 +132,7 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.z_loss_coef, self.state = config, z_loss_coef, state
+        self.needs_mask = attn_backend != "flash"  # flash-attn takes the documents' boundaries
         outer = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
@@ -222,7 +225,8 @@ class GPT(nn.Module):
     ) -> tuple[torch.Tensor, list[MoEStats]]:
         """Everything but the head: ``[B, s] -> [B, s, D]``, and the routing statistics of the expert layers.
 
-        ``positions`` default to this rank's part of 0 .. S - 1; ``documents`` are those of the whole sequences.
+        ``positions`` (this rank's part) default to 0 .. S - 1; ``documents`` are those of the whole sequences, and their
+        mask is made here, once for all blocks.
         """
         s = input_ids_Bs.shape[1]
         S = s * (self.state.layout.sep if self.state else 1)
@@ -236,6 +240,8 @@ class GPT(nn.Module):
             x_BsD = F.dropout(x_BsD, self.config.dropout, self.training)
         first = self.state.group_rank("sep") * s if self.state else 0
         rotation = self.rope(first, s, positions)
+        if documents is not None and self.needs_mask:
+            documents = documents.with_mask(len(x_BsD), S, x_BsD.dtype)
         all_stats = []
         for block in self.blocks:
             self.before_use(block)
@@ -252,16 +258,24 @@ class GPT(nn.Module):
         labels: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
         documents: Documents | None = None,
+        weights: torch.Tensor | None = None,
     ) -> torch.Tensor | LossSums:
-        """Logits ``[B, s, V]``, or with ``labels`` ``[B, s]`` (already shifted; -100 is ignored) the loss *sums*."""
+        """Logits ``[B, s, V]``, or with ``labels`` ``[B, s]`` (already shifted; -100 is ignored) the loss *sums*, in which
+        a target counts ``weights`` ``[B, s]`` times (default 1)."""
         x_BsD, all_stats = self.hidden_states(input_ids, positions, documents)
         self.before_use(self.lm_head)
         if labels is None:
             logits: torch.Tensor = self.lm_head(x_BsD)
             return logits
         sums = fused_linear_cross_entropy(
-            x_BsD.flatten(0, 1), self.lm_head.weight, labels.flatten(), z_loss_coef=self.z_loss_coef
+            x_BsD.flatten(0, 1),
+            self.lm_head.weight,
+            labels.flatten(),
+            weights_T=None if weights is None else weights.flatten(),
+            z_loss_coef=self.z_loss_coef,
         )
+        if sums.per_token is not None:
+            sums = sums._replace(per_token=sums.per_token.view_as(labels))
         choices = [stats.choice for stats in all_stats if stats.choice is not None]
         if self.training and choices:
             self.recorded = Recorded(input_ids, choices)
@@ -274,7 +288,7 @@ class GPT(nn.Module):
         z = torch.stack([stats.z for stats in all_stats]).sum()
         added = self.config.moe_aux_loss_coef * balance + self.config.moe_z_loss_coef * z
         aux = {"moe_balance": balance.detach(), "moe_z": z.detach()}
-        return LossSums(sums.objective + added, sums.token, aux)
+        return sums._replace(objective=sums.objective + added, aux=aux)
 
     @torch.no_grad()
     def end_step(self, skipped: torch.Tensor | None = None) -> None:

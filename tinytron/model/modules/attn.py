@@ -28,11 +28,34 @@ class Documents(NamedTuple):
     """Where documents begin in the flattened batch: tokens of different documents do not see each other.
 
     ``cu_seqlens`` is int32 ``[n_documents + 1]``, from 0 to B * S, ascending, with every row's start among its values
-    (a document never spans two rows); ``max_len`` is the longest document in tokens.
+    (a document never spans two rows); ``max_len`` is the longest document in tokens. ``mask`` ``[B, 1, S, S]`` is what
+    backends without boundaries of their own add to the scores: 0 where a query (row) may see a key (column), else -inf.
     """
 
     cu_seqlens: torch.Tensor
     max_len: int
+    mask: torch.Tensor | None = None
+
+    def with_mask(self, B: int, S: int, dtype: torch.dtype) -> Documents:
+        """With the mask, made unless there is one: once for all layers. In the queries' ``dtype``: a mask of bools is
+        converted in every layer, and every layer keeps its copy for the backward pass."""
+        if self.mask is not None:
+            return self
+        token = torch.arange(B * S, dtype=torch.int32, device=self.cu_seqlens.device)
+        document_BS = torch.searchsorted(self.cu_seqlens, token, right=True).view(B, 1, S)
+        seen_BSS = (document_BS.mT == document_BS).tril_()
+        mask_BSS = torch.full(seen_BSS.shape, float("-inf"), dtype=dtype, device=token.device)
+        return self._replace(mask=mask_BSS.masked_fill_(seen_BSS, 0.0).unsqueeze(1))
+
+
+def documents_of(positions_BS: torch.Tensor) -> Documents:
+    """The documents of rows whose positions begin at 0 at every document's start, and so at every row's. ``positions_BS``
+    are those of whole sequences (before they are cut among ranks) and on the host, which counts in them."""
+    starts_BS = positions_BS == 0
+    assert bool(starts_BS[:, 0].all()), "positions must begin at 0 in every row"
+    end = torch.tensor([starts_BS.numel()])
+    cu_seqlens = torch.cat((starts_BS.flatten().nonzero().squeeze(1), end)).to(torch.int32)
+    return Documents(cu_seqlens, int(cu_seqlens.diff().max()))
 
 
 def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -62,7 +85,7 @@ def attend(
     """
     if backend == "flash":
         return _attend_flash(q_BSNH, k_BSKH, v_BSKH, documents, dropout)
-    mask = None if documents is None else _document_mask(documents, *q_BSNH.shape[:2])
+    mask = None if documents is None else documents.with_mask(q_BSNH.shape[0], q_BSNH.shape[1], q_BSNH.dtype).mask
     if backend == "math":
         return _attend_math(q_BSNH, k_BSKH, v_BSKH, mask, dropout)
     out_BNSH = F.scaled_dot_product_attention(
@@ -77,14 +100,6 @@ def attend(
     return out_BNSH.transpose(1, 2)
 
 
-def _document_mask(documents: Documents, B: int, S: int) -> torch.Tensor:
-    """True where a query (row) may see a key (column): same document, not later. ``[B, 1, S, S]``."""
-    token = torch.arange(B * S, device=documents.cu_seqlens.device)
-    document_BS = torch.searchsorted(documents.cu_seqlens, token, right=True).view(B, S)
-    same = document_BS[:, :, None] == document_BS[:, None, :]
-    return (same & torch.ones(S, S, dtype=torch.bool, device=same.device).tril()).unsqueeze(1)
-
-
 def _attend_math(
     q_BSNH: torch.Tensor, k_BSKH: torch.Tensor, v_BSKH: torch.Tensor, mask: torch.Tensor | None, dropout: float
 ) -> torch.Tensor:
@@ -92,8 +107,12 @@ def _attend_math(
     compute = torch.promote_types(q_BSNH.dtype, torch.float32)
     q_BSKGH = q_BSNH.view(B, S, K, N // K, H).to(compute)
     scores_BKGSS = torch.einsum("bskgh,btkh->bkgst", q_BSKGH, k_BSKH.to(compute)) * H**-0.5
-    allowed = torch.ones(S, S, dtype=torch.bool, device=q_BSNH.device).tril() if mask is None else mask.unsqueeze(1)
-    weights = scores_BKGSS.masked_fill(~allowed, float("-inf")).softmax(-1)
+    if mask is None:
+        future = torch.ones(S, S, dtype=torch.bool, device=q_BSNH.device).triu(1)
+        scores_BKGSS = scores_BKGSS.masked_fill(future, float("-inf"))
+    else:
+        scores_BKGSS = scores_BKGSS + mask.unsqueeze(1)
+    weights = scores_BKGSS.softmax(-1)
     weights = F.dropout(weights, dropout) if dropout > 0 else weights
     out_BSKGH = torch.einsum("bkgst,btkh->bskgh", weights, v_BSKH.to(compute))
     return out_BSKGH.reshape(B, S, N, H).to(q_BSNH.dtype)

@@ -87,6 +87,8 @@ class _Rotate(torch.autograd.Function):
 
 def _turn(x_BSNH: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     first, second = x_BSNH.to(cos.dtype).chunk(2, dim=-1)
+    if torch.compiler.is_compiling():  # which fuses these, and cannot trace results written into halves
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BSNH.dtype)
     turned = torch.empty(x_BSNH.shape, dtype=cos.dtype, device=x_BSNH.device)
     left, right = turned.chunk(2, dim=-1)
     torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)

@@ -17,13 +17,15 @@ IGNORE_INDEX = -100
 
 
 class LossSums(NamedTuple):
-    """Sums over the valid targets: ``objective`` is what to differentiate, ``token`` the plain cross entropy in nats
-    (detached). They differ by the weighted auxiliary terms: z-loss, and those of ``aux`` (detached and unweighted, by
-    name)."""
+    """Sums over the valid targets, each times its weight: ``objective`` is what to differentiate, ``token`` the plain
+    cross entropy in nats (detached). They differ by the weighted auxiliary terms: z-loss, and those of ``aux`` (detached
+    and unweighted, by name). ``per_token`` is every target's cross entropy (detached, in nats, not times its weight; zero
+    where the label is ignored): ``[T]``, from the model ``[B, s]``."""
 
     objective: torch.Tensor
     token: torch.Tensor
     aux: Mapping[str, torch.Tensor] = MappingProxyType({})
+    per_token: torch.Tensor | None = None
 
 
 def fused_linear_cross_entropy(
@@ -31,14 +33,16 @@ def fused_linear_cross_entropy(
     weight_VD: torch.Tensor,
     labels_T: torch.Tensor,
     *,
+    weights_T: torch.Tensor | None = None,
     z_loss_coef: float = 0.0,
     chunk_tokens: int | None = None,
 ) -> LossSums:
-    """Sum over tokens of ``-log softmax(hidden @ weight.T)[label] + z_loss_coef * logsumexp²``.
+    """Sum over tokens of ``weight * (-log softmax(hidden @ weight.T)[label] + z_loss_coef * logsumexp²)``.
 
-    Labels equal to ``IGNORE_INDEX`` count as zero. Nothing is averaged: divide by the number of valid targets of the
-    *global* batch. Sums, softmax and the weight's gradient are in fp32 (fp64 for fp64 inputs); the matrix products are
-    in the inputs' precision. ``chunk_tokens`` bounds the live logits; by default it follows from V and the device.
+    Labels equal to ``IGNORE_INDEX`` count as zero; ``weights_T`` (floats, constants; default 1) count the others: 0 is as
+    if ignored. Nothing is averaged: divide by the sum of the weights of the valid targets of the *global* batch. Sums,
+    softmax and the weight's gradient are in fp32 (fp64 for fp64 inputs); the matrix products are in the inputs'
+    precision. ``chunk_tokens`` bounds the live logits; by default it follows from V and the device.
     Differentiable once, in ``hidden_TD`` and ``weight_VD``. z-loss: PaLM, arXiv:2204.02311, section 5.
     """
     if chunk_tokens is None:
@@ -47,8 +51,10 @@ def fused_linear_cross_entropy(
         chunk_tokens = max(128, elements // weight_VD.shape[0])
     if not torch.is_grad_enabled():
         hidden_TD, weight_VD = hidden_TD.detach(), weight_VD.detach()  # or the gradients would be computed in vain
-    objective, token = _FusedLinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, z_loss_coef, chunk_tokens)
-    return LossSums(objective, token)
+    objective, token, per_token = _FusedLinearCrossEntropy.apply(
+        hidden_TD, weight_VD, labels_T, weights_T, z_loss_coef, chunk_tokens
+    )
+    return LossSums(objective, token, per_token=per_token)
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):
@@ -58,9 +64,10 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         hidden_TD: torch.Tensor,
         weight_VD: torch.Tensor,
         labels_T: torch.Tensor,
+        weights_T: torch.Tensor | None,
         z_loss_coef: float,
         chunk_tokens: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         (T, _), V = hidden_TD.shape, weight_VD.shape[0]
         compute = torch.promote_types(hidden_TD.dtype, torch.float32)
         want_hidden, want_weight = ctx.needs_input_grad[:2]
@@ -68,6 +75,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VD, dtype=compute) if want_weight else None
         objective = hidden_TD.new_zeros((), dtype=compute)
         token = hidden_TD.new_zeros((), dtype=compute)
+        per_token = hidden_TD.new_empty(T, dtype=compute)
         # The same buffers for all chunks: on a CPU, touching fresh memory costs more than the arithmetic on it.
         size = min(chunk_tokens, T)
         products = hidden_TD.new_empty(size, V)
@@ -83,15 +91,19 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             z_tV.sub_(max_t1).exp_()  # in place and once: the gradient below needs the same exponentials
             sum_t1 = z_tV.sum(1, keepdim=True)
             lse_t = (max_t1 + sum_t1.log()).squeeze(1)
-            nll = ((lse_t - label_z_t) * valid_t).sum()
+            nll_t = torch.mul(lse_t - label_z_t, valid_t, out=per_token[start : start + chunk_tokens])
+            counted_t = valid_t.to(compute)
+            if weights_T is not None:
+                counted_t = counted_t * weights_T[start : start + chunk_tokens].to(compute)
+            nll = (nll_t * counted_t).sum()
             token += nll
-            objective += nll + z_loss_coef * (lse_t.square() * valid_t).sum()
+            objective += nll + z_loss_coef * (lse_t.square() * counted_t).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
-            # d objective / d z = p (1 + 2 z_coef lse) - onehot(label), and zero for ignored labels
-            scale_t = (1 + 2 * z_loss_coef * lse_t) * valid_t
+            # d objective / d z = weight * (p (1 + 2 z_coef lse) - onehot(label)), and zero for ignored labels
+            scale_t = (1 + 2 * z_loss_coef * lse_t) * counted_t
             z_tV.mul_(scale_t.unsqueeze(1) / sum_t1)
-            z_tV.scatter_add_(1, index_t1, -valid_t.to(compute).unsqueeze(1))
+            z_tV.scatter_add_(1, index_t1, -counted_t.unsqueeze(1))
             if scores is not products:
                 product_tV.copy_(z_tV)
             if grad_hidden is not None:
@@ -99,12 +111,12 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight += torch.mm(product_tV.t(), h_tD, out=part_VD)
         ctx.grads = (grad_hidden, grad_weight)
-        ctx.mark_non_differentiable(token)
-        return objective, token
+        ctx.mark_non_differentiable(token, per_token)
+        return objective, token, per_token
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_objective: torch.Tensor, grad_token: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_objective: torch.Tensor, *_: torch.Tensor) -> tuple[Any, ...]:
         if ctx.grads is None:
             raise RuntimeError("the fused loss can be differentiated once only: call the model again")
         grad_hidden, grad_weight = ctx.grads
@@ -113,4 +125,4 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             grad_hidden.mul_(grad_objective)
         if grad_weight is not None:
             grad_weight.mul_(grad_objective)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None

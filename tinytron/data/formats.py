@@ -1,0 +1,169 @@
+"""Token files: what their bytes mean. One reader for all formats, told apart by the first number of the file.
+
+    name      header                                                      then, little-endian
+    timl v1   256 int32: 20250805, 1, dtype id, count, zeros              uint16 (id 0) or uint32 (1); weights: float32 (0)
+    llm.c     256 int32: 20240520, 1, count, zeros                        uint16
+              256 int32: 20240801, 7, count, zeros                        uint32
+              3 int32 only: 20240520, 1, count                            uint16
+    none      nothing: the reader must be told the type                   uint16 or uint32
+
+Headers of 256 int32 end at byte 1024, whatever else has been written about the second format: its readers start there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from tinytron.errors import DataError
+from tinytron.utils.training import write_atomically
+
+MAGIC, VERSION = 20250805, 1
+HEADER_BYTES, SHORT_HEADER_BYTES = 1024, 12
+TOKEN_DTYPES: tuple[np.dtype[Any], ...] = (np.dtype("<u2"), np.dtype("<u4"))
+WEIGHT_DTYPES: tuple[np.dtype[Any], ...] = (np.dtype("<f4"),)
+MAX_TOKENS = 2**31 - 1  # the count is an int32
+
+FileFormat = Literal["timl", "llmc"]
+LLMC_MAGIC, LLMC_VERSION = 20240520, 1
+_LLMC = {LLMC_MAGIC: (LLMC_VERSION, TOKEN_DTYPES[0]), 20240801: (7, TOKEN_DTYPES[1])}  # magic: version and type
+
+
+class ShardHeader(NamedTuple):
+    """What a file says it holds: ``count`` values of ``dtype`` from byte ``offset`` on."""
+
+    dtype: np.dtype[Any]
+    count: int
+    offset: int = HEADER_BYTES
+
+
+def read_header(
+    path: Path,
+    headerless: npt.DTypeLike | None = None,
+    dtypes: tuple[np.dtype[Any], ...] = TOKEN_DTYPES,
+) -> ShardHeader:
+    """Read and check the header and the file's length. A file that starts with no known magic number holds tokens of type
+    ``headerless`` from its first byte on, if that is given; ``dtypes`` are those that the ids of timl v1 stand for.
+
+    Raises: DataError naming the file and the byte offset of what is wrong.
+    """
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(HEADER_BYTES)
+        size = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check --dataset_path") from error
+    numbers = [int(v) for v in np.frombuffer(raw[: len(raw) // 4 * 4], "<i4")[:4]]
+    magic = numbers[0] if numbers else None
+    known = magic == MAGIC or magic in _LLMC
+    if headerless is not None and not known:
+        return _headerless(path, size, np.dtype(headerless).newbyteorder("<"))
+    if magic in _LLMC and _is_short(numbers, size):
+        return ShardHeader(TOKEN_DTYPES[0], numbers[2], SHORT_HEADER_BYTES)
+    if len(raw) < HEADER_BYTES:
+        raise DataError(f"{path}: {len(raw)} bytes are no token shard: its header alone has {HEADER_BYTES}")
+    if not known:
+        raise DataError(
+            f"{path}: magic number {magic} at byte 0 is none of {', '.join(map(str, (MAGIC, *_LLMC)))}: not a token shard "
+            "(for files without a header, give their type: --token_dtype uint16 or uint32)"
+        )
+    version, dtype, count, at = _read_numbers(path, numbers, dtypes)
+    if numbers[1] != version:
+        raise DataError(f"{path}: version {numbers[1]} at byte 4, only version {version} of {magic} is known")
+    expected, what = HEADER_BYTES + count * dtype.itemsize, "weights" if dtypes is WEIGHT_DTYPES else "tokens"
+    if count < 0 or size != expected:
+        raise DataError(
+            f"{path}: the header (byte {at}) promises {count} {what}, so {expected} bytes, but the file has {size}: "
+            "it is truncated or damaged; write it again"
+        )
+    return ShardHeader(dtype, count)
+
+
+def _read_numbers(
+    path: Path, numbers: list[int], dtypes: tuple[np.dtype[Any], ...]
+) -> tuple[int, np.dtype[Any], int, int]:
+    """Version and type that belong to the magic number, the count, and the byte at which the count stands."""
+    if numbers[0] in _LLMC:
+        version, dtype = _LLMC[numbers[0]]
+        if dtypes is not TOKEN_DTYPES:
+            raise DataError(f"{path}: magic number {numbers[0]} at byte 0 is that of tokens, not of {dtypes[0]} values")
+        return version, dtype, numbers[2], 8
+    if not 0 <= numbers[2] < len(dtypes):
+        names = " or ".join(f"{number} ({dtype})" for number, dtype in enumerate(dtypes))
+        raise DataError(f"{path}: dtype id {numbers[2]} at byte 8, expected {names}")
+    return VERSION, dtypes[numbers[2]], numbers[3], 12
+
+
+def _is_short(numbers: list[int], size: int) -> bool:
+    """Whether a file has the header of three numbers: only if its length fits that, and not the long one."""
+    if len(numbers) < 3 or numbers[:2] != [LLMC_MAGIC, LLMC_VERSION] or numbers[2] < 0:
+        return False
+    return size == SHORT_HEADER_BYTES + 2 * numbers[2]
+
+
+def _headerless(path: Path, size: int, dtype: np.dtype[Any]) -> ShardHeader:
+    if dtype not in TOKEN_DTYPES:
+        raise DataError(f"token dtype {dtype} is not one of uint16, uint32")
+    if size % dtype.itemsize:
+        raise DataError(
+            f"{path}: {size} bytes are no whole number of {dtype} tokens (--token_dtype): byte "
+            f"{size - size % dtype.itemsize} begins a part of one; it is truncated, or of another type"
+        )
+    return ShardHeader(dtype, size // dtype.itemsize, 0)
+
+
+def open_shard(path: Path, headerless: npt.DTypeLike | None = None) -> npt.NDArray[Any]:
+    """The tokens of a shard as a read-only memory map. Raises: DataError as ``read_header``."""
+    return _map(path, read_header(path, headerless))
+
+
+def open_weights(path: Path) -> npt.NDArray[np.float32]:
+    """The float32 values of a timl v1 file as a read-only memory map. Raises: DataError as ``read_header``."""
+    return _map(path, read_header(path, dtypes=WEIGHT_DTYPES))
+
+
+def _map(path: Path, header: ShardHeader) -> npt.NDArray[Any]:
+    if header.count == 0:
+        return np.empty(0, header.dtype)
+    try:
+        return np.memmap(path, header.dtype, mode="r", offset=header.offset, shape=(header.count,))
+    except (OSError, ValueError) as error:  # removed or cut since its header was read
+        raise DataError(f"{path}: cannot be mapped ({error}); check --dataset_path") from error
+
+
+def write_shard(
+    path: Path, tokens: npt.ArrayLike, dtype: npt.DTypeLike = np.uint16, file_format: FileFormat = "timl"
+) -> None:
+    """Write token ids as one shard; the file appears whole or not at all.
+
+    Raises: DataError for more than 2^31 - 1 tokens, ids that are no integers, an id that ``dtype`` cannot hold, or a
+    ``dtype`` that the format has no place for.
+    """
+    tokens, target = np.asarray(tokens), np.dtype(dtype).newbyteorder("<")
+    if target not in TOKEN_DTYPES:
+        raise DataError(f"token dtype {target} is not one of uint16, uint32")
+    if file_format == "llmc" and target != TOKEN_DTYPES[0]:
+        raise DataError(f"{path}: the llmc format holds uint16 only, not {target}; use the timl format")
+    if tokens.size and tokens.dtype.kind not in "iu":
+        raise DataError(f"{path}: token ids must be integers, not {tokens.dtype}")
+    if tokens.size and (tokens.min() < 0 or tokens.max() > np.iinfo(target).max):
+        raise DataError(f"{path}: token ids {tokens.min()}..{tokens.max()} do not fit {target}; use uint32")
+    start = (LLMC_MAGIC, LLMC_VERSION) if file_format == "llmc" else (MAGIC, VERSION, TOKEN_DTYPES.index(target))
+    _write(path, start, tokens.astype(target, copy=False))
+
+
+def write_weights(path: Path, weights: npt.ArrayLike) -> None:
+    """Write float32 values as one timl v1 file; it appears whole or not at all. Raises: DataError for more than 2^31 - 1
+    values."""
+    _write(path, (MAGIC, VERSION, 0), np.asarray(weights, WEIGHT_DTYPES[0]))
+
+
+def _write(path: Path, start: tuple[int, ...], values: npt.NDArray[Any]) -> None:
+    if values.size > MAX_TOKENS:
+        raise DataError(f"{path}: {values.size} tokens exceed the {MAX_TOKENS} of one shard; write several")
+    header = np.zeros(HEADER_BYTES // 4, "<i4")
+    header[: len(start) + 1] = *start, values.size
+    write_atomically(path, lambda file: (file.write(header.tobytes()), file.write(np.ascontiguousarray(values).data)))
