@@ -61,7 +61,7 @@ def read_header(
     known = magic == MAGIC or magic in _LLMC
     if headerless is not None and not known:
         return _headerless(path, size, np.dtype(headerless).newbyteorder("<"))
-    if magic in _LLMC and _is_short(numbers, size):
+    if dtypes is TOKEN_DTYPES and _is_short(numbers, raw, size):
         return ShardHeader(TOKEN_DTYPES[0], numbers[2], SHORT_HEADER_BYTES)
     if len(raw) < HEADER_BYTES:
         raise DataError(f"{path}: {len(raw)} bytes are no token shard: its header alone has {HEADER_BYTES}")
@@ -97,11 +97,12 @@ def _read_numbers(
     return VERSION, dtypes[numbers[2]], numbers[3], 12
 
 
-def _is_short(numbers: list[int], size: int) -> bool:
+def _is_short(numbers: list[int], raw: bytes, size: int) -> bool:
     """Whether a file has the header of three numbers: only if its length fits that, and not the long one."""
     if len(numbers) < 3 or numbers[:2] != [LLMC_MAGIC, LLMC_VERSION] or numbers[2] < 0:
         return False
-    return size == SHORT_HEADER_BYTES + 2 * numbers[2]
+    # Nothing but zeros is the rest of a long header, and the last 1012 bytes of the file are missing.
+    return size == SHORT_HEADER_BYTES + 2 * numbers[2] and (numbers[2] == 0 or any(raw[SHORT_HEADER_BYTES:]))
 
 
 def _headerless(path: Path, size: int, dtype: np.dtype[Any]) -> ShardHeader:

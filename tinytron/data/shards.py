@@ -6,14 +6,14 @@ import glob
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
-from tinytron.data.formats import HEADER_BYTES, open_shard
+from tinytron.data.formats import open_shard
 from tinytron.errors import DataError
 
 
@@ -71,7 +71,8 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
 
     def _refuse(self, shard: int, first: int, tokens: npt.NDArray[Any]) -> None:
         at = first + int(np.argmax(tokens >= self.vocab_size))
-        offset = HEADER_BYTES + at * self.shards[shard].dtype.itemsize
+        mapped = cast(np.memmap[Any, Any], self.shards[shard])
+        offset = mapped.offset + at * mapped.dtype.itemsize
         raise DataError(
             f"{self.paths[shard]}: token id {int(self.shards[shard][at])} at byte {offset} is not below --vocab_size "
             f"{self.vocab_size}; use the vocabulary size of the tokenizer that wrote it"
