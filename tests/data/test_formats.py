@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tinytron.data import TokenShardDataset, formats, read_header, write_shard
-from tinytron.data.formats import open_shard, open_weights, write_weights
+from tinytron.data import Shard, TokenShardDataset, formats, read_header, write_shard
+from tinytron.data.formats import ShardHeader, open_shard, open_weights, write_weights
 from tinytron.errors import DataError
 
 # Magic 20250805 = 0x013500b5, version 1, dtype id, number of tokens; zeros up to byte 1024; the tokens.
@@ -78,7 +78,7 @@ def test_other_headers_are_told_apart_by_their_magic_number(
             read_header(path)
         return
     for headerless in (None, np.uint32):  # a type for files without a header does not matter here
-        assert read_header(path, headerless) == (np.dtype(dtype), len(tokens), offset)
+        assert read_header(path, headerless) == ShardHeader(np.dtype(dtype), len(tokens), offset)
         assert open_shard(path, headerless).tolist() == tokens
 
 
@@ -86,9 +86,9 @@ def test_a_length_that_fits_both_headers_of_llm_c_is_the_long_one(tmp_path: Path
     """506 tokens after 12 bytes are 1024 bytes: a long header of 0 tokens would have its count say 0."""
     path = tmp_path / "a.bin"
     path.write_bytes(LLMC[:8] + struct.pack("<i", 506) + bytes(range(200)) * 5 + bytes(12))
-    assert read_header(path) == (np.dtype("<u2"), 506, 12)
+    assert read_header(path) == ShardHeader(np.dtype("<u2"), 506, 12)
     path.write_bytes(LLMC[:8] + bytes(1016))
-    assert read_header(path) == (np.dtype("<u2"), 0, 1024)
+    assert read_header(path) == ShardHeader(np.dtype("<u2"), 0, 1024)
 
 
 @pytest.mark.parametrize(("dtype", "tokens"), [("uint16", [1, 2, 3, 4]), ("uint32", [131073, 262147])])
@@ -207,7 +207,7 @@ def test_damage_is_named_with_file_and_offset(tmp_path: Path, content: bytes, te
     path = tmp_path / "train_0.bin"
     path.write_bytes(content)
     with pytest.raises(DataError, match=rf"^{path}: .*{text}"):
-        TokenShardDataset([path], 1, 2**16)
+        TokenShardDataset([Shard(path)], 1, 2**16)
 
 
 def test_a_missing_file_and_a_folder_cannot_be_read(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_damaged_files_give_a_data_error_or_data(
             content[at] ^= mask
     path.write_bytes(bytes(content))
     try:
-        dataset = TokenShardDataset([path], 3, 64)
+        dataset = TokenShardDataset([Shard(path)], 3, 64)
         dataset.check_token_ids()
         assert all(0 <= t < 64 for row, labels in items(dataset) for t in row + labels)
     except DataError as error:

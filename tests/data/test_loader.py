@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset, IterableDataset
 
-from tinytron.data import Batch, GlobalBatchSampler, build_train_loader, build_val_loader
-from tinytron.data.loader import as_batch, size_of
+from tinytron.data import Batch, GlobalBatchSampler, ShuffledEpochs, build_train_loader, build_val_loader
+from tinytron.data.batch import as_batch
+from tinytron.data.loader import size_of
 from tinytron.errors import DataError
 
 
@@ -35,9 +36,8 @@ class Rows(Dataset[Any]):
 def sampler(
     num_samples: int = 10, *, global_batch: int = 8, micro_batch: int = 1, rank: int = 0, dp: int = 1, seed: int = 7
 ) -> GlobalBatchSampler:
-    return GlobalBatchSampler(
-        num_samples, global_batch=global_batch, micro_batch=micro_batch, dp_rank=rank, dp_size=dp, seed=seed
-    )
+    order = ShuffledEpochs(num_samples, seed)
+    return GlobalBatchSampler(order, global_batch=global_batch, micro_batch=micro_batch, dp_rank=rank, dp_size=dp)
 
 
 def micro_batches(of: GlobalBatchSampler, steps: int) -> list[list[list[int]]]:
@@ -176,7 +176,9 @@ def test_the_size_of_a_data_set_must_be_known_and_positive() -> None:
             yield ROW
 
     assert size_of(Rows(3)) == 3
-    with pytest.raises(DataError, match=r"Stream has no __len__: training needs a map-style dataset"):
+    with pytest.raises(
+        DataError, match=r"Stream has no __len__; give it one, or make it a torch.utils.data.IterableDataset"
+    ):
         size_of(Stream())
     with pytest.raises(DataError, match="Rows is empty"):
         size_of(Rows(0))
@@ -214,7 +216,13 @@ def val_batches(count: int, dp: int, micro_batch: int, workers: int = 0) -> list
     return [
         list(
             build_val_loader(
-                Rows(count), micro_batch=micro_batch, dp_rank=r, dp_size=dp, num_workers=workers, pin_memory=False
+                Rows(count),
+                num_samples=count,
+                micro_batch=micro_batch,
+                dp_rank=r,
+                dp_size=dp,
+                num_workers=workers,
+                pin_memory=False,
             )
         )
         for r in range(dp)
@@ -241,7 +249,9 @@ def test_validation_reads_each_sample_once_in_equally_many_batches(count: int, d
 
 
 def test_validation_can_be_repeated_and_shared_by_workers() -> None:
-    loader = build_val_loader(Rows(5), micro_batch=2, dp_rank=0, dp_size=1, num_workers=0, pin_memory=False)
+    loader = build_val_loader(
+        Rows(5), num_samples=5, micro_batch=2, dp_rank=0, dp_size=1, num_workers=0, pin_memory=False
+    )
     first, second = ([batch.labels.tolist() for batch in loader] for _ in range(2))
     assert first == second
     assert [batch.labels.tolist() for batch in val_batches(5, 1, 2, workers=2)[0]] == first
@@ -250,4 +260,4 @@ def test_validation_can_be_repeated_and_shared_by_workers() -> None:
 def test_a_batch_moves_to_a_device() -> None:
     batch = Batch(torch.zeros(1, 2), torch.ones(1, 2)).to(torch.device("meta"))
     assert isinstance(batch, Batch)
-    assert {t.device.type for t in batch} == {"meta"}
+    assert {t.device.type for t in (batch.input_ids, batch.labels)} == {"meta"}

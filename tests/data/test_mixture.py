@@ -247,7 +247,7 @@ def test_the_order_is_frozen() -> None:
     """A resumed run of an older version must go on in the same order."""
     order = MixtureOrder(mixed([(None, [2, 1])]), [7, 5], 8, 1337)
     assert positions(order, 0, 12) == [0, 7, 11, 9, 4, 6, 5, 2, 1, 3, 4, 5]
-    assert order.fingerprint() == "mixture:ab57133796a4c62f"
+    assert order.fingerprint(12) == "mixture:b6acce9522838f38"
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 100, 1000])
@@ -385,9 +385,13 @@ def test_the_description_of_an_end() -> None:
 
 def test_the_fingerprint_follows_everything_the_order_depends_on() -> None:
     def fingerprint(
-        stages: Any = ((80, [7, 3]), (None, [1, 1])), sizes: Any = (10, 20), contents: Any = ("x", "y"), **options: Any
+        stages: Any = ((80, [7, 3]), (None, [1, 1])),
+        sizes: Any = (10, 20),
+        contents: Any = ("x", "y"),
+        at: int = 50,
+        **options: Any,
     ) -> str:
-        return MixtureOrder(mixed(stages, **options), sizes, 8, 1, contents).fingerprint()
+        return MixtureOrder(mixed(stages, **options), sizes, 8, 1, contents).fingerprint(at)
 
     same = fingerprint()
     assert same.startswith("mixture:")
@@ -403,6 +407,16 @@ def test_the_fingerprint_follows_everything_the_order_depends_on() -> None:
         fingerprint(names="ac"),
     }
     assert len(others | {same}) == 9
+    # What comes after a position is no part of what came before it.
+    early = fingerprint(at=10)
+    assert early != same
+    assert fingerprint(((80, [7, 3]), (None, [1, 2])), at=10) == early
+    assert fingerprint(((88, [7, 3]), (None, [1, 1])), at=10) == early
+    assert fingerprint(((88, [7, 3]), (None, [1, 1])), at=11) != fingerprint(at=11)
+    assert fingerprint(((80, [7, 4]), (None, [1, 1])), at=10) != early
+    assert fingerprint(((80, [7, 0]), (None, [1, 1])), contents=("x", "z"), at=10) == fingerprint(
+        ((80, [7, 0]), (None, [1, 1])), at=10
+    )
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.ranks import Ranks
-from tinytron.data import TokenShardDataset, find_shards, prepare, read_header
+from tinytron.data import Shard, TokenShardDataset, find_shards, prepare, read_header
 from tinytron.data.formats import open_shard
 from tinytron.errors import ConfigError, DataError, TinytronError
 
@@ -85,7 +85,7 @@ def test_prefix_first_index_and_numpy_documents(tmp_path: Path) -> None:
 
 def test_the_built_in_data_set_reads_the_shards_and_every_token_is_a_label(tmp_path: Path) -> None:
     prepare.write_token_shards([list(range(100)), list(range(100, 129))], tmp_path)
-    dataset = TokenShardDataset(find_shards(str(tmp_path), "train"), seq_len=16, vocab_size=129)
+    dataset = TokenShardDataset([Shard(p) for p in find_shards(str(tmp_path), "train")], seq_len=16, vocab_size=129)
     labels = [int(label) for sample in range(len(dataset)) for label in dataset[sample]["labels"]]
     assert labels == list(range(1, 129))
 

@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from tinytron.data import TokenShardDataset, find_shards, write_shard
+from tinytron.data import Shard, TokenShardDataset, find_shards, write_shard
 from tinytron.errors import DataError
 
 
 def shard(folder: Path, tokens: Any, name: str = "train_0.bin", dtype: Any = np.uint16) -> Path:
     write_shard(folder / name, tokens, dtype)
     return folder / name
+
+
+def samples(paths: list[Path], seq_len: int, vocab_size: int) -> TokenShardDataset:
+    return TokenShardDataset([Shard(path) for path in paths], seq_len, vocab_size)
 
 
 def items(dataset: TokenShardDataset) -> list[tuple[list[int], list[int]]]:
@@ -29,7 +33,7 @@ def items(dataset: TokenShardDataset) -> list[tuple[list[int], list[int]]]:
 @pytest.mark.parametrize("seq_len", [1, 2, 3, 4, 5, 9])
 def test_neighbours_share_one_token_and_the_remainder_is_dropped(tmp_path: Path, seq_len: int) -> None:
     tokens = list(range(100, 110))
-    dataset = TokenShardDataset([shard(tmp_path, tokens)], seq_len, 1000)
+    dataset = samples([shard(tmp_path, tokens)], seq_len, 1000)
     found = items(dataset)
     assert len(found) == 9 // seq_len
     for i, (inputs, labels) in enumerate(found):
@@ -41,7 +45,7 @@ def test_neighbours_share_one_token_and_the_remainder_is_dropped(tmp_path: Path,
 
 
 def test_samples_are_int64(tmp_path: Path) -> None:
-    sample = TokenShardDataset([shard(tmp_path, range(5))], 2, 10)[0]
+    sample = samples([shard(tmp_path, range(5))], 2, 10)[0]
     assert {t.dtype for t in sample.values()} == {torch.int64}
 
 
@@ -49,7 +53,7 @@ def test_no_sample_crosses_shards(tmp_path: Path) -> None:
     """Shards of 7, 1, 0, 5 and 4 tokens: some have a remainder, some no sample at all."""
     sizes = [7, 1, 0, 5, 4]
     paths = [shard(tmp_path, np.arange(n) + 10 * i, f"train_{i}.bin") for i, n in enumerate(sizes)]
-    dataset = TokenShardDataset(paths, 3, 100)
+    dataset = samples(paths, 3, 100)
     expected = [[0, 1, 2], [3, 4, 5], [30, 31, 32], [40, 41, 42]]
     assert items(dataset) == [(row, [t + 1 for t in row]) for row in expected]
     with pytest.raises(IndexError):
@@ -58,7 +62,7 @@ def test_no_sample_crosses_shards(tmp_path: Path) -> None:
 
 def test_shards_of_both_dtypes_mix(tmp_path: Path) -> None:
     paths = [shard(tmp_path, [1, 2, 3], "train_0.bin"), shard(tmp_path, [4, 70000, 6], "train_1.bin", np.uint32)]
-    assert items(TokenShardDataset(paths, 2, 70001)) == [([1, 2], [2, 3]), ([4, 70000], [70000, 6])]
+    assert items(samples(paths, 2, 70001)) == [([1, 2], [2, 3]), ([4, 70000], [70000, 6])]
 
 
 def test_too_few_tokens_for_one_sample(tmp_path: Path) -> None:
@@ -68,8 +72,8 @@ def test_too_few_tokens_for_one_sample(tmp_path: Path) -> None:
         "use a shorter --seq_len"
     )
     with pytest.raises(DataError, match=text):
-        TokenShardDataset(paths, 3, 10)
-    assert len(TokenShardDataset(paths, 2, 10)) == 1
+        samples(paths, 3, 10)
+    assert len(samples(paths, 2, 10)) == 1
 
 
 # Token ids outside the vocabulary.
@@ -81,19 +85,19 @@ def test_an_id_outside_the_vocabulary_is_named_with_its_byte(tmp_path: Path, at:
     tokens = np.arange(11)
     tokens[at] = 500
     good, bad = shard(tmp_path, range(5), "train_0.bin"), shard(tmp_path, tokens, "train_1.bin", dtype)
-    dataset = TokenShardDataset([good, bad], 2, 500)
+    dataset = samples([good, bad], 2, 500)
     text = rf"{bad}: token id 500 at byte {1024 + width * at} is not below --vocab_size 500; use the vocabulary size"
     with pytest.raises(DataError, match=text):
         dataset.check_token_ids()
     with pytest.raises(DataError, match=text):
         items(dataset)
-    items(TokenShardDataset([good, bad], 2, 501))
-    TokenShardDataset([good, bad], 2, 501).check_token_ids()
+    items(samples([good, bad], 2, 501))
+    samples([good, bad], 2, 501).check_token_ids()
 
 
 def test_each_part_checks_its_own_shards(tmp_path: Path) -> None:
     paths = [shard(tmp_path, [1, 500 if i == 4 else 1], f"train_{i}.bin") for i in range(6)]
-    dataset = TokenShardDataset(paths, 1, 500)
+    dataset = samples(paths, 1, 500)
     for part in (0, 2):
         dataset.check_token_ids(part=part, parts=3)
     with pytest.raises(DataError, match=r"train_4\.bin: token id 500 at byte 1026"):
@@ -104,12 +108,12 @@ def test_the_check_of_a_long_shard_is_spread_over_it(tmp_path: Path) -> None:
     block = 2**20
     tokens = np.zeros(4 * block, np.uint16)
     tokens[-1] = 500
-    dataset = TokenShardDataset([shard(tmp_path, tokens)], 8, 500)
+    dataset = samples([shard(tmp_path, tokens)], 8, 500)
     with pytest.raises(DataError, match=f"at byte {1024 + 2 * (4 * block - 1)}"):
         dataset.check_token_ids()
     dataset.check_token_ids(limit=2 * block)  # blocks 0 and 2 of 4
     tokens[2 * block] = 600
-    dataset = TokenShardDataset([shard(tmp_path, tokens)], 8, 500)
+    dataset = samples([shard(tmp_path, tokens)], 8, 500)
     with pytest.raises(DataError, match=f"token id 600 at byte {1024 + 2 * 2 * block}"):
         dataset.check_token_ids(limit=2 * block)
 
@@ -118,10 +122,12 @@ def test_the_check_of_a_long_shard_is_spread_over_it(tmp_path: Path) -> None:
 
 
 def test_a_folder_gives_its_splits_in_order(tmp_path: Path) -> None:
-    for name in ("train_000010.bin", "train_000002.bin", "val_000000.bin", "test_0.bin", "train_0.txt", "train.bin"):
+    train = ["fineweb_train_000001.bin", "train.bin", "train_000002.bin", "train_000010.bin"]
+    val = ["fineweb_val_000000.bin", "val_000000.bin", "validation_000000.bin"]
+    for name in (*reversed(train), *val, "test_0.bin", "train_0.txt", "constrain_0.bin", "train_0.docs", "trainer.bin"):
         (tmp_path / name).touch()
-    assert [p.name for p in find_shards(str(tmp_path), "train")] == ["train_000002.bin", "train_000010.bin"]
-    assert [p.name for p in find_shards(str(tmp_path), "val")] == ["val_000000.bin"]
+    assert [p.name for p in find_shards(str(tmp_path), "train")] == train
+    assert [p.name for p in find_shards(str(tmp_path), "val")] == val
 
 
 def test_a_pattern_or_a_file_is_training_data(tmp_path: Path) -> None:
@@ -134,11 +140,18 @@ def test_a_pattern_or_a_file_is_training_data(tmp_path: Path) -> None:
 
 
 def test_a_pattern_may_match_both_splits(tmp_path: Path) -> None:
-    for name in ("val_000001.bin", "fineweb_val.bin", "train_000001.bin", "val_000000.bin", "train_000000.bin"):
+    for name in (
+        "val_000001.bin",
+        "fineweb_val.bin",
+        "train_000001.bin",
+        "a.bin",
+        "train_000000.bin",
+        "interval_0.bin",
+    ):
         (tmp_path / name).touch()
     pattern = str(tmp_path / "*.bin")
-    assert [p.name for p in find_shards(pattern, "val")] == ["val_000000.bin", "val_000001.bin"]
-    train = ["fineweb_val.bin", "train_000000.bin", "train_000001.bin"]  # only a name that begins with val_ is held out
+    assert [p.name for p in find_shards(pattern, "val")] == ["fineweb_val.bin", "val_000001.bin"]
+    train = ["a.bin", "interval_0.bin", "train_000000.bin", "train_000001.bin"]
     assert [p.name for p in find_shards(pattern, "train")] == train
     assert find_shards(str(tmp_path / "train_*.bin"), "val") == []
     with pytest.raises(DataError, match=r"val_\*\.bin is no folder and matches no file"):
@@ -165,7 +178,7 @@ def test_a_path_that_matches_nothing(tmp_path: Path) -> None:
 def test_the_fingerprint_follows_content_not_place(tmp_path: Path) -> None:
     def fingerprint(tokens: Any, folder: str = "a", seq_len: int = 2, dtype: Any = np.uint16) -> str:
         (tmp_path / folder).mkdir(exist_ok=True)
-        return TokenShardDataset([shard(tmp_path / folder, tokens, dtype=dtype)], seq_len, 2**16).fingerprint()
+        return samples([shard(tmp_path / folder, tokens, dtype=dtype)], seq_len, 2**16).fingerprint()
 
     same = fingerprint(range(9))
     assert same.startswith("shards:")

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from tests.helpers.runs import config_of
 from tests.naive.gpt import Experts, Shape
 from tests.naive.training import Arrays, Outcome, Recipe, train
-from tinytron.data import GlobalBatchSampler
+from tinytron.data import GlobalBatchSampler, ShuffledEpochs
 from tinytron.distributed import DistributedOptimizer
 from tinytron.distributed.param_spec import specs_of
 from tinytron.model import GPT
@@ -131,9 +131,8 @@ class MaskedSamples(Dataset[dict[str, torch.Tensor]]):
 
     def samples_of_steps(self) -> list[list[int]]:
         """The samples of every global step."""
-        sampler = GlobalBatchSampler(
-            len(self), global_batch=GLOBAL_BATCH, micro_batch=1, dp_rank=0, dp_size=1, seed=1337
-        )
+        order = ShuffledEpochs(len(self), 1337)
+        sampler = GlobalBatchSampler(order, global_batch=GLOBAL_BATCH, micro_batch=1, dp_rank=0, dp_size=1)
         return [sampler.samples_of_step(step) for step in range(STEPS)]
 
 

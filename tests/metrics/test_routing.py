@@ -18,7 +18,7 @@ from tests.helpers.runs import ROOT, Run, run, train, user_error
 from tests.helpers.stopping import run_until
 from tests.model.test_gpt import gradients, make_batch, sums
 from tests.model.test_moe_gpt import MOE, VARIANTS, K, MoETwin, make_model
-from tinytron.data import GlobalBatchSampler, MockDataset
+from tinytron.data import GlobalBatchSampler, MockDataset, ShuffledEpochs
 from tinytron.errors import DataError
 from tinytron.metrics.routing import margin_statistics, weight_entropy
 from tinytron.metrics.run_log import RunLog, json_line
@@ -192,7 +192,7 @@ def test_every_layout_traces_the_same_tokens(ranks: Pools, tmp_path: Path, world
     assert {line["layer"] for line in found} == {1, 2}
     assert {line["row"] for line in found} == {4, 5, 6, 7}  # of the second micro-batch
     data = MockDataset(32, 12, 61, seed=1337)
-    sampler = GlobalBatchSampler(32, global_batch=8, micro_batch=1, dp_rank=0, dp_size=1, seed=1337)
+    sampler = GlobalBatchSampler(ShuffledEpochs(32, 1337), global_batch=8, micro_batch=1, dp_rank=0, dp_size=1)
     for line, other in zip(found, expected, strict=True):
         sample = data[sampler.samples_of_step(line["step"] - 1)[line["row"]]]
         assert line["token"] == int(sample["input_ids"][line["position"]])

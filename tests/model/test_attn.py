@@ -9,10 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tinytron.errors import ConfigError
 from tinytron.model.config import ModelConfig
-from tinytron.model.modules.attn import Attention, Backend, Documents, attend, check_backend
+from tinytron.model.modules.attn import Attention, Backend, Documents, attend, check_backend, documents_of
 from tinytron.model.modules.emb import RotaryEmbedding
 
 B, S, H = 2, 7, 4
@@ -180,3 +182,51 @@ def test_attention_weights_are_dropped_in_training_only(monkeypatch: pytest.Monk
     layer = Attention(config).train(training)
     layer(torch.randn(B, S, 16), RotaryEmbedding(4, S, 1e4, torch.float32)(0, S))
     assert used == [0.25 if training else 0.0]
+
+
+# Documents.
+
+
+@st.composite
+def packed_rows(draw: st.DrawFn) -> tuple[list[list[int]], int]:
+    """Lengths of the documents of some rows, and the rows' length."""
+    length, rows = draw(st.integers(1, 12)), []
+    for _ in range(draw(st.integers(1, 4))):
+        cuts = sorted(draw(st.sets(st.integers(1, length - 1)))) if length > 1 else []
+        rows.append([b - a for a, b in zip([0, *cuts], [*cuts, length], strict=True)])
+    return rows, length
+
+
+@settings(max_examples=100, deadline=None)
+@given(packed=packed_rows(), dtype=st.sampled_from([torch.int32, torch.int64]))
+def test_documents_begin_where_positions_do(packed: tuple[list[list[int]], int], dtype: torch.dtype) -> None:
+    rows, length = packed
+    positions = torch.tensor([[i for n in row for i in range(n)] for row in rows], dtype=dtype)
+    documents = documents_of(positions)
+    assert documents.cu_seqlens.dtype == torch.int32
+    assert documents.cu_seqlens.tolist()[-1] == len(rows) * length
+    assert documents.cu_seqlens.diff().tolist() == [n for row in rows for n in row]
+    assert documents.max_len == max(n for row in rows for n in row)
+    assert documents.mask is None
+
+
+def test_a_row_that_goes_on_is_no_row_of_documents() -> None:
+    with pytest.raises(AssertionError, match="positions must begin at 0 in every row"):
+        documents_of(torch.tensor([[0, 1, 0], [2, 3, 0]]))
+
+
+def test_the_mask_lets_a_query_see_its_documents_past() -> None:
+    mask = of_lengths([2, 1, 3]).with_mask(2, 3, torch.bfloat16).mask
+    assert mask is not None
+    assert mask.dtype == torch.bfloat16
+    no = float("-inf")
+    first, second = [[0, no, no], [0, 0, no], [no, no, 0]], [[0, no, no], [0, 0, no], [0, 0, 0]]
+    assert mask.tolist() == [[first], [second]]
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_a_mask_that_is_there_is_used(backend: Backend) -> None:
+    qkv = make_qkv(4, 2)
+    whole = of_lengths([S, S]).with_mask(B, S, torch.float64).mask
+    out = attend(*qkv, backend=backend, documents=of_lengths(LENGTHS)._replace(mask=whole))
+    torch.testing.assert_close(out, naive(*qkv), rtol=1e-11, atol=1e-12)

@@ -20,6 +20,7 @@ from tinytron.utils.flags import FieldInfo, config_fields
 DOCUMENTED: dict[str, dict[str, Any]] = {
     "train": {
         "total_batch_size": 524288, "batch_size": 8, "seq_len": 4096, "max_steps": None, "max_epochs": 1, "do_val": False,
+        "max_train_tokens": None, "max_eval_tokens": None,
         "val_every_steps": 250, "split_rate": None, "grad_clip_value": 1.0, "debug": False, "precision": "bf16",
         "use_compile": False, "use_profiler": False, "steps_to_profile": (15, 20), "disable_tf32": False,
         "z_loss_coef": 0.0, "recompute": "none", "attn_backend": "sdpa", "spike_sigma": 0.0, "spike_window": 100,
@@ -32,6 +33,8 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
     "seed": {"seed": 1337, "deterministic": False},
     "data": {
         "dataset_path": None, "use_mock_data": False, "mock_data_num_samples": 1280, "num_workers": 0, "pin_memory": True,
+        "token_dtype": None, "document_mask": False, "cross_document_loss": True, "packing": "concat", "eot_id": None,
+        "eot_position": "prepend", "prefetch": 2,
     },
     "optim": {
         "max_lr": 4e-3, "min_lr": 3e-5, "warmup_steps": 1000, "weight_decay": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.95,
@@ -68,6 +71,9 @@ OTHER = {
     "total_batch_size": 1048576,
     "seq_len": 2048,
     "max_steps": 5,
+    "max_train_tokens": 10**7,
+    "max_eval_tokens": 10**6,
+    "eot_id": 0,
     "split_rate": 0.5,
     "hidden_size": 2048,
     "num_attention_heads": 64,

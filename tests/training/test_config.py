@@ -34,6 +34,8 @@ AT_LEAST_ONE = [
     "sep_size",
     "log_every",
     "max_steps",
+    "max_train_tokens",
+    "max_eval_tokens",
     "muon_ns_steps",
     "spike_window",
 ]
@@ -54,6 +56,8 @@ AT_LEAST_ZERO = [
     "scalar_lr_mult",
     "ep_size",
     "num_workers",
+    "prefetch",
+    "eot_id",
     "save_every_steps",
     "spike_sigma",
     "replica_check_every",
@@ -242,13 +246,14 @@ def test_a_configuration_cannot_be_changed() -> None:
 # How a run is executed and how long: layout, micro-batch, paths, intervals, step limits. All else is what it is.
 EXECUTION = {
     "train": {
-        "batch_size", "max_steps", "max_epochs", "do_val", "val_every_steps", "recompute", "attn_backend", "use_compile",
+        "batch_size", "max_steps", "max_train_tokens", "max_eval_tokens", "max_epochs", "do_val", "val_every_steps",
+        "recompute", "attn_backend", "use_compile",
         "disable_tf32", "use_profiler", "steps_to_profile", "spike_sigma", "spike_window", "spike_action",
         "replica_check_every", "step_timeout",
     },
     "model": set(),
     "optim": set(),
-    "data": {"dataset_path", "use_mock_data", "num_workers", "pin_memory"},
+    "data": {"dataset_path", "use_mock_data", "num_workers", "pin_memory", "token_dtype", "prefetch"},
     "parallel": {
         "backend", "init_method", "sep_size", "ep_size", "use_distributed_optimizer", "bucket_size_mb",
         "overlap_grad_reduce", "overlap_param_gather", "grad_reduce_dtype", "print_topology", "ddp_find_unused_parameters",

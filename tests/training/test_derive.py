@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.errors import ConfigError
-from tinytron.training.config import Config, OptimConfig, TrainingConfig, TrainingInfo, derive
+from tinytron.training.config import Config, OptimConfig, TrainingConfig
+from tinytron.training.derive import TrainingInfo, derive
 
 S = 16
 

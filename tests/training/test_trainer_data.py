@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -167,13 +167,13 @@ class TooLong(_BrokenData):
     items = (torch.arange(40),)
 
 
-class Streaming(Trainer):
+class NoLength(_BrokenData):
     def _init_dataset(self, config: Config) -> None:
-        class Endless(torch.utils.data.IterableDataset[Any]):
-            def __iter__(self) -> Iterator[Any]:
-                yield torch.arange(13)
+        class Sequence:
+            def __getitem__(self, index: int) -> Any:
+                return torch.arange(13)
 
-        self.train_dataset = Endless()
+        self.train_dataset = Sequence()  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ class Streaming(Trainer):
         (NegativeTokens, "DataError: the dataset gave token id -100, outside 0..60"),
         (LargeTokensInValidation, "DataError: the dataset gave token id 62, outside 0..60"),
         (TooLong, "DataError: the dataset gave samples of 39 tokens, but --seq_len is 12; make them alike"),
-        (Streaming, "DataError: Endless has no __len__"),
+        (NoLength, "DataError: Sequence has no __len__; give it one, or make it a torch.utils.data.IterableDataset"),
     ],
 )
 def test_data_that_cannot_be_trained_on_is_one_error(
@@ -247,6 +247,11 @@ class OwnLoaderOnly(Trainer):
         self.train_loader = DataLoader(_batches(self, "batch"), batch_size=None)  # type: ignore[arg-type]
 
 
+class NoData(Trainer):
+    def _init_dataset(self, config: Config) -> None:
+        pass
+
+
 class OwnLoaderOfTexts(Trainer):
     def _init_dataset(self, config: Config) -> None:
         self.train_dataset = Dicts()
@@ -274,7 +279,8 @@ def test_an_own_loader_resumes_where_it_was(ranks: Pools, tmp_path: Path) -> Non
     ("cls", "message"),
     [
         (OwnLoaderWithoutBatches, "DataError: train_loader gave no batch"),
-        (OwnLoaderOnly, "ConfigError: _init_dataset set no train_dataset; set self.train_dataset"),
+        (NoData, "ConfigError: _init_dataset set no train_dataset; set self.train_dataset, or self.train_loader"),
+        (OwnLoaderOnly, "ConfigError: the training data has no length; say how long to train: --max_steps or --max_tr"),
         (OwnLoaderOfTexts, "DataError: a loader must give input_ids and labels"),
     ],
 )

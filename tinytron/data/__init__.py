@@ -1,14 +1,22 @@
 """Floor 2: token files, samples, and the order in which they are trained on."""
 
+from tinytron.data.batch import Batch
 from tinytron.data.formats import read_header, write_shard
-from tinytron.data.loader import Batch, GlobalBatchSampler, build_train_loader, build_val_loader
+from tinytron.data.loader import GlobalBatchSampler, build_train_loader, build_val_loader
 from tinytron.data.mock import MockDataset
-from tinytron.data.shards import TokenShardDataset, find_shards
+from tinytron.data.order import ShuffledEpochs
+from tinytron.data.samples import MixtureDataset, Reading, TokenShardDataset
+from tinytron.data.shards import EndOfText, Shard, find_shards
 
 __all__ = [
     "Batch",
+    "EndOfText",
     "GlobalBatchSampler",
+    "MixtureDataset",
     "MockDataset",
+    "Reading",
+    "Shard",
+    "ShuffledEpochs",
     "TokenShardDataset",
     "build_train_loader",
     "build_val_loader",

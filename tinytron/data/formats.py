@@ -12,8 +12,9 @@ Headers of 256 int32 end at byte 1024, whatever else has been written about the 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +33,8 @@ LLMC_MAGIC, LLMC_VERSION = 20240520, 1
 _LLMC = {LLMC_MAGIC: (LLMC_VERSION, TOKEN_DTYPES[0]), 20240801: (7, TOKEN_DTYPES[1])}  # magic: version and type
 
 
-class ShardHeader(NamedTuple):
+@dataclass(frozen=True)
+class ShardHeader:
     """What a file says it holds: ``count`` values of ``dtype`` from byte ``offset`` on."""
 
     dtype: np.dtype[Any]

@@ -59,18 +59,18 @@ class MixtureOrder:
     the sizes of the sources before its own, plus its number there. A function of (arguments, position) alone.
 
     ``seq_len`` is the tokens of one sample: stages and ``max_tokens`` are rounded down to samples, ``max_epochs`` too.
-    ``fingerprints`` says what the sources hold. Positions, counts and ids are in samples. Raises: ConfigError for a stage
+    ``fingerprints`` say what the sources hold. Positions, counts and ids are in samples. Raises: ConfigError for a stage
     or a cap of less than one sample.
     """
 
     def __init__(
-        self, mixture: Mixture, sizes: Sequence[int], seq_len: int, seed: int, fingerprints: Sequence[str] = ()
+        self, mixture: Mixture, sizes: Sequence[int], seq_len: int, seed: int, fingerprints: Sequence[str] | None = None
     ) -> None:
         assert len(sizes) == len(mixture.sources), "every source has a size"
         assert min(sizes) > 0, "every source has a sample"
         self.names = [source.name for source in mixture.sources]
         self.file, self.sizes, self.seq_len, self.seed = mixture.file, [int(size) for size in sizes], seq_len, seed
-        self.fingerprints = list(fingerprints)
+        self.fingerprints = list(fingerprints or [""] * len(sizes))
         self.ends: Ints = np.cumsum(np.array(sizes, np.int64))
         self.caps = [self._cap(mixture, number) for number in range(len(sizes))]
         self.stage_weights = [stage.weights for stage in mixture.stages]
@@ -118,10 +118,16 @@ class MixtureOrder:
         """The number of the source that each sample id belongs to."""
         return np.searchsorted(self.ends, ids, side="right").astype(np.int64)
 
-    def fingerprint(self) -> str:
-        """A hash of all that the order depends on, the seed left out: names, weights, caps, stages, sizes, contents."""
-        weights = [[str(weight) for weight in stage] for stage in self.stage_weights]
-        parts = [self.names, self.sizes, self.caps, self.stage_sizes, weights, self.seq_len, self.fingerprints]
+    def fingerprint(self, position: int) -> str:
+        """A hash of all that the samples before ``position`` depend on, the seed left out: two mixtures with the same one
+        agree on them, whatever comes later. What the sources used so far hold, and every segment's length and weights."""
+        contents = dict(zip(self.names, zip(self.sizes, self.fingerprints, strict=True), strict=True))
+        parts: list[object] = [self.seq_len]
+        for segment in self.segments:
+            if segment.start < position:
+                weights = {n: str(w) for n, w in zip(self.names, segment.weights, strict=True) if w}
+                length = position if segment.end is None else min(position, segment.end)
+                parts.append([length, weights, {name: contents[name] for name in weights}])
         return f"mixture:{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
     def describe(self, num_samples: int | None = None) -> list[str]:

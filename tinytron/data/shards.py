@@ -1,36 +1,49 @@
-"""Token shards: which files belong to a split, and the samples in them."""
+"""Token shards: which files belong to a split, and one file with all that lies beside it.
+
+train_000000.bin       the tokens (formats.py)
+train_000000.docs      where documents begin, in tokens: uint32 in a timl v1 file; else the end-of-text token tells
+train_000000.weights   how much each token counts as a target: float32 in a timl v1 file; optional
+manifest.json          what the tokeniser knows about the folder (manifest.py); optional
+"""
 
 from __future__ import annotations
 
 import glob
-import hashlib
-from collections.abc import Sequence
+import re
+from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch.utils.data import Dataset
 
-from tinytron.data.formats import open_shard
+from tinytron.data.formats import open_shard, open_weights, read_header
 from tinytron.errors import DataError
+
+_SPLITS = {"train": "train", "val": "val", "validation": "val"}
+_SPLIT = re.compile(rf"(?:^|_)({'|'.join(_SPLITS)})(?:_|\.|$)")
+
+
+def split_of(name: str) -> str | None:
+    """``train`` or ``val`` for file names such as ``train_000001.bin``, ``fineweb_val_000000.bin``, ``train.bin``."""
+    match = _SPLIT.search(name)
+    return _SPLITS[match[1]] if match else None
 
 
 def find_shards(dataset_path: str, split: str) -> list[Path]:
-    """The shards of ``split``, ``train`` or ``val``, sorted: ``<split>_*.bin`` of a folder, or of those a glob pattern
-    matches the ones named ``val_*`` for ``val`` and all others for ``train``.
+    """The shards of ``split``, ``train`` or ``val``, sorted: of a folder the ``*.bin`` whose name says so; of the files
+    that a glob pattern matches those with ``val`` in their names for ``val``, and all others for ``train``.
 
     Raises: DataError if there is no such folder, or it has no training shard.
     """
     folder = Path(dataset_path)
     if folder.is_dir():
-        shards = sorted(folder.glob(f"{split}_*.bin"))
+        shards = sorted(p for p in folder.glob("*.bin") if split_of(p.name) == split)
         if not shards and split == "train":
             raise DataError(f"--dataset_path {dataset_path} has no train_*.bin; name a folder with token shards")
         return shards
     matches = sorted(Path(p) for p in glob.glob(dataset_path))
-    shards = [p for p in matches if p.name.startswith("val_") == (split == "val")]
+    shards = [p for p in matches if (split_of(p.name) == "val") == (split == "val")]
     if not shards and split == "train":
         raise DataError(
             f"--dataset_path {dataset_path} is no folder and matches no file; "
@@ -39,62 +52,85 @@ def find_shards(dataset_path: str, split: str) -> list[Path]:
     return shards
 
 
-class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
-    """Sample i of a shard is ``tokens[i*S : i*S + S + 1]``, S = ``seq_len``: neighbours share one token, so every token
-    but a shard's first is a target once; the remainder is dropped and no sample crosses shards.
+class EndOfText(NamedTuple):
+    """The token between documents, and on which side of a document it stands."""
 
-    Samples are numbered through the shards in the given order. Raises: DataError for a damaged shard, for shards without
-    a single sample, and on access for a token id of ``vocab_size`` or more.
+    token: int
+    position: Literal["prepend", "append"] = "prepend"
+
+
+class Shard:
+    """One token file, mapped when it is first used. ``count`` is its number of tokens if that is known already.
+
+    Raises: DataError as ``formats.read_header``, at once without ``count``, else when it is first used.
     """
 
-    def __init__(self, paths: Sequence[Path], seq_len: int, vocab_size: int) -> None:
-        self.paths, self.seq_len, self.vocab_size = list(paths), seq_len, vocab_size
-        self.shards = [open_shard(path) for path in self.paths]
-        counts = [max(0, len(shard) - 1) // seq_len for shard in self.shards]
-        self.ends = np.cumsum(counts)
-        if not len(self):
-            sizes = ", ".join(f"{p.name}: {len(s)}" for p, s in zip(self.paths, self.shards, strict=True))
+    def __init__(
+        self, path: Path, headerless: str | None = None, eot: EndOfText | None = None, count: int | None = None
+    ) -> None:
+        self.path, self.headerless, self.eot = path, headerless, eot
+        self.count = read_header(path, headerless).count if count is None else count
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the maps: another process makes its own."""
+        names = ("path", "headerless", "eot", "count")
+        return {name: self.__dict__[name] for name in names}
+
+    @cached_property
+    def tokens(self) -> npt.NDArray[Any]:
+        """The token ids, read-only, ``[count]``."""
+        tokens = open_shard(self.path, self.headerless)
+        if len(tokens) != self.count:
+            raise DataError(f"{self.path}: {len(tokens)} tokens, but manifest.json says {self.count}; tokenise again")
+        return tokens
+
+    @cached_property
+    def weights(self) -> npt.NDArray[np.float32] | None:
+        """How much each token counts as a target, ``[count]``, if there is such a file."""
+        path = self.path.with_suffix(".weights")
+        if not path.exists():
+            return None
+        weights = open_weights(path)
+        if len(weights) != self.count:
+            raise DataError(f"{path}: {len(weights)} weights for the {self.count} tokens of {self.path.name}")
+        return weights
+
+    @cached_property
+    def document_starts(self) -> npt.NDArray[np.uint32] | None:
+        """Where documents begin, ascending, if there is such a file; the first may run on from the shard before."""
+        path = self.path.with_suffix(".docs")
+        if not path.exists():
+            return None
+        starts: npt.NDArray[Any] = open_shard(path)
+        if len(starts) and not (int(starts[-1]) < self.count and np.all(starts[1:] > starts[:-1])):
+            raise DataError(f"{path}: the offsets do not ascend within the {self.count} tokens of {self.path.name}")
+        return starts
+
+    def starts_between(self, first: int, last: int) -> npt.NDArray[np.int64]:
+        """The documents that begin at a token ``first .. last - 1``: their offsets in the shard, ascending.
+
+        Raises: DataError if neither a ``.docs`` file nor an end-of-text token tells.
+        """
+        starts = self.document_starts
+        if starts is not None:
+            # uint32 bounds: with others numpy would copy the whole array to a common type.
+            low, high = np.searchsorted(starts, np.array([first, last], np.uint32))
+            return starts[low:high].astype(np.int64)
+        if self.eot is None:
             raise DataError(
-                f"no shard holds one sample of --seq_len {seq_len} + 1 tokens ({sizes} tokens); use a shorter --seq_len"
+                f"{self.path}: nothing tells where documents begin (no {self.path.stem}.docs, no manifest.json); give "
+                "--eot_id, the token between documents, or drop --document_mask and --packing best_fit"
             )
+        shift = 1 if self.eot.position == "append" else 0
+        low = max(0, first - shift)
+        return np.flatnonzero(self.tokens[low : max(low, last - shift)] == self.eot.token) + low + shift
 
-    def __len__(self) -> int:
-        return int(self.ends[-1])
+    @property
+    def offset(self) -> int:
+        """The byte at which the tokens begin."""
+        return read_header(self.path, self.headerless).offset
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        shard = int(np.searchsorted(self.ends, index, side="right"))
-        first = (index - (int(self.ends[shard - 1]) if shard else 0)) * self.seq_len
-        tokens = torch.from_numpy(self.shards[shard][first : first + self.seq_len + 1].astype(np.int64))
-        if int(tokens.max()) >= self.vocab_size:
-            self._refuse(shard, first, tokens.numpy())
-        return {"input_ids": tokens[:-1], "labels": tokens[1:]}
-
-    def _refuse(self, shard: int, first: int, tokens: npt.NDArray[Any]) -> None:
-        at = first + int(np.argmax(tokens >= self.vocab_size))
-        mapped = cast(np.memmap[Any, Any], self.shards[shard])
-        offset = mapped.offset + at * mapped.dtype.itemsize
-        raise DataError(
-            f"{self.paths[shard]}: token id {int(self.shards[shard][at])} at byte {offset} is not below --vocab_size "
-            f"{self.vocab_size}; use the vocabulary size of the tokenizer that wrote it"
-        )
-
-    def check_token_ids(self, part: int = 0, parts: int = 1, limit: int = 2**28) -> None:
-        """Look for ids outside the vocabulary in every ``parts``-th shard: all tokens, or if those are more than ``limit``
-        about as many, evenly spread (the rest is checked on access). Raises: DataError naming file, byte and id."""
-        mine = range(part, len(self.shards), parts)
-        block = 2**18
-        stride = block * max(1, -(-sum(len(self.shards[n]) for n in mine) // limit))
-        for number in mine:
-            shard = self.shards[number]
-            for first in range(0, len(shard), stride):
-                tokens = shard[first : first + block]
-                if int(tokens.max()) >= self.vocab_size:
-                    self._refuse(number, first, tokens)
-
-    def fingerprint(self) -> str:
-        """A hash of sizes, dtypes and the first and last 64 KiB of every shard, but not of where they lie."""
-        digest = hashlib.sha256()
-        for shard in self.shards:
-            digest.update(f"{len(shard)}:{shard.dtype}:{self.seq_len};".encode())
-            digest.update(shard[: 2**15].tobytes() + shard[-(2**15) :].tobytes())
-        return f"shards:{digest.hexdigest()[:16]}"
+    def fingerprint(self, seq_len: int) -> bytes:
+        """Size, type and the first and last 2^15 tokens, read as samples of ``seq_len``."""
+        ends = self.tokens[: 2**15].tobytes() + self.tokens[-(2**15) :].tobytes()
+        return f"{self.count}:{self.tokens.dtype}:{seq_len};".encode() + ends

@@ -6,6 +6,7 @@ from tinytron.metrics.expert_load import load_statistics
 from tinytron.metrics.report import Report
 from tinytron.metrics.routing import RoutingReport
 from tinytron.metrics.run_log import RunLog
+from tinytron.metrics.sources import SourceLosses
 from tinytron.metrics.spikes import SpikeDetector
 from tinytron.metrics.window import StepRecord, StepWindow
 
@@ -14,6 +15,7 @@ __all__ = [
     "Report",
     "RoutingReport",
     "RunLog",
+    "SourceLosses",
     "SpikeDetector",
     "StepRecord",
     "StepWindow",

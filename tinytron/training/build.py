@@ -18,7 +18,8 @@ from tinytron.metrics import RoutingReport
 from tinytron.model import GPT
 from tinytron.model.modules.attn import check_backend
 from tinytron.optim import Muon, Schedule, parameter_groups
-from tinytron.training.config import DTYPES, CkptConfig, Config, OptimConfig, TrainingInfo, accumulation_steps
+from tinytron.training.config import DTYPES, CkptConfig, Config, OptimConfig
+from tinytron.training.derive import TrainingInfo, accumulation_steps
 
 
 def build_model(config: Config, state: ParallelState) -> GPT:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from tinytron.distributed.layout import ParallelLayout, divisors
+from tinytron.distributed.layout import divisors
 from tinytron.distributed.sequence_parallel.ulysses import check_sep_size
 from tinytron.errors import ConfigError
 from tinytron.model.config import ModelConfig
@@ -30,10 +30,17 @@ class TrainingConfig:
     total_batch_size: Annotated[int, Flag("global batch of one optimizer step", "tokens")] = 524288
     batch_size: Annotated[int, Flag("micro-batch of one data-parallel rank", "sequences", identity=False)] = 8
     seq_len: Annotated[int, Flag("length of a training sequence", "tokens")] = 4096
-    max_steps: Annotated[int | None, Flag("stop after this many steps; wins over max_epochs", identity=False)] = None
-    max_epochs: Annotated[int, Flag("passes over the training data", identity=False)] = 1
+    max_steps: Annotated[int | None, Flag("stop after this many steps", identity=False)] = None
+    max_train_tokens: Annotated[
+        int | None,
+        Flag("train on so many tokens of all ranks together, rounded up to whole steps", "tokens", identity=False),
+    ] = None
+    max_epochs: Annotated[int, Flag("passes over the data, if steps and tokens are not limited", identity=False)] = 1
     do_val: Annotated[bool, Flag("validate every val_every_steps and after the last step", identity=False)] = False
     val_every_steps: Annotated[int, Flag("validation interval; 0: only after the last", "steps", identity=False)] = 250
+    max_eval_tokens: Annotated[
+        int | None, Flag("validate on so many tokens of all ranks together; default: all", "tokens", identity=False)
+    ] = None
     split_rate: Annotated[
         float | None,
         Flag("part of a dataset without validation data that is trained on; default 0.99 with do_val, else 1.0"),
@@ -116,12 +123,35 @@ class DataConfig:
     dataset_path: Annotated[
         str | None,
         Flag(
-            "folder or URL with train_*.bin and val_*.bin, or a pattern of shards; default: mock data", identity=False
+            "folder or URL with train_*.bin and val_*.bin, a pattern of shards, or a mixture.json; default: mock data",
+            identity=False,
         ),
     ] = None
+    token_dtype: Annotated[
+        Literal["uint16", "uint32"] | None, Flag("type of the tokens in shards without a header", identity=False)
+    ] = None
+    document_mask: Annotated[
+        bool, Flag("tokens attend to their own document only, in which positions count from 0")
+    ] = False
+    cross_document_loss: Annotated[
+        bool, Flag("train the last token of a document to predict the first one of the next")
+    ] = True
+    packing: Annotated[
+        Literal["concat", "best_fit"],
+        Flag("concat: cut the stream of tokens every seq_len; best_fit: fill sequences with whole documents"),
+    ] = "concat"
+    eot_id: Annotated[
+        int | None, Flag("token between documents, where no .docs file or manifest.json tells; default: none")
+    ] = None
+    eot_position: Annotated[
+        Literal["prepend", "append"], Flag("where eot_id stands: before every document or after it")
+    ] = "prepend"
     use_mock_data: Annotated[bool, Flag("train on random tokens", identity=False)] = False
     mock_data_num_samples: Annotated[int, Flag("size of the mock data; a tenth more for validation", "samples")] = 1280
     num_workers: Annotated[int, Flag("loader processes of each rank; 0: load in the rank itself", identity=False)] = 0
+    prefetch: Annotated[
+        int, Flag("micro-batches that a thread prepares ahead without num_workers; 0: none", identity=False)
+    ] = 2
     pin_memory: Annotated[bool, Flag("load into pinned memory, from which GPUs copy at once", identity=False)] = True
 
 
@@ -229,7 +259,7 @@ class Config:
         if self.train.total_batch_size % self.train.seq_len:
             raise ConfigError(
                 f"--total_batch_size {self.train.total_batch_size} (tokens) must be a multiple of --seq_len "
-                f"{self.train.seq_len}; use {_round_to(self.train.total_batch_size, self.train.seq_len)}"
+                f"{self.train.seq_len}; use {round_to(self.train.total_batch_size, self.train.seq_len)}"
             )
         heads, kv_heads = self.model.num_attention_heads, self.model.num_key_value_heads
         check_sep_size(self.parallel.sep_size, heads, kv_heads, self.train.seq_len)
@@ -276,68 +306,8 @@ SECTIONS: dict[str, type] = {
 }
 
 
-@dataclass(frozen=True)
-class TrainingInfo:
-    """What follows from the configuration, the number of processes and the number of training samples."""
-
-    dp_size: int
-    grad_accum_steps: int
-    global_batch_samples: int
-    max_steps: int
-    warmup_steps: int
-    profile_window: tuple[int, int]
-    notes: tuple[str, ...]
-
-
-def accumulation_steps(config: Config, layout: ParallelLayout) -> int:
-    """Micro-batches of one optimizer step. Raises: ConfigError if the global batch does not divide over the ranks."""
-    train = config.train
-    per_pass = train.batch_size * train.seq_len * layout.dp
-    if train.total_batch_size % per_pass:
-        sequences = train.total_batch_size // train.seq_len
-        fitting = [b for b in divisors(sequences) if sequences % (b * layout.dp) == 0]
-        hint = f"use a --batch_size of {fitting}" if fitting else f"use {_round_to(train.total_batch_size, per_pass)}"
-        raise ConfigError(
-            f"--total_batch_size {train.total_batch_size} (tokens) must be a multiple of --batch_size x --seq_len x "
-            f"data-parallel ranks = {train.batch_size} x {train.seq_len} x {layout.dp} = {per_pass}; {hint}"
-        )
-    return train.total_batch_size // per_pass
-
-
-def derive(config: Config, layout: ParallelLayout, num_samples: int) -> TrainingInfo:
-    """Resolve steps and accumulation. Raises: ConfigError if the global batch does not divide over the ranks, or the
-    data holds less than one global batch."""
-    train, micro_batches = config.train, accumulation_steps(config, layout)
-    global_batch = train.total_batch_size // train.seq_len
-    notes = []
-    max_steps = num_samples * train.max_epochs // global_batch
-    if train.max_steps is not None:
-        max_steps = train.max_steps
-    elif max_steps == 0:
-        raise ConfigError(
-            f"{train.max_epochs} epochs of {num_samples} samples do not fill one global batch of {global_batch}; "
-            f"use --max_epochs {-(-global_batch // num_samples)}, a smaller --total_batch_size, or --max_steps"
-        )
-    warmup = config.optim.warmup_steps
-    if warmup >= max_steps and warmup > 1:
-        warmup = max(1, max_steps // 10)
-        notes.append(f"warm-up cut from {config.optim.warmup_steps} to {warmup} steps: the run has only {max_steps}")
-    first, last = train.steps_to_profile
-    if train.use_profiler and last > max_steps:
-        first, last = max(1, max_steps - (last - first)), max_steps
-        notes.append(f"profiling steps {first} to {last}: the run has only {max_steps}")
-    return TrainingInfo(
-        dp_size=layout.dp,
-        grad_accum_steps=micro_batches,
-        global_batch_samples=global_batch,
-        max_steps=max_steps,
-        warmup_steps=warmup,
-        profile_window=(first, last),
-        notes=tuple(notes),
-    )
-
-
-def _round_to(value: int, unit: int) -> int:
+def round_to(value: int, unit: int) -> int:
+    """The multiple of ``unit`` at or below ``value``, at least one."""
     return max(unit, value // unit * unit)
 
 
@@ -356,15 +326,21 @@ def _check_ranges(config: Config) -> None:
         (1, optim, ("muon_ns_steps",)),
         (0, optim, ("matrix_lr_mult", "embedding_lr_mult", "head_lr_mult", "scalar_lr_mult")),
         (0, config.parallel, ("ep_size",)),
-        (0, config.data, ("num_workers",)),
+        (0, config.data, ("num_workers", "prefetch")),
         (0, config.ckpt, ("save_every_steps", "keep_last", "keep_every")),
     ]
     for bound, section, names in at_least:
         for name in names:
             if not getattr(section, name) >= bound:
                 raise ConfigError(f"--{name} {getattr(section, name)} must be at least {bound}")
-    if train.max_steps is not None and train.max_steps < 1:
-        raise ConfigError(f"--max_steps {train.max_steps} must be at least 1")
+    for section, name, bound in (
+        (train, "max_steps", 1),
+        (train, "max_train_tokens", 1),
+        (train, "max_eval_tokens", 1),
+        (config.data, "eot_id", 0),
+    ):
+        if (value := getattr(section, name)) is not None and value < bound:
+            raise ConfigError(f"--{name} {value} must be at least {bound}")
     if optim.min_lr > optim.max_lr:
         raise ConfigError(f"--min_lr {optim.min_lr} exceeds --max_lr {optim.max_lr}; use at most {optim.max_lr}")
     for name in ("adam_beta1", "adam_beta2", "muon_momentum", "muon_beta2"):

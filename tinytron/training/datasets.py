@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, cast
 
-import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from tinytron.data import (
     Batch,
     GlobalBatchSampler,
+    MixtureDataset,
     MockDataset,
+    Reading,
     TokenShardDataset,
     build_train_loader,
     build_val_loader,
-    find_shards,
 )
 from tinytron.data.loader import size_of
+from tinytron.data.mixture import MixtureOrder
+from tinytron.data.mixture_file import read_mixture
+from tinytron.data.order import Order, ShuffledEpochs
+from tinytron.data.pack_files import make_pack_files
 from tinytron.data.remote import fetch_shards, local_dataset_path
+from tinytron.data.shards import EndOfText, Shard, find_shards
+from tinytron.data.streams import StreamLoader, ValStreamLoader
 from tinytron.distributed.collectives import together, together_long
 from tinytron.distributed.parallel_state import ParallelState
-from tinytron.errors import ConfigError, DataError
-from tinytron.model.modules.loss import IGNORE_INDEX
-from tinytron.training.config import Config, TrainingInfo
-from tinytron.training.startup import first_on_node
+from tinytron.errors import ConfigError
+from tinytron.training.config import Config
+from tinytron.training.derive import TrainingInfo
+from tinytron.training.startup import data_position, first_on_node
 from tinytron.utils.remote import is_remote
 
 MOCK_VAL_OFFSET = 10**9
@@ -40,31 +48,65 @@ def builtin_datasets(config: Config, state: ParallelState) -> tuple[Dataset[Any]
         count, seed = config.data.mock_data_num_samples, config.seed.seed
         val = MockDataset(max(1, count // 10), seq_len, vocab_size, seed, offset=MOCK_VAL_OFFSET)
         return MockDataset(count, seq_len, vocab_size, seed), val
-    path, world = config.data.dataset_path, state.groups["world"]
+    path = config.data.dataset_path
+    if path.endswith(".json"):
+        return _mixture(config, state, Path(path.removeprefix("file://")))
+    train = _shards(config, state, path, "train")
+    assert train is not None, "find_shards refuses a folder without training shards"
+    return train, _shards(config, state, path, "val")
+
+
+def _mixture(config: Config, state: ParallelState, path: Path) -> tuple[Dataset[Any], Dataset[Any] | None]:
+    world = state.groups["world"]
+    mixture = together(lambda: read_mixture(path), world)
+    train: dict[str, TokenShardDataset] = {}
+    val: dict[str, TokenShardDataset] = {}
+    for source in mixture.sources:
+        for split, found in (("train", train), ("val", val)):
+            if (dataset := _shards(config, state, source.path, split)) is not None:
+                found[source.name] = dataset
+    sizes, contents = [len(d) for d in train.values()], [fingerprint(d) for d in train.values()]
+    order = together(lambda: MixtureOrder(mixture, sizes, config.train.seq_len, config.seed.seed, contents), world)
+    return MixtureDataset(train, order), MixtureDataset(val) if val else None
+
+
+def _shards(config: Config, state: ParallelState, path: str, split: str) -> TokenShardDataset | None:
+    """The samples of one split of one source; ``None`` if it has no validation shards. Collective."""
+    world, data, seq_len = state.groups["world"], config.data, config.train.seq_len
     if is_remote(path):
         url = path
-        together_long(lambda: fetch_shards(url) if first_on_node() else None, world)
+        if split == "train":
+            together_long(lambda: fetch_shards(url) if first_on_node() else None, world)
         path = local_dataset_path(url)
     path = path.removeprefix("file://")
+    eot = None if data.eot_id is None else EndOfText(data.eot_id, data.eot_position)
+    shards = together(lambda: [Shard(p, data.token_dtype, eot) for p in find_shards(path, split)], world)
+    if not shards:
+        return None
+    if data.packing == "best_fit":
+        mine = shards[state.rank :: state.layout.world_size]
+        together_long(lambda: make_pack_files(mine, seq_len), world)
 
-    def open_split(split: str) -> TokenShardDataset | None:
-        shards = find_shards(path, split)
-        if not shards:
-            return None
-        dataset = TokenShardDataset(shards, seq_len, vocab_size)
+    def build() -> TokenShardDataset:
+        reading = Reading(data.document_mask, data.cross_document_loss, data.packing)
+        dataset = TokenShardDataset(shards, seq_len, config.model.vocab_size, reading)
         dataset.check_token_ids(part=state.rank, parts=state.layout.world_size)
         return dataset
 
-    train, val_shards = together(lambda: (open_split("train"), open_split("val")), world)
-    assert train is not None, "find_shards refuses a folder without training shards"
-    return train, val_shards
+    return together(build, world)
 
 
-def split_off_validation(dataset: Dataset[Any], split_rate: float) -> tuple[Dataset[Any], Dataset[Any]]:
+def split_off_validation(dataset: Dataset[Any] | None, split_rate: float) -> tuple[Dataset[Any], Dataset[Any]]:
     """The first ``split_rate`` of the samples to train on, the rest to validate on.
 
-    Raises: ConfigError if either part would be empty.
+    Raises: ConfigError if either part would be empty, or for data that cannot be split so.
     """
+    if dataset is None or not is_map_style(dataset) or getattr(dataset, "order", None) is not None:
+        kind = "an own train_loader" if dataset is None else type(dataset).__name__
+        raise ConfigError(
+            f"--do_val and --split_rate {split_rate} need validation data, and {kind} cannot be split; set val_dataset "
+            "(of token shards: tokenise with --val_fraction 0.005), or drop them"
+        )
     count = size_of(dataset)
     first_val = round(count * split_rate)
     if not 0 < first_val < count:
@@ -75,54 +117,100 @@ def split_off_validation(dataset: Dataset[Any], split_rate: float) -> tuple[Data
     return Subset(dataset, range(first_val)), Subset(dataset, range(first_val, count))
 
 
-def fingerprint(dataset: Dataset[Any]) -> str:
+def fingerprint(dataset: Any) -> str:
     """What identifies the training data: its own ``fingerprint()`` if it has one, else type and size."""
     if isinstance(dataset, Subset):
         return f"first {len(dataset)} of {fingerprint(dataset.dataset)}"
-    own = getattr(dataset, "fingerprint", None)
-    return str(own()) if callable(own) else f"{type(dataset).__name__}:{size_of(dataset)}"
+    if callable(own := getattr(dataset, "fingerprint", None)):
+        return str(own())
+    return f"{type(dataset).__name__}:{len(dataset)}" if hasattr(dataset, "__len__") else type(dataset).__name__
+
+
+def epoch_size(config: Config, dataset: Dataset[Any] | None, loader: object) -> int | None:
+    """Samples in one pass over the data of all ranks, if that is known: an own loader may say it as ``num_samples``."""
+    if dataset is None:
+        return getattr(loader, "num_samples", None)
+    return order_of(config, dataset).num_samples if is_map_style(dataset) else None
+
+
+def describe(dataset: Dataset[Any] | None, info: TrainingInfo) -> list[str]:
+    """What the user should know about the data of this run. Raises: DataError if it ends before the run does."""
+    if isinstance(dataset, MixtureDataset) and dataset.order is not None:
+        samples = info.max_steps * info.global_batch_samples
+        dataset.order.counts(samples)  # beyond the last sample it raises
+        return dataset.order.describe(samples)
+    if isinstance(dataset, TokenShardDataset):
+        return dataset.describe()
+    return []
+
+
+def seen_tokens(config: Config, dataset: Dataset[Any] | None, step: int) -> dict[str, int]:
+    """Tokens of every source of a mixture in the first ``step`` steps: they follow from the plan alone."""
+    if not isinstance(dataset, MixtureDataset) or dataset.order is None:
+        return {}
+    counts = dataset.order.counts(data_position(config, step)["samples"])
+    return {name: int(count) * config.train.seq_len for name, count in zip(dataset.names, counts, strict=True)}
+
+
+def identity_of(config: Config, dataset: Any) -> Callable[[int], str]:
+    """A function from a step to what identifies the data before it: of a mixture what comes later may be changed."""
+    if isinstance(dataset, MixtureDataset) and (order := dataset.order) is not None:
+        return lambda step: order.fingerprint(data_position(config, step)["samples"])
+    fixed = fingerprint(dataset)
+    return lambda step: fixed
+
+
+def is_map_style(dataset: Dataset[Any]) -> bool:
+    """Whether samples have numbers; iterable data sets have only an order."""
+    return not isinstance(dataset, IterableDataset)
+
+
+def order_of(config: Config, dataset: Dataset[Any]) -> Order:
+    """The data set's own ``order``, if it has one; else every sample once per epoch, shuffled by the seed."""
+    own: Order | None = getattr(dataset, "order", None)
+    return own if own is not None else ShuffledEpochs(size_of(dataset), config.seed.seed)
+
+
+def checks_its_tokens(dataset: Dataset[Any] | None) -> bool:
+    """Whether ``dataset`` is one of our own, which refuses token ids outside the vocabulary itself."""
+    if isinstance(dataset, Subset):
+        return checks_its_tokens(dataset.dataset)
+    return isinstance(dataset, TokenShardDataset | MixtureDataset | MockDataset)
 
 
 def make_train_loader(
-    config: Config, state: ParallelState, info: TrainingInfo, dataset: Dataset[Any]
-) -> tuple[GlobalBatchSampler, DataLoader[Batch]]:
-    """Sampler and loader of this rank's micro-batches."""
-    sampler = GlobalBatchSampler(
-        size_of(dataset),
-        global_batch=info.global_batch_samples,
-        micro_batch=config.train.batch_size,
-        dp_rank=state.group_rank("dp"),
-        dp_size=state.layout.dp,
-        seed=config.seed.seed,
-    )
+    config: Config, state: ParallelState, info: TrainingInfo, dataset: Dataset[Any] | None
+) -> tuple[GlobalBatchSampler | None, StreamLoader | DataLoader[Batch]]:
+    """Loader of this rank's micro-batches, and its sampler if the data set is map-style."""
+    share: dict[str, int] = {
+        "global_batch": info.global_batch_samples,
+        "micro_batch": config.train.batch_size,
+        "dp_rank": state.group_rank("dp"),
+        "dp_size": state.layout.dp,
+    }
+    assert dataset is not None, "_init_loaders refuses to go on without data"
+    if not is_map_style(dataset):
+        return None, StreamLoader(cast(Iterable[Any], dataset), **share)
+    sampler = GlobalBatchSampler(order_of(config, dataset), **share)
     workers, pin = config.data.num_workers, config.data.pin_memory
     return sampler, build_train_loader(dataset, sampler, num_workers=workers, pin_memory=pin)
 
 
-def make_val_loader(config: Config, state: ParallelState, dataset: Dataset[Any]) -> DataLoader[Batch]:
-    """Loader of this rank's share of the validation samples."""
+def make_val_loader(config: Config, state: ParallelState, dataset: Dataset[Any]) -> ValStreamLoader | DataLoader[Batch]:
+    """Loader of this rank's share of the validation samples, of at most ``max_eval_tokens``."""
+    limit = config.train.max_eval_tokens
+    samples = None if limit is None else -(-limit // config.train.seq_len)
+    share: dict[str, int] = {
+        "micro_batch": config.train.batch_size,
+        "dp_rank": state.group_rank("dp"),
+        "dp_size": state.layout.dp,
+    }
+    if not is_map_style(dataset):
+        return ValStreamLoader(cast(Iterable[Any], dataset), num_samples=samples, **share)
     return build_val_loader(
         dataset,
-        micro_batch=config.train.batch_size,
-        dp_rank=state.group_rank("dp"),
-        dp_size=state.layout.dp,
+        num_samples=min(size_of(dataset), samples or size_of(dataset)),
         num_workers=config.data.num_workers,
         pin_memory=config.data.pin_memory,
+        **share,
     )
-
-
-def check_batch(batch: Batch, seq_len: int, vocab_size: int) -> None:
-    """Raises: DataError for samples of another length than ``seq_len`` (the global batch would not be what was asked for)
-    and for token ids the model has no embedding for (on a GPU they would end in a device assertion).
-
-    Reads host memory, before the batch goes to the device.
-    """
-    if batch.input_ids.shape[1] != seq_len:
-        raise DataError(
-            f"the dataset gave samples of {batch.input_ids.shape[1]} tokens, but --seq_len is {seq_len}; make them alike"
-        )
-    ids = torch.cat([batch.input_ids.flatten(), batch.labels[batch.labels != IGNORE_INDEX]])
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab_size:
-        advice = f"mark labels to ignore with {IGNORE_INDEX}" if low < 0 else "set --vocab_size to the tokenizer's"
-        raise DataError(f"the dataset gave token id {low if low < 0 else high}, outside 0..{vocab_size - 1}; {advice}")

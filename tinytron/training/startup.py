@@ -24,7 +24,8 @@ from tinytron.distributed.collectives import together, together_long
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import CheckpointError, ConfigError, first_line
-from tinytron.training.config import Config, accumulation_steps
+from tinytron.training.config import Config
+from tinytron.training.derive import accumulation_steps
 from tinytron.utils.remote import is_remote, local_folder
 from tinytron.utils.training import seed_all, use_deterministic_kernels, write_atomically
 
@@ -246,9 +247,9 @@ def git_revision() -> str | None:
     return answer.stdout.strip() or None
 
 
-def run_record(config: Config, description: dict[str, Any], fingerprint: str) -> dict[str, Any]:
+def run_record(config: Config, description: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint's metadata says beside step and random states; plain types only."""
-    return {"format": FORMAT_VERSION, "run": description, "identity": config.identity(), "data": fingerprint}
+    return {"format": FORMAT_VERSION, "run": description, "identity": config.identity()}
 
 
 def checkpoints_to_resume(config: Config, folder: Path) -> list[CheckpointFiles]:

@@ -4,13 +4,13 @@ objective; what happens after a step stands in ``train``."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from tinytron.checkpoint import (
     CheckpointFiles,
@@ -19,17 +19,15 @@ from tinytron.checkpoint import (
     load_checkpoint,
 )
 from tinytron.data import Batch, GlobalBatchSampler
-from tinytron.data.loader import as_batch, size_of
 from tinytron.distributed import DistributedOptimizer
 from tinytron.distributed.collectives import sum_over, together
 from tinytron.distributed.param_spec import specs_of
-from tinytron.distributed.sequence_parallel.ulysses import cut_sequence
 from tinytron.distributed.topology import describe_topology
-from tinytron.errors import ConfigError, DataError
+from tinytron.errors import ConfigError
 from tinytron.evaluation import validate
-from tinytron.metrics import Progress, Report, RunLog, StepWindow, TrainClock, load_statistics
+from tinytron.metrics import Progress, Report, RunLog, SourceLosses, StepWindow, TrainClock, load_statistics
 from tinytron.model import GPT
-from tinytron.model.modules.loss import IGNORE_INDEX, LossSums
+from tinytron.model.modules.loss import LossSums
 from tinytron.training import datasets, startup
 from tinytron.training.build import (
     build_model,
@@ -40,7 +38,9 @@ from tinytron.training.build import (
     optimizer_options,
     parameter_gate,
 )
-from tinytron.training.config import DTYPES, Config, TrainingInfo, derive
+from tinytron.training.config import DTYPES, Config
+from tinytron.training.derive import TrainingInfo, derive
+from tinytron.training.feed import Feed, count_targets
 from tinytron.training.guards import Guards
 from tinytron.utils.model import train_flops_per_token
 from tinytron.utils.profile import build_profiler, peak_flops
@@ -56,12 +56,12 @@ class Trainer:
     Raises: ConfigError, DataError or CheckpointError, the same on every rank, before any step.
     """
 
-    train_dataset: Dataset[Any]
+    train_dataset: Dataset[Any] | None = None
     val_dataset: Dataset[Any] | None = None
     mirror: Mirror | None = None  # of a remote log_dir
-    train_loader: DataLoader[Batch] | None = None
-    val_loader: DataLoader[Batch] | None = None
-    train_sampler: GlobalBatchSampler
+    train_loader: Iterable[Any] | None = None
+    val_loader: Iterable[Any] | None = None
+    train_sampler: GlobalBatchSampler | None = None  # of a map-style train_dataset
     raw_model: nn.Module
     model: nn.Module
     raw_optimizer: torch.optim.Optimizer
@@ -93,8 +93,9 @@ class Trainer:
         self.sp_rank, self.sp_world_size = self.state.group_rank("sep"), self.state.layout.sep
 
     def _init_dataset(self, config: Config) -> None:
-        """Set ``train_dataset`` and, if there is one, ``val_dataset``: map-style, items ``{input_ids, labels}`` or rows
-        of ``seq_len + 1`` token ids. Without ``val_dataset``, ``--split_rate`` keeps part of the other back."""
+        """Set ``train_dataset`` and, if there is one, ``val_dataset``: map-style or iterable, items ``{input_ids, labels}``
+        or rows of ``seq_len + 1`` token ids; or ``train_loader`` and ``val_loader`` that give this rank's micro-batches.
+        Without validation data, ``--split_rate`` keeps part of a map-style ``train_dataset`` back (docs/data.md)."""
         if config.data.dataset_path is None and not config.data.use_mock_data:
             self._say("no --dataset_path given: training on mock data (random tokens: the loss stays near ln V)")
         self.train_dataset, self.val_dataset = datasets.builtin_datasets(config, self.state)
@@ -137,7 +138,7 @@ class Trainer:
 
     def _loss(self, batch: Batch) -> LossSums:
         """Loss *sums* over this rank's valid targets; ``train_step`` divides by the global batch's target count."""
-        losses: LossSums = self.model(batch.input_ids, batch.labels)
+        losses: LossSums = self.model(batch.input_ids, batch.labels, **batch.model_inputs())
         return losses
 
     # The loop.
@@ -179,13 +180,13 @@ class Trainer:
         lr = self._lr_scheduler(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
-        targets = torch.stack([(b.labels != IGNORE_INDEX).sum() for b in microbatches]).sum()
-        targets = sum_over(targets, self.state.groups["world"]).clamp(min=1)  # the one division (see _loss)
+        targets, microbatches = count_targets(microbatches, self.state.groups["world"])  # for the one division
         sums: dict[str, torch.Tensor] = {}
         for i, batch in enumerate(microbatches):
             with self.optimizer.accumulate(last=i == len(microbatches) - 1):
                 losses = self._loss(batch)
                 self.optimizer.scale(losses.objective / targets).backward()
+            self._sources.add(batch, losses)
             for name, value in {"loss": losses.token, **losses.aux}.items():
                 sums[name] = sums[name] + value if i else value
         parts = {name: value / targets for name, value in sums.items()}
@@ -199,10 +200,12 @@ class Trainer:
         """Validate the current weights, log the result and return it, in nats per token. Collective."""
         assert self.val_loader is not None, "no validation data: set val_dataset or pass --do_val"
         with self._clock.paused(), self._guards.paused():
-            result = validate(self.model, self._loss, map(self._to_device, self.val_loader), self.state)
+            batches = self._feed.once(self.val_loader, **self._feeding(self.val_dataset, self._own_val_loader))
+            names = getattr(self.val_dataset, "names", [])
+            result = validate(self.model, self._loss, batches, self.state, names)
         self.one_step_results["val_loss"] = result.loss
         self._validated = (self.step, result.loss)
-        self._write_log([{"step": self.step, "stage": "val", "loss": result.loss, "tokens": result.tokens}])
+        self._write_log([{"step": self.step, "stage": "val", **result.fields()}])
         self._say(f"step {self.step} | val loss {result.loss:.4f} over {result.tokens:,} tokens")
         return result.loss
 
@@ -211,6 +214,7 @@ class Trainer:
         val_step, val_loss = self._validated
         record = {
             **self._record,
+            "data": self._data_identity(self.step),
             "data_position": startup.data_position(self.config, self.step),
             "val_loss": val_loss if val_step == self.step else None,
             "guard": self._guards.state_dict(),
@@ -222,13 +226,6 @@ class Trainer:
         self._say(*messages)
         return CheckpointFiles(self.log_dir, self.step)
 
-    def _to_device(self, loaded: Any) -> Batch:
-        """This rank's part of a loaded micro-batch's sequences, on the device. Raises: DataError for unfit samples."""
-        batch = as_batch(loaded)
-        datasets.check_batch(batch, self.config.train.seq_len, self.config.model.vocab_size)
-        part = [cut_sequence(tensor, self.sp_rank, self.sp_world_size) for tensor in batch]
-        return Batch(*part).to(self.device)
-
     def _end_step(self) -> None:
         if isinstance(self.raw_model, GPT):
             self.raw_model.end_step(self.optimizer.last_skipped)
@@ -237,26 +234,25 @@ class Trainer:
 
     def _init_loaders(self, config: Config) -> None:
         """Complete what ``_init_dataset`` left unset: validation split, sampler, loaders; and derive step counts."""
+        self._feed = Feed(config, self.state)
         self._validates = config.train.do_val and not config.train.debug
+        self._own_train_loader, self._own_val_loader = self.train_loader is None, self.val_loader is None
         rate = config.train.split_rate
-        if not hasattr(self, "train_dataset"):
-            raise ConfigError(
-                "_init_dataset set no train_dataset; set self.train_dataset, also beside an own train_loader: its size "
-                "gives the number of steps"
-            )
+        if self.train_dataset is None and self.train_loader is None:
+            raise ConfigError("_init_dataset set no train_dataset; set self.train_dataset, or self.train_loader")
         if self.val_dataset is None and self.val_loader is None and (self._validates or rate is not None):
             rate = rate if rate is not None else 0.99
             if self._validates or rate < 1.0:
                 self.train_dataset, self.val_dataset = datasets.split_off_validation(self.train_dataset, rate)
-        self.training_info: TrainingInfo = derive(config, self.state.layout, size_of(self.train_dataset))
-        for note in self.training_info.notes:
-            self._say(note)
-        self._own_train_loader = self.train_loader is None
+        epoch = datasets.epoch_size(config, self.train_dataset, self.train_loader)
+        self.training_info: TrainingInfo = derive(config, self.state.layout, epoch)
+        self._say(*self.training_info.notes)
         if self.train_loader is None:
             made = datasets.make_train_loader(config, self.state, self.training_info, self.train_dataset)
             self.train_sampler, self.train_loader = made
         if self.val_loader is None and self.val_dataset is not None:
             self.val_loader = datasets.make_val_loader(config, self.state, self.val_dataset)
+        self._say(*datasets.describe(self.train_dataset, self.training_info))
         self._schedule = build_schedule(config.optim, self.training_info)
 
     def _attach_optimizer(self) -> None:
@@ -284,9 +280,11 @@ class Trainer:
         """Load the newest undamaged checkpoint of the run's folder, else of ``--resume_path``, if there is one."""
         world = self.state.groups["world"]
         found = together(lambda: startup.checkpoints_to_resume(self.config, self.log_dir), world)
-        data = datasets.fingerprint(self.train_dataset)
+        source = self.train_loader if self.train_dataset is None else self.train_dataset
+        self._data_identity = datasets.identity_of(self.config, source)
         if found:
             files, meta = first_undamaged(found, world, self._say)
+            data = self._data_identity(files.step)
             differences = startup.check_continues(self.config, meta, data, str(files.meta))
             load_checkpoint(files, meta, self.raw_model, self.optimizer, self.state)
             self._guards.load_state_dict(meta.get("guard"))
@@ -295,7 +293,7 @@ class Trainer:
             for difference in differences:
                 self._say(f"changed since the checkpoint: {difference}")
         description = startup.describe_run(self.config, self.state.layout)
-        self._record = startup.run_record(self.config, description, data)
+        self._record = startup.run_record(self.config, description)
         startup.write_description(self.config, self.state, description, self.mirror)
         if self.master_process:
             self.run_log.keep_until(self.step)
@@ -307,6 +305,7 @@ class Trainer:
         self._validated, self._in_loop = (0, 0.0), False  # step and loss
         self._progress = Progress(self.training_info.max_steps, self.step, enabled=self.master_process)
         self._window = StepWindow(self.state.groups["world"])
+        self._sources = SourceLosses(getattr(self.train_dataset, "names", []), self.state)
         self._logged_step, self._clock = self.step, TrainClock()
         self._routing = build_routing(self.config, self.raw_model, self.state, self.log_dir)
 
@@ -320,24 +319,16 @@ class Trainer:
     def _microbatches(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches of one optimizer step at a time, from the current step on, without end."""
         assert self.train_loader is not None, "made by _init_loaders"
-        per_step, skip = self.training_info.grad_accum_steps, 0
+        skip = 0
         if self._own_train_loader:
-            self.train_sampler.start_step = self.step
+            (self.train_sampler or self.train_loader).start_step = self.step  # type: ignore[union-attr]
         else:
-            skip = self.step * per_step  # a foreign loader can only be read again up to where it was
-        step: list[Batch] = []
-        while True:
-            batch = None
-            for batch in self.train_loader:
-                if skip > 0:
-                    skip -= 1
-                    continue
-                step.append(self._to_device(batch))
-                if len(step) == per_step:
-                    yield step
-                    step = []
-            if batch is None:
-                raise DataError("train_loader gave no batch; it must give this rank's micro-batches on every pass")
+            skip = self.step  # a foreign loader can only be read again up to where it was
+        options = self._feeding(self.train_dataset, self._own_train_loader)
+        return self._feed.steps(self.train_loader, self.training_info.grad_accum_steps, skip_steps=skip, **options)
+
+    def _feeding(self, dataset: Dataset[Any] | None, own_loader: bool) -> dict[str, bool]:
+        return {"trusted": own_loader and datasets.checks_its_tokens(dataset), "ahead": own_loader}
 
     def _due(self, every: int) -> bool:
         return self.step == self.training_info.max_steps or (every > 0 and self.step % every == 0)
@@ -365,6 +356,8 @@ class Trainer:
         self.one_step_results |= report.results
         if isinstance(self.raw_model, GPT) and self.raw_model.moe_layers:
             report.add_expert_load(load_statistics(self.raw_model.take_load(), self.config.model.first_k_dense))
+        if self._sources.names:
+            report.add_sources(self._sources.flush(), datasets.seen_tokens(self.config, self.train_dataset, self.step))
         if self._routing is not None:
             with self._clock.paused():
                 report.add_router_margin(self._routing.report(self.step))

@@ -62,7 +62,8 @@ def config_fields(cls: type) -> list[FieldInfo]:
         if not flags:
             raise TypeError(f"{cls.__name__}.{field.name} needs an Annotated[..., Flag(...)] type")
         bare = typing.get_args(hint)[0]
-        members = typing.get_args(bare) if isinstance(bare, types.UnionType) else ()
+        # ``Literal[...] | None`` is a typing.Union until Python 3.14, ``int | None`` a types.UnionType.
+        members = typing.get_args(bare) if typing.get_origin(bare) in (types.UnionType, typing.Union) else ()
         optional = type(None) in members
         if optional:
             (bare,) = (m for m in members if m is not type(None))

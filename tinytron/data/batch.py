@@ -1,0 +1,125 @@
+"""A micro-batch, and what may be given for one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from tinytron.errors import DataError
+from tinytron.model.modules.attn import Documents
+from tinytron.model.modules.loss import IGNORE_INDEX
+
+# What a sample may say of each of its tokens, and the type it has in a batch.
+FIELDS = {
+    "input_ids": torch.int64,
+    "labels": torch.int64,
+    "weights": torch.float32,
+    "positions": torch.int64,
+}
+REQUIRED = ("input_ids", "labels")
+
+
+class Batch(NamedTuple):
+    """One micro-batch: token ids and already shifted labels, int64 ``[B, S]``, and what else is known of them:
+
+    ``weights``: how much each label counts, float32 ``[B, S]``, not negative; the loss is the weighted mean.
+    ``positions``: int64 ``[B, S]``, from 0 at the start of every document (and row): then tokens attend to their own
+    document only. ``documents``: the same in another form, of whole rows; made from the positions when a batch is used.
+    ``sources``: which source of a mixture each row is from, int64 ``[B]``.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    weights: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    documents: Documents | None = None
+    sources: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Batch:
+        """From a dict by names."""
+        return cls(**fields)
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on ``device``; asynchronous from pinned memory."""
+        documents = self.documents
+        if documents is not None:
+            documents = documents._replace(cu_seqlens=documents.cu_seqlens.to(device, non_blocking=True))
+        tensors = {k: v.to(device, non_blocking=True) for k, v in self._asdict().items() if torch.is_tensor(v)}
+        return self._replace(**tensors, documents=documents)
+
+    def targets(self) -> torch.Tensor:
+        """Number of valid labels, int64 scalar."""
+        return (self.labels != IGNORE_INDEX).sum()
+
+    def target_weight(self) -> torch.Tensor:
+        """Sum of the valid labels' weights, a float64 scalar; without weights their number."""
+        valid = self.labels != IGNORE_INDEX
+        return (valid if self.weights is None else self.weights * valid).sum(dtype=torch.float64)
+
+    def model_inputs(self) -> dict[str, Any]:
+        """What the model is given beside ``input_ids`` and ``labels``: only what there is."""
+        extras = {"positions": self.positions, "documents": self.documents, "weights": self.weights}
+        return {name: value for name, value in extras.items() if value is not None}
+
+
+def as_batch(item: Any) -> Batch:
+    """What a loader of the user's own gave: a ``Batch``, a dict with ``input_ids`` and ``labels`` (and ``weights`` and
+    ``positions`` if there are any), or the first two in a row. Raises: DataError for anything else."""
+    if isinstance(item, Batch):
+        return item
+    if isinstance(item, dict):
+        given = {name: item[name] for name in FIELDS if item.get(name) is not None}
+    else:
+        is_pair = isinstance(item, (list, tuple)) and len(item) == len(REQUIRED)
+        given = dict(zip(REQUIRED, item, strict=True)) if is_pair else {}
+    shapes = {tuple(t.shape) if torch.is_tensor(t) else None for t in given.values()}
+    if not given.keys() >= set(REQUIRED) or len(shapes) != 1 or len(next(iter(shapes)) or ()) != 2:
+        raise DataError(
+            "a loader must give input_ids and labels, integer tensors [B, S]: a dict, a pair, or a data.Batch (a dict may "
+            "also have weights and positions, of the same shape)"
+        )
+    return Batch.of({name: tensor.to(FIELDS[name]) for name, tensor in given.items()})
+
+
+def as_sample(item: Any) -> dict[str, torch.Tensor]:
+    """A dataset item as a dict of rows: given so, or made from ``seq_len + 1`` contiguous token ids. Raises: DataError."""
+    if isinstance(item, dict):
+        if missing := set(REQUIRED) - item.keys():
+            raise DataError(f"a dataset item has keys {sorted(item)} but lacks {sorted(missing)}")
+        return {name: torch.as_tensor(item[name]) for name in FIELDS if item.get(name) is not None}
+    tokens = torch.as_tensor(item)
+    if tokens.ndim != 1:
+        raise DataError(
+            f"a dataset item must be a dict or a row of seq_len + 1 token ids, not shape {list(tokens.shape)}"
+        )
+    return {"input_ids": tokens[:-1], "labels": tokens[1:]}
+
+
+def collate(items: Batch | Sequence[Any]) -> Batch:
+    """Samples one under the other; a dataset may also have done that itself (``__getitems__``). Raises: DataError if their
+    lengths or their fields differ."""
+    if isinstance(items, Batch):
+        return items
+    samples = [as_sample(item) for item in items]
+    lengths = {len(tensor) for sample in samples for tensor in sample.values()}
+    if len(lengths) != 1:
+        raise DataError(
+            f"the input_ids and labels of a micro-batch have different lengths {sorted(lengths)}; cut or pad them alike"
+        )
+    if len(fields := {tuple(sample) for sample in samples}) != 1:
+        raise DataError(
+            f"the samples of a micro-batch have different keys: {sorted(map(list, fields))}; give all the same"
+        )
+    return Batch.of({k: torch.stack([s[k] for s in samples]).to(FIELDS[k]) for k in samples[0]})
+
+
+def masked(batch: Batch, rows: Sequence[int]) -> Batch:
+    """The batch with no label of ``rows`` counting."""
+    if not rows:
+        return batch
+    labels = batch.labels.clone()
+    labels[list(rows)] = IGNORE_INDEX
+    return batch._replace(labels=labels)

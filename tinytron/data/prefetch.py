@@ -1,0 +1,46 @@
+"""Work done ahead by a thread, in the same order."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator, Iterable
+from queue import SimpleQueue
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def prefetched(items: Iterable[T], depth: int) -> Generator[T, None, None]:
+    """The same items in the same order, up to ``depth`` of them made ahead by a thread (0: made here, when asked for).
+
+    What making one raises is raised here in its place. Closing the iterator ends the thread.
+    """
+    if depth <= 0:
+        yield from items
+        return
+    ready: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
+    free, closed = threading.Semaphore(depth), threading.Event()
+
+    def work() -> None:
+        try:
+            source = iter(items)
+            while free.acquire() and not closed.is_set():
+                ready.put((next(source), None))
+        except BaseException as error:  # StopIteration too; raised where the items are used
+            ready.put((None, error))
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item  # type: ignore[misc]
+            free.release()
+    finally:
+        closed.set()
+        free.release()
+        thread.join(timeout=5)  # a read from a dead disk may never return; the thread does not keep the process alive

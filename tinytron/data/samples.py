@@ -1,0 +1,236 @@
+"""Samples made from token shards: neighbouring windows of a shard, or rows packed with whole documents."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset
+
+from tinytron.data.batch import Batch
+from tinytron.data.mixture import MixtureOrder
+from tinytron.data.pack_files import PackFile
+from tinytron.data.shards import Shard
+from tinytron.errors import DataError
+from tinytron.model.modules.loss import IGNORE_INDEX
+
+Piece = tuple[int, int]  # first token, and number of training pairs (token, next token)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How tokens become samples. ``document_mask``: tokens attend to their own document, in which positions count from 0;
+    ``cross_document_loss``: a document's last token is trained to predict the next one's first; ``packing``: ``concat``
+    cuts the token stream every ``seq_len`` tokens, ``best_fit`` fills rows with whole documents."""
+
+    document_mask: bool = False
+    cross_document_loss: bool = True
+    packing: Literal["concat", "best_fit"] = "concat"
+
+    @property
+    def needs_documents(self) -> bool:
+        """Whether it matters where documents begin."""
+        return self.document_mask or not self.cross_document_loss or self.packing == "best_fit"
+
+
+class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
+    """Samples of ``seq_len`` training pairs (a token and the next one), numbered through the shards in the given order.
+
+    ``concat``: sample i of a shard is ``tokens[i*S : i*S + S + 1]``, S = ``seq_len``: neighbours share one token, so
+    every token but a shard's first is a target once; the remainder is dropped and no sample crosses shards. ``best_fit``: a
+    sample is a row of the shard's packing (packing.py); what is left of a row is token 0, no target.
+
+    Raises: DataError for a damaged shard, for shards without a single sample, and on access for a token id of
+    ``vocab_size`` or more.
+    """
+
+    def __init__(
+        self, shards: Sequence[Shard], seq_len: int, vocab_size: int, reading: Reading | None = None, identity: str = ""
+    ) -> None:
+        self.shards, self.seq_len, self.vocab_size = list(shards), seq_len, vocab_size
+        self.reading, self.identity = reading or Reading(), identity
+        packs = self.reading.packing == "best_fit"
+        self.packs = [PackFile(shard, seq_len) for shard in self.shards] if packs else []
+        if packs:
+            counts = [pack.num_rows for pack in self.packs]
+        else:
+            counts = [max(0, shard.count - 1) // seq_len for shard in self.shards]
+        self.ends = np.cumsum(counts, dtype=np.int64)
+        if not len(self):
+            sizes = ", ".join(f"{shard.path.name}: {shard.count}" for shard in self.shards[:5])
+            raise DataError(
+                f"no shard holds one sample of --seq_len {seq_len} + 1 tokens ({sizes} tokens); use a shorter --seq_len"
+            )
+        if self.reading.needs_documents:
+            self.shards[0].starts_between(0, 1)  # that something tells where they begin
+        self.weighted = self.shards[0].weights is not None
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files, in order."""
+        return [shard.path for shard in self.shards]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all shards."""
+        return sum(shard.count for shard in self.shards)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        batch = self.__getitems__([range(len(self))[index]])
+        return {name: rows[0] for name, rows in batch._asdict().items() if rows is not None}
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """The samples ``indices``, one under the other; read straight into the batch."""
+        return read_rows([(self, index) for index in indices])
+
+    def read(self, index: int, into: dict[str, npt.NDArray[Any]]) -> None:
+        """Sample ``index`` into rows of zeros ``[S]``, by the names of ``Batch``; ``labels`` are ignored ones at first."""
+        number = int(np.searchsorted(self.ends, index, side="right"))
+        shard, at = self.shards[number], 0
+        inputs, labels, weights, positions = (
+            into["input_ids"],
+            into["labels"],
+            into.get("weights"),
+            into.get("positions"),
+        )
+        for first, count in self._pieces(number, index - (int(self.ends[number - 1]) if number else 0)):
+            tokens, place = shard.tokens[first : first + count + 1], slice(at, at + count)
+            self._check(number, first, tokens)
+            inputs[place], labels[place] = tokens[:-1], tokens[1:]
+            if weights is not None:
+                weights[place] = self._weights(shard)[first + 1 : first + count + 1] if self.weighted else 1
+            self._mark_documents(shard, first, labels[place], None if positions is None else positions[place])
+            at += count
+        if positions is not None and at < self.seq_len:
+            positions[at:] = np.arange(self.seq_len - at)  # the unused end is a document of its own
+
+    def _pieces(self, number: int, row: int) -> Iterator[Piece]:
+        """What row ``row`` of shard ``number`` is made of."""
+        if self.packs:
+            yield from self.packs[number].pieces(row)
+        else:
+            yield row * self.seq_len, self.seq_len
+
+    def _mark_documents(
+        self, shard: Shard, first: int, labels: npt.NDArray[np.int64], positions: npt.NDArray[np.int64] | None
+    ) -> None:
+        """Fill in the positions of the piece from token ``first`` on, and take out labels that begin another document."""
+        if positions is None and self.reading.cross_document_loss:
+            return
+        starts = shard.starts_between(first + 1, first + len(labels) + 1) - first
+        if not self.reading.cross_document_loss:
+            labels[starts - 1] = IGNORE_INDEX
+        if positions is not None:
+            inside = starts[starts < len(labels)]
+            positions[inside] = inside
+            np.maximum.accumulate(positions, out=positions)  # of each token, where its document began
+            np.subtract(np.arange(len(positions)), positions, out=positions)
+
+    def _weights(self, shard: Shard) -> npt.NDArray[np.float32]:
+        if shard.weights is None:
+            raise DataError(
+                f"{shard.path} has no {shard.path.stem}.weights, but {self.shards[0].path.stem} has; write them for all "
+                "shards or for none"
+            )
+        return shard.weights
+
+    def _check(self, number: int, first: int, tokens: npt.NDArray[Any]) -> None:
+        if len(tokens) and int(tokens.max()) >= self.vocab_size:
+            shard = self.shards[number]
+            at = first + int(np.argmax(tokens >= self.vocab_size))
+            offset = shard.offset + at * tokens.dtype.itemsize
+            raise DataError(
+                f"{shard.path}: token id {int(shard.tokens[at])} at byte {offset} is not below --vocab_size "
+                f"{self.vocab_size}; use the vocabulary size of the tokenizer that wrote it"
+            )
+
+    def describe(self) -> list[str]:
+        """What there is to say about the samples beside their number."""
+        notes = []
+        if self.packs:
+            used = 1 - self.num_tokens / (len(self) * self.seq_len)
+            notes.append(
+                f"best-fit packing: {len(self):,} sequences of {self.seq_len} tokens, {used:.2%} of them unused"
+            )
+        if self.weighted:
+            notes.append("tokens are weighted: .weights files lie beside the shards")
+        return notes
+
+    def check_token_ids(self, part: int = 0, parts: int = 1, limit: int = 2**28) -> None:
+        """Look for ids outside the vocabulary in every ``parts``-th shard: all tokens, or if those are more than ``limit``
+        about as many, evenly spread (the rest is checked on access). Raises: DataError naming file, byte and id."""
+        mine = range(part, len(self.shards), parts)
+        block = 2**18
+        stride = block * max(1, -(-sum(self.shards[n].count for n in mine) // limit))
+        for number in mine:
+            shard = self.shards[number]
+            for first in range(0, shard.count, stride):
+                self._check(number, first, shard.tokens[first : first + block])
+
+    def fingerprint(self) -> str:
+        """What identifies the samples, but not where they lie: ``identity`` if the shards have one (manifest.json), else a
+        hash of sizes, types and the first and last tokens of every shard."""
+        digest = hashlib.sha256()
+        if self.identity:
+            digest.update(f"{self.identity}:{self.seq_len}".encode())
+        else:
+            for shard in self.shards:
+                digest.update(shard.fingerprint(self.seq_len))
+        packed = "packed " if self.packs else ""
+        return f"{packed}shards:{digest.hexdigest()[:16]}"
+
+
+class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
+    """The samples of several data sets, numbered one data set after the other; batches say which ``sources`` they are from.
+
+    ``names`` are those of the sources; ``order`` says when each sample is trained on.
+    """
+
+    def __init__(self, datasets: Mapping[str, TokenShardDataset], order: MixtureOrder | None = None) -> None:
+        self.names, self.datasets, self.order = list(datasets), list(datasets.values()), order
+        self.ends = np.cumsum([len(dataset) for dataset in self.datasets])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        source, local = self._place(range(len(self))[index])
+        return self.datasets[source][local]
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        places = [self._place(index) for index in indices]
+        batch = read_rows([(self.datasets[source], local) for source, local in places])
+        return batch._replace(sources=torch.tensor([source for source, _ in places]))
+
+    def _place(self, index: int) -> tuple[int, int]:
+        source = int(np.searchsorted(self.ends, index, side="right"))
+        return source, index - (int(self.ends[source - 1]) if source else 0)
+
+    def fingerprint(self) -> str:
+        """Those of the sources, by name."""
+        return ", ".join(f"{n}={d.fingerprint()}" for n, d in zip(self.names, self.datasets, strict=True))
+
+
+def read_rows(samples: Sequence[tuple[TokenShardDataset, int]]) -> Batch:
+    """A batch of samples, each given as its data set and its number there; all have the same length."""
+    shape = len(samples), samples[0][0].seq_len
+    rows: dict[str, npt.NDArray[Any]] = {
+        "input_ids": np.zeros(shape, np.int64),
+        "labels": np.full(shape, IGNORE_INDEX, np.int64),
+    }
+    if any(dataset.weighted for dataset, _ in samples):
+        rows["weights"] = np.zeros(shape, np.float32)
+    if samples[0][0].reading.document_mask:
+        rows["positions"] = np.zeros(shape, np.int64)
+    for row, (dataset, index) in enumerate(samples):
+        dataset.read(index, {name: array[row] for name, array in rows.items()})
+    return Batch.of({name: torch.from_numpy(array) for name, array in rows.items()})

@@ -1,0 +1,75 @@
+"""What follows from the configuration, the number of processes and the size of the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tinytron.distributed.layout import ParallelLayout, divisors
+from tinytron.errors import ConfigError
+from tinytron.training.config import Config, round_to
+
+
+@dataclass(frozen=True)
+class TrainingInfo:
+    """What follows from the configuration, the number of processes and the number of training samples."""
+
+    dp_size: int
+    grad_accum_steps: int
+    global_batch_samples: int
+    max_steps: int
+    warmup_steps: int
+    profile_window: tuple[int, int]
+    notes: tuple[str, ...]
+
+
+def accumulation_steps(config: Config, layout: ParallelLayout) -> int:
+    """Micro-batches of one optimizer step. Raises: ConfigError if the global batch does not divide over the ranks."""
+    train = config.train
+    per_pass = train.batch_size * train.seq_len * layout.dp
+    if train.total_batch_size % per_pass:
+        sequences = train.total_batch_size // train.seq_len
+        fitting = [b for b in divisors(sequences) if sequences % (b * layout.dp) == 0]
+        hint = f"use a --batch_size of {fitting}" if fitting else f"use {round_to(train.total_batch_size, per_pass)}"
+        raise ConfigError(
+            f"--total_batch_size {train.total_batch_size} (tokens) must be a multiple of --batch_size x --seq_len x "
+            f"data-parallel ranks = {train.batch_size} x {train.seq_len} x {layout.dp} = {per_pass}; {hint}"
+        )
+    return train.total_batch_size // per_pass
+
+
+def derive(config: Config, layout: ParallelLayout, num_samples: int | None) -> TrainingInfo:
+    """Resolve steps and accumulation; ``num_samples`` is an epoch, ``None`` for data without a length.
+
+    Raises: ConfigError if the global batch does not divide over the ranks, the data holds less than one global batch, or
+    nothing says how long to train.
+    """
+    train, micro_batches = config.train, accumulation_steps(config, layout)
+    global_batch = train.total_batch_size // train.seq_len
+    notes = []
+    limits = [train.max_steps, train.max_train_tokens and -(-train.max_train_tokens // train.total_batch_size)]
+    if given := [limit for limit in limits if limit is not None]:
+        max_steps = min(given)
+    elif num_samples is None:
+        raise ConfigError("the training data has no length; say how long to train: --max_steps or --max_train_tokens")
+    elif not (max_steps := num_samples * train.max_epochs // global_batch):
+        raise ConfigError(
+            f"{train.max_epochs} epochs of {num_samples} samples do not fill one global batch of {global_batch}; "
+            f"use --max_epochs {-(-global_batch // num_samples)}, a smaller --total_batch_size, or --max_steps"
+        )
+    warmup = config.optim.warmup_steps
+    if warmup >= max_steps and warmup > 1:
+        warmup = max(1, max_steps // 10)
+        notes.append(f"warm-up cut from {config.optim.warmup_steps} to {warmup} steps: the run has only {max_steps}")
+    first, last = train.steps_to_profile
+    if train.use_profiler and last > max_steps:
+        first, last = max(1, max_steps - (last - first)), max_steps
+        notes.append(f"profiling steps {first} to {last}: the run has only {max_steps}")
+    return TrainingInfo(
+        dp_size=layout.dp,
+        grad_accum_steps=micro_batches,
+        global_batch_samples=global_batch,
+        max_steps=max_steps,
+        warmup_steps=warmup,
+        profile_window=(first, last),
+        notes=tuple(notes),
+    )

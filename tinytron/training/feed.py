@@ -1,0 +1,119 @@
+"""From what a loader gives to micro-batches on the device: checked, cut to this rank's part of the sequences, pinned."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tinytron.data import Batch
+from tinytron.data.batch import as_batch
+from tinytron.data.prefetch import prefetched
+from tinytron.distributed.collectives import sum_over
+from tinytron.distributed.parallel_state import ParallelState
+from tinytron.distributed.sequence_parallel.ulysses import cut_sequence
+from tinytron.errors import DataError
+from tinytron.model.modules.attn import documents_of
+from tinytron.model.modules.loss import IGNORE_INDEX
+from tinytron.training.config import Config
+
+
+class Feed:
+    """Prepares batches on the host, a thread ahead of the training step where the loader is our own, and moves them over.
+
+    ``trusted``: the data set itself checks lengths and token ids.
+    """
+
+    def __init__(self, config: Config, state: ParallelState) -> None:
+        self._state, self._data = state, config.data
+        self._seq_len, self._vocab_size = config.train.seq_len, config.model.vocab_size
+        self._pin = config.data.pin_memory and state.device.type == "cuda"
+
+    def steps(
+        self, loader: Iterable[Any], per_step: int, *, skip_steps: int = 0, trusted: bool = False, ahead: bool = False
+    ) -> Iterator[list[Batch]]:
+        """The micro-batches of one optimizer step at a time, without end: the loader is read again when it ends, and its
+        first ``skip_steps`` steps are passed over. ``ahead``: in a thread. Raises: DataError for unfit batches."""
+        batches = _endless(loader, skip_steps * per_step)
+        with contextlib.closing(self._prepared(batches, trusted, ahead)) as ready:
+            while True:
+                yield [next(ready).to(self._state.device) for _ in range(per_step)]
+
+    def once(self, loader: Iterable[Any], *, trusted: bool = False, ahead: bool = False) -> Iterator[Batch]:
+        """Every batch of ``loader`` once. Raises: DataError for unfit batches."""
+        with contextlib.closing(self._prepared(loader, trusted, ahead)) as ready:
+            for batch in ready:
+                yield batch.to(self._state.device)
+
+    def _prepared(self, batches: Iterable[Any], trusted: bool, ahead: bool) -> Generator[Batch, None, None]:
+        # Worker processes read ahead themselves, and are better not forked from a thread.
+        depth = self._data.prefetch if ahead and self._data.num_workers == 0 else 0
+        return prefetched((self.prepare(loaded, trusted) for loaded in batches), depth)
+
+    def prepare(self, loaded: Any, trusted: bool = False) -> Batch:
+        """This rank's part of a loaded micro-batch's sequences, on the host. Raises: DataError for unfit samples."""
+        batch = as_batch(loaded)
+        if not trusted:
+            check_batch(batch, self._seq_len, self._vocab_size)
+        documents = None if batch.positions is None else documents_of(batch.positions)
+        rank, size = self._state.group_rank("sep"), self._state.layout.sep
+        per_token = ("input_ids", "labels", "weights", "positions")
+        parts = {name: cut_sequence(t, rank, size) for name in per_token if (t := getattr(batch, name)) is not None}
+        if self._pin:
+            parts = {name: part if part.is_pinned() else part.pin_memory() for name, part in parts.items()}
+        return batch._replace(**parts, documents=documents)
+
+
+def _endless(loader: Iterable[Any], skip: int) -> Iterator[Any]:
+    while True:
+        batch = None
+        for batch in loader:
+            if skip > 0:
+                skip -= 1
+                continue
+            yield batch
+        if batch is None:
+            raise DataError("train_loader gave no batch; it must give this rank's micro-batches on every pass")
+
+
+def count_targets(microbatches: list[Batch], group: dist.ProcessGroup) -> tuple[torch.Tensor, list[Batch]]:
+    """The number of valid targets of the global batch (at least 1), and the micro-batches with their weights scaled to sum
+    up to it: dividing by this one number then gives the weighted mean, and auxiliary losses keep their scale. Collective.
+    """
+    counts = torch.stack([torch.stack([b.targets().double(), b.target_weight()]) for b in microbatches]).sum(0)
+    targets, weight = sum_over(counts, group)  # the one division (see Trainer._loss)
+    scale = torch.where(weight > 0, targets / weight, 0.0).float()
+    scaled = [b if b.weights is None else b._replace(weights=b.weights * scale) for b in microbatches]
+    return targets.long().clamp(min=1), scaled
+
+
+def check_batch(batch: Batch, seq_len: int, vocab_size: int) -> None:
+    """Raises: DataError for samples of another length than ``seq_len`` (the global batch would not be what was asked for),
+    for token ids the model has no embedding for (on a GPU they would end in a device assertion), and for weights and
+    positions that make no sense.
+
+    Reads host memory, before the batch goes to the device.
+    """
+    if batch.input_ids.shape[1] != seq_len:
+        raise DataError(
+            f"the dataset gave samples of {batch.input_ids.shape[1]} tokens, but --seq_len is {seq_len}; make them alike"
+        )
+    ids = torch.cat([batch.input_ids.flatten(), batch.labels[batch.labels != IGNORE_INDEX]])
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        advice = f"mark labels to ignore with {IGNORE_INDEX}" if low < 0 else "set --vocab_size to the tokenizer's"
+        raise DataError(f"the dataset gave token id {low if low < 0 else high}, outside 0..{vocab_size - 1}; {advice}")
+    if batch.weights is not None and not bool((batch.weights >= 0).all() and batch.weights.isfinite().all()):
+        raise DataError(
+            f"the dataset gave a weight of {float(batch.weights.min())}; weights must be finite and at least 0"
+        )
+    if (positions := batch.positions) is not None:
+        steps = positions.diff(dim=1)
+        if bool(positions[:, 0].any()) or not bool(((steps == 1) | (positions[:, 1:] == 0)).all()):
+            raise DataError(
+                "the dataset gave positions that do not count from 0 in every row and document; give 0, 1, 2, ... and 0 "
+                "again where the next document begins"
+            )
