@@ -3,6 +3,7 @@ DataError; never another exception, another length or other tokens."""
 
 from __future__ import annotations
 
+import itertools
 import re
 import struct
 from collections.abc import Callable
@@ -17,6 +18,9 @@ from hypothesis import strategies as st
 from tinytron.data import TokenShardDataset, read_header
 from tinytron.data.formats import open_shard, open_weights
 from tinytron.data.functions import data_loader, get_num_tokens
+from tinytron.data.pack_files import PackFile, make_pack_files
+from tinytron.data.samples import Reading
+from tinytron.data.shards import Shard
 from tinytron.errors import DataError
 
 VOCAB, SEQ_LEN = 300, 3
@@ -86,12 +90,16 @@ def meaning(content: bytes, headerless: str | None = None, weights: bool = False
 
 def refusal(action: Callable[[], Any], path: Path) -> str:
     """The text of the DataError that ``action`` raises: one line that begins with the file."""
+    text = refusal_in(action)
+    assert text.startswith(f"{path}: ")
+    return text
+
+
+def refusal_in(action: Callable[[], Any]) -> str:
     with pytest.raises(DataError) as error:
         action()
-    text = str(error.value)
-    assert text.startswith(f"{path}: ")
-    assert "\n" not in text
-    return text
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 def check(path: Path, content: bytes) -> None:
@@ -102,6 +110,7 @@ def check(path: Path, content: bytes) -> None:
         if found is None:
             refusal(lambda d=dtype: read_header(path, d), path)  # type: ignore[misc]
             refusal(lambda d=dtype: open_shard(path, d), path)  # type: ignore[misc]
+            check_dataset(path, content, headerless)
             continue
         start, letter, values = found
         header = read_header(path, dtype)
@@ -110,27 +119,45 @@ def check(path: Path, content: bytes) -> None:
         opened = open_shard(path, dtype)
         assert opened.dtype == header.dtype
         assert opened.tolist() == values
+        check_dataset(path, content, headerless)
     weights = meaning(content, weights=True)
     if weights is None:
         refusal(lambda: open_weights(path), path)
     else:
         assert open_weights(path).tobytes() == content[1024:]  # bytes: some are not a number
-    check_dataset(path, content)
+    check_functions(path, content)
 
 
-def check_dataset(path: Path, content: bytes) -> None:
+def check_functions(path: Path, content: bytes) -> None:
     found = meaning(content)
     if found is None:
-        refusal(lambda: TokenShardDataset([path], SEQ_LEN, VOCAB), path)
         refusal(lambda: get_num_tokens(str(path)), path)
         return
-    start, letter, values = found
+    values = found[2]
     assert get_num_tokens(str(path)) == len(values)
+    if len(values) < SEQ_LEN:
+        with pytest.raises(DataError, match=rf"{path.name}, has {len(values)}"):
+            data_loader(str(path), 1, SEQ_LEN)
+    elif all(token < 2**31 for token in values):
+        batches = list(data_loader(str(path), 1, SEQ_LEN))
+        assert [t for batch in batches for t in batch["input_ids"].flatten().tolist()] == values[
+            : len(batches) * SEQ_LEN
+        ]
+        assert len(batches) == len(values) // SEQ_LEN
+
+
+def check_dataset(path: Path, content: bytes, headerless: str | None) -> None:
+    dtype = {None: None, "H": "uint16", "I": "uint32"}[headerless]
+    found = meaning(content, headerless)
+    if found is None:
+        refusal(lambda: Shard(path, dtype), path)
+        return
+    start, letter, values = found
     if len(values) <= SEQ_LEN:
         with pytest.raises(DataError, match=rf"{path.name}: {len(values)} tokens"):
-            TokenShardDataset([path], SEQ_LEN, VOCAB)
+            TokenShardDataset([Shard(path, dtype)], SEQ_LEN, VOCAB)
         return
-    dataset = TokenShardDataset([path], SEQ_LEN, VOCAB)
+    dataset = TokenShardDataset([Shard(path, dtype)], SEQ_LEN, VOCAB)
     assert len(dataset) == (len(values) - 1) // SEQ_LEN
 
     def refused_at(text: str) -> int:
@@ -154,12 +181,6 @@ def check_dataset(path: Path, content: bytes) -> None:
             sample = dataset[number]
             assert [*sample["input_ids"].tolist(), int(sample["labels"][-1])] == row
             assert sample["labels"].tolist() == row[1:]
-    if all(token < 2**31 for token in values):
-        batches = list(data_loader(str(path), 1, SEQ_LEN))
-        assert [t for batch in batches for t in batch["input_ids"].flatten().tolist()] == values[
-            : len(batches) * SEQ_LEN
-        ]
-        assert len(batches) == len(values) // SEQ_LEN
 
 
 @pytest.mark.parametrize("kind", WHOLE)
@@ -249,10 +270,104 @@ def test_one_damaged_file_among_whole_ones_is_the_one_named(tmp_path: Path, dama
     paths = [tmp_path / f"train_{number}.bin" for number in range(3)]
     for path, kind in zip(paths, kinds, strict=True):
         path.write_bytes(WHOLE[kind])
-    assert len(TokenShardDataset(paths, SEQ_LEN, VOCAB)) == 3 * 2
+    assert len(TokenShardDataset([Shard(path) for path in paths], SEQ_LEN, VOCAB)) == 3 * 2
     paths[damaged].write_bytes(WHOLE[kinds[damaged]][:-1])
-    refusal(lambda: TokenShardDataset(paths, SEQ_LEN, VOCAB), paths[damaged])
+    refusal(lambda: [Shard(path) for path in paths], paths[damaged])
     refusal(lambda: get_num_tokens(str(tmp_path / "*.bin")), paths[damaged])
+
+
+# The files beside a shard.
+
+
+STARTS = [0, 2, 3, 8]
+BESIDE = {
+    ".weights": words(TIML, 1, 0, 9) + body("f", [float(t) for t in TOKENS]),
+    ".docs": words(TIML, 1, 1, 4) + body("I", STARTS),
+}
+
+
+def read_beside(path: Path) -> list[dict[str, list[Any]]]:
+    """The two samples of the nine tokens, with all that the files beside them say."""
+    dataset = TokenShardDataset([Shard(path)], 4, VOCAB, Reading(document_mask=True))
+    return [{name: row.tolist() for name, row in dataset[i].items()} for i in range(len(dataset))]
+
+
+def positions(starts: list[int]) -> list[int]:
+    return [place - max([0, *(start for start in starts if start <= place)]) for place in range(8)]
+
+
+def check_beside(path: Path, suffix: str, content: bytes) -> None:
+    """A damaged file of weights or documents beside a whole shard, against its meaning."""
+    path.write_bytes(WHOLE["timl uint16"])
+    for name, whole in BESIDE.items():
+        path.with_suffix(name).write_bytes(content if name == suffix else whole)
+    found = meaning(content, weights=suffix == ".weights")
+    values = [] if found is None else found[2]
+    ascending = all(a < b for a, b in itertools.pairwise([*values, len(TOKENS)]))
+    if found is None or not (len(values) == 9 if suffix == ".weights" else ascending):
+        refusal(lambda: read_beside(path), path.with_suffix(suffix))
+        return
+    rows = read_beside(path)
+    for first, row in zip((0, 4), rows, strict=True):
+        assert row["input_ids"] == TOKENS[first : first + 4]
+        assert row["labels"] == TOKENS[first + 1 : first + 5]
+        weights = values if suffix == ".weights" else TOKENS
+        assert body("f", row["weights"]) == body("f", weights[first + 1 : first + 5])
+        starts = [max(0, start - first) for start in (values if suffix == ".docs" else STARTS)]
+        assert row["positions"] == positions(starts)[:4]
+
+
+@pytest.mark.parametrize("suffix", BESIDE)
+def test_whole_files_beside_a_shard(tmp_path: Path, suffix: str) -> None:
+    check_beside(tmp_path / "train_0.bin", suffix, BESIDE[suffix])
+    first, second = read_beside(tmp_path / "train_0.bin")
+    assert first["positions"] == [0, 1, 0, 0]
+    assert second["positions"] == [0, 1, 2, 3]
+    assert second["weights"] == TOKENS[5:9]
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(suffix=st.sampled_from(list(BESIDE)), how=st.lists(damages(), min_size=1, max_size=3))
+def test_any_damage_beside_a_shard(tmp_path: Path, suffix: str, how: list[tuple[str, Damage]]) -> None:
+    content = bytearray(BESIDE[suffix])
+    for _, damage in how:
+        damage(content)
+    check_beside(tmp_path / "train_0.bin", suffix, bytes(content))
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(values=st.lists(st.integers(0, 10), max_size=9), letter=st.sampled_from("HI"))
+def test_any_offsets_of_documents(tmp_path: Path, values: list[int], letter: str) -> None:
+    content = words(TIML, 1, "HI".index(letter), len(values)) + body(letter, values)
+    check_beside(tmp_path / "train_0.bin", ".docs", content)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(how=st.lists(damages(), min_size=1, max_size=3))
+def test_any_damage_to_a_packing(tmp_path: Path, how: list[tuple[str, Damage]]) -> None:
+    """It is refused, or it is what it was; and made again where it was refused."""
+    path = tmp_path / "train_0.bin"
+    path.write_bytes(WHOLE["timl uint16"])
+    path.with_suffix(".docs").write_bytes(BESIDE[".docs"])
+    packing = path.with_suffix(".pack4")
+    packing.unlink(missing_ok=True)
+    make_pack_files([Shard(path)], 4)
+    whole = packing.read_bytes()
+    content = bytearray(whole)
+    for _, damage in how:
+        damage(content)
+    packing.write_bytes(content)
+    rows = 0
+    if bytes(content[1024:]) == whole[1024:] and meaning(bytes(content)) == meaning(whole):
+        rows = PackFile(Shard(path), 4).num_rows
+    else:
+        refused = refusal_in(lambda: PackFile(Shard(path), 4))
+        assert str(packing) in refused
+    make_pack_files([Shard(path)], 4)
+    assert PackFile(Shard(path), 4).num_rows == 2
+    assert rows in (0, 2)
+    if not rows:
+        assert packing.read_bytes() == whole
 
 
 @pytest.mark.parametrize("kind", ["timl uint16", "timl uint32", "llm.c uint16", "llm.c uint32", "llm.c short"])
