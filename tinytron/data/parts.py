@@ -17,7 +17,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -30,12 +30,12 @@ GROUP_BYTES = 2**26  # a larger row group is read by the one process and not by 
 
 
 class Place(NamedTuple):
-    """Between two documents: in file number ``file``, at ``at`` (byte, row group or row), after ``count`` lines of the
+    """Between two documents: in file number ``file``, at ``at`` (byte, row group or row), after ``passed`` lines of the
     file or rows of the row group."""
 
     file: int = 0
     at: int = 0
-    count: int = 0
+    passed: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _unpacked(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
         raw: IO[bytes] = stack.enter_context(open(path, "rb"))
         content = raw
         if path.suffix == ".gz":
-            content = stack.enter_context(gzip.GzipFile(fileobj=raw))
+            content = cast(IO[bytes], stack.enter_context(gzip.GzipFile(fileobj=raw)))
         elif path.suffix == ".zst":
             arrow = require_package("pyarrow")
             stream = arrow.CompressedInputStream(arrow.PythonFile(raw, mode="r"), "zstd")
@@ -119,7 +119,7 @@ def _unpacked(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
 
 def _find_lines(path: Path, place: Place, limit: int) -> Iterator[Found]:
     with _unpacked(path) as (file, raw):
-        start, count = place.at, place.count
+        start, count = place.at, place.passed
         packed = file is not raw
         if packed:
             _skip(file, start)
@@ -212,7 +212,7 @@ def _find_groups(path: Path, place: Place, limit: int, text_key: str, option: st
         row = 0
         for group in range(meta.num_row_groups):
             rows = meta.row_group(group).num_rows
-            skipped = place.count if group == place.at else 0
+            skipped = place.passed if group == place.at else 0
             if group >= place.at and rows > skipped:
                 held = sum(meta.row_group(group).column(i).total_uncompressed_size for i in mine)
                 position = size * (row + rows) // meta.num_rows
@@ -223,9 +223,10 @@ def _find_groups(path: Path, place: Place, limit: int, text_key: str, option: st
                     at = Place(place.file, group, skipped)
                     batches = file.iter_batches(limit, [group], [text_key])
                     for part, done in _texts_of_group(batches, str(path), row, skipped, text_key, option):
-                        behind = at._replace(count=done) if done < rows else after
-                        texts = sum(map(len, part.data or ()))
-                        yield Found(part, behind, len(part.data or ()), texts, size * (row + done) // meta.num_rows)
+                        behind = at._replace(passed=done) if done < rows else after
+                        texts = part.data or []
+                        chars = sum(len(text) for text in texts if isinstance(text, str))
+                        yield Found(part, behind, len(texts), chars, size * (row + done) // meta.num_rows)
             row += rows
 
 

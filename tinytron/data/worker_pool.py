@@ -66,7 +66,7 @@ class WorkerPool(Generic[Task, Result]):
                     return
                 yield task, self._work(task)
             return
-        feed = _Feed(tasks, ROOM * self._count)
+        feed: _Feed[Task, Result] = _Feed(tasks, ROOM * self._count)
         for process, pipe in zip(self._processes, self._pipes, strict=True):
             threading.Thread(target=self._attend, args=(feed, process, pipe), daemon=True).start()
         try:
