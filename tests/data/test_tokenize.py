@@ -123,9 +123,7 @@ def _inputs(folder: Path) -> dict[str, Path]:
     }
 
 
-def test_every_kind_of_input_gives_the_same_tokens(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_kind_of_input_gives_the_same_tokens(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = Naive(made / "tokenizer.json").tokens(TEXTS)
     for kind, path in _inputs(tmp_path).items():
         for workers in (0, 2):

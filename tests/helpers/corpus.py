@@ -106,7 +106,8 @@ def starts_of(folder: Path, split: str = "train") -> list[int]:
     """Where documents begin, counted through all shards of a split."""
     starts, before = list[int](), 0
     for path in sorted(folder.glob(f"{split}_*.bin")):
-        assert (mine := open_shard(path.with_suffix(".docs"))).dtype == np.uint32
+        mine = open_shard(path.with_suffix(".docs"))
+        assert mine.dtype == np.uint32
         starts += [before + int(start) for start in mine]
         before += len(open_shard(path))
     return starts

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tinytron.data.llmc import write_llmc
 from tinytron.data.manifest import ShardFacts
 from tinytron.data.shards import write_shard
 from tinytron.errors import DataError
-from tinytron.utils.training import sha256_of, write_atomically
+from tinytron.utils.training import sha256_of
 
-LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER = 20240520, 1, 256  # of int32
 Array = npt.NDArray[Any]
 
 
@@ -28,10 +28,7 @@ def write_tokens(path: Path, tokens: Array, dtype: np.dtype[Any], file_format: s
     if file_format == "timl":
         write_shard(path, tokens, dtype)
         return
-    header = np.zeros(LLMC_HEADER, "<i4")
-    header[:3] = LLMC_MAGIC, LLMC_VERSION, tokens.size
-    body = tokens.astype("<u2").tobytes()
-    write_atomically(path, lambda file: (file.write(header.tobytes()), file.write(body)))
+    write_llmc(path, tokens)
 
 
 def shard_name(split: str, index: int) -> str:

@@ -274,13 +274,14 @@ class _Run:
             documents[split] = sum(shard.documents for shard in mine)
             tokens[split] = sum(shard.tokens for shard in mine)
             shards += mine
+        if self.options.min_file_index and not documents[self.split]:
+            self._clear()
+            last = self.main.index if self.main.held else self.main.index - 1
+            raise DataError(
+                f"--min_file_index {self.options.min_file_index}: the data ends in file {last}; use a smaller one"
+            )
         if not shards:
             self._clear()
-            if self.options.min_file_index:
-                at = f"file {self.main.index}" if self.main.held else f"file {self.main.index - 1}"
-                raise DataError(
-                    f"--min_file_index {self.options.min_file_index}: the data ends in {at}; use a smaller one"
-                )
             raise DataError(f"--dataset_path {self.options.dataset_path} has no document with text; use another")
         manifest = Manifest(
             dtype=self.options.token_dtype,
