@@ -29,13 +29,12 @@ from pathlib import Path
 from typing import Any
 
 from tinytron.cli import entry
-from tinytron.data import documents, prepare
+from tinytron.data import documents, prepare, sources
+from tinytron.data.tokenizers import END_TOKENS, load_hub_tokenizer
 from tinytron.distributed.collectives import together
 from tinytron.errors import ConfigError
 from tinytron.training import Config, Trainer, build_config, parse_args
 from tinytron.training.arguments import show_config
-
-END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<eot>")  # where a tokenizer names none
 
 
 class ExampleTrainer(Trainer):
@@ -121,7 +120,8 @@ def has_token_shards(path: str | None) -> bool:
 
 def write_shards(recipe: Recipe, folder: Path, config: Config) -> dict[str, Any]:
     """Documents -> texts -> token ids -> shards in ``folder``; returns what to remember of them."""
-    tokenizer = load_tokenizer(recipe.tokenizer)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said, so that loader workers do not warn when they fork
+    tokenizer = load_hub_tokenizer(recipe.tokenizer, option="HF_TOKENIZER=")
     ids = tokenizer.get_vocab()
     vocab_size = 1 + max(ids.values())
     check_vocabulary(vocab_size, recipe, config)
@@ -147,21 +147,11 @@ def write_shards(recipe: Recipe, folder: Path, config: Config) -> dict[str, Any]
 def read_texts(recipe: Recipe) -> Iterator[str]:
     """The text of every document."""
     if recipe.files:
-        return documents.read_texts(recipe.files, recipe.text_key, "HF_TEXT_KEY")
+        return sources.read_texts(recipe.files, recipe.text_key, "HF_TEXT_KEY")
     where = f"HF_DATASET_REPO={recipe.repo} HF_DATASET_NAME={recipe.name} HF_SPLIT={recipe.split}"
     advice = "check the names and the network, or give --dataset_path a file or folder"
     rows = documents.stream_rows(where, recipe.repo, recipe.name or None, split=recipe.split, advice=advice)
     return documents.texts_of(rows, recipe.text_key, where, "HF_TEXT_KEY")
-
-
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a tokenizer.json file, a local folder or a name on the hub."""
-    transformers = documents.require_package("transformers")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said, so that loader workers do not warn when they fork
-    with documents.as_data_error(f"HF_TOKENIZER={name}", "give a hub name, a local folder or a tokenizer.json file"):
-        if Path(name).is_file():
-            return transformers.PreTrainedTokenizerFast(tokenizer_file=name)
-        return transformers.AutoTokenizer.from_pretrained(name)
 
 
 def check_vocabulary(needed: int, recipe: Recipe, config: Config) -> None:

@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tinytron.cli import entry
 from tinytron.data.prepare import file_states, prepare_once, recipe_hash, token_dtype, write_token_shards
+from tinytron.data.tokenizers import BPE_END, train_bpe
 from tinytron.errors import DataError
 from tinytron.utils.profile import measured_matmul_rate
 
-EOT = "<|endoftext|>"
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}
 HELD_OUT = 20  # one part in 20 is kept for validation: whole files, or of few files the end of each
 MIN_BYTES = 100_000
@@ -82,22 +81,9 @@ def split(documents: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
     return train, held_out
 
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE (GPT-2, section 2.2): no text is out of vocabulary, and tokens decode to exactly the bytes."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[EOT], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
-def encode(tokenizer: Tokenizer, texts: list[str]) -> Iterator[list[int]]:
+def encode(tokenizer: Any, texts: list[str]) -> Iterator[list[int]]:
     """The documents' token ids, an end-of-text token before each."""
-    eot = tokenizer.token_to_id(EOT)
+    eot = tokenizer.token_to_id(BPE_END)
     for first in range(0, len(texts), 64):
         for encoding in tokenizer.encode_batch(texts[first : first + 64]):
             yield [eot, *encoding.ids]
@@ -139,7 +125,7 @@ def write_corpus(folder: Path, files: list[Path], vocab_size: int, data: str | N
     say(
         f"corpus: {len(documents)} files, {size / 1e6:.1f} MB, {sum(len(t.encode()) for t in held_out) / 1e6:.1f} held out"
     )
-    tokenizer = train_tokenizer(train, vocab_size)
+    tokenizer = train_bpe(train, vocab_size)
     tokenizer.save(str(folder / "tokenizer.json"))
     dtype = token_dtype(tokenizer.get_vocab_size())
     written = write_token_shards(encode(tokenizer, train), folder, "train", dtype)

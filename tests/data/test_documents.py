@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tinytron.data import documents
+from tinytron.data import documents, parts, sources
 from tinytron.errors import ConfigError, DataError
 
 
@@ -40,7 +40,10 @@ def test_a_folder_gives_its_text_files_sorted_and_without_hidden_ones(tmp_path: 
     [
         ("nowhere", "--dataset_path .*nowhere: there is no such file or folder"),
         ("*.txt", "there is no such file or folder"),
-        ("empty", r"has no token shards \(train_\*.bin\) and no text; .* that end in .txt, .md, .py, .jsonl, .parquet"),
+        (
+            "empty",
+            r"has no token shards \(train_\*.bin\) and no text; .* that end in .jsonl, .* .parquet, .txt, .md, .py or",
+        ),
         ("image.png", "and no text"),
     ],
 )
@@ -54,29 +57,29 @@ def test_a_path_without_text_is_an_error(tmp_path: Path, path: str, message: str
 def test_a_text_file_is_one_document_and_a_long_one_is_cut_at_line_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "PIECE_CHARS", 10)
+    monkeypatch.setattr(parts, "PIECE_BYTES", 10)
     (tmp_path / "a.txt").write_text("0123456789")
     (tmp_path / "b.md").write_text("one\ntwo\nthree\nfour\nfive\nsix")
     (tmp_path / "c.py").write_text("x" * 25)  # no line end to cut at: the memory is bounded all the same
-    texts = list(documents.read_texts(documents.find_text_files(str(tmp_path))))
+    texts = list(sources.read_texts(documents.find_text_files(str(tmp_path))))
     assert texts == ["0123456789", "one\ntwo\nthree\n", "four\nfive\nsix", "x" * 20, "x" * 5]
 
 
 def test_rows_of_jsonl_files_empty_lines_and_nulls(tmp_path: Path) -> None:
     path = _jsonl(tmp_path / "a.jsonl", [{"body": "é", "id": 1}, {"body": None}])
     path.write_text(path.read_text() + "\n  \n" + '{"body": "last"}')
-    assert list(documents.read_texts([path], "body")) == ["é", "", "last"]
+    assert list(sources.read_texts([path], "body")) == ["é", "", "last"]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl, line 2: Expecting value"),
-        ("a.jsonl", b'{"text": "x"}\n[1]\n', "a.jsonl: row 2 is list, not an object with keys"),
-        ("a.jsonl", b'{"text": 3}\n', "a.jsonl: row 1: 'text' is int, not text; set HF_TEXT_KEY to another key"),
-        ("a.jsonl", b'{"id": 1, "body": ""}\n', "a.jsonl: row 1 has no key 'text'; set HF_TEXT_KEY to .*: id, body"),
-        ("a.jsonl", b"{}\n", "row 1 has no key 'text'; .*: no key at all"),
-        ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl: 'utf-8' codec can't decode byte 0xff"),
+        ("a.jsonl", b'{"text": "x"}\n[1]\n', "a.jsonl, line 2 is list, not an object with keys"),
+        ("a.jsonl", b'{"text": 3}\n', "a.jsonl, line 1: 'text' is int, not text; set HF_TEXT_KEY to another key"),
+        ("a.jsonl", b'{"id": 1, "body": ""}\n', "a.jsonl, line 1 has no key 'text'; set HF_TEXT_KEY to .*: id, body"),
+        ("a.jsonl", b"{}\n", "line 1 has no key 'text'; .*: no key at all"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl, line 1: 'utf-8' codec can't decode byte 0xff"),
         ("a.txt", b"abc\xff", "a.txt: 'utf-8' codec can't decode byte 0xff in position 3"),
         ("a.parquet", b"abc", "a.parquet: Parquet file size is 3 bytes"),
     ],
@@ -86,14 +89,14 @@ def test_a_broken_file_is_named_in_one_line(tmp_path: Path, name: str, content: 
         pytest.importorskip("datasets")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
-        list(documents.read_texts([tmp_path / name], "text", "HF_TEXT_KEY"))
+        list(sources.read_texts([tmp_path / name], "text", "HF_TEXT_KEY"))
     assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_goes_away_is_a_data_error(tmp_path: Path) -> None:
     for suffix in (".txt", ".jsonl"):
         with pytest.raises(DataError, match="No such file"):
-            list(documents.read_texts([tmp_path / f"gone{suffix}"]))
+            list(sources.read_texts([tmp_path / f"gone{suffix}"]))
 
 
 # Pipeline.

@@ -70,9 +70,12 @@ def test_equals_best_fit_decreasing_one_by_one(given_pieces: tuple[list[int], in
     assert bins_of(*given_pieces) == one_by_one(*given_pieces)
 
 
-def test_many_pieces_one_by_one() -> None:
-    lengths = np.minimum(lognormal(3000, mean=100), 512).tolist()
-    assert bins_of(lengths, 512) == one_by_one(lengths, 512)
+@pytest.mark.parametrize("capacity", [16, 40, 64, 512])
+def test_many_pieces_one_by_one(capacity: int) -> None:
+    lengths = np.minimum(lognormal(2000, mean=capacity / 5), capacity).tolist()
+    assert bins_of(lengths, capacity) == one_by_one(lengths, capacity)
+    even = np.random.default_rng(1).integers(1, capacity * 2 // 3, 2000).tolist()
+    assert bins_of(even, capacity) == one_by_one(even, capacity)
 
 
 @settings(max_examples=100, deadline=None)

@@ -381,7 +381,7 @@ def test_dropout_acts_on_embedding_attention_and_block_outputs(monkeypatch: pyte
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
 def test_compiled_blocks_keep_names_loss_and_gradients(recompute: Any) -> None:
     ids, labels = make_batch()
     plain = make_model(dtype=torch.float32)

@@ -1,12 +1,11 @@
-"""Documents as text: read from local files or a stream of rows, filtered, shuffled, tokenised. All of these are
-generators, so that a pipeline of them holds one batch, whatever the size of the source."""
+"""Documents as text: found in local folders, taken out of rows, filtered, shuffled, tokenised. All of these are
+generators, so that a pipeline of them holds one batch, whatever the size of the source. Files: ``sources.py``."""
 
 from __future__ import annotations
 
 import contextlib
 import glob
 import importlib
-import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,8 +13,15 @@ from typing import Any
 
 from tinytron.errors import ConfigError, DataError, TinytronError
 
-SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
-PIECE_CHARS = 2**20  # a longer text file becomes several documents, cut at a line end
+# Each line a JSON object; the compressed .json files of large corpora are that too.
+LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
+PROSE = (".txt", ".text", ".md", ".rst", ".tex", ".html")
+CODE = (
+    *(".py", ".pyx", ".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".cu", ".cuh", ".cs", ".java", ".kt", ".scala", ".go"),
+    *(".rs", ".js", ".jsx", ".ts", ".tsx", ".css", ".php", ".rb", ".pl", ".lua", ".swift", ".jl", ".r", ".hs", ".ml"),
+    *(".ex", ".erl", ".clj", ".sh", ".sql", ".f90", ".cmake", ".yaml", ".yml", ".toml"),
+)
+SUFFIXES = (*PROSE, *CODE, *LINE_SUFFIXES, ".parquet")
 BATCH_CHARS = 2**20  # tokenised at a time
 
 
@@ -29,29 +35,13 @@ def find_text_files(path: str) -> list[Path]:
         found = [Path(p) for p in glob.glob(path)] or [place]
     if not any(p.exists() for p in [place, *found]):
         raise DataError(f"--dataset_path {path}: there is no such file or folder")
-    files = sorted(p for p in found if p.suffix in SUFFIXES and p.is_file())
+    files = sorted(p for p in found if p.name.endswith(SUFFIXES) and p.is_file())
     if not files:
         raise DataError(
             f"--dataset_path {path} has no token shards (train_*.bin) and no text; give a file, or a folder with files, "
-            f"that end in {', '.join(SUFFIXES)}"
+            f"that end in {', '.join(LINE_SUFFIXES)}, .parquet, .txt, .md, .py or a similar suffix of prose or code"
         )
     return files
-
-
-def read_texts(files: Iterable[Path], text_key: str = "text", option: str = "the text key") -> Iterator[str]:
-    """The documents of ``files``: each row's ``text_key`` of .jsonl and .parquet files; any other file is one document,
-    or several if it is longer than ``PIECE_CHARS``. Raises: DataError naming file and line, and ``option``, which sets
-    the text key."""
-    for path in files:
-        if path.suffix == ".jsonl":
-            yield from texts_of(_json_lines(path), text_key, str(path), option)
-        elif path.suffix == ".parquet":
-            rows = stream_rows(str(path), "parquet", data_files=[str(path)], split="train")
-            yield from texts_of(rows, text_key, str(path), option)
-        else:
-            with as_data_error(str(path)), open(path, encoding="utf-8") as file:
-                while piece := file.read(PIECE_CHARS):
-                    yield piece + file.readline(PIECE_CHARS)
 
 
 def stream_rows(where: str, *args: Any, advice: str = "", **kwargs: Any) -> Iterator[dict[str, Any]]:
@@ -65,16 +55,21 @@ def stream_rows(where: str, *args: Any, advice: str = "", **kwargs: Any) -> Iter
 def texts_of(rows: Iterable[Any], text_key: str, where: str, option: str = "the text key") -> Iterator[str]:
     """``row[text_key]`` of every row; a null is an empty text. Raises: DataError for rows without such a text."""
     for count, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: row {count} is {type(row).__name__}, not an object with keys")
-        if text_key not in row:
-            keys = ", ".join(map(str, row)) or "no key at all"
-            raise DataError(f"{where}: row {count} has no key {text_key!r}; set {option} to one that it has: {keys}")
-        text = row[text_key]
-        if not isinstance(text, str | None):
-            kind = type(text).__name__
-            raise DataError(f"{where}: row {count}: {text_key!r} is {kind}, not text; set {option} to another key")
-        yield text or ""
+        yield text_of(row, text_key, f"{where}: row {count}", option)
+
+
+def text_of(row: Any, text_key: str, where: str, option: str = "the text key") -> str:
+    """``row[text_key]``; a null is an empty text. Raises: DataError that starts with ``where`` for a row without one."""
+    if not isinstance(row, dict):
+        raise DataError(f"{where} is {type(row).__name__}, not an object with keys")
+    if text_key not in row:
+        keys = ", ".join(map(str, row)) or "no key at all"
+        raise DataError(f"{where} has no key {text_key!r}; set {option} to one that it has: {keys}")
+    text = row[text_key]
+    if not isinstance(text, str | None):
+        kind = type(text).__name__
+        raise DataError(f"{where}: {text_key!r} is {kind}, not text; set {option} to another key")
+    return text or ""
 
 
 def long_enough(texts: Iterable[str], min_chars: int, option: str = "the minimum ") -> Iterator[str]:
@@ -117,28 +112,22 @@ def tokenised(
             yield [*ids, *end]
 
 
+def whole_characters(text: str) -> str:
+    """``text`` with ``?`` for half of a surrogate pair, which JSON can spell but is no character: tokenizers refuse it."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     batch: list[str] = []
     chars = 0
     for text in texts:
-        # Half of a surrogate pair, which JSON can spell, is no character: tokenizers refuse it.
-        batch.append(text.encode("utf-8", "replace").decode("utf-8"))
+        batch.append(whole_characters(text))
         chars += len(text)
         if chars >= BATCH_CHARS:
             yield batch
             batch, chars = [], 0
     if batch:
         yield batch
-
-
-def _json_lines(path: Path) -> Iterator[Any]:
-    with as_data_error(str(path)), open(path, encoding="utf-8") as file:
-        for count, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            with as_data_error(f"{path}, line {count}"):
-                row = json.loads(line)
-            yield row
 
 
 @contextlib.contextmanager

@@ -163,7 +163,7 @@ def prepare_once(folder: Path, write: Callable[[Path], Mapping[str, Any]]) -> Fa
         raise DataError(f"{folder} holds token shards that were not prepared here; use another folder, or remove them")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
+        with locked(folder / LOCK):
             if (facts := prepared(folder)) is not None:  # by the process that held the lock
                 return facts
             for left_over in [folder / MARKER, *folder.glob("*.bin"), *folder.glob("*.tmp")]:
@@ -192,13 +192,14 @@ def _shards(folder: Path) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the kernel releases when the process ends, however it ends."""
-    with open(folder / LOCK, "a") as file:
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of the file ``path`` and so of its folder; the kernel releases it when the process ends, however it
+    ends. Raises: OSError."""
+    with open(path, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for another process that prepares {folder}", flush=True)
+            print(f"waiting for another process that prepares {path.parent}", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import typing
 from collections.abc import Sequence
 from typing import Any
 
-from tinytron.errors import ConfigError
 from tinytron.training.config import SECTIONS, Config
-from tinytron.utils.flags import FieldInfo, Parser, config_fields, nearest
+from tinytron.utils.flags import Parser, add_flag, config_fields, parse_strictly
 
 
 def build_parser(description: str = "Pre-train a GPT.") -> argparse.ArgumentParser:
@@ -24,35 +22,14 @@ def build_parser(description: str = "Pre-train a GPT.") -> argparse.ArgumentPars
     for section, cls in SECTIONS.items():
         group = parser.add_argument_group(section, (cls.__doc__ or "").split(" Raises:")[0])
         for info in config_fields(cls):
-            _add_flag(group, info)
+            add_flag(group, info)
     return parser
-
-
-def _add_flag(group: argparse._ArgumentGroup, info: FieldInfo) -> None:
-    name, default, text = info.name, info.default, info.flag.text.replace("%", "%%")
-    if info.type is bool:
-        both = argparse.BooleanOptionalAction
-        group.add_argument(f"--{name}", action=both, default=default, help=text)
-        # `--no_flag` is an accepted spelling of `--no-flag`, like all other flags with underscores.
-        group.add_argument(f"--no_{name}", dest=name, action="store_false", default=default, help=argparse.SUPPRESS)
-    elif info.choices is not None:
-        group.add_argument(f"--{name}", choices=info.choices, default=default, help=text)
-    elif typing.get_origin(info.type) is tuple:
-        inner = typing.get_args(info.type)
-        group.add_argument(f"--{name}", nargs=len(inner), type=inner[0], default=default, help=text)
-    else:
-        group.add_argument(f"--{name}", type=info.type, default=default, help=text, metavar=info.type.__name__.upper())
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse ``argv`` (default: the command line). Raises: ConfigError for unknown flags, naming the nearest known one,
     and for values of the wrong type."""
-    parser = build_parser()
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        raise ConfigError(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], known)}; see --help")
-    return args
+    return parse_strictly(build_parser(), argv)
 
 
 def build_config(args: argparse.Namespace) -> Config:

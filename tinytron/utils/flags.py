@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -82,3 +82,66 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see --help")
+
+
+def parse_strictly(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse ``argv`` (default: the command line). Raises: ConfigError for unknown flags, naming the nearest known one,
+    and for values of the wrong type."""
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        raise ConfigError(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], known)}; see --help")
+    return args
+
+
+def add_flag(group: argparse._ActionsContainer, info: FieldInfo) -> None:
+    """The flag of one configuration field; booleans as ``--flag``, ``--no-flag`` and ``--flag true|false``."""
+    name, default, text = info.name, info.default, info.flag.text.replace("%", "%%")
+    if info.type is bool:
+        group.add_argument(f"--{name}", action=_Switch, default=default, help=text)
+        # `--no_flag` is an accepted spelling of `--no-flag`, like all other flags with underscores.
+        group.add_argument(f"--no_{name}", dest=name, action="store_false", default=default, help=argparse.SUPPRESS)
+    elif info.choices is not None:
+        group.add_argument(f"--{name}", choices=info.choices, default=default, help=text)
+    elif typing.get_origin(info.type) is tuple:
+        inner = typing.get_args(info.type)
+        group.add_argument(f"--{name}", nargs=len(inner), type=inner[0], default=default, help=text)
+    else:
+        kind = whole_number if info.type is int else info.type
+        group.add_argument(f"--{name}", type=kind, default=default, help=text, metavar=info.type.__name__.upper())
+
+
+def whole_number(text: str) -> int:
+    """``134217728``, also spelled ``2**27`` or ``134_217_728``. Raises: argparse.ArgumentTypeError."""
+    base, power, exponent = text.partition("**")
+    try:
+        if power and not 0 <= int(exponent) <= 64:
+            raise ValueError
+        return int(base) ** int(exponent) if power else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
+
+
+class _Switch(argparse.BooleanOptionalAction):
+    """``--flag``, ``--no-flag``, and ``--flag true|false``."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.nargs = "?"
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        if values is None:
+            super().__call__(parser, namespace, values, option_string)
+            return
+        given = {"true": True, "false": False}.get(str(values).lower())
+        if given is None or str(option_string).startswith("--no-"):
+            parser.error(
+                f"argument {option_string}: {values} is too much; use --{self.dest} true or --{self.dest} false"
+            )
+        setattr(namespace, self.dest, given)

@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _END = b"\0"  # no signal has this number
@@ -37,7 +37,7 @@ class StopRequest:
             self._leave(128 + number)
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self, numbers: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterator[None]:
         """Receive the signals in this context, then put the old handlers back. Only a main thread may; elsewhere this
         does nothing.
 
@@ -49,9 +49,9 @@ class StopRequest:
             return
         reader, writer = socket.socketpair()
         writer.setblocking(False)
-        old_handlers = {number: signal.signal(number, _leave_to_the_thread) for number in STOP_SIGNALS}
+        old_handlers = {number: signal.signal(number, _leave_to_the_thread) for number in numbers}
         old_writer = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._read, args=(reader,), name="stop signals", daemon=True).start()
+        threading.Thread(target=self._read, args=(reader, numbers), name="stop signals", daemon=True).start()
         try:
             yield
         finally:
@@ -61,10 +61,10 @@ class StopRequest:
             with writer:
                 writer.send(_END)
 
-    def _read(self, reader: socket.socket) -> None:
+    def _read(self, reader: socket.socket, numbers: Sequence[signal.Signals]) -> None:
         with reader:
             while (byte := reader.recv(1)) != _END:
-                if byte[0] in STOP_SIGNALS:  # others with a handler in Python are written too
+                if byte[0] in numbers:  # others with a handler in Python are written too
                     self.take(byte[0])
 
 

@@ -1,0 +1,154 @@
+"""What a folder of token shards holds, and whether it is what its manifest says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tinytron.data.documents import require_package
+from tinytron.data.llmc import MAGIC as LLMC_MAGIC
+from tinytron.data.llmc import open_llmc
+from tinytron.data.manifest import Manifest, ShardFacts, read_manifest
+from tinytron.data.shards import open_shard
+from tinytron.errors import ConfigError, DataError
+from tinytron.utils.training import sha256_of
+
+SHOWN_CHARS = 200
+Tokens = npt.NDArray[Any]
+
+
+def open_tokens(path: Path) -> tuple[Tokens, str]:
+    """The tokens of a shard of any format, and its format. Raises: DataError."""
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    if magic == LLMC_MAGIC.to_bytes(4, "little"):
+        return open_llmc(path), "llmc"
+    return open_shard(path), "timl"
+
+
+def find_token_files(folder: Path) -> list[Path]:
+    """Its shards, by name. Raises: DataError if there is none."""
+    found = sorted(folder.glob("*.bin"))
+    if not found:
+        raise DataError(f"{folder} holds no token shards (*.bin); give a folder that tokenize_dataset.py wrote")
+    return found
+
+
+# Info.
+
+
+def describe(folder: Path) -> list[str]:
+    """Lines about a folder of shards. Raises: DataError."""
+    manifest, files = read_manifest(folder), find_token_files(folder)
+    tokens, file_format = open_tokens(files[0])
+    lines = [f"folder     {folder}", f"format     {file_format}, {tokens.dtype.name}"]
+    if manifest is None:
+        lines.append("manifest   none")
+    else:
+        facts = manifest.tokenizer
+        where = "before" if facts.eot_position == "prepend" else "behind"
+        lines += [
+            f"tokenizer  --{facts.kind} {facts.name}: {facts.vocab_size:,} ids; {facts.eot_token} ({facts.eot_id}) {where} "
+            "every document",
+            f"source     {manifest.source.get('path')}",
+            f"made by    {manifest.command}",
+        ]
+        if not manifest.complete:
+            lines.append("complete   no: the same command, without --max_file_index, goes on")
+    by_split: dict[str, list[Path]] = {}
+    for path in files:
+        by_split.setdefault(path.name.rpartition("_")[0], []).append(path)
+    for split, paths in by_split.items():
+        count = sum(len(open_tokens(path)[0]) for path in paths)
+        documents = "" if manifest is None else f"{manifest.documents.get(split, 0):,} documents, "
+        lines.append(f"{split:<10} {documents}{count:,} tokens, {len(paths)} shards")
+    if (text := _first_text(folder, files[0], tokens)) is not None:
+        lines.append(f"begins     {text[:SHOWN_CHARS]!r}")
+    return lines
+
+
+def _first_text(folder: Path, path: Path, tokens: Tokens) -> str | None:
+    """The first document of the first shard as text, if the folder has its tokenizer."""
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    try:
+        tokenizer = require_package("tokenizers").Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except ConfigError:
+        return None
+    starts = open_shard(path.with_suffix(".docs")).tolist() if path.with_suffix(".docs").exists() else []
+    stop = min(*starts[1:2], len(tokens), 4 * SHOWN_CHARS) if starts[1:2] else min(len(tokens), 4 * SHOWN_CHARS)
+    text: str = tokenizer.decode(tokens[:stop].tolist(), skip_special_tokens=True)
+    return text
+
+
+# Verify.
+
+
+def problems(folder: Path) -> Iterator[str]:
+    """What is wrong with a folder of shards, one line each. Raises: DataError if it has no shard, or a damaged
+    manifest."""
+    manifest, files = read_manifest(folder), find_token_files(folder)
+    if manifest is None:
+        yield f"{folder} has no manifest.json: hashes, documents and vocabulary cannot be checked"
+        for path in files:
+            yield from _readable(path)
+        return
+    known = {shard.name for shard in manifest.shards}
+    yield from (f"{path}: not in the manifest" for path in files if path.name not in known)
+    for shard in manifest.shards:
+        yield from _shard_problems(folder / shard.name, shard, manifest)
+    for split, count in manifest.tokens.items():
+        shards = manifest.shards_of(split)
+        if (count, manifest.documents.get(split)) != (sum(s.tokens for s in shards), sum(s.documents for s in shards)):
+            yield f"{folder}: the manifest's numbers of tokens and documents of {split} are not the sums of its shards"
+
+
+def _readable(path: Path) -> Iterator[str]:
+    try:
+        open_tokens(path)
+    except DataError as error:
+        yield str(error)
+
+
+def _shard_problems(path: Path, shard: ShardFacts, manifest: Manifest) -> Iterator[str]:
+    try:
+        tokens, file_format = open_tokens(path)
+    except DataError as error:
+        yield str(error)
+        return
+    if (file_format, tokens.dtype.name) != (manifest.file_format, manifest.dtype):
+        yield f"{path}: {file_format}, {tokens.dtype.name}, but the manifest says {manifest.file_format}, {manifest.dtype}"
+    if len(tokens) != shard.tokens:
+        yield f"{path}: {len(tokens)} tokens, but the manifest says {shard.tokens}"
+    if sha256_of(path) != shard.sha256:
+        yield f"{path}: its content is not what was written (sha256)"
+    if (largest := _largest(tokens)) >= manifest.tokenizer.vocab_size:
+        yield f"{path}: token id {largest} is not below the vocabulary of {manifest.tokenizer.vocab_size}"
+    yield from _sidecar_problems(path.with_suffix(".docs"), tokens, shard, manifest)
+
+
+def _largest(tokens: Tokens, block: int = 2**24) -> int:
+    return max((int(tokens[first : first + block].max()) for first in range(0, len(tokens), block)), default=-1)
+
+
+def _sidecar_problems(path: Path, tokens: Tokens, shard: ShardFacts, manifest: Manifest) -> Iterator[str]:
+    try:
+        starts = open_shard(path).astype(np.int64)
+    except DataError as error:
+        yield str(error)
+        return
+    if len(starts) != shard.documents:
+        yield f"{path}: {len(starts)} documents, but the manifest says {shard.documents}"
+    if len(starts) and (starts[0] < 0 or (np.diff(starts) <= 0).any() or starts[-1] >= len(tokens)):
+        yield f"{path}: places of documents that do not rise, or lie outside the shard"
+        return
+    ends = starts if manifest.tokenizer.eot_position == "prepend" else starts[starts > 0] - 1
+    if (tokens[ends] != manifest.tokenizer.eot_id).any():
+        yield f"{path}: a document does not begin at {manifest.tokenizer.eot_token}"

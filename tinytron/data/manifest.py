@@ -1,0 +1,110 @@
+"""What a folder of token shards says about itself: ``manifest.json``, written when all else is there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tinytron.errors import DataError
+from tinytron.utils.training import write_atomically
+
+MANIFEST = "manifest.json"
+FORMAT, VERSION = "tinytron tokens", 1
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """Which tokenizer made the ids: ``kind`` is the flag that named it, ``sha256`` that of tokenizer.json or of the
+    serialised vocabulary, ``eot_position`` ``prepend`` or ``append``."""
+
+    kind: str
+    name: str
+    sha256: str
+    vocab_size: int
+    eot_id: int
+    eot_token: str
+    eot_position: str
+
+
+@dataclass(frozen=True)
+class ShardFacts:
+    """One file: its tokens, the documents that begin in it, and the hash of its content."""
+
+    name: str
+    tokens: int
+    documents: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A folder of token shards.
+
+    ``source`` tells the path, configuration, split, text key and local files, ``options`` whatever else decides the
+    tokens, ``command`` makes the same again. ``documents`` and ``tokens`` count by split, and ``empty`` the documents
+    without text, which are left out. Not ``complete``: made with ``--max_file_index``, and can be gone on with.
+    """
+
+    dtype: str
+    file_format: str
+    tokenizer: TokenizerFacts
+    source: dict[str, Any]
+    options: dict[str, Any]
+    command: str
+    documents: dict[str, int]
+    tokens: dict[str, int]
+    empty: int
+    complete: bool
+    shards: list[ShardFacts]
+    format: str = field(default=FORMAT)
+    version: int = field(default=VERSION)
+
+    def shards_of(self, split: str) -> list[ShardFacts]:
+        """The files of one split, in order."""
+        return [shard for shard in self.shards if shard.name.rpartition("_")[0] == split]
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``manifest.json``, whole or not at all. Raises: OSError."""
+    facts = dataclasses.asdict(manifest)
+    ordered = {"format": facts.pop("format"), "version": facts.pop("version"), **facts}
+    text = json.dumps(ordered, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(folder / MANIFEST, lambda file: file.write(text.encode()))
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of ``folder``; ``None`` if it has none. Raises: DataError for a damaged one, or one of a later
+    version."""
+    path = folder / MANIFEST
+    try:
+        facts = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); tokenise again with --overwrite, or remove it") from error
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise DataError(
+            f'{path} is no manifest of token shards ("format": "{FORMAT}"); remove it, or use another folder'
+        )
+    if facts.get("version") != VERSION:
+        raise DataError(f"{path}: version {facts.get('version')}, only version {VERSION} is known; update tinytron")
+    try:
+        tokenizer = _typed(TokenizerFacts, facts.pop("tokenizer"))
+        shards = [_typed(ShardFacts, shard) for shard in facts.pop("shards")]
+        manifest: Manifest = _typed(Manifest, {**facts, "tokenizer": tokenizer, "shards": shards})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged ({error}); tokenise again with --overwrite") from error
+    return manifest
+
+
+def _typed(cls: type, facts: dict[str, Any]) -> Any:
+    """``cls(**facts)`` with every field there, and numbers and texts where they belong. Raises: TypeError, KeyError."""
+    wanted = {"str": str, "int": int, "bool": bool}
+    for info in dataclasses.fields(cls):
+        kind = wanted.get(str(info.type), dict if str(info.type).startswith("dict") else object)
+        if not isinstance(facts[info.name], kind):
+            raise TypeError(f"{info.name} is {type(facts[info.name]).__name__}")
+    return cls(**{info.name: facts[info.name] for info in dataclasses.fields(cls)})

@@ -1,0 +1,245 @@
+"""Parts of a local file: found by one process, which reads as little as it can, and read by any other.
+
+kind of file                        a part                                                 found by
+JSON lines                          a range of bytes that ends at a line end               counting line ends
+JSON lines, compressed              the lines themselves                                   unpacking
+text                                the whole file, or a piece of a long one               looking for a line end
+parquet                             a row group, or of a very large one the texts          the footer
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
+
+import numpy as np
+
+from tinytron.data.documents import LINE_SUFFIXES, as_data_error, require_package, text_of
+from tinytron.errors import DataError
+
+PIECE_BYTES = 2**20  # a longer text file becomes several documents, cut at a line end
+BLOCK_BYTES = 2**22  # of a file of lines, at a time
+GROUP_BYTES = 2**26  # a larger row group is read by the one process and not by many
+
+
+class Place(NamedTuple):
+    """Between two documents: in file number ``file``, at ``at`` (byte, row group or row), after ``passed`` lines of the
+    file or rows of the row group."""
+
+    file: int = 0
+    at: int = 0
+    passed: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive documents of one file: bytes ``start`` to ``stop``, or row group ``start``; or, in ``data``, the lines
+    or texts themselves. ``first`` is the number of its first line or row, from 1."""
+
+    path: str
+    start: int = 0
+    stop: int = 0
+    first: int = 1
+    data: bytes | list[str] | None = None
+
+
+class Found(NamedTuple):
+    """A part; the place behind it; its number of documents, about its bytes in memory, and the bytes of the file up to
+    its end."""
+
+    part: Part
+    after: Place
+    documents: int
+    bytes: int
+    position: int
+
+
+def find_parts(path: Path, place: Place, limit: int, text_key: str, option: str) -> Iterator[Found]:
+    """The parts of a file behind ``place``, of ``limit`` documents at most except for whole row groups. Raises:
+    DataError naming the file, and ``option``, which sets the text key."""
+    with as_data_error(str(path)):
+        if path.name.endswith(LINE_SUFFIXES):
+            yield from _find_lines(path, place, limit)
+        elif path.suffix == ".parquet":
+            yield from _find_groups(path, place, limit, text_key, option)
+        else:
+            yield from _find_pieces(path, place)
+
+
+def read_part(part: Part, text_key: str, option: str) -> Iterator[str]:
+    """The texts of a part. Raises: DataError naming file and line or row, and ``option``, which sets the text key."""
+    path = Path(part.path)
+    if isinstance(part.data, list):
+        yield from part.data
+    elif path.name.endswith(LINE_SUFFIXES):
+        yield from _read_lines(part, text_key, option)
+    elif path.suffix == ".parquet":
+        with as_data_error(part.path), _open_parquet(path) as file:
+            for row, text in enumerate(file.read_row_group(part.start, [text_key])[text_key].to_pylist(), part.first):
+                yield text_of({text_key: text}, text_key, f"{part.path}: row {row}", option)
+    else:
+        with as_data_error(part.path):
+            # Line ends as Python reads them: \n, whatever the file has.
+            yield io.TextIOWrapper(io.BytesIO(_bytes_of(part)), encoding="utf-8").read()
+
+
+def _bytes_of(part: Part) -> bytes:
+    with open(part.path, "rb") as file:
+        file.seek(part.start)
+        content = file.read(part.stop - part.start)
+    if len(content) != part.stop - part.start:
+        raise DataError(f"{part.path} has become shorter while it was read; leave it alone until it is tokenised")
+    return content
+
+
+# Lines.
+
+
+@contextlib.contextmanager
+def _unpacked(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """The file's content, and the file itself, whose position tells how much of it is done."""
+    with contextlib.ExitStack() as stack:
+        raw: IO[bytes] = stack.enter_context(open(path, "rb"))
+        content = raw
+        if path.suffix == ".gz":
+            content = cast(IO[bytes], stack.enter_context(gzip.GzipFile(fileobj=raw)))
+        elif path.suffix == ".zst":
+            arrow = require_package("pyarrow")
+            stream = arrow.CompressedInputStream(arrow.PythonFile(raw, mode="r"), "zstd")
+            content = stack.enter_context(io.BufferedReader(stream, 2**20))
+        yield content, raw
+
+
+def _find_lines(path: Path, place: Place, limit: int) -> Iterator[Found]:
+    with _unpacked(path) as (file, raw):
+        start, count = place.at, place.passed
+        packed = file is not raw
+        if packed:
+            _skip(file, start)
+        else:
+            file.seek(start)
+        while block := file.read(BLOCK_BYTES):
+            block += file.readline()
+            for piece, lines in _line_pieces(block, limit):
+                stop, first = start + len(piece), count + 1
+                start, count, data = stop, count + lines, piece if packed else None
+                part = Part(str(path), stop - len(piece), stop, first, data)
+                yield Found(part, Place(place.file, start, count), lines, len(piece), raw.tell() if packed else stop)
+
+
+def _line_pieces(block: bytes, limit: int) -> Iterator[tuple[bytes, int]]:
+    """Whole lines, ``limit`` at a time, and their number."""
+    lines = block.count(b"\n") + (not block.endswith(b"\n"))
+    if lines <= limit:
+        yield block, lines
+        return
+    ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + 1
+    cuts = [0, *(int(end) for end in ends[limit - 1 :: limit] if end < len(block)), len(block)]
+    for number, (start, stop) in enumerate(itertools.pairwise(cuts)):
+        yield block[start:stop], min(limit, lines - number * limit)
+
+
+def _skip(file: IO[bytes], count: int) -> None:
+    while count > 0 and (block := file.read(min(count, BLOCK_BYTES))):
+        count -= len(block)
+
+
+def _read_lines(part: Part, text_key: str, option: str) -> Iterator[str]:
+    with as_data_error(part.path):
+        content = part.data if isinstance(part.data, bytes) else _bytes_of(part)
+    for number, line in enumerate(content.split(b"\n"), part.first):
+        if not line or line.isspace():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except ValueError as error:
+            raise DataError(f"{part.path}, line {number}: {' '.join(str(error).split())}") from error
+        yield text_of(row, text_key, f"{part.path}, line {number}", option)
+
+
+# Text.
+
+
+def _find_pieces(path: Path, place: Place) -> Iterator[Found]:
+    start = place.at
+    with open(path, "rb") as file:
+        size = path.stat().st_size
+        while start < size:
+            stop = min(size, start + PIECE_BYTES)
+            if stop < size:
+                file.seek(stop)
+                line = file.readline(PIECE_BYTES)
+                stop += len(line)
+                if not line.endswith(b"\n") and stop < size:
+                    stop = _character_start(file, stop)
+            part = Part(str(path), start, stop)
+            yield Found(part, Place(place.file, stop), 1, stop - start, stop)
+            start = stop
+
+
+def _character_start(file: IO[bytes], at: int) -> int:
+    """The last byte up to ``at`` that begins a character of UTF-8, which has four bytes at most."""
+    for place in range(at, at - 4, -1):
+        file.seek(place)
+        if file.read(1)[0] & 0xC0 != 0x80:
+            return place
+    return at
+
+
+# Parquet.
+
+
+def _open_parquet(path: Path) -> Any:
+    require_package("pyarrow")
+    return require_package("pyarrow.parquet").ParquetFile(path)
+
+
+def _find_groups(path: Path, place: Place, limit: int, text_key: str, option: str) -> Iterator[Found]:
+    with _open_parquet(path) as file:
+        meta, size = file.metadata, path.stat().st_size
+        names = file.schema_arrow.names
+        if text_key not in names:
+            text_of(dict.fromkeys(names), text_key, f"{path}: row 1", option)
+        columns = [meta.schema.column(i).path for i in range(meta.num_columns)]
+        mine = [i for i, name in enumerate(columns) if name == text_key or name.startswith(f"{text_key}.")]
+        row = 0
+        for group in range(meta.num_row_groups):
+            rows = meta.row_group(group).num_rows
+            skipped = place.passed if group == place.at else 0
+            if group >= place.at and rows > skipped:
+                held = sum(meta.row_group(group).column(i).total_uncompressed_size for i in mine)
+                position = size * (row + rows) // meta.num_rows
+                after = Place(place.file, group + 1)
+                if held <= GROUP_BYTES and not skipped:
+                    yield Found(Part(str(path), group, group + 1, row + 1), after, rows, held, position)
+                else:
+                    at = Place(place.file, group, skipped)
+                    batches = file.iter_batches(limit, [group], [text_key])
+                    for part, done in _texts_of_group(batches, str(path), row, skipped, text_key, option):
+                        behind = at._replace(passed=done) if done < rows else after
+                        texts = part.data or []
+                        chars = sum(len(text) for text in texts if isinstance(text, str))
+                        yield Found(part, behind, len(texts), chars, size * (row + done) // meta.num_rows)
+            row += rows
+
+
+def _texts_of_group(
+    batches: Any, path: str, before: int, skipped: int, text_key: str, option: str
+) -> Iterator[tuple[Part, int]]:
+    """The texts of a row group behind its first ``skipped``, and how many of its rows are then done; ``before`` rows lie
+    before it in the file."""
+    done = 0
+    for batch in batches:
+        rows = batch.column(0).to_pylist()[max(0, skipped - done) :]
+        done += batch.num_rows
+        first = before + done - len(rows) + 1
+        texts = [text_of({text_key: t}, text_key, f"{path}: row {n}", option) for n, t in enumerate(rows, first)]
+        if texts:
+            yield Part(path, first=first, data=texts), done

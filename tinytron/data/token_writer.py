@@ -1,0 +1,130 @@
+"""Tokens of documents into shards of equal size, with what is not yet written carried over from run to run.
+
+Beside ``<split>_<index>.bin`` lies ``<split>_<index>.docs``, a timl v1 file of uint32: where documents begin in that shard,
+in tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tinytron.data.llmc import write_llmc
+from tinytron.data.manifest import ShardFacts
+from tinytron.data.shards import write_shard
+from tinytron.errors import DataError
+from tinytron.utils.training import sha256_of
+
+Array = npt.NDArray[Any]
+
+
+def write_tokens(path: Path, tokens: Array, dtype: np.dtype[Any], file_format: str) -> None:
+    """One shard, ``timl`` or ``llmc`` (as llm.c reads them: uint16), whole or not at all. Raises: OSError."""
+    if file_format == "timl":
+        write_shard(path, tokens, dtype)
+        return
+    write_llmc(path, tokens)
+
+
+def shard_name(split: str, index: int) -> str:
+    """``train_000000.bin``."""
+    return f"{split}_{index:06d}.bin"
+
+
+@dataclass
+class SplitWriter:
+    """The shards of one split: ``size`` tokens each but the last. Those before ``first`` are not written, those after
+    ``last`` not yet.
+
+    ``pending`` are tokens that are in no shard yet, ``starts`` the documents that begin among them, counted from the
+    first pending token.
+    """
+
+    folder: Path
+    split: str
+    dtype: np.dtype[Any]
+    file_format: str
+    size: int
+    first: int = 0
+    last: int | None = None
+    index: int = 0  # of the next shard
+    shards: list[ShardFacts] = field(default_factory=list)
+    pending: list[Array] = field(default_factory=list)
+    starts: list[Array] = field(default_factory=list)
+    held: int = 0  # tokens in pending
+
+    def add(self, tokens: Array, lengths: npt.NDArray[np.uint32]) -> None:
+        """Take the tokens of documents of these lengths. Shapes: [tokens], [documents]."""
+        if len(lengths):
+            ends = np.cumsum(lengths, dtype=np.int64)
+            self.starts.append(np.concatenate(([0], ends[:-1])) + self.held)
+            self.pending.append(tokens)
+            self.held += len(tokens)
+
+    @property
+    def done(self) -> bool:
+        """Whether the shard that ``last`` names is there."""
+        return self.last is not None and self.index > self.last
+
+    def write_full(self) -> int:
+        """Write every shard that is full and wanted; returns how many. Raises: OSError."""
+        if self.held < self.size or self.done:
+            return 0
+        tokens, starts = self._joined()
+        before = self.index
+        while len(tokens) >= self.size and not self.done:
+            count = int(np.searchsorted(starts, self.size))
+            if self.index >= self.first:
+                self.shards.append(self._write(tokens[: self.size], starts[:count]))
+            self.index += 1
+            tokens, starts = tokens[self.size :], starts[count:] - self.size
+        # Copies: a view would keep the whole of what was joined.
+        self.pending, self.starts, self.held = [tokens.copy()], [starts.copy()], len(tokens)
+        return self.index - before
+
+    def write_rest(self) -> ShardFacts | None:
+        """Write what is pending as a shard that is not full, if there is anything and it is wanted. It stays pending, so
+        that a later run can fill the shard."""
+        if not self.held or self.done or self.index < self.first:
+            return None
+        return self._write(*self._joined())
+
+    def _joined(self) -> tuple[Array, Array]:
+        if len(self.pending) != 1:
+            self.pending = [np.concatenate(self.pending or [np.empty(0, self.dtype)])]
+            self.starts = [np.concatenate(self.starts or [np.empty(0, np.int64)])]
+        return self.pending[0], self.starts[0]
+
+    def _write(self, tokens: Array, starts: Array) -> ShardFacts:
+        path = self.folder / shard_name(self.split, self.index)
+        write_shard(path.with_suffix(".docs"), starts, np.uint32)
+        write_tokens(path, tokens, self.dtype, self.file_format)
+        return ShardFacts(path.name, len(tokens), len(starts), sha256_of(path))
+
+    # What a later run needs.
+
+    def state(self) -> tuple[dict[str, Any], bytes]:
+        """Plain values, and the pending tokens and starts behind one another."""
+        tokens, starts = self._joined()
+        facts = {"index": self.index, "shards": [dataclasses.asdict(shard) for shard in self.shards]}
+        facts |= {"tokens": len(tokens), "starts": len(starts)}
+        return facts, tokens.tobytes() + starts.tobytes()
+
+    def restore(self, facts: dict[str, Any], content: bytes) -> int:
+        """Go on from what ``state`` gave, of which ``content`` begins with the bytes; returns how many these are. Raises:
+        DataError if a shard has gone that is said to be there."""
+        self.index, self.shards = facts["index"], [ShardFacts(**shard) for shard in facts["shards"]]
+        for shard in self.shards:
+            if not (self.folder / shard.name).is_file():
+                raise DataError(f"{self.folder / shard.name} is gone; tokenise again with --overwrite")
+        cut = facts["tokens"] * self.dtype.itemsize
+        stop = cut + facts["starts"] * 8
+        self.pending = [np.frombuffer(content[:cut], self.dtype)]
+        self.starts = [np.frombuffer(content[cut:stop], np.int64)]
+        self.held = facts["tokens"]
+        return stop

@@ -1,0 +1,333 @@
+"""Text to token shards, by many processes, in one order, and to be gone on with after an interruption.
+
+source -> chunks -> workers (read, split off validation, encode) -> in order -> shards and sidecars -> manifest.json
+
+Whenever shards have been finished, and when it is asked to stop, a state file takes down the place in the source, what is
+not yet in a shard, and what all of this is made from. Until the manifest is there, the same call goes on from that file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from tinytron.data import tokenizers
+from tinytron.data.chunk_encoder import VAL, ChunkEncoder, Encoded, is_held_out
+from tinytron.data.documents import whole_characters
+from tinytron.data.manifest import MANIFEST, Manifest, ShardFacts, TokenizerFacts, read_manifest, write_manifest
+from tinytron.data.prepare import locked
+from tinytron.data.sources import START, Source, open_source
+from tinytron.data.token_writer import SplitWriter, shard_name
+from tinytron.data.tokenize_options import TokenizeOptions
+from tinytron.data.tokenize_state import STATE, Recipe, State, difference, read_state, write_state
+from tinytron.data.tokenizers import TextTokenizer
+from tinytron.data.worker_pool import WorkerPool
+from tinytron.errors import ConfigError, DataError
+from tinytron.utils.signals import StopRequest
+from tinytron.utils.training import write_atomically
+
+LOCK, TOKENIZER = "tokenize.lock", "tokenizer.json"
+OURS = re.compile(r".+_\d{6}\.(bin|docs)(\.tmp)?")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How it ended: the ``manifest``, or the signal that stopped it; ``fresh`` if this call did anything."""
+
+    folder: Path
+    manifest: Manifest | None
+    received: int = 0
+    fresh: bool = True
+
+
+def tokenize_dataset(
+    options: TokenizeOptions,
+    stop: StopRequest | None = None,
+    say: Callable[[str], object] = lambda text: print(text, file=sys.stderr, flush=True),
+) -> Outcome:
+    """Write ``options.folder``, unless it is there already; go on with what an earlier call has begun. ``say`` gets what
+    is to be known on the way.
+
+    Raises: ConfigError and DataError for options that do not fit each other, the source or what is in the folder; DataError
+    if the folder cannot be written.
+    """
+    source = open_source(
+        options.dataset_path,
+        config=options.dataset_name,
+        split=options.dataset_split,
+        text_key=options.dataset_text_key,
+        streaming=options.streaming,
+        cache_dir=options.cache_dir,
+    )
+    tokenizer = None if options.train_bpe else load_tokenizer(options)
+    if tokenizer is not None:
+        tokenizer_facts(tokenizer, options)  # a tokenizer that does not fit is told before anything is written
+    try:
+        options.folder.mkdir(parents=True, exist_ok=True)
+        with locked(options.folder / LOCK):
+            return _Run(options, source, stop or StopRequest(), say).run(tokenizer)
+    except OSError as error:
+        raise DataError(
+            f"--output_dir {options.folder} cannot be written ({error.strerror or error}); use a disk with space. "
+            "The same call goes on where it was"
+        ) from error
+
+
+def load_tokenizer(options: TokenizeOptions) -> TextTokenizer:
+    """The tokenizer that the options name. Raises: ConfigError, DataError."""
+    if options.tokenizer_name is not None:
+        return tokenizers.from_hub(options.tokenizer_name, options.cache_dir, options.trust_remote_code)
+    if options.encoding_name is not None:
+        return tokenizers.from_tiktoken(options.encoding_name)
+    assert options.tokenizer_path is not None, "one is given, and it is not to be trained"
+    return tokenizers.from_file(Path(options.tokenizer_path))
+
+
+def tokenizer_facts(tokenizer: TextTokenizer, options: TokenizeOptions) -> TokenizerFacts:
+    """What the manifest says of it. Raises: ConfigError if its ids do not fit the type of the tokens, or it has no
+    end-of-text token."""
+    largest = int(np.iinfo(options.dtype).max)
+    if tokenizer.vocab_size > largest + 1:
+        advice = "use --token_dtype uint32" + (" --file_format timl" if options.file_format == "llmc" else "")
+        raise ConfigError(
+            f"--{tokenizer.kind} {tokenizer.name} has ids up to {tokenizer.vocab_size - 1}, and --token_dtype "
+            f"{options.token_dtype} ends at {largest}; {advice}"
+        )
+    token, number = tokenizer.end_of_text(options.eot_token)
+    made = (tokenizer.kind, tokenizer.name, tokenizer.sha256, tokenizer.vocab_size)
+    return TokenizerFacts(*made, eot_id=number, eot_token=token, eot_position=options.eot_position)
+
+
+class _Run:
+    """One call, with the folder's lock held."""
+
+    def __init__(
+        self, options: TokenizeOptions, source: Source, stop: StopRequest, say: Callable[[str], object]
+    ) -> None:
+        self.options, self.source, self.stop, self.say = options, source, stop, say
+        self.folder, self.split = options.folder, options.split
+        fixed = (options.dtype, options.file_format, options.num_tokens_per_file)
+        self.main = SplitWriter(self.folder, self.split, *fixed, options.min_file_index, options.max_file_index)
+        self.writers = {self.split: self.main}
+        if options.val_fraction:
+            self.writers[VAL] = SplitWriter(self.folder, VAL, *fixed)
+        self.place, self.done, self.empty = START, 0, 0
+
+    def run(self, tokenizer: TextTokenizer | None) -> Outcome:
+        """Begin, go on, or find it done."""
+        if self.options.overwrite:
+            self._clear()
+        state, manifest = read_state(self.folder), read_manifest(self.folder)
+        begun = state is not None or manifest is not None
+        if not begun and any(OURS.fullmatch(path.name) for path in self.folder.iterdir()):
+            raise DataError(
+                f"--output_dir {self.folder} holds shards that were not made here; use another folder, or --overwrite"
+            )
+        if tokenizer is None:
+            tokenizer = self._trained(begun)
+        facts = tokenizer_facts(tokenizer, self.options)
+        recipe = self._recipe(facts)
+        for there in (state.recipe if state else None, _recipe_of(manifest) if manifest else None):
+            self._require_same(recipe, there)
+        if manifest is not None and manifest.complete:
+            return self._found(manifest)
+        if state is not None:
+            self._restore(state)
+        if manifest is not None and self.main.done:
+            return self._found(manifest)
+        self._begin(tokenizer, recipe)
+        self._tokenize(tokenizer, facts, recipe)
+        if self.stop.received:
+            return Outcome(self.folder, None, self.stop.received)
+        return Outcome(self.folder, self._finish(facts, recipe))
+
+    # What is there.
+
+    def _clear(self) -> None:
+        for path in self.folder.iterdir():
+            if OURS.fullmatch(path.name) or path.name.removesuffix(".tmp") in (MANIFEST, STATE, TOKENIZER):
+                path.unlink()
+
+    def _trained(self, begun: bool) -> TextTokenizer:
+        """The tokenizer that the folder has, or one that is trained now."""
+        path, size = self.folder / TOKENIZER, self.options.train_bpe
+        assert size is not None, "there is no other tokenizer"
+        if not begun:
+            self.say(f"training a tokenizer of {size} tokens on {self.options.train_bpe_bytes:,} bytes")
+            texts = tokenizers.first_bytes(self._training_texts(), self.options.train_bpe_bytes)
+            trained = tokenizers.train_bpe(texts, size).to_str().encode()
+            write_atomically(path, lambda file: file.write(trained))
+        return tokenizers.from_file(path, "train_bpe", str(size))
+
+    def _training_texts(self) -> Iterable[str]:
+        for chunk in self.source.chunks(self.options.chunksize):
+            for text in map(whole_characters, self.source.read(chunk)):
+                if not is_held_out(text.encode(), self.options.val_fraction):
+                    yield text
+
+    def _recipe(self, facts: TokenizerFacts) -> Recipe:
+        options = self.options
+        others: dict[str, Any] = {"num_tokens_per_file": options.num_tokens_per_file}
+        others |= {"val_fraction": options.val_fraction}
+        if options.train_bpe:
+            others |= {"train_bpe_bytes": options.train_bpe_bytes}
+        return {
+            "source": self.source.facts() | {"split": options.dataset_split},
+            "tokenizer": dataclasses.asdict(facts),
+            "dtype": options.token_dtype,
+            "file_format": options.file_format,
+            "options": others,
+        }
+
+    def _require_same(self, recipe: Recipe, there: Recipe | None) -> None:
+        if there is not None and (text := difference(recipe, there)) is not None:
+            raise ConfigError(
+                f"--output_dir {self.folder} was made from other options: {text}; use another folder, or --overwrite"
+            )
+
+    def _restore(self, state: State) -> None:
+        state.restore(self.writers)
+        self.place, self.done, self.empty = state.place, state.done, state.empty
+        self._require_files({shard.name for shard in self.main.shards}, self.main.index)
+
+    def _require_files(self, names: set[str], stop: int) -> None:
+        """Refuse to call a folder done or begun whose first files an earlier call was told to leave out."""
+        last = self.options.max_file_index
+        for index in range(self.options.min_file_index, stop if last is None else min(stop, last + 1)):
+            if shard_name(self.split, index) not in names:
+                raise ConfigError(
+                    f"--min_file_index {self.options.min_file_index}: an earlier call left file {index} out of "
+                    f"{self.folder}; use another folder, or --overwrite"
+                )
+
+    def _found(self, manifest: Manifest) -> Outcome:
+        names = [shard.name for shard in manifest.shards_of(self.split)]
+        self._require_files(set(names), 1 + max((int(n[-10:-4]) for n in names), default=-1))
+        for name in (shard.name for shard in manifest.shards):
+            if not (self.folder / name).is_file():
+                raise DataError(f"{self.folder / name} is gone; tokenise again with --overwrite")
+        if manifest.complete:
+            (self.folder / STATE).unlink(missing_ok=True)
+        return Outcome(self.folder, manifest, fresh=False)
+
+    # Work.
+
+    def _begin(self, tokenizer: TextTokenizer, recipe: Recipe) -> None:
+        self.source.size()  # a source that cannot be loaded says so here
+        (self.folder / MANIFEST).unlink(missing_ok=True)
+        for left_over in self.folder.glob("*.tmp"):
+            left_over.unlink()
+        if tokenizer.serialised:
+            write_atomically(self.folder / TOKENIZER, lambda file: file.write(tokenizer.serialised))
+        if self.place == START:
+            self._save(recipe)
+        else:
+            self.say(f"going on behind {sum(len(w.shards) for w in self.writers.values())} finished shards")
+        if (index := self.main.index) < self.options.min_file_index:
+            dropped = f"{index} to {self.options.min_file_index - 1}"
+            self.say(f"files {dropped} are tokenised and dropped: {self.folder} does not say where they end")
+
+    def _save(self, recipe: Recipe) -> None:
+        write_state(self.folder, recipe, self.writers, self.place, self.done, self.empty)
+
+    def _tokenize(self, tokenizer: TextTokenizer, facts: TokenizerFacts, recipe: Recipe) -> None:
+        work = ChunkEncoder(
+            *(self.source, tokenizer.encode, facts.eot_id, facts.eot_position, self.options.dtype, self.split),
+            self.options.val_fraction,
+        )
+        self._write_full(recipe)  # what an earlier call was told not to write yet
+        if self.main.done:
+            return
+        with WorkerPool(work, self.options.workers) as pool, _Progress(self.source, self.done) as progress:
+            chunks = self.source.chunks(self.options.chunksize, self.place)
+            for chunk, made in pool.map(chunks, lambda: bool(self.stop.received)):
+                for split, (tokens, lengths) in made.splits.items():
+                    self.writers[split].add(tokens, lengths)
+                self.place, self.done, self.empty = chunk.after, chunk.done, self.empty + made.empty
+                self._write_full(recipe)
+                progress.update(chunk.done, made)
+                if self.main.done:
+                    return
+        if self.stop.received:
+            self._save(recipe)
+
+    def _write_full(self, recipe: Recipe) -> None:
+        if sum([writer.write_full() for writer in self.writers.values()]):
+            self._save(recipe)
+
+    def _finish(self, facts: TokenizerFacts, recipe: Recipe) -> Manifest:
+        """Write what fills no shard, and the manifest; without an end of the source keep the state."""
+        complete, shards = not self.main.done, list[ShardFacts]()
+        documents, tokens = dict[str, int](), dict[str, int]()
+        for split, writer in self.writers.items():
+            rest = writer.write_rest()
+            mine = [*writer.shards, *([rest] if rest else [])]
+            documents[split] = sum(shard.documents for shard in mine)
+            tokens[split] = sum(shard.tokens for shard in mine)
+            shards += mine
+        if self.options.min_file_index and not documents[self.split]:
+            self._clear()
+            last = self.main.index if self.main.held else self.main.index - 1
+            raise DataError(
+                f"--min_file_index {self.options.min_file_index}: the data ends in file {last}; use a smaller one"
+            )
+        if not shards:
+            self._clear()
+            raise DataError(f"--dataset_path {self.options.dataset_path} has no document with text; use another")
+        manifest = Manifest(
+            dtype=self.options.token_dtype,
+            file_format=self.options.file_format,
+            tokenizer=facts,
+            source=recipe["source"],
+            options=recipe["options"],
+            command=self.options.command(),
+            documents=documents,
+            tokens=tokens,
+            empty=self.empty,
+            complete=complete,
+            shards=shards,
+        )
+        write_manifest(self.folder, manifest)
+        if complete:
+            (self.folder / STATE).unlink(missing_ok=True)
+        return manifest
+
+
+def _recipe_of(manifest: Manifest) -> Recipe:
+    facts = dataclasses.asdict(manifest)
+    return {name: facts[name] for name in ("source", "tokenizer", "dtype", "file_format", "options")}
+
+
+class _Progress:
+    """The bar on stderr: share done and time left where the size is known, documents and tokens per second of this
+    call."""
+
+    def __init__(self, source: Source, done: int) -> None:
+        total, unit = source.size()
+        often = 0.2 if sys.stderr.isatty() else 10.0
+        self.bar = tqdm(total=total, initial=done, unit=unit, unit_scale=True, mininterval=often, file=sys.stderr)
+        self.start, self.documents, self.tokens = time.perf_counter(), 0, 0
+
+    def update(self, done: int, made: Encoded) -> None:
+        """``done`` of the source, ``made`` more."""
+        for tokens, lengths in made.splits.values():
+            self.documents, self.tokens = self.documents + len(lengths), self.tokens + len(tokens)
+        seconds = max(1e-9, time.perf_counter() - self.start)
+        rates = f"{self.documents / seconds:,.0f} documents/s, {self.tokens / seconds:,.0f} tokens/s"
+        self.bar.set_postfix_str(rates, refresh=False)
+        self.bar.update(done - self.bar.n)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()

@@ -1,0 +1,168 @@
+"""The options of the tokeniser; its command line is made from them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+
+from tinytron.data.shards import MAX_TOKENS
+from tinytron.data.tokenizers import SMALLEST_BPE, Kind
+from tinytron.errors import ConfigError
+from tinytron.utils.flags import Flag, Parser, add_flag, config_fields, parse_strictly
+
+TOKENIZERS: tuple[Kind, ...] = ("tokenizer_name", "encoding_name", "tokenizer_path", "train_bpe")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizeOptions:
+    """Every option. Raises: ConfigError for values that break a rule.
+
+    A flag with ``identity`` is part of what the tokens are; the others decide how and where they are made.
+    """
+
+    dataset_path: Annotated[str, Flag("file, folder or pattern of text, or name of a data set on the hub")] = ""
+    dataset_name: Annotated[str | None, Flag("configuration of a data set on the hub, such as sample-10BT")] = None
+    dataset_split: Annotated[str, Flag("split of a data set on the hub; the files are named by it")] = "train"
+    dataset_text_key: Annotated[str, Flag("key of the text in a row")] = "text"
+    streaming: Annotated[
+        bool, Flag("read a data set on the hub row by row, without a copy on disk", identity=False)
+    ] = False
+    cache_dir: Annotated[str | None, Flag("where data sets and tokenizers of the hub are kept", identity=False)] = None
+    trust_remote_code: Annotated[bool, Flag("allow a tokenizer on the hub to run code of its own", identity=False)] = (
+        False
+    )
+
+    tokenizer_name: Annotated[str | None, Flag("tokenizer: name on the hub or folder")] = None
+    encoding_name: Annotated[str | None, Flag("tokenizer: encoding of tiktoken, such as gpt2")] = None
+    tokenizer_path: Annotated[str | None, Flag("tokenizer: a tokenizer.json file")] = None
+    train_bpe: Annotated[int | None, Flag("tokenizer: train byte-level BPE with a vocabulary of this size")] = None
+    train_bpe_bytes: Annotated[int, Flag("text to train it on, from the start of the data", unit="bytes")] = 10**8
+    eot_token: Annotated[
+        str | None,
+        Flag("token that separates documents; default: the tokenizer's own, or a known one such as <eot>"),
+    ] = None
+    eot_position: Annotated[
+        Literal["prepend", "append"], Flag("that token goes before (prepend) or behind (append) every document")
+    ] = "prepend"
+
+    output_dir: Annotated[str | None, Flag("where the shards go; default: data/<name of the data>", identity=False)] = (
+        None
+    )
+    token_dtype: Annotated[Literal["uint16", "uint32"], Flag("type of a token; uint16 up to 65536 of them")] = "uint16"
+    file_format: Annotated[Literal["timl", "llmc"], Flag("header of the shards; llmc: as llm.c reads them")] = "timl"
+    num_tokens_per_file: Annotated[int, Flag("size of every shard but the last", unit="tokens")] = 2**27
+    val_fraction: Annotated[
+        float, Flag("part of the documents that goes to val_*.bin, chosen by a hash of their text")
+    ] = 0.0
+    min_file_index: Annotated[int, Flag("do not write the shards before this one", identity=False)] = 0
+    max_file_index: Annotated[int | None, Flag("stop after this shard; a later call can go on", identity=False)] = None
+    overwrite: Annotated[bool, Flag("remove the shards that are in the output folder first", identity=False)] = False
+
+    num_proc: Annotated[
+        int | None, Flag("worker processes, 0: none; default: one less than there are cores", identity=False)
+    ] = None
+    chunksize: Annotated[int, Flag("given to a worker at a time, about", unit="documents", identity=False)] = 4096
+
+    def __post_init__(self) -> None:
+        if not self.dataset_path:
+            raise ConfigError("--dataset_path is missing; give a file or folder of text, or a name on the hub")
+        given = [f"--{name}" for name in TOKENIZERS if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = f"{' and '.join(given)} are too many" if given else "there is no tokenizer"
+            raise ConfigError(f"{found}; give one of {', '.join(f'--{name}' for name in TOKENIZERS)}")
+        if self.file_format == "llmc" and self.token_dtype != "uint16":
+            raise ConfigError(f"--file_format llmc knows no --token_dtype {self.token_dtype}; use --file_format timl")
+        self._check_numbers()
+        if self.val_fraction and self.split == "val":
+            raise ConfigError("--val_fraction makes val_*.bin, and so does --dataset_split val; leave one out")
+
+    def _check_numbers(self) -> None:
+        last = MAX_TOKENS if self.max_file_index is None else self.max_file_index
+        rules: list[tuple[str, float | None, float, float, object]] = [
+            ("num_tokens_per_file", self.num_tokens_per_file, 1, MAX_TOKENS, "2**27"),
+            ("chunksize", self.chunksize, 1, 2**31, 4096),
+            ("num_proc", self.num_proc, 0, 4096, "1"),
+            ("max_file_index", self.max_file_index, 0, 999_999, 0),
+            ("min_file_index", self.min_file_index, 0, min(last, 999_999), 0),
+            ("train_bpe", self.train_bpe, SMALLEST_BPE, 2**31, 4096),
+            ("train_bpe_bytes", self.train_bpe_bytes, 1, 2**63, 10**8),
+            ("val_fraction", self.val_fraction, 0, 0.5, 0.01),
+        ]
+        for name, value, least, most, good in rules:
+            if value is not None and not least <= value <= most:
+                raise ConfigError(f"--{name} {value} must be in {least}..{most}; use --{name} {good}")
+
+    @property
+    def kind(self) -> Kind:
+        """The flag that names the tokenizer."""
+        return next(name for name in TOKENIZERS if getattr(self, name) is not None)
+
+    @property
+    def split(self) -> str:
+        """What the files are named by: ``--dataset_split``, with ``_`` for what does not belong in a file name."""
+        return re.sub(r"[^A-Za-z0-9.-]+", "_", self.dataset_split).strip("_") or "train"
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type of a token."""
+        return np.dtype(self.token_dtype).newbyteorder("<")
+
+    @property
+    def folder(self) -> Path:
+        """Where the shards go."""
+        if self.output_dir is not None:
+            return Path(self.output_dir)
+        name = Path(self.dataset_path).name.split(".")[0].strip("*?[]_- ") or "tokens"
+        return Path("data") / (f"{name}_{self.dataset_name}" if self.dataset_name else name)
+
+    @property
+    def workers(self) -> int:
+        """The number of worker processes."""
+        if self.num_proc is not None:
+            return self.num_proc
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, cores - 1)
+
+    def command(self) -> str:
+        """The shortest command that makes the same tokens, wherever and however."""
+        words = ["python", "scripts/tokenize_dataset.py"]
+        for info in config_fields(type(self)):
+            value = getattr(self, info.name)
+            if info.flag.identity and value != info.default:
+                words += [f"--{info.name}", str(value)]
+        return shlex.join(words)
+
+
+def build_parser(description: str | None = None) -> argparse.ArgumentParser:
+    """One flag per option."""
+    parser = Parser(
+        usage="%(prog)s --dataset_path PATH --tokenizer_name NAME [--flag value ...]",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for info in config_fields(TokenizeOptions):
+        flag = info.flag if info.default is None else dataclasses.replace(info.flag, help=_with_default(info))
+        add_flag(parser, dataclasses.replace(info, flag=flag))
+    return parser
+
+
+def _with_default(info: Any) -> str:
+    power = info.default.bit_length() - 1 if type(info.default) is int and info.default > 10**6 else 0
+    shown = f"2**{power}" if power and info.default == 2**power else info.default
+    return f"{info.flag.help} ({shown})" if shown != "" else info.flag.help
+
+
+def parse_options(argv: Sequence[str] | None = None, description: str | None = None) -> TokenizeOptions:
+    """The options of ``argv`` (default: the command line). Raises: ConfigError for unknown flags, naming the nearest, and
+    for values that break a rule."""
+    return TokenizeOptions(**vars(parse_strictly(build_parser(description), argv)))

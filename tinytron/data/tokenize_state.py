@@ -1,0 +1,107 @@
+"""How far a tokenisation has come, in one file; and what it is made from, so that nothing else goes on with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinytron.data.sources import START, Place
+from tinytron.data.token_writer import SplitWriter
+from tinytron.errors import DataError
+from tinytron.utils.training import write_atomically
+
+STATE = "tokenize.state"
+VERSION = 1
+Recipe = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class State:
+    """A state as it was read: the ``recipe``, the place in the source, how much of it is done (in its unit), the number
+    of empty documents, and what the writers of the splits had."""
+
+    recipe: Recipe
+    place: Place
+    done: int
+    empty: int
+    splits: dict[str, Any]
+    content: bytes
+
+    def restore(self, writers: Mapping[str, SplitWriter]) -> None:
+        """Bring the writers to where those were that were written. Raises: DataError if a shard has gone."""
+        offset = 0
+        for split, writer in writers.items():
+            offset += writer.restore(self.splits[split], self.content[offset:])
+
+
+def write_state(
+    folder: Path,
+    recipe: Recipe,
+    writers: Mapping[str, SplitWriter],
+    place: Place = START,
+    done: int = 0,
+    empty: int = 0,
+) -> None:
+    """Write the state file, whole or not at all: a line of JSON, then what is pending. Raises: OSError."""
+    states = {split: writer.state() for split, writer in writers.items()}
+    content = b"".join(pending for _, pending in states.values())
+    facts = {"version": VERSION, "recipe": recipe, "place": place, "done": done, "empty": empty}
+    facts |= {"splits": {split: facts for split, (facts, _) in states.items()}}
+    facts |= {"sha256": hashlib.sha256(content).hexdigest()}
+    head = json.dumps(facts).encode() + b"\n"
+    write_atomically(folder / STATE, lambda file: (file.write(head), file.write(content)))
+
+
+def read_state(folder: Path) -> State | None:
+    """The state of ``folder``, ``None`` if there is none. Raises: DataError for a damaged one."""
+    path = folder / STATE
+    try:
+        with open(path, "rb") as file:
+            facts, content = json.loads(file.readline()), file.read()
+        if facts["version"] != VERSION or facts["sha256"] != hashlib.sha256(content).hexdigest():
+            raise ValueError("it is of another version, or not whole")
+        place = Place(*facts["place"])
+        return State(facts["recipe"], place, facts["done"], facts["empty"], facts["splits"], content)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}); start again with --overwrite") from error
+
+
+# Where the name of the flag is not the last part of the key.
+FLAGS = {
+    "source.path": "dataset_path",
+    "source.config": "dataset_name",
+    "source.split": "dataset_split",
+    "source.text_key": "dataset_text_key",
+    "dtype": "token_dtype",
+    "tokenizer.eot_id": "eot_token",
+}
+
+
+def difference(wanted: Recipe, there: Recipe) -> str | None:
+    """What is different, in words: ``--token_dtype uint32, where the folder has uint16``; ``None`` if nothing is."""
+    for name, (mine, other) in _leaves(wanted, there):
+        if mine == other:
+            continue
+        if name.startswith("source.files"):
+            return "source files that have changed"
+        if name in ("tokenizer.kind", "tokenizer.name"):
+            mine, other = (f"--{made['tokenizer']['kind']} {made['tokenizer']['name']}" for made in (wanted, there))
+            return f"{mine}, where the folder has {other}"
+        if name in ("tokenizer.sha256", "tokenizer.vocab_size"):
+            return "a tokenizer that has changed"
+        return f"--{FLAGS.get(name, name.split('.')[-1])} {mine}, where the folder has {other}"
+    return None
+
+
+def _leaves(wanted: Any, there: Any, name: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
+    if isinstance(wanted, dict) and isinstance(there, dict):
+        for key in {**wanted, **there}:
+            yield from _leaves(wanted.get(key), there.get(key), f"{name}.{key}" if name else key)
+    else:
+        yield name, (wanted, there)

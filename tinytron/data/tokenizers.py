@@ -1,0 +1,233 @@
+"""Tokenizers of every kind behind one face: from the hub, a tokenizer.json file, tiktoken, or trained here.
+
+What they share: token ids of plain texts, without the special tokens that a template adds around them; text that spells a
+special token stays text, so that no document can hold an end-of-text token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tinytron.data.documents import as_data_error, require_package
+from tinytron.errors import ConfigError
+
+END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<eot>")  # where a tokenizer names none
+BPE_END = END_TOKENS[0]
+SMALLEST_BPE = 257  # the bytes and the end-of-text token
+Kind = Literal["tokenizer_name", "encoding_name", "tokenizer_path", "train_bpe"]
+Ids = Sequence[int] | npt.NDArray[Any]
+
+
+class Encode(Protocol):
+    """Token ids of every text. Can be sent to another process."""
+
+    def __call__(self, texts: list[str]) -> Sequence[Ids]:
+        """One sequence of ids per text."""
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A loaded tokenizer.
+
+    ``vocab_size`` is one more than its largest id; ``specials`` are the ids of its special tokens and ``end`` its own
+    end-of-text token, if it names one; ``token_id`` finds the id of any token; ``serialised`` is its tokenizer.json, or
+    empty where there is no such thing; ``sha256`` is that of the vocabulary.
+    """
+
+    kind: Kind
+    name: str
+    encode: Encode
+    vocab_size: int
+    end: str | None
+    specials: dict[str, int]
+    token_id: Callable[[str], int | None]
+    serialised: bytes
+    sha256: str
+
+    def end_of_text(self, wanted: str | None = None) -> tuple[str, int]:
+        """The token that separates documents, and its id: ``wanted``, or else the tokenizer's own, or else the first of
+        ``END_TOKENS`` that it has. Raises: ConfigError naming tokens that it has if that gives none."""
+        candidates = list(dict.fromkeys(t for t in (self.end, *END_TOKENS, *self.specials) if t and self._has(t)))
+        for token in (wanted,) if wanted is not None else (self.end, *END_TOKENS):
+            if token is not None and (number := self.token_id(token)) is not None:
+                return token, number
+        rule = (
+            f"--eot_token {wanted} is no token of" if wanted is not None else "there is no known end-of-text token in"
+        )
+        advice = f"use --eot_token with one of {', '.join(candidates[:8])}" if candidates else "use another tokenizer"
+        raise ConfigError(f"{rule} --{self.kind} {self.name}; {advice}")
+
+    def _has(self, token: str) -> bool:
+        return self.token_id(token) is not None
+
+
+# Encoders: small picklable objects.
+
+
+@dataclass(frozen=True)
+class _Fast:
+    tokenizer: Any  # tokenizers.Tokenizer
+
+    def __call__(self, texts: list[str]) -> Sequence[Ids]:
+        # Without offsets into the text: twice as fast.
+        return [made.ids for made in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        object.__setattr__(self, "tokenizer", _plain(state["tokenizer"]))  # the switches are not pickled
+
+
+@dataclass(frozen=True)
+class _Slow:
+    tokenizer: Any  # transformers.PreTrainedTokenizer
+
+    def __call__(self, texts: list[str]) -> Sequence[Ids]:
+        options = {"add_special_tokens": False, "return_attention_mask": False, "split_special_tokens": True}
+        ids: list[list[int]] = self.tokenizer(texts, verbose=False, **options)["input_ids"]
+        return ids
+
+
+@dataclass(frozen=True)
+class _Tiktoken:
+    encoding: Any  # tiktoken.Encoding
+
+    def __call__(self, texts: list[str]) -> Sequence[Ids]:
+        return [self.encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
+
+
+def _plain(tokenizer: Any) -> Any:
+    """Whole texts, and special tokens in them read as text."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+# Loading.
+
+
+def load_hub_tokenizer(
+    name: str, cache_dir: str | None = None, trust_remote_code: bool = False, option: str = "--tokenizer_name "
+) -> Any:
+    """What ``transformers`` loads for a name on the hub, a local folder or a tokenizer.json file. Raises: DataError that
+    starts with ``option``; ConfigError without the package."""
+    transformers = require_package("transformers")
+    with as_data_error(f"{option}{name}", "give a hub name, a local folder or a tokenizer.json file"):
+        if Path(name).is_file():
+            return transformers.PreTrainedTokenizerFast(tokenizer_file=name)
+        return transformers.AutoTokenizer.from_pretrained(
+            name, cache_dir=cache_dir, trust_remote_code=trust_remote_code
+        )
+
+
+def from_hub(name: str, cache_dir: str | None = None, trust_remote_code: bool = False) -> TextTokenizer:
+    """A tokenizer of the Hugging Face hub, or of a local folder. Raises: as ``load_hub_tokenizer``."""
+    tokenizer = load_hub_tokenizer(name, cache_dir, trust_remote_code)
+    if getattr(tokenizer, "is_fast", False):
+        backend = tokenizer.backend_tokenizer
+        return _of_backend("tokenizer_name", name, backend, backend.to_str().encode(), tokenizer.eos_token)
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    specials = {token: vocabulary[token] for token in tokenizer.all_special_tokens if token in vocabulary}
+    digest = hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
+    size = 1 + max(vocabulary.values())
+    return TextTokenizer(
+        "tokenizer_name", name, _Slow(tokenizer), size, tokenizer.eos_token, specials, vocabulary.get, b"", digest
+    )
+
+
+def from_file(path: Path, kind: Kind = "tokenizer_path", name: str | None = None) -> TextTokenizer:
+    """The tokenizer of a tokenizer.json file. Raises: DataError; ConfigError without the package."""
+    tokenizers = require_package("tokenizers")
+    with as_data_error(f"--{kind} {path}", "give a tokenizer.json file"):
+        content = path.read_bytes()
+        tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    return _of_backend(kind, str(path) if name is None else name, tokenizer, content, None)
+
+
+def from_tiktoken(name: str) -> TextTokenizer:
+    """An encoding of tiktoken, or of a plugin of it. Raises: ConfigError naming the encodings for a name that is none of
+    them; DataError if it cannot be loaded."""
+    tiktoken = require_package("tiktoken")
+    with as_data_error(f"--encoding_name {name}"):
+        known = sorted(tiktoken.list_encoding_names())
+    if name not in known:
+        raise ConfigError(f"--encoding_name {name} is no encoding of tiktoken; use one of {', '.join(known)}")
+    with as_data_error(
+        f"--encoding_name {name}", "check the network, which it is fetched from, or use another tokenizer"
+    ):
+        encoding = tiktoken.get_encoding(name)
+    specials = {token: encoding.encode_single_token(token) for token in sorted(encoding.special_tokens_set)}
+
+    def token_id(token: str) -> int | None:
+        try:
+            return int(encoding.encode_single_token(token))
+        except KeyError:
+            return None
+
+    digest = hashlib.sha256(json.dumps([encoding._pat_str, sorted(specials.items())]).encode())
+    for token in encoding.token_byte_values():
+        digest.update(len(token).to_bytes(4, "little") + token)
+    size, sha256 = encoding.max_token_value + 1, digest.hexdigest()
+    return TextTokenizer("encoding_name", name, _Tiktoken(encoding), size, None, specials, token_id, b"", sha256)
+
+
+def _of_backend(kind: Kind, name: str, tokenizer: Any, serialised: bytes, end: str | None) -> TextTokenizer:
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    added = tokenizer.get_added_tokens_decoder()
+    specials = {token.content: number for number, token in sorted(added.items()) if token.special}
+    sha256, size = hashlib.sha256(serialised).hexdigest(), 1 + max(vocabulary.values(), default=-1)
+    encode = _Fast(_plain(tokenizer))
+    return TextTokenizer(kind, name, encode, size, end, specials, vocabulary.get, serialised, sha256)
+
+
+# Training.
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
+    """A ``tokenizers.Tokenizer``: byte-level BPE (GPT-2, section 2.2), so no text is out of vocabulary, and tokens decode
+    to exactly the bytes. Its end-of-text token is ``BPE_END``. Raises: ConfigError for a vocabulary without room for
+    the bytes, or without the package."""
+    if vocab_size < SMALLEST_BPE:
+        raise ConfigError(f"a vocabulary of {vocab_size} has no room for the 256 bytes and an end; use 4096")
+    tokenizers = require_package("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[BPE_END], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
+    """The first texts, up to the one in which ``limit`` bytes of UTF-8 are reached."""
+    for text in texts:
+        yield text
+        limit -= len(text.encode("utf-8", "replace"))
+        if limit <= 0:
+            return
+
+
+# Encoding.
+
+
+def encode_documents(
+    texts: list[str], encode: Encode, eot: int, position: str, dtype: np.dtype[Any]
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint32]]:
+    """The documents' token ids in a row, ``eot`` before (``prepend``) or behind (``append``) each, and their lengths, with
+    that token. Shapes: [tokens] of ``dtype``, [documents]."""
+    separator = np.array([eot], dtype)
+    ids = [np.asarray(made, dtype) for made in encode(texts)]
+    lengths = np.array([len(made) + 1 for made in ids], np.uint32)
+    pairs = (((separator, made) if position == "prepend" else (made, separator)) for made in ids)
+    row = [array for pair in pairs for array in pair]
+    return (np.concatenate(row) if row else np.empty(0, dtype)), lengths

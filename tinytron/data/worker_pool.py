@@ -1,0 +1,170 @@
+"""Processes that work on a stream of tasks, whose results come in the order of the tasks.
+
+Each process has a pipe and, here, a thread that feeds it, so that a process has work while results are being used. The pipe
+also ties their lives: a worker whose pipe closes ends, and a pipe that closes under the thread is a worker that died.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from multiprocessing.connection import Connection
+from typing import Any, Generic, TypeVar
+
+from tinytron.errors import DataError, TinytronError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+ROOM = 2  # tasks per worker that are begun, or done and not yet used
+
+
+class WorkerPool(Generic[Task, Result]):
+    """``count`` processes that call ``work``, which is sent to each once; with a count of 0 this process calls it.
+
+    A context manager: on leaving it the processes are gone.
+    """
+
+    def __init__(self, work: Callable[[Task], Result], count: int) -> None:
+        self._work, self._count = work, count
+        self._closed = False
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+
+    def __enter__(self) -> WorkerPool[Task, Result]:
+        # Forked from a server without threads: a fork of this process, with its threads, may hang.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        for _ in range(self._count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed = True
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+
+    def map(self, tasks: Iterator[Task], stopped: Callable[[], bool]) -> Iterator[tuple[Task, Result]]:
+        """Every task and its result, in order; ends early once ``stopped`` says so. Raises: what ``tasks`` or, in its
+        turn, ``work`` raises; DataError if a worker is killed."""
+        if not self._count:
+            for task in tasks:
+                if stopped():
+                    return
+                yield task, self._work(task)
+            return
+        feed: _Feed[Task, Result] = _Feed(tasks, ROOM * self._count)
+        for process, pipe in zip(self._processes, self._pipes, strict=True):
+            threading.Thread(target=self._attend, args=(feed, process, pipe), daemon=True).start()
+        try:
+            while not stopped():
+                try:
+                    entry = feed.ordered.get(timeout=0.2)
+                except queue.Empty:
+                    continue
+                if entry is None:
+                    return
+                task, future = entry
+                while not wait([future], timeout=0.2).done and not stopped():
+                    pass
+                if stopped():
+                    return
+                result = future.result()
+                feed.room.release()
+                yield task, result
+        finally:
+            feed.end()
+
+    def _attend(self, feed: _Feed[Task, Result], process: Any, pipe: Connection) -> None:
+        """Give ``process`` one task after another."""
+        with contextlib.suppress(OSError):  # it died; the first answer says so
+            pipe.send(self._work)
+        while (entry := feed.next()) is not None:
+            task, future = entry
+            try:
+                pipe.send(task)
+                failed, answer = pipe.recv()
+            except (EOFError, OSError):
+                process.join(timeout=5)
+                what = f"worker process {process.pid} was killed (exit code {process.exitcode}), perhaps for want of memory"
+                future.set_exception(DataError(f"{what}; run again, with fewer by --num_proc or a smaller --chunksize"))
+                return
+            except BaseException as error:  # a task that cannot be sent; raised where results are used
+                future.set_exception(error)
+                return
+            if failed:
+                future.set_exception(answer)
+            else:
+                future.set_result(answer)
+
+
+class _Feed(Generic[Task, Result]):
+    """Tasks for threads: read one by one, with a place in the order of results, while there is room."""
+
+    def __init__(self, tasks: Iterator[Task], room: int) -> None:
+        self.ordered: queue.Queue[tuple[Any, Future[Any]] | None] = queue.Queue()
+        self.room = threading.Semaphore(room)
+        self._tasks, self._lock, self._ended = tasks, threading.Lock(), False
+
+    def next(self) -> tuple[Task, Future[Result]] | None:
+        """The next task, and where its result goes; ``None`` after the last."""
+        with self._lock:
+            self.room.acquire()  # others wait for the lock
+            if self._ended:
+                self.room.release()
+                return None
+            future: Future[Result] = Future()
+            try:
+                task = next(self._tasks)
+            except StopIteration:
+                self._ended = True
+                self.ordered.put(None)
+            except BaseException as error:  # raised where results are used, in its turn
+                self._ended = True
+                future.set_exception(error)
+                self.ordered.put((None, future))
+            else:
+                self.ordered.put((task, future))
+                return task, future
+            self.room.release()
+            return None
+
+    def end(self) -> None:
+        """No more tasks: let all threads go."""
+        self._ended = True
+        self.room.release()
+
+
+def _serve(pipe: Connection) -> None:
+    """A worker process: until the pipe closes."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole job; the main process decides
+        signal.signal(number, signal.SIG_IGN)
+    # One thread each. Not os.environ: what reads these is no Python.
+    os.putenv("TOKENIZERS_PARALLELISM", "false")
+    os.putenv("RAYON_NUM_THREADS", "1")
+    with contextlib.suppress(EOFError, OSError):
+        work = pipe.recv()
+        while True:
+            pipe.send(_answer(work, pipe.recv()))
+
+
+def _answer(work: Callable[[Any], Any], task: Any) -> tuple[bool, Any]:
+    try:
+        return False, work(task)
+    except TinytronError as error:
+        return True, type(error)(str(error))  # without its cause, which may not travel
+    except BaseException:
+        return True, RuntimeError(traceback.format_exc())
