@@ -74,7 +74,7 @@ def test_one_process_reads_what_straight_code_reads(
     assert loader.num_samples == len(expected) * batch
 
 
-LENGTHS = [24, 7, 49, 48, 0, 25]
+LENGTHS = [24, 7, 49, 48, 0, 31]
 
 
 def _read_my_part(pattern: str, weights: str) -> Any:
@@ -88,7 +88,8 @@ def _read_my_part(pattern: str, weights: str) -> Any:
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_ranks_share_every_global_batch(world: int, ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
-    """24 and 48 tokens end on a batch for every world, 49 and 25 have one more token, 7 are too few for two ranks."""
+    """24 and 48 tokens end on a batch for every world, 49 have one more token, 31 another part of rank 0; 7 are too few for
+    two ranks."""
     pattern, files = write(tmp_path, LENGTHS)
     for number, tokens in enumerate(files):
         write_weights(tmp_path / f"weights_{number}.bin", [t + 0.5 for t in tokens])

@@ -195,7 +195,7 @@ class _Checker:
         if not good or not (_SMALLEST <= value <= _LARGEST or (zero and value == 0)):
             rule = "must be 0 or a positive number" if zero else "must be a positive number"
             self.fail(f"{key} is {_shown(value)}, but {rule}, {_SMALLEST:e} to {_LARGEST:e}; use {works}")
-        return Fraction(value) if value else Fraction(0)  # a zero may have any exponent
+        return Fraction(value)
 
 
 def _decimal(text: str) -> Decimal:
