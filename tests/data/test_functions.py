@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from tests.helpers.ranks import Ranks
 from tinytron.data import write_shard
+from tinytron.data.batch import as_batch
 from tinytron.data.formats import write_weights
 from tinytron.data.functions import DataLoaderFn, FunctionLoader, data_loader, data_loader_floats, get_num_tokens
-from tinytron.data.loader import as_batch
 from tinytron.errors import ConfigError, DataError
 
 Rows = list[list[int]]
