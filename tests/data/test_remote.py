@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.helpers.storage import write
+from tinytron.data import write_shard
+from tinytron.data.manifest import Manifest, ShardFacts, TokenizerFacts, write_manifest
 from tinytron.data.remote import fetch_shards, local_dataset_path
 from tinytron.data.shards import find_shards
-from tinytron.errors import DataError
+from tinytron.errors import DataError, StorageError
 from tinytron.utils.remote import RemoteFolder
+from tinytron.utils.training import sha256_of
 
 SHARDS = {"train_0.bin": "0", "train_1.bin": "1", "val_0.bin": "v", "prepared.json": "{}"}
 
@@ -45,3 +49,22 @@ def test_no_shards(storage: str, tmp_path: Path, end: str) -> None:
     RemoteFolder(storage).push(tmp_path, write(tmp_path, {"notes.txt": ""}))
     with pytest.raises(DataError, match=r"--dataset_path .* matches no file; give a URL"):
         fetch_shards(f"{storage}{end}")
+
+
+def test_what_belongs_to_a_shard_comes_along_and_is_checked(storage: str, tmp_path: Path) -> None:
+    folder, place = RemoteFolder(storage), tmp_path / "made"
+    names = write(place, {"train_0.docs": "d", "train_0.weights": "w", "train_0.pack8": "p", "train_9.docs": "x"})
+    write_shard(place / "train_0.bin", range(9))
+    facts = ShardFacts("train_0.bin", 9, 1, sha256_of(place / "train_0.bin"))
+    tokenizer = TokenizerFacts("train_bpe", "x", "y", 9, 7, "<eot>", "append")
+    rest: dict[str, Any] = {"source": {}, "options": {}, "command": "", "documents": {}, "tokens": {}}
+    write_manifest(place, Manifest("uint16", "timl", tokenizer, **rest, empty=0, complete=True, shards=[facts]))
+    folder.push(place, [*names, "train_0.bin", "manifest.json"])
+    assert fetched(storage) == ["manifest.json", "train_0.bin", "train_0.docs", "train_0.weights"]
+    write_shard(place / "train_0.bin", range(1, 10))  # as long, but not what the manifest says
+    folder.push(place, ["train_0.bin"])
+    local = Path(local_dataset_path(storage))
+    (local / "train_0.bin").unlink()
+    with pytest.raises(StorageError, match=r"train_0\.bin.*its sha256 is"):
+        fetch_shards(storage)
+    assert not (local / "train_0.bin").exists()

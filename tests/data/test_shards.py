@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from tinytron.data import Shard, TokenShardDataset, find_shards, write_shard
+from tinytron.data import EndOfText, Shard, TokenShardDataset, find_shards, write_shard
+from tinytron.data.formats import open_shard
+from tinytron.data.manifest import Manifest, ShardFacts, TokenizerFacts, write_manifest
+from tinytron.data.shards import open_shards
 from tinytron.errors import DataError
 
 
@@ -190,3 +193,65 @@ def test_the_fingerprint_follows_content_not_place(tmp_path: Path) -> None:
         fingerprint(range(9), dtype=np.uint32),
     }
     assert len(others | {same}) == 5
+
+
+# Manifests.
+
+
+def with_manifest(folder: Path, *shards: Path, vocab_size: int = 100) -> None:
+    facts = [ShardFacts(path.name, len(open_shard(path)), 1, f"hash of {path.name}") for path in shards]
+    tokenizer = TokenizerFacts("train_bpe", "x", "y", vocab_size, 7, "<eot>", "append")
+    rest: dict[str, Any] = {"source": {}, "options": {}, "command": "", "documents": {}, "tokens": {}}
+    write_manifest(folder, Manifest("uint16", "timl", tokenizer, **rest, empty=0, complete=True, shards=facts))
+
+
+def test_what_a_manifest_says_is_not_read_from_the_shards(tmp_path: Path) -> None:
+    paths = [shard(tmp_path, range(10 + n), f"train_{n}.bin") for n in range(2)]
+    with_manifest(tmp_path, *paths)
+    contents = [path.read_bytes() for path in paths]
+    for path in paths:  # not even a header
+        path.write_bytes(bytes(path.stat().st_size))
+    opened = open_shards(paths)
+    dataset = TokenShardDataset(opened, 3, 100)
+    assert [s.count for s in opened] == [10, 11]
+    assert len(dataset) == 3 + 3
+    dataset.check_token_ids()
+    name = dataset.fingerprint()
+    with pytest.raises(DataError, match="magic number 0 at byte 0"):
+        dataset[0]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    assert items(TokenShardDataset(open_shards(paths), 3, 100)) == items(samples(paths, 3, 100))
+    assert TokenShardDataset(open_shards(paths), 3, 100).fingerprint() == name
+    assert opened[0].eot == EndOfText(7, "append")
+    assert open_shards(paths, eot=EndOfText(3))[0].eot == EndOfText(3)
+
+
+def test_a_shard_that_is_not_as_its_manifest_says_is_refused(tmp_path: Path) -> None:
+    paths = [shard(tmp_path, range(10), f"train_{n}.bin") for n in range(2)]
+    with_manifest(tmp_path, *paths)
+    shard(tmp_path, range(9), "train_1.bin")
+    with pytest.raises(
+        DataError, match=r"train_1\.bin: 1042 bytes, but with the 10 tokens of its manifest\.json .* 1044"
+    ):
+        open_shards(paths)
+    write_shard(paths[1], range(5), np.uint32)  # as many bytes, another type
+    with pytest.raises(DataError, match=r"train_1\.bin: 5 tokens, but manifest\.json says 10; tokenise again"):
+        TokenShardDataset(open_shards(paths), 3, 100)[4]
+
+
+def test_a_vocabulary_larger_than_the_models_is_no_voucher(tmp_path: Path) -> None:
+    paths = [shard(tmp_path, range(40, 60))]
+    with_manifest(tmp_path, *paths, vocab_size=100)
+    TokenShardDataset(open_shards(paths), 3, 60).check_token_ids()
+    with pytest.raises(DataError, match="token id 59 at byte 1062 is not below --vocab_size 59"):
+        TokenShardDataset(open_shards(paths), 3, 59).check_token_ids()
+
+
+def test_shards_beside_those_of_a_manifest_are_read(tmp_path: Path) -> None:
+    paths = [shard(tmp_path, range(10), f"train_{n}.bin") for n in range(2)]
+    with_manifest(tmp_path, paths[0])
+    assert [s.sha256 for s in open_shards(paths)] == ["hash of train_0.bin", None]
+    other = TokenShardDataset(open_shards(paths), 3, 100).fingerprint()
+    shard(tmp_path, range(1, 11), "train_1.bin")
+    assert TokenShardDataset(open_shards(paths), 3, 100).fingerprint() != other

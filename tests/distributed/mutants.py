@@ -10,7 +10,7 @@ from tests.naive.training import Recipe
 
 TRAINER = "tinytron.training.trainer:Trainer."
 STEP, ATTACH, METRICS = TRAINER + "train_step", TRAINER + "_attach_optimizer", TRAINER + "_init_metrics"
-TO_DEVICE = TRAINER + "_to_device"
+COUNT, PREPARE = "tinytron.training.feed:count_targets", "tinytron.training.feed:Feed.prepare"
 FLUSH = "tinytron.metrics.window:StepWindow.flush"
 COLLECTIVES = "tinytron.distributed.collectives:"
 SUMMED, SENT = COLLECTIVES + "SummedExchange.wait", COLLECTIVES + "SummedExchange.start"
@@ -57,8 +57,8 @@ def _mutants(case: str, *changes: tuple[str, str, str, str]) -> dict[str, tuple[
 MUTANTS = {
     **_mutants(
         "dense",
-        ("targets not summed over ranks", STEP, "sum_over(targets, ", "(lambda t, _: t)(targets, "),
-        ("targets of one micro-batch", STEP, "for b in microbatches]).sum()", "for b in microbatches])[0]"),
+        ("targets not summed over ranks", COUNT, "sum_over(counts, group)", "counts"),
+        ("targets of one micro-batch", COUNT, "for b in microbatches]).sum(0)", "for b in microbatches])[0]"),
         ("gradients not divided by targets", STEP, "losses.objective / targets", "losses.objective"),
         (
             "gradients divided by micro-batches too",
@@ -107,7 +107,7 @@ MUTANTS = {
         ("exchange without its adjoint", EXCHANGE_BACK, ADJOINT, "grad.clone()"),
         ("adjoint divided by the ranks", EXCHANGE_BACK, "AllToAll.apply(grad, ", "AllToAll.apply(grad / 2, "),
         ("every part at position 0", GPT + "hidden_states", 'self.state.group_rank("sep") * s if self.state else 0', "0"),
-        ("every rank has the first part", TO_DEVICE, "self.sp_rank, self.sp_world_size", "0, self.sp_world_size"),
+        ("every rank has the first part", PREPARE, "cut_sequence(t, rank, size)", "cut_sequence(t, 0, size)"),
     ),
     **_mutants(
         "kv heads shared",

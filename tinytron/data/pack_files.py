@@ -89,5 +89,5 @@ def _as_values(index: PackIndex, shard: Shard) -> npt.NDArray[np.uint32]:
 def _hash(shard: Shard) -> int:
     """Of what the packing follows from, in short."""
     starts = shard.document_starts
-    documents = b"" if starts is None else starts.tobytes()
-    return zlib.crc32(documents, zlib.crc32(shard.fingerprint(0) + repr(shard.eot if starts is None else "").encode()))
+    documents = repr(shard.eot).encode() if starts is None else starts.tobytes()
+    return zlib.crc32(documents, zlib.crc32(shard.fingerprint(0)))

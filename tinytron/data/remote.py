@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from fnmatch import fnmatch
+from pathlib import PurePosixPath
 
+from tinytron.data.manifest import MANIFEST, read_manifest
+from tinytron.data.shards import split_of
 from tinytron.errors import DataError
 from tinytron.utils.remote import RemoteFolder, staging_folder
 
-SHARDS = ("train_*.bin", "val_*.bin")
+SIDECARS = (".docs", ".weights")  # of a shard; what follows from it (.pack*) is made again
 
 
 def local_dataset_path(url: str) -> str:
@@ -19,23 +22,32 @@ def local_dataset_path(url: str) -> str:
 
 def fetch_shards(url: str) -> None:
     """Bring the shards of a folder ``s3://bucket/folder``, or those that a pattern ``s3://bucket/folder/train_*.bin``
-    matches, and the json files beside them here. What is here already in the same size is not fetched again, so an
-    interrupted call goes on where it was; a local shard that is no longer there goes.
+    matches, the files that belong to them and the json files beside them here. What is here already in the same size is
+    not fetched again, so an interrupted call goes on where it was; a local shard that is no longer there goes. What is
+    fetched is compared with the hash in ``manifest.json``, if there is one.
 
     Raises: DataError if there is no shard; ConfigError and StorageError as ``RemoteFolder``.
     """
     folder, pattern = _split(url)
     local, remote = staging_folder(folder), RemoteFolder(folder)
-    wanted = (pattern,) if pattern else SHARDS
     present = [name for name in remote.list() if "/" not in name]
-    shards = [name for name in present if any(fnmatch(name, w) for w in wanted)]
+
+    def is_wanted(name: str) -> bool:
+        return fnmatch(name, pattern) if pattern else name.endswith(".bin") and split_of(name) is not None
+
+    shards = [name for name in present if is_wanted(name)]
     if not shards:
         raise DataError(f"--dataset_path {url} matches no file; give a URL of a folder with train_*.bin and val_*.bin")
-    for w in wanted:
-        for stale in local.glob(w):
-            if stale.name not in shards:
-                stale.unlink()
-    remote.pull([*shards, *(name for name in present if name.endswith(".json"))], local)
+    for stale in local.glob("*"):
+        if is_wanted(stale.name) and stale.name not in shards:
+            stale.unlink()
+    beside = {str(PurePosixPath(name).with_suffix(suffix)) for name in shards for suffix in SIDECARS}
+    remote.pull([name for name in present if name.endswith(".json")], local)
+    manifest = read_manifest(local) if MANIFEST in present else None
+    # Only of what is to come: hashing all that is here would take longer than a restart should.
+    known = manifest.shards if manifest else []
+    hashes = {shard.name: shard.sha256 for shard in known if not (local / shard.name).exists()}
+    remote.pull([*shards, *sorted(beside.intersection(present))], local, hashes)
 
 
 def _split(url: str) -> tuple[str, str]:

@@ -50,11 +50,9 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
     ``vocab_size`` or more.
     """
 
-    def __init__(
-        self, shards: Sequence[Shard], seq_len: int, vocab_size: int, reading: Reading | None = None, identity: str = ""
-    ) -> None:
+    def __init__(self, shards: Sequence[Shard], seq_len: int, vocab_size: int, reading: Reading | None = None) -> None:
         self.shards, self.seq_len, self.vocab_size = list(shards), seq_len, vocab_size
-        self.reading, self.identity = reading or Reading(), identity
+        self.reading = reading or Reading()
         packs = self.reading.packing == "best_fit"
         self.packs = [PackFile(shard, seq_len) for shard in self.shards] if packs else []
         if packs:
@@ -166,9 +164,13 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
         return notes
 
     def check_token_ids(self, part: int = 0, parts: int = 1, limit: int = 2**28) -> None:
-        """Look for ids outside the vocabulary in every ``parts``-th shard: all tokens, or if those are more than ``limit``
-        about as many, evenly spread (the rest is checked on access). Raises: DataError naming file, byte and id."""
-        mine = range(part, len(self.shards), parts)
+        """Look for ids outside the vocabulary in every ``parts``-th shard of those that no manifest vouches for: all
+        tokens, or if those are more than ``limit`` about as many, evenly spread (the rest is checked on access).
+
+        Raises: DataError naming file, byte and id.
+        """
+        unsure = [n for n, s in enumerate(self.shards) if s.vocab_size is None or s.vocab_size > self.vocab_size]
+        mine = unsure[part::parts]
         block = 2**18
         stride = block * max(1, -(-sum(self.shards[n].count for n in mine) // limit))
         for number in mine:
@@ -177,14 +179,12 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
                 self._check(number, first, shard.tokens[first : first + block])
 
     def fingerprint(self) -> str:
-        """What identifies the samples, but not where they lie: ``identity`` if the shards have one (manifest.json), else a
-        hash of sizes, types and the first and last tokens of every shard."""
+        """A hash of what identifies the samples, but not of where they lie: the shards' own hashes if their manifests have
+        them, else sizes, types and the first and last tokens."""
         digest = hashlib.sha256()
-        if self.identity:
-            digest.update(f"{self.identity}:{self.seq_len}".encode())
-        else:
-            for shard in self.shards:
-                digest.update(shard.fingerprint(self.seq_len))
+        for shard in self.shards:
+            known = f"{shard.count}:{shard.sha256}:{self.seq_len};".encode() if shard.sha256 else None
+            digest.update(known or shard.fingerprint(self.seq_len))
         packed = "packed " if self.packs else ""
         return f"{packed}shards:{digest.hexdigest()[:16]}"
 

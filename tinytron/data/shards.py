@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import glob
 import re
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,7 +18,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tinytron.data.formats import open_shard, open_weights, read_header
+from tinytron.data.formats import HEADER_BYTES, open_shard, open_weights, read_header
+from tinytron.data.manifest import MANIFEST, ShardFacts, read_manifest
 from tinytron.errors import DataError
 
 _SPLITS = {"train": "train", "val": "val", "validation": "val"}
@@ -60,21 +62,28 @@ class EndOfText(NamedTuple):
 
 
 class Shard:
-    """One token file, mapped when it is first used. ``count`` is its number of tokens if that is known already.
+    """One token file, mapped when it is first used. What a manifest says of it is taken as known: ``facts``, and
+    ``vocab_size``, below which all ids are.
 
-    Raises: DataError as ``formats.read_header``, at once without ``count``, else when it is first used.
+    Raises: DataError as ``formats.read_header``, at once without ``facts``, else when it is first used.
     """
 
     def __init__(
-        self, path: Path, headerless: str | None = None, eot: EndOfText | None = None, count: int | None = None
+        self,
+        path: Path,
+        headerless: str | None = None,
+        eot: EndOfText | None = None,
+        facts: ShardFacts | None = None,
+        vocab_size: int | None = None,
     ) -> None:
-        self.path, self.headerless, self.eot = path, headerless, eot
-        self.count = read_header(path, headerless).count if count is None else count
+        self.path, self.headerless, self.eot, self.vocab_size = path, headerless, eot, vocab_size
+        self.count = read_header(path, headerless).count if facts is None else facts.tokens
+        self.sha256 = facts.sha256 if facts else None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the maps: another process makes its own."""
-        names = ("path", "headerless", "eot", "count")
-        return {name: self.__dict__[name] for name in names}
+        maps = ("tokens", "weights", "document_starts")
+        return {name: value for name, value in self.__dict__.items() if name not in maps}
 
     @cached_property
     def tokens(self) -> npt.NDArray[Any]:
@@ -134,3 +143,28 @@ class Shard:
         """Size, type and the first and last 2^15 tokens, read as samples of ``seq_len``."""
         ends = self.tokens[: 2**15].tobytes() + self.tokens[-(2**15) :].tobytes()
         return f"{self.count}:{self.tokens.dtype}:{seq_len};".encode() + ends
+
+
+def open_shards(paths: Sequence[Path], headerless: str | None = None, eot: EndOfText | None = None) -> list[Shard]:
+    """The shards ``paths``. Those that a manifest beside them knows are not opened yet: only their sizes are looked at.
+
+    Raises: DataError for files of other sizes than their manifest or header says, and as ``read_manifest``.
+    """
+    manifests = {folder: read_manifest(folder) for folder in {path.parent for path in paths}}
+    shards = []
+    for path in paths:
+        manifest = manifests[path.parent]
+        facts = next((shard for shard in manifest.shards if shard.name == path.name), None) if manifest else None
+        if manifest is None or facts is None:
+            shards.append(Shard(path, headerless, eot))
+            continue
+        expected = HEADER_BYTES + facts.tokens * np.dtype(manifest.dtype).itemsize
+        if (size := path.stat().st_size) != expected:
+            raise DataError(
+                f"{path}: {size} bytes, but with the {facts.tokens} tokens of its {MANIFEST} it has {expected}: it is "
+                "truncated or another file; tokenise again, or remove the manifest"
+            )
+        written = manifest.tokenizer
+        position: Any = written.eot_position
+        shards.append(Shard(path, headerless, eot or EndOfText(written.eot_id, position), facts, written.vocab_size))
+    return shards

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tinytron.data.formats import write_shard
 from tinytron.data.llmc import write_llmc
 from tinytron.data.manifest import ShardFacts
-from tinytron.data.shards import write_shard
 from tinytron.errors import DataError
 from tinytron.utils.training import sha256_of
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from tinytron.data.shards import MAX_TOKENS
+from tinytron.data.formats import MAX_TOKENS
 from tinytron.data.tokenizers import SMALLEST_BPE, Kind
 from tinytron.errors import ConfigError
 from tinytron.utils.flags import Flag, Parser, add_flag, config_fields, parse_strictly

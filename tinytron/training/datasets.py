@@ -24,7 +24,7 @@ from tinytron.data.mixture_file import read_mixture
 from tinytron.data.order import Order, ShuffledEpochs
 from tinytron.data.pack_files import make_pack_files
 from tinytron.data.remote import fetch_shards, local_dataset_path
-from tinytron.data.shards import EndOfText, Shard, find_shards
+from tinytron.data.shards import EndOfText, find_shards, open_shards
 from tinytron.data.streams import StreamLoader, ValStreamLoader
 from tinytron.distributed.collectives import together, together_long
 from tinytron.distributed.parallel_state import ParallelState
@@ -80,7 +80,7 @@ def _shards(config: Config, state: ParallelState, path: str, split: str) -> Toke
         path = local_dataset_path(url)
     path = path.removeprefix("file://")
     eot = None if data.eot_id is None else EndOfText(data.eot_id, data.eot_position)
-    shards = together(lambda: [Shard(p, data.token_dtype, eot) for p in find_shards(path, split)], world)
+    shards = together(lambda: open_shards(find_shards(path, split), data.token_dtype, eot), world)
     if not shards:
         return None
     if data.packing == "best_fit":
