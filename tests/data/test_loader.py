@@ -101,6 +101,16 @@ def test_a_start_step_skips_what_came_before(start: int) -> None:
     assert micro_batches(from_there, 2) == expected
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stop_step_is_the_end(workers: int) -> None:
+    of = sampler(11, global_batch=8, micro_batch=2, rank=1, dp=2)
+    of.start_step, of.stop_step = 2, 4
+    expected = micro_batches(of, 10)
+    assert [len(step) for step in expected] == [2, 2]
+    loader = build_train_loader(Rows(11), of, num_workers=workers, pin_memory=False)
+    assert [batch.input_ids[:, 0].tolist() for batch in loader] == [row for step in expected for row in step]
+
+
 def test_an_indivisible_batch_is_a_mistake_of_the_caller() -> None:
     with pytest.raises(AssertionError, match="the global batch must divide into micro-batches"):
         sampler(global_batch=8, micro_batch=3)

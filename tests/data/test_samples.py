@@ -204,6 +204,16 @@ def test_weights_must_fit_their_tokens_and_be_there_for_all(tmp_path: Path) -> N
         all_rows(dataset)
 
 
+@pytest.mark.parametrize("weight", [-0.5, float("nan"), float("inf")])
+def test_weights_are_finite_and_not_negative(tmp_path: Path, weight: float) -> None:
+    shard = write(tmp_path, documents([9]))
+    write_weights(tmp_path / "train_000000.weights", [1, 1, 1, 1, 1, 1, weight, 1, 1])
+    dataset = TokenShardDataset([shard], 4, VOCAB)
+    assert dataset[0]["weights"].tolist() == [1] * 4
+    with pytest.raises(DataError, match=rf"train_000000\.weights: weight {weight} of token 6; weights must be finite"):
+        dataset[1]
+
+
 def test_samples_travel_to_other_processes_without_their_tokens(tmp_path: Path) -> None:
     dataset = TokenShardDataset([write(tmp_path, documents([9_000]))], 4, VOCAB, Reading(document_mask=True))
     before = all_rows(dataset)

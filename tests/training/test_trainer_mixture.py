@@ -132,6 +132,15 @@ def test_a_mixture_that_cannot_feed_the_run_is_one_error(ranks: Pools, tmp_path:
         assert "\n" not in error
 
 
+@pytest.mark.parametrize("flags", [(), ("--num_workers", 2)])
+def test_a_mixture_may_be_used_up_to_its_last_sample(ranks: Pools, tmp_path: Path, flags: tuple[object, ...]) -> None:
+    """Reading ahead stops there."""
+    path = mixture(tmp_path, (("web", 2, {"max_tokens": 288}), ("code", 1, {"max_tokens": 288})))
+    run = run_of(ranks, 2, path, tmp_path / "log", *flags)
+    assert run.step == 6
+    assert {part["tokens_seen"] for part in run.records[-1]["sources"].values()} == {288}
+
+
 def test_a_mixture_is_not_cut_for_validation(ranks: Pools, tmp_path: Path) -> None:
     path = mixture(tmp_path)
     for name in ("web", "code"):

@@ -204,7 +204,8 @@ class Weighted(Trainer):
         if self.as_labels == "ignored":
             labels, weights = torch.where(weights > 0, labels, -100), torch.ones_like(weights)
         samples = zip(tokens[:, :-1], labels, self.scale * weights, strict=True)
-        self.train_dataset = _Items([{"input_ids": i, "labels": n, "weights": w} for i, n, w in samples])
+        items = [{"input_ids": i, "labels": n, "weights": w} for i, n, w in samples]
+        self.train_dataset, self.val_dataset = _Items(items), _Items(items[:7])
 
 
 class _Items(torch.utils.data.Dataset[Any]):
@@ -237,7 +238,8 @@ class NegativeWeights(Weighted):
 @pytest.mark.parametrize("world", [1, 4])
 def test_weights_reach_the_loss(ranks: Pools, tmp_path: Path, world: int) -> None:
     def log(cls: type[Trainer], world: int = world, *flags: object) -> dict[int, float]:
-        return losses(ranks(world).run(train, cls, tmp_path / f"{cls.__name__}{world}", *flags)[0].log)
+        log = ranks(world).run(train, cls, tmp_path / f"{cls.__name__}{world}", "--do_val", *flags)[0].log
+        return {**losses(log), -1: losses(log, "val")[4]}
 
     weighted = log(Weighted)
     assert weighted == pytest.approx(log(Weighted, 1), rel=1e-5)  # also of ranks whose weights sum up differently

@@ -7,6 +7,7 @@ order: position -> sample   GlobalBatchSampler: step -> this rank's rows   DataL
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence, Sized
+from itertools import count
 from typing import Any, cast
 
 import numpy as np
@@ -26,7 +27,7 @@ def micro_batch_rows(global_batch: int, micro_batch: int, dp_rank: int, dp_size:
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
-    """Sample numbers of this data-parallel rank's micro-batches, from ``start_step`` on without end.
+    """Sample numbers of this data-parallel rank's micro-batches, from ``start_step`` to ``stop_step`` (None: without end).
 
     Step t takes positions ``t * global_batch .. (t + 1) * global_batch - 1`` of ``order``. Sizes are in samples.
     """
@@ -36,6 +37,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self.order, self.global_batch, self.micro_batch = order, global_batch, micro_batch
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.start_step = 0
+        self.stop_step: int | None = None
 
     def samples_of_step(self, step: int) -> list[int]:
         """The sample numbers of global step ``step`` (counted from 0), the same on every rank."""
@@ -43,12 +45,10 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return cast(list[int], self.order(positions).tolist())
 
     def __iter__(self) -> Iterator[list[int]]:
-        step = self.start_step
-        while True:
+        for step in count(self.start_step) if self.stop_step is None else range(self.start_step, self.stop_step):
             samples = self.samples_of_step(step)
             for first in micro_batch_rows(self.global_batch, self.micro_batch, self.dp_rank, self.dp_size):
                 yield samples[first : first + self.micro_batch]
-            step += 1
 
 
 class _ValSampler(Sampler[list[int]]):

@@ -105,7 +105,7 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
             self._check(number, first, tokens)
             inputs[place], labels[place] = tokens[:-1], tokens[1:]
             if weights is not None:
-                weights[place] = self._weights(shard)[first + 1 : first + count + 1] if self.weighted else 1
+                weights[place] = self._weights(shard, first + 1, first + count + 1) if self.weighted else 1
             self._mark_documents(shard, first, labels[place], None if positions is None else positions[place])
             at += count
         if positions is not None and at < self.seq_len:
@@ -133,13 +133,20 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
             np.maximum.accumulate(positions, out=positions)  # of each token, where its document began
             np.subtract(np.arange(len(positions)), positions, out=positions)
 
-    def _weights(self, shard: Shard) -> npt.NDArray[np.float32]:
+    def _weights(self, shard: Shard, first: int, last: int) -> npt.NDArray[np.float32]:
         if shard.weights is None:
             raise DataError(
                 f"{shard.path} has no {shard.path.stem}.weights, but {self.shards[0].path.stem} has; write them for all "
                 "shards or for none"
             )
-        return shard.weights
+        weights = shard.weights[first:last]
+        if not (weights.min() >= 0 and weights.max() < np.inf):
+            at = first + int(np.argmin((weights >= 0) & (weights < np.inf)))
+            raise DataError(
+                f"{shard.path.with_suffix('.weights')}: weight {float(shard.weights[at])} of token {at}; weights must be "
+                "finite and at least 0"
+            )
+        return weights
 
     def _check(self, number: int, first: int, tokens: npt.NDArray[Any]) -> None:
         if len(tokens) and int(tokens.max()) >= self.vocab_size:

@@ -192,6 +192,7 @@ def make_train_loader(
     if not is_map_style(dataset):
         return None, StreamLoader(cast(Iterable[Any], dataset), **share)
     sampler = GlobalBatchSampler(order_of(config, dataset), **share)
+    sampler.stop_step = info.max_steps  # workers that read ahead must not ask an order for more than it has
     workers, pin = config.data.num_workers, config.data.pin_memory
     return sampler, build_train_loader(dataset, sampler, num_workers=workers, pin_memory=pin)
 

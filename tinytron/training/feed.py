@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,10 +23,8 @@ from tinytron.training.config import Config
 
 
 class Feed:
-    """Prepares batches on the host, a thread ahead of the training step where the loader is our own, and moves them over.
-
-    ``trusted``: the data set itself checks lengths and token ids.
-    """
+    """Prepares batches on the host, a thread ahead of the training step where the loader is our ``own``, and moves them
+    over. ``trusted``: the data set itself checks lengths and token ids."""
 
     def __init__(self, config: Config, state: ParallelState) -> None:
         self._state, self._data = state, config.data
@@ -33,24 +32,25 @@ class Feed:
         self._pin = config.data.pin_memory and state.device.type == "cuda"
 
     def steps(
-        self, loader: Iterable[Any], per_step: int, *, skip_steps: int = 0, trusted: bool = False, ahead: bool = False
+        self, loader: Iterable[Any], per_step: int, *, skip_steps: int = 0, trusted: bool = False, own: bool = False
     ) -> Iterator[list[Batch]]:
-        """The micro-batches of one optimizer step at a time, without end: the loader is read again when it ends, and its
-        first ``skip_steps`` steps are passed over. ``ahead``: in a thread. Raises: DataError for unfit batches."""
-        batches = _endless(loader, skip_steps * per_step)
-        with contextlib.closing(self._prepared(batches, trusted, ahead)) as ready:
-            while True:
-                yield [next(ready).to(self._state.device) for _ in range(per_step)]
+        """The micro-batches of one optimizer step at a time, until the loader ends. One that is not our ``own`` is read
+        again then, and its first ``skip_steps`` steps are passed over. Raises: DataError for unfit batches."""
+        batches = loader if own else _endless(loader, skip_steps * per_step)
+        with contextlib.closing(self._prepared(batches, trusted, own)) as ready:
+            while microbatches := [batch.to(self._state.device) for batch in islice(ready, per_step)]:
+                yield microbatches
 
-    def once(self, loader: Iterable[Any], *, trusted: bool = False, ahead: bool = False) -> Iterator[Batch]:
+    def once(self, loader: Iterable[Any], *, trusted: bool = False, own: bool = False) -> Iterator[Batch]:
         """Every batch of ``loader`` once. Raises: DataError for unfit batches."""
-        with contextlib.closing(self._prepared(loader, trusted, ahead)) as ready:
+        with contextlib.closing(self._prepared(loader, trusted, own)) as ready:
             for batch in ready:
                 yield batch.to(self._state.device)
 
-    def _prepared(self, batches: Iterable[Any], trusted: bool, ahead: bool) -> Generator[Batch, None, None]:
-        # Worker processes read ahead themselves, and are better not forked from a thread.
-        depth = self._data.prefetch if ahead and self._data.num_workers == 0 else 0
+    def _prepared(self, batches: Iterable[Any], trusted: bool, own: bool) -> Generator[Batch, None, None]:
+        # Worker processes read ahead themselves, and are better not forked from a thread; a loader that is not our own may
+        # mind a thread.
+        depth = self._data.prefetch if own and self._data.num_workers == 0 else 0
         return prefetched((self.prepare(loaded, trusted) for loaded in batches), depth)
 
     def prepare(self, loaded: Any, trusted: bool = False) -> Batch:

@@ -328,7 +328,7 @@ class Trainer:
         return self._feed.steps(self.train_loader, self.training_info.grad_accum_steps, skip_steps=skip, **options)
 
     def _feeding(self, dataset: Dataset[Any] | None, own_loader: bool) -> dict[str, bool]:
-        return {"trusted": own_loader and datasets.checks_its_tokens(dataset), "ahead": own_loader}
+        return {"trusted": own_loader and datasets.checks_its_tokens(dataset), "own": own_loader}
 
     def _due(self, every: int) -> bool:
         return self.step == self.training_info.max_steps or (every > 0 and self.step % every == 0)
