@@ -70,7 +70,7 @@ def test_so_is_an_error_of_the_tasks(workers: int) -> None:
 
 
 def test_an_unforeseen_error_keeps_its_traceback() -> None:
-    with pytest.raises(RuntimeError, match="(?s)Traceback.*unsupported operand"):
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*not all arguments"):
         _squares(Square(), 1, iter(["x"]), [])  # type: ignore[list-item]
 
 
@@ -88,7 +88,8 @@ def test_few_tasks_are_begun_before_results_are_used() -> None:
 
     def tasks() -> Iterator[int]:
         nonlocal taken
-        for taken in range(1, 1000):
+        while True:
+            taken += 1
             yield taken
 
     with WorkerPool(Square(), 2) as pool:
@@ -98,15 +99,13 @@ def test_few_tasks_are_begun_before_results_are_used() -> None:
         assert taken <= 2 * ROOM + 1
 
 
-def test_it_stops_when_asked() -> None:
-    got, stop = list[int](), False
-    for workers in (0, 2):
-        got, stop = [], False
-        with WorkerPool(Square(), workers) as pool:
-            for task, _ in pool.map(iter(range(1000)), lambda: stop):
-                got.append(task)
-                stop = task == 5
-        assert got == list(range(6))
+@pytest.mark.parametrize("workers", [0, 2])
+def test_it_stops_when_asked(workers: int) -> None:
+    got: list[int] = []
+    with WorkerPool(Square(), workers) as pool:
+        for task, _ in pool.map(iter(range(1000)), lambda: 5 in got):
+            got.append(task)
+    assert got == list(range(6))
     assert not multiprocessing.active_children()
 
 
