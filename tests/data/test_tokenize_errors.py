@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import signal
 import threading
@@ -18,7 +17,7 @@ pytest.importorskip("tokenizers")
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 
-from tests.helpers.corpus import contents, make_texts, make_tokenizer, options, tokenise, write_jsonl  # noqa: E402
+from tests.helpers.corpus import contents, make_texts, make_tokenizer, options, tokenise, workers, write_jsonl  # noqa: E402
 from tinytron.data import token_writer  # noqa: E402
 from tinytron.data.shards import write_shard  # noqa: E402
 from tinytron.data.tokenize import LOCK, tokenize_dataset  # noqa: E402
@@ -132,7 +131,7 @@ def test_an_end_of_text_token_that_there_is_not(made: Path, tmp_path: Path) -> N
 # The source.
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("num_proc", [0, 2])
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -155,14 +154,14 @@ def test_an_end_of_text_token_that_there_is_not(made: Path, tmp_path: Path) -> N
     ],
 )
 def test_a_broken_source_is_one_error(
-    made: Path, tmp_path: Path, name: str, content: bytes, message: str, workers: int
+    made: Path, tmp_path: Path, name: str, content: bytes, message: str, num_proc: int
 ) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
-        tokenise(tmp_path / name, made / "tokenizer.json", tmp_path / "out", "--num_proc", workers)
+        tokenise(tmp_path / name, made / "tokenizer.json", tmp_path / "out", "--num_proc", num_proc)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / "manifest.json").exists()
-    assert not multiprocessing.active_children()
+    assert not workers()
 
 
 def test_rows_of_parquet_files_are_named(made: Path, tmp_path: Path) -> None:
@@ -198,7 +197,7 @@ def test_a_killed_worker_is_one_error_and_the_next_call_goes_on(made: Path, tmp_
     def kill() -> None:
         while not list((tmp_path / "out").glob("*.bin")):
             time.sleep(0.01)
-        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+        os.kill(workers()[0].pid or 0, signal.SIGKILL)
 
     thread = threading.Thread(target=kill)
     thread.start()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.corpus import workers as live_workers
 from tinytron.data.worker_pool import ROOM, WorkerPool
 from tinytron.errors import ConfigError, DataError
 
@@ -45,7 +46,7 @@ def test_results_come_in_the_order_of_the_tasks(workers: int) -> None:
     _squares(Square(), workers, iter(range(30)), got)
     assert got == list(range(30))
     _squares(Square(), workers, iter(()), got)
-    assert not multiprocessing.active_children()
+    assert not live_workers()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -54,7 +55,7 @@ def test_an_error_is_raised_in_its_turn(workers: int) -> None:
     with pytest.raises(DataError, match=r"^number 8 is bad$"):
         _squares(Square(bad=8), workers, iter(range(100)), got)
     assert got == list(range(8))
-    assert not multiprocessing.active_children()
+    assert not live_workers()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -106,13 +107,13 @@ def test_it_stops_when_asked(workers: int) -> None:
         for task, _ in pool.map(iter(range(1000)), lambda: 5 in got):
             got.append(task)
     assert got == list(range(6))
-    assert not multiprocessing.active_children()
+    assert not live_workers()
 
 
 def _orphan(folder: str) -> None:
     with WorkerPool(Square(), 2) as pool:
         next(pool.map(iter(range(10)), lambda: False))
-        pids = [process.pid for process in multiprocessing.active_children()]
+        pids = [process.pid for process in live_workers()]
         Path(folder, "pids").write_text(" ".join(map(str, pids)))
         os.kill(os.getpid(), signal.SIGKILL)
 
