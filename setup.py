@@ -32,6 +32,7 @@ setup(
         "dev": [
             *QUICKSTART,
             *("pytest", "hypothesis", "ruff", "mypy", "types-tqdm", "datasets", "transformers", "s3fs", "moto[server]"),
+            "tiktoken",
         ],
     },
 )

@@ -6,7 +6,7 @@
 #   bash scripts/test.sh tests/model     some
 set -euo pipefail
 source "$(dirname "$0")/lib/env.sh"
-need_python dev torch numpy tqdm tokenizers matplotlib pytest hypothesis ruff mypy datasets transformers s3fs moto
+need_python dev torch numpy tqdm tokenizers matplotlib pytest hypothesis ruff mypy datasets transformers tiktoken s3fs moto
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # tests start several processes at a time
 case " $* " in
     *" -m "*) exec "$PYTHON" -m pytest "$@" ;;

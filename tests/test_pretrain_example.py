@@ -260,7 +260,7 @@ NETWORK = "check the names and the network, or give --dataset_path a file or fol
         ("c.jsonl", (), {"HF_MIN_CHARS": "-1"}, "HF_MIN_CHARS='-1' must be a whole number; use HF_MIN_CHARS=50"),
         ("c.jsonl", (), {"HF_SHUFFLE_BUFFER": "1.5"}, "HF_SHUFFLE_BUFFER='1.5' must be a whole number; use"),
         ("c.jsonl", (), {"HF_ADD_EOS_TOKEN": "2"}, "HF_ADD_EOS_TOKEN='2' must be a whole number up to 1; use"),
-        ("c.jsonl", (), {"HF_TEXT_KEY": "body"}, "row 1 has no key 'body'; set HF_TEXT_KEY to one that it has: id, text"),
+        ("c.jsonl", (), {"HF_TEXT_KEY": "body"}, "line 1 has no key 'body'; set HF_TEXT_KEY to one that it has: id, text"),
         ("c.parquet", (), {"HF_TEXT_KEY": "body"}, "row 1 has no key 'body'; set HF_TEXT_KEY to one that it has: id, text"),
         ("c.parquet", (), {"HF_TEXT_KEY": "id"}, "row 1: 'id' is int, not text; set HF_TEXT_KEY to another key"),
         ("c.jsonl", (), {"HF_MIN_CHARS": "9999"}, "DataError: none of 60 documents has HF_MIN_CHARS=9999 characters; use "),
@@ -315,7 +315,7 @@ def test_shards_of_an_earlier_run_for_a_larger_model(example: Example) -> None:
     assert answer.endswith("use --vocab_size 320")
 
 
-@pytest.mark.parametrize(("source", "package"), [("c.jsonl", "transformers"), ("c.parquet", "datasets")])
+@pytest.mark.parametrize(("source", "package"), [("c.jsonl", "transformers"), ("c.parquet", "pyarrow")])
 def test_a_missing_package_names_the_command_that_installs_it(example: Example, source: str, package: str) -> None:
     answer = example(source, world=2, hidden=(package,))
     assert f"ConfigError: the package {package} is needed" in answer

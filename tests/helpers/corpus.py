@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from tinytron.data.shards import open_shard
 from tinytron.data.tokenize import Outcome, tokenize_dataset
 from tinytron.data.tokenize_options import TokenizeOptions, parse_options
+from tinytron.data.worker_pool import WORKER
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests fork; before the first use
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, here or in a process started from here
@@ -116,3 +118,8 @@ def starts_of(folder: Path, split: str = "train") -> list[int]:
 def contents(folder: Path) -> dict[str, str]:
     """Every file but the lock, by its hash."""
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.suffix != ".lock"}
+
+
+def workers() -> list[Any]:
+    """The processes of worker pools."""
+    return [process for process in multiprocessing.active_children() if process.name == WORKER]

@@ -149,6 +149,5 @@ def require_package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ConfigError(
-            f'the package {name} is needed ({error}); run: pip install "tinytron[data]" (or: pip install datasets '
-            "transformers)"
+            f'the package {name.partition(".")[0]} is needed ({error}); run: pip install "tinytron[data]"'
         ) from error

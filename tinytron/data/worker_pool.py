@@ -22,6 +22,7 @@ from tinytron.errors import DataError, TinytronError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+WORKER = "token worker"  # the name of every process
 ROOM = 2  # tasks per worker that are begun, or done and not yet used
 
 
@@ -43,7 +44,7 @@ class WorkerPool(Generic[Task, Result]):
         context.set_forkserver_preload([__name__])
         for _ in range(self._count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process = context.Process(target=_serve, args=(theirs,), name=WORKER, daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)

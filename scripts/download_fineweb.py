@@ -1,0 +1,168 @@
+"""FineWeb from the hub: text for tokenize_dataset.py, or token shards that are ready for training.
+
+python scripts/download_fineweb.py --dataset fineweb-edu --sample 10BT --num_files 2     parquet files of text
+python scripts/download_fineweb.py --tokens gpt2 --num_files 9                           0.9 billion tokens of gpt2
+
+A connection that breaks is taken up where it was. Interrupted? The same command keeps the files that are whole, and
+fetches the others. Needs: pip install huggingface_hub
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tinytron.cli import entry
+from tinytron.data.documents import as_data_error, require_package
+from tinytron.data.llmc import open_llmc
+from tinytron.errors import ConfigError, DataError
+from tinytron.utils.flags import Parser, parse_strictly
+from tinytron.utils.training import sync_folder
+
+TEXT_REPOS = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
+SAMPLES = ("10BT", "100BT", "350BT")
+TOKEN_REPO, TOKEN_FILES = "kjj0/fineweb100B-gpt2", 1028  # of training, of 10^8 tokens each; and one of validation
+GPT2_VOCABULARY = 50304  # 50257, rounded up to a multiple of 128
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A file of a repository; ``size`` in bytes if it is known, else it is a token file, which says its own."""
+
+    repo: str
+    name: str
+    size: int | None = None
+
+    @property
+    def local(self) -> str:
+        """Its name here."""
+        return self.name.rpartition("/")[2]
+
+    def check(self, path: Path) -> None:
+        """Raises: DataError if the file is not whole."""
+        if self.size is None:
+            open_llmc(path)
+        elif path.stat().st_size != self.size:
+            raise DataError(
+                f"{path}: {path.stat().st_size} bytes, but the hub says {self.size}: it is truncated or damaged"
+            )
+
+
+def wanted_files(args: argparse.Namespace) -> list[Wanted]:
+    """What the options ask for. Raises: DataError if the hub cannot be asked."""
+    if args.tokens:
+        count = TOKEN_FILES if args.num_files is None else args.num_files
+        names = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, count + 1))]
+        return [Wanted(TOKEN_REPO, name) for name in names]
+    repo, folder = TEXT_REPOS[args.dataset], f"sample/{args.sample}"
+    hub = require_package("huggingface_hub")
+    with as_data_error(f"{repo}/{folder}", "check the network and the names"):
+        listed = list(hub.HfApi().list_repo_tree(repo, folder, repo_type="dataset"))
+    files = [Wanted(repo, entry.path, entry.size) for entry in listed if entry.path.endswith(".parquet")]
+    if not files:
+        raise DataError(f"{repo}/{folder} holds no parquet files; use another --sample of {', '.join(SAMPLES)}")
+    return sorted(files, key=lambda file: file.name)[: args.num_files]
+
+
+def fetch(file: Wanted, target: Path, temporary: Path) -> bool:
+    """Bring ``file`` into the folder ``target`` unless it is there whole; whether it had to be fetched. It arrives under
+    its name when it is whole. Raises: DataError."""
+    place = target / file.local
+    if place.exists():
+        try:
+            file.check(place)
+            return False
+        except DataError:
+            place.unlink()
+    hub = require_package("huggingface_hub")
+    with as_data_error(f"{file.repo}/{file.name}", "check the network; the same command keeps what is whole"):
+        arrived = Path(hub.hf_hub_download(file.repo, file.name, repo_type="dataset", local_dir=temporary))
+        try:
+            file.check(arrived)
+        except DataError:
+            arrived.unlink()  # or the next call would take it for whole
+            raise
+        partial = place.with_name(place.name + ".part")
+        shutil.move(arrived, partial)  # across disks this is a copy, which may be interrupted
+        partial.replace(place)
+        sync_folder(target)
+    return True
+
+
+def fetch_all(files: Sequence[Wanted], target: Path, temporary: Path, workers: int) -> int:
+    """Fetch by ``workers`` threads; returns how many were not there yet. Raises: the first error, and starts no more."""
+    pool, fetched = ThreadPoolExecutor(workers), 0
+    try:
+        jobs = [pool.submit(fetch, file, target, temporary) for file in files]
+        for job in tqdm(as_completed(jobs), total=len(jobs), unit="file", file=sys.stderr):
+            fetched += job.result()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
+    return fetched
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options. Raises: ConfigError."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--dataset", choices=list(TEXT_REPOS), default="fineweb-edu", help="which text (fineweb-edu)")
+    parser.add_argument("--sample", choices=SAMPLES, default="10BT", help="which sample of it, by gpt2 tokens (10BT)")
+    parser.add_argument("--tokens", choices=["gpt2"], help="not text, but 10^8 tokens of FineWeb per file")
+    parser.add_argument("--num_files", type=int, help="so many of its files, from the first; default: all")
+    parser.add_argument("--target_dir", type=Path, help="default: data/<dataset>_<sample>, or data/fineweb_gpt2")
+    parser.add_argument("--tmp_dir", type=Path, help="for files on their way; default: .download in the target folder")
+    parser.add_argument("--num_workers", type=int, default=10, help="files fetched at a time (10)")
+    args = parse_strictly(parser, argv)
+    for name, most in (("num_files", TOKEN_FILES if args.tokens else 10**6), ("num_workers", 1000)):
+        value = getattr(args, name)
+        if value is not None and not 1 <= value <= most:
+            raise ConfigError(f"--{name} {value} must be in 1..{most}; use --{name} 1")
+    if args.target_dir is None:
+        args.target_dir = Path("data") / ("fineweb_gpt2" if args.tokens else f"{args.dataset}_{args.sample}")
+    return args
+
+
+def next_command(args: argparse.Namespace) -> str:
+    """What to do with the files."""
+    words: list[Any]
+    if args.tokens:
+        pattern = args.target_dir / "fineweb_train_*.bin"
+        words = ["python", "pretrain_debug.py", "--dataset_path", pattern, "--vocab_size", GPT2_VOCABULARY]
+    else:
+        words = ["python", "scripts/tokenize_dataset.py", "--dataset_path", args.target_dir, "--encoding_name", "gpt2"]
+        words += ["--output_dir", f"{args.target_dir}_gpt2"]
+    return shlex.join(map(str, words))
+
+
+def main() -> None:
+    """Options -> files."""
+    args = parse_args()
+    require_package("huggingface_hub.utils").disable_progress_bars()
+    files = wanted_files(args)
+    temporary = args.tmp_dir or args.target_dir / ".download"
+    try:
+        for folder in (args.target_dir, temporary):
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be made ({error.strerror}); use another folder") from error
+    for left_over in temporary.rglob("*.incomplete"):  # by a call that was killed; nothing goes on with it
+        left_over.unlink()
+    fetched = fetch_all(files, args.target_dir, temporary, args.num_workers)
+    if args.tmp_dir is None:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f"{len(files)} files in {args.target_dir}, {fetched} fetched now")
+    print(f"next: {next_command(args)}")
+
+
+if __name__ == "__main__":
+    entry.run(main)

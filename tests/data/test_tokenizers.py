@@ -1,0 +1,172 @@
+"""Every kind of tokenizer gives the ids of plain text and finds its end-of-text token."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.helpers.corpus import EOT, Naive, make_texts, make_tokenizer, tokenise, tokens_of, write_jsonl
+
+tokenizers = pytest.importorskip("tokenizers")
+transformers = pytest.importorskip("transformers")
+tiktoken = pytest.importorskip("tiktoken")
+
+from tinytron.data.tokenizers import (  # noqa: E402
+    BPE_END,
+    encode_documents,
+    first_bytes,
+    from_file,
+    from_hub,
+    from_tiktoken,
+    train_bpe,
+)
+from tinytron.errors import ConfigError, DataError  # noqa: E402
+
+TEXTS = make_texts(20)
+PLUGIN = """
+def tiny():
+    ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257}
+    return {"name": "tiny", "pat_str": r"\\w+|\\W+", "mergeable_ranks": ranks, "special_tokens": {"<|endoftext|>": 300}}
+
+ENCODING_CONSTRUCTORS = {"tiny_of_the_tests": tiny}
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tokenizer.json, and a folder as transformers saves it, whose end-of-text token is another."""
+    folder = tmp_path_factory.mktemp("made")
+    make_tokenizer(folder / "tokenizer.json", (EOT, "<stop>"))
+    make_tokenizer(folder / "endless.json", ())
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token="<stop>")
+    fast.save_pretrained(str(folder / "saved"))
+    write_jsonl(folder / "c.jsonl", TEXTS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """An encoding of tiktoken that needs no download."""
+    folder = tmp_path_factory.mktemp("plugin")
+    (folder / "tiktoken_ext").mkdir()
+    (folder / "tiktoken_ext" / "tiny_of_the_tests.py").write_text(PLUGIN)
+    sys.path.insert(0, str(folder))
+    tiktoken.registry.ENCODING_CONSTRUCTORS = None  # look again
+    yield
+    sys.path.remove(str(folder))
+    tiktoken.registry.ENCODING_CONSTRUCTORS = None
+
+
+def _ids(encode: Any, texts: list[str]) -> list[list[int]]:
+    return [np.asarray(ids).tolist() for ids in encode(texts)]
+
+
+def test_files_and_folders_give_plain_ids_also_in_another_process(made: Path) -> None:
+    naive = Naive(made / "tokenizer.json")
+    expected = [ids[1:] for ids in naive.documents(TEXTS)]
+    assert not any(naive.eot in ids for ids in expected)  # although one text spells it
+    for tokenizer in (from_file(made / "tokenizer.json"), from_hub(str(made / "saved"))):
+        assert _ids(tokenizer.encode, TEXTS) == expected
+        assert _ids(pickle.loads(pickle.dumps(tokenizer.encode)), TEXTS) == expected
+        assert tokenizer.vocab_size == naive.tokenizer.get_vocab_size()
+        assert tokenizer.sha256 == hashlib.sha256(tokenizer.serialised).hexdigest()
+    assert from_file(made / "tokenizer.json").serialised == (made / "tokenizer.json").read_bytes()
+
+
+def test_a_tokenizer_in_python_gives_plain_ids(tmp_path: Path) -> None:
+    class Letters(transformers.PreTrainedTokenizer):  # type: ignore[misc]
+        def __init__(self, **options: Any) -> None:
+            super().__init__(eos_token="<end>", **options)
+
+        @property
+        def vocab_size(self) -> int:
+            return 26
+
+        def get_vocab(self) -> dict[str, int]:
+            return {chr(97 + i): i for i in range(26)} | {"<end>": 26}
+
+        def _tokenize(self, text: str, **_: Any) -> list[str]:
+            return list(text)
+
+        def _convert_token_to_id(self, token: str) -> int:
+            return self.get_vocab().get(token, 0)
+
+    from tinytron.data.tokenizers import _Slow
+
+    assert _ids(_Slow(Letters()), ["abz", "b"]) == [[0, 1, 25], [1]]
+
+
+def test_the_end_of_text_token(made: Path) -> None:
+    assert from_hub(str(made / "saved")).end_of_text() == ("<stop>", 1)  # its own
+    file = from_file(made / "tokenizer.json")
+    assert file.end_of_text() == (EOT, 0)  # a known one
+    assert file.end_of_text("<stop>") == ("<stop>", 1)
+    name = made / "tokenizer.json"
+    with pytest.raises(
+        ConfigError, match=rf"--eot_token <eot> is no token of --tokenizer_path {name}; .* of <\|endoftext\|>, <stop>$"
+    ):
+        file.end_of_text("<eot>")
+    with pytest.raises(ConfigError, match=r"no known end-of-text token in --tokenizer_path .*; use another tokenizer"):
+        from_file(made / "endless.json").end_of_text()
+
+
+@pytest.mark.usefixtures("plugin")
+def test_tiktoken(made: Path, tmp_path: Path) -> None:
+    tokenizer = from_tiktoken("tiny_of_the_tests")
+    assert (tokenizer.vocab_size, tokenizer.end_of_text(), tokenizer.specials) == (301, (EOT, 300), {EOT: 300})
+    assert _ids(tokenizer.encode, ["then", EOT]) == [[257, ord("n")], [ord(c) for c in EOT]]
+    assert tokenizer.token_id("the") == 257
+    assert tokenizer.token_id("no such token") is None
+    for workers in (0, 2):  # a worker loads the plugin too
+        out = tmp_path / str(workers)
+        tokenise(made / "c.jsonl", None, out, "--encoding_name", "tiny_of_the_tests", "--num_proc", workers)
+        expected = [[300, *tiktoken.get_encoding("tiny_of_the_tests").encode_ordinary(text)] for text in TEXTS]
+        assert tokens_of(out) == [token for ids in expected for token in ids]
+        assert not (out / "tokenizer.json").exists()
+    with pytest.raises(
+        ConfigError, match=r"--encoding_name tiny is no encoding of tiktoken; use one of .*gpt2.*tiny_of"
+    ):
+        from_tiktoken("tiny")
+
+
+def test_training(tmp_path: Path) -> None:
+    tokenizer = train_bpe(TEXTS, 280)
+    assert (tokenizer.get_vocab_size(), tokenizer.token_to_id(BPE_END)) == (280, 0)
+    text = "never seen: ß\x00 \n\t 猫"
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    with pytest.raises(ConfigError, match="a vocabulary of 256 has no room for the 256 bytes and an end; use 4096"):
+        train_bpe(TEXTS, 256)
+    assert list(first_bytes(["ab", "é", "c", "d"], 4)) == ["ab", "é"]
+    assert list(first_bytes(["ab"], 4)) == ["ab"]
+
+
+def test_documents_in_a_row() -> None:
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [[ord(c) for c in text] for text in texts]
+
+    tokens, lengths = encode_documents(["ab", "", "c"], encode, 7, "prepend", np.dtype("<u2"))
+    assert (tokens.tolist(), lengths.tolist(), tokens.dtype) == ([7, 97, 98, 7, 7, 99], [3, 1, 2], np.uint16)
+    tokens, _ = encode_documents(["ab", "", "c"], encode, 7, "append", np.dtype("<u4"))
+    assert (tokens.tolist(), tokens.dtype) == ([97, 98, 7, 7, 99, 7], np.uint32)
+    assert encode_documents([], encode, 7, "append", np.dtype("<u4"))[0].dtype == np.uint32
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(DataError, match=r"--tokenizer_path .*broken.json: .*; give a tokenizer.json file"):
+        from_file(tmp_path / "broken.json")
+    with pytest.raises(DataError, match=r"--tokenizer_path .*gone.json: .*No such file"):
+        from_file(tmp_path / "gone.json")
+    with pytest.raises(DataError, match=r"--tokenizer_name nobody/nothing: .*; give a hub name, a local folder or"):
+        from_hub("nobody/nothing")
+    for name, load in (("tiktoken", from_tiktoken), ("transformers", from_hub)):
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(ConfigError, match=rf'the package {name} is needed .*pip install "tinytron\[data\]"'):
+            load("x")
