@@ -147,8 +147,20 @@ def test_lines_are_numbered_whatever_the_blocks(
     assert sum(part.documents for part in found) == 17
     firsts = [part.part.first for part in found]
     assert firsts == [1 + sum(part.documents for part in found[:n]) for n in range(len(found))]
+    later = parts.find_parts(tmp_path / "a.jsonl", found[0].after, limit, "text", "")
+    assert [part.part.first for part in later] == firsts[1:]
     texts = [text for part in found for text in parts.read_part(part.part, "text", "")]
     assert texts == [f"line {i}" for i in range(1, 18) if i % 5]
+
+
+def test_a_row_group_that_was_begun_is_gone_on_with_whatever_its_size(tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_pylist([{"text": text} for text in TEXTS])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=20)
+    source = sources.FileSource([tmp_path / "a.parquet"])
+    texts = [text for chunk in source.chunks(7, parts.Place(0, 0, 5)) for text in source.read(chunk)]
+    assert texts == TEXTS[5:]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])

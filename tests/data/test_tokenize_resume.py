@@ -188,6 +188,14 @@ def test_every_source_goes_on_behind_any_chunk(tmp_path: Path, monkeypatch: pyte
                 assert rest == [text for mine in texts[number + 1 :] for text in mine], (path, number)
 
 
+class _Stopped(StopRequest):
+    """One that was asked to stop before anything began."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.take(signal.SIGTERM)
+
+
 def test_max_file_index_stops_there_and_a_later_call_goes_on(made: Path, tmp_path: Path) -> None:
     args = (made / "c.jsonl", made / "tokenizer.json")
     tokenise(*args, tmp_path / "whole", *FLAGS, "--chunksize", 100)
@@ -198,9 +206,11 @@ def test_max_file_index_stops_there_and_a_later_call_goes_on(made: Path, tmp_pat
     assert [shard.name for shard in first.shards] == ["train_000000.bin", "train_000001.bin", "val_000000.bin"]
     assert {shard.name: shard.sha256 for shard in first.shards}.items() <= contents(out).items()
     assert not tokenise(*args, out, *FLAGS, "--max_file_index", 1).fresh
-    tokenise(*args, out, *FLAGS, "--max_file_index", 3, say=said.append)
-    assert sorted(p.name for p in out.glob("train*.bin")) == [f"train_{i:06d}.bin" for i in range(4)]
+    tokenise(*args, out, *FLAGS, "--max_file_index", 2, say=said.append)
+    assert sorted(p.name for p in out.glob("train*.bin")) == [f"train_{i:06d}.bin" for i in range(3)]
     assert said == ["going on behind 2 finished shards"]
+    status = _in_a_process(lambda: tokenise(*args, out, *FLAGS, stop=_Stopped(), say=said.append))
+    assert (status, read_manifest(out)) == (0, None)  # what it says of val_*.bin is no longer so
     last = tokenise(*args, out, *FLAGS, say=said.append)
     assert last.manifest is not None
     assert last.manifest.complete

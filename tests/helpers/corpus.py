@@ -110,6 +110,7 @@ def starts_of(folder: Path, split: str = "train") -> list[int]:
     for path in sorted(folder.glob(f"{split}_*.bin")):
         mine = open_shard(path.with_suffix(".docs"))
         assert mine.dtype == np.uint32
+        assert all(mine < len(open_shard(path)))
         starts += [before + int(start) for start in mine]
         before += len(open_shard(path))
     return starts

@@ -93,6 +93,8 @@ def test_a_damaged_token_file_is_refused_and_fetched_again(hub: Hub, download: D
     assert "the header promises 3000 tokens, so 7024 bytes, but the file has 6924" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (target / "fineweb_train_000001.bin").exists()
+    assert download(*flags).returncode == 2
+    assert hub.fetched().count("fineweb_train_000001.bin") == 2  # what has arrived damaged is not tried again
     hub.files[name] = whole
     assert download(*flags).returncode == 0
     assert (target / "fineweb_train_000001.bin").read_bytes() == whole

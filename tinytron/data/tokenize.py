@@ -224,8 +224,6 @@ class _Run:
     def _begin(self, tokenizer: TextTokenizer, recipe: Recipe) -> None:
         self.source.size()  # a source that cannot be loaded says so here
         (self.folder / MANIFEST).unlink(missing_ok=True)
-        for left_over in self.folder.glob("*.tmp"):
-            left_over.unlink()
         if tokenizer.serialised:
             write_atomically(self.folder / TOKENIZER, lambda file: file.write(tokenizer.serialised))
         if self.place == START:
