@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from tinytron.cli import entry
-from tinytron.data import documents, prepare, sources
+from tinytron.data import documents, prepare
+from tinytron.data.text import sources
 from tinytron.data.tokenizers import END_TOKENS, load_hub_tokenizer
 from tinytron.distributed.collectives import together
 from tinytron.errors import ConfigError
@@ -97,7 +98,7 @@ class Recipe:
         """The recipe in plain values: local files by path, size and time, what is on the hub by its name."""
         hub = [self.repo, self.name, self.split, prepare.file_states([Path(self.repo)])]
         return {
-            "format": 1,  # of the code below: count it up when the same recipe gives other tokens
+            "format": 2,  # of the code below: count it up when the same recipe gives other tokens
             "source": prepare.file_states(self.files) or hub,
             "tokenizer": [self.tokenizer, prepare.file_states([Path(self.tokenizer)])],
             "options": [self.text_key, self.max_samples, self.min_chars, self.add_eos_token],

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from tinytron.cli import entry
 from tinytron.data.documents import as_data_error, require_package
-from tinytron.data.llmc import open_llmc
+from tinytron.data.formats import read_header
 from tinytron.errors import ConfigError, DataError
 from tinytron.utils.flags import Parser, parse_strictly
 from tinytron.utils.training import sync_folder
@@ -50,7 +50,7 @@ class Wanted:
     def check(self, path: Path) -> None:
         """Raises: DataError if the file is not whole."""
         if self.size is None:
-            open_llmc(path)
+            read_header(path)
         elif path.stat().st_size != self.size:
             raise DataError(
                 f"{path}: {path.stat().st_size} bytes, but the hub says {self.size}: it is truncated or damaged"

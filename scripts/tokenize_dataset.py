@@ -14,8 +14,8 @@ import signal
 import sys
 
 from tinytron.cli import entry
-from tinytron.data.tokenize import tokenize_dataset
-from tinytron.data.tokenize_options import parse_options
+from tinytron.data.text.options import parse_options
+from tinytron.data.text.tokenize import tokenize_dataset
 from tinytron.utils.signals import STOP_SIGNALS, StopRequest
 
 

@@ -16,10 +16,8 @@ pytest.importorskip("tokenizers")
 from tests.helpers.corpus import EOT, Naive, make_texts, make_tokenizer, tokenise, write_jsonl
 from tests.helpers.runs import ROOT
 from tinytron.data.__main__ import main
-from tinytron.data.llmc import open_llmc, write_llmc
+from tinytron.data.formats import open_shard, write_shard
 from tinytron.data.manifest import ShardFacts, read_manifest, write_manifest
-from tinytron.data.shards import open_shard, write_shard
-from tinytron.errors import DataError
 from tinytron.utils.training import sha256_of
 
 TEXTS = make_texts(30)
@@ -54,7 +52,7 @@ def test_info(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_info_of_shards_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_llmc(tmp_path / "fineweb_train_000001.bin", np.arange(5, dtype=np.uint16))
+    write_shard(tmp_path / "fineweb_train_000001.bin", range(5), file_format="llmc")
     assert main(["info", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "format     llmc, uint16\nmanifest   none\nfineweb_train 5 tokens, 1 shards\n" in out
@@ -166,29 +164,6 @@ def test_it_is_a_program_and_so_is_the_tokeniser(tmp_path: Path) -> None:
     assert done.stderr.endswith("error: unknown argument --token_dtyp; did you mean --token_dtype?; see --help\n")
     assert "--min_file_index" in run("scripts/tokenize_dataset.py", "--help").stdout
     assert run("-m", "tinytron.data", "verify", tmp_path / "out").stdout == "ok: 1 shards\n"
-
-
-# The files of llm.c.
-
-
-def test_files_of_llm_c_are_checked(tmp_path: Path) -> None:
-    path = tmp_path / "a.bin"
-    write_llmc(path, np.arange(5, dtype=np.uint16))
-    assert open_llmc(path).tolist() == [0, 1, 2, 3, 4]
-    whole = path.read_bytes()
-    write_llmc(path, np.empty(0, np.uint16))
-    assert len(open_llmc(path)) == 0
-    for content, message in (
-        (whole[:-2], "promises 5 tokens, so 1034 bytes, but the file has 1032: it is truncated"),
-        (whole[:1000], "1000 bytes are no token shard: its header alone has 1024"),
-        (b"\0" * 1030, r"magic 0, version 0: not an llm.c token shard \(20240520, 1\)"),
-    ):
-        path.write_bytes(content)
-        with pytest.raises(DataError, match=message):
-            open_llmc(path)
-    path.unlink()
-    with pytest.raises(DataError, match=r"a.bin: cannot be read \(No such file"):
-        open_llmc(path)
 
 
 def test_the_shard_facts_of_a_split(folder: Path) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tinytron.data import documents, parts, sources
+from tinytron.data import documents
+from tinytron.data.text import parts, sources
 from tinytron.errors import ConfigError, DataError
 
 

@@ -78,7 +78,7 @@ def test_other_headers_are_told_apart_by_their_magic_number(
             read_header(path)
         return
     for headerless in (None, np.uint32):  # a type for files without a header does not matter here
-        assert read_header(path, headerless) == ShardHeader(np.dtype(dtype), len(tokens), offset)
+        assert read_header(path, headerless) == ShardHeader(np.dtype(dtype), len(tokens), offset, "llmc")
         assert open_shard(path, headerless).tolist() == tokens
 
 
@@ -86,9 +86,9 @@ def test_a_length_that_fits_both_headers_of_llm_c_is_the_long_one(tmp_path: Path
     """506 tokens after 12 bytes are 1024 bytes: a long header of 0 tokens would have its count say 0."""
     path = tmp_path / "a.bin"
     path.write_bytes(LLMC[:8] + struct.pack("<i", 506) + bytes(range(200)) * 5 + bytes(12))
-    assert read_header(path) == ShardHeader(np.dtype("<u2"), 506, 12)
+    assert read_header(path) == ShardHeader(np.dtype("<u2"), 506, 12, "llmc")
     path.write_bytes(LLMC[:8] + bytes(1016))
-    assert read_header(path) == ShardHeader(np.dtype("<u2"), 0, 1024)
+    assert read_header(path) == ShardHeader(np.dtype("<u2"), 0, 1024, "llmc")
 
 
 @pytest.mark.parametrize(("dtype", "tokens"), [("uint16", [1, 2, 3, 4]), ("uint32", [131073, 262147])])

@@ -15,7 +15,7 @@ pytest.importorskip("huggingface_hub")
 
 from tests.helpers.hub import Hub, serving
 from tests.helpers.runs import ROOT
-from tinytron.data.llmc import open_llmc, write_llmc
+from tinytron.data.formats import open_shard, write_shard
 
 REPO = "kjj0/fineweb100B-gpt2"
 Download = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -26,7 +26,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
     files = {}
     names = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in (1, 2, 3))]
     for number, name in enumerate(names):
-        write_llmc(tmp_path / name, np.arange(number, 3000 + number, dtype=np.uint16))
+        write_shard(tmp_path / name, range(number, 3000 + number), file_format="llmc")
         files[f"{REPO}/{name}"] = (tmp_path / name).read_bytes()
         (tmp_path / name).unlink()
     for number in (2, 0, 1):
@@ -53,7 +53,7 @@ def test_tokens_are_fetched_checked_and_kept(hub: Hub, download: Download, tmp_p
     assert done.returncode == 0, done.stderr
     names = ["fineweb_train_000001.bin", "fineweb_train_000002.bin", "fineweb_val_000000.bin"]
     assert sorted(p.name for p in target.iterdir()) == names  # and no temporary folder
-    assert open_llmc(target / names[1])[:2].tolist() == [2, 3]
+    assert open_shard(target / names[1])[:2].tolist() == [2, 3]
     assert "3 files in" in done.stdout
     command = f"next: python pretrain_debug.py --dataset_path '{target}/fineweb_train_*.bin' --vocab_size 50304"
     assert command in done.stdout
@@ -64,12 +64,12 @@ def test_tokens_are_fetched_checked_and_kept(hub: Hub, download: Download, tmp_p
     assert "4 files in" in again.stdout, again.stderr
     assert "2 fetched now" in again.stdout
     assert hub.fetched() == sorted([*names, names[0], "fineweb_train_000003.bin"])
-    assert len(open_llmc(target / names[0])) == 3000
+    assert len(open_shard(target / names[0])) == 3000
 
 
 def test_a_connection_that_breaks_is_taken_up_where_it_was(hub: Hub, download: Download, tmp_path: Path) -> None:
     name, block = f"{REPO}/fineweb_val_000000.bin", 10 * 2**20  # what huggingface_hub writes at a time
-    write_llmc(tmp_path / "large.bin", np.zeros(block // 2 + 1000, np.uint16))
+    write_shard(tmp_path / "large.bin", np.zeros(block // 2 + 1000, np.uint16), file_format="llmc")
     hub.files[name] = (tmp_path / "large.bin").read_bytes()
     hub.cut[name] = block + 500
     temporary = tmp_path / "tmp"

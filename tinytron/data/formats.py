@@ -35,11 +35,13 @@ _LLMC = {LLMC_MAGIC: (LLMC_VERSION, TOKEN_DTYPES[0]), 20240801: (7, TOKEN_DTYPES
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """What a file says it holds: ``count`` values of ``dtype`` from byte ``offset`` on."""
+    """What a file says it holds: ``count`` values of ``dtype`` from byte ``offset`` on. ``file_format`` is ``timl``,
+    ``llmc`` or ``none``."""
 
     dtype: np.dtype[Any]
     count: int
     offset: int = HEADER_BYTES
+    file_format: str = "timl"
 
 
 def read_header(
@@ -64,7 +66,7 @@ def read_header(
     if headerless is not None and not known:
         return _headerless(path, size, np.dtype(headerless).newbyteorder("<"))
     if dtypes is TOKEN_DTYPES and _is_short(numbers, raw, size):
-        return ShardHeader(TOKEN_DTYPES[0], numbers[2], SHORT_HEADER_BYTES)
+        return ShardHeader(TOKEN_DTYPES[0], numbers[2], SHORT_HEADER_BYTES, "llmc")
     if len(raw) < HEADER_BYTES:
         raise DataError(f"{path}: {len(raw)} bytes are no token shard: its header alone has {HEADER_BYTES}")
     if not known:
@@ -81,7 +83,7 @@ def read_header(
             f"{path}: the header (byte {at}) promises {count} {what}, so {expected} bytes, but the file has {size}: "
             "it is truncated or damaged; write it again"
         )
-    return ShardHeader(dtype, count)
+    return ShardHeader(dtype, count, file_format="llmc" if magic in _LLMC else "timl")
 
 
 def _read_numbers(
@@ -115,7 +117,7 @@ def _headerless(path: Path, size: int, dtype: np.dtype[Any]) -> ShardHeader:
             f"{path}: {size} bytes are no whole number of {dtype} tokens (--token_dtype): byte "
             f"{size - size % dtype.itemsize} begins a part of one; it is truncated, or of another type"
         )
-    return ShardHeader(dtype, size // dtype.itemsize, 0)
+    return ShardHeader(dtype, size // dtype.itemsize, 0, "none")
 
 
 def open_shard(path: Path, headerless: npt.DTypeLike | None = None) -> npt.NDArray[Any]:

@@ -10,10 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tinytron.data.documents import require_package
-from tinytron.data.llmc import MAGIC as LLMC_MAGIC
-from tinytron.data.llmc import open_llmc
+from tinytron.data.formats import open_shard, read_header
 from tinytron.data.manifest import Manifest, ShardFacts, read_manifest
-from tinytron.data.shards import open_shard
 from tinytron.errors import ConfigError, DataError
 from tinytron.utils.training import sha256_of
 
@@ -23,14 +21,7 @@ Tokens = npt.NDArray[Any]
 
 def open_tokens(path: Path) -> tuple[Tokens, str]:
     """The tokens of a shard of any format, and its format. Raises: DataError."""
-    try:
-        with open(path, "rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    if magic == LLMC_MAGIC.to_bytes(4, "little"):
-        return open_llmc(path), "llmc"
-    return open_shard(path), "timl"
+    return open_shard(path), read_header(path).file_format
 
 
 def find_token_files(folder: Path) -> list[Path]:

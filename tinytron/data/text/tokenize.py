@@ -21,16 +21,16 @@ import numpy as np
 from tqdm import tqdm
 
 from tinytron.data import tokenizers
-from tinytron.data.chunk_encoder import VAL, ChunkEncoder, Encoded, is_held_out
 from tinytron.data.documents import whole_characters
 from tinytron.data.manifest import MANIFEST, Manifest, ShardFacts, TokenizerFacts, read_manifest, write_manifest
 from tinytron.data.prepare import locked
-from tinytron.data.sources import START, Source, open_source
-from tinytron.data.token_writer import SplitWriter, shard_name
-from tinytron.data.tokenize_options import TokenizeOptions
-from tinytron.data.tokenize_state import STATE, Recipe, State, difference, read_state, write_state
+from tinytron.data.text.chunk_encoder import VAL, ChunkEncoder, Encoded, is_held_out
+from tinytron.data.text.options import TokenizeOptions
+from tinytron.data.text.sources import START, Source, open_source
+from tinytron.data.text.state import STATE, Recipe, State, difference, read_state, write_state
+from tinytron.data.text.token_writer import SplitWriter, shard_name
+from tinytron.data.text.worker_pool import WorkerPool
 from tinytron.data.tokenizers import TextTokenizer
-from tinytron.data.worker_pool import WorkerPool
 from tinytron.errors import ConfigError, DataError
 from tinytron.utils.signals import StopRequest
 from tinytron.utils.training import write_atomically

@@ -14,8 +14,9 @@ from tests.helpers.corpus import Naive, make_texts, make_tokenizer, tokenise, to
 datasets = pytest.importorskip("datasets")
 pyarrow = pytest.importorskip("pyarrow")
 
-from tinytron.data import documents, parts, sources  # noqa: E402
+from tinytron.data import documents  # noqa: E402
 from tinytron.data.manifest import read_manifest  # noqa: E402
+from tinytron.data.text import parts, sources  # noqa: E402
 from tinytron.errors import DataError  # noqa: E402
 
 TEXTS = make_texts(40)

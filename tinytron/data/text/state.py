@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinytron.data.sources import START, Place
-from tinytron.data.token_writer import SplitWriter
+from tinytron.data.text.sources import START, Place
+from tinytron.data.text.token_writer import SplitWriter
 from tinytron.errors import DataError
 from tinytron.utils.training import write_atomically
 

@@ -18,10 +18,10 @@ pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 
 from tests.helpers.corpus import contents, make_texts, make_tokenizer, options, tokenise, workers, write_jsonl  # noqa: E402
-from tinytron.data import token_writer  # noqa: E402
-from tinytron.data.shards import write_shard  # noqa: E402
-from tinytron.data.tokenize import LOCK, tokenize_dataset  # noqa: E402
-from tinytron.data.tokenize_options import parse_options  # noqa: E402
+from tinytron.data.formats import write_shard  # noqa: E402
+from tinytron.data.text import token_writer  # noqa: E402
+from tinytron.data.text.options import parse_options  # noqa: E402
+from tinytron.data.text.tokenize import LOCK, tokenize_dataset  # noqa: E402
 from tinytron.errors import ConfigError, DataError, TinytronError  # noqa: E402
 
 TEXTS = make_texts(30)
@@ -290,16 +290,16 @@ def test_a_full_disk_is_one_error_and_the_next_call_goes_on(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = (made / "c.jsonl", made / "tokenizer.json", tmp_path / "out", "--num_tokens_per_file", 300)
-    write, count = token_writer.write_tokens, 0
+    write, count = token_writer.write_shard, 0
 
     def full(*args: Any) -> None:
         nonlocal count
         count += 1
-        if count == 3:
+        if count == 5:  # a shard is two files
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(*args)
 
-    monkeypatch.setattr(token_writer, "write_tokens", full)
+    monkeypatch.setattr(token_writer, "write_shard", full)
     with pytest.raises(
         DataError, match=r"cannot be written \(No space left on device\).*The same call goes on where it was"
     ):

@@ -14,21 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tinytron.data.formats import write_shard
-from tinytron.data.llmc import write_llmc
+from tinytron.data.formats import FileFormat, write_shard
 from tinytron.data.manifest import ShardFacts
 from tinytron.errors import DataError
 from tinytron.utils.training import sha256_of
 
 Array = npt.NDArray[Any]
-
-
-def write_tokens(path: Path, tokens: Array, dtype: np.dtype[Any], file_format: str) -> None:
-    """One shard, ``timl`` or ``llmc`` (as llm.c reads them: uint16), whole or not at all. Raises: OSError."""
-    if file_format == "timl":
-        write_shard(path, tokens, dtype)
-        return
-    write_llmc(path, tokens)
 
 
 def shard_name(split: str, index: int) -> str:
@@ -48,7 +39,7 @@ class SplitWriter:
     folder: Path
     split: str
     dtype: np.dtype[Any]
-    file_format: str
+    file_format: FileFormat
     size: int
     first: int = 0
     last: int | None = None
@@ -103,7 +94,7 @@ class SplitWriter:
     def _write(self, tokens: Array, starts: Array) -> ShardFacts:
         path = self.folder / shard_name(self.split, self.index)
         write_shard(path.with_suffix(".docs"), starts, np.uint32)
-        write_tokens(path, tokens, self.dtype, self.file_format)
+        write_shard(path, tokens, self.dtype, self.file_format)
         return ShardFacts(path.name, len(tokens), len(starts), sha256_of(path))
 
     # What a later run needs.

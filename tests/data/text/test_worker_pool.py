@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.corpus import workers as live_workers
-from tinytron.data.worker_pool import ROOM, WorkerPool
+from tinytron.data.text.worker_pool import ROOM, WorkerPool
 from tinytron.errors import ConfigError, DataError
 
 
