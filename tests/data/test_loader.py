@@ -101,6 +101,44 @@ def test_a_start_step_skips_what_came_before(start: int) -> None:
     assert micro_batches(from_there, 2) == expected
 
 
+def test_a_long_walk_is_that_of_its_steps() -> None:
+    """Much longer than what is worked out at once, of a rank in the middle."""
+    whole, steps = sampler(70, global_batch=96), 150
+    expected = []
+    for step in range(steps):
+        samples = whole.samples_of_step(step)
+        expected.append([samples[16:32], samples[64:80]])
+    assert micro_batches(sampler(70, global_batch=96, micro_batch=16, rank=1, dp=3), steps) == expected
+
+
+def test_a_rank_works_out_its_own_rows_only() -> None:
+    asked: list[np.ndarray[Any, Any]] = []
+
+    class Watched(ShuffledEpochs):
+        def __call__(self, positions: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            asked.append(positions)
+            return super().__call__(positions)
+
+    of = GlobalBatchSampler(Watched(70, 7), global_batch=8192, micro_batch=2, dp_rank=3, dp_size=4)
+    next(iter(of))
+    assert [positions.tolist() for positions in asked] == [[p for p in range(8192) if p // 2 % 4 == 3]]
+
+
+@pytest.mark.parametrize("end", [24, 30, 5000, 5003])
+def test_an_order_that_ends_gives_every_step_before_its_end(end: int) -> None:
+    class Ending(ShuffledEpochs):
+        def __call__(self, positions: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            if positions.max() >= end:
+                raise DataError("the order ends")
+            return super().__call__(positions)
+
+    of = GlobalBatchSampler(Ending(11, 7), global_batch=8, micro_batch=8, dp_rank=0, dp_size=1)
+    walk, steps = iter(of), end // 8
+    assert list(itertools.islice(walk, steps)) == [sampler(11).samples_of_step(step) for step in range(steps)]
+    with pytest.raises(DataError, match="the order ends"):
+        next(walk)
+
+
 def test_an_indivisible_batch_is_a_mistake_of_the_caller() -> None:
     with pytest.raises(AssertionError, match="the global batch must divide into micro-batches"):
         sampler(global_batch=8, micro_batch=3)

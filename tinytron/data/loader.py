@@ -18,6 +18,8 @@ from tinytron.data.order import Order
 from tinytron.errors import DataError
 from tinytron.utils.signals import obey_only_the_parent
 
+_AHEAD = 4096  # positions whose samples are worked out at once: one by one, an order costs more than reading the rows
+
 
 def micro_batch_rows(global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> range:
     """First rows of this rank's micro-batches within a step: micro-batch m of rank r has the rows from
@@ -43,12 +45,24 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return cast(list[int], self.order(positions).tolist())
 
     def __iter__(self) -> Iterator[list[int]]:
-        step = self.start_step
+        step, steps = self.start_step, max(1, _AHEAD // self.global_batch)
         while True:
-            samples = self.samples_of_step(step)
-            for first in micro_batch_rows(self.global_batch, self.micro_batch, self.dp_rank, self.dp_size):
-                yield samples[first : first + self.micro_batch]
-            step += 1
+            try:
+                batches = self._batches(step, steps)
+            except Exception:  # the order may end within these steps; the steps before its end are to be had
+                if steps == 1:
+                    raise
+                steps = 1
+                continue
+            yield from batches
+            step += steps
+
+    def _batches(self, step: int, steps: int) -> list[list[int]]:
+        """This rank's micro-batches of ``steps`` steps from ``step`` on."""
+        first = micro_batch_rows(self.global_batch, self.micro_batch, self.dp_rank, self.dp_size)
+        starts = np.add.outer(np.arange(step, step + steps, dtype=np.int64) * self.global_batch, first)
+        positions = np.add.outer(starts.ravel(), np.arange(self.micro_batch))
+        return cast(list[list[int]], self.order(positions.ravel()).reshape(positions.shape).tolist())
 
 
 class _ValSampler(Sampler[list[int]]):
