@@ -185,8 +185,8 @@ def test_what_was_in_the_memory_of_a_batch_is_gone(tmp_path: Path, packing: Any)
     make_pack_files([shard], 8)
     dataset = TokenShardDataset([shard], 8, VOCAB, Reading(document_mask=True, packing=packing))
     for index in range(len(dataset)):
-        rows = {name: np.full(8, 9999, row.numpy().dtype) for name, row in dataset[index].items()}
-        dataset.read(index, rows)
+        rows = {name: np.full((1, 8), 9999, row.numpy().dtype) for name, row in dataset[index].items()}
+        dataset.read(index, rows, 0)
         assert all(9999 not in row for row in rows.values())
         assert rows.keys() == {"input_ids", "labels", "weights", "positions"}
 

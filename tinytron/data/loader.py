@@ -18,7 +18,7 @@ from tinytron.data.order import Order
 from tinytron.errors import DataError
 from tinytron.utils.signals import obey_only_the_parent
 
-_AHEAD = 4096  # positions whose samples are worked out at once: one by one, an order costs more than reading the rows
+_AHEAD = 2**14  # positions whose samples are worked out at once: one by one, an order costs more than reading the rows
 
 
 def micro_batch_rows(global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> range:

@@ -93,12 +93,13 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
         """The samples ``indices``, one under the other; read straight into the batch."""
         return read_rows([(self, index) for index in indices])
 
-    def read(self, index: int, into: dict[str, npt.NDArray[Any]]) -> None:
-        """Sample ``index`` into rows ``[S]`` of any content, by the names of ``Batch``."""
+    def read(self, index: int, into: dict[str, npt.NDArray[Any]], row: int) -> None:
+        """Sample ``index`` into row ``row`` of arrays ``[B, S]`` of any content, by the names of ``Batch``."""
         number = bisect_right(self.ends, index)
         shard, at = self.shards[number], 0
-        inputs, labels = into["input_ids"], into["labels"]
-        weights, positions = into.get("weights"), into.get("positions")
+        inputs, labels = into["input_ids"][row], into["labels"][row]
+        weights = into["weights"][row] if "weights" in into else None
+        positions = into["positions"][row] if "positions" in into else None
         for first, count in self._pieces(number, index - (self.ends[number - 1] if number else 0)):
             tokens, place = shard.tokens[first : first + count + 1], slice(at, at + count)
             self._check(number, first, tokens)
@@ -126,6 +127,12 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
         if positions is None and self.reading.cross_document_loss:
             return
         count = len(labels)
+        if self.packs:  # a piece is of one document; the label of its last token may begin another
+            if positions is not None:
+                positions[:] = self._counting[:count]
+            if not self.reading.cross_document_loss and len(shard.starts_between(first + count, first + count + 1)):
+                labels[-1] = IGNORE_INDEX
+            return
         starts = shard.starts_between(first + 1, first + count + 1) - first
         if not self.reading.cross_document_loss:
             labels[starts - 1] = IGNORE_INDEX
@@ -230,5 +237,5 @@ def read_rows(samples: Sequence[tuple[TokenShardDataset, int]]) -> Batch:
     if samples[0][0].reading.document_mask:
         rows["positions"] = np.empty(shape, np.int64)
     for row, (dataset, index) in enumerate(samples):
-        dataset.read(index, {name: array[row] for name, array in rows.items()})
+        dataset.read(index, rows, row)
     return Batch.of({name: torch.from_numpy(array) for name, array in rows.items()})
