@@ -111,6 +111,42 @@ def test_a_stop_step_is_the_end(workers: int) -> None:
     assert [batch.input_ids[:, 0].tolist() for batch in loader] == [row for step in expected for row in step]
 
 
+def test_a_long_walk_is_that_of_its_steps() -> None:
+    """Much longer than what is worked out at once, of a rank in the middle."""
+    whole, steps = sampler(70, global_batch=96), 400
+    expected = []
+    for step in range(steps):
+        samples = whole.samples_of_step(step)
+        expected.append([samples[16:32], samples[64:80]])
+    assert micro_batches(sampler(70, global_batch=96, micro_batch=16, rank=1, dp=3), steps) == expected
+
+
+def test_a_rank_works_out_its_own_rows_only() -> None:
+    asked: list[np.ndarray[Any, Any]] = []
+
+    class Watched(ShuffledEpochs):
+        def __call__(self, positions: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            asked.append(positions)
+            return super().__call__(positions)
+
+    of = GlobalBatchSampler(Watched(70, 7), global_batch=2**15, micro_batch=2, dp_rank=3, dp_size=4)
+    next(iter(of))
+    assert [positions.tolist() for positions in asked] == [[p for p in range(2**15) if p // 2 % 4 == 3]]
+
+
+@pytest.mark.parametrize("end", [24, 30, 20000, 20003])
+def test_an_order_is_not_asked_for_more_than_the_stop_step(end: int) -> None:
+    class Ending(ShuffledEpochs):
+        def __call__(self, positions: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            if positions.max() >= end:
+                raise DataError("the order ends")
+            return super().__call__(positions)
+
+    of = GlobalBatchSampler(Ending(11, 7), global_batch=8, micro_batch=8, dp_rank=0, dp_size=1)
+    of.stop_step = end // 8
+    assert list(of) == [sampler(11).samples_of_step(step) for step in range(end // 8)]
+
+
 def test_an_indivisible_batch_is_a_mistake_of_the_caller() -> None:
     with pytest.raises(AssertionError, match="the global batch must divide into micro-batches"):
         sampler(global_batch=8, micro_batch=3)

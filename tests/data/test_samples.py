@@ -179,6 +179,19 @@ def test_damaged_document_offsets_are_refused(tmp_path: Path, starts: list[int])
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_what_was_in_the_memory_of_a_batch_is_gone(tmp_path: Path, packing: Any) -> None:
+    shard = write(tmp_path, documents([3, 5, 5, 4, 2, 6, 3]))
+    write_weights(tmp_path / "train_000000.weights", np.arange(28, dtype=np.float32))
+    make_pack_files([shard], 8)
+    dataset = TokenShardDataset([shard], 8, VOCAB, Reading(document_mask=True, packing=packing))
+    for index in range(len(dataset)):
+        rows = {name: np.full((1, 8), 9999, row.numpy().dtype) for name, row in dataset[index].items()}
+        dataset.read(index, rows, 0)
+        assert all(9999 not in row for row in rows.values())
+        assert rows.keys() == {"input_ids", "labels", "weights", "positions"}
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
 def test_weights_belong_to_targets(tmp_path: Path, packing: Any) -> None:
     """Here every token's weight tells its place, and every token its place too."""
     tokens = list(range(1, 24))

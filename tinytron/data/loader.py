@@ -6,8 +6,8 @@ order: position -> sample   GlobalBatchSampler: step -> this rank's rows   DataL
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence, Sized
-from itertools import count
 from typing import Any, cast
 
 import numpy as np
@@ -18,6 +18,8 @@ from tinytron.data.batch import Batch, collate, masked
 from tinytron.data.order import Order
 from tinytron.errors import DataError
 from tinytron.utils.signals import obey_only_the_parent
+
+_AHEAD = 2**14  # positions whose samples are worked out at once: one by one, an order costs more than reading the rows
 
 
 def micro_batch_rows(global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> range:
@@ -45,10 +47,18 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return cast(list[int], self.order(positions).tolist())
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in count(self.start_step) if self.stop_step is None else range(self.start_step, self.stop_step):
-            samples = self.samples_of_step(step)
-            for first in micro_batch_rows(self.global_batch, self.micro_batch, self.dp_rank, self.dp_size):
-                yield samples[first : first + self.micro_batch]
+        step, stop = self.start_step, math.inf if self.stop_step is None else self.stop_step
+        while step < stop:
+            steps = int(min(max(1, _AHEAD // self.global_batch), stop - step))
+            yield from self._batches(step, steps)
+            step += steps
+
+    def _batches(self, step: int, steps: int) -> list[list[int]]:
+        """This rank's micro-batches of ``steps`` steps from ``step`` on."""
+        first = micro_batch_rows(self.global_batch, self.micro_batch, self.dp_rank, self.dp_size)
+        starts = np.add.outer(np.arange(step, step + steps, dtype=np.int64) * self.global_batch, first)
+        positions = np.add.outer(starts.ravel(), np.arange(self.micro_batch))
+        return cast(list[list[int]], self.order(positions.ravel()).reshape(positions.shape).tolist())
 
 
 class _ValSampler(Sampler[list[int]]):

@@ -31,7 +31,7 @@ class PackFile:
     def __init__(self, shard: Shard, seq_len: int) -> None:
         self.shard, self.seq_len = shard, seq_len
         self.path = path = shard.path.with_suffix(f".pack{seq_len}")
-        values = open_shard(path)
+        values = np.asarray(open_shard(path))
         head = values[:HEADER].tolist()
         if len(head) < HEADER or head[0] != VERSION or len(values) != HEADER + head[3] + 2 * head[4]:
             raise DataError(f"{path} is no packing of version {VERSION}; remove it, it is made again")

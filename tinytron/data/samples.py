@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,7 +61,8 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
             counts = [pack.num_rows for pack in self.packs]
         else:
             counts = [max(0, shard.count - 1) // seq_len for shard in self.shards]
-        self.ends = np.cumsum(counts, dtype=np.int64)
+        self.ends = list(accumulate(counts))
+        self._counting = np.arange(seq_len)
         if not len(self):
             sizes = ", ".join(f"{shard.path.name}: {shard.count}" for shard in self.shards[:5])
             raise DataError(
@@ -70,7 +73,7 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
         self.weighted = self.shards[0].weights is not None
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return self.ends[-1]
 
     @property
     def paths(self) -> list[Path]:
@@ -90,17 +93,14 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
         """The samples ``indices``, one under the other; read straight into the batch."""
         return read_rows([(self, index) for index in indices])
 
-    def read(self, index: int, into: dict[str, npt.NDArray[Any]]) -> None:
-        """Sample ``index`` into rows of zeros ``[S]``, by the names of ``Batch``; ``labels`` are ignored ones at first."""
-        number = int(np.searchsorted(self.ends, index, side="right"))
+    def read(self, index: int, into: dict[str, npt.NDArray[Any]], row: int) -> None:
+        """Sample ``index`` into row ``row`` of arrays ``[B, S]`` of any content, by the names of ``Batch``."""
+        number = bisect_right(self.ends, index)
         shard, at = self.shards[number], 0
-        inputs, labels, weights, positions = (
-            into["input_ids"],
-            into["labels"],
-            into.get("weights"),
-            into.get("positions"),
-        )
-        for first, count in self._pieces(number, index - (int(self.ends[number - 1]) if number else 0)):
+        inputs, labels = into["input_ids"][row], into["labels"][row]
+        weights = into["weights"][row] if "weights" in into else None
+        positions = into["positions"][row] if "positions" in into else None
+        for first, count in self._pieces(number, index - (self.ends[number - 1] if number else 0)):
             tokens, place = shard.tokens[first : first + count + 1], slice(at, at + count)
             self._check(number, first, tokens)
             inputs[place], labels[place] = tokens[:-1], tokens[1:]
@@ -108,15 +108,17 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
                 weights[place] = self._weights(shard, first + 1, first + count + 1) if self.weighted else 1
             self._mark_documents(shard, first, labels[place], None if positions is None else positions[place])
             at += count
-        if positions is not None and at < self.seq_len:
-            positions[at:] = np.arange(self.seq_len - at)  # the unused end is a document of its own
+        if at == self.seq_len:
+            return
+        inputs[at:], labels[at:] = 0, IGNORE_INDEX
+        if weights is not None:
+            weights[at:] = 0
+        if positions is not None:
+            positions[at:] = self._counting[: self.seq_len - at]  # the unused end is a document of its own
 
-    def _pieces(self, number: int, row: int) -> Iterator[Piece]:
+    def _pieces(self, number: int, row: int) -> list[Piece]:
         """What row ``row`` of shard ``number`` is made of."""
-        if self.packs:
-            yield from self.packs[number].pieces(row)
-        else:
-            yield row * self.seq_len, self.seq_len
+        return self.packs[number].pieces(row) if self.packs else [(row * self.seq_len, self.seq_len)]
 
     def _mark_documents(
         self, shard: Shard, first: int, labels: npt.NDArray[np.int64], positions: npt.NDArray[np.int64] | None
@@ -124,14 +126,20 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
         """Fill in the positions of the piece from token ``first`` on, and take out labels that begin another document."""
         if positions is None and self.reading.cross_document_loss:
             return
-        starts = shard.starts_between(first + 1, first + len(labels) + 1) - first
+        count = len(labels)
+        if self.packs:  # a piece is of one document; the label of its last token may begin another
+            if positions is not None:
+                positions[:] = self._counting[:count]
+            if not self.reading.cross_document_loss and len(shard.starts_between(first + count, first + count + 1)):
+                labels[-1] = IGNORE_INDEX
+            return
+        starts = shard.starts_between(first + 1, first + count + 1) - first
         if not self.reading.cross_document_loss:
             labels[starts - 1] = IGNORE_INDEX
         if positions is not None:
-            inside = starts[starts < len(labels)]
-            positions[inside] = inside
-            np.maximum.accumulate(positions, out=positions)  # of each token, where its document began
-            np.subtract(np.arange(len(positions)), positions, out=positions)
+            edges = np.concatenate(([0], starts, [count]))
+            began = edges[:-1].repeat(edges[1:] - edges[:-1])  # of each token, where its document did
+            np.subtract(self._counting[:count], began, out=positions)
 
     def _weights(self, shard: Shard, first: int, last: int) -> npt.NDArray[np.float32]:
         if shard.weights is None:
@@ -204,10 +212,10 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
 
     def __init__(self, datasets: Mapping[str, TokenShardDataset], order: MixtureOrder | None = None) -> None:
         self.names, self.datasets, self.order = list(datasets), list(datasets.values()), order
-        self.ends = np.cumsum([len(dataset) for dataset in self.datasets])
+        self.ends = list(accumulate(map(len, self.datasets)))
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return self.ends[-1]
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         source, local = self._place(range(len(self))[index])
@@ -219,8 +227,8 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
         return batch._replace(sources=torch.tensor([source for source, _ in places]))
 
     def _place(self, index: int) -> tuple[int, int]:
-        source = int(np.searchsorted(self.ends, index, side="right"))
-        return source, index - (int(self.ends[source - 1]) if source else 0)
+        source = bisect_right(self.ends, index)
+        return source, index - (self.ends[source - 1] if source else 0)
 
     def fingerprint(self) -> str:
         """Those of the sources, by name."""
@@ -230,14 +238,11 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
 def read_rows(samples: Sequence[tuple[TokenShardDataset, int]]) -> Batch:
     """A batch of samples, each given as its data set and its number there; all have the same length."""
     shape = len(samples), samples[0][0].seq_len
-    rows: dict[str, npt.NDArray[Any]] = {
-        "input_ids": np.zeros(shape, np.int64),
-        "labels": np.full(shape, IGNORE_INDEX, np.int64),
-    }
+    rows: dict[str, npt.NDArray[Any]] = {"input_ids": np.empty(shape, np.int64), "labels": np.empty(shape, np.int64)}
     if any(dataset.weighted for dataset, _ in samples):
-        rows["weights"] = np.zeros(shape, np.float32)
+        rows["weights"] = np.empty(shape, np.float32)
     if samples[0][0].reading.document_mask:
-        rows["positions"] = np.zeros(shape, np.int64)
+        rows["positions"] = np.empty(shape, np.int64)
     for row, (dataset, index) in enumerate(samples):
-        dataset.read(index, {name: array[row] for name, array in rows.items()})
+        dataset.read(index, rows, row)
     return Batch.of({name: torch.from_numpy(array) for name, array in rows.items()})

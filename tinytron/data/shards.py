@@ -88,7 +88,7 @@ class Shard:
     @cached_property
     def tokens(self) -> npt.NDArray[Any]:
         """The token ids, read-only, ``[count]``."""
-        tokens = open_shard(self.path, self.headerless)
+        tokens = np.asarray(open_shard(self.path, self.headerless))  # a plain array: slices of np.memmap are slow
         if len(tokens) != self.count:
             raise DataError(f"{self.path}: {len(tokens)} tokens, but manifest.json says {self.count}; tokenise again")
         return tokens
@@ -99,7 +99,7 @@ class Shard:
         path = self.path.with_suffix(".weights")
         if not path.exists():
             return None
-        weights = open_weights(path)
+        weights = np.asarray(open_weights(path))
         if len(weights) != self.count:
             raise DataError(f"{path}: {len(weights)} weights for the {self.count} tokens of {self.path.name}")
         return weights
@@ -110,7 +110,7 @@ class Shard:
         path = self.path.with_suffix(".docs")
         if not path.exists():
             return None
-        starts: npt.NDArray[Any] = open_shard(path)
+        starts: npt.NDArray[Any] = np.asarray(open_shard(path))
         if len(starts) and not (int(starts[-1]) < self.count and np.all(starts[1:] > starts[:-1])):
             raise DataError(f"{path}: the offsets do not ascend within the {self.count} tokens of {self.path.name}")
         return starts
@@ -123,7 +123,7 @@ class Shard:
         starts = self.document_starts
         if starts is not None:
             # uint32 bounds: with others numpy would copy the whole array to a common type.
-            low, high = np.searchsorted(starts, np.array([first, last], np.uint32))
+            low, high = starts.searchsorted(np.array([first, last], np.uint32))
             return starts[low:high].astype(np.int64)
         if self.eot is None:
             raise DataError(
@@ -151,10 +151,10 @@ def open_shards(paths: Sequence[Path], headerless: str | None = None, eot: EndOf
     Raises: DataError for files of other sizes than their manifest or header says, and as ``read_manifest``.
     """
     manifests = {folder: read_manifest(folder) for folder in {path.parent for path in paths}}
+    known = {folder / shard.name: shard for folder, found in manifests.items() if found for shard in found.shards}
     shards = []
     for path in paths:
-        manifest = manifests[path.parent]
-        facts = next((shard for shard in manifest.shards if shard.name == path.name), None) if manifest else None
+        manifest, facts = manifests[path.parent], known.get(path)
         if manifest is None or facts is None:
             shards.append(Shard(path, headerless, eot))
             continue
