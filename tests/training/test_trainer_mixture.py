@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ import pytest
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import Run, losses, train, user_error
 from tinytron.data import write_shard
-from tinytron.training import Trainer
+from tinytron.training import Config, Trainer, datasets
 
 Pools = Callable[[int], Ranks]
 
 
-def text(folder: Path, tokens: int, low: int, high: int, split: str = "train", seed: int = 1) -> None:
+def text(folder: Path, tokens: int, low: int, high: int, name: str = "train_000000", seed: int = 1) -> None:
     """Documents of 3 to 20 tokens in ``low .. high - 1``; token 0 before each, and its offset in the .docs file."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
@@ -26,8 +27,8 @@ def text(folder: Path, tokens: int, low: int, high: int, split: str = "train", s
     starts = np.concatenate([[0], np.cumsum(random.integers(3, 21, tokens))])
     starts = starts[starts < tokens]
     values[starts] = 0
-    write_shard(folder / f"{split}_000000.bin", values)
-    write_shard(folder / f"{split}_000000.docs", starts, np.uint32)
+    write_shard(folder / f"{name}.bin", values)
+    write_shard(folder / f"{name}.docs", starts, np.uint32)
 
 
 def mixture(folder: Path, sources: Any = (("web", 2, {}), ("code", 1, {})), **more: Any) -> Path:
@@ -35,7 +36,7 @@ def mixture(folder: Path, sources: Any = (("web", 2, {}), ("code", 1, {})), **mo
     for name, low, high in (("web", 1, 31), ("code", 31, 61)):
         if not (folder / name).exists():
             text(folder / name, 3001, low, high)
-            text(folder / name, 301, low, high, "val", seed=2)
+            text(folder / name, 301, low, high, "val_000000", seed=2)
     listed = [{"name": n, "path": n, **({} if w is None else {"weight": w}), **caps} for n, w, caps in sources]
     (folder / "mix.json").write_text(json.dumps({"sources": listed, **more}))
     return folder / "mix.json"
@@ -196,3 +197,29 @@ def test_files_without_a_header_are_read_as_the_type_that_is_given(ranks: Pools,
     one = run_of(ranks, 1, tmp_path / "data", tmp_path / "one")
     raw = run_of(ranks, 1, tmp_path / "raw", tmp_path / "two", "--token_dtype", "uint32")
     assert raw.log == one.log
+
+
+class OfItsOwnNode(Trainer):
+    """As on nodes that share no folder: every rank has a folder of its own, and is the first of its node."""
+
+    def _init_dataset(self, config: Config) -> None:
+        path = f"{config.data.dataset_path}/{self.state.rank}"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(datasets, "first_on_node", lambda: True)
+            super()._init_dataset(replace(config, data=replace(config.data, dataset_path=path)))
+
+
+def test_nodes_may_have_folders_of_their_own(ranks: Pools, tmp_path: Path) -> None:
+    for rank in range(2):
+        for number in range(2):
+            text(tmp_path / str(rank), 901, 1, 61, seed=number, name=f"train_{number:06d}")
+    run = ranks(2).run(train, OfItsOwnNode, tmp_path / "log", *FLAGS, "--dataset_path", tmp_path, *PACKED)[0]
+    assert run.step == 6
+    assert len([*tmp_path.glob("*/*.pack12")]) == 4
+
+
+def test_nodes_must_have_the_same_shards(ranks: Pools, tmp_path: Path) -> None:
+    for rank, tokens in enumerate((901, 900)):
+        text(tmp_path / str(rank), tokens, 1, 61)
+    for error in ranks(2).run(user_error, OfItsOwnNode, tmp_path / "log", *FLAGS, "--dataset_path", tmp_path):
+        assert "has other train shards on some nodes; copy the same ones to all" in error

@@ -23,6 +23,7 @@ from tinytron.data.mixture import MixtureOrder
 from tinytron.data.mixture_file import read_mixture
 from tinytron.data.order import Order, ShuffledEpochs
 from tinytron.data.pack_files import make_pack_files
+from tinytron.data.prepare import require_same
 from tinytron.data.remote import fetch_shards, local_dataset_path
 from tinytron.data.shards import EndOfText, find_shards, open_shards
 from tinytron.data.streams import StreamLoader, ValStreamLoader
@@ -81,11 +82,17 @@ def _shards(config: Config, state: ParallelState, path: str, split: str) -> Toke
     path = path.removeprefix("file://")
     eot = None if data.eot_id is None else EndOfText(data.eot_id, data.eot_position)
     shards = together(lambda: open_shards(find_shards(path, split), data.token_dtype, eot), world)
+    found = [(shard.path.name, shard.count, shard.sha256) for shard in shards]
+    require_same(
+        found, world, f"--dataset_path {path} has other {split} shards on some nodes; copy the same ones to all"
+    )
     if not shards:
         return None
     if data.packing == "best_fit":
         mine = shards[state.rank :: state.layout.world_size]
         together_long(lambda: make_pack_files(mine, seq_len), world)
+        # Nodes that share no folder lack those that ranks of other nodes made.
+        together_long(lambda: make_pack_files(shards, seq_len) if first_on_node() else None, world)
 
     def build() -> TokenShardDataset:
         reading = Reading(data.document_mask, data.cross_document_loss, data.packing)
