@@ -112,12 +112,13 @@ class GPT(nn.Module):
             else:
                 std = residual_std if spec.writes_residual else self.config.init_std
                 if spec.gradient_group == "expert":
-                    for expert, weight in enumerate(parameter, start=self._first_expert(len(parameter))):
+                    for expert, weight in enumerate(parameter, start=self.first_expert(len(parameter))):
                         weight.copy_(named_normal(f"{spec.name}.{expert}", spec.shape[1:], std, seed))
                 else:
                     parameter.copy_(named_normal(spec.name, spec.shape, std, seed))
 
-    def _first_expert(self, local_experts: int) -> int:
+    def first_expert(self, local_experts: int) -> int:
+        """The first of this rank's ``local_experts``, counted among all."""
         return self.state.group_rank("ep") * local_experts if self.state else 0
 
     def param_specs(self) -> list[ParamSpec]:

@@ -1,0 +1,1 @@
+"""Floor 3: models of Hugging Face in and out."""
