@@ -92,7 +92,9 @@ def make(name: str, dtype: torch.dtype = torch.float64) -> Any:
     transformers = pytest.importorskip("transformers")
     prefix, options = MODELS[name]
     sizes = {"GPT2": GPT2, "GPTNeoX": NEOX}.get(prefix, SIZES)
-    config = getattr(transformers, f"{prefix}Config")(**sizes | options, attn_implementation="eager")
+    config = getattr(transformers, f"{prefix}Config")(
+        **sizes | options, attn_implementation="sdpa"
+    )  # in fp64 throughout, unlike eager
     config._experts_implementation = "eager"  # the others know no fp64
     cls = getattr(transformers, "GPT2LMHeadModel" if prefix == "GPT2" else f"{prefix}ForCausalLM")
     model = cls(config).to(dtype).eval()

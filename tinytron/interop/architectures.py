@@ -89,10 +89,13 @@ def facts(config: ModelConfig) -> dict[str, Any]:
     }
     if config.position_type == "rotary":
         found |= {"rope_theta": config.rope_theta, "rotary_fraction": config.rotary_dim, **_scaling_facts(config)}
-    if len(config.moe_layers) < config.num_layer:
+    has_dense = len(config.moe_layers) < config.num_layer
+    if has_dense:
         found["intermediate_size"] = config.intermediate_size
-    if len(config.moe_layers) < config.num_layer or config.num_shared_experts:
-        found |= {"mlp_type": config.mlp_type, "mlp_bias": config.has_mlp_bias}
+    found |= {
+        "mlp_type": config.mlp_type,
+        "mlp_bias": config.has_mlp_bias and (has_dense or config.num_shared_experts > 0),
+    }
     if config.use_moe:
         names = (
             "num_experts num_experts_per_tok moe_intermediate_size num_shared_experts moe_router_score norm_topk_prob"

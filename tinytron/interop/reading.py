@@ -11,6 +11,7 @@ from tinytron.interop.settings import Settings
 Options = dict[str, Any]
 _SILU = {"silu": "swiglu", "swish": "swiglu"}
 _GELU = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
+_MOST_LAYERS = 10_000  # a number beyond is damage
 
 
 def _sizes(settings: Settings) -> Options:
@@ -19,7 +20,7 @@ def _sizes(settings: Settings) -> Options:
     return {
         "block_size": settings.integer("max_position_embeddings"),
         "vocab_size": settings.integer("vocab_size"),
-        "num_layer": settings.integer("num_hidden_layers"),
+        "num_layer": settings.integer("num_hidden_layers", most=_MOST_LAYERS),
         "num_attention_heads": heads,
         "num_key_value_heads": settings.integer("num_key_value_heads", heads),
         "hidden_size": settings.integer("hidden_size"),
@@ -188,7 +189,7 @@ def _read_gpt2(settings: Settings) -> Options:
     return {
         "block_size": settings.integer("n_positions"),
         "vocab_size": settings.integer("vocab_size"),
-        "num_layer": settings.integer("n_layer"),
+        "num_layer": settings.integer("n_layer", most=_MOST_LAYERS),
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
         "hidden_size": width,

@@ -42,12 +42,12 @@ class Settings:
             raise ConfigError(f"{self.source} does not say its {key}")
         return default
 
-    def integer(self, key: str, default: Any = _REQUIRED) -> Any:
-        """A whole number of at least 0, or ``default``."""
+    def integer(self, key: str, default: Any = _REQUIRED, most: int = 2**31) -> Any:
+        """A whole number from 0 to ``most``, or ``default``."""
         value = self.take(key, default)
-        if value is default or (type(value) is int and value >= 0):
+        if value is default or (type(value) is int and 0 <= value <= most):
             return value
-        raise self.wrong(key, value, "a whole number is expected")
+        raise self.wrong(key, value, f"a whole number up to {most:,} is expected")
 
     def number(self, key: str, default: Any = _REQUIRED) -> Any:
         """A finite number as a float, or ``default``."""

@@ -292,6 +292,9 @@ class Trainer:
             self._say(f"resuming after step {self.step} from {files.model}")
             for difference in differences:
                 self._say(f"changed since the checkpoint: {difference}")
+        elif (name := self.config.ckpt.init_from) is not None:
+            startup.load_initial_weights(name, self.raw_model, self.optimizer, self.state)
+            self._say(f"starting from the weights of {name}")
         description = startup.describe_run(self.config, self.state.layout)
         self._record = startup.run_record(self.config, description)
         startup.write_description(self.config, self.state, description, self.mirror)
