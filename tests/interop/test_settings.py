@@ -8,7 +8,7 @@ import pytest
 
 from tests.interop.families import MODELS, make
 from tinytron.errors import ConfigError
-from tinytron.interop.architectures import read_architecture
+from tinytron.interop.architectures import facts, read_architecture
 from tinytron.model import ModelConfig
 
 LLAMA: dict[str, Any] = {
@@ -116,8 +116,9 @@ def test_what_is_left_out_is_what_transformers_takes() -> None:
         spoken = {key: value for key, value in sizes.items() if key not in ("model_type", "rms_norm_eps")}
         if prefix == "GPTNeoX":
             del spoken["num_key_value_heads"]
+            spoken["num_attention_heads"] = 2  # of a quarter of whose width an even part is turned
         made = kind(**spoken).to_dict()
-        assert read({**spoken, "model_type": kind.model_type}) == read(made), name
+        assert facts(read({**spoken, "model_type": kind.model_type})) == facts(read(made)), name
 
 
 def test_windows_of_qwen() -> None:
