@@ -279,7 +279,7 @@ def test_errors_are_one_line_and_leave_nothing(tmp_path: Path, capsys: pytest.Ca
     text = refusal("import", run, "--out", tmp_path / "new", capsys=capsys)
     assert text == f"error: {run} is Tinytron's own already; use it with --init_from"
     text = refusal("import", "no such/name/here", "--out", tmp_path / "new", capsys=capsys)
-    assert text.endswith("no such/name/here is no folder with a model, and no name such as openai-community/gpt2")
+    assert text == ("error: no such/name/here is no folder with a model, and no name such as openai-community/gpt2")
     empty = tmp_path / "empty"
     empty.mkdir()
     text = refusal("export", "--checkpoint", empty, "--out", tmp_path / "new", capsys=capsys)
@@ -325,6 +325,9 @@ def test_weights_of_another_model_are_not_exported(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", small())
     torch.save(small(hidden_size=32).state_dict(), run / "00000_model.pt")
     with pytest.raises(CheckpointError, match=r"is of a different model \(\d+ differences\)"):
+        export(run, tmp_path / "out")
+    torch.save({"wte.weight": [1.0]}, run / "00000_model.pt")
+    with pytest.raises(CheckpointError, match=r"00000_model.pt holds wte.weight, which is no tensor"):
         export(run, tmp_path / "out")
 
 

@@ -28,7 +28,10 @@ class OwnModel(NamedTuple):
         """The whole ``state_dict``, read where it is used. Raises: CheckpointError if the file is damaged."""
         content = read_file(self.file, mmap=True)
         inner = content.get("model")
-        return inner if isinstance(inner, dict) else content
+        weights: dict[str, torch.Tensor] = inner if isinstance(inner, dict) else content
+        if wrong := [name for name, value in weights.items() if not isinstance(value, torch.Tensor)]:
+            raise CheckpointError(f"{self.file} holds {wrong[0]}, which is no tensor")
+        return weights
 
 
 def is_own(path: Path) -> bool:

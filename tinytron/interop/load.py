@@ -32,7 +32,7 @@ def architecture_of(name: str) -> ModelConfig:
     Face's, or a name on its hub. Raises: ConfigError, CheckpointError."""
     if is_own(Path(name)):
         return own_model(Path(name)).config
-    return _read_config(model_folder(name, FLAG, weights=False))[1]
+    return _read_config(model_folder(name, weights=False))[1]
 
 
 def _read_config(folder: Path) -> tuple[Family, ModelConfig]:
@@ -90,7 +90,7 @@ def load_pretrained(model: GPT, name: str) -> None:
         _require_same(model.config, own.config, name)
         load_weights(model, own.weights(), str(own.file), model.state)
         return
-    folder = model_folder(name, FLAG, weights=True)
+    folder = model_folder(name, weights=True)
     family, config = _read_config(folder)
     _require_same(model.config, config, name)
     load_hf(model, HFWeights(folder), family, config.vocab_size)
