@@ -138,7 +138,7 @@ def test_a_run_that_hangs_is_described_and_can_be_ended(tmp_path: Path) -> None:
     assert "hang.py" in stacks[1].read_text()
 
 
-IGNORES_NOTHING = "import time; print('ready', flush=True); time.sleep(60)"
+IGNORES_NOTHING = "import os, time; os.write(1, b'ready\\n'); time.sleep(60)"  # at once: two write to one pipe
 
 
 def test_a_script_that_does_not_train_is_ended(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ MUTANTS = {
         ("load never zeroed", GPT + "end_step", "self.step_load.zero_()", "pass"),
         ("bias moves with the load", GPT + "end_step", "layer.router.bias -= rate", "layer.router.bias += rate"),
         ("bias stands still", GPT + "end_step", "(rate := self.config.moe_bias_update_rate) > 0", "False"),
-        ("every rank has the first experts", GPT + "_first_expert", 'self.state.group_rank("ep") * local_experts', "0"),
+        ("every rank has the first experts", GPT + "first_expert", 'self.state.group_rank("ep") * local_experts', "0"),
         ("shared experts left out", MOE + "forward", "out_BsD + self.shared(x_BsD)", "out_BsD + 0 * self.shared(x_BsD)"),
     ),
     **_mutants(

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from tinytron.interop import model_options
 from tinytron.training.config import SECTIONS, Config
 from tinytron.utils.flags import Parser, add_flag, config_fields, parse_strictly
 
@@ -27,18 +28,26 @@ def build_parser(description: str = "Pre-train a GPT.") -> argparse.ArgumentPars
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse ``argv`` (default: the command line). Raises: ConfigError for unknown flags, naming the nearest known one,
-    and for values of the wrong type."""
-    return parse_strictly(build_parser(), argv)
+    """Parse ``argv`` (default: the command line); ``given`` of the result are the flags that stand there. Raises:
+    ConfigError for unknown flags, naming the nearest known one, and for values of the wrong type."""
+    parser = build_parser()
+    args = parse_strictly(parser, argv)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    args.given = frozenset(vars(parse_strictly(parser, argv)))
+    return args
 
 
 def build_config(args: argparse.Namespace) -> Config:
-    """The frozen configuration. Raises: ConfigError for values that break a rule."""
-    sections: dict[str, Any] = {}
+    """The frozen configuration; with ``--init_from`` the architecture is that of the weights, which flags of ``args.given``
+    must not contradict. Raises: ConfigError for values that break a rule."""
+    values: dict[str, dict[str, Any]] = {}
     for section, cls in SECTIONS.items():
-        values = {info.name: getattr(args, info.name) for info in config_fields(cls)}
-        sections[section] = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-    return Config(**sections)
+        found = {info.name: getattr(args, info.name) for info in config_fields(cls)}
+        values[section] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+    if args.init_from is not None:
+        values["model"] = model_options(args.init_from, values["model"], args.given & values["model"].keys())
+    return Config(**{section: cls(**values[section]) for section, cls in SECTIONS.items()})
 
 
 def show_config(config: Config) -> str:

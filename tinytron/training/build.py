@@ -30,7 +30,7 @@ def build_model(config: Config, state: ParallelState) -> GPT:
         config.model,
         dtype=dtype,
         device=state.device,
-        seed=config.seed.seed,
+        seed=config.seed.seed if config.ckpt.init_from is None else None,
         attn_backend=config.train.attn_backend,
         recompute=config.train.recompute,
         z_loss_coef=config.train.z_loss_coef,

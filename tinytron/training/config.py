@@ -210,6 +210,13 @@ class CkptConfig:
         str | None,
         Flag("start from this run folder or <step>_model.pt, until the run has a checkpoint", identity=False),
     ] = None
+    init_from: Annotated[
+        str | None,
+        Flag(
+            "begin with the weights, and the architecture, of a Hugging Face folder or hub name, or of a run: a folder or "
+            "<step>_model.pt"
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +275,11 @@ class Config:
             raise ConfigError(
                 f"--ep_size {ep} must divide --num_experts {self.model.num_experts}; "
                 f"use one of {divisors(self.model.num_experts)}"
+            )
+        if self.ckpt.init_from is not None and self.ckpt.resume_path is not None:
+            raise ConfigError(
+                f"--init_from {self.ckpt.init_from} begins a new run and --resume_path {self.ckpt.resume_path} continues "
+                "one; drop one of them"
             )
         if self.parallel.grad_reduce_dtype != "fp32" and not self.parallel.use_distributed_optimizer:
             raise ConfigError(

@@ -14,6 +14,7 @@ from typing import IO, Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 
 import tinytron
 from tinytron.checkpoint import CheckpointFiles, complete_checkpoints, find_checkpoints
@@ -23,7 +24,10 @@ from tinytron.checkpoint.mirror import Mirror
 from tinytron.distributed.collectives import together, together_long
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.parallel_state import ParallelState
+from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer
 from tinytron.errors import CheckpointError, ConfigError, first_line
+from tinytron.interop import load_pretrained
+from tinytron.model import GPT
 from tinytron.training.config import Config
 from tinytron.training.derive import accumulation_steps
 from tinytron.utils.remote import is_remote, local_folder
@@ -259,6 +263,21 @@ def checkpoints_to_resume(config: Config, folder: Path) -> list[CheckpointFiles]
     if own or config.ckpt.resume_path is None:
         return own
     return find_checkpoints(config.ckpt.resume_path)
+
+
+def load_initial_weights(name: str, model: nn.Module, optimizer: DistributedOptimizer, state: ParallelState) -> None:
+    """Begin with the weights that ``--init_from name`` names. Collective. Raises: ConfigError or CheckpointError on every
+    rank if they cannot be had, or do not fit the model."""
+
+    def load() -> None:
+        if not isinstance(model, GPT):
+            raise ConfigError(
+                f"--init_from {name} fills our GPT, and this is a {type(model).__name__}; load it yourself"
+            )
+        load_pretrained(model, name)
+
+    together_long(load, state.groups["world"])  # may be fetched from the hub first
+    optimizer.refresh_shards()
 
 
 def data_position(config: Config, step: int) -> dict[str, int]:

@@ -292,6 +292,9 @@ class Trainer:
             self._say(f"resuming after step {self.step} from {files.model}")
             for difference in differences:
                 self._say(f"changed since the checkpoint: {difference}")
+        elif (name := self.config.ckpt.init_from) is not None:
+            startup.load_initial_weights(name, self.raw_model, self.optimizer, self.state)
+            self._say(f"starting from the weights of {name}")
         description = startup.describe_run(self.config, self.state.layout)
         self._record = startup.run_record(self.config, description)
         startup.write_description(self.config, self.state, description, self.mirror)
@@ -355,7 +358,7 @@ class Trainer:
         self._logged_step = self.step
         self.one_step_results |= report.results
         if isinstance(self.raw_model, GPT) and self.raw_model.moe_layers:
-            report.add_expert_load(load_statistics(self.raw_model.take_load(), self.config.model.first_k_dense))
+            report.add_expert_load(load_statistics(self.raw_model.take_load(), self.config.model.moe_layers))
         if self._sources.names:
             report.add_sources(self._sources.flush(), datasets.seen_tokens(self.config, self.train_dataset, self.step))
         if self._routing is not None:

@@ -1,0 +1,63 @@
+"""The README.md of an exported folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import tinytron
+from tinytron.interop.checkpoints import OwnModel
+from tinytron.interop.hf import Family
+from tinytron.utils.model import count_parameters
+
+
+def run_config(own: OwnModel, section: str) -> dict[str, Any]:
+    """A section of the configuration that a checkpoint's run had; empty if nothing is known of it."""
+    found: dict[str, Any] = own.meta.get("run", {}).get("config", {}).get(section, {})
+    return found
+
+
+def model_card(own: OwnModel, family: Family, dtype: torch.dtype, name: str) -> str:
+    """README.md of the folder: facts only."""
+    config, meta = own.config, own.meta
+    count = count_parameters(config)
+    optim, train = run_config(own, "optim"), run_config(own, "train")
+    rows: list[tuple[str, object]] = [
+        ("architecture", family.architecture),
+        ("parameters", f"{count.total:,}" + (f" ({count.active:,} per token)" if config.use_moe else "")),
+        ("type of the weights", str(dtype).removeprefix("torch.")),
+        ("layers", config.num_layer),
+        ("width", config.hidden_size),
+        ("heads", f"{config.num_attention_heads} for queries, {config.num_key_value_heads} for keys and values"),
+        ("longest sequence", f"{config.block_size} tokens"),
+        ("vocabulary", config.vocab_size),
+    ]
+    if "step" in meta:
+        rows.append(("optimizer steps", f"{meta['step']:,}"))
+    if (tokens := meta.get("data_position", {}).get("tokens")) is not None:
+        rows.append(("training tokens", f"{tokens:,}"))
+    if meta.get("val_loss") is not None:
+        rows.append(("validation loss", f"{meta['val_loss']:.4f} nats per token"))
+    if optim and train:
+        rows.append(("optimizer", f"{optim.get('optimizer')}, peak learning rate {optim.get('max_lr')}"))
+        rows.append(("global batch", f"{train.get('total_batch_size'):,} tokens"))
+    table = "\n".join(f"| {what} | {value} |" for what, value in rows)
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {name}
+
+Trained with Tinytron {tinytron.__version__}, written by `python -m tinytron.interop export`.
+
+| | |
+|---|---|
+{table}
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+```
+"""

@@ -1,0 +1,90 @@
+"""Weights of Tinytron's own: of a run, one of its checkpoints, a consolidated file, or what an import wrote."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from tinytron.checkpoint.files import CheckpointFiles, checkpoint_of, newest_checkpoint, verify
+from tinytron.checkpoint.load import read_file, read_meta
+from tinytron.errors import CheckpointError, TinytronError
+from tinytron.interop.weights import read_json
+from tinytron.model.config import ModelConfig
+
+DESCRIPTION = "config.json"  # of a run's folder
+
+
+class OwnModel(NamedTuple):
+    """A file of weights, the architecture, and what the checkpoint's metadata says (nothing about an imported one)."""
+
+    file: Path
+    config: ModelConfig
+    meta: dict[str, Any]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The whole ``state_dict``, read where it is used. Raises: CheckpointError if the file is damaged."""
+        content = read_file(self.file, mmap=True)
+        inner = content.get("model")
+        weights: dict[str, torch.Tensor] = inner if isinstance(inner, dict) else content
+        if wrong := [name for name, value in weights.items() if not isinstance(value, torch.Tensor)]:
+            raise CheckpointError(f"{self.file} holds {wrong[0]}, which is no tensor")
+        return weights
+
+
+def is_own(path: Path) -> bool:
+    """Whether ``path`` is Tinytron's: a file of weights, or a folder of a run or an import."""
+    if path.is_file():
+        return path.suffix == ".pt"
+    if not path.is_dir():
+        return False
+    description = path / DESCRIPTION
+    try:
+        return "config" in read_json(description)
+    except CheckpointError:
+        return any(path.glob("*_model.pt"))
+
+
+def own_model(path: Path) -> OwnModel:
+    """The newest weights of a folder, or those of a file. Raises: CheckpointError if there are none, or they are not what
+    was written."""
+    if path.is_dir():
+        files = newest_checkpoint(path)
+        found = sorted(path.glob("*_model.pt"))
+        if files is None and len(found) != 1:
+            raise CheckpointError(f"{path} holds no complete checkpoint (no *_meta.pt with its parts)")
+        return _of_file(found[0]) if files is None else _of_checkpoint(files)
+    files = checkpoint_of(path)
+    if files is not None and files.meta.is_file():
+        return _of_checkpoint(files)
+    return _of_file(path)
+
+
+def _of_checkpoint(files: CheckpointFiles) -> OwnModel:
+    meta = read_meta(files.meta)
+    verify(files.folder, meta.get("files", {}), [files.model.name] if files.model.name in meta.get("files", {}) else [])
+    return OwnModel(files.model, _architecture(meta.get("run"), files.meta), meta)
+
+
+def _of_file(path: Path) -> OwnModel:
+    meta = read_file(path, mmap=True).get("meta")
+    if isinstance(meta, dict):  # of a consolidated file
+        return OwnModel(path, _architecture(meta.get("run"), path), meta)
+    description = path.with_name(DESCRIPTION)
+    return OwnModel(path, _architecture(read_json(description), description), {})
+
+
+def _architecture(run: Any, source: Path) -> ModelConfig:
+    try:
+        values = run["config"]["model"]
+        fixed: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        return ModelConfig(**fixed)
+    except (TypeError, KeyError, AttributeError) as error:
+        known = {field.name for field in dataclasses.fields(ModelConfig)}
+        raise CheckpointError(f"{source} does not describe a model of these {len(known)} options ({error})") from error
+    except TinytronError as error:
+        raise CheckpointError(f"{source} describes no valid model: {error}") from error

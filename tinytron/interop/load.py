@@ -1,0 +1,175 @@
+"""Weights from elsewhere into a model: Hugging Face's, streamed tensor by tensor, or Tinytron's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Set
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinytron.checkpoint.load import load_weights
+from tinytron.errors import CheckpointError, ConfigError
+from tinytron.interop.architectures import facts, read_architecture
+from tinytron.interop.checkpoints import is_own, own_model
+from tinytron.interop.hf import Family, Part
+from tinytron.interop.hub import model_folder
+from tinytron.interop.weights import HFWeights, read_json
+from tinytron.model import GPT, ModelConfig
+
+FLAG = "--init_from"
+_VOCABULARY = ("wte.weight", "lm_head.weight")
+# Of the model's options those that say how it is trained, not what its weights mean.
+_FREE = {
+    "dropout", "init_std", "moe_aux_loss_coef", "moe_aux_loss_scope", "moe_z_loss_coef", "moe_bias_update_rate",
+}  # fmt: skip
+
+
+def architecture_of(name: str) -> ModelConfig:
+    """The architecture of the weights that ``--init_from`` names: a folder or file of Tinytron's, a folder of Hugging
+    Face's, or a name on its hub. Raises: ConfigError, CheckpointError."""
+    if is_own(Path(name)):
+        return own_model(Path(name)).config
+    return _read_config(model_folder(name, weights=False))[1]
+
+
+def _read_config(folder: Path) -> tuple[Family, ModelConfig]:
+    path = folder / "config.json"
+    return read_architecture(read_json(path), str(path))
+
+
+def model_options(name: str, values: Mapping[str, Any], given: Set[str]) -> dict[str, Any]:
+    """The model's options for ``--init_from name``: the architecture of the weights, and of ``values`` those that say how
+    it is trained, and ``given`` ones that do not contradict it: ``vocab_size`` may be larger (rows are added), and
+    ``block_size`` any, unless positions are learned.
+
+    Raises: ConfigError naming the first contradicting flag; what ``architecture_of`` raises.
+    """
+    theirs = architecture_of(name)
+    own = {key: value for key, value in values.items() if key in _FREE or key in given}
+    options = {**dataclasses.asdict(theirs), **own}
+    for key in sorted(own.keys() - _FREE - {"block_size", "vocab_size"}):
+        alone = dataclasses.asdict(theirs) | {key: own[key]}
+        if not _same(theirs, alone):
+            raise ConfigError(
+                f"--{key} {own[key]} contradicts {FLAG} {name}, which has {getattr(theirs, key)}; drop --{key}"
+            )
+    if options["vocab_size"] < theirs.vocab_size:
+        raise ConfigError(
+            f"--vocab_size {options['vocab_size']} is less than the {theirs.vocab_size} tokens of {FLAG} {name}; "
+            f"use {theirs.vocab_size} or more"
+        )
+    if theirs.position_type == "learned" and options["block_size"] != theirs.block_size:
+        raise ConfigError(
+            f"--block_size {options['block_size']} is not the {theirs.block_size} learned positions of {FLAG} {name}; "
+            f"use {theirs.block_size}"
+        )
+    return options
+
+
+def _same(theirs: ModelConfig, options: dict[str, Any]) -> bool:
+    try:
+        return facts(ModelConfig(**options)) == facts(theirs)
+    except ConfigError:
+        return False
+
+
+def load_pretrained(model: GPT, name: str) -> None:
+    """Set every weight of ``model`` from what ``--init_from`` names; each rank reads only its own experts.
+
+    Rows beyond the vocabulary of the weights become the mean of its rows: then no token's logit is above what the others'
+    logits average to, and the padding takes at most its share of the probability (with rows of zeros, a model whose
+    logits are all far below zero would predict nothing but padding).
+
+    Raises: CheckpointError naming missing, unknown and misshapen tensors; ConfigError if the model is another.
+    """
+    if is_own(Path(name)):
+        own = own_model(Path(name))
+        _require_same(model.config, own.config, name)
+        load_weights(model, own.weights(), str(own.file), model.state)
+        return
+    folder = model_folder(name, weights=True)
+    family, config = _read_config(folder)
+    _require_same(model.config, config, name)
+    load_hf(model, HFWeights(folder), family, config.vocab_size)
+
+
+def _require_same(ours: ModelConfig, theirs: ModelConfig, name: str) -> None:
+    mine, other = (facts(config) | {"block_size": 0, "vocab_size": 0} for config in (ours, theirs))
+    if different := sorted(key for key in mine.keys() | other.keys() if mine.get(key) != other.get(key)):
+        key = different[0]
+        raise ConfigError(
+            f"{FLAG} {name} has {key} {getattr(theirs, key)}, this model {getattr(ours, key)}; build the configuration "
+            "with parse_args and build_config, which take the architecture from there"
+        )
+
+
+@torch.no_grad()
+def load_hf(model: GPT, weights: HFWeights, family: Family, vocab_size: int) -> None:
+    """Copy ``weights``, whose vocabulary is ``vocab_size``, into ``model``, one tensor at a time. Raises as
+    ``load_pretrained``; nothing is copied then."""
+    shapes = expected_shapes(family, dataclasses.replace(model.config, vocab_size=vocab_size))
+    names = _names_in(weights, family, shapes)
+    _check(weights, family, shapes, names)
+    for spec in model.param_specs():
+        ours = model.get_parameter(spec.name)
+        rows = ours[:vocab_size] if spec.name in _VOCABULARY else ours
+        first_expert = model.first_expert(len(ours)) if spec.gradient_group == "expert" else 0
+        for part in family.parts(spec, rows, model.config, first_expert):
+            part.view.copy_(weights.get(names[part.name]).view(part.view.shape))
+        if spec.name in _VOCABULARY and len(ours) > vocab_size:
+            wide = torch.promote_types(ours.dtype, torch.float32)
+            ours[vocab_size:] = rows.mean(0, dtype=wide).to(ours.dtype)
+    for layer in model.moe_layers:
+        layer.router.bias.zero_()
+
+
+def parts_of(family: Family, model: GPT) -> list[Part]:
+    """All tensors of theirs that a whole ``model`` makes."""
+    return [
+        part
+        for spec in model.param_specs()
+        for part in family.parts(spec, model.get_parameter(spec.name).detach(), model.config)
+    ]
+
+
+def expected_shapes(family: Family, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of theirs for an architecture, without any memory for it."""
+    return {part.name: part.shape for part in parts_of(family, GPT(config, device="meta", seed=None))}
+
+
+def _names_in(weights: HFWeights, family: Family, shapes: Mapping[str, Any]) -> dict[str, str]:
+    """How the files call each tensor: those of the bare model leave the name of the model out."""
+    bare = not any(name.startswith(family.base) for name in weights.shapes)
+    return {name: name.removeprefix(family.base) if bare else name for name in shapes}
+
+
+def _check(weights: HFWeights, family: Family, shapes: Mapping[str, tuple[int, ...]], names: Mapping[str, str]) -> None:
+    expected = {names[name]: shape for name, shape in shapes.items()}
+    problems = [f"{n} {list(shape)} is missing" for n, shape in expected.items() if n not in weights.shapes]
+    for name, shape in weights.shapes.items():
+        if name not in expected:
+            if not re.search(family.ignored, name) and not _is_tied_head(weights, family, names, name):
+                problems.append(f"{name} {list(shape)} is unknown to this {family.model_type}")
+        elif shape != expected[name]:
+            problems.append(f"{name} is {list(shape)}, expected {list(expected[name])}")
+        elif not weights.dtypes[name].is_floating_point:
+            problems.append(f"{name} is of type {str(weights.dtypes[name]).removeprefix('torch.')}, expected numbers")
+    if problems:
+        raise CheckpointError(
+            f"{weights.folder} does not hold the weights of the {family.model_type} that its config.json describes "
+            f"({len(problems)} differences): {'; '.join(sorted(problems)[:3])}"
+        )
+
+
+def _is_tied_head(weights: HFWeights, family: Family, names: Mapping[str, str], name: str) -> bool:
+    """Whether ``name`` is a head that is tied, saved all the same, and really is the embedding."""
+    (head,), (embedding,) = family.table["lm_head"], family.table["wte"]
+    table = names[f"{embedding}.weight"]
+    return (
+        name == f"{head}.weight"
+        and weights.shapes.get(table) == weights.shapes[name]
+        and torch.equal(weights.get(table), weights.get(name))
+    )

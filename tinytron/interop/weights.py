@@ -1,0 +1,100 @@
+"""The weights in a folder of Hugging Face's: safetensors or pickled, in one file or several, read tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinytron.checkpoint.load import read_file
+from tinytron.errors import CheckpointError
+from tinytron.interop.safetensors import SafetensorsFile
+
+SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
+
+
+class HFWeights:
+    """All tensors of ``folder`` by name: their ``shapes``, and ``get``, which maps a file and reads what is used.
+
+    Raises: CheckpointError if the files are missing, damaged, or not what their index says.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self._get: dict[str, Callable[[str], torch.Tensor]] = {}
+        for name, wanted in self._files().items():
+            self._open(folder / name, wanted)
+
+    def get(self, name: str) -> torch.Tensor:
+        """The tensor ``name``, on the CPU, in its own type; not to be written to."""
+        return self._get[name](name)
+
+    def _files(self) -> dict[str, list[str] | None]:
+        """Names of the files, and which tensors the index says are in each (``None``: all that is in it)."""
+        for name in (SAFETENSORS, PICKLED):
+            index = self.folder / f"{name}.index.json"
+            if index.is_file():
+                return _read_index(index)
+            if (self.folder / name).is_file():
+                return {name: None}
+        raise CheckpointError(
+            f"{self.folder} holds no weights: neither {SAFETENSORS} nor {PICKLED}, in one file or with an index"
+        )
+
+    def _open(self, path: Path, wanted: list[str] | None) -> None:
+        get: Callable[[str], torch.Tensor]
+        if path.suffix == ".safetensors":
+            file = SafetensorsFile(path)
+            facts = {name: (entry.shape, entry.dtype) for name, entry in file.entries.items()}
+            get = file.get
+        else:
+            loaded = _read_pickled(path)
+            facts = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in loaded.items()}
+            get = loaded.__getitem__
+        for name in facts if wanted is None else wanted:
+            if name not in facts:
+                raise CheckpointError(f"{path} lacks {name}, which the index says is in it")
+            self.shapes[name], self.dtypes[name] = facts[name]
+            self._get[name] = get
+
+
+def _read_index(path: Path) -> dict[str, list[str] | None]:
+    places = read_json(path).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+        raise CheckpointError(f"{path} has no weight_map from tensors to files")
+    files: dict[str, list[str] | None] = {}
+    for name, file in places.items():
+        if "/" in file or not file.endswith((".safetensors", ".bin")):
+            raise CheckpointError(f"{path} says that {name} is in {file!r}, which is no file of weights in its folder")
+        names = files.setdefault(file, [])
+        assert names is not None, "made above"
+        names.append(name)
+    if missing := sorted(file for file in files if not (path.parent / file).is_file()):
+        raise CheckpointError(f"{path.parent} lacks {len(missing)} of the {len(files)} files of weights: {missing[0]}")
+    return files
+
+
+def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        content = read_file(path, mmap=True)
+    except CheckpointError:  # files from before torch 1.6 cannot be mapped
+        content = read_file(path)
+    if wrong := [name for name, value in content.items() if not isinstance(value, torch.Tensor)]:
+        raise CheckpointError(f"{path} holds {wrong[0]}, which is no tensor")
+    return content
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises: CheckpointError if the file is missing or holds something else."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return content
