@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.helpers.models import redrawn
 from tinytron.errors import ConfigError
 from tinytron.model import GPT, ModelConfig
 from tinytron.model.modules.attn import Backend, Documents
@@ -42,14 +43,7 @@ PACKED = [4, 5, 1, 8]  # documents in the 2 x 9 tokens
 
 
 def make_model(variant: str = "plain", dtype: torch.dtype = torch.float64, **options: Any) -> GPT:
-    """A model whose weights are large, and norms and biases not at their neutral values, so that nothing hides."""
-    model = GPT(ModelConfig(**SIZES | VARIANTS[variant]), dtype=dtype, **options)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.3 * noise)
-    return model
+    return redrawn(GPT(ModelConfig(**SIZES | VARIANTS[variant]), dtype=dtype, **options))
 
 
 def make_batch(vocab_size: int = SIZES["vocab_size"]) -> tuple[torch.Tensor, torch.Tensor]:

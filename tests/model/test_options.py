@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.models import redrawn
 from tests.model.test_gpt import PACKED, SIZES, B, S, Twin, assert_same_gradients, gradients, make_batch, sums
 from tinytron.model import GPT, ModelConfig
 from tinytron.model.modules.attn import Backend, attend, documents_of
@@ -45,14 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def make_model(variant: str, dtype: torch.dtype = torch.float64, **options: Any) -> GPT:
-    """Weights are large, and norms and biases off their neutral values, so that nothing hides."""
-    model = GPT(ModelConfig(**SIZES | VARIANTS[variant]), dtype=dtype, **options)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.3 * noise)
-    return model
+    return redrawn(GPT(ModelConfig(**SIZES | VARIANTS[variant]), dtype=dtype, **options))
 
 
 class OptionTwin(Twin):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.models import redrawn
 from tests.model.test_gpt import SIZES, CountOps, assert_same_gradients, gradients, sums
 from tinytron.model import GPT, ModelConfig
 from tinytron.model.modules.attn import Backend, attend, documents_of
@@ -39,14 +40,7 @@ TOLERANCES = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
 
 
 def make_model(kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> GPT:
-    """Weights are large, and norms and biases off their neutral values, so that nothing hides."""
-    model = GPT(ModelConfig(**SIZES | KINDS[kind]), dtype=dtype, z_loss_coef=0.01, **options)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.3 * noise)
-    return model
+    return redrawn(GPT(ModelConfig(**SIZES | KINDS[kind]), dtype=dtype, z_loss_coef=0.01, **options))
 
 
 def make_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from tinytron.checkpoint import report, tools
 from tinytron.checkpoint.files import CheckpointFiles, Retention, checkpoint_of, leftovers, newest_checkpoint
-from tinytron.errors import CheckpointError, ConfigError, TinytronError
+from tinytron.errors import CheckpointError, ConfigError
 from tinytron.metrics.run_log import json_line
 from tinytron.utils.flags import Parser
+from tinytron.utils.tools import run_tool
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -121,17 +121,7 @@ def _nothing(path: Path) -> CheckpointError:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool that ``arguments`` (default: the command line) name; returns the exit status: 0, 1 (``verify`` found
     damage), or 2 after an error, which is one line."""
-    try:
-        args = build_parser().parse_args(arguments)
-        status: int = args.tool(args)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (TinytronError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return status
+    return run_tool(build_parser(), arguments)
 
 
 if __name__ == "__main__":

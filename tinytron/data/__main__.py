@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from tinytron.data import inspect
-from tinytron.errors import TinytronError
 from tinytron.utils.flags import Parser
+from tinytron.utils.tools import run_tool
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,35 +26,24 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _info(path: Path) -> int:
-    print("\n".join(inspect.describe(path)))
-    return 0
+def _info(args: argparse.Namespace) -> None:
+    print("\n".join(inspect.describe(args.path)))
 
 
-def _verify(path: Path) -> int:
+def _verify(args: argparse.Namespace) -> int:
     status = 0
-    for problem in inspect.problems(path):
+    for problem in inspect.problems(args.path):
         print(problem, flush=True)  # the next one takes its time
         status = 1
     if status == 0:
-        print(f"ok: {len(inspect.find_token_files(path))} shards")
+        print(f"ok: {len(inspect.find_token_files(args.path))} shards")
     return status
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool that ``arguments`` (default: the command line) name; returns the exit status: 0, 1 (``verify`` found
     damage), or 2 after an error, which is one line."""
-    try:
-        args = build_parser().parse_args(arguments)
-        status: int = args.tool(args.path)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (TinytronError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return status
+    return run_tool(build_parser(), arguments)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tinytron.errors import TinytronError
 from tinytron.interop.export import DTYPES, export
 from tinytron.interop.importing import import_model
 from tinytron.utils.flags import Parser
 from tinytron.utils.model import count_parameters
+from tinytron.utils.tools import run_tool
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -81,13 +81,7 @@ def _import(args: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that ``arguments`` (default: the command line) name; returns the exit status: 0, or 2 after an error,
     which is one line."""
-    try:
-        args = build_parser().parse_args(arguments)
-        args.tool(args)
-    except (TinytronError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_tool(build_parser(), arguments)
 
 
 if __name__ == "__main__":
