@@ -29,22 +29,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from rounds import ratio, spread
 
-CORPUS_BYTES, VOCAB, TRAIN_BYTES, BATCH = 64_000_000, 8192, 8_000_000, 256
+VOCAB, TRAIN_BYTES, BATCH = 8192, 8_000_000, 256
 SCRIPT = Path(__file__).parents[1] / "scripts" / "tokenize_dataset.py"
 
 
-def make_corpus(folder: Path) -> tuple[Path, int]:
-    """A file of JSON lines with about ``CORPUS_BYTES`` of text, and how many bytes of text it has."""
+def make_corpus(folder: Path, at_least: int) -> tuple[Path, int]:
+    """A file of JSON lines with ``at_least`` so many bytes of text, and how many it has."""
     library = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(path for path in library.rglob("*.py") if "site-packages" not in path.parts)
     texts = [text for path in files if (text := path.read_text("utf-8", errors="replace")).strip()]
     path, size = folder / "corpus.jsonl", 0
     with path.open("w") as out:
-        while size < CORPUS_BYTES:
+        while size < at_least:
             for text in texts:
                 out.write(json.dumps({"text": text}) + "\n")
                 size += len(text.encode())
-                if size >= CORPUS_BYTES:
+                if size >= at_least:
                     break
     return path, size
 
@@ -140,7 +140,7 @@ def run(*command: str, times: int = 1) -> Cost:
 
 def tokenise(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """A table of MB/s."""
-    corpus, size = make_corpus(folder)
+    corpus, size = make_corpus(folder, int(args.text_mb * 1e6))
     short, tokenizer = folder / "short.jsonl", folder / "tokenizer.json"
     short.write_text('{"text": "short"}\n')
     train(corpus, tokenizer)
@@ -183,8 +183,9 @@ def tokenise(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         figures[name] = {"MB/s": wall, "MB/cpu s": cpu, "start": starts[name]}
         base = figures[f"tokenizers alone, {ways[name][1]} at once"]
         begun = statistics.median(cost.wall for cost in starts[name])
-        parts = f"{spread(wall, '.2f')} | {ratio(wall, base['MB/s']):.3f} | {spread(cpu, '.2f')} | {ratio(cpu, base['MB/cpu s']):.3f}"
-        print(f"| {name} | {parts} | {begun:.1f} |")
+        rates = f"{spread(wall, '.2f')} | {ratio(wall, base['MB/s']):.3f}"
+        per_cpu = f"{spread(cpu, '.2f')} | {ratio(cpu, base['MB/cpu s']):.3f}"
+        print(f"| {name} | {rates} | {per_cpu} | {begun:.1f} |")
     return figures
 
 
