@@ -340,6 +340,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; default: all")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--text_mb", type=float, default=64, help="text to tokenise")
     parser.add_argument("--folder", help="where to write data; default: a temporary folder")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
