@@ -45,6 +45,8 @@ class Case:
     moe: bool = False
     ep: int = 1
     masked: bool = True
+    given: bool = True  # the positions; else they are counted from the start of the row
+    options: tuple[tuple[str, Any], ...] = ()  # of the architecture
 
     def model(self, state: ParallelState | None) -> GPT:
         """Weights are a function of their names, so those of the whole model; large, so that attention is not even."""
@@ -59,6 +61,7 @@ class Case:
             qk_norm=self.qk_norm,
             init_std=0.4,
             **(MOE if self.moe else {}),
+            **dict(self.options),
         )
         recompute: Any = self.recompute
         options: dict[str, Any] = {"attn_backend": self.backend, "recompute": recompute, "z_loss_coef": 0.01}
@@ -78,7 +81,7 @@ def _losses(case: Case, state: ParallelState | None) -> tuple[LossSums, dict[str
         cut_sequence(whole, state.group_rank("sep"), state.layout.sep) if state else whole
         for whole in (ids, labels, positions, weights)
     ]
-    sums = model(*parts[:3], documents, parts[3])
+    sums = model(*parts[:2], parts[2] if case.given else None, documents, parts[3])
     sums.objective.backward()
     return sums, {name: weight.grad for name, weight in model.named_parameters()}
 
@@ -136,6 +139,24 @@ def test_documents_across_cuts_recomputed(ranks: Pools, world: int, moe: bool, r
 def test_documents_across_cuts_with_experts(ranks: Pools, world: int, ep: int) -> None:
     for found in ranks(world).run(_differences, Case(moe=True, ep=ep)):
         assert not found, found
+
+
+LEARNED = (("position_type", "learned"), ("norm_type", "layer"), ("bias", True), ("sliding_window", 5))
+PARALLEL = (("parallel_residual", True), ("rotary_fraction", 0.5), ("norm_type", "layer"), ("qkv_bias", True))
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("world", [2, 4])
+def test_architectures_of_other_families(ranks: Pools, world: int, masked: bool) -> None:
+    for case in (
+        Case(masked=masked, options=(*LEARNED, ("mlp_type", "gelu_tanh"))),
+        Case(masked=False, given=False, options=LEARNED),
+        Case(1, masked=masked, options=(*PARALLEL, ("mlp_type", "gelu"), ("sliding_window", 9))),
+        Case(masked=masked, moe=True, ep=2, options=(*PARALLEL, ("dense_layers", (0,)), ("sliding_window_layers", (1,)),
+             ("sliding_window", 3))),
+    ):  # fmt: skip
+        for found in ranks(world).run(_differences, case):
+            assert not found, f"{case}: {found}"
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tests.helpers.ranks import Ranks
+from tests.helpers.rope import frequencies
 from tinytron.distributed import ParallelLayout, ParallelState
 from tinytron.distributed.sequence_parallel.ulysses import HeadPlan, cut_sequence, head_to_seq, seq_to_head
 from tinytron.model import ModelConfig
@@ -81,7 +82,7 @@ def _attention(heads: int, kv_heads: int, kind: str, backend: Any, qk_norm: bool
         qk_norm=qk_norm,
     )
     state = ParallelState.create(ParallelLayout(world, sep=world), torch.device("cpu"))
-    rope = RotaryEmbedding(H, S, 10000.0, torch.float64)
+    rope = RotaryEmbedding(frequencies(H, 10000.0), S, torch.float64)
     modules = []
     for its in (state, None):
         module = Attention(config, backend, its).double()
@@ -120,7 +121,7 @@ def _fp32(kv_heads: int) -> None:
     world = dist.get_world_size()
     config = ModelConfig(hidden_size=8, num_attention_heads=4, num_key_value_heads=kv_heads, head_dim=H, block_size=S)
     state = ParallelState.create(ParallelLayout(world, sep=world), torch.device("cpu"))
-    rope = RotaryEmbedding(H, S, 10000.0, torch.float32)
+    rope = RotaryEmbedding(frequencies(H, 10000.0), S, torch.float32)
     one, many = Attention(config), Attention(config, "sdpa", state)
     for i, (a, b) in enumerate(zip(one.parameters(), many.parameters(), strict=True)):
         a.data = 0.5 * _random(*a.shape, seed=i).float()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.rope import frequencies
 from tinytron.errors import ConfigError
 from tinytron.model.config import ModelConfig
 from tinytron.model.modules.attn import Attention, Backend, Documents, attend, check_backend, documents_of
@@ -180,7 +181,7 @@ def test_attention_weights_are_dropped_in_training_only(monkeypatch: pytest.Monk
     monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
     config = ModelConfig(hidden_size=16, num_attention_heads=4, num_key_value_heads=2, dropout=0.25)
     layer = Attention(config).train(training)
-    layer(torch.randn(B, S, 16), RotaryEmbedding(4, S, 1e4, torch.float32)(0, S))
+    layer(torch.randn(B, S, 16), RotaryEmbedding(frequencies(4, 1e4), S, torch.float32)(0, S))
     assert used == [0.25 if training else 0.0]
 
 

@@ -30,7 +30,7 @@ def refusal(**changes: Any) -> str:
     return str(caught.value)
 
 
-MAY_BE_ZERO = ["num_shared_experts", "first_k_dense"]
+MAY_BE_ZERO = ["num_shared_experts", "first_k_dense", "sliding_window"]
 COUNTS = [f.name for f in dataclasses.fields(ModelConfig) if f.type.startswith("Annotated[int, ")]
 SIZES = [name for name in COUNTS if name not in MAY_BE_ZERO]
 
@@ -128,6 +128,116 @@ def test_some_layer_has_experts(first_k_dense: int) -> None:
 def test_layers_from_first_k_dense_on_have_experts(use_moe: bool) -> None:
     config = ModelConfig(**VALID | {"num_layer": 4}, use_moe=use_moe, first_k_dense=2)
     assert [config.is_moe_layer(layer) for layer in range(4)] == [False, False, use_moe, use_moe]
+
+
+# Architectures of other families.
+
+
+@pytest.mark.parametrize(
+    ("changes", "text", "works"),
+    [
+        (
+            {"rotary_fraction": 0.3},
+            "--rotary_fraction 0.3 turns 3 of 12 elements, which must be an even number; use 0.333333",
+            {"rotary_fraction": 0.333334},
+        ),
+        (
+            {"rotary_fraction": 0.01},
+            "--rotary_fraction 0.01 turns 0 of 12 elements, which must be an even number; use 0.166667",
+            {"rotary_fraction": 0.166667},
+        ),
+        *(
+            ({"rotary_fraction": value}, f"--rotary_fraction {value} must be above 0 and at most 1; use 1.0", {})
+            for value in (0.0, 1.5, -1.0, math.nan)
+        ),
+        *(
+            (
+                {"rope_scaling": "linear", "rope_scaling_factor": value},
+                f"--rope_scaling_factor {value} must be at least 1; use 8.0",
+                {"rope_scaling": "linear", "rope_scaling_factor": 8.0},
+            )
+            for value in (0.5, math.nan, math.inf)
+        ),
+        *(
+            (
+                {"rope_scaling": kind, "rope_scaling_factor": 4.0},
+                f"--rope_scaling {kind} needs the length the model had before; use --rope_original_block_size 16",
+                {"rope_scaling": kind, "rope_scaling_factor": 4.0, "rope_original_block_size": 16},
+            )
+            for kind in ("llama3", "yarn")
+        ),
+        (
+            {"rope_scaling": "llama3", "rope_original_block_size": 16, "rope_low_freq_factor": 4.0},
+            "--rope_low_freq_factor 4.0 must be positive and below --rope_high_freq_factor 4.0; use 1.0 and 4.0",
+            {"rope_scaling": "llama3", "rope_original_block_size": 16},
+        ),
+        (
+            {"rope_scaling": "yarn", "rope_original_block_size": 16, "rope_beta_slow": 0.0},
+            "--rope_beta_slow 0.0 must be positive and below --rope_beta_fast 32.0; use 1.0 and 32.0",
+            {"rope_scaling": "yarn", "rope_original_block_size": 16},
+        ),
+        (
+            {"rope_scaling": "yarn", "rope_original_block_size": 16, "rope_attention_factor": 0.0},
+            "--rope_attention_factor 0.0 must be positive; use 1.0",
+            {"rope_scaling": "yarn", "rope_original_block_size": 16, "rope_attention_factor": 1.0},
+        ),
+        (
+            {"sliding_window": 4, "sliding_window_layers": (0, 2)},
+            "--sliding_window_layers 2 is no layer of --num_layer 2; use 0 to 1",
+            {"sliding_window": 4, "sliding_window_layers": (0, 1)},
+        ),
+        (
+            {"sliding_window_layers": (1,)},
+            "--sliding_window_layers needs --sliding_window; use --sliding_window 4096",
+            {"sliding_window_layers": (1,), "sliding_window": 4096},
+        ),
+        ({"sliding_window": -1}, "--sliding_window -1 must be at least 0; use 0", {"sliding_window": 0}),
+        (
+            {"use_moe": True, "dense_layers": (-1,)},
+            "--dense_layers -1 is no layer of --num_layer 2; use 0 to 1",
+            {"use_moe": True, "dense_layers": (1,)},
+        ),
+        (
+            {"use_moe": True, "dense_layers": (0, 1)},
+            "--dense_layers 0 1 leaves no expert layer of --num_layer 2; leave one out, or drop --use_moe",
+            {"use_moe": False, "dense_layers": (0, 1)},
+        ),
+        (
+            {"use_moe": True, "mlp_type": "gelu"},
+            "--mlp_type gelu does not go with --use_moe: experts are swiglu; use swiglu",
+            {"use_moe": True, "mlp_type": "swiglu"},
+        ),
+        (
+            {"position_type": "learned", "head_dim": 0},
+            "--head_dim 0 must be at least 1",
+            {"position_type": "learned", "head_dim": 7},
+        ),
+    ],
+)
+def test_options_of_other_families(changes: dict[str, Any], text: str, works: dict[str, Any]) -> None:
+    assert refusal(**changes) == text
+    ModelConfig(**VALID | works)
+
+
+def test_windows_and_experts_are_for_the_layers_named() -> None:
+    config = ModelConfig(**VALID | {"num_layer": 4}, use_moe=True, first_k_dense=1, dense_layers=(2,))
+    assert config.moe_layers == (1, 3)
+    assert [config.window(layer) for layer in range(4)] == [0, 0, 0, 0]
+    config = ModelConfig(**VALID | {"num_layer": 4}, sliding_window=5, sliding_window_layers=(1, 2))
+    assert [config.window(layer) for layer in range(4)] == [0, 5, 5, 0]
+    assert ModelConfig(**VALID, sliding_window=5).window(1) == 5
+
+
+def test_biases_are_switched_together_or_by_part() -> None:
+    def parts(**switches: bool) -> tuple[bool, bool, bool]:
+        config = ModelConfig(**VALID, **switches)
+        return config.has_qkv_bias, config.has_out_bias, config.has_mlp_bias
+
+    assert parts() == (False, False, False)
+    assert parts(bias=True) == (True, True, True)
+    assert parts(qkv_bias=True) == (True, False, False)
+    assert parts(attention_bias=True) == (True, True, False)
+    assert parts(mlp_bias=True) == (False, False, True)
 
 
 def test_the_head_dimension_is_given_or_derived() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.helpers.rope import frequencies
 from tinytron.model.modules.emb import RotaryEmbedding, Rotation, rotate
 
 B, S, N, H = 2, 12, 3, 8
@@ -12,7 +13,7 @@ THETA = 100.0
 
 
 def table(dtype: torch.dtype = torch.float64, block_size: int = 64, head_dim: int = H) -> RotaryEmbedding:
-    return RotaryEmbedding(head_dim, block_size, THETA, dtype)
+    return RotaryEmbedding(frequencies(head_dim, THETA), block_size, dtype)
 
 
 def turned(x_BSNH: torch.Tensor, positions_BS: torch.Tensor) -> torch.Tensor:

@@ -58,7 +58,12 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
         "head_dim": None, "rope_theta": 10000.0, "qk_norm": False, "bias": False, "norm_eps": 1e-6, "use_moe": False,
         "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 256, "num_shared_experts": 0,
         "first_k_dense": 0, "moe_router_score": "softmax", "norm_topk_prob": True, "moe_aux_loss_coef": 0.01,
-        "moe_aux_loss_scope": "sequence", "moe_z_loss_coef": 0.0, "moe_bias_update_rate": 0.0,
+        "moe_aux_loss_scope": "sequence", "moe_z_loss_coef": 0.0, "moe_bias_update_rate": 0.0, "dense_layers": (),
+        "mlp_type": "swiglu", "norm_type": "rms", "parallel_residual": False, "qkv_bias": False, "attention_bias": False,
+        "mlp_bias": False, "position_type": "rotary", "rotary_fraction": 1.0, "rope_scaling": "none",
+        "rope_scaling_factor": 1.0, "rope_original_block_size": None, "rope_low_freq_factor": 1.0,
+        "rope_high_freq_factor": 4.0, "rope_beta_fast": 32.0, "rope_beta_slow": 1.0, "rope_attention_factor": None,
+        "sliding_window": 0, "sliding_window_layers": (),
     },
 }  # fmt: skip
 
@@ -88,7 +93,14 @@ OTHER = {
     "resume_path": "log/run",
     "spike_sigma": 6.0,
     "step_timeout": 600.0,
+    "dense_layers": (1, 3),
+    "sliding_window_layers": (1, 3),
+    "rope_original_block_size": 1024,
+    "rope_attention_factor": 1.5,
+    "rope_scaling": "linear",
 }
+
+NEEDED = {"sliding_window_layers": ["--sliding_window", "8"]}
 
 
 def another(info: FieldInfo) -> Any:
@@ -137,7 +149,8 @@ def test_no_name_stands_in_two_sections() -> None:
 def test_every_flag_changes_its_field_and_nothing_else(section: str, info: FieldInfo) -> None:
     value = another(info)
     assert value != info.default
-    built, plain = build_config(parse_args(argv(info, value))), Config()
+    needed = NEEDED.get(info.name, [])  # beside the flag, with what the comparison begins
+    built, plain = build_config(parse_args([*needed, *argv(info, value)])), build_config(parse_args(needed))
     expected = plain.as_dict()
     expected[section][info.name] = value
     assert built.as_dict() == expected

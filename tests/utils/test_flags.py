@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import pytest
 
-from tinytron.utils.flags import Flag, config_fields, nearest
+from tinytron.utils.flags import Flag, Parser, add_flag, config_fields, nearest
 
 
 @dataclass(frozen=True)
@@ -61,3 +61,15 @@ def test_the_nearest_name_is_proposed_if_there_is_one() -> None:
     assert nearest("--num-layers", known) == "; did you mean --num_layer?"
     assert nearest("--zzz", known) == ""
     assert nearest("--seed", []) == ""
+
+
+@dataclass(frozen=True)
+class Listed:
+    layers: Annotated[tuple[int, ...], Flag("which layers")] = ()
+
+
+def test_a_list_has_any_length() -> None:
+    parser = Parser()
+    add_flag(parser, config_fields(Listed)[0])
+    for words, value in (([], ()), (["--layers"], []), (["--layers", "3"], [3]), (["--layers", "3", "0"], [3, 0])):
+        assert parser.parse_args(words).layers == value

@@ -138,3 +138,46 @@ def test_options_of_experts_count_for_nothing_in_a_dense_model() -> None:
     plain = ModelConfig(**SIZES, num_key_value_heads=2, num_layer=3)
     assert count_parameters(dense) == count_parameters(plain)
     assert train_flops_per_token(dense, S) == train_flops_per_token(plain, S)
+
+
+# Architectures of other families.
+
+PARTS: list[dict[str, Any]] = [
+    {"norm_type": "layer"},
+    {"norm_type": "layer", "qk_norm": True},
+    {"mlp_type": "gelu"},
+    {"mlp_type": "gelu_tanh", "mlp_bias": True},
+    {"position_type": "learned"},
+    {"qkv_bias": True},
+    {"attention_bias": True},
+    {"parallel_residual": True, "rotary_fraction": 0.34},
+    {"sliding_window": 5, "sliding_window_layers": (1,)},
+    {"norm_type": "layer", "mlp_type": "gelu", "position_type": "learned", "bias": True, "tied_lm_head": False},
+]
+
+
+@pytest.mark.parametrize("options", PARTS)
+def test_counts_of_other_architectures_are_exact(options: dict[str, Any]) -> None:
+    config = ModelConfig(**SIZES, num_key_value_heads=2, num_layer=2, **options)
+    model = GPT(config, attn_backend="math")
+    assert count_parameters(config).total == sum(p.numel() for p in model.parameters())
+    ids = torch.randint(37, (2, S))
+    with FlopCounterMode(display=False) as counter:
+        model(ids, ids).objective.backward()
+    assert counter.get_total_flops() == train_flops_per_token(config, S, causal=False) * ids.numel()
+
+
+def test_counts_with_experts_in_some_layers_are_exact() -> None:
+    config = ModelConfig(**SIZES, **EXPERTS, dense_layers=(1,), norm_type="layer", attention_bias=True)
+    assert count_parameters(config).total == sum(p.numel() for p in GPT(config).parameters())
+
+
+@pytest.mark.parametrize("window", [1, 5, S, 3 * S])
+def test_windows_count_the_positions_a_token_sees(window: int) -> None:
+    sizes: dict[str, Any] = {**SIZES, "num_key_value_heads": 2, "num_layer": 3}
+    some = ModelConfig(**sizes, sliding_window=window, sliding_window_layers=(0, 2))
+    seen = sum(min(t + 1, window) for t in range(S)) / S
+    all_seen = (S + 1) / 2
+    per_position = 2 * 3 * 2 * 2 * 24  # layers with a window, forward and backward, two products of two FLOPs, q width
+    difference = train_flops_per_token(ModelConfig(**sizes), S) - train_flops_per_token(some, S)
+    assert difference == pytest.approx(per_position * (all_seen - seen))

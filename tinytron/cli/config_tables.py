@@ -26,7 +26,7 @@ def tables() -> str:
 
 def _row(info: FieldInfo) -> str:
     name = f"--[no-]{info.name}" if info.type is bool else f"--{info.name}"
-    default = " ".join(str(v) for v in info.default) if isinstance(info.default, tuple) else str(info.default)
+    default = (" ".join(str(v) for v in info.default) or "()") if isinstance(info.default, tuple) else str(info.default)
     choices = f" ({', '.join(str(c) for c in get_args(info.type))})" if info.choices else ""
     star = "\\*" if info.flag.identity else ""
     return f"| `{name}`{star} | `{default}` | {info.flag.text}{choices} |\n"

@@ -33,7 +33,7 @@ class RoutingReport:
     ) -> None:
         self._model, self._state, self._micro_batches = model, state, micro_batches
         self._margins, self._path = margins, folder / ROUTES.format(state.rank) if trace else None
-        self._first_layer = model.config.first_k_dense
+        self._layers = model.config.moe_layers
         for layer in model.moe_layers:
             layer.router.record = True
 
@@ -51,7 +51,7 @@ class RoutingReport:
         parts: list[Any] = [None] * self._state.layout.world_size
         # As objects: a loader of the user's own may give the ranks different numbers of rows.
         dist.all_gather_object(parts, torch.stack(own).double().cpu().numpy(), group=self._state.groups["world"])
-        layers = enumerate(np.concatenate(parts, axis=2), start=self._first_layer)
+        layers = zip(self._layers, np.concatenate(parts, axis=2), strict=True)
         return [{"layer": layer, **margin_statistics(*values_2N)} for layer, values_2N in layers]
 
     def _write(self, path: Path, step: int, recorded: Recorded) -> None:
@@ -62,7 +62,7 @@ class RoutingReport:
         ) * B  # as GlobalBatchSampler deals them
         tokens = recorded.input_ids_Bs.flatten().tolist()
         with open(path, "a") as file:
-            for layer, choice in enumerate(recorded.choices, start=self._first_layer):
+            for layer, choice in zip(self._layers, recorded.choices, strict=True):
                 columns = zip(tokens, *(column.tolist() for column in choice), strict=True)
                 for t, (token, experts, weights, margin) in enumerate(columns):
                     place = {"row": first_row + t // s, "position": sep_rank * s + t % s, "token": token}

@@ -21,12 +21,46 @@ class ModelConfig:
     num_attention_heads: Annotated[int, Flag("query heads")] = 128
     num_key_value_heads: Annotated[int, Flag("key and value heads, each shared by a group of query heads (GQA)")] = 8
     hidden_size: Annotated[int, Flag("width of the residual stream")] = 1024
-    intermediate_size: Annotated[int, Flag("width of the feed-forward layer (SwiGLU)")] = 4096
+    intermediate_size: Annotated[int, Flag("width of the feed-forward layer")] = 4096
     head_dim: Annotated[int | None, Flag("width of one head; default hidden_size / num_attention_heads")] = None
-    rope_theta: Annotated[float, Flag("base of the rotary position frequencies")] = 10000.0
+    mlp_type: Annotated[
+        Literal["swiglu", "gelu", "gelu_tanh"],
+        Flag("feed-forward layer: gated by SiLU, or two matrices with GELU between them, exact or by tanh"),
+    ] = "swiglu"
+    norm_type: Annotated[Literal["rms", "layer"], Flag("RMSNorm, or LayerNorm with a bias")] = "rms"
+    norm_eps: Annotated[float, Flag("added to the mean square or variance in the norms")] = 1e-6
+    parallel_residual: Annotated[
+        bool, Flag("attention and feed-forward layer of a block read the same input, each through its own norm")
+    ] = False
     qk_norm: Annotated[bool, Flag("normalise queries and keys per head before the rotation")] = False
     bias: Annotated[bool, Flag("biases in the attention and feed-forward projections")] = False
-    norm_eps: Annotated[float, Flag("added to the mean square in RMSNorm")] = 1e-6
+    qkv_bias: Annotated[bool, Flag("biases in the query, key and value projections, whatever bias says")] = False
+    attention_bias: Annotated[bool, Flag("biases in all projections of the attention, whatever bias says")] = False
+    mlp_bias: Annotated[bool, Flag("biases in the projections of the feed-forward layer, whatever bias says")] = False
+    position_type: Annotated[
+        Literal["rotary", "learned"], Flag("queries and keys turned by position, or a table of block_size vectors")
+    ] = "rotary"
+    rope_theta: Annotated[float, Flag("base of the rotary position frequencies")] = 10000.0
+    rotary_fraction: Annotated[float, Flag("leading part of every head that is turned", "0 to 1")] = 1.0
+    rope_scaling: Annotated[
+        Literal["none", "linear", "llama3", "yarn"],
+        Flag("rotary frequencies of a model that was stretched to longer sequences"),
+    ] = "none"
+    rope_scaling_factor: Annotated[float, Flag("how many times longer; with rope_scaling")] = 1.0
+    rope_original_block_size: Annotated[
+        int | None, Flag("length before the stretching; with llama3 and yarn", "tokens")
+    ] = None
+    rope_low_freq_factor: Annotated[float, Flag("llama3: turns in the original length, below: slowed down")] = 1.0
+    rope_high_freq_factor: Annotated[float, Flag("llama3: turns in the original length, above: as they were")] = 4.0
+    rope_beta_fast: Annotated[float, Flag("yarn: turns in the original length, above: as they were")] = 32.0
+    rope_beta_slow: Annotated[float, Flag("yarn: turns in the original length, below: slowed down")] = 1.0
+    rope_attention_factor: Annotated[
+        float | None, Flag("yarn: queries and keys are multiplied by it; default 0.1 ln(rope_scaling_factor) + 1")
+    ] = None
+    sliding_window: Annotated[int, Flag("a token attends to so many, itself included; 0: all", "tokens")] = 0
+    sliding_window_layers: Annotated[
+        tuple[int, ...], Flag("layers, from 0, that sliding_window is for; none: all")
+    ] = ()
     dropout: Annotated[float, Flag("dropout on embeddings, attention weights and block outputs", "probability")] = 0.0
     init_std: Annotated[
         float, Flag("standard deviation of the initial weights; residual outputs get init_std / sqrt(2 num_layer)")
@@ -38,6 +72,7 @@ class ModelConfig:
     moe_intermediate_size: Annotated[int, Flag("width of one expert")] = 256
     num_shared_experts: Annotated[int, Flag("experts that every token passes, beside the chosen ones")] = 0
     first_k_dense: Annotated[int, Flag("leading layers that keep the dense feed-forward")] = 0
+    dense_layers: Annotated[tuple[int, ...], Flag("more layers, from 0, that keep the dense feed-forward")] = ()
     moe_router_score: Annotated[
         Literal["softmax", "sigmoid"], Flag("how router logits become scores; the choice is by score")
     ] = "softmax"
@@ -50,60 +85,146 @@ class ModelConfig:
     moe_bias_update_rate: Annotated[float, Flag("step of the loss-free balancing bias; 0: no bias")] = 0.0
 
     def __post_init__(self) -> None:
-        sizes = ["block_size", "vocab_size", "num_layer", "num_attention_heads", "num_key_value_heads", "hidden_size"]
-        sizes += ["intermediate_size", "num_experts", "num_experts_per_tok", "moe_intermediate_size"]
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name} {getattr(self, name)} must be at least 1")
-        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        if heads % kv_heads:
-            raise ConfigError(
-                f"--num_key_value_heads {kv_heads} must divide --num_attention_heads {heads}; "
-                f"use one of {divisors(heads)}"
-            )
-        if self.head_dim is None and self.hidden_size % heads:
-            # Those that also keep the head dimension even and the number of key and value heads a divisor.
-            even = [n for n in divisors(self.hidden_size) if self.hidden_size // n % 2 == 0]
-            fitting = [n for n in even if n % kv_heads == 0]
-            raise ConfigError(
-                f"--num_attention_heads {heads} must divide --hidden_size {self.hidden_size}; "
-                + (f"use one of {fitting}, or give --head_dim" if fitting else "use --head_dim 64")
-            )
-        if self.resolved_head_dim % 2 or self.resolved_head_dim < 2:
-            raise ConfigError(
-                f"the head dimension {self.resolved_head_dim} must be even for rotary positions; "
-                f"use --head_dim {max(2, self.resolved_head_dim + self.resolved_head_dim % 2)}"
-            )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"--dropout {self.dropout} must be in [0, 1); use 0.1")
-        for name, works in (("init_std", 0.013), ("norm_eps", 1e-6), ("rope_theta", 10000.0)):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"--{name} {getattr(self, name)} must be positive; use {works}")
-        for name in (
-            "num_shared_experts",
-            "first_k_dense",
-            "moe_aux_loss_coef",
-            "moe_z_loss_coef",
-            "moe_bias_update_rate",
-        ):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"--{name} {getattr(self, name)} must be at least 0; use 0")
-        if self.use_moe and self.first_k_dense >= self.num_layer:
-            raise ConfigError(
-                f"--first_k_dense {self.first_k_dense} leaves no expert layer of --num_layer {self.num_layer}; "
-                f"use at most {self.num_layer - 1}, or drop --use_moe"
-            )
+        _check_ranges(self)
+        _check_heads(self)
+        if self.position_type == "rotary":
+            _check_rotation(self)
+        elif self.resolved_head_dim < 1:
+            raise ConfigError(f"--head_dim {self.head_dim} must be at least 1")
+        _check_layers(self)
         if self.use_moe and self.num_experts_per_tok > self.num_experts:
             raise ConfigError(
                 f"--num_experts_per_tok {self.num_experts_per_tok} must not exceed --num_experts {self.num_experts}; "
                 f"use at most {self.num_experts}"
             )
+        if self.use_moe and self.mlp_type != "swiglu":
+            raise ConfigError(f"--mlp_type {self.mlp_type} does not go with --use_moe: experts are swiglu; use swiglu")
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether block ``layer`` (from 0) has experts."""
-        return self.use_moe and layer >= self.first_k_dense
+        return self.use_moe and layer >= self.first_k_dense and layer not in self.dense_layers
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The blocks that have experts."""
+        return tuple(layer for layer in range(self.num_layer) if self.is_moe_layer(layer))
+
+    def window(self, layer: int) -> int:
+        """How many tokens one attends to in block ``layer``, itself included; 0: all before it."""
+        chosen = not self.sliding_window_layers or layer in self.sliding_window_layers
+        return self.sliding_window if chosen else 0
 
     @property
     def resolved_head_dim(self) -> int:
         """Width of one head, given or derived."""
         return self.head_dim if self.head_dim is not None else self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Leading elements of a head that are turned by position; 0 with learned positions."""
+        return int(self.resolved_head_dim * self.rotary_fraction) if self.position_type == "rotary" else 0
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether queries, keys and values have biases."""
+        return self.bias or self.attention_bias or self.qkv_bias
+
+    @property
+    def has_out_bias(self) -> bool:
+        """Whether the attention's output projection has a bias."""
+        return self.bias or self.attention_bias
+
+    @property
+    def has_mlp_bias(self) -> bool:
+        """Whether the feed-forward layer's projections have biases."""
+        return self.bias or self.mlp_bias
+
+
+def _check_ranges(config: ModelConfig) -> None:
+    """Rules on single values."""
+    sizes = ["block_size", "vocab_size", "num_layer", "num_attention_heads", "num_key_value_heads", "hidden_size"]
+    sizes += ["intermediate_size", "num_experts", "num_experts_per_tok", "moe_intermediate_size"]
+    for name in sizes:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"--{name} {getattr(config, name)} must be at least 1")
+    if not 0.0 <= config.dropout < 1.0:
+        raise ConfigError(f"--dropout {config.dropout} must be in [0, 1); use 0.1")
+    for name, works in (("init_std", 0.013), ("norm_eps", 1e-6), ("rope_theta", 10000.0)):
+        if not 0 < getattr(config, name) < math.inf:
+            raise ConfigError(f"--{name} {getattr(config, name)} must be positive; use {works}")
+    amounts = ["sliding_window", "num_shared_experts", "first_k_dense"]
+    for name in (*amounts, "moe_aux_loss_coef", "moe_z_loss_coef", "moe_bias_update_rate"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ConfigError(f"--{name} {getattr(config, name)} must be at least 0; use 0")
+
+
+def _check_heads(config: ModelConfig) -> None:
+    heads, kv_heads, hidden = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
+    if heads % kv_heads:
+        raise ConfigError(
+            f"--num_key_value_heads {kv_heads} must divide --num_attention_heads {heads}; use one of {divisors(heads)}"
+        )
+    if config.head_dim is None and hidden % heads:
+        # Those that also keep the head dimension even and the number of key and value heads a divisor.
+        even = [n for n in divisors(hidden) if hidden // n % 2 == 0]
+        fitting = [n for n in even if n % kv_heads == 0]
+        raise ConfigError(
+            f"--num_attention_heads {heads} must divide --hidden_size {hidden}; "
+            + (f"use one of {fitting}, or give --head_dim" if fitting else "use --head_dim 64")
+        )
+
+
+def _check_rotation(config: ModelConfig) -> None:
+    """Rules on rotary positions."""
+    head_dim, fraction = config.resolved_head_dim, config.rotary_fraction
+    if head_dim % 2 or head_dim < 2:
+        works = max(2, head_dim + head_dim % 2)
+        raise ConfigError(f"the head dimension {head_dim} must be even for rotary positions; use --head_dim {works}")
+    if not 0 < fraction <= 1:
+        raise ConfigError(f"--rotary_fraction {fraction} must be above 0 and at most 1; use 1.0")
+    if config.rotary_dim % 2 or config.rotary_dim < 2:
+        even = max(2, config.rotary_dim + config.rotary_dim % 2)
+        raise ConfigError(
+            f"--rotary_fraction {fraction} turns {config.rotary_dim} of {head_dim} elements, which must be an even "
+            f"number; use {even / head_dim:g}"
+        )
+    if config.rope_scaling == "none":
+        return
+    if not 1 <= config.rope_scaling_factor < math.inf:
+        raise ConfigError(f"--rope_scaling_factor {config.rope_scaling_factor} must be at least 1; use 8.0")
+    if config.rope_scaling in ("llama3", "yarn") and (config.rope_original_block_size or 0) < 1:
+        raise ConfigError(
+            f"--rope_scaling {config.rope_scaling} needs the length the model had before; "
+            f"use --rope_original_block_size {max(1, int(config.block_size / config.rope_scaling_factor))}"
+        )
+    for low, high, pair in (
+        ("rope_low_freq_factor", "rope_high_freq_factor", "1.0 and 4.0"),
+        ("rope_beta_slow", "rope_beta_fast", "1.0 and 32.0"),
+    ):
+        if not 0 < getattr(config, low) < getattr(config, high) < math.inf:
+            raise ConfigError(
+                f"--{low} {getattr(config, low)} must be positive and below --{high} {getattr(config, high)}; use {pair}"
+            )
+    if config.rope_attention_factor is not None and not 0 < config.rope_attention_factor < math.inf:
+        raise ConfigError(f"--rope_attention_factor {config.rope_attention_factor} must be positive; use 1.0")
+
+
+def _check_layers(config: ModelConfig) -> None:
+    """Rules on options for single layers."""
+    last = config.num_layer - 1
+    for name in ("sliding_window_layers", "dense_layers"):
+        if wrong := [layer for layer in getattr(config, name) if not 0 <= layer <= last]:
+            raise ConfigError(f"--{name} {wrong[0]} is no layer of --num_layer {config.num_layer}; use 0 to {last}")
+    if config.sliding_window_layers and not config.sliding_window:
+        raise ConfigError("--sliding_window_layers needs --sliding_window; use --sliding_window 4096")
+    if not config.use_moe or config.moe_layers:
+        return
+    if config.first_k_dense >= config.num_layer:
+        raise ConfigError(
+            f"--first_k_dense {config.first_k_dense} leaves no expert layer of --num_layer {config.num_layer}; "
+            f"use at most {last}, or drop --use_moe"
+        )
+    raise ConfigError(
+        f"--dense_layers {' '.join(map(str, config.dense_layers))} leaves no expert layer of --num_layer "
+        f"{config.num_layer}; leave one out, or drop --use_moe"
+    )

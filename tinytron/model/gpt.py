@@ -4,103 +4,25 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from tinytron.distributed.collectives import sum_over
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import Kind, ParamSpec
 from tinytron.errors import ConfigError
+from tinytron.model.block import Block, ParallelBlock, Recompute
 from tinytron.model.config import ModelConfig
-from tinytron.model.modules.attn import Attention, Backend, Documents
-from tinytron.model.modules.emb import RotaryEmbedding, Rotation, TokenEmbedding
+from tinytron.model.modules.attn import Backend, Documents, visible
+from tinytron.model.modules.emb import RotaryEmbedding, TokenEmbedding
 from tinytron.model.modules.linear import PackedLinear, ResidualLinear
 from tinytron.model.modules.loss import LossSums, fused_linear_cross_entropy
-from tinytron.model.modules.mlp import SwiGLU
 from tinytron.model.modules.moe import Choice, Experts, MoE, MoEStats, Router
-from tinytron.model.modules.norm import RMSNorm
-
-Recompute = Literal["none", "full", "selective"]
-
-# What selective recomputation keeps: the outputs of matrix products and attention, costly to compute again; norms,
-# rotations and activations are cheap (Korthikanti et al., arXiv:2205.05198, section 5).
-# The router's choice is always kept: chosen again it could differ in a tie, and the ranks would wait for each other.
-_ROUTING_OPS = {torch.ops.aten.topk.default}
-_KEPT_OPS = _ROUTING_OPS | {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten._grouped_mm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-}
-
-
-_ATTENTION_OPS = {op for op in _KEPT_OPS if "attention" in str(op)}
-
-
-def _keep(kept: set[Any], ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-_selective_contexts = partial(create_selective_checkpoint_contexts, partial(_keep, _KEPT_OPS))
-# A kept attention would not draw its dropout again in recomputation, and all later draws would be others.
-_dropout_contexts = partial(create_selective_checkpoint_contexts, partial(_keep, _KEPT_OPS - _ATTENTION_OPS))
-_routing_contexts = partial(create_selective_checkpoint_contexts, partial(_keep, _ROUTING_OPS))
-
-
-class Block(nn.Module):
-    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``. Shapes: ``[B, s, D] -> [B, s, D]``, and the routing's
-    statistics if the feed-forward layer is a mixture of experts."""
-
-    def __init__(
-        self, config: ModelConfig, layer: int, backend: Backend, recompute: Recompute, state: ParallelState | None
-    ) -> None:
-        super().__init__()
-        self.dropout, self.recompute = config.dropout, recompute
-        self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attn = Attention(config, backend, state)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp: SwiGLU | MoE
-        if config.is_moe_layer(layer):
-            self.mlp = MoE(config, state)
-        else:
-            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, config.bias)
-
-    def forward(
-        self, x_BsD: torch.Tensor, rotation: Rotation, documents: Documents | None = None
-    ) -> tuple[torch.Tensor, MoEStats | None]:
-        # Inside the block, so that torch.compile sees the recomputation and fuses across it.
-        if self.recompute == "none" or not torch.is_grad_enabled():
-            return self._forward(x_BsD, rotation, documents)
-        contexts: dict[str, Any] = {}  # torch.compile cannot trace the default when it is passed
-        if self.recompute == "selective":
-            contexts["context_fn"] = _selective_contexts if self.dropout == 0 else _dropout_contexts
-        elif isinstance(self.mlp, MoE):
-            contexts["context_fn"] = _routing_contexts
-        out: tuple[torch.Tensor, MoEStats | None] = checkpoint(
-            self._forward, x_BsD, rotation, documents, use_reentrant=False, **contexts
-        )
-        return out
-
-    def _forward(
-        self, x_BsD: torch.Tensor, rotation: Rotation, documents: Documents | None
-    ) -> tuple[torch.Tensor, MoEStats | None]:
-        x_BsD = x_BsD + self._drop(self.attn(self.attn_norm(x_BsD), rotation, documents))
-        normed_BsD = self.mlp_norm(x_BsD)
-        if isinstance(self.mlp, MoE):
-            out_BsD, stats = self.mlp(normed_BsD)
-            return x_BsD + self._drop(out_BsD), stats
-        return x_BsD + self._drop(self.mlp(normed_BsD)), None
-
-    def _drop(self, x: torch.Tensor) -> torch.Tensor:
-        return F.dropout(x, self.dropout, self.training) if self.dropout > 0 else x
+from tinytron.model.modules.norm import LayerNorm, RMSNorm, make_norm
+from tinytron.model.modules.rope import rotary_frequencies
 
 
 class Recorded(NamedTuple):
@@ -111,7 +33,8 @@ class Recorded(NamedTuple):
 
 
 class GPT(nn.Module):
-    """The model. Weights are created on ``device`` in ``dtype`` and drawn by ``init_weights``.
+    """The model. Weights are created on ``device`` in ``dtype`` and drawn by ``init_weights``; without a ``seed`` they are
+    whatever the memory holds, for somebody who sets them all.
 
     ``forward(input_ids)`` gives logits; with ``labels`` it gives ``LossSums`` instead and never builds the logits. With
     ``state`` (default: this process alone) the inputs are this rank's part of the sequences, and the experts are spread
@@ -124,7 +47,7 @@ class GPT(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        seed: int = 1337,
+        seed: int | None = 1337,
         attn_backend: Backend = "sdpa",
         recompute: Recompute = "none",
         z_loss_coef: float = 0.0,
@@ -132,21 +55,27 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.z_loss_coef, self.state = config, z_loss_coef, state
-        self.needs_mask = attn_backend != "flash"  # flash-attn takes the documents' boundaries
+        self.needs_mask = attn_backend != "flash"  # flash-attn takes the documents' boundaries, and the windows
+        self.layer_windows = [config.window(layer) for layer in range(config.num_layer)]
+        self.windows = set(self.layer_windows)
         outer = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
             with torch.device("meta"):  # torch's own initial values would be drawn in vain
                 self.wte = TokenEmbedding(config.vocab_size, config.hidden_size)
+                learned = config.position_type == "learned"
+                self.wpe = TokenEmbedding(config.block_size, config.hidden_size) if learned else None
+                block = ParallelBlock if config.parallel_residual else Block
                 self.blocks = nn.ModuleList(
-                    Block(config, layer, attn_backend, recompute, state) for layer in range(config.num_layer)
+                    block(config, layer, attn_backend, recompute, state) for layer in range(config.num_layer)
                 )
-                self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
+                self.final_norm = make_norm(config.norm_type, config.hidden_size, config.norm_eps)
                 self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
             self.to_empty(device=device)
             table = torch.promote_types(dtype, torch.float32)
+            frequencies, scale = rotary_frequencies(config)
             with torch.device(device):
-                self.rope = RotaryEmbedding(config.resolved_head_dim, config.block_size, config.rope_theta, table)
+                self.rope = RotaryEmbedding(frequencies.to(device), config.block_size, table, scale)
         finally:
             torch.set_default_dtype(outer)
         if config.tied_lm_head:
@@ -159,7 +88,10 @@ class GPT(nn.Module):
         shape = (len(self.moe_layers), config.num_experts)
         self.step_load, self.load = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
         self.recorded: Recorded | None = None  # of the last training forward, if the routers record
-        self.init_weights(seed)
+        for layer in self.moe_layers:
+            layer.router.bias.zero_()
+        if seed is not None:
+            self.init_weights(seed)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -204,8 +136,9 @@ class GPT(nn.Module):
             return ParamSpec(name, shape, "matrix", "expert", 0, into_residual, blocks)
         kinds: dict[type | nn.Module, Kind] = {
             RMSNorm: "norm",
+            LayerNorm: "norm",
             Router: "router",
-            self.wte: "embedding",
+            TokenEmbedding: "embedding",
             self.lm_head: "head",
         }
         kind = kinds.get(module) or kinds.get(type(module), "matrix")
@@ -226,7 +159,7 @@ class GPT(nn.Module):
         """Everything but the head: ``[B, s] -> [B, s, D]``, and the routing statistics of the expert layers.
 
         ``positions`` (this rank's part) default to 0 .. S - 1; ``documents`` are those of the whole sequences, and their
-        mask is made here, once for all blocks.
+        mask is made here, once for all blocks of one sliding window.
         """
         s = input_ids_Bs.shape[1]
         S = s * (self.state.layout.sep if self.state else 1)
@@ -236,16 +169,21 @@ class GPT(nn.Module):
             )
         self.before_use(self.wte)
         x_BsD = self.wte(input_ids_Bs)
+        first = self.state.group_rank("sep") * s if self.state else 0
+        if self.wpe is not None:
+            self.before_use(self.wpe)
+            own = torch.arange(first, first + s, device=input_ids_Bs.device) if positions is None else positions
+            x_BsD = x_BsD + self.wpe(own)
         if self.config.dropout > 0:
             x_BsD = F.dropout(x_BsD, self.config.dropout, self.training)
-        first = self.state.group_rank("sep") * s if self.state else 0
         rotation = self.rope(first, s, positions)
-        if documents is not None and self.needs_mask:
-            documents = documents.with_mask(len(x_BsD), S, x_BsD.dtype)
+        seen = dict.fromkeys(self.windows, documents)
+        if self.needs_mask:
+            seen = {w: visible(documents, w, len(x_BsD), S, x_BsD.dtype, x_BsD.device) for w in self.windows}
         all_stats = []
-        for block in self.blocks:
+        for block, window in zip(self.blocks, self.layer_windows, strict=True):
             self.before_use(block)
-            x_BsD, stats = block(x_BsD, rotation, documents)
+            x_BsD, stats = block(x_BsD, rotation, seen[window])
             if stats is not None:
                 all_stats.append(stats)
         self.before_use(self.final_norm)

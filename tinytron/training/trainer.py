@@ -355,7 +355,7 @@ class Trainer:
         self._logged_step = self.step
         self.one_step_results |= report.results
         if isinstance(self.raw_model, GPT) and self.raw_model.moe_layers:
-            report.add_expert_load(load_statistics(self.raw_model.take_load(), self.config.model.first_k_dense))
+            report.add_expert_load(load_statistics(self.raw_model.take_load(), self.config.model.moe_layers))
         if self._sources.names:
             report.add_sources(self._sources.flush(), datasets.seen_tokens(self.config, self.train_dataset, self.step))
         if self._routing is not None:

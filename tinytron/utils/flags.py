@@ -105,7 +105,8 @@ def add_flag(group: argparse._ActionsContainer, info: FieldInfo) -> None:
         group.add_argument(f"--{name}", choices=info.choices, default=default, help=text)
     elif typing.get_origin(info.type) is tuple:
         inner = typing.get_args(info.type)
-        group.add_argument(f"--{name}", nargs=len(inner), type=inner[0], default=default, help=text)
+        count = "*" if inner[-1] is Ellipsis else len(inner)
+        group.add_argument(f"--{name}", nargs=count, type=inner[0], default=default, help=text)
     else:
         kind = whole_number if info.type is int else info.type
         group.add_argument(f"--{name}", type=kind, default=default, help=text, metavar=info.type.__name__.upper())

@@ -24,7 +24,19 @@ class GPTShape(Protocol):
     @property
     def resolved_head_dim(self) -> int: ...
     @property
-    def bias(self) -> bool: ...
+    def block_size(self) -> int: ...
+    @property
+    def mlp_type(self) -> str: ...
+    @property
+    def norm_type(self) -> str: ...
+    @property
+    def position_type(self) -> str: ...
+    @property
+    def has_qkv_bias(self) -> bool: ...
+    @property
+    def has_out_bias(self) -> bool: ...
+    @property
+    def has_mlp_bias(self) -> bool: ...
     @property
     def qk_norm(self) -> bool: ...
     @property
@@ -38,11 +50,13 @@ class GPTShape(Protocol):
     @property
     def num_shared_experts(self) -> int: ...
     def is_moe_layer(self, layer: int) -> bool: ...
+    def window(self, layer: int) -> int: ...
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Numbers of parameters: all of them, those one token uses, and those in the token embedding."""
+    """Numbers of parameters: all of them, those one token uses, and those in the token embedding. All learned positions
+    count as used."""
 
     total: int
     active: int
@@ -53,11 +67,14 @@ def count_parameters(shape: GPTShape) -> ParameterCount:
     """Parameters of the model that ``shape`` describes; tied embedding and head are counted once."""
     D, H = shape.hidden_size, shape.resolved_head_dim
     q, kv = shape.num_attention_heads * H, shape.num_key_value_heads * H
-    attention = D * (q + 2 * kv) + q * D + 2 * H * shape.qk_norm + (q + 2 * kv + D) * shape.bias
-    norms = 2 * D
+    per_norm = 2 if shape.norm_type == "layer" else 1  # weight and bias
+    biases = (q + 2 * kv) * shape.has_qkv_bias + D * shape.has_out_bias
+    attention = D * (q + 2 * kv) + q * D + 2 * H * per_norm * shape.qk_norm + biases
+    norms = 2 * D * per_norm
+    inputs = _mlp_inputs(shape)
 
     def feed_forward(width: int) -> int:
-        return 3 * D * width + (2 * width + D) * shape.bias
+        return (inputs + 1) * D * width + (inputs * width + D) * shape.has_mlp_bias
 
     experts, dense = _layers(shape)
     expert = 3 * D * shape.moe_intermediate_size
@@ -66,13 +83,19 @@ def count_parameters(shape: GPTShape) -> ParameterCount:
     everywhere = D * shape.num_experts + (feed_forward(shared_width) if shared_width else 0)
     mlps = dense * feed_forward(shape.intermediate_size) + experts * everywhere
     embedding = shape.vocab_size * D
-    outside = embedding * (1 if shape.tied_lm_head else 2) + D  # D: the final norm
+    positions = shape.block_size * D if shape.position_type == "learned" else 0
+    outside = embedding * (1 if shape.tied_lm_head else 2) + positions + D * per_norm  # the final norm
     used = shape.num_layer * (attention + norms) + mlps + outside
     return ParameterCount(
         total=used + experts * shape.num_experts * expert,
         active=used + experts * shape.num_experts_per_tok * expert,
         embedding=embedding,
     )
+
+
+def _mlp_inputs(shape: GPTShape) -> int:
+    """Matrices of the feed-forward layer that read its input; one more writes its output."""
+    return 2 if shape.mlp_type == "swiglu" else 1
 
 
 def _layers(shape: GPTShape) -> tuple[int, int]:
@@ -86,14 +109,23 @@ def train_flops_per_token(shape: GPTShape, seq_len: int, *, causal: bool = True)
 
     Only matrix products count (a multiply-add is 2), backward is twice the forward, recomputation is not counted, so
     the ratio to the peak is MFU, not HFU (PaLM, arXiv:2204.02311, appendix B). With ``causal`` a token attends to
-    (seq_len + 1) / 2 positions on average; without, to all (what ``torch.utils.flop_counter`` assumes).
+    (seq_len + 1) / 2 positions on average, to fewer in layers with a sliding window; without, to all (what
+    ``torch.utils.flop_counter`` assumes).
     """
     D, H = shape.hidden_size, shape.resolved_head_dim
     q, kv = shape.num_attention_heads * H, shape.num_key_value_heads * H
-    attended = (seq_len + 1) / 2 if causal else seq_len
-    attention = 2 * D * (q + 2 * kv) + 2 * q * D + 2 * 2 * q * attended
+    windows = [shape.window(layer) for layer in range(shape.num_layer)]
+    attended = sum(_attended(seq_len, window) if causal else seq_len for window in windows)
+    attention = shape.num_layer * (2 * D * (q + 2 * kv) + 2 * q * D) + 2 * 2 * q * attended
     experts, dense = _layers(shape)
     passed = (shape.num_experts_per_tok + shape.num_shared_experts) * shape.moe_intermediate_size
-    mlps = experts * (2 * D * shape.num_experts + 2 * 3 * D * passed) + dense * 2 * 3 * D * shape.intermediate_size
-    forward = shape.num_layer * attention + mlps + 2 * D * shape.vocab_size
+    mlps = experts * (2 * D * shape.num_experts + 2 * 3 * D * passed)
+    mlps += dense * 2 * (_mlp_inputs(shape) + 1) * D * shape.intermediate_size
+    forward = attention + mlps + 2 * D * shape.vocab_size
     return 3 * forward
+
+
+def _attended(seq_len: int, window: int) -> float:
+    """Positions that a token sees on average, itself included; ``window`` 0: all before it."""
+    w = min(window or seq_len, seq_len)
+    return w - w * (w - 1) / (2 * seq_len)

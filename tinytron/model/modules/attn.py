@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from tinytron.errors import ConfigError
 from tinytron.model.config import ModelConfig
 from tinytron.model.modules.emb import Rotation, rotate
 from tinytron.model.modules.linear import PackedLinear, ResidualLinear
-from tinytron.model.modules.norm import RMSNorm
+from tinytron.model.modules.norm import make_norm
 
 Backend = Literal["sdpa", "flash", "math"]
 
@@ -36,14 +37,16 @@ class Documents(NamedTuple):
     max_len: int
     mask: torch.Tensor | None = None
 
-    def with_mask(self, B: int, S: int, dtype: torch.dtype) -> Documents:
-        """With the mask, made unless there is one: once for all layers. In the queries' ``dtype``: a mask of bools is
-        converted in every layer, and every layer keeps its copy for the backward pass."""
+    def with_mask(self, B: int, S: int, dtype: torch.dtype, window: int = 0) -> Documents:
+        """With the mask, made unless there is one: once for all layers of one ``window`` (0: none). In the queries'
+        ``dtype``: a mask of bools is converted in every layer, and every layer keeps its copy for the backward pass."""
         if self.mask is not None:
             return self
         token = torch.arange(B * S, dtype=torch.int32, device=self.cu_seqlens.device)
         document_BS = torch.searchsorted(self.cu_seqlens, token, right=True).view(B, 1, S)
         seen_BSS = (document_BS.mT == document_BS).tril_()
+        if window:
+            seen_BSS.triu_(1 - window)
         mask_BSS = torch.full(seen_BSS.shape, float("-inf"), dtype=dtype, device=token.device)
         return self._replace(mask=mask_BSS.masked_fill_(seen_BSS, 0.0).unsqueeze(1))
 
@@ -56,6 +59,20 @@ def documents_of(positions_BS: torch.Tensor) -> Documents:
     end = torch.tensor([starts_BS.numel()])
     cu_seqlens = torch.cat((starts_BS.flatten().nonzero().squeeze(1), end)).to(torch.int32)
     return Documents(cu_seqlens, int(cu_seqlens.diff().max()))
+
+
+def visible(
+    documents: Documents | None, window: int, B: int, S: int, dtype: torch.dtype, device: torch.device
+) -> Documents | None:
+    """What a layer with ``window`` (0: none) is to be given: ``documents`` with their mask; the mask of the window alone,
+    the same ``[1, 1, S, S]`` for all rows; or ``None``, if every token sees all before it."""
+    window = window if window < S else 0
+    if documents is not None:
+        return documents.with_mask(B, S, dtype, window)
+    if not window:
+        return None
+    rows = torch.arange(0, B * S + 1, S, dtype=torch.int32, device=device)
+    return Documents(rows, S).with_mask(1, S, dtype, window)
 
 
 def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -77,15 +94,20 @@ def attend(
     *,
     backend: Backend = "sdpa",
     documents: Documents | None = None,
+    window: int = 0,
     dropout: float = 0.0,
 ) -> torch.Tensor:
     """Causal attention, ``[B, S, N, H] -> [B, S, N, H]``; ``N`` is a multiple of ``K`` and keys are never repeated.
 
-    ``math`` is the readable reference: explicit scores, softmax in fp32 (fp64 for fp64 inputs).
+    With ``window`` (arXiv:2310.06825, section 2) a token sees the last ``window`` tokens, itself included; a mask that
+    ``documents`` brings is taken as it is. ``math`` is the readable reference: explicit scores, softmax in fp32 (fp64 for
+    fp64 inputs).
     """
     if backend == "flash":
-        return _attend_flash(q_BSNH, k_BSKH, v_BSKH, documents, dropout)
-    mask = None if documents is None else documents.with_mask(q_BSNH.shape[0], q_BSNH.shape[1], q_BSNH.dtype).mask
+        return _attend_flash(q_BSNH, k_BSKH, v_BSKH, documents, window, dropout)
+    B, S = q_BSNH.shape[:2]
+    seen = visible(documents, window, B, S, q_BSNH.dtype, q_BSNH.device)
+    mask = None if seen is None else seen.mask
     if backend == "math":
         return _attend_math(q_BSNH, k_BSKH, v_BSKH, mask, dropout)
     out_BNSH = F.scaled_dot_product_attention(
@@ -119,11 +141,17 @@ def _attend_math(
 
 
 def _attend_flash(
-    q_BSNH: torch.Tensor, k_BSKH: torch.Tensor, v_BSKH: torch.Tensor, documents: Documents | None, dropout: float
+    q_BSNH: torch.Tensor,
+    k_BSKH: torch.Tensor,
+    v_BSKH: torch.Tensor,
+    documents: Documents | None,
+    window: int,
+    dropout: float,
 ) -> torch.Tensor:
     flash = importlib.import_module("flash_attn")
+    options = {"window_size": (window - 1, 0)} if window else {}  # tokens to the left beside the own one, and right
     if documents is None:
-        out: torch.Tensor = flash.flash_attn_func(q_BSNH, k_BSKH, v_BSKH, dropout_p=dropout, causal=True)
+        out: torch.Tensor = flash.flash_attn_func(q_BSNH, k_BSKH, v_BSKH, dropout_p=dropout, causal=True, **options)
         return out
     out_TNH: torch.Tensor = flash.flash_attn_varlen_func(
         q_BSNH.flatten(0, 1),
@@ -135,6 +163,7 @@ def _attend_flash(
         documents.max_len,
         dropout_p=dropout,
         causal=True,
+        **options,
     )
     return out_TNH.view_as(q_BSNH)
 
@@ -143,19 +172,24 @@ class Attention(nn.Module):
     """Projections, rotation and attention. Query, key and value weights are one matrix, ``[(N + 2K) H, D]``, in that
     order. Shapes: ``[B, s, D] -> [B, s, D]``: under sequence parallelism each rank has a part of the sequence, and inside
     some heads of all of it (ulysses.py); the rotation is that of this rank's positions, documents are those of the whole.
+    ``window`` as in ``attend``.
     """
 
-    def __init__(self, config: ModelConfig, backend: Backend = "sdpa", state: ParallelState | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, backend: Backend = "sdpa", state: ParallelState | None = None, window: int = 0
+    ) -> None:
         super().__init__()
+        self.window = window
         self.plan = HeadPlan(config.num_attention_heads, config.num_key_value_heads, state.layout.sep if state else 1)
         self.group = state.groups["sep"] if state else None
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.dropout, self.backend = config.resolved_head_dim, config.dropout, backend
         width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.qkv_proj = PackedLinear(config.hidden_size, (width, kv_width, kv_width), bias=config.bias)
-        self.out_proj = ResidualLinear(width, config.hidden_size, bias=config.bias)
-        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.qkv_proj = PackedLinear(config.hidden_size, (width, kv_width, kv_width), bias=config.has_qkv_bias)
+        self.out_proj = ResidualLinear(width, config.hidden_size, bias=config.has_out_bias)
+        norm = partial(make_norm, config.norm_type, self.head_dim, config.norm_eps)
+        self.q_norm = norm() if config.qk_norm else None
+        self.k_norm = norm() if config.qk_norm else None
 
     def forward(self, x_BsD: torch.Tensor, rotation: Rotation, documents: Documents | None = None) -> torch.Tensor:
         B, s, _ = x_BsD.shape
@@ -170,7 +204,7 @@ class Attention(nn.Module):
             packed_BSmH = seq_to_head(torch.cat((q, k, v), dim=2), self.plan, self.group)
             q, k, v = packed_BSmH.split((self.plan.heads, self.plan.kv_heads, self.plan.kv_heads), dim=2)
         dropout = self.dropout if self.training else 0.0
-        out = attend(q, k, v, backend=self.backend, documents=documents, dropout=dropout)
+        out = attend(q, k, v, backend=self.backend, documents=documents, window=self.window, dropout=dropout)
         if self.group is not None and self.plan.size > 1:
             out = head_to_seq(out, self.plan, self.group)
         projected: torch.Tensor = self.out_proj(out.flatten(2))

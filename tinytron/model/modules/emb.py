@@ -32,7 +32,8 @@ class _Lookup(torch.autograd.Function):
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines per position, ``[S, 1, H/2]`` or ``[B, S, 1, H/2]``, in fp32 (fp64 for fp64 models)."""
+    """Cosines and sines per position, ``[S, 1, R/2]`` or ``[B, S, 1, R/2]`` for the first R elements of a head, in fp32
+    (fp64 for fp64 models)."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -41,18 +42,18 @@ class Rotation(NamedTuple):
 class RotaryEmbedding(nn.Module):
     """The table of RoPE angles for positions ``0 .. block_size - 1``, computed once (arXiv:2104.09864, section 3.4.2).
 
-    Not part of ``state_dict``: it is a function of the configuration.
+    ``frequencies`` ``[R/2]`` are radians per position; cosines and sines are multiplied by ``scale``. Not part of
+    ``state_dict``: it is a function of the configuration.
     """
 
-    def __init__(self, head_dim: int, block_size: int, theta: float, dtype: torch.dtype) -> None:
+    def __init__(self, frequencies: torch.Tensor, block_size: int, dtype: torch.dtype, scale: float = 1.0) -> None:
         super().__init__()
         # In float64 first: at position 4095 an fp32 angle is already off by 1e-4.
-        frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-        angles = torch.outer(torch.arange(block_size, dtype=torch.float64), frequencies)
+        angles = torch.outer(torch.arange(block_size, dtype=torch.float64), frequencies.double())
         self.cos: torch.Tensor
         self.sin: torch.Tensor
-        self.register_buffer("cos", angles.cos().to(dtype).unsqueeze(1), persistent=False)
-        self.register_buffer("sin", angles.sin().to(dtype).unsqueeze(1), persistent=False)
+        self.register_buffer("cos", (angles.cos() * scale).to(dtype).unsqueeze(1), persistent=False)
+        self.register_buffer("sin", (angles.sin() * scale).to(dtype).unsqueeze(1), persistent=False)
 
     def forward(self, first: int, count: int, positions: torch.Tensor | None = None) -> Rotation:
         """The rotations of ``count`` positions from ``first`` on, or of ``positions`` ``[S]`` or ``[B, S]``."""
@@ -62,13 +63,20 @@ class RotaryEmbedding(nn.Module):
 
 
 def rotate(x_BSNH: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """Turn each pair ``(x[i], x[i + H/2])`` by its position's angle, in the table's precision.
+    """Turn each pair ``(x[i], x[i + R/2])`` by its position's angle, in the table's precision; elements from R on stay.
 
     The pairing is that of GPT-NeoX and Llama in Hugging Face. Scores of rotated queries and keys depend on the
     relative position only, and norms do not change.
     """
-    rotated: torch.Tensor = _Rotate.apply(x_BSNH, *rotation)
-    return rotated
+    R = 2 * rotation.cos.shape[-1]
+    if R == 0:
+        return x_BSNH
+    rotated: torch.Tensor
+    if x_BSNH.shape[-1] == R:
+        rotated = _Rotate.apply(x_BSNH, *rotation)
+        return rotated
+    rotated = _Rotate.apply(x_BSNH[..., :R], *rotation)
+    return torch.cat((rotated, x_BSNH[..., R:]), dim=-1)
 
 
 class _Rotate(torch.autograd.Function):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -24,3 +26,31 @@ class SwiGLU(nn.Module):
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         out: torch.Tensor = self.down_proj(F.silu(gate) * up)
         return out
+
+
+class GELU(nn.Module):
+    """``down(gelu(up(x)))`` (arXiv:1606.08415), exact or in the ``tanh`` approximation of GPT-2.
+
+    Shapes: ``[..., D] -> [..., D]``.
+    """
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, bias: bool, approximate: Literal["none", "tanh"]
+    ) -> None:
+        super().__init__()
+        self.approximate = approximate
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = ResidualLinear(intermediate_size, hidden_size, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.down_proj(F.gelu(self.up_proj(x), approximate=self.approximate))
+        return out
+
+
+def make_mlp(
+    kind: Literal["swiglu", "gelu", "gelu_tanh"], hidden_size: int, intermediate_size: int, bias: bool
+) -> SwiGLU | GELU:
+    """The feed-forward layer that ``--mlp_type`` names."""
+    if kind == "swiglu":
+        return SwiGLU(hidden_size, intermediate_size, bias)
+    return GELU(hidden_size, intermediate_size, bias, "tanh" if kind == "gelu_tanh" else "none")

@@ -121,7 +121,7 @@ class MoE(nn.Module):
         local = config.num_experts // (state.layout.ep if state else 1)
         self.experts = Experts(local, config.hidden_size, config.moe_intermediate_size)
         width = config.num_shared_experts * config.moe_intermediate_size
-        self.shared = SwiGLU(config.hidden_size, width, config.bias) if width else None
+        self.shared = SwiGLU(config.hidden_size, width, config.has_mlp_bias) if width else None
 
     def forward(self, x_BsD: torch.Tensor) -> tuple[torch.Tensor, MoEStats]:
         x_TD = x_BsD.flatten(0, 1)
