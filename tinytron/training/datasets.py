@@ -138,7 +138,9 @@ def describe(dataset: Dataset[Any] | None, info: TrainingInfo) -> list[str]:
     if isinstance(dataset, MixtureDataset) and dataset.order is not None:
         samples = info.max_steps * info.global_batch_samples
         dataset.order.counts(samples)  # beyond the last sample it raises
-        packing = [f"  {n}: {line}" for n, d in zip(dataset.names, dataset.datasets, strict=True) for line in d.describe()]
+        packing = [
+            f"  {n}: {line}" for n, d in zip(dataset.names, dataset.datasets, strict=True) for line in d.describe()
+        ]
         return [*dataset.order.describe(samples), *packing]
     if isinstance(dataset, TokenShardDataset):
         return dataset.describe()
