@@ -12,21 +12,19 @@ import gzip
 import lzma
 import math
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
 from tokenizers import Tokenizer
 
-from tinytron.checkpoint import CheckpointFiles, newest_checkpoint
-from tinytron.checkpoint.load import load_weights, read_file
+from tinytron.checkpoint import CheckpointFiles, load_model, newest_checkpoint
 from tinytron.cli import entry
 from tinytron.data.formats import open_shard
 from tinytron.data.shards import find_shards
 from tinytron.errors import CheckpointError
-from tinytron.inference import generate
-from tinytron.model import GPT
+from tinytron.inference import SamplingOptions, complete
 from tinytron.training import Config, build_config, parse_args
-from tinytron.training.config import DTYPES
 from tinytron.training.startup import run_folder
 
 matplotlib.use("Agg")  # no display needed
@@ -96,12 +94,14 @@ def draw(losses: dict[str, list[tuple[int, float]]], gzip_loss: float, xz_loss: 
     figure.savefig(path, dpi=120)
 
 
-def load_model(files: CheckpointFiles, config: Config) -> GPT:
-    """The trained model on the best device."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = GPT(config.model, dtype=DTYPES[config.train.precision], device=device)
-    load_weights(model, read_file(files.model), str(files.model))
-    return model
+def print_samples(files: CheckpointFiles, tokenizer: Any) -> None:
+    """A continuation of each of ``PROMPTS`` by the trained model, on the best device."""
+    model, _ = load_model(files.model, "cuda" if torch.cuda.is_available() else "cpu")
+    eot = tokenizer.token_to_id(EOT)
+    prompts = [[eot, *tokenizer.encode(prompt).ids] for prompt in PROMPTS]
+    options = SamplingOptions(max_new_tokens=SAMPLE_TOKENS, temperature=0.7, top_k=50, stop_tokens=(eot,))
+    for sample in complete(model, prompts, options, decode=tokenizer.decode).samples:
+        print(f"\n--- sample ---\n{PROMPTS[sample.prompt]}{sample.text}")
 
 
 def main() -> None:
@@ -110,11 +110,7 @@ def main() -> None:
     files = finished_run(config)
     data = Path(config.data.dataset_path or "")
     tokenizer = Tokenizer.from_file(str(data / "tokenizer.json"))
-    model = load_model(files, config)
-    for prompt in PROMPTS:
-        ids = [tokenizer.token_to_id(EOT), *tokenizer.encode(prompt).ids]
-        sample = generate(model, ids, SAMPLE_TOKENS, temperature=0.7, top_k=50, stop_token=ids[0])
-        print(f"\n--- sample ---\n{tokenizer.decode(sample)}")
+    print_samples(files, tokenizer)
 
     losses = read_losses(files.folder)
     if not losses["val"]:

@@ -9,6 +9,7 @@ from tinytron.checkpoint.files import (
 )
 from tinytron.checkpoint.load import first_undamaged, load_checkpoint
 from tinytron.checkpoint.mirror import Mirror
+from tinytron.checkpoint.model import load_model
 from tinytron.checkpoint.save import CheckpointSaver
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "find_checkpoints",
     "first_undamaged",
     "load_checkpoint",
+    "load_model",
     "newest_checkpoint",
 ]

@@ -39,7 +39,8 @@ class TextTokenizer:
 
     ``vocab_size`` is one more than its largest id; ``specials`` are the ids of its special tokens and ``end`` its own
     end-of-text token, if it names one; ``token_id`` finds the id of any token; ``serialised`` is its tokenizer.json, or
-    empty where there is no such thing; ``sha256`` is that of the vocabulary.
+    empty where there is no such thing; ``sha256`` is that of the vocabulary. ``decode`` gives the text of ids, without
+    special tokens.
     """
 
     kind: Kind
@@ -51,6 +52,7 @@ class TextTokenizer:
     token_id: Callable[[str], int | None]
     serialised: bytes
     sha256: str
+    decode: Callable[[list[int]], str]
 
     def end_of_text(self, wanted: str | None = None) -> tuple[str, int]:
         """The token that separates documents, and its id: ``wanted``, or else the tokenizer's own, or else the first of
@@ -138,8 +140,9 @@ def from_hub(name: str, cache_dir: str | None = None, trust_remote_code: bool = 
     digest = hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
     size = 1 + max(vocabulary.values())
     return TextTokenizer(
-        "tokenizer_name", name, _Slow(tokenizer), size, tokenizer.eos_token, specials, vocabulary.get, b"", digest
-    )
+        "tokenizer_name", name, _Slow(tokenizer), size, tokenizer.eos_token, specials, vocabulary.get, b"", digest,
+        lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)),
+    )  # fmt: skip
 
 
 def from_file(path: Path, kind: Kind = "tokenizer_path", name: str | None = None) -> TextTokenizer:
@@ -174,8 +177,14 @@ def from_tiktoken(name: str) -> TextTokenizer:
     digest = hashlib.sha256(json.dumps([encoding._pat_str, sorted(specials.items())]).encode())
     for token in encoding.token_byte_values():
         digest.update(len(token).to_bytes(4, "little") + token)
-    size, sha256 = encoding.max_token_value + 1, digest.hexdigest()
-    return TextTokenizer("encoding_name", name, _Tiktoken(encoding), size, None, specials, token_id, b"", sha256)
+    size, sha256, hidden = encoding.max_token_value + 1, digest.hexdigest(), set(specials.values())
+
+    def decode(ids: list[int]) -> str:
+        return str(encoding.decode([number for number in ids if number not in hidden]))
+
+    return TextTokenizer(
+        "encoding_name", name, _Tiktoken(encoding), size, None, specials, token_id, b"", sha256, decode
+    )
 
 
 def _of_backend(kind: Kind, name: str, tokenizer: Any, serialised: bytes, end: str | None) -> TextTokenizer:
@@ -184,7 +193,7 @@ def _of_backend(kind: Kind, name: str, tokenizer: Any, serialised: bytes, end: s
     specials = {token.content: number for number, token in sorted(added.items()) if token.special}
     sha256, size = hashlib.sha256(serialised).hexdigest(), 1 + max(vocabulary.values(), default=-1)
     encode = _Fast(_plain(tokenizer))
-    return TextTokenizer(kind, name, encode, size, end, specials, vocabulary.get, serialised, sha256)
+    return TextTokenizer(kind, name, encode, size, end, specials, vocabulary.get, serialised, sha256, tokenizer.decode)
 
 
 # Training.

@@ -1,5 +1,7 @@
 """Floor 3: text from a trained model."""
 
-from tinytron.inference.generate import generate
+from tinytron.inference.engine import Generation, Piece, Sample, complete, stream
+from tinytron.inference.kv_cache import KVCache
+from tinytron.inference.sampler import SamplingOptions
 
-__all__ = ["generate"]
+__all__ = ["Generation", "KVCache", "Piece", "Sample", "SamplingOptions", "complete", "stream"]

@@ -1,48 +1,195 @@
-"""Sampling, one token at a time, from the model's own next-token distribution."""
+"""Text on the terminal: ``python -m tinytron.inference.generate --checkpoint log/<run> --prompt "Once upon a time"``"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
 import torch
 
-from tinytron.errors import ConfigError
-from tinytron.model.gpt import GPT
+from tinytron.checkpoint import load_model
+from tinytron.data.run_tokenizer import RunTokenizer, tokenizer_of_run
+from tinytron.errors import ConfigError, TinytronError
+from tinytron.inference.engine import Generation, Piece, complete
+from tinytron.inference.sampler import SamplingOptions
+from tinytron.utils.flags import Parser, parse_strictly, whole_number
+from tinytron.utils.training import DTYPES
 
 
-@torch.no_grad()
-def generate(
-    model: GPT,
-    prompt: list[int],
-    max_new_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    seed: int = 0,
-    stop_token: int | None = None,
-) -> list[int]:
-    """``prompt`` and up to ``max_new_tokens`` more token ids; ends early before ``stop_token``.
+def build_parser() -> argparse.ArgumentParser:
+    """The flags; defaults of sampling are those of ``SamplingOptions``."""
+    parser = Parser(
+        prog="python -m tinytron.inference.generate",
+        description="Continue texts with a trained model.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="PATH", help="run folder, or a weights file in it")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may be given several times")
+    add(
+        "--prompts_file", type=Path, metavar="FILE", help='a prompt per line, or with .jsonl a {"prompt": ...} per line'
+    )
+    add("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json; default: the one beside the run's data")
+    add(
+        "--eot",
+        action=argparse.BooleanOptionalAction,
+        help="begin with the end-of-text token; default: if the documents of the run's data do",
+    )
+    defaults = SamplingOptions()
+    for name, kind, text in (
+        ("max_new_tokens", whole_number, "end after so many tokens"),
+        ("temperature", float, "divides the logits; 0: the likeliest token"),
+        ("top_k", whole_number, "sample among the k likeliest tokens; 0: all"),
+        ("top_p", float, "sample among the likeliest tokens that have this probability together; 1: all"),
+        ("min_p", float, "sample among tokens at least so many times as likely as the likeliest; 0: all"),
+        ("seed", whole_number, "decides all samples; a sample does not depend on the other prompts"),
+        ("num_samples", whole_number, "samples of every prompt"),
+    ):
+        add(f"--{name}", type=kind, default=getattr(defaults, name), help=text)
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
+    add("--batch_size", type=whole_number, default=32, help="samples at a time")
+    add("--device", help="default: cuda if there is a GPU, else cpu")
+    add("--dtype", choices=DTYPES, help="precision of weights and cache; default: that of the file")
+    return parser
 
-    ``temperature`` 0 takes the most likely token; ``top_k`` > 0 samples among the k most likely ones only. The whole
-    window (at most ``block_size`` tokens) is computed anew for every token. Raises: ConfigError for an empty prompt.
-    """
-    if not prompt:
-        raise ConfigError("generate needs a prompt of at least one token; use the end-of-text token to start afresh")
-    device = next(model.parameters()).device
-    generator = torch.Generator(device=device).manual_seed(seed)
-    was_training = model.training
-    model.eval()
-    tokens = list(prompt)
-    for _ in range(max_new_tokens):
-        window = torch.tensor([tokens[-model.config.block_size :]], device=device)
-        logits_V = model.lm_head(model.hidden_states(window)[0][0, -1]).float()
-        if temperature == 0:
-            token = int(logits_V.argmax())
-        else:
-            if top_k > 0:
-                threshold = logits_V.topk(min(top_k, len(logits_V))).values[-1]
-                logits_V = logits_V.masked_fill(logits_V < threshold, float("-inf"))
-            token = int(torch.multinomial((logits_V / temperature).softmax(-1), 1, generator=generator))
-        if token == stop_token:
-            break
-        tokens.append(token)
-    model.train(was_training)
-    return tokens
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """All prompts of the command line, then those of the file. Raises: ConfigError if there is none, or for a file that
+    cannot be read."""
+    prompts: list[str] = list(args.prompt)
+    if args.prompts_file is not None:
+        prompts += _prompts_of(args.prompts_file)
+    if not prompts:
+        raise ConfigError('no prompt given; use --prompt "Once upon a time", or --prompt "" to start afresh')
+    return prompts
+
+
+def _prompts_of(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompts_file {path} cannot be read ({error}); give a text file") from error
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if path.suffix != ".jsonl":
+        return [line for _, line in numbered]
+    prompts = []
+    for number, line in numbered:
+        try:
+            prompt = json.loads(line)["prompt"]
+        except (ValueError, KeyError, TypeError):
+            prompt = None
+        if not isinstance(prompt, str):
+            raise ConfigError(f'--prompts_file {path}: line {number} is not of the form {{"prompt": "text"}}')
+        prompts.append(prompt)
+    return prompts
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device to compute on. Raises: ConfigError for one that is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name} cannot be used ({str(error).splitlines()[0]}); use cpu") from error
+    return device
+
+
+class _Printer:
+    """Shows the samples one after another, the first unfinished one as it grows."""
+
+    def __init__(self, prompts: Sequence[str], num_samples: int, out: TextIO) -> None:
+        self._prompts, self._per_prompt, self._out = prompts, num_samples, out
+        self._waiting = ["" for _ in range(len(prompts) * num_samples)]
+        self._ended = [False] * len(self._waiting)
+        self._current, self._headed = 0, -1
+
+    def show(self, piece: Piece) -> None:
+        """Write what can be written now."""
+        self._waiting[piece.sample] += piece.text
+        self._ended[piece.sample] = piece.finish is not None
+        while self._current < len(self._waiting):
+            self._head()
+            self._write(self._waiting[self._current])
+            self._waiting[self._current] = ""
+            if not self._ended[self._current]:
+                return
+            self._write("\n")
+            self._current += 1
+
+    def _head(self) -> None:
+        if self._headed == self._current:
+            return
+        self._headed = self._current
+        prompt, number = divmod(self._current, self._per_prompt)
+        if len(self._waiting) > 1:
+            name = f"prompt {prompt + 1}" + (f", sample {number + 1}" if self._per_prompt > 1 else "")
+            self._write(f"--- {name} ---\n")
+        self._write(self._prompts[prompt])
+
+    def _write(self, text: str) -> None:
+        self._out.write(text)
+        self._out.flush()
+
+
+def summary(result: Generation) -> str:
+    """Counts and rates in one line."""
+    ends = [sample.finish for sample in result.samples]
+    return (
+        f"{result.prefill_tokens} prompt tokens at {result.prefill_rate:,.0f} tok/s, "
+        f"{sum(len(s.tokens) for s in result.samples)} new ones at {result.decode_rate:,.0f} tok/s | "
+        f"{ends.count('stop')} stopped, {ends.count('length')} ended by length"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Generate as ``args`` say. Raises: TinytronError."""
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "num_samples")
+    options = {name: getattr(args, name) for name in names}
+    checked = SamplingOptions(**options, stop=tuple(args.stop))
+    if args.batch_size < 1:
+        raise ConfigError(f"--batch_size {args.batch_size} must be at least 1")
+    texts, device = read_prompts(args), device_of(args.device)
+    model, config = load_model(args.checkpoint, device, DTYPES.get(args.dtype))
+    found = tokenizer_of_run(config, args.tokenizer)
+    if args.eot is not None:
+        found = RunTokenizer(found.tokenizer, found.end, args.eot)
+    ends = () if found.end is None else (found.end,)
+    checked = SamplingOptions(**options, stop=tuple(args.stop), stop_tokens=ends)
+    result = complete(
+        model,
+        [found.prompt_ids(text) for text in texts],
+        checked,
+        decode=found.tokenizer.decode,
+        vocab_size=found.tokenizer.vocab_size,
+        batch_size=args.batch_size,
+        on_piece=_Printer(texts, args.num_samples, sys.stdout).show,
+    )
+    print(summary(result), file=sys.stderr)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, or 2 after an error, which is one line."""
+    try:
+        run(parse_strictly(build_parser(), arguments))
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (TinytronError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

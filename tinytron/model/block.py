@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.model.config import ModelConfig
-from tinytron.model.modules.attn import Attention, Backend, Documents
+from tinytron.model.modules.attn import Attention, Backend, Documents, LayerCache
 from tinytron.model.modules.emb import Rotation
 from tinytron.model.modules.mlp import GELU, SwiGLU, make_mlp
 from tinytron.model.modules.moe import MoE, MoEStats
@@ -67,11 +67,15 @@ class Block(nn.Module):
             self.mlp = make_mlp(config.mlp_type, config.hidden_size, config.intermediate_size, config.has_mlp_bias)
 
     def forward(
-        self, x_BsD: torch.Tensor, rotation: Rotation, documents: Documents | None = None
+        self,
+        x_BsD: torch.Tensor,
+        rotation: Rotation,
+        documents: Documents | None = None,
+        cache: LayerCache | None = None,
     ) -> tuple[torch.Tensor, MoEStats | None]:
         # Inside the block, so that torch.compile sees the recomputation and fuses across it.
         if self.recompute == "none" or not torch.is_grad_enabled():
-            return self._forward(x_BsD, rotation, documents)
+            return self._forward(x_BsD, rotation, documents, cache)
         contexts: dict[str, Any] = {}  # torch.compile cannot trace the default when it is passed
         if self.recompute == "selective":
             contexts["context_fn"] = _selective_contexts if self.dropout == 0 else _dropout_contexts
@@ -83,9 +87,9 @@ class Block(nn.Module):
         return out
 
     def _forward(
-        self, x_BsD: torch.Tensor, rotation: Rotation, documents: Documents | None
+        self, x_BsD: torch.Tensor, rotation: Rotation, documents: Documents | None, cache: LayerCache | None = None
     ) -> tuple[torch.Tensor, MoEStats | None]:
-        x_BsD = x_BsD + self._drop(self.attn(self.attn_norm(x_BsD), rotation, documents))
+        x_BsD = x_BsD + self._drop(self.attn(self.attn_norm(x_BsD), rotation, documents, cache))
         out_BsD, stats = self._feed_forward(self.mlp_norm(x_BsD))
         return x_BsD + self._drop(out_BsD), stats
 
@@ -103,8 +107,8 @@ class ParallelBlock(Block):
     """``x + attention(norm(x)) + mlp(other_norm(x))``, as GPT-NeoX has it (arXiv:2204.06745, section 2.1)."""
 
     def _forward(
-        self, x_BsD: torch.Tensor, rotation: Rotation, documents: Documents | None
+        self, x_BsD: torch.Tensor, rotation: Rotation, documents: Documents | None, cache: LayerCache | None = None
     ) -> tuple[torch.Tensor, MoEStats | None]:
-        attended_BsD = self._drop(self.attn(self.attn_norm(x_BsD), rotation, documents))
+        attended_BsD = self._drop(self.attn(self.attn_norm(x_BsD), rotation, documents, cache))
         out_BsD, stats = self._feed_forward(self.mlp_norm(x_BsD))
         return x_BsD + attended_BsD + self._drop(out_BsD), stats

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from tinytron.distributed.param_spec import Kind, ParamSpec
 from tinytron.errors import ConfigError
 from tinytron.model.block import Block, ParallelBlock, Recompute
 from tinytron.model.config import ModelConfig
-from tinytron.model.modules.attn import Backend, Documents, visible
+from tinytron.model.modules.attn import Backend, Documents, LayerCache, visible
 from tinytron.model.modules.emb import RotaryEmbedding, TokenEmbedding
 from tinytron.model.modules.linear import PackedLinear, ResidualLinear
 from tinytron.model.modules.loss import LossSums, fused_linear_cross_entropy
@@ -155,12 +155,17 @@ class GPT(nn.Module):
             block.compile()
 
     def hidden_states(
-        self, input_ids_Bs: torch.Tensor, positions: torch.Tensor | None = None, documents: Documents | None = None
+        self,
+        input_ids_Bs: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        documents: Documents | None = None,
+        cache: Sequence[LayerCache] | None = None,
     ) -> tuple[torch.Tensor, list[MoEStats]]:
         """Everything but the head: ``[B, s] -> [B, s, D]``, and the routing statistics of the expert layers.
 
         ``positions`` (this rank's part) default to 0 .. S - 1; ``documents`` are those of the whole sequences, and their
-        mask is made here, once for all blocks of one sliding window.
+        mask is made here, once for all blocks of one sliding window. With a ``cache`` (one per block; instead of documents)
+        the ids follow those that it has seen, and ``positions`` are needed. Raises: ConfigError beyond ``block_size``.
         """
         s = input_ids_Bs.shape[1]
         S = s * (self.state.layout.sep if self.state else 1)
@@ -179,12 +184,13 @@ class GPT(nn.Module):
             x_BsD = F.dropout(x_BsD, self.config.dropout, self.training)
         rotation = self.rope(first, s, positions)
         seen = dict.fromkeys(self.windows, documents)
-        if self.needs_mask:
+        if self.needs_mask and cache is None:
             seen = {w: visible(documents, w, len(x_BsD), S, x_BsD.dtype, x_BsD.device) for w in self.windows}
         all_stats = []
-        for block, window in zip(self.blocks, self.layer_windows, strict=True):
+        caches: Sequence[LayerCache | None] = [None] * len(self.blocks) if cache is None else cache
+        for block, window, kept in zip(self.blocks, self.layer_windows, caches, strict=True):
             self.before_use(block)
-            x_BsD, stats = block(x_BsD, rotation, seen[window])
+            x_BsD, stats = block(x_BsD, rotation, seen[window], kept)
             if stats is not None:
                 all_stats.append(stats)
         self.before_use(self.final_norm)

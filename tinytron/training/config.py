@@ -12,15 +12,12 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-import torch
-
 from tinytron.distributed.layout import divisors
 from tinytron.distributed.sequence_parallel.ulysses import check_sep_size
 from tinytron.errors import ConfigError
 from tinytron.model.config import ModelConfig
 from tinytron.utils.flags import Flag, config_fields
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+from tinytron.utils.training import DTYPES as DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,8 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+
 
 def seed_all(seed: int) -> None:
     """Seed Python, numpy and torch (CPU and every CUDA device). Used for dropout only: weights and data have

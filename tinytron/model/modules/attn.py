@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn as nn
@@ -49,6 +49,14 @@ class Documents(NamedTuple):
             seen_BSS.triu_(1 - window)
         mask_BSS = torch.full(seen_BSS.shape, float("-inf"), dtype=dtype, device=token.device)
         return self._replace(mask=mask_BSS.masked_fill_(seen_BSS, 0.0).unsqueeze(1))
+
+
+class LayerCache(Protocol):
+    """What a layer keeps of the tokens before, when a sequence comes in parts (inference/kv_cache.py)."""
+
+    def attend(self, q_BsNH: torch.Tensor, k_BsKH: torch.Tensor, v_BsKH: torch.Tensor) -> torch.Tensor:
+        """Keep the rotated keys, and the values, of ``s`` more tokens; their attention to all that is kept:
+        ``[B, s, N, H] -> [B, s, N, H]``."""
 
 
 def documents_of(positions_BS: torch.Tensor) -> Documents:
@@ -191,7 +199,13 @@ class Attention(nn.Module):
         self.q_norm = norm() if config.qk_norm else None
         self.k_norm = norm() if config.qk_norm else None
 
-    def forward(self, x_BsD: torch.Tensor, rotation: Rotation, documents: Documents | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x_BsD: torch.Tensor,
+        rotation: Rotation,
+        documents: Documents | None = None,
+        cache: LayerCache | None = None,
+    ) -> torch.Tensor:
         B, s, _ = x_BsD.shape
         N, K = self.num_heads, self.num_kv_heads
         qkv = self.qkv_proj(x_BsD).view(B, s, N + 2 * K, self.head_dim)
@@ -200,6 +214,9 @@ class Attention(nn.Module):
             q, k = rotate(qkv[:, :, : N + K], rotation).split((N, K), dim=2)  # one rotation for both
         else:
             q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
+        if cache is not None:
+            joined: torch.Tensor = self.out_proj(cache.attend(q, k, v).flatten(2))
+            return joined
         if self.group is not None and self.plan.size > 1:
             packed_BSmH = seq_to_head(torch.cat((q, k, v), dim=2), self.plan, self.group)
             q, k, v = packed_BSmH.split((self.plan.heads, self.plan.kv_heads, self.plan.kv_heads), dim=2)

@@ -1,0 +1,113 @@
+"""The tokenizer that a run's data was made with, found beside its token shards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinytron.data.manifest import read_manifest
+from tinytron.data.mixture_file import read_mixture
+from tinytron.data.remote import local_dataset_path
+from tinytron.data.tokenizers import TextTokenizer, from_file, from_hub, from_tiktoken
+from tinytron.errors import ConfigError
+from tinytron.utils.remote import is_remote
+
+TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class RunTokenizer:
+    """A tokenizer and how documents are told apart: ``end`` is the id of the end-of-text token, if there is one;
+    ``prepend`` says that texts begin with it."""
+
+    tokenizer: TextTokenizer
+    end: int | None
+    prepend: bool
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """The ids of a text as the model has seen texts: behind the end-of-text token where they begin with it, and an
+        empty one behind it anyway. Raises: ConfigError for an empty text if there is no such token."""
+        ids = [int(number) for number in self.tokenizer.encode([text])[0]]
+        if self.end is not None and (self.prepend or not ids):
+            return [self.end, *ids]
+        if not ids:
+            raise ConfigError(
+                "the prompt is empty, and the tokenizer has no end-of-text token to begin with; give a text"
+            )
+        return ids
+
+    def check(self, vocab_size: int) -> None:
+        """Raises: ConfigError if the tokenizer gives ids that a model of ``vocab_size`` tokens lacks."""
+        if self.tokenizer.vocab_size > vocab_size:
+            raise ConfigError(
+                f"--tokenizer {self.tokenizer.name} has {self.tokenizer.vocab_size} tokens, the model --vocab_size "
+                f"{vocab_size}; use the tokenizer that its data was made with"
+            )
+
+
+def shard_folders(dataset_path: str | None) -> dict[str, Path]:
+    """The local folders of token shards behind ``--dataset_path``: those of a mixture by the names of its sources, a single
+    one under ``""``. Raises: ConfigError for a damaged mixture file."""
+    if dataset_path is None:
+        return {}
+    if dataset_path.endswith(".json"):
+        mixture = read_mixture(Path(dataset_path.removeprefix("file://")))
+        return {source.name: _folder(source.path) for source in mixture.sources}
+    return {"": _folder(dataset_path)}
+
+
+def _folder(path: str) -> Path:
+    place = Path(local_dataset_path(path) if is_remote(path) else path.removeprefix("file://"))
+    return place if place.is_dir() else place.parent
+
+
+def find_tokenizer(
+    dataset_path: str | None, given: Path | None = None, eot_id: int | None = None, eot_position: str = "prepend"
+) -> RunTokenizer:
+    """The tokenizer in the file (or folder) ``given``, else that of the run's data: ``tokenizer.json`` beside its shards,
+    or what its manifest names. ``eot_id`` and ``eot_position`` are those of the run's configuration, where no manifest is.
+
+    Raises: ConfigError if there is none; DataError if it cannot be read.
+    """
+    folders = list(shard_folders(dataset_path).values())
+    manifests = [(folder, read_manifest(folder)) for folder in folders]
+    facts = next((manifest.tokenizer for _, manifest in manifests if manifest is not None), None)
+    file = None
+    if given is not None:
+        file = given / TOKENIZER if given.is_dir() else given
+    else:
+        file = next((folder / TOKENIZER for folder in folders if (folder / TOKENIZER).is_file()), None)
+    if file is not None:
+        tokenizer = from_file(file)
+    elif facts is not None and facts.kind == "encoding_name":
+        tokenizer = from_tiktoken(facts.name)
+    elif facts is not None and facts.kind == "tokenizer_name":
+        tokenizer = from_hub(facts.name)
+    else:
+        where = f"{folders[0]} has no {TOKENIZER}" if folders else "the run's data (mock data, or your own) names none"
+        raise ConfigError(f"no tokenizer: {where}; give --tokenizer path/to/{TOKENIZER}")
+    if facts is not None:
+        return RunTokenizer(tokenizer, facts.eot_id, facts.eot_position == "prepend")
+    if eot_id is not None:
+        return RunTokenizer(tokenizer, eot_id, eot_position == "prepend")
+    try:
+        _, end = tokenizer.end_of_text()
+    except ConfigError:
+        return RunTokenizer(tokenizer, None, False)
+    return RunTokenizer(tokenizer, end, bool(folders) and eot_position == "prepend")
+
+
+def tokenizer_of_run(config: dict[str, dict[str, object]], given: Path | None = None) -> RunTokenizer:
+    """``find_tokenizer`` for a run's saved configuration, checked against its model's vocabulary. Raises: as there."""
+    data, model = config.get("data", {}), config["model"]
+    path, eot_id = data.get("dataset_path"), data.get("eot_id")
+    found = find_tokenizer(
+        path if isinstance(path, str) else None,
+        given,
+        eot_id if isinstance(eot_id, int) else None,
+        str(data.get("eot_position", "prepend")),
+    )
+    size = model.get("vocab_size")
+    if isinstance(size, int):
+        found.check(size)
+    return found

@@ -1,0 +1,254 @@
+"""Text from a trained model: prompts of any lengths at once, a cache of keys and values, samples that can be repeated.
+
+prompts -> prefill: one pass over all of them -> one row per sample -> decode: one pass per further token -> pieces of text
+
+The model reads at most ``block_size`` tokens: a text that long ends with the reason ``length``; the window does not slide,
+which would change every cached key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+
+from tinytron.errors import ConfigError
+from tinytron.inference.kv_cache import KVCache
+from tinytron.inference.sampler import SamplingOptions, next_tokens
+from tinytron.inference.text import Decode, TextStream
+from tinytron.model import GPT
+
+Finish = Literal["stop", "length"]
+Choose = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # logits [B, V] and uniform numbers [B] -> tokens [B]
+
+
+@dataclass
+class Sample:
+    """One continuation of ``prompts[prompt]``: ``tokens`` (no stop token; with a stop string all up to its end) and
+    ``text`` (up to the stop string). ``finish``: ``stop``, or ``length`` where ``max_new_tokens`` or ``block_size`` ended
+    it."""
+
+    prompt: int
+    number: int
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    finish: Finish | None = None
+
+
+class Piece(NamedTuple):
+    """What one more token, or the end, of ``samples[sample]`` brought: text that is certain, perhaps none."""
+
+    sample: int
+    token: int | None
+    text: str
+    finish: Finish | None
+
+
+@dataclass
+class Generation:
+    """The samples, by prompt and then by number, and how long they took. ``prefill_tokens`` are those of the prompts,
+    ``decode_tokens`` those that a pass of their own was made for (all new ones but each sample's first)."""
+
+    samples: list[Sample]
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens per second."""
+        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """New tokens per second, of all rows together."""
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+class _Row:
+    """One sample on its way: its limit of new tokens and its text."""
+
+    def __init__(self, index: int, sample: Sample, limit: int, text: TextStream | None) -> None:
+        self.index, self.sample, self.limit, self.text = index, sample, limit, text
+
+    def add(self, token: int, stop_tokens: Sequence[int]) -> Piece:
+        """Take one more token; the last piece has the reason of the end."""
+        if token in stop_tokens:
+            return self._end("stop", None, "")
+        self.sample.tokens.append(token)
+        piece = self.text.add(token) if self.text else ""
+        if self.text is not None and self.text.stopped:
+            return self._end("stop", token, piece)
+        if len(self.sample.tokens) == self.limit:
+            return self._end("length", token, piece)
+        return Piece(self.index, token, piece, None)
+
+    def _end(self, finish: Finish, token: int | None, piece: str) -> Piece:
+        if self.text is not None:
+            piece += self.text.end()
+            finish = "stop" if self.text.stopped else finish
+            self.sample.text = self.text.text
+        self.sample.finish = finish
+        return Piece(self.index, token, piece, finish)
+
+
+def stream(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    options: SamplingOptions,
+    *,
+    decode: Decode | None = None,
+    vocab_size: int | None = None,
+    batch_size: int = 32,
+) -> Generator[Piece, None, Generation]:
+    """Continue every prompt (token ids) ``num_samples`` times, ``batch_size`` rows at a time, and give every piece as it
+    comes; the generator's return value is the ``Generation``.
+
+    ``decode`` turns token ids into text; without it there is no text, and no stop string can be found. Of the vocabulary
+    only the first ``vocab_size`` tokens are sampled. A sample follows from the weights, the prompt, its number and
+    ``options``: not from the other prompts (up to the rounding of the logits). Raises: ConfigError for prompts that are
+    empty, longer than ``block_size`` or not of this vocabulary, for stop strings without ``decode``, and for a model
+    whose parts lie on several processes.
+    """
+    _check(model, prompts, options, decode)
+    owners = [(p, n) for p in range(len(prompts)) for n in range(options.num_samples)]
+    result = Generation([Sample(p, n) for p, n in owners])
+    for first in range(0, len(owners), max(1, batch_size)):
+        rows = []
+        for index in range(first, min(first + max(1, batch_size), len(owners))):
+            sample = result.samples[index]
+            prompt = prompts[sample.prompt]
+            limit = min(options.max_new_tokens, model.config.block_size - len(prompt) + 1)
+            rows.append(_Row(index, sample, limit, TextStream(decode, prompt, options.stop) if decode else None))
+        yield from _continue(model, prompts, rows, options, result, vocab_size)
+    return result
+
+
+def complete(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    options: SamplingOptions,
+    *,
+    decode: Decode | None = None,
+    vocab_size: int | None = None,
+    batch_size: int = 32,
+    on_piece: Callable[[Piece], None] | None = None,
+) -> Generation:
+    """``stream`` to its end; ``on_piece`` sees every piece."""
+    pieces = stream(model, prompts, options, decode=decode, vocab_size=vocab_size, batch_size=batch_size)
+    while True:
+        try:
+            piece = next(pieces)
+        except StopIteration as end:
+            result: Generation = end.value
+            return result
+        if on_piece is not None:
+            on_piece(piece)
+
+
+def _check(model: GPT, prompts: Sequence[Sequence[int]], options: SamplingOptions, decode: Decode | None) -> None:
+    if model.state is not None and (model.state.layout.sep > 1 or model.state.layout.ep > 1):
+        raise ConfigError(
+            "this model is spread over several processes; save a checkpoint and generate from it with load_model"
+        )
+    if options.stop and decode is None:
+        raise ConfigError(f"--stop {options.stop[0]!r} needs a tokenizer to be found; give one, or use stop_tokens")
+    block_size, vocab_size = model.config.block_size, model.config.vocab_size
+    for prompt in prompts:
+        if not prompt:
+            raise ConfigError("a prompt needs at least one token; use the end-of-text token to start afresh")
+        if len(prompt) > block_size:
+            raise ConfigError(
+                f"a prompt of {len(prompt)} tokens exceeds --block_size {block_size} of the model; "
+                f"use at most {block_size} tokens"
+            )
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            wrong = min(prompt) if min(prompt) < 0 else max(prompt)
+            raise ConfigError(
+                f"a prompt has token id {wrong}, outside 0..{vocab_size - 1} of the model; check the tokenizer"
+            )
+
+
+def _continue(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    rows: list[_Row],
+    options: SamplingOptions,
+    result: Generation,
+    vocab_size: int | None,
+) -> Iterator[Piece]:
+    """Prefill each prompt once, then decode all ``rows`` together until the last one ends."""
+    start = time.perf_counter()
+    numbers = sorted({row.sample.prompt for row in rows})
+    used = [prompts[number] for number in numbers]
+    longest, limit = max(map(len, used)), max(row.limit for row in rows)
+    weight = model.lm_head.weight
+    cache = KVCache(model.config, [longest - len(p) for p in used], longest + limit - 1, weight.dtype, weight.device)
+    ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in used], device=weight.device)
+    logits = _logits(model, cache, ids, vocab_size)
+    cache.keep(places := [numbers.index(row.sample.prompt) for row in rows])
+    logits = logits[places]
+    uniform = torch.stack(
+        [_uniform(prompts[row.sample.prompt], row.sample.number, options.seed, limit) for row in rows]
+    )
+    uniform = uniform.to(weight.device)
+    prefilled = False
+    for step in range(limit):
+        chosen = next_tokens(logits, options, uniform[:, step])
+        tokens = chosen.tolist()  # the host waits here
+        now = time.perf_counter()
+        if prefilled:
+            result.decode_seconds, result.decode_tokens = (
+                result.decode_seconds + now - start,
+                result.decode_tokens + len(rows),
+            )
+        else:
+            result.prefill_seconds, prefilled = result.prefill_seconds + now - start, True
+            result.prefill_tokens += sum(map(len, used))
+        pieces = [row.add(token, options.stop_tokens) for row, token in zip(rows, tokens, strict=True)]
+        yield from pieces
+        start = time.perf_counter()  # what the reader does with a piece is not our time
+        alive = [place for place, piece in enumerate(pieces) if piece.finish is None]
+        if not alive:
+            return
+        if len(alive) < len(rows):
+            rows, chosen, uniform = [rows[place] for place in alive], chosen[alive], uniform[alive]
+            cache.keep(alive)
+        logits = _logits(model, cache, chosen.unsqueeze(1), vocab_size)
+
+
+@torch.no_grad()
+def _logits(model: GPT, cache: KVCache, ids_Bs: torch.Tensor, vocab_size: int | None) -> torch.Tensor:
+    """The next token's logits ``[B, V]`` after ``ids_Bs``, which follow what is in the cache."""
+    with _evaluating(model):
+        hidden_BsD, _ = model.hidden_states(ids_Bs, cache.extend(ids_Bs.shape[1]), cache=cache.layers)
+        model.before_use(model.lm_head)
+        logits_BV: torch.Tensor = model.lm_head(hidden_BsD[:, -1])
+    if vocab_size is not None and vocab_size < logits_BV.shape[1]:
+        logits_BV[:, vocab_size:] = float("-inf")
+    return logits_BV
+
+
+@contextmanager
+def _evaluating(model: GPT) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _uniform(prompt: Sequence[int], number: int, seed: int, count: int) -> torch.Tensor:
+    """``count`` uniform numbers in [0, 1), float64, that belong to this prompt, sample number and seed: the same on every
+    device, in every batch; a longer row begins with the shorter one."""
+    text = f"{seed}:{number}:{','.join(map(str, prompt))}"
+    digest = hashlib.sha256(text.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.rand(count, generator=generator, dtype=torch.float64)
