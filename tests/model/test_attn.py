@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 from tests.helpers.rope import frequencies
 from tinytron.errors import ConfigError
 from tinytron.model.config import ModelConfig
-from tinytron.model.modules.attn import Attention, Backend, Documents, attend, check_backend, documents_of
+from tinytron.model.modules.attn import (
+    Attention,
+    Backend,
+    Documents,
+    attend,
+    check_backend,
+    documents_of,
+    one_per_query_head,
+)
 from tinytron.model.modules.emb import RotaryEmbedding
 
 B, S, H = 2, 7, 4
@@ -231,3 +239,13 @@ def test_a_mask_that_is_there_is_used(backend: Backend) -> None:
     whole = of_lengths([S, S]).with_mask(B, S, torch.float64).mask
     out = attend(*qkv, backend=backend, documents=of_lengths(LENGTHS)._replace(mask=whole))
     torch.testing.assert_close(out, naive(*qkv), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(("N", "K"), [(4, 2), (6, 1), (4, 4)])
+def test_a_key_for_every_query_head_changes_nothing(N: int, K: int) -> None:
+    """What masked attention does on CUDA."""
+    q, k, v = make_qkv(N, K)
+    documents = of_lengths([S, 3, S - 3])
+    shared = attend(q, k, v, documents=documents)
+    alone = attend(q, one_per_query_head(k, N), one_per_query_head(v, N), documents=documents)
+    torch.testing.assert_close(alone, shared, rtol=1e-10, atol=1e-10)

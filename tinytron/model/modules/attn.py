@@ -105,7 +105,7 @@ def attend(
     window: int = 0,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Causal attention, ``[B, S, N, H] -> [B, S, N, H]``; ``N`` is a multiple of ``K`` and keys are never repeated.
+    """Causal attention, ``[B, S, N, H] -> [B, S, N, H]``; ``N`` is a multiple of ``K``.
 
     With ``window`` (arXiv:2310.06825, section 2) a token sees the last ``window`` tokens, itself included; a mask that
     ``documents`` brings is taken as it is. ``math`` is the readable reference: explicit scores, softmax in fp32 (fp64 for
@@ -118,6 +118,9 @@ def attend(
     mask = None if seen is None else seen.mask
     if backend == "math":
         return _attend_math(q_BSNH, k_BSKH, v_BSKH, mask, dropout)
+    if mask is not None and q_BSNH.is_cuda:
+        # With a mask CUDA's fused kernels want a key for every query head: else all scores would be held.
+        k_BSKH, v_BSKH = (one_per_query_head(t, q_BSNH.shape[2]) for t in (k_BSKH, v_BSKH))
     out_BNSH = F.scaled_dot_product_attention(
         q_BSNH.transpose(1, 2),
         k_BSKH.transpose(1, 2),
@@ -128,6 +131,11 @@ def attend(
         enable_gqa=q_BSNH.shape[2] != k_BSKH.shape[2],
     )
     return out_BNSH.transpose(1, 2)
+
+
+def one_per_query_head(x_BSKH: torch.Tensor, N: int) -> torch.Tensor:
+    """``[B, S, K, H] -> [B, S, N, H]``: each key or value head as often as query heads share it."""
+    return x_BSKH.repeat_interleave(N // x_BSKH.shape[2], dim=2)
 
 
 def _attend_math(
