@@ -143,6 +143,28 @@ def test_a_run_goes_on_from_its_own_checkpoint(ranks: Pools, tmp_path: Path) -> 
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
+def test_main_weights_begin_there_too(ranks: Pools, tmp_path: Path) -> None:
+    """In bf16 the optimizer steps from fp32 copies and writes them back; without a learning rate nothing moves."""
+    save("llama", tmp_path / "hf", torch.float32)
+    still = ("--precision", "bf16", "--max_lr", 0, "--min_lr", 0, "--max_steps", 1)
+    folder, _ = ranks(2).run(run, tmp_path / "hf", tmp_path / "log", *still)[0]
+    wanted = GPT(architecture_of(str(tmp_path / "hf")), dtype=torch.bfloat16, seed=None)
+    load_pretrained(wanted, str(tmp_path / "hf"))
+    found = read_file(folder / "00001_model.pt")
+    assert all(torch.equal(found[name], value) for name, value in wanted.state_dict().items())
+
+
+def _run_without_drawing(folder: Path, log_dir: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GPT, "init_weights", lambda *_: pytest.fail("drawn in vain"))
+        run(folder, log_dir, "--max_steps", 1)
+
+
+def test_no_weights_are_drawn_in_vain(ranks: Pools, tmp_path: Path) -> None:
+    save("llama", tmp_path / "hf")
+    ranks(1).run(_run_without_drawing, tmp_path / "hf", tmp_path / "log")
+
+
 def _fails(folder: Path, log_dir: Path, *flags: object) -> str:
     with pytest.raises((ConfigError, CheckpointError)) as caught:
         run(folder, log_dir, *flags)
