@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from tests.helpers.ranks import Ranks
-from tests.helpers.runs import losses, train, user_error
+from tests.helpers.runs import config_of, losses, train, user_error
 from tests.helpers.stopping import run_until
 from tinytron.data import write_shard
+from tinytron.errors import CheckpointError
 from tinytron.training import Trainer
+from tinytron.training.startup import FORMAT_VERSION, check_continues
 
 Pools = Callable[[int], Ranks]
 FLAGS: tuple[object, ...] = ("--max_steps", 4, "--save_every_steps", 2, "--lr_schedule", "constant")
@@ -132,3 +134,13 @@ def test_another_learning_rate_is_the_users_choice(ranks: Pools, tmp_path: Path,
     flags = (*FLAGS, "--max_steps", 6, "--max_lr", 0.02, "--weight_decay", 0, "--resume_path", done)
     result = ranks(1).run(train, Trainer, tmp_path, *flags)[0]
     assert [record["lr"] for record in result.records] == [0.02, 0.02]
+
+
+def test_a_checkpoint_from_before_an_option_had_it_at_its_default() -> None:
+    config = config_of("--qk_norm", "--packing", "best_fit")
+    identity = {k: v for k, v in config.identity().items() if k not in ("model.qk_norm", "data.packing", "model.bias")}
+    meta = {"format": FORMAT_VERSION, "identity": identity, "data": "x"}
+    with pytest.raises(CheckpointError, match=r"different run \(model.qk_norm: False in the checkpoint, True now\)"):
+        check_continues(config, meta, "x", "old")
+    config = config_of("--packing", "best_fit")
+    assert check_continues(config, meta, "x", "old") == ["data.packing: concat in the checkpoint, best_fit now"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 from typing import Any
@@ -279,6 +280,14 @@ def test_the_hash_is_eight_hexadecimal_digits_of_the_values() -> None:
     assert re.fullmatch("[0-9a-f]{8}", Config().config_hash())
     assert Config().config_hash() == build().config_hash()
     assert build("--seed 1337 --max_lr 0.004").config_hash() == Config().config_hash()
+    assert build("--seed 1338").config_hash() != build("--seed 1339").config_hash() != Config().config_hash()
+
+
+def test_an_option_at_its_default_is_no_part_of_the_hash() -> None:
+    """Or every option that is added would rename all runs. The value is that of this version; it must stay."""
+    changed = build("--seed 7 --num_layer 3")
+    known = '{"model.num_layer": 3, "seed.seed": 7}'
+    assert changed.config_hash() == hashlib.sha256(known.encode()).hexdigest()[:8]
 
 
 def test_the_saved_form_is_plain() -> None:

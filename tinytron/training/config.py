@@ -298,8 +298,10 @@ class Config:
         }
 
     def config_hash(self) -> str:
-        """Eight hexadecimal digits of ``identity``; with ``exp_name`` the name of the run's folder."""
-        text = json.dumps(self.identity(), sort_keys=True)
+        """Eight hexadecimal digits of ``identity``; with ``exp_name`` the name of the run's folder. Values that are the
+        defaults do not count, so that an option that a later version adds does not rename the runs of this one."""
+        defaults = Config().identity()
+        text = json.dumps({k: v for k, v in self.identity().items() if v != defaults[k]}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

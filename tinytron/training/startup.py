@@ -293,7 +293,8 @@ def check_continues(config: Config, meta: dict[str, Any], fingerprint: str, sour
     """
     if meta.get("format") != FORMAT_VERSION:
         raise CheckpointError(f"{source}: format {meta.get('format')}, this version reads format {FORMAT_VERSION}")
-    mine, theirs = config.identity(), meta["identity"]
+    # An option that came after the checkpoint was written was at its default.
+    mine, theirs = config.identity(), {**Config().identity(), **meta["identity"]}
     differing = [k for k in sorted(mine.keys() | theirs.keys()) if mine.get(k) != theirs.get(k)]
     differences = [f"{k}: {theirs.get(k)} in the checkpoint, {mine.get(k)} now" for k in differing]
     fixed = [text for k, text in zip(differing, differences, strict=True) if k.startswith(_FIXED_ON_RESUME)]
