@@ -26,6 +26,7 @@ setup(
         "liger": ["liger-kernel"],
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
+        "lm-eval": ["lm-eval"],
         "cli": ["omegaconf"],
         "s3": ["s3fs"],
         "gcs": ["gcsfs"],

@@ -78,6 +78,15 @@ def test_stop_tokens_end_before_them() -> None:
         assert sample.finish == ("stop" if stop in tokens else "length")
 
 
+def test_rows_that_end_leave_the_others_their_numbers() -> None:
+    model, options = make_model(), SamplingOptions(max_new_tokens=9, temperature=3.0, num_samples=4)
+    whole = tokens_of(complete(model, PROMPTS, options))
+    early = SamplingOptions(max_new_tokens=9, temperature=3.0, num_samples=4, stop_tokens=tuple(range(0, 29, 5)))
+    made = tokens_of(complete(model, PROMPTS, early))
+    assert made == [t[: next((i for i, x in enumerate(t) if x % 5 == 0), 9)] for t in whole]
+    assert len({len(tokens) for tokens in made}) > 3
+
+
 def test_stop_strings_end_behind_the_token_that_completes_them() -> None:
     model = make_model()
     whole = tokens_of(complete(model, PROMPTS, GREEDY))[0]

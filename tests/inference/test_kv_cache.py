@@ -103,6 +103,15 @@ def test_padding_is_seen_by_nobody() -> None:
     assert torch.equal(made[0], made[1])
 
 
+def test_no_column_sees_nothing() -> None:
+    """Padding too: backends differ in what they make of a row without any key."""
+    cache = KVCache(make_model("some windows").config, [4, 0], 9)
+    cache.extend(9)
+    for layer in cache.layers:
+        assert layer.plan.mask is not None
+        assert bool((layer.plan.mask == 0).any(-1).all())
+
+
 def test_a_cache_that_is_too_small_is_a_bug() -> None:
     cache = KVCache(make_model().config, [0], 4)
     with pytest.raises(AssertionError, match="5 columns in a cache of 4"):

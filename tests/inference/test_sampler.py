@@ -50,6 +50,12 @@ def test_top_p(p: float) -> None:
         assert made == expected
 
 
+def test_top_p_that_is_reached_exactly() -> None:
+    logits = torch.tensor([[0.25, 0.5, 0.25]], dtype=torch.float64).log2() * math.log(2)
+    assert kept(keep_top_p(logits, 0.5)) == [{1}]
+    assert kept(keep_top_p(logits, 0.75)) == [{0, 1}]
+
+
 @pytest.mark.parametrize("p", [0.01, 0.3, 1.0])
 def test_min_p(p: float) -> None:
     logits = make_logits()

@@ -46,8 +46,9 @@ def test_characters_come_whole(text: str) -> None:
 def test_bytes_that_are_no_text_are_shown_in_the_end() -> None:
     stream = TextStream(decode_bytes, [])
     assert "".join(run(stream, [65, 0xF0, 0x9F])) == "A\ufffd" == stream.text
-    broken = TextStream(decode_bytes, [])
-    assert "".join(run(broken, [0xFF] * 9 + [65])) == "\ufffd" * 9 + "A"
+    pieces = run(TextStream(decode_bytes, []), [0xFF] * 9 + [65])
+    assert "".join(pieces) == "\ufffd" * 9 + "A"
+    assert pieces[3] == "\ufffd" * 4  # no character has more bytes: waiting is over
 
 
 def test_a_prompt_that_ends_inside_a_character() -> None:

@@ -20,7 +20,7 @@ from tinytron.utils.flags import FieldInfo, config_fields
 DOCUMENTED: dict[str, dict[str, Any]] = {
     "train": {
         "total_batch_size": 524288, "batch_size": 8, "seq_len": 4096, "max_steps": None, "max_epochs": 1, "do_val": False,
-        "max_train_tokens": None, "max_eval_tokens": None,
+        "max_train_tokens": None, "max_eval_tokens": None, "eval_tasks": (), "eval_every": 0, "eval_tokenizer": None,
         "val_every_steps": 250, "split_rate": None, "grad_clip_value": 1.0, "debug": False, "precision": "bf16",
         "use_compile": False, "use_profiler": False, "steps_to_profile": (15, 20), "disable_tf32": False,
         "z_loss_coef": 0.0, "recompute": "none", "attn_backend": "sdpa", "spike_sigma": 0.0, "spike_window": 100,
@@ -94,6 +94,7 @@ OTHER = {
     "resume_path": "log/run",
     "spike_sigma": 6.0,
     "step_timeout": 600.0,
+    "eval_tasks": ("sky.jsonl", "sea.jsonl"),
     "dense_layers": (1, 3),
     "sliding_window_layers": (1, 3),
     "rope_original_block_size": 1024,
@@ -101,7 +102,11 @@ OTHER = {
     "rope_scaling": "linear",
 }
 
-NEEDED = {"sliding_window_layers": ["--sliding_window", "8"]}
+NEEDED = {
+    "sliding_window_layers": ["--sliding_window", "8"],
+    "eval_every": ["--eval_tasks", "sky.jsonl"],
+    "eval_tokenizer": ["--eval_tasks", "sky.jsonl"],
+}
 
 
 def another(info: FieldInfo) -> Any:

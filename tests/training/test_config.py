@@ -59,6 +59,7 @@ AT_LEAST_ZERO = [
     "num_workers",
     "prefetch",
     "eot_id",
+    "eval_every",
     "save_every_steps",
     "spike_sigma",
     "replica_check_every",
@@ -138,6 +139,21 @@ def test_amounts_are_numbers(name: str) -> None:
                 "--steps_to_profile 15 20",
             )
             for window in ("0 3", "5 4")
+        ),
+        (
+            "--eval_every 5",
+            "--eval_every 5 needs tasks; use --eval_tasks tasks.jsonl, or drop it",
+            "--eval_every 5 --eval_tasks tasks.jsonl",
+        ),
+        (
+            "--eval_tokenizer t.json",
+            "--eval_tokenizer t.json needs tasks; use --eval_tasks tasks.jsonl, or drop it",
+            "--eval_tokenizer t.json --eval_tasks tasks.jsonl",
+        ),
+        (
+            "--eval_tasks a/sky.jsonl b/sky.jsonl",
+            "--eval_tasks has two files called sky, one name in the log; rename one",
+            "--eval_tasks a/sky.jsonl b/sea.jsonl",
         ),
         ("--exp_name a/b", "--exp_name 'a/b' must be a plain folder name; use gpt", "--exp_name gpt"),
         ("--exp_name=", "--exp_name '' must be a plain folder name; use gpt", "--exp_name gpt"),
@@ -248,7 +264,7 @@ def test_a_configuration_cannot_be_changed() -> None:
 EXECUTION = {
     "train": {
         "batch_size", "max_steps", "max_train_tokens", "max_eval_tokens", "max_epochs", "do_val", "val_every_steps",
-        "recompute", "attn_backend", "use_compile",
+        "recompute", "attn_backend", "use_compile", "eval_tasks", "eval_every", "eval_tokenizer",
         "disable_tf32", "use_profiler", "steps_to_profile", "spike_sigma", "spike_window", "spike_action",
         "replica_check_every", "step_timeout",
     },

@@ -40,7 +40,7 @@ class RunTokenizer:
         """Raises: ConfigError if the tokenizer gives ids that a model of ``vocab_size`` tokens lacks."""
         if self.tokenizer.vocab_size > vocab_size:
             raise ConfigError(
-                f"--tokenizer {self.tokenizer.name} has {self.tokenizer.vocab_size} tokens, the model --vocab_size "
+                f"the tokenizer {self.tokenizer.name} has {self.tokenizer.vocab_size} tokens, the model --vocab_size "
                 f"{vocab_size}; use the tokenizer that its data was made with"
             )
 
@@ -62,12 +62,16 @@ def _folder(path: str) -> Path:
 
 
 def find_tokenizer(
-    dataset_path: str | None, given: Path | None = None, eot_id: int | None = None, eot_position: str = "prepend"
+    dataset_path: str | None,
+    given: Path | None = None,
+    eot_id: int | None = None,
+    eot_position: str = "prepend",
+    option: str = "--tokenizer",
 ) -> RunTokenizer:
     """The tokenizer in the file (or folder) ``given``, else that of the run's data: ``tokenizer.json`` beside its shards,
     or what its manifest names. ``eot_id`` and ``eot_position`` are those of the run's configuration, where no manifest is.
 
-    Raises: ConfigError if there is none; DataError if it cannot be read.
+    Raises: ConfigError if there is none, naming ``option``, which gives one; DataError if it cannot be read.
     """
     folders = list(shard_folders(dataset_path).values())
     manifests = [(folder, read_manifest(folder)) for folder in folders]
@@ -85,7 +89,7 @@ def find_tokenizer(
         tokenizer = from_hub(facts.name)
     else:
         where = f"{folders[0]} has no {TOKENIZER}" if folders else "the run's data (mock data, or your own) names none"
-        raise ConfigError(f"no tokenizer: {where}; give --tokenizer path/to/{TOKENIZER}")
+        raise ConfigError(f"no tokenizer: {where}; give {option} path/to/{TOKENIZER}")
     if facts is not None:
         return RunTokenizer(tokenizer, facts.eot_id, facts.eot_position == "prepend")
     if eot_id is not None:

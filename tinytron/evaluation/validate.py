@@ -12,21 +12,30 @@ from tinytron.data import Batch
 from tinytron.distributed.collectives import sum_over
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.metrics import SourceLosses
+from tinytron.metrics.sources import SourceLoss, bits_per_byte, bytes_of_labels, perplexity
 from tinytron.model.modules.loss import LossSums
 
 
 class ValResult(NamedTuple):
-    """``loss`` in nats per token over ``tokens`` targets (weighted, if they have weights); of a mixture also the loss (not
-    weighted) and the targets of every source."""
+    """``loss`` in nats per token over ``tokens`` targets (weighted, if they have weights); ``bits_per_byte`` (not
+    weighted), if it is known which bytes tokens stand for; of a mixture also the same for every source."""
 
     loss: float
     tokens: int
-    sources: dict[str, tuple[float, int]]
+    sources: dict[str, SourceLoss]
+    bits_per_byte: float | None = None
 
     def fields(self) -> dict[str, Any]:
         """What the log keeps."""
-        sources = {name: {"loss": loss, "targets": targets} for name, (loss, targets) in self.sources.items()}
-        return {"loss": self.loss, "tokens": self.tokens} | ({"sources": sources} if sources else {})
+        known: dict[str, Any] = {} if self.bits_per_byte is None else {"bits_per_byte": self.bits_per_byte}
+        if self.sources:
+            known["sources"] = {name: source.fields() for name, source in self.sources.items()}
+        return {"loss": self.loss, "perplexity": perplexity(self.loss), "tokens": self.tokens, **known}
+
+    def shown(self) -> str:
+        """The result in a line for people."""
+        bits = "" if self.bits_per_byte is None else f" ({self.bits_per_byte:.4f} bits per byte)"
+        return f"val loss {self.loss:.4f}{bits} over {self.tokens:,} tokens"
 
 
 @torch.no_grad()
@@ -36,16 +45,28 @@ def validate(
     batches: Iterable[Batch],
     state: ParallelState,
     sources: Sequence[str] = (),
+    token_bytes_V: torch.Tensor | None = None,
 ) -> ValResult:
-    """Sum ``loss`` over this rank's ``batches`` (on the device) and over the ranks. Collective over the world."""
+    """Sum ``loss`` over this rank's ``batches`` (on the device) and over the ranks. Collective over the world.
+
+    ``token_bytes_V``, int64 ``[V]``: the bytes of every token id. A token without bytes (end of text) adds loss only.
+    """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=state.device)
-    by_source = SourceLosses(sources, state)
+    sums = torch.zeros(5, dtype=torch.float64, device=state.device)
+    by_source = SourceLosses(sources, state, token_bytes_V)
     for batch in batches:
         losses = loss(batch)
-        sums += torch.stack([losses.token.double(), batch.target_weight(), batch.targets().double()])
+        plain = losses.token if losses.per_token is None else losses.per_token.sum(dtype=torch.float64)
+        size = batch.targets() * 0 if token_bytes_V is None else bytes_of_labels(batch.labels, token_bytes_V).sum()
+        counts = (batch.target_weight(), batch.targets().double(), plain.double(), size.double())
+        sums += torch.stack([losses.token.double(), *counts])
         by_source.add(batch, losses)
     model.train(was_training)
-    nats, weight, tokens = sum_over(sums, state.groups["world"]).tolist()
-    return ValResult(nats / weight if weight else 0.0, int(tokens), by_source.flush() if sources else {})
+    nats, weight, tokens, plain_nats, text_bytes = sum_over(sums, state.groups["world"]).tolist()
+    return ValResult(
+        nats / weight if weight else 0.0,
+        int(tokens),
+        by_source.flush() if sources else {},
+        bits_per_byte(plain_nats, text_bytes),
+    )

@@ -44,7 +44,7 @@ class KVCache:
         device: torch.device | str = "cpu",
     ) -> None:
         self.length, self.capacity = 0, capacity
-        self._dtype, self._last_position = dtype, config.block_size - 1
+        self._dtype = dtype
         self._padding_B, self._max_padding = torch.tensor(padding, device=device), max(padding)
         windows = [config.window(layer) for layer in range(config.num_layer)]
         self._plans = {w: _Plan(min(capacity, w) if w else capacity) for w in windows}
@@ -68,7 +68,7 @@ class KVCache:
         for window, plan in self._plans.items():
             self._plan(plan, window, first, count)
         column = torch.arange(first, self.length, device=self._padding_B.device)
-        return (column - self._padding_B.unsqueeze(1)).clamp(0, self._last_position)
+        return (column - self._padding_B.unsqueeze(1)).clamp(min=0)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with ``rows``, in this order; a row may stand there several times."""

@@ -55,8 +55,7 @@ def keep_top_p(logits_BV: torch.Tensor, p: float) -> torch.Tensor:
     sorted_BV, index_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
     prob_BV = sorted_BV.softmax(-1)
     before_BV = prob_BV.cumsum(-1) - prob_BV
-    excluded_BV = before_BV >= p
-    excluded_BV[:, 0] = False
+    excluded_BV = before_BV >= p  # never the first: nothing is before it
     return logits_BV.masked_fill(torch.empty_like(excluded_BV).scatter_(-1, index_BV, excluded_BV), _NEVER)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tinytron.metrics.sources import SourceLoss
 from tinytron.metrics.window import StepRecord
 
 
@@ -47,9 +48,8 @@ class Report:
             self.entries[-1]["router_margin"] = margins
             self.shown["min margin"] = f"{min(margin['min'] for margin in margins):.1e}"
 
-    def add_sources(self, losses: dict[str, tuple[float, int]], seen: dict[str, int]) -> None:
+    def add_sources(self, losses: dict[str, SourceLoss], seen: dict[str, int]) -> None:
         """Loss and targets of every source of a mixture since the last report, and its tokens since the start."""
         self.entries[-1]["sources"] = {
-            name: {"loss": loss, "targets": targets, "tokens_seen": seen.get(name)}
-            for name, (loss, targets) in losses.items()
+            name: {**loss.fields(), "tokens_seen": seen.get(name)} for name, loss in losses.items()
         }

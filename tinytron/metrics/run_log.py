@@ -31,11 +31,14 @@ class RunLog:
             _keep_lines(path, lambda line: json.loads(line)["step"] <= step)
 
     def write(self, entries: list[dict[str, Any]]) -> str | None:
-        """Append entries, each with at least ``step``, ``stage`` (train or val) and ``loss``.
+        """Append entries, each with at least ``step`` and ``stage``, those of train and val with ``loss``; the others
+        (eval) are in ``log.jsonl`` only.
 
         Returns why the system refused, if it did: then the lines wait in memory for the next call.
         """
-        self._pending[self._text] += "".join(f"{e['step']} {e['stage']} {e['loss']:#.10g}\n" for e in entries)
+        self._pending[self._text] += "".join(
+            f"{e['step']} {e['stage']} {e['loss']:#.10g}\n" for e in entries if "loss" in e
+        )
         self._pending[self._json] += "".join(map(json_line, entries))
         refused = None
         for path, lines in self._pending.items():

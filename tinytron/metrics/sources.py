@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,13 +14,42 @@ from tinytron.distributed.parallel_state import ParallelState
 from tinytron.model.modules.loss import IGNORE_INDEX, LossSums
 
 
+def perplexity(loss: float) -> float:
+    """The exponential of a loss in nats per token; infinite where a float cannot hold it."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def bits_per_byte(nats: float, text_bytes: float) -> float | None:
+    """``nats`` of loss on ``text_bytes`` bytes of text, in bits per byte; ``None`` without bytes."""
+    return nats / math.log(2) / text_bytes if text_bytes else None
+
+
+class SourceLoss(NamedTuple):
+    """Loss in nats per target (not weighted), number of targets, and the bytes they stand for, 0 where nobody knows."""
+
+    loss: float
+    targets: int
+    text_bytes: int = 0
+
+    def fields(self) -> dict[str, Any]:
+        """What the log keeps."""
+        bits = bits_per_byte(self.loss * self.targets, self.text_bytes)
+        known = {} if bits is None else {"bits_per_byte": bits}
+        return {"loss": self.loss, "perplexity": perplexity(self.loss), "targets": self.targets, **known}
+
+
+def bytes_of_labels(labels: torch.Tensor, token_bytes_V: torch.Tensor) -> torch.Tensor:
+    """The bytes that each label stands for, int64, 0 where it is ignored. Shapes: any to the same."""
+    return torch.where(labels == IGNORE_INDEX, 0, token_bytes_V[labels.clamp(min=0)])
+
+
 class SourceLosses:
     """Collects the loss of every source between two reports, on the device; ``names`` are those of the sources, none for
-    data without."""
+    data without. ``token_bytes`` says how many bytes each token id stands for, int64 ``[V]``."""
 
-    def __init__(self, names: Sequence[str], state: ParallelState) -> None:
-        self.names, self._state = list(names), state
-        self._sums = torch.zeros(2, len(self.names), dtype=torch.float64, device=state.device)  # nats, targets
+    def __init__(self, names: Sequence[str], state: ParallelState, token_bytes_V: torch.Tensor | None = None) -> None:
+        self.names, self._state, self._bytes = list(names), state, token_bytes_V
+        self._sums = torch.zeros(3, len(self.names), dtype=torch.float64, device=state.device)  # nats, targets, bytes
 
     @torch.no_grad()
     def add(self, batch: Batch, losses: LossSums) -> None:
@@ -26,14 +57,15 @@ class SourceLosses:
         if batch.sources is None or losses.per_token is None:
             return
         valid_Bs = batch.labels != IGNORE_INDEX
-        rows_2B = torch.stack(
-            [losses.per_token.view_as(valid_Bs).sum(1, dtype=torch.float64), valid_Bs.sum(1).double()]
-        )
-        self._sums.index_add_(1, batch.sources, rows_2B)
+        nats_B, targets_B = losses.per_token.view_as(valid_Bs).sum(1, dtype=torch.float64), valid_Bs.sum(1).double()
+        bytes_B = torch.zeros_like(nats_B)
+        if self._bytes is not None:
+            bytes_B = bytes_of_labels(batch.labels, self._bytes).sum(1).double()
+        self._sums.index_add_(1, batch.sources, torch.stack([nats_B, targets_B, bytes_B]))
 
-    def flush(self) -> dict[str, tuple[float, int]]:
-        """Loss in nats per target (not weighted) and number of targets of every source that had any. Collective."""
-        nats, targets = sum_over(self._sums, self._state.groups["world"]).tolist()
+    def flush(self) -> dict[str, SourceLoss]:
+        """What was counted of every source that had any targets. Collective."""
+        nats, targets, sizes = sum_over(self._sums, self._state.groups["world"]).tolist()
         self._sums.zero_()
-        counted = zip(self.names, nats, targets, strict=True)
-        return {name: (total / count, int(count)) for name, total, count in counted if count}
+        counted = zip(self.names, nats, targets, sizes, strict=True)
+        return {name: SourceLoss(total / count, int(count), int(size)) for name, total, count, size in counted if count}

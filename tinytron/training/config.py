@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from tinytron.distributed.layout import divisors
@@ -37,6 +38,14 @@ class TrainingConfig:
     val_every_steps: Annotated[int, Flag("validation interval; 0: only after the last", "steps", identity=False)] = 250
     max_eval_tokens: Annotated[
         int | None, Flag("validate on so many tokens of all ranks together; default: all", "tokens", identity=False)
+    ] = None
+    eval_tasks: Annotated[
+        tuple[str, ...],
+        Flag("files of multiple-choice items to answer during training (docs/inference.md)", identity=False),
+    ] = ()
+    eval_every: Annotated[int, Flag("interval of eval_tasks; 0: only after the last step", "steps", identity=False)] = 0
+    eval_tokenizer: Annotated[
+        str | None, Flag("tokenizer.json for eval_tasks; default: the one beside the shards", identity=False)
     ] = None
     split_rate: Annotated[
         float | None,
@@ -331,7 +340,7 @@ def _check_ranges(config: Config) -> None:
         (1, config.parallel, ("sep_size",)),
         (1, config.logging, ("log_every",)),
         (1, train, ("spike_window",)),
-        (0, train, ("val_every_steps", "grad_clip_value", "z_loss_coef")),
+        (0, train, ("val_every_steps", "eval_every", "grad_clip_value", "z_loss_coef")),
         (0, train, ("spike_sigma", "replica_check_every", "step_timeout")),
         (0, optim, ("max_lr", "min_lr", "warmup_steps", "weight_decay", "adam_eps")),
         (1, optim, ("muon_ns_steps",)),
@@ -365,6 +374,12 @@ def _check_ranges(config: Config) -> None:
         raise ConfigError(f"--bucket_size_mb {config.parallel.bucket_size_mb} must be positive; use 64")
     if not 0 <= config.seed.seed < 2**63:
         raise ConfigError(f"--seed {config.seed.seed} must be in 0..2^63 - 1; use 1337")
+    if (train.eval_every or train.eval_tokenizer) and not train.eval_tasks:
+        flag = "eval_every" if train.eval_every else "eval_tokenizer"
+        raise ConfigError(f"--{flag} {getattr(train, flag)} needs tasks; use --eval_tasks tasks.jsonl, or drop it")
+    stems = [PurePath(task).stem for task in train.eval_tasks]
+    if twice := {stem for stem in stems if stems.count(stem) > 1}:
+        raise ConfigError(f"--eval_tasks has two files called {min(twice)}, one name in the log; rename one")
     first, last = train.steps_to_profile
     if not 1 <= first <= last:
         raise ConfigError(f"--steps_to_profile {first} {last} must be 1 <= first <= last; use 15 20")

@@ -28,7 +28,7 @@ from tinytron.evaluation import validate
 from tinytron.metrics import Progress, Report, RunLog, SourceLosses, StepWindow, TrainClock, load_statistics
 from tinytron.model import GPT
 from tinytron.model.modules.loss import LossSums
-from tinytron.training import datasets, startup
+from tinytron.training import datasets, evaluate, startup
 from tinytron.training.build import (
     build_model,
     build_optimizer,
@@ -61,6 +61,7 @@ class Trainer:
     mirror: Mirror | None = None  # of a remote log_dir
     train_loader: Iterable[Any] | None = None
     val_loader: Iterable[Any] | None = None
+    _text_bytes: torch.Tensor | None  # of every token id, for bits per byte
     train_sampler: GlobalBatchSampler | None = None  # of a map-style train_dataset
     raw_model: nn.Module
     model: nn.Module
@@ -144,7 +145,7 @@ class Trainer:
     # The loop.
 
     def train(self) -> None:
-        """Train until ``training_info.max_steps``; validate and save on the way and at the end. Collective.
+        """Train until ``training_info.max_steps``; validate, answer tasks and save on the way and at the end. Collective.
 
         Raises: SystemExit(0), once a checkpoint is saved, if a rank got SIGTERM or SIGUSR1; TrainingError if a guard rail
         ends the run (docs/reliability.md).
@@ -202,11 +203,11 @@ class Trainer:
         with self._clock.paused(), self._guards.paused():
             batches = self._feed.once(self.val_loader, **self._feeding(self.val_dataset, self._own_val_loader))
             names = getattr(self.val_dataset, "names", [])
-            result = validate(self.model, self._loss, batches, self.state, names)
+            result = validate(self.model, self._loss, batches, self.state, names, self._text_bytes)
         self.one_step_results["val_loss"] = result.loss
         self._validated = (self.step, result.loss)
         self._write_log([{"step": self.step, "stage": "val", **result.fields()}])
-        self._say(f"step {self.step} | val loss {result.loss:.4f} over {result.tokens:,} tokens")
+        self._say(f"step {self.step} | {result.shown()}")
         return result.loss
 
     def save(self) -> CheckpointFiles:
@@ -254,6 +255,8 @@ class Trainer:
             self.val_loader = datasets.make_val_loader(config, self.state, self.val_dataset)
         self._say(*datasets.describe(self.train_dataset, self.training_info))
         self._schedule = build_schedule(config.optim, self.training_info)
+        self._text_bytes = evaluate.text_bytes(config, self.state, self.val_dataset)
+        self._tasks = evaluate.read_tasks(config, self.state)
 
     def _attach_optimizer(self) -> None:
         """Wrap a plain torch optimizer, and tell the wrapper the parameters' names and groups."""
@@ -341,9 +344,10 @@ class Trainer:
         self._progress.advance(self.step)
         train, ckpt = self.config.train, self.config.ckpt
         validates = self._validates and self._due(train.val_every_steps)
+        answers = bool(self._tasks) and self._due(train.eval_every)
         saves = self._saves and self._due(ckpt.save_every_steps)
         ends = self._guards.ends
-        if not (self.step == 1 or self._due(self.config.logging.log_every) or validates or saves or ends):
+        if not (self.step == 1 or self._due(self.config.logging.log_every) or validates or answers or saves or ends):
             return
         records = self._window.flush()  # the host waits for the device here
         self._guards.after_report()
@@ -368,8 +372,15 @@ class Trainer:
         self._progress.report(self.step, report.shown)
 
     def _maybe_evaluate(self) -> None:
-        if self._validates and self._due(self.config.train.val_every_steps) and not self._guards.ends:
+        if self._guards.ends:
+            return
+        if self._validates and self._due(self.config.train.val_every_steps):
             self.eval()
+        if self._tasks and self._due(self.config.train.eval_every):
+            with self._clock.paused(), self._guards.paused():
+                found = evaluate.run_tasks(self._tasks, self.model, self._loss, self.config, self.state)
+            self._write_log([{"step": self.step, **entry} for entry in found])
+            self._say(*(f"step {self.step} | {evaluate.shown(entry)}" for entry in found))
 
     @property
     def _saves(self) -> bool:

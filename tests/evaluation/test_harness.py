@@ -1,0 +1,188 @@
+"""The adapter for lm-evaluation-harness: each question against every row by itself, with a stand-in for the package."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import json
+import sys
+from abc import ABC, abstractmethod
+from collections import namedtuple
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from tests.evaluation.test_choices import make_items
+from tests.helpers.corpus import EOT, make_tokenizer
+from tests.inference.models import greedy, logits_of, make_model
+from tests.inference.test_command import write_config
+from tinytron.data.run_tokenizer import RunTokenizer
+from tinytron.data.tokenizers import from_file
+from tinytron.errors import ConfigError
+from tinytron.evaluation.__main__ import main
+from tinytron.evaluation.choices import encode_pair
+from tinytron.evaluation.harness import Answers, harness_model
+from tinytron.model import GPT
+
+pytest.importorskip("tokenizers")
+Instance = namedtuple("Instance", ["args"])
+TEXT = "the quick brown fox jumps over a lazy dog and sleeps all day, says 42 " * 2
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> RunTokenizer:
+    made = from_file(make_tokenizer(tmp_path_factory.mktemp("made") / "tokenizer.json"))
+    return RunTokenizer(made, made.token_id(EOT), True)
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    return make_model("some windows", vocab_size=400, block_size=12)
+
+
+def score(model: GPT, ids: list[int], start: int) -> tuple[float, bool]:
+    """Of ``ids[start:]``, which the model can read in one piece."""
+    logits = logits_of(model, ids[:-1])
+    log_prob = logits.log_softmax(-1)
+    total = sum(float(log_prob[t - 1, ids[t]]) for t in range(start, len(ids)))
+    return total, all(int(logits[t - 1].argmax()) == ids[t] for t in range(start, len(ids)))
+
+
+def test_log_likelihoods(model: GPT, tokenizer: RunTokenizer) -> None:
+    pairs = [("the quick", " brown"), ("", "fox"), ("a lazy dog", " and sleeps")]
+    made = Answers(model, tokenizer, batch_tokens=40).loglikelihood([Instance(pair) for pair in pairs])
+    for pair, (total, likeliest) in zip(pairs, made, strict=True):
+        expected = score(model, *encode_pair(*pair, tokenizer))
+        assert (total, likeliest) == (pytest.approx(expected[0], rel=1e-10), expected[1])
+
+
+def test_what_greedy_generation_gives_is_told(model: GPT, tokenizer: RunTokenizer, monkeypatch: Any) -> None:
+    ids = tokenizer.prompt_ids("the quick")
+    likeliest = [*ids, *greedy(model, ids, 3)]
+    for last, expected in ((likeliest[-1], True), ((likeliest[-1] + 1) % 400, False)):
+        pair = [*likeliest[:-1], last], len(ids)
+        monkeypatch.setattr("tinytron.evaluation.harness.encode_pair", lambda *_, pair=pair: pair)
+        assert Answers(model, tokenizer).loglikelihood([Instance(("", ""))])[0][1] is expected
+
+
+def test_long_contexts_and_long_continuations(model: GPT, tokenizer: RunTokenizer) -> None:
+    answers = Answers(model, tokenizer)
+    ids, start = encode_pair(TEXT, " fox", tokenizer)
+    assert len(ids) > 14
+    cut = ids[-13:]
+    ((made, _),) = answers.loglikelihood([Instance((TEXT, " fox"))])
+    assert made == pytest.approx(score(model, cut, start - (len(ids) - 13))[0], rel=1e-10)
+    ids, start = encode_pair("the", f" quick {TEXT}", tokenizer)
+    assert len(ids) - start > 24
+    ((made, _),) = answers.loglikelihood([Instance(("the", f" quick {TEXT}"))])
+    expected, at = 0.0, start
+    while at < len(ids):
+        end = min(len(ids), at + 12)
+        first = max(0, end - 13)
+        expected += score(model, ids[first:end], at - first)[0]
+        at = end
+    assert made == pytest.approx(expected, rel=1e-10)
+
+
+def test_whole_texts_in_windows(model: GPT, tokenizer: RunTokenizer) -> None:
+    """As the harness documents it: full windows one after another, and a last one that is full too."""
+    ids = [int(i) for i in tokenizer.tokenizer.encode([TEXT])[0]]
+    assert len(ids) > 24 and len(ids) % 12  # noqa: PT018
+    whole = [int(tokenizer.end or 0), *ids]
+    expected = 0.0
+    for first in range(0, len(ids) - 11, 12):
+        expected += score(model, whole[first : first + 13], 1)[0]
+    rest = len(ids) % 12
+    expected += score(model, whole[-13:], 13 - rest)[0]
+    answers = Answers(model, tokenizer)
+    short = [int(tokenizer.end or 0), *(int(i) for i in tokenizer.tokenizer.encode(["fox"])[0])]
+    made = answers.loglikelihood_rolling([Instance((TEXT,)), Instance(("fox",)), Instance(("",))])
+    assert made == pytest.approx([expected, score(model, short, 1)[0], 0.0], rel=1e-10)
+
+
+def test_generation_until_a_text(model: GPT, tokenizer: RunTokenizer) -> None:
+    ids = tokenizer.prompt_ids("the")
+    whole = tokenizer.tokenizer.decode(greedy(model, ids, 6))
+    stop = whole[3:5]
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"until": [stop], "max_gen_toks": 6}, whole[: whole.index(stop)]),
+        ({"until": stop, "max_gen_toks": 6, "temperature": 0.0}, whole[: whole.index(stop)]),
+        ({"until": [], "max_gen_toks": 6, "do_sample": False, "temperature": 0.7}, whole),
+    ]
+    made = Answers(model, tokenizer).generate_until([Instance(("the", given)) for given, _ in cases])
+    assert made == [text for _, text in cases]
+    (long,) = Answers(model, tokenizer, max_new_tokens=4).generate_until([Instance((TEXT, {}))])
+    kept = tokenizer.prompt_ids(TEXT)[-9:]
+    assert long == tokenizer.tokenizer.decode(greedy(model, kept, 4))
+
+
+# The package.
+
+
+class StandIn(ABC):
+    """What ``lm_eval.api.model.LM`` demands."""
+
+    def __init__(self) -> None:
+        self.rank = 0
+
+    @abstractmethod
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]: ...
+
+    @abstractmethod
+    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]: ...
+
+    @abstractmethod
+    def generate_until(self, requests: list[Any]) -> list[str]: ...
+
+
+def test_it_is_a_model_of_the_harness(model: GPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package, module = ModuleType("lm_eval"), ModuleType("lm_eval.api.model")
+    package.__spec__ = importlib.machinery.ModuleSpec("lm_eval", None)
+    module.LM = StandIn  # type: ignore[attr-defined]
+    for name, stub in (("lm_eval", package), ("lm_eval.api", ModuleType("lm_eval.api")), ("lm_eval.api.model", module)):
+        monkeypatch.setitem(sys.modules, name, stub)
+    torch.save(model.state_dict(), tmp_path / "00001_model.pt")
+    write_config(tmp_path, model, None)
+    made = harness_model(tmp_path, tokenizer=make_tokenizer(tmp_path / "tokenizer.json"))
+    assert isinstance(made, StandIn)
+    assert made.rank == 0
+    ((total, _),) = made.loglikelihood([Instance(("the", " fox"))])
+    assert total < 0
+    assert made.loglikelihood_rolling([Instance(("the fox",))])[0] < 0
+    assert isinstance(made.generate_until([Instance(("the", {"max_gen_toks": 2}))])[0], str)
+
+
+def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
+    with pytest.raises(ConfigError, match="lm-evaluation-harness is not installed: pip install lm-eval"):
+        harness_model(tmp_path)
+
+
+def test_the_harness_itself_gives_our_accuracy(tmp_path: Path) -> None:
+    lm_eval, task = pytest.importorskip("lm_eval"), pytest.importorskip("lm_eval.api.task")
+    model = make_model("some windows", vocab_size=400, block_size=64)
+    torch.save(model.state_dict(), tmp_path / "00001_model.pt")
+    write_config(tmp_path, model, None)
+    file, items = make_tokenizer(tmp_path / "tokenizer.json"), make_items(24)[1:]
+    lines = [{"context": i.context, "choices": i.choices, "answer": i.answer} for i in items]
+    (tmp_path / "toy.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    shared = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": str(tmp_path / "toy.jsonl")},
+        "test_split": "train",
+    }
+    choices = {
+        "doc_to_text": "{{context}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "target_delimiter": "",
+    }
+    toy = task.ConfigurableTask(config={"task": "toy", "output_type": "multiple_choice", **shared, **choices})
+    found = lm_eval.simple_evaluate(model=harness_model(tmp_path, tokenizer=file), tasks=[toy], bootstrap_iters=0)
+    assert main(["--checkpoint", str(tmp_path), "--tasks", str(tmp_path / "toy.jsonl"), "--tokenizer", str(file)]) == 0
+    ours = json.loads((tmp_path / "results.json").read_text())["results"]["toy"]["accuracy"]
+    assert found["results"]["toy"]["acc,none"] == ours
+    assert 0 < ours < 1

@@ -1,0 +1,89 @@
+"""Multiple-choice tasks on a trained model: ``python -m tinytron.evaluation --checkpoint log/<run> --tasks FILE.jsonl``"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinytron.checkpoint import load_model
+from tinytron.checkpoint.model import weights_at
+from tinytron.data import Batch
+from tinytron.data.run_tokenizer import tokenizer_of_run
+from tinytron.errors import ConfigError, TinytronError
+from tinytron.evaluation.choices import encode_items, log_probs, read_items, summarise
+from tinytron.inference.generate import device_of
+from tinytron.model.modules.loss import LossSums
+from tinytron.utils.flags import Parser, parse_strictly, whole_number
+from tinytron.utils.training import DTYPES, write_atomically
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = Parser(
+        prog="python -m tinytron.evaluation",
+        description="Answer multiple-choice items with a trained model.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="PATH", help="run folder, or a weights file in it")
+    add("--tasks", type=Path, nargs="+", required=True, metavar="FILE", help="files of items, a line of JSON each")
+    add("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json; default: the one beside the run's data")
+    add("--out", type=Path, metavar="FILE", help="default: results.json beside the checkpoint")
+    add("--batch_tokens", type=whole_number, default=8192, help="tokens computed at a time, padding included")
+    add("--device", help="default: cuda if there is a GPU, else cpu")
+    add("--dtype", choices=DTYPES, help="precision of weights; default: that of the file")
+    return parser
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Answer the tasks, write and return the results. Raises: TinytronError; OSError if the file cannot be written."""
+    if args.batch_tokens < 1:
+        raise ConfigError(f"--batch_tokens {args.batch_tokens} must be at least 1")
+    names = [path.stem for path in args.tasks]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"--tasks has two files called {min(twice)}, one name in the results; rename one")
+    tasks = {path.stem: read_items(path) for path in args.tasks}
+    weights = weights_at(args.checkpoint)
+    device = device_of(args.device)
+    model, config = load_model(weights, device, DTYPES.get(args.dtype))
+    tokenizer, longest = tokenizer_of_run(config, args.tokenizer), model.config.block_size
+
+    def loss(batch: Batch) -> LossSums:
+        sums: LossSums = model(batch.input_ids, batch.labels)
+        return sums
+
+    results: dict[str, Any] = {}
+    for name, items in tasks.items():
+        rows = encode_items(items, tokenizer, longest)
+        scores = log_probs(model, loss, rows, longest=longest, tokens_per_batch=args.batch_tokens, device=device)
+        results[name] = found = summarise(items, rows, scores)
+        print(
+            f"{name}: accuracy {found['accuracy']:.4f} ± {found['accuracy_stderr']:.4f}, per token "
+            f"{found['accuracy_per_token']:.4f}, per byte {found['accuracy_per_byte']:.4f} over {found['items']} items"
+        )
+    content = {"checkpoint": str(weights), "torch": str(torch.__version__), "results": results}
+    out = args.out or weights.with_name("results.json")
+    write_atomically(out, lambda file: file.write(json.dumps(content, indent=2).encode() + b"\n"))
+    print(f"wrote {out}")
+    return content
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, or 2 after an error, which is one line."""
+    try:
+        run(parse_strictly(build_parser(), arguments))
+    except (TinytronError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""Multiple choice: which of several continuations of a context is the likeliest.
+
+A task file has a line per item: ``{"context": "The sky is", "choices": [" blue", " made of cheese"], "answer": 0}``.
+Context and choice are tokenised together, as the model has seen texts; white space at the context's end belongs to the
+choice then, because tokenizers put it there. As many tokens as the context has by itself are the context, the rest is
+scored.
+
+items -> rows (an item and choice each) -> batches that do not depend on the number of ranks -> sums of log-probabilities
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from tinytron.data import Batch
+from tinytron.data.run_tokenizer import RunTokenizer
+from tinytron.distributed.collectives import sum_over
+from tinytron.distributed.parallel_state import ParallelState
+from tinytron.distributed.sequence_parallel.ulysses import cut_sequence
+from tinytron.errors import ConfigError, DataError
+from tinytron.model.modules.loss import IGNORE_INDEX, LossSums
+
+ROUNDING = 16  # row lengths are multiples of it: few shapes, and whole parts for sequence-parallel ranks
+FORM = '{"context": "text", "choices": ["text", "text"], "answer": 0}'
+SCORES = {"accuracy": "sum", "accuracy_per_token": "per token", "accuracy_per_byte": "per byte"}
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question: ``choices[answer]`` continues ``context`` rightly."""
+
+    context: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """Choice ``choice`` of item ``item``: ``ids[start:]`` are scored, ``ids[:start]`` stand before them; ``text_bytes`` is
+    the choice's length."""
+
+    item: int
+    choice: int
+    ids: tuple[int, ...]
+    start: int
+    text_bytes: int
+
+
+def read_items(path: Path) -> list[Item]:
+    """The items of a task file. Raises: DataError naming the line that is not of the form."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the task file {path} cannot be read ({error}); give lines of the form {FORM}") from error
+    items = [_item(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not items:
+        raise DataError(f"the task file {path} is empty; give lines of the form {FORM}")
+    return items
+
+
+def _item(line: str, where: str) -> Item:
+    try:
+        row = json.loads(line)
+        context, choices, answer = row["context"], row["choices"], row["answer"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{where} is not of the form {FORM} ({type(error).__name__}: {error})") from error
+    texts = isinstance(context, str) and isinstance(choices, list) and all(isinstance(c, str) and c for c in choices)
+    if not texts or len(choices) < 2:
+        raise DataError(f"{where} needs a text as context and at least two texts, none empty, as choices, as in {FORM}")
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
+        raise DataError(f"{where}: answer {answer!r} must be the number of a choice, 0 to {len(choices) - 1}")
+    return Item(context, tuple(choices), answer)
+
+
+def encode_pair(context: str, continuation: str, tokenizer: RunTokenizer) -> tuple[list[int], int]:
+    """Token ids of both together, and where the continuation begins in them, at 1 or later. An empty context is the
+    end-of-text token. Raises: ConfigError if there is neither."""
+    kept = context.rstrip()
+    continuation = context[len(kept) :] + continuation
+    before = tokenizer.prompt_ids(kept)
+    behind_end = 1 if tokenizer.end is not None and before[0] == tokenizer.end else 0
+    whole = before[:behind_end] + [int(i) for i in tokenizer.tokenizer.encode([kept + continuation])[0]]
+    if len(whole) <= len(before):  # the last token of the context swallowed the continuation
+        whole = before + [int(i) for i in tokenizer.tokenizer.encode([continuation])[0]]
+    return whole, len(before)
+
+
+def encode_items(items: Sequence[Item], tokenizer: RunTokenizer, longest: int) -> list[Row]:
+    """A row per choice. The beginning of a context that is too long is left out: the model reads ``longest`` tokens.
+    Raises: DataError for a choice that is too long or has no tokens."""
+    rows = []
+    for number, item in enumerate(items):
+        for choice, text in enumerate(item.choices):
+            ids, start = encode_pair(item.context, text, tokenizer)
+            if not 1 <= len(ids) - start <= longest:
+                raise DataError(
+                    f"item {number + 1}: choice {choice} has {len(ids) - start} tokens, which must be 1 to {longest}; "
+                    "shorten it, or use a model with a longer context"
+                )
+            cut = max(0, len(ids) - longest - 1)
+            rows.append(Row(number, choice, tuple(ids[cut:]), start - cut, len(text.encode())))
+    return rows
+
+
+def plan_batches(rows: Sequence[Row], tokens: int, longest: int) -> list[list[int]]:
+    """Numbers of rows that are computed together: alike in length, at most ``tokens`` with padding; longest first."""
+    batches: list[list[int]] = []
+    for number in sorted(range(len(rows)), key=lambda n: (-len(rows[n].ids), n)):
+        if not batches or (len(batches[-1]) + 1) * padded_length(rows[batches[-1][0]], longest) > tokens:
+            batches.append([])
+        batches[-1].append(number)
+    return batches
+
+
+def padded_length(row: Row, longest: int) -> int:
+    """The columns of a batch whose longest row is ``row``."""
+    return min(longest, -(-(len(row.ids) - 1) // ROUNDING) * ROUNDING)
+
+
+def batch_of(rows: Sequence[Row], columns: int) -> Batch:
+    """Rows padded on the right, only their continuations as labels."""
+    ids_BS, labels_BS = (
+        torch.zeros(len(rows), columns, dtype=torch.int64),
+        torch.full((len(rows), columns), IGNORE_INDEX),
+    )
+    for number, row in enumerate(rows):
+        ids = torch.tensor(row.ids)
+        ids_BS[number, : len(ids) - 1] = ids[:-1]
+        labels_BS[number, row.start - 1 : len(ids) - 1] = ids[row.start :]
+    return Batch(ids_BS, labels_BS)
+
+
+@torch.no_grad()
+def log_probs(
+    model: nn.Module,
+    loss: Callable[[Batch], LossSums],
+    rows: Sequence[Row],
+    *,
+    longest: int,
+    tokens_per_batch: int,
+    device: torch.device,
+    state: ParallelState | None = None,
+) -> list[float]:
+    """The log-probability of every row's continuation, in nats: the same batches whoever computes them. With ``state`` its
+    data-parallel ranks share them, and all ranks get all results. Collective over the world.
+
+    Raises: ConfigError on every rank for a ``loss`` that does not give the loss of every token.
+    """
+    share, part = (state.layout.dp, state.group_rank("dp")) if state else (1, 0)
+    was_training = model.training
+    model.eval()
+    sums_R = torch.zeros(len(rows), dtype=torch.float64, device=device)
+    batches = plan_batches(rows, tokens_per_batch, longest)
+    for first in range(0, len(batches), share):
+        own = first + part < len(batches)
+        numbers = batches[first + part] if own else batches[0]  # nobody may miss a collective inside the model
+        batch = batch_of([rows[n] for n in numbers], padded_length(rows[numbers[0]], longest))
+        if state is not None:
+            rank, size = state.group_rank("sep"), state.layout.sep
+            batch = Batch(cut_sequence(batch.input_ids, rank, size), cut_sequence(batch.labels, rank, size))
+        losses = loss(batch.to(device))
+        if losses.per_token is None:
+            model.train(was_training)
+            raise ConfigError("tasks need the loss of every token, and this model gives none; set LossSums.per_token")
+        if own:
+            sums_R[numbers] -= losses.per_token.view_as(batch.labels).sum(1, dtype=torch.float64)
+    model.train(was_training)
+    if state is not None:
+        sum_over(sums_R, state.groups["world"])
+    values: list[float] = sums_R.tolist()
+    return values
+
+
+def summarise(items: Sequence[Item], rows: Sequence[Row], scores: Sequence[float]) -> dict[str, Any]:
+    """Accuracies with their standard errors: by the choices' log-probabilities as they are, per token and per byte. Of
+    equal ones the first counts."""
+    result: dict[str, Any] = {"items": len(items)}
+    for name in SCORES:
+        best: dict[int, tuple[float, int]] = {}
+        for row, score in zip(rows, scores, strict=True):
+            units = {"accuracy": 1, "accuracy_per_token": len(row.ids) - row.start, "accuracy_per_byte": row.text_bytes}
+            value = score / units[name]
+            if row.item not in best or value > best[row.item][0]:
+                best[row.item] = value, row.choice
+        accuracy = sum(best[n][1] == item.answer for n, item in enumerate(items)) / len(items)
+        result[name] = accuracy
+        result[f"{name}_stderr"] = math.sqrt(accuracy * (1 - accuracy) / max(1, len(items) - 1))
+    return result

@@ -1,0 +1,152 @@
+"""A trained model for EleutherAI's lm-evaluation-harness, and with it hundreds of published tasks.
+
+``lm_eval.simple_evaluate(model=harness_model("log/<run>"), tasks=["arc_easy"])``; needs ``pip install lm-eval``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from tinytron.checkpoint import load_model
+from tinytron.data.run_tokenizer import RunTokenizer, tokenizer_of_run
+from tinytron.errors import ConfigError
+from tinytron.evaluation.choices import Row, batch_of, encode_pair, padded_length, plan_batches
+from tinytron.inference import SamplingOptions, complete
+from tinytron.model import GPT
+from tinytron.model.modules.loss import IGNORE_INDEX
+
+
+class Request(Protocol):
+    """A request of the harness (``lm_eval.api.instance.Instance``)."""
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """What is asked: a context and a continuation, a text, or a context and options of generation."""
+
+
+def harness_model(
+    checkpoint: Path | str,
+    *,
+    tokenizer: Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    batch_tokens: int = 8192,
+    max_new_tokens: int = 256,
+) -> Any:
+    """An ``lm_eval.api.model.LM`` for a run folder or weights file, as ``load_model`` reads it. ``batch_tokens`` are
+    computed at a time; ``max_new_tokens`` are generated where a task does not say how many.
+
+    Raises: ConfigError without the package or a tokenizer; CheckpointError.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("lm-evaluation-harness is not installed: pip install lm-eval")
+    base: type = importlib.import_module("lm_eval.api.model").LM
+    model, config = load_model(checkpoint, device, dtype)
+    answers = Answers(model, tokenizer_of_run(config, tokenizer), batch_tokens, max_new_tokens)
+    methods = {
+        "loglikelihood": lambda self, requests: answers.loglikelihood(requests),
+        "loglikelihood_rolling": lambda self, requests: answers.loglikelihood_rolling(requests),
+        "generate_until": lambda self, requests: answers.generate_until(requests),
+    }
+    return type("TinytronLM", (base,), methods)()
+
+
+class Answers:
+    """The three questions of the harness, answered by ``model``."""
+
+    def __init__(
+        self, model: GPT, tokenizer: RunTokenizer, batch_tokens: int = 8192, max_new_tokens: int = 256
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.batch_tokens, self.max_new_tokens = batch_tokens, max_new_tokens
+        self.longest = model.config.block_size
+
+    def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
+        """Of each continuation after its context: the log-probability in nats, and whether greedy generation gives it.
+        The beginning of a context that is too long is left out; a continuation that is too long is scored in parts."""
+        parts: list[list[Row]] = []
+        for number, request in enumerate(requests):
+            context, continuation = request.args
+            ids, start = encode_pair(context, continuation, self.tokenizer)
+            parts.append(list(self._windows(number, ids, start)))
+        return self._sums(parts)
+
+    def loglikelihood_rolling(self, requests: Sequence[Request]) -> list[float]:
+        """The log-probability of whole texts in nats, behind the end-of-text token if there is one (else all but the first
+        token): windows of the longest context follow each other, and the last one is full too."""
+        parts = []
+        for number, request in enumerate(requests):
+            end = self.tokenizer.end
+            ids = [int(i) for i in self.tokenizer.tokenizer.encode([request.args[0]])[0]]
+            ids = ids if end is None else [end, *ids]
+            parts.append(list(self._windows(number, ids, 1)))
+        return [score for score, _ in self._sums(parts)]
+
+    def _windows(self, number: int, ids: list[int], start: int) -> Iterator[Row]:
+        """``ids[start:]`` in rows that the model can read, each token once."""
+        while start < len(ids):
+            end = min(len(ids), start + self.longest)
+            first = max(0, end - self.longest - 1)
+            yield Row(number, 0, tuple(ids[first:end]), start - first, 0)
+            start = end
+
+    def _sums(self, parts: list[list[Row]]) -> list[tuple[float, bool]]:
+        """Per request the sum of its rows' log-probabilities, and whether all their tokens are the likeliest."""
+        rows = [row for own in parts for row in own]
+        scores = score_rows(self.model, rows, self.batch_tokens)
+        sums, greedy = [0.0] * len(parts), [True] * len(parts)
+        for row, (score, likeliest) in zip(rows, scores, strict=True):
+            sums[row.item] += score
+            greedy[row.item] &= likeliest
+        return list(zip(sums, greedy, strict=True))
+
+    def generate_until(self, requests: Sequence[Request]) -> list[str]:
+        """A continuation of each context up to one of the strings ``until``; greedy unless ``do_sample`` is set. Contexts
+        that are too long lose their beginning."""
+        texts = []
+        ends = () if self.tokenizer.end is None else (self.tokenizer.end,)
+        for request in requests:
+            context, given = request.args
+            until = given.get("until") or []
+            sampled = bool(given.get("do_sample", float(given.get("temperature", 0) or 0) > 0))
+            options = SamplingOptions(
+                max_new_tokens=min(int(given.get("max_gen_toks", self.max_new_tokens)), self.longest),
+                temperature=float(given.get("temperature", 1.0)) if sampled else 0.0,
+                top_k=int(given.get("top_k", 0)) if sampled else 0,
+                top_p=float(given.get("top_p", 1.0)) if sampled else 1.0,
+                stop=tuple([until] if isinstance(until, str) else until),
+                stop_tokens=ends,
+            )
+            ids = self.tokenizer.prompt_ids(context)
+            room = max(1, self.longest + 1 - options.max_new_tokens)
+            tokenizer = self.tokenizer.tokenizer
+            done = complete(
+                self.model, [ids[-room:]], options, decode=tokenizer.decode, vocab_size=tokenizer.vocab_size
+            )
+            texts.append(done.samples[0].text)
+        return texts
+
+
+@torch.no_grad()
+def score_rows(model: GPT, rows: Sequence[Row], batch_tokens: int) -> list[tuple[float, bool]]:
+    """Log-probability in nats of every row's scored tokens, and whether each is the likeliest there."""
+    found: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
+    longest, device = model.config.block_size, model.lm_head.weight.device
+    model.eval()
+    for numbers in plan_batches(rows, batch_tokens, longest):
+        batch = batch_of([rows[n] for n in numbers], padded_length(rows[numbers[0]], longest)).to(device)
+        hidden_BSD, _ = model.hidden_states(batch.input_ids)
+        for number, hidden_SD, labels_S in zip(numbers, hidden_BSD, batch.labels, strict=True):
+            scored = labels_S != IGNORE_INDEX  # only their logits are made
+            logits_tV, labels_t = model.lm_head(hidden_SD[scored]), labels_S[scored]
+            wide = torch.promote_types(logits_tV.dtype, torch.float32)
+            log_prob_t = logits_tV.to(wide).log_softmax(-1).gather(1, labels_t.unsqueeze(1))
+            likeliest = bool((logits_tV.argmax(-1) == labels_t).all())
+            found[number] = float(log_prob_t.sum(dtype=torch.float64)), likeliest
+    return found
