@@ -21,15 +21,16 @@ from tinytron.checkpoint import CheckpointFiles, complete_checkpoints, find_chec
 from tinytron.checkpoint.files import bytes_of, leftovers, remove_leftovers
 from tinytron.checkpoint.lock import lock_folder
 from tinytron.checkpoint.mirror import Mirror
-from tinytron.distributed.collectives import together, together_long
+from tinytron.distributed.collectives import sum_over, together, together_long
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer
 from tinytron.errors import CheckpointError, ConfigError, first_line
 from tinytron.interop import load_pretrained
 from tinytron.model import GPT
-from tinytron.training.config import Config
+from tinytron.training.config import DTYPES, Config
 from tinytron.training.derive import accumulation_steps
+from tinytron.utils.profile import peak_flops
 from tinytron.utils.remote import is_remote, local_folder
 from tinytron.utils.training import seed_all, use_deterministic_kernels, write_atomically
 
@@ -221,6 +222,13 @@ def writable(config: Config, action: Callable[[], T]) -> T:
             f"--log_dir {config.logging.log_dir} cannot be written ({error.strerror}: {error.filename}); "
             "use a folder you may write to, such as --log_dir ./log/"
         ) from error
+
+
+def measure_peak(config: Config, state: ParallelState) -> tuple[float, str]:
+    """Matrix products of all ranks together, in FLOP/s, and a line about that. Collective."""
+    peak, source = peak_flops(state.device, DTYPES[config.train.precision])
+    total = float(sum_over(torch.tensor(peak, device=state.device), state.groups["world"]))
+    return total, f"peak matmul rate for MFU: {total / 1e12:.3g} TFLOP/s ({source})"
 
 
 def describe_run(config: Config, layout: ParallelLayout) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from tinytron.checkpoint import (
 )
 from tinytron.data import Batch, GlobalBatchSampler
 from tinytron.distributed import DistributedOptimizer
-from tinytron.distributed.collectives import sum_over, together
+from tinytron.distributed.collectives import together
 from tinytron.distributed.param_spec import specs_of
 from tinytron.distributed.topology import describe_topology
 from tinytron.errors import ConfigError
@@ -38,12 +38,12 @@ from tinytron.training.build import (
     optimizer_options,
     parameter_gate,
 )
-from tinytron.training.config import DTYPES, Config
+from tinytron.training.config import Config
 from tinytron.training.derive import TrainingInfo, derive
 from tinytron.training.feed import Feed, count_targets
 from tinytron.training.guards import Guards
 from tinytron.utils.model import train_flops_per_token
-from tinytron.utils.profile import build_profiler, peak_flops
+from tinytron.utils.profile import build_profiler
 
 
 class Trainer:
@@ -154,7 +154,9 @@ class Trainer:
         if self.step >= last:
             self._say(f"already trained: {self.step} of {last} steps are done")
             return
-        self._measure_peak()
+        self._peak_flops, text = startup.measure_peak(self.config, self.state)
+        self._say(text)
+        self._clock.lap()  # training time starts now
         self._in_loop = True
         with contextlib.closing(self._progress), self._guards.active(), self._init_profiler(self.config) as profiler:
             for microbatches in self._microbatches():
@@ -314,13 +316,6 @@ class Trainer:
         self._sources = SourceLosses(getattr(self.train_dataset, "names", []), self.state)
         self._logged_step, self._clock = self.step, TrainClock()
         self._routing = build_routing(self.config, self.raw_model, self.state, self.log_dir)
-
-    def _measure_peak(self) -> None:
-        dtype = DTYPES[self.config.train.precision]
-        peak, source = peak_flops(self.device, dtype)
-        self._peak_flops = float(sum_over(torch.tensor(peak, device=self.device), self.state.groups["world"]))
-        self._say(f"peak matmul rate for MFU: {self._peak_flops / 1e12:.3g} TFLOP/s ({source})")
-        self._clock.lap()  # training time starts now
 
     def _microbatches(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches of one optimizer step at a time, from the current step on, without end."""
