@@ -143,7 +143,8 @@ def test_training_is_not_changed_by_tasks(ranks: Pools, made: Path, tmp_path: Pa
     tasks = ("--eval_tasks", made / "sky.jsonl", "--eval_every", 1)
     with_tasks = run_of(ranks, 2, made / "web", tmp_path / "a", *flags, *tasks)
     assert run_of(ranks, 2, made / "web", tmp_path / "b", *flags).log == with_tasks.log
-    assert len(stages(with_tasks, "eval")) == 4
+    order = [(record["step"], record["stage"]) for record in with_tasks.records]
+    assert order == [(step, stage) for step in (1, 2, 3, 4) for stage in ("train", "eval")]
 
 
 def test_a_trial_run_answers_no_tasks(ranks: Pools, made: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import re
 import time
 import weakref
@@ -145,7 +146,8 @@ def test_the_last_validation_is_of_the_saved_weights(ranks: Pools, tmp_path: Pat
     logged = losses(result.log, "val")[3]
     for values in (model(ids), logits(weights, ids, SHAPE)):
         assert F.cross_entropy(values.flatten(0, 1), labels.flatten()).item() == pytest.approx(logged, rel=1e-6)
-    assert result.records[-1] == {"step": 3, "stage": "val", "loss": pytest.approx(logged), "tokens": 36}
+    expected = {"loss": pytest.approx(logged), "perplexity": pytest.approx(math.exp(logged)), "tokens": 36}
+    assert result.records[-1] == {"step": 3, "stage": "val", **expected}
 
 
 def test_log_lines_have_the_documented_form(ranks: Pools, tmp_path: Path) -> None:

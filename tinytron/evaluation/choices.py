@@ -44,10 +44,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Row:
-    """Choice ``choice`` of item ``item``: ``ids[start:]`` are scored, ``ids[:start]`` stand before them; ``text_bytes`` is
-    the choice's length."""
+    """Choice ``choice`` of item number ``question``: ``ids[start:]`` are scored, ``ids[:start]`` stand before them;
+    ``text_bytes`` is the choice's length."""
 
-    item: int
+    question: int
     choice: int
     ids: tuple[int, ...]
     start: int
@@ -188,8 +188,8 @@ def summarise(items: Sequence[Item], rows: Sequence[Row], scores: Sequence[float
         for row, score in zip(rows, scores, strict=True):
             units = {"accuracy": 1, "accuracy_per_token": len(row.ids) - row.start, "accuracy_per_byte": row.text_bytes}
             value = score / units[name]
-            if row.item not in best or value > best[row.item][0]:
-                best[row.item] = value, row.choice
+            if row.question not in best or value > best[row.question][0]:
+                best[row.question] = value, row.choice
         accuracy = sum(best[n][1] == item.answer for n, item in enumerate(items)) / len(items)
         result[name] = accuracy
         result[f"{name}_stderr"] = math.sqrt(accuracy * (1 - accuracy) / max(1, len(items) - 1))

@@ -102,8 +102,8 @@ class Answers:
         scores = score_rows(self.model, rows, self.batch_tokens)
         sums, greedy = [0.0] * len(parts), [True] * len(parts)
         for row, (score, likeliest) in zip(rows, scores, strict=True):
-            sums[row.item] += score
-            greedy[row.item] &= likeliest
+            sums[row.question] += score
+            greedy[row.question] &= likeliest
         return list(zip(sums, greedy, strict=True))
 
     def generate_until(self, requests: Sequence[Request]) -> list[str]:
