@@ -29,63 +29,58 @@ class Task(NamedTuple):
     rows: list[Row]
 
 
-def text_bytes(config: Config, state: ParallelState, dataset: Dataset[Any] | None) -> torch.Tensor | None:
-    """The bytes of every token id, int64 ``[V]`` on the device, if ``dataset`` is of token shards with a tokenizer.json
-    beside them that tells. Collective. Raises: DataError on every rank for a damaged one."""
-    path, size = config.data.dataset_path, config.model.vocab_size
-    if config.data.use_mock_data or path is None or not datasets.checks_its_tokens(dataset):
-        return None
-    found = together(lambda: token_bytes_of_data(path), state.groups["world"])
-    if found is None:
-        return None
-    return torch.tensor((found + [0] * size)[:size], device=state.device)
+class Measures:
+    """``text_bytes_V``: the bytes of every token id, int64 on the device, if ``dataset`` (validation) is of token shards
+    with a tokenizer.json beside them that tells; ``tasks``: those of ``--eval_tasks``, none in a trial run.
 
+    Collective. Raises: DataError or ConfigError on every rank for a damaged tokenizer.json, for task files that are not of
+    the form, and for tasks without a tokenizer that fits the model.
+    """
 
-def read_tasks(config: Config, state: ParallelState) -> list[Task]:
-    """The tasks of ``--eval_tasks``, none in a trial run. Collective. Raises: DataError or ConfigError on every rank for
-    files that are not of the form, or without a tokenizer that fits the model."""
-    paths, data = [Path(name) for name in config.train.eval_tasks], config.data
-    if not paths or config.train.debug:
-        return []
+    def __init__(self, config: Config, state: ParallelState, dataset: Dataset[Any] | None) -> None:
+        self._config, self._state = config, state
+        self._path = None if config.data.use_mock_data else config.data.dataset_path
+        group = state.groups["world"]
+        found = together(self._token_bytes, group) if datasets.checks_its_tokens(dataset) else None
+        size = config.model.vocab_size
+        self.text_bytes_V = None if found is None else torch.tensor((found + [0] * size)[:size], device=state.device)
+        self.tasks: list[Task] = []
+        if config.train.eval_tasks and not config.train.debug:
+            self.tasks = together(self._read_tasks, group)
 
-    def read() -> list[Task]:
-        given = None if config.train.eval_tokenizer is None else Path(config.train.eval_tokenizer)
-        path = None if data.use_mock_data else data.dataset_path
-        tokenizer = find_tokenizer(path, given, data.eot_id, data.eot_position, option="--eval_tokenizer")
-        tokenizer.check(config.model.vocab_size)
-        read = [(file.stem, read_items(file)) for file in paths]
-        return [Task(name, items, encode_items(items, tokenizer, config.train.seq_len)) for name, items in read]
+    def _token_bytes(self) -> list[int] | None:
+        return token_bytes_of_data(self._path)
 
-    return together(read, state.groups["world"])
+    def _read_tasks(self) -> list[Task]:
+        train, data = self._config.train, self._config.data
+        given = None if train.eval_tokenizer is None else Path(train.eval_tokenizer)
+        tokenizer = find_tokenizer(self._path, given, data.eot_id, data.eot_position, option="--eval_tokenizer")
+        tokenizer.check(self._config.model.vocab_size)
+        files = [(path.stem, read_items(path)) for path in map(Path, train.eval_tasks)]
+        return [Task(name, items, encode_items(items, tokenizer, train.seq_len)) for name, items in files]
 
-
-def run_tasks(
-    tasks: list[Task],
-    model: nn.Module,
-    loss: Callable[[Batch], LossSums],
-    config: Config,
-    state: ParallelState,
-) -> list[dict[str, Any]]:
-    """The accuracies of every task, as the log keeps them. Collective. A batch has the tokens of a micro-batch of one
-    rank, at least one row."""
-    entries = []
-    for task in tasks:
-        scores = log_probs(
-            model,
-            loss,
-            task.rows,
-            longest=config.train.seq_len,
-            tokens_per_batch=config.train.batch_size * config.train.seq_len,
-            device=state.device,
-            state=state,
-        )
-        entries.append({"stage": "eval", "task": task.name, **summarise(task.items, task.rows, scores)})
-    return entries
+    def answer(self, step: int, model: nn.Module, loss: Callable[[Batch], LossSums]) -> list[dict[str, Any]]:
+        """The accuracies of every task, as the log keeps them. Collective. A batch has the tokens of a micro-batch of one
+        rank, at least one row."""
+        train, entries = self._config.train, []
+        for task in self.tasks:
+            scores = log_probs(
+                model,
+                loss,
+                task.rows,
+                longest=train.seq_len,
+                tokens_per_batch=train.batch_size * train.seq_len,
+                device=self._state.device,
+                state=self._state,
+            )
+            result = summarise(task.items, task.rows, scores)
+            entries.append({"step": step, "stage": "eval", "task": task.name, **result})
+        return entries
 
 
 def shown(entry: dict[str, Any]) -> str:
     """A result in a line for people."""
     return (
-        f"{entry['task']}: accuracy {entry['accuracy']:.4f} ± {entry['accuracy_stderr']:.4f} "
+        f"step {entry['step']} | {entry['task']}: accuracy {entry['accuracy']:.4f} ± {entry['accuracy_stderr']:.4f} "
         f"({entry['accuracy_per_byte']:.4f} per byte) over {entry['items']} items"
     )

@@ -61,7 +61,6 @@ class Trainer:
     mirror: Mirror | None = None  # of a remote log_dir
     train_loader: Iterable[Any] | None = None
     val_loader: Iterable[Any] | None = None
-    _text_bytes: torch.Tensor | None  # of every token id, for bits per byte
     train_sampler: GlobalBatchSampler | None = None  # of a map-style train_dataset
     raw_model: nn.Module
     model: nn.Module
@@ -205,7 +204,7 @@ class Trainer:
         with self._clock.paused(), self._guards.paused():
             batches = self._feed.once(self.val_loader, **self._feeding(self.val_dataset, self._own_val_loader))
             names = getattr(self.val_dataset, "names", [])
-            result = validate(self.model, self._loss, batches, self.state, names, self._text_bytes)
+            result = validate(self.model, self._loss, batches, self.state, names, self._measures.text_bytes_V)
         self.one_step_results["val_loss"] = result.loss
         self._validated = (self.step, result.loss)
         self._write_log([{"step": self.step, "stage": "val", **result.fields()}])
@@ -257,8 +256,7 @@ class Trainer:
             self.val_loader = datasets.make_val_loader(config, self.state, self.val_dataset)
         self._say(*datasets.describe(self.train_dataset, self.training_info))
         self._schedule = build_schedule(config.optim, self.training_info)
-        self._text_bytes = evaluate.text_bytes(config, self.state, self.val_dataset)
-        self._tasks = evaluate.read_tasks(config, self.state)
+        self._measures: evaluate.Measures = evaluate.Measures(config, self.state, self.val_dataset)
 
     def _attach_optimizer(self) -> None:
         """Wrap a plain torch optimizer, and tell the wrapper the parameters' names and groups."""
@@ -339,7 +337,7 @@ class Trainer:
         self._progress.advance(self.step)
         train, ckpt = self.config.train, self.config.ckpt
         validates = self._validates and self._due(train.val_every_steps)
-        answers = bool(self._tasks) and self._due(train.eval_every)
+        answers = self._measures.tasks and self._due(train.eval_every)
         saves = self._saves and self._due(ckpt.save_every_steps)
         ends = self._guards.ends
         if not (self.step == 1 or self._due(self.config.logging.log_every) or validates or answers or saves or ends):
@@ -367,15 +365,13 @@ class Trainer:
         self._progress.report(self.step, report.shown)
 
     def _maybe_evaluate(self) -> None:
-        if self._guards.ends:
-            return
-        if self._validates and self._due(self.config.train.val_every_steps):
+        if self._validates and self._due(self.config.train.val_every_steps) and not self._guards.ends:
             self.eval()
-        if self._tasks and self._due(self.config.train.eval_every):
+        if self._measures.tasks and self._due(self.config.train.eval_every) and not self._guards.ends:
             with self._clock.paused(), self._guards.paused():
-                found = evaluate.run_tasks(self._tasks, self.model, self._loss, self.config, self.state)
-            self._write_log([{"step": self.step, **entry} for entry in found])
-            self._say(*(f"step {self.step} | {evaluate.shown(entry)}" for entry in found))
+                entries = self._measures.answer(self.step, self.model, self._loss)
+            self._write_log(entries)
+            self._say(*map(evaluate.shown, entries))
 
     @property
     def _saves(self) -> bool:
