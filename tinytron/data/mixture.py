@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinytron.data.mixture_file import BLOCK, Mixture
+from tinytron.data.order import ShuffledEpochs
 from tinytron.data.permutation import Permutation
 from tinytron.errors import ConfigError, DataError
 
@@ -80,6 +81,7 @@ class MixtureOrder:
         ]
         # Every source has a key of its own, so that its order is the same in whatever mixture it is.
         self.keys = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") for name in self.names]
+        self.walks = [ShuffledEpochs(size, seed, key) for size, key in zip(self.sizes, self.keys, strict=True)]
         self.capacity: int | None = None  # samples, if every source ends
         self._cache: dict[tuple[int, int], tuple[Ints, Ints]] = {}
         self.segments = self._lay_out()
@@ -270,10 +272,7 @@ class MixtureOrder:
 
     def _walk(self, source: int, ranks: Ints) -> Ints:
         """The ids of samples ``ranks`` of a source's walk through its epochs."""
-        size, ids = self.sizes[source], np.empty_like(ranks)
-        for epoch, here in _groups(ranks // size):
-            ids[here] = Permutation(size, self.seed, self.keys[source], epoch)(ranks[here] % size)
-        return ids + (self.ends[source] - size)
+        return self.walks[source](ranks) + (self.ends[source] - self.sizes[source])
 
     def _counts_of(self, segment: Segment, length: int) -> list[int]:
         """Samples of every source before position ``length`` of ``segment``."""
