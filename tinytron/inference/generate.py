@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +13,11 @@ import torch
 
 from tinytron.checkpoint import load_model
 from tinytron.data.run_tokenizer import RunTokenizer, tokenizer_of_run
-from tinytron.errors import ConfigError, TinytronError
+from tinytron.errors import ConfigError
 from tinytron.inference.engine import Generation, Piece, complete
 from tinytron.inference.sampler import SamplingOptions
 from tinytron.utils.flags import Parser, parse_strictly, whole_number
+from tinytron.utils.tools import status_of
 from tinytron.utils.training import DTYPES
 
 
@@ -178,17 +178,10 @@ def run(args: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, or 2 after an error, which is one line."""
     try:
-        run(parse_strictly(build_parser(), arguments))
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (TinytronError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return status_of(lambda: run(parse_strictly(build_parser(), arguments)))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -5,17 +5,27 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tinytron.errors import TinytronError
 
 
 def run_tool(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
-    """Call ``args.tool(args)``, which the subcommand in ``arguments`` (default: the command line) sets. Returns the exit
-    status: what the tool returns (nothing: 0), or 2 after an error, which is one line."""
-    try:
+    """``status_of`` the call of ``args.tool(args)``, which the subcommand in ``arguments`` (default: the command line)
+    sets."""
+
+    def call() -> int | None:
         args = parser.parse_args(arguments)
         status: int | None = args.tool(args)
+        return status
+
+    return status_of(call)
+
+
+def status_of(command: Callable[[], int | None]) -> int:
+    """The exit status of ``command``: what it returns (nothing: 0), or 2 after an error, which is printed as one line."""
+    try:
+        status = command()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
