@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from tinytron.data.documents import require_package
 from tinytron.data.formats import open_shard, read_header
-from tinytron.data.manifest import Manifest, ShardFacts, read_manifest
+from tinytron.data.manifest import TOKENIZER, Manifest, ShardFacts, read_manifest
 from tinytron.errors import ConfigError, DataError
 from tinytron.utils.training import sha256_of
 
@@ -57,7 +57,7 @@ def describe(folder: Path) -> list[str]:
     for path in files:
         by_split.setdefault(path.name.rpartition("_")[0], []).append(path)
     for split, paths in by_split.items():
-        count = sum(len(open_tokens(path)[0]) for path in paths)
+        count = sum(read_header(path).count for path in paths)
         documents = "" if manifest is None else f"{manifest.documents.get(split, 0):,} documents, "
         lines.append(f"{split:<10} {documents}{count:,} tokens, {len(paths)} shards")
     if (text := _first_text(folder, files[0], tokens)) is not None:
@@ -67,10 +67,10 @@ def describe(folder: Path) -> list[str]:
 
 def _first_text(folder: Path, path: Path, tokens: Tokens) -> str | None:
     """The first document of the first shard as text, if the folder has its tokenizer."""
-    if not (folder / "tokenizer.json").is_file():
+    if not (folder / TOKENIZER).is_file():
         return None
     try:
-        tokenizer = require_package("tokenizers").Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = require_package("tokenizers").Tokenizer.from_file(str(folder / TOKENIZER))
     except ConfigError:
         return None
     starts = open_shard(path.with_suffix(".docs")).tolist() if path.with_suffix(".docs").exists() else []

@@ -11,7 +11,7 @@ from typing import Any
 from tinytron.errors import DataError
 from tinytron.utils.training import write_atomically
 
-MANIFEST = "manifest.json"
+MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"  # the second, if the tokenizer can be saved as one
 FORMAT, VERSION = "tinytron tokens", 1
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinytron.data.manifest import read_manifest
+from tinytron.data.manifest import TOKENIZER, read_manifest
 from tinytron.data.mixture_file import read_mixture
 from tinytron.data.remote import local_dataset_path
 from tinytron.data.tokenizers import TextTokenizer, from_file, from_hub, from_tiktoken
 from tinytron.errors import ConfigError
 from tinytron.utils.remote import is_remote
-
-TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)

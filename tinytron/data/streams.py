@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from tinytron.data.batch import Batch, as_sample, collate, masked
+from tinytron.data.batch import Batch, collate, masked
 from tinytron.data.loader import micro_batch_rows
 from tinytron.errors import DataError
 
@@ -82,5 +82,5 @@ class ValStreamLoader:
             rows += [rows[0]] * (group - here)
             first = self.dp_rank * self.micro_batch
             mine = range(first, first + self.micro_batch)
-            batch = collate([as_sample(rows[row]) for row in mine])
+            batch = collate([rows[row] for row in mine])
             yield masked(batch, [row - first for row in mine if row >= here])

@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from tinytron.data.run_tokenizer import TOKENIZER, shard_folders
+from tinytron.data.manifest import TOKENIZER
+from tinytron.data.run_tokenizer import shard_folders
 from tinytron.errors import DataError
 
 _SPACE = "\u2581"  # how SentencePiece writes a space

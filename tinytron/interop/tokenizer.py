@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinytron.data.manifest import read_manifest
+from tinytron.data.manifest import TOKENIZER, read_manifest
 from tinytron.errors import ConfigError, DataError
 
-TOKENIZER = "tokenizer.json"
 # What transformers may look for in a folder; ``vocab.json`` and ``merges.txt`` make old tokenizers.
 _FILES = (
     TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",

@@ -22,7 +22,15 @@ from tqdm import tqdm
 
 from tinytron.data import tokenizers
 from tinytron.data.documents import whole_characters
-from tinytron.data.manifest import MANIFEST, Manifest, ShardFacts, TokenizerFacts, read_manifest, write_manifest
+from tinytron.data.manifest import (
+    MANIFEST,
+    TOKENIZER,
+    Manifest,
+    ShardFacts,
+    TokenizerFacts,
+    read_manifest,
+    write_manifest,
+)
 from tinytron.data.prepare import locked
 from tinytron.data.text.chunk_encoder import VAL, ChunkEncoder, Encoded, is_held_out
 from tinytron.data.text.options import TokenizeOptions
@@ -35,7 +43,7 @@ from tinytron.errors import ConfigError, DataError
 from tinytron.utils.signals import StopRequest
 from tinytron.utils.training import write_atomically
 
-LOCK, TOKENIZER = "tokenize.lock", "tokenizer.json"
+LOCK = "tokenize.lock"
 OURS = re.compile(r".+_\d{6}\.(bin|docs)(\.tmp)?")
 
 
