@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from tinytron.distributed.layout import ParallelLayout, divisors
 from tinytron.errors import ConfigError
-from tinytron.training.config import Config, round_to
+from tinytron.training.checks import round_to
+from tinytron.training.config import Config
 
 
 @dataclass(frozen=True)
