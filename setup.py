@@ -27,6 +27,7 @@ setup(
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
         "lm-eval": ["lm-eval"],
+        "hub": ["huggingface_hub"],
         "cli": ["omegaconf"],
         "s3": ["s3fs"],
         "gcs": ["gcsfs"],

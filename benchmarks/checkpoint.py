@@ -70,8 +70,8 @@ def ways(ours: Ours, state: ParallelState) -> list[Way]:
         return dcp.async_save(tensors, checkpoint_id=folder, process_group=group)
 
     return [
-        Way("tinytron, in the background", lambda f: our_start(f, False), lambda saver: saver.close()),
-        Way("tinytron, waiting", lambda f: our_start(f, True), lambda saver: saver.close()),
+        Way("tinytron, in the background", lambda f: our_start(f, False), lambda saver: saver.close(print)),
+        Way("tinytron, waiting", lambda f: our_start(f, True), lambda saver: saver.close(print)),
         Way("torch.save, waiting", torch_start, lambda _: None),
         Way("torch.distributed async_save", dcp_start, lambda future: future.result()),
     ]

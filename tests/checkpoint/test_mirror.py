@@ -65,7 +65,7 @@ def test_a_failed_push_is_said_and_made_up_for(
     mirror, first, second = mirror_of(tmp_path, storage), make(tmp_path, 2), make(tmp_path, 4)
     with monkeypatch.context() as patch:
         breaking(patch, mirror, "put_file", "")
-        mirror.push_checkpoint_parts(first.part_names())
+        mirror.push_files(first.part_names())
         mirror.push_commit(2)
         mirror.push_logs()
         said = capsys.readouterr().err.splitlines()
@@ -74,7 +74,7 @@ def test_a_failed_push_is_said_and_made_up_for(
         assert all("(reset by peer); training goes on" in line for line in said)
     assert RemoteFolder(storage).list() == {}
     done = breaking(monkeypatch, mirror, "put_file", "nothing")
-    mirror.push_checkpoint_parts(second.part_names())
+    mirror.push_files(second.part_names())
     mirror.push_commit(4)
     assert capsys.readouterr().err == ""
     assert done[-2:] == ["00002_meta.pt", "00004_meta.pt"]  # after all parts and the logs
@@ -82,7 +82,7 @@ def test_a_failed_push_is_said_and_made_up_for(
     third = make(tmp_path, 6)
     with monkeypatch.context() as patch:
         breaking(patch, mirror, "put_file", "_model")
-        mirror.push_checkpoint_parts(third.part_names())
+        mirror.push_files(third.part_names())
     mirror.push_commit(6)
     assert complete_there(storage) == [2, 4, 6]
 
@@ -92,14 +92,14 @@ def test_a_checkpoint_waits_for_the_parts_of_all_ranks(
 ) -> None:
     files = make(tmp_path, 4)
     ranks = [mirror_of(tmp_path, storage) for _ in range(2)]
-    ranks[0].push_checkpoint_parts(files.names_written_by(0))
+    ranks[0].push_files(files.names_written_by(0))
     ranks[0].push_commit(4)
     assert "cannot write 00004_meta.pt (00004_opt/__1_0.distcp is not there yet)" in capsys.readouterr().err
     assert complete_there(storage) == []
-    ranks[1].push_checkpoint_parts(files.names_written_by(1))
+    ranks[1].push_files(files.names_written_by(1))
     files = make(tmp_path, 6)
     for rank, mirror in enumerate(ranks):
-        mirror.push_checkpoint_parts(files.names_written_by(rank))
+        mirror.push_files(files.names_written_by(rank))
     ranks[0].push_commit(6)
     assert complete_there(storage) == [4, 6]
 
@@ -112,7 +112,7 @@ def test_an_interrupted_restore_is_no_checkpoint_and_goes_on(
     (there := tmp_path / "there").mkdir()
     pushing = mirror_of(here, storage)
     for step in (2, 4):
-        pushing.push_checkpoint_parts(make(here, step, f"new{step}").part_names())
+        pushing.push_files(make(here, step, f"new{step}").part_names())
         pushing.push_commit(step)
     make(there, 2, "old2")  # this machine had the one before, and died while it saved the next
     make(there, 4, "torn").meta.unlink()
@@ -138,7 +138,7 @@ def test_an_interrupted_restore_is_no_checkpoint_and_goes_on(
 def test_a_newer_local_checkpoint(storage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (alone := tmp_path / "alone").mkdir()
     mirror = mirror_of(alone, storage)
-    mirror.push_checkpoint_parts(make(alone, 2).part_names())
+    mirror.push_files(make(alone, 2).part_names())
     mirror.push_commit(2)
     files = make(alone, 4)
     mirror_of(alone, storage)._restore(several_nodes=True)  # the other nodes' parts are out of reach
@@ -155,7 +155,7 @@ def test_a_removed_checkpoint_goes_metadata_first(
 ) -> None:
     mirror = mirror_of(tmp_path, storage)
     for step in (2, 4):
-        mirror.push_checkpoint_parts(make(tmp_path, step).part_names())
+        mirror.push_files(make(tmp_path, step).part_names())
         mirror.push_commit(step)
     with monkeypatch.context() as patch:
         breaking(patch, mirror, "rm_file", "_meta")
@@ -167,14 +167,14 @@ def test_a_removed_checkpoint_goes_metadata_first(
         mirror.remove_checkpoint(2)
     assert "cannot delete 00002_model.pt (reset by peer)" in capsys.readouterr().err
     assert complete_there(storage) == [4]
-    mirror.push_checkpoint_parts([])  # the next save makes up for it
+    mirror.push_files([])  # the next save makes up for it
     assert sorted({name[:5] for name in RemoteFolder(storage).list()}) == ["00004", "log.t"]
 
 
 def test_a_new_run_moves_the_old_one_aside(storage: str, tmp_path: Path) -> None:
     for number in (1, 2):
         mirror = mirror_of(tmp_path, storage)
-        mirror.push_checkpoint_parts(make(tmp_path, number).part_names())
+        mirror.push_files(make(tmp_path, number).part_names())
         mirror.push_commit(number)
         mirror.set_aside()
         assert RemoteFolder(storage).list() == {}

@@ -22,6 +22,7 @@ from tinytron.interop import export as exporting
 from tinytron.interop.__main__ import byte_count, main
 from tinytron.interop.export import export
 from tinytron.interop.importing import import_model
+from tinytron.interop.tokenizer import tokenizer_of_data
 from tinytron.interop.weights import HFWeights
 from tinytron.model import GPT, ModelConfig
 from tinytron.training import Trainer
@@ -283,7 +284,7 @@ def test_errors_are_one_line_and_leave_nothing(tmp_path: Path, capsys: pytest.Ca
     empty = tmp_path / "empty"
     empty.mkdir()
     text = refusal("export", "--checkpoint", empty, "--out", tmp_path / "new", capsys=capsys)
-    assert text == f"error: {empty} holds no complete checkpoint (no *_meta.pt with its parts)"
+    assert text == (f"error: {empty} holds no checkpoint (no *_model.pt); runs with --debug or --no-do_save write none")
 
 
 def test_a_tokenizer_is_taken_along(tmp_path: Path) -> None:
@@ -296,6 +297,27 @@ def test_a_tokenizer_is_taken_along(tmp_path: Path) -> None:
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"tokenizer.json", "tokenizer_config.json"} < names
     assert "weights.bin" not in names
+
+
+def test_the_tokenizer_of_a_mixture_is_that_of_its_first_source_with_one(
+    shards: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "bare").mkdir()
+    sources = [{"name": name, "path": str(path), "weight": 1} for name, path in (("a", "bare"), ("b", shards[0]))]
+    (tmp_path / "mixture.json").write_text(json.dumps({"sources": sources}))
+    found, plain = (tokenizer_of_data(str(path), 448) for path in (tmp_path / "mixture.json", shards[0]))
+    assert found == plain
+    assert found.files == (shards[0] / "tokenizer.json",)
+    assert tokenizer_of_data(str(tmp_path / "gone.json"), 448).files == ()
+    with pytest.raises(ConfigError, match=r"^the tokenizer of .+mixture.json has ids up to \d+, the model 7 tokens"):
+        tokenizer_of_data(str(tmp_path / "mixture.json"), 7)
+
+
+def test_a_folder_of_something_else_is_no_model(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", small())
+    (run / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(CheckpointError, match=r"config.json does not describe a model \(it has no config.model\)"):
+        export(run, tmp_path / "out")
 
 
 @pytest.mark.parametrize("after", ["weights", "settings"])

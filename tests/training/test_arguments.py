@@ -46,6 +46,7 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
     "ckpt": {
         **{"do_save": True, "save_every_steps": 5000, "resume": True, "resume_path": None},
         **{"init_from": None, "async_save": True, "keep_last": 0, "keep_every": 0, "keep_best": False},
+        **{"export_every": 0, "hub_model_id": None, "hub_private": True},
     },
     "parallel": {
         "backend": "auto", "init_method": "env://", "sep_size": 1, "ddp_find_unused_parameters": False,
@@ -100,10 +101,13 @@ OTHER = {
     "rope_original_block_size": 1024,
     "rope_attention_factor": 1.5,
     "rope_scaling": "linear",
+    "export_every": 10000,
+    "hub_model_id": "lab/model",
 }
 
 NEEDED = {
     "sliding_window_layers": ["--sliding_window", "8"],
+    "hub_model_id": ["--export_every", "5000"],
     "eval_every": ["--eval_tasks", "sky.jsonl"],
     "eval_tokenizer": ["--eval_tasks", "sky.jsonl"],
 }

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from tinytron.errors import ConfigError
+from tinytron.model.config import ModelConfig
 from tinytron.training.arguments import build_config, parse_args
-from tinytron.training.config import SECTIONS, Config, OptimConfig, TrainingConfig
+from tinytron.training.config import SECTIONS, CkptConfig, Config, OptimConfig, TrainingConfig
 from tinytron.utils.flags import config_fields
 
 
@@ -164,6 +165,11 @@ def test_a_broken_rule_is_told_with_a_value_that_works(flags: str, text: str, wo
     build(works)
 
 
+def test_learned_positions_of_given_weights_do_not_grow() -> None:
+    with pytest.raises(ConfigError, match=r"^--seq_len 4096 exceeds --block_size 1024; use --seq_len 1024$"):
+        Config(model=ModelConfig(position_type="learned", block_size=1024), ckpt=CkptConfig(init_from="gpt2"))
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -276,7 +282,8 @@ EXECUTION = {
         "overlap_grad_reduce", "overlap_param_gather", "grad_reduce_dtype", "print_topology", "ddp_find_unused_parameters",
         "ddp_gradient_as_bucket_view",
     },
-    "ckpt": {"do_save", "save_every_steps", "async_save", "keep_last", "keep_every", "keep_best", "resume", "resume_path"},
+    "ckpt": {"do_save", "save_every_steps", "async_save", "keep_last", "keep_every", "keep_best", "resume", "resume_path",
+             "export_every", "hub_model_id", "hub_private"},
     "logging": {"log_dir", "log_every", "print_config", "moe_router_debug", "moe_route_trace"},
     "seed": {"deterministic"},
 }  # fmt: skip

@@ -54,8 +54,8 @@ class Mirror:
         dist.all_gather_object(firsts, self.first_on_node, group=world)
         together_long(lambda: self._restore(several_nodes=sum(firsts) > 1) if self.first_on_node else None, world)
 
-    def push_checkpoint_parts(self, names: Iterable[str]) -> None:
-        """Copy ``names``, files of a checkpoint other than its metadata, and what is missing from before."""
+    def push_files(self, names: Iterable[str]) -> None:
+        """Copy ``names`` (of a checkpoint all but its metadata), and what is missing from before."""
         with self._lock:
             self._parts |= set(names)
             self._try(self._push_parts)
@@ -130,7 +130,7 @@ class Mirror:
         if newest >= 0 and (several_nodes or own is None or newest > own.step):
             self._pull(newest, [name for name in present if _is_of(name, newest)], present)
         elif own is not None and own.step > newest:
-            self.push_checkpoint_parts(own.part_names())
+            self.push_files(own.part_names())
             self.push_commit(own.step)
 
     def _pull(self, step: int, names: list[str], present: Iterable[str]) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -54,7 +55,7 @@ def _copy(files: CheckpointFiles, mirror: Mirror, group: dist.ProcessGroup) -> N
     if rank == 0:
         mirror.remove_checkpoint(files.step)
     together(lambda: None, group)  # nothing is pushed before
-    mirror.push_checkpoint_parts(files.names_written_by(rank))
+    mirror.push_files(files.names_written_by(rank))
     together(lambda: None, group)  # all have pushed
     if rank == 0:
         mirror.push_commit(files.step)
@@ -100,6 +101,15 @@ def _val_loss(files: CheckpointFiles) -> float | None:
     return loss
 
 
+class Consumer(Protocol):
+    """What else is made of checkpoints, on the master: ``committed`` is called in the saving thread, when ``files`` are on
+    disk and before any are pruned, and returns what to add to the report; it raises nothing."""
+
+    def committed(self, files: CheckpointFiles) -> str: ...
+    def report(self) -> list[str]: ...
+    def close(self, say: Callable[[str], None], *, wait: bool) -> None: ...
+
+
 @dataclass
 class Save:
     """A save under way: the rest is set when it ends."""
@@ -127,9 +137,10 @@ class CheckpointSaver:
         *,
         retention: Retention | None = None,
         mirror: Mirror | None = None,
+        consumer: Consumer | None = None,
     ) -> None:
         self.folder, self.model, self.optimizer, self.state = folder, model, optimizer, state
-        self.retention, self.mirror = retention or Retention(), mirror
+        self.retention, self.mirror, self.consumer = retention or Retention(), mirror, consumer
         self._buffers = HostBuffers()
         self._group: dist.ProcessGroup | None = None
         self._save: Save | None = None
@@ -154,6 +165,8 @@ class CheckpointSaver:
         try:
             assert self._group is not None, "made by save"
             write_checkpoint(save.snapshot, self._group, self.mirror)
+            if self.consumer is not None:
+                save.note = self.consumer.committed(save.snapshot.files)
             self._prune(save, self._group)
         except BaseException as error:  # handed to the training thread
             save.error = error
@@ -166,7 +179,7 @@ class CheckpointSaver:
             try:
                 gone = [files.step for files in prune(self.folder, self.retention)]
             except OSError as error:
-                save.note = f"; error: older checkpoints cannot be removed ({error})"
+                save.note += f"; error: older checkpoints cannot be removed ({error})"
             save.note += "".join(f"; removed {step}" for step in gone)
         if self.mirror is None:
             return
@@ -180,9 +193,10 @@ class CheckpointSaver:
 
     def report(self) -> list[str]:
         """What ended since the last call, for printing; waits for nothing. Raises: whatever is no refusal of the disk."""
+        messages = self.consumer.report() if self.consumer is not None else []
         if self._thread is None or self._thread.is_alive():
-            return []
-        return self.finish()
+            return messages
+        return self.finish() + messages
 
     def finish(self) -> list[str]:
         """Wait for the save under way, then as ``report``."""
@@ -199,9 +213,12 @@ class CheckpointSaver:
         self.failed = f"checkpoint {step} was NOT saved ({save.error})"
         return [f"error: {self.failed}; training goes on, the next save tries again"]
 
-    def close(self) -> list[str]:
-        """Wait for the last save. Raises: CheckpointError if it failed: the end of the run is not on disk."""
-        messages = self.finish()
+    def close(self, say: Callable[[str], None], *, wait: bool = True) -> None:
+        """Wait for the last save, and with ``wait`` for what the consumer still does. Raises: CheckpointError if the save
+        failed: the end of the run is not on disk."""
+        for message in self.finish():
+            say(message)
+        if self.consumer is not None:
+            self.consumer.close(say, wait=wait)
         if self.failed is not None:
             raise CheckpointError(f"{self.failed}; free the disk and run the same command again")
-        return messages

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from tinytron.checkpoint.files import CheckpointFiles, checkpoint_of, newest_checkpoint, verify
+from tinytron.checkpoint.files import CheckpointFiles, checkpoint_of, verify
 from tinytron.checkpoint.load import read_file, read_meta
-from tinytron.errors import CheckpointError, TinytronError
+from tinytron.checkpoint.model import model_config_of, weights_at
+from tinytron.errors import CheckpointError
 from tinytron.interop.weights import read_json
 from tinytron.model.config import ModelConfig
 
@@ -50,16 +50,9 @@ def is_own(path: Path) -> bool:
 def own_model(path: Path) -> OwnModel:
     """The newest weights of a folder, or those of a file. Raises: CheckpointError if there are none, or they are not what
     was written."""
-    if path.is_dir():
-        files = newest_checkpoint(path)
-        found = sorted(path.glob("*_model.pt"))
-        if files is None and len(found) != 1:
-            raise CheckpointError(f"{path} holds no complete checkpoint (no *_meta.pt with its parts)")
-        return _of_file(found[0]) if files is None else _of_checkpoint(files)
-    files = checkpoint_of(path)
-    if files is not None and files.meta.is_file():
-        return _of_checkpoint(files)
-    return _of_file(path)
+    file = weights_at(path)
+    files = checkpoint_of(file)
+    return _of_checkpoint(files) if files is not None and files.meta.is_file() else _of_file(file)
 
 
 def _of_checkpoint(files: CheckpointFiles) -> OwnModel:
@@ -77,14 +70,7 @@ def _of_file(path: Path) -> OwnModel:
 
 
 def _architecture(run: Any, source: Path) -> ModelConfig:
-    try:
-        values = run["config"]["model"]
-        fixed: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-        }
-        return ModelConfig(**fixed)
-    except (TypeError, KeyError, AttributeError) as error:
-        known = {field.name for field in dataclasses.fields(ModelConfig)}
-        raise CheckpointError(f"{source} does not describe a model of these {len(known)} options ({error})") from error
-    except TinytronError as error:
-        raise CheckpointError(f"{source} describes no valid model: {error}") from error
+    config = run.get("config") if isinstance(run, dict) else None
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        raise CheckpointError(f"{source} does not describe a model (it has no config.model); use what a run wrote")
+    return model_config_of(config, source)

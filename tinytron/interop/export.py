@@ -44,14 +44,18 @@ def export(
     dtype: torch.dtype | None = None,
     tokenizer: Path | None = None,
     max_shard_size: int = 5 * 10**9,
+    name: str | None = None,
+    replace: bool = False,
 ) -> Exported:
     """Write the weights of a run, a checkpoint or a consolidated file to the folder ``out``, in ``dtype`` (default: their
-    own), in files of at most ``max_shard_size`` bytes. ``out`` appears whole or not at all.
+    own), in files of at most ``max_shard_size`` bytes. ``out`` appears whole or not at all; with ``replace`` in the place
+    of an older one. ``name``: what the model card calls the model (default: as the folder).
 
     Raises: ConfigError if no family has the architecture, ``out`` is there, or the tokenizer does not fit; CheckpointError
     if the checkpoint is missing or damaged; OSError if the disk refuses.
     """
-    check_new(out)
+    if not replace:
+        check_new(out)
     if max_shard_size < 1:
         raise ConfigError(f"--max_shard_size {max_shard_size} must be at least 1; use 5GB")
     own = own_model(checkpoint)
@@ -63,11 +67,11 @@ def export(
     else:
         found = given_tokenizer(tokenizer, own.config.vocab_size)
     dtype = dtype or weights["wte.weight"].dtype
-    with new_folder(out) as folder:
+    with new_folder(out, replace=replace) as folder:
         made = _write_weights(folder, family, own.config, weights, dtype, max_shard_size)
         _write_settings(folder, settings, dtype, found)
         found.write(folder, own.config.block_size)
-        (folder / "README.md").write_text(model_card(own, family, dtype, out.name))
+        (folder / "README.md").write_text(model_card(own, family, dtype, name or out.name))
     return made
 
 

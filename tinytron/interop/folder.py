@@ -19,12 +19,15 @@ def check_new(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
     """A temporary neighbour of ``out`` to write files into; it becomes ``out`` at the end, on the disk, and is removed
-    after an error. Raises: ConfigError as ``check_new``, OSError if the disk refuses."""
-    check_new(out)
+    after an error. With ``replace`` an older ``out`` goes when the new one is whole. Raises: ConfigError as ``check_new``,
+    OSError if the disk refuses."""
+    if not replace:
+        check_new(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.tmp.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with the same number
     temporary.mkdir()
     try:
         yield temporary
@@ -32,8 +35,16 @@ def new_folder(out: Path) -> Iterator[Path]:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         sync_folder(temporary)
+        if replace:
+            shutil.rmtree(out, ignore_errors=True)
         os.replace(temporary, out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(out.parent)
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Delete what killed processes left half written in ``parent``. Raises: OSError if the system refuses."""
+    for path in parent.glob(".*.tmp.*"):
+        shutil.rmtree(path)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tinytron.data.manifest import TOKENIZER, read_manifest
+from tinytron.data.run_tokenizer import shard_folders
 from tinytron.errors import ConfigError, DataError
 
 # What transformers may look for in a folder; ``vocab.json`` and ``merges.txt`` make old tokenizers.
@@ -54,22 +55,21 @@ def given_tokenizer(path: Path, vocab_size: int) -> TokenizerFiles:
 
 
 def tokenizer_of_data(dataset_path: str | None, vocab_size: int) -> TokenizerFiles:
-    """That of the folder of token shards a run was trained on, as far as it is known and still there.
+    """That of the token shards a run was trained on (of the first folder of a mixture that has one), as far as it is known
+    and still there.
 
     Raises: ConfigError if it has ids that the model does not.
     """
-    if dataset_path is None or not Path(dataset_path).is_dir():
-        return TokenizerFiles(())
-    folder = Path(dataset_path)
     try:
-        manifest = read_manifest(folder)
-    except DataError:  # of no importance for the weights
+        folders = [folder for folder in shard_folders(dataset_path).values() if folder.is_dir()]
+        manifests = [manifest for folder in folders if (manifest := read_manifest(folder)) is not None]
+    except (ConfigError, DataError):  # gone or damaged: of no importance for the weights
         return TokenizerFiles(())
-    files = tuple(path for path in (folder / TOKENIZER,) if path.is_file())
+    files = tuple(path for folder in folders if (path := folder / TOKENIZER).is_file())[:1]
     _check(files, vocab_size, f"the tokenizer of {dataset_path}")
-    if manifest is None:
+    if not manifests:
         return TokenizerFiles(files)
-    facts = manifest.tokenizer
+    facts = manifests[0].tokenizer
     return TokenizerFiles(files, facts.eot_id, facts.eot_token, begins=facts.eot_position == "prepend")
 
 

@@ -20,6 +20,7 @@ from tinytron.model.modules.attn import check_backend
 from tinytron.optim import Muon, Schedule, parameter_groups
 from tinytron.training.config import DTYPES, CkptConfig, Config, OptimConfig
 from tinytron.training.derive import TrainingInfo, accumulation_steps
+from tinytron.training.exports import Exports
 
 
 def build_model(config: Config, state: ParallelState) -> GPT:
@@ -89,15 +90,16 @@ def build_schedule(optim: OptimConfig, info: TrainingInfo) -> Schedule:
 
 def build_saver(
     ckpt: CkptConfig,
-    folder: Path,
-    model: nn.Module,
     optimizer: DistributedOptimizer,
+    model: nn.Module,
+    folder: Path,
     state: ParallelState,
     mirror: Mirror | None,
+    exports: Exports | None,
 ) -> CheckpointSaver:
     """What writes the run's checkpoints, and deletes those that are not to be kept."""
     retention = Retention(ckpt.keep_last, ckpt.keep_every, ckpt.keep_best)
-    return CheckpointSaver(folder, model, optimizer, state, retention=retention, mirror=mirror)
+    return CheckpointSaver(folder, model, optimizer, state, retention=retention, mirror=mirror, consumer=exports)
 
 
 def optimizer_options(config: Config, model: nn.Module) -> Options:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from tinytron.distributed.layout import divisors
 from tinytron.distributed.sequence_parallel.ulysses import check_sep_size
 from tinytron.errors import ConfigError
+from tinytron.interop import check_repository, write_architecture
 
 if TYPE_CHECKING:
     from tinytron.training.config import Config
@@ -18,9 +19,11 @@ def check(config: Config) -> None:
     """Raises: ConfigError for the first rule that ``config`` breaks."""
     _check_ranges(config)
     if config.train.seq_len > config.model.block_size:
+        # Learned positions of weights that are there already cannot become more.
+        fixed = config.model.position_type == "learned" and config.ckpt.init_from is not None
+        fitting = f"--seq_len {config.model.block_size}" if fixed else f"--block_size {config.train.seq_len}"
         raise ConfigError(
-            f"--seq_len {config.train.seq_len} exceeds --block_size {config.model.block_size}; "
-            f"use --block_size {config.train.seq_len}"
+            f"--seq_len {config.train.seq_len} exceeds --block_size {config.model.block_size}; use {fitting}"
         )
     if config.train.total_batch_size % config.train.seq_len:
         raise ConfigError(
@@ -40,11 +43,36 @@ def check(config: Config) -> None:
             f"--init_from {config.ckpt.init_from} begins a new run and --resume_path {config.ckpt.resume_path} continues "
             "one; drop one of them"
         )
+    _check_exports(config)
     if config.parallel.grad_reduce_dtype != "fp32" and not config.parallel.use_distributed_optimizer:
         raise ConfigError(
             f"--grad_reduce_dtype {config.parallel.grad_reduce_dtype} needs --use_distributed_optimizer: without it "
             "gradients are summed in place; use fp32"
         )
+
+
+def _check_exports(config: Config) -> None:
+    ckpt = config.ckpt
+    if ckpt.hub_model_id is not None:
+        check_repository(ckpt.hub_model_id)
+        if not ckpt.export_every:
+            raise ConfigError(
+                f"--hub_model_id {ckpt.hub_model_id} uploads exports, and there are none; "
+                f"use --export_every {ckpt.save_every_steps or 1000}"
+            )
+    if not ckpt.export_every:
+        return
+    if not ckpt.do_save:
+        raise ConfigError(f"--export_every {ckpt.export_every} exports checkpoints; drop it, or --no-do_save")
+    if ckpt.save_every_steps and ckpt.export_every % ckpt.save_every_steps:
+        raise ConfigError(
+            f"--export_every {ckpt.export_every} must be a multiple of --save_every_steps {ckpt.save_every_steps}: what is "
+            f"exported is a checkpoint; use {round_to(ckpt.export_every, ckpt.save_every_steps)}"
+        )
+    try:
+        write_architecture(config.model)
+    except ConfigError as error:
+        raise ConfigError(f"--export_every {ckpt.export_every}: {error}") from error
 
 
 def round_to(value: int, unit: int) -> int:
@@ -68,7 +96,7 @@ def _check_ranges(config: Config) -> None:
         (0, optim, ("matrix_lr_mult", "embedding_lr_mult", "head_lr_mult", "scalar_lr_mult")),
         (0, config.parallel, ("ep_size",)),
         (0, config.data, ("num_workers", "prefetch")),
-        (0, config.ckpt, ("save_every_steps", "keep_last", "keep_every")),
+        (0, config.ckpt, ("save_every_steps", "keep_last", "keep_every", "export_every")),
     ]
     for bound, section, names in at_least:
         for name in names:

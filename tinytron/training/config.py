@@ -207,6 +207,14 @@ class CkptConfig:
         int, Flag("keep those of every so many steps; 0: none for that reason", "steps", identity=False)
     ] = 0
     keep_best: Annotated[bool, Flag("keep that of the lowest validation loss", identity=False)] = False
+    export_every: Annotated[
+        int,
+        Flag("write every so many steps, and at the end, what transformers opens; 0: never", "steps", identity=False),
+    ] = 0
+    hub_model_id: Annotated[
+        str | None, Flag("upload every export to this hub repository, owner/name, as revision step<N>", identity=False)
+    ] = None
+    hub_private: Annotated[bool, Flag("make that repository, if it is new, a private one", identity=False)] = True
     resume: Annotated[bool, Flag("continue from the newest checkpoint of the run's folder", identity=False)] = True
     resume_path: Annotated[
         str | None,

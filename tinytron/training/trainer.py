@@ -40,6 +40,7 @@ from tinytron.training.build import (
 )
 from tinytron.training.config import Config
 from tinytron.training.derive import TrainingInfo, derive
+from tinytron.training.exports import build_exports
 from tinytron.training.feed import Feed, count_targets
 from tinytron.training.guards import Guards
 from tinytron.utils.model import train_flops_per_token
@@ -152,6 +153,7 @@ class Trainer:
         last = self.training_info.max_steps
         if self.step >= last:
             self._say(f"already trained: {self.step} of {last} steps are done")
+            self._saver.close(self._say)
             return
         self._peak_flops, text = startup.measure_peak(self.config, self.state)
         self._say(text)
@@ -172,7 +174,7 @@ class Trainer:
             self._in_loop = False
             self.optimizer.finish_gather()
             with self._guards.paused():
-                self._say(*self._saver.close())
+                self._saver.close(self._say, wait=not self._guards.ends)
                 if self.mirror is not None and self.master_process:
                     self.mirror.push_logs()
             self._guards.leave(self.step, self._say)
@@ -305,11 +307,11 @@ class Trainer:
             self.run_log.keep_until(self.step)
 
     def _init_metrics(self) -> None:
-        self._saver = build_saver(
-            self.config.ckpt, self.log_dir, self.raw_model, self.optimizer, self.state, self.mirror
-        )
+        last, run = self.training_info.max_steps, (self.raw_model, self.log_dir, self.state, self.mirror)
+        exports = build_exports(self.config, *run, resumed=self.step, last=last, say=self._say)
+        self._saver = build_saver(self.config.ckpt, self.optimizer, *run, exports)
         self._validated, self._in_loop = (0, 0.0), False  # step and loss
-        self._progress = Progress(self.training_info.max_steps, self.step, enabled=self.master_process)
+        self._progress = Progress(last, self.step, enabled=self.master_process)
         self._window = StepWindow(self.state.groups["world"])
         self._sources = SourceLosses(getattr(self.train_dataset, "names", []), self.state)
         self._logged_step, self._clock = self.step, TrainClock()

@@ -1,0 +1,124 @@
+"""What ``--export_every`` and ``--hub_model_id`` make of a run's checkpoints (docs/interop.md)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.nn as nn
+
+from tinytron.checkpoint import CheckpointFiles, Mirror
+from tinytron.distributed.collectives import together_long
+from tinytron.distributed.parallel_state import ParallelState
+from tinytron.errors import ConfigError, first_line
+from tinytron.interop import HubUploader
+from tinytron.interop.export import export
+from tinytron.interop.folder import remove_leftovers
+from tinytron.interop.tokenizer import tokenizer_of_data
+from tinytron.model import GPT
+from tinytron.training.config import Config
+
+FOLDER = "export"  # in the run's folder
+
+
+class Exports:
+    """Exports every checkpoint that is due to ``export/step_<step>`` in the run's folder, and uploads it as the revision
+    ``step<step>``, the one of the last step as ``main``, too. On the master; it takes part in saving as its ``Consumer``.
+
+    A checkpoint is kept whatever happens here: what fails is reported.
+    """
+
+    def __init__(self, config: Config, run_folder: Path, last_step: int, mirror: Mirror | None) -> None:
+        self.config, self.last_step, self.mirror = config, last_step, mirror
+        self.run_folder, self.folder = run_folder, run_folder / FOLDER
+        self.uploader: HubUploader | None = None
+        if (repository := config.ckpt.hub_model_id) is not None:
+            self.uploader = HubUploader(repository, self.folder, private=config.ckpt.hub_private)
+
+    def catch_up(self, resumed: CheckpointFiles | None) -> list[str]:
+        """Do what a process that was killed left: half-written folders go, the checkpoint that the run resumes from is
+        exported if it should have been, and folders that the hub has not got are uploaded. Returns what to print."""
+        notes = []
+        try:
+            self.folder.mkdir(exist_ok=True)
+            remove_leftovers(self.folder)
+        except OSError as error:
+            notes.append(f"error: {self.folder} cannot be written ({error.strerror})")
+        if resumed is not None and not self._out(resumed.step).is_dir() and (note := self.committed(resumed)):
+            notes.append(f"step {resumed.step} | {note.removeprefix('; ')}")
+        for path in sorted(self.folder.glob("step_*")):
+            if match := re.fullmatch(r"step_(\d+)", path.name):
+                self._upload(int(match[1]), again=False)
+        return notes
+
+    def committed(self, files: CheckpointFiles) -> str:
+        """Export ``files`` if that is due; returns what to add to the report."""
+        if files.step % self.config.ckpt.export_every and files.step != self.last_step:
+            return ""
+        out = self._out(files.step)
+        try:
+            export(files.model, out, name=self.config.ckpt.hub_model_id, replace=True)
+            names = [str(path.relative_to(self.run_folder)) for path in sorted(out.iterdir())]
+        except Exception as error:  # a run of weeks does not end because of its by-product
+            return f"; error: not exported to {out} ({first_line(error)}), the checkpoint is whole"
+        if self.mirror is not None:
+            self.mirror.push_files(names)
+        self._upload(files.step, again=True)
+        return f"; exported to {out}"
+
+    def report(self) -> list[str]:
+        """What uploads have ended."""
+        return self.uploader.report() if self.uploader is not None else []
+
+    def close(self, say: Callable[[str], None], *, wait: bool) -> None:
+        """No more checkpoints come; ``wait`` for the uploads."""
+        if self.uploader is not None:
+            self.uploader.close(say, wait=wait)
+
+    def _out(self, step: int) -> Path:
+        return self.folder / f"step_{step:05d}"
+
+    def _upload(self, step: int, *, again: bool) -> None:
+        if self.uploader is None:
+            return
+        revisions = [f"step{step}", "main"] if step == self.last_step else [f"step{step}"]
+        if revisions := [name for name in revisions if again or not self.uploader.has(name)]:
+            self.uploader.add(self._out(step), revisions)
+
+
+def build_exports(
+    config: Config,
+    model: nn.Module,
+    run_folder: Path,
+    state: ParallelState,
+    mirror: Mirror | None,
+    *,
+    resumed: int,
+    last: int,
+    say: Callable[[str], None],
+) -> Exports | None:
+    """The run's ``Exports`` on the master, ``None`` on other ranks and without ``--export_every``. Collective; what an
+    earlier process left is done.
+
+    Raises: ConfigError on every rank if the model or its tokenizer cannot be exported, or the hub refuses.
+    """
+    ckpt, world = config.ckpt, state.groups["world"]
+    if not ckpt.export_every or config.train.debug:
+        return None
+    if not isinstance(model, GPT):
+        raise ConfigError(
+            f"--export_every {ckpt.export_every} exports our GPT, and this is a {type(model).__name__}; "
+            "use --export_every 0"
+        )
+
+    def build() -> Exports | None:
+        if not state.is_master:
+            return None
+        tokenizer_of_data(config.data.dataset_path, model.config.vocab_size)
+        exports, files = Exports(config, run_folder, last, mirror), CheckpointFiles(run_folder, resumed)
+        for note in exports.catch_up(files if files.complete else None):
+            say(note)
+        return exports
+
+    return together_long(build, world)
