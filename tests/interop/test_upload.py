@@ -112,11 +112,11 @@ def test_the_next_process_knows_what_arrived(hub: ModelHub, tmp_path: Path) -> N
     again = HubUploader(REPOSITORY, tmp_path, endpoint=hub.url)
     assert (again.has("step100"), again.has("step200")) == (True, False)
     assert not HubUploader("lab/other", tmp_path, endpoint=hub.url).has("step100")
-    (tmp_path / RECORD).write_text("{damaged")
-    assert not again.has("step100")
     hub.refuse = lambda method, path: 403 if "/branch/" in path else None
     again.add(tmp_path / "step_00100", ["step100"])  # made anew: what arrived before is no longer it
     told(again)
+    assert not again.has("step100")
+    (tmp_path / RECORD).write_text("{damaged")
     assert not again.has("step100")
 
 

@@ -12,6 +12,7 @@ import torch.nn as nn
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import TINY, config_of, run_well, train, user_error
 from tinytron.checkpoint import CheckpointFiles
+from tinytron.checkpoint.save import CheckpointSaver
 from tinytron.errors import ConfigError
 from tinytron.interop.weights import HFWeights
 from tinytron.model.modules.loss import LossSums, fused_linear_cross_entropy
@@ -57,6 +58,15 @@ def test_a_remote_run_folder_gets_them_too(ranks: Pools, tmp_path: Path) -> None
     exports = exporting.Exports(config, run.folder, 2, mirror)  # type: ignore[arg-type]
     assert exports.committed(CheckpointFiles(run.folder, 2)) == f"; exported to {run.folder}/export/step_00002"
     assert set(mirror.pushed) == {f"export/step_00002/{name}" for name in names(run.folder / "export" / "step_00002")}
+
+
+def test_uploads_are_reported_while_training_goes_on(tmp_path: Path) -> None:
+    class Talking:
+        def report(self) -> list[str]:
+            return ["uploaded"]
+
+    saver = CheckpointSaver(tmp_path, None, None, None, consumer=Talking())  # type: ignore[arg-type]
+    assert saver.report() == ["uploaded"]
 
 
 class Broken(Trainer):
