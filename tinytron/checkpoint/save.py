@@ -193,10 +193,8 @@ class CheckpointSaver:
 
     def report(self) -> list[str]:
         """What ended since the last call, for printing; waits for nothing. Raises: whatever is no refusal of the disk."""
-        messages = self.consumer.report() if self.consumer is not None else []
-        if self._thread is None or self._thread.is_alive():
-            return messages
-        return self.finish() + messages
+        ended = [] if self._thread is None or self._thread.is_alive() else self.finish()
+        return ended + (self.consumer.report() if self.consumer is not None else [])
 
     def finish(self) -> list[str]:
         """Wait for the save under way, then as ``report``."""
