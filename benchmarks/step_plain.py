@@ -1,6 +1,6 @@
 """The plain-torch model of step_time.py: what one writes first, in torch's own layers, with nothing packed or by hand.
 
-Letters: B batch, S sequence, T = B S tokens, N heads, k choices of a token, H head dimension, D model dimension, V vocabulary.
+Letters: B batch, S sequence, T = B S tokens, N heads, k choices of a token, H head dimension, D width, V vocabulary.
 Modules are named as in Hugging Face's Llama and Mixtral, so that weights with those names load as they are.
 """
 

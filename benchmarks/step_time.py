@@ -246,13 +246,13 @@ def measure(name: str, precision: str, variants: Sequence[Variant], args: argpar
     return Table(name, precision, total, args.batch, args.seq_len, flops, rate, source, rows)
 
 
-def chosen_variants(wanted: Sequence[str] | None) -> list[Variant]:
-    """Those whose names contain one of ``wanted`` (a whole name: only that one), without the libraries that are missing, of
-    which it prints a line each. Raises: ValueError if nothing is left."""
-    names = {variant.name for variant in VARIANTS}
-    found = [v for v in VARIANTS if not wanted or any(v.name == w or (w not in names and w in v.name) for w in wanted)]
+def chosen_variants(wanted: Sequence[str] | None, eager: bool = False) -> list[Variant]:
+    """Those whose names contain one of ``wanted`` (``eager``: and that are not compiled), but not of missing libraries: it
+    prints a line for each. Raises: ValueError if nothing is left."""
+    known = [variant for variant in VARIANTS if not (eager and variant.compiled)]
+    found = [variant for variant in known if not wanted or any(part in variant.name for part in wanted)]
     if not found:
-        raise ValueError(f"--variants {' '.join(wanted or ())} fits none of: {'; '.join(v.name for v in VARIANTS)}")
+        raise ValueError(f"--variants {' '.join(wanted or ())} fits none of: {'; '.join(v.name for v in known)}")
     missing = {v.library: reason for v in found if (reason := v.importable()) is not None}
     for library, reason in missing.items():
         print(f"left out: {library} ({reason}); pip install {library}", flush=True)
@@ -271,6 +271,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps of a variant in one round")
     parser.add_argument("--variants", nargs="+", help="parts of names; default: all")
+    parser.add_argument("--eager", action="store_true", help="leave the compiled variants out")
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one")
     parser.add_argument(
@@ -293,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")  # of peers, about what they are going to change
     try:
-        variants = chosen_variants(args.variants)
+        variants = chosen_variants(args.variants, args.eager)
     except ValueError as error:
         parser.error(str(error))
     join_alone()
