@@ -113,13 +113,10 @@ def test_a_variant_that_disagrees_is_an_error() -> None:
         return training
 
     config = step_time.model_config("tiny", 16)
-    weights = variants.initial_weights(config)
     both = [variants.Variant(variants.plain), variants.Variant(other)]
     with pytest.raises(SystemExit, match=r"error: other computes something else than plain torch: its losses are "):
-        step_time.check(config, torch.device("cpu"), both, weights)
-    assert "within 0.0e+00: plain torch, plain torch" in step_time.check(
-        config, torch.device("cpu"), [both[0], both[0]], weights
-    )
+        step_time.check(config, torch.device("cpu"), both)
+    assert "within 0.0e+00: plain torch, plain torch" in step_time.check(config, torch.device("cpu"), [both[0]] * 2)
 
 
 def test_not_a_number_disagrees() -> None:
