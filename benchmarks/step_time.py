@@ -72,8 +72,8 @@ def random_batches(config: ModelConfig, rows: int, count: int, device: torch.dev
 
 
 def check(config: ModelConfig, device: torch.device, variants: Sequence[Variant]) -> str:
-    """Losses before and after two steps in fp32, of all that are not compiled and of the first layers alone, so that a large
-    model fits too. Raises: SystemExit unless they are the same."""
+    """Losses before and after two steps in fp32, of all that are not compiled and of the first layers alone, so that large
+    models fit too. Raises: SystemExit unless they are the same."""
     config = replace(config, num_layer=min(config.num_layer, CHECKED_LAYERS))
     weights = initial_weights(config)
     torch.set_float32_matmul_precision("highest")
