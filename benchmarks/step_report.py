@@ -11,7 +11,7 @@ import shlex
 import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -22,11 +22,12 @@ OURS = "#d93025"
 
 @dataclass
 class Row:
-    """One variant: seconds of a step in each round, or why there are none."""
+    """One variant: seconds of a step in each round (``cpu``: of all threads' processor time), or why there are none."""
 
     name: str
     keeps: str
     seconds: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
     first_loss: float | None = None
     first_step: float | None = None  # seconds, compilation included
     peak_bytes: int | None = None
@@ -55,10 +56,10 @@ class Table:
         """The part of the peak rate that the model's matrix products reach."""
         return self.rate(row) * self.flops_per_token / self.peak_flops
 
-    def ratios(self, row: Row) -> list[float]:
-        """Speed relative to the first row that ran, round by round."""
+    def ratios(self, row: Row, kind: Literal["seconds", "cpu"] = "seconds") -> list[float]:
+        """Speed relative to the first row that ran, round by round; ``cpu``: by processor seconds."""
         base = next(other for other in self.rows if other.seconds)
-        return [b / own for b, own in zip(base.seconds, row.seconds, strict=True)]
+        return [b / own for b, own in zip(getattr(base, kind), getattr(row, kind), strict=True)]
 
     @property
     def title(self) -> str:
@@ -75,18 +76,22 @@ class Table:
             f"MFU refers to {peak} and {self.flops_per_token / 1e6:.1f} MFLOP a token.",
             "",
         ]
-        lines.append("| variant | weights, moments | tok/s | ratio | min-max | MFU | peak MiB | first step |")
-        lines.append("|---|---|---|---|---|---|---|---|")
+        lines.append(
+            "| variant | weights, moments | tok/s | ratio | min-max | by CPU time | MFU | peak MiB | first step |"
+        )
+        lines.append("|---|---|---|---|---|---|---|---|---|")
         for row in self.rows:
             name = f"**{row.name}**" if row.name.startswith("tinytron") else row.name
             if not row.seconds:
-                lines.append(f"| {name} | {row.keeps} | {row.failure} | | | | | |")
+                lines.append(f"| {name} | {row.keeps} | {row.failure} | | | | | | |")
                 continue
             ratios = self.ratios(row)
+            cpu = f"{statistics.median(self.ratios(row, 'cpu')):.3f}" if row.cpu else "-"
             peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f}"
+            span = f"{statistics.median(ratios):.3f} | {min(ratios):.2f}-{max(ratios):.2f} | {cpu}"
+            first = f"{row.first_step or 0:.1f} s"
             lines.append(
-                f"| {name} | {row.keeps} | {self.rate(row):,.0f} | {statistics.median(ratios):.3f} | "
-                f"{min(ratios):.2f}-{max(ratios):.2f} | {self.mfu(row):.1%} | {peak} | {row.first_step or 0:.1f} s |"
+                f"| {name} | {row.keeps} | {self.rate(row):,.0f} | {span} | {self.mfu(row):.1%} | {peak} | {first} |"
             )
         return lines
 

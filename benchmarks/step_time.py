@@ -134,14 +134,14 @@ def start(variant: Variant, case: Case, weights: Weights | None, batches: list[t
     return training
 
 
-def one_round(training: Training, batches: list[torch.Tensor], steps: int, device: torch.device) -> float:
-    """Seconds of a step."""
-    begin = time.perf_counter()
+def one_round(training: Training, batches: list[torch.Tensor], steps: int, device: torch.device) -> tuple[float, float]:
+    """Seconds of a step, and processor seconds of all threads."""
+    begin, cpu = time.perf_counter(), time.process_time()
     for i in range(steps):
         training.step(batches[i % len(batches)])
     training.settle()
     synchronize(device)
-    return (time.perf_counter() - begin) / steps
+    return (time.perf_counter() - begin) / steps, (time.process_time() - cpu) / steps
 
 
 def run_in_turns(
@@ -155,7 +155,9 @@ def run_in_turns(
         print(f"  {row.name}: first step {row.first_step:.1f} s, loss {row.first_loss:.4f}", flush=True)
     for _ in range(rounds):
         for training, row in zip(made, rows, strict=True):
-            row.seconds.append(one_round(training, batches, steps, case.device))
+            seconds, cpu = one_round(training, batches, steps, case.device)
+            row.seconds.append(seconds)
+            row.cpu.append(cpu)
     return rows
 
 
@@ -172,7 +174,7 @@ def run_one_by_one(
         try:
             training = start(variant, case, weights, batches, row)
             torch.cuda.reset_peak_memory_stats(case.device)
-            seconds = [one_round(training, batches, steps, case.device) for _ in range(rounds)]
+            seconds = [one_round(training, batches, steps, case.device)[0] for _ in range(rounds)]
             row.seconds, row.peak_bytes = seconds, torch.cuda.max_memory_allocated(case.device) - before
             print(f"  {row.name}: first step {row.first_step:.1f} s, loss {row.first_loss:.4f}", flush=True)
         except torch.OutOfMemoryError:

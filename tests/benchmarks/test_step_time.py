@@ -92,16 +92,16 @@ def test_without_matplotlib_a_line_says_so(tmp_path: Path, monkeypatch: pytest.M
 
 def test_figures_of_a_table() -> None:
     report = load("step_report")
-    base = report.Row("plain torch", "bf16", seconds=[2.0, 4.0, 2.0], first_step=9.0)
-    twice = report.Row("tinytron", "bf16", seconds=[1.0, 1.0, 1.0], first_step=1.0, peak_bytes=3 * 2**20)
+    base = report.Row("plain torch", "bf16", seconds=[2.0, 4.0, 2.0], cpu=[3.0, 3.0, 3.0], first_step=9.0)
+    twice = report.Row("tinytron", "bf16", seconds=[1.0] * 3, cpu=[1.0] * 3, first_step=1.0, peak_bytes=3 * 2**20)
     full = report.Row("litgpt", "bf16", failure="out of memory (140 GiB)")
     table = report.Table("10m", "bf16", 10_100_000, 4, 512, 1e6, 1e10, "measured", [full, base, twice])
     assert table.rate(twice) == 2048
     assert table.mfu(twice) == pytest.approx(2048 * 1e6 / 1e10)
     assert table.ratios(twice) == [2.0, 4.0, 2.0]
     lines = table.lines()
-    assert "| litgpt | bf16 | out of memory (140 GiB) | | | | | |" in lines
-    assert "| **tinytron** | bf16 | 2,048 | 2.000 | 2.00-4.00 | 20.5% | 3 | 1.0 s |" in lines
+    assert "| litgpt | bf16 | out of memory (140 GiB) | | | | | | |" in lines
+    assert "| **tinytron** | bf16 | 2,048 | 2.000 | 2.00-4.00 | 3.000 | 20.5% | 3 | 1.0 s |" in lines
 
 
 def test_a_variant_that_disagrees_is_an_error() -> None:
