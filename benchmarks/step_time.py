@@ -31,6 +31,7 @@ import torch
 from step_report import Row, Table, machine, write
 from step_variants import VARIANTS, Case, Training, Variant, Weights, initial_weights, join_alone
 
+from tinytron.errors import first_line
 from tinytron.model import ModelConfig
 from tinytron.utils.model import count_parameters, train_flops_per_token
 from tinytron.utils.profile import peak_flops
@@ -147,14 +148,21 @@ def one_round(training: Training, batches: list[torch.Tensor], steps: int, devic
 def run_in_turns(
     case: Case, variants: Sequence[Variant], weights: Weights, batches: list[torch.Tensor], rounds: int, steps: int
 ) -> list[Row]:
-    """On a CPU: all are built, then take turns."""
+    """On a CPU: all are built, then take turns. A peer that fails, as compilers may, says so; we may not fail."""
     rows = [Row(variant.name, variant.keeps(case.precision)) for variant in variants]
-    made = []
+    made: list[tuple[Training, Row]] = []
     for variant, row in zip(variants, rows, strict=True):
-        made.append(start(variant, case, weights, batches, row))
-        print(f"  {row.name}: first step {row.first_step:.1f} s, loss {row.first_loss:.4f}", flush=True)
+        try:
+            made.append((start(variant, case, weights, batches, row), row))
+        except Exception as error:
+            if variant.library == "tinytron":
+                raise
+            row.failure, row.first_loss = f"failed: {first_line(error)}", None
+            print(f"  {row.name}: {row.failure}", flush=True)
+        else:
+            print(f"  {row.name}: first step {row.first_step:.1f} s, loss {row.first_loss:.4f}", flush=True)
     for _ in range(rounds):
-        for training, row in zip(made, rows, strict=True):
+        for training, row in made:
             seconds, cpu = one_round(training, batches, steps, case.device)
             row.seconds.append(seconds)
             row.cpu.append(cpu)
@@ -178,6 +186,7 @@ def run_one_by_one(
             row.seconds, row.peak_bytes = seconds, torch.cuda.max_memory_allocated(case.device) - before
             print(f"  {row.name}: first step {row.first_step:.1f} s, loss {row.first_loss:.4f}", flush=True)
         except torch.OutOfMemoryError:
+            row.first_loss = None
             row.failure = (
                 f"out of memory ({torch.cuda.get_device_properties(case.device).total_memory / 2**30:.0f} GiB)"
             )
@@ -245,7 +254,7 @@ def measure(name: str, precision: str, variants: Sequence[Variant], args: argpar
         compare(row.name, [row.first_loss or math.nan], ran[0].name, [ran[0].first_loss or math.nan], allowed)
     if device.type == "cpu" and args.memory:
         for variant, row in zip(fitting, rows, strict=True):
-            row.peak_bytes = peak_in_child(variant, case, args.batch)
+            row.peak_bytes = peak_in_child(variant, case, args.batch) if row.seconds else None
     rate, source = peak_flops(device, case.dtype)
     shape = case.config
     flops = train_flops_per_token(shape, args.seq_len)

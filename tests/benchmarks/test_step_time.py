@@ -119,6 +119,22 @@ def test_a_variant_that_disagrees_is_an_error() -> None:
     assert "within 0.0e+00: plain torch, plain torch" in step_time.check(config, torch.device("cpu"), [both[0]] * 2)
 
 
+def test_a_peer_that_fails_is_a_row() -> None:
+    step_time, variants = load("step_time"), load("step_variants")
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no kernel\nfor this")
+
+    case = variants.Case(step_time.model_config("tiny", 16), "fp32", torch.device("cpu"))
+    batches = step_time.random_batches(case.config, 1, 2, case.device)
+    both = [variants.Variant(broken), variants.Variant(variants.plain)]
+    failed, ran = step_time.run_in_turns(case, both, variants.initial_weights(case.config), batches, 2, 1)
+    assert (failed.failure, failed.seconds, len(ran.seconds)) == ("failed: no kernel", [], 2)
+    broken.__name__ = "tinytron"
+    with pytest.raises(RuntimeError, match="no kernel"):
+        step_time.run_in_turns(case, both, {}, batches, 1, 1)
+
+
 def test_not_a_number_disagrees() -> None:
     with pytest.raises(SystemExit, match="computes something else"):
         load("step_time").compare("a", [float("nan")], "b", [1.0], 0.1)
