@@ -284,7 +284,7 @@ def _litgpt_names(config: ModelConfig, weights: Weights) -> dict[str, torch.Tens
 
 
 def torchtitan(case: Case, weights: Weights | None, compiled: bool, autocast: bool) -> Training:
-    """torchtitan's Llama 3 with its packed projections, compiled block by block, and its loss over the sequence's parts."""
+    """torchtitan's Llama 3 with its packed projections, compiled block by block, and the plain form of its loss."""
     llama, c = importlib.import_module("torchtitan.models.llama3"), case.config
     common = importlib.import_module("torchtitan.models.common")
     rope = common.ComplexRoPE.Config(dim=c.resolved_head_dim, max_seq_len=c.block_size, theta=c.rope_theta)
