@@ -1,0 +1,128 @@
+"""The plan of a run against real runs: what is held byte for byte, what a step allocates within 5 %."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.ranks import Ranks
+from tests.helpers.runs import TINY, config_of
+from tests.planner.measure import held_bytes, measured_step
+from tinytron.distributed.layout import ParallelLayout
+from tinytron.model import GPT
+from tinytron.model.modules.loss import LossSums
+from tinytron.planner.step import Workload, meta_model, step_memory
+from tinytron.training.dry_run import plan_run
+
+Pools = Callable[[int], Ranks]
+
+EXPERTS = ("--use_moe", "--num_experts", 4, "--num_experts_per_tok", 2, "--moe_intermediate_size", 12)
+MUON = ("--optimizer", "muon")
+SMALL_BUCKETS = ("--bucket_size_mb", 0.004)
+HELD: dict[str, tuple[int, tuple[object, ...]]] = {
+    "one process": (1, ()),
+    "one process, bf16": (1, ("--precision", "bf16")),
+    "two": (2, ("--precision", "bf16")),
+    "two, fp32, small buckets": (2, SMALL_BUCKETS),
+    "two, untied, biases": (2, ("--no-tied_lm_head", "--bias", "--precision", "bf16")),
+    "replicated": (2, ("--no-use_distributed_optimizer", "--precision", "bf16")),
+    "short wire": (2, ("--grad_reduce_dtype", "bf16")),
+    "muon": (2, (*MUON, "--precision", "bf16", *SMALL_BUCKETS)),
+    "normuon": (1, (*MUON, "--muon_normuon")),
+    "muon, replicated": (2, (*MUON, "--no-use_distributed_optimizer")),
+    "experts": (2, (*EXPERTS, "--ep_size", 2, "--precision", "bf16")),
+    "experts of each": (2, (*EXPERTS, "--ep_size", 1)),
+    "experts, muon": (2, (*EXPERTS, *MUON, "--muon_normuon", "--ep_size", 2, "--precision", "bf16")),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_what_is_held_is_exact(ranks: Pools, tmp_path: Path, name: str) -> None:
+    world, flags = HELD[name]
+    flags = (*TINY, "--max_steps", 2, *flags)  # the last of two values counts
+    found = ranks(world).run(held_bytes, tmp_path, *flags)
+    plan, _, _ = plan_run(config_of(*flags), world)
+    held = plan.held
+    for kind in ("parameters", "gradients", "main", "exchange"):
+        assert [rank[kind] for rank in found] == [getattr(held, kind)] * world, kind
+    assert max(rank["optimizer"] for rank in found) == found[held.rank]["optimizer"] == held.optimizer
+    assert plan.step.tables == found[0]["tables"]
+    # Of the checkpoint: what the first rank has in host memory, and what all write.
+    assert plan.weights == found[0]["weights"]
+    assert plan.host == found[0]["host"]
+    once = found if "replicated" not in name else found[:1]
+    assert plan.disk == found[0]["weights"] + sum(rank["states"] for rank in once)
+
+
+# Sizes at which activations count most.
+WIDE: tuple[object, ...] = (
+    *("--total_batch_size", 1024, "--batch_size", 4, "--seq_len", 256, "--block_size", 256, "--vocab_size", 1024),
+    *("--num_layer", 4, "--num_attention_heads", 8, "--num_key_value_heads", 8, "--hidden_size", 256),
+    *("--intermediate_size", 1024, "--max_steps", 4),
+)
+GQA = ("--num_key_value_heads", 2)
+WIDE_EXPERTS = (*GQA, "--use_moe", "--num_experts", 8, "--num_experts_per_tok", 2, "--moe_intermediate_size", 256)
+TWICE = ("--total_batch_size", 2048)
+STEPS: dict[str, tuple[int, tuple[object, ...]]] = {
+    "dense": (1, ()),
+    "dense, selective": (1, ("--recompute", "selective")),
+    "dense, full": (1, ("--recompute", "full")),
+    "fp32": (1, ("--precision", "fp32")),
+    "fp32, selective": (1, ("--precision", "fp32", "--recompute", "selective")),
+    "fp32, full": (1, ("--precision", "fp32", "--recompute", "full")),
+    "grouped heads": (1, GQA),
+    "grouped heads, normalised, untied": (1, (*GQA, "--qk_norm", "--no-tied_lm_head")),
+    "two micro-batches": (1, (*TWICE, "--recompute", "full", "--vocab_size", 8192)),
+    "experts": (1, WIDE_EXPERTS),
+    "experts, selective": (1, (*WIDE_EXPERTS, "--recompute", "selective")),
+    "experts, full": (1, (*WIDE_EXPERTS, "--recompute", "full")),
+    "experts, fp32": (1, (*WIDE_EXPERTS, "--precision", "fp32")),
+    "window": (1, ("--sliding_window", 64)),
+    "plain attention": (1, ("--attn_backend", "math")),
+    "other parts": (1, ("--norm_type", "layer", "--mlp_type", "gelu", "--bias", "--position_type", "learned")),
+    "dropout": (1, ("--dropout", 0.1)),
+    "sequences shared": (2, (*GQA, "--sep_size", 2, "--ep_size", 1)),
+    "sequences shared, few keys": (2, ("--num_key_value_heads", 1, "--sep_size", 2)),
+    "experts shared": (2, (*WIDE_EXPERTS, *TWICE, "--ep_size", 2)),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_is_within_five_percent(ranks: Pools, tmp_path: Path, name: str) -> None:
+    world, flags = STEPS[name]
+    found = ranks(world).run(measured_step, tmp_path, *WIDE, *flags)
+    plan, _, _ = plan_run(config_of(*WIDE, "--use_mock_data", *flags), world)
+    step = plan.step
+    for after_forward, peak in found:
+        assert step.activations + step.loss == pytest.approx(after_forward, rel=0.05)
+        assert step.peak == pytest.approx(peak, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["dense", "fp32", "grouped heads", "other parts"])
+def test_activations_are_what_autograd_saves(name: str) -> None:
+    """Storage by storage, as its hooks are shown them."""
+    config = config_of(*WIDE, *STEPS[name][1])
+    dtype = torch.float32 if name == "fp32" else torch.bfloat16
+    work, layout = Workload(dtype=dtype, batch_size=2, seq_len=64), ParallelLayout(1)
+    model = GPT(config.model, dtype=dtype)
+    there = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    ids = torch.zeros(2, 64, dtype=torch.int64)
+    there.add(ids.untyped_storage().data_ptr())
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in there:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        sums = model(ids, ids)
+    assert isinstance(sums, LossSums)
+    step = step_memory(meta_model(config.model, work, layout), work, layout)
+    # The loss keeps its input's gradient instead of the input, the last norm's output.
+    last = 2 * 64 * 256 * dtype.itemsize
+    assert step.activations - last == pytest.approx(sum(s.nbytes() for s in saved.values()), rel=0.01)
