@@ -96,9 +96,10 @@ def test_a_step_is_within_five_percent(ranks: Pools, tmp_path: Path, name: str) 
     found = ranks(world).run(measured_step, tmp_path, *WIDE, *flags)
     plan, _, _ = plan_run(config_of(*WIDE, "--use_mock_data", *flags), world)
     step = plan.step
-    for after_forward, peak in found:
-        assert step.activations + step.loss == pytest.approx(after_forward, rel=0.05)
-        assert step.peak == pytest.approx(peak, rel=0.05)
+    # The mean of the ranks: routers at their first step do not send every expert the same.
+    after_forward, peak = (sum(sizes) / world for sizes in zip(*found, strict=True))
+    assert step.activations + step.loss == pytest.approx(after_forward, rel=0.05)
+    assert step.peak == pytest.approx(peak, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["dense", "fp32", "grouped heads", "other parts"])

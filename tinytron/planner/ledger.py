@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -17,11 +17,13 @@ class Ledger(TorchDispatchMode):
     ``phase`` (a name that the caller sets) the peak was. Storages of ``known`` tensors are there already and do not count.
 
     Views share a storage, which counts once and whole for as long as anything holds a part of it. Memory that a kernel
-    takes and gives back before it returns is not seen.
+    takes and gives back before it returns is not seen, but for one case: element-wise kernels on a CPU (``on_cpu``) copy
+    operands that are of another precision than the result.
     """
 
-    def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
+    def __init__(self, known: Iterable[torch.Tensor] = (), *, on_cpu: bool = False) -> None:
         super().__init__()
+        self.on_cpu = on_cpu
         self.live = self.peak = 0
         self.phase = self.peak_phase = ""
         self._known = {t.untyped_storage()._cdata: t for t in known}  # kept, so that no address is given out again
@@ -29,6 +31,8 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if self.on_cpu and torch.Tag.pointwise in func.tags:
+            self._see(self.live + _converted(args))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._add(leaf.untyped_storage())
@@ -40,9 +44,21 @@ class Ledger(TorchDispatchMode):
             return
         self._alive[key] = weakref.ref(storage, partial(self._remove, key, size))
         self.live += size
-        if self.live > self.peak:
-            self.peak, self.peak_phase = self.live, self.phase
+        self._see(self.live)
+
+    def _see(self, live: int) -> None:
+        if live > self.peak:
+            self.peak, self.peak_phase = live, self.phase
 
     def _remove(self, key: int, size: int, _: object) -> None:
         del self._alive[key]
         self.live -= size
+
+
+def _converted(operands: Any) -> int:
+    """Bytes of the copies of ``operands`` that are not of their common precision."""
+    tensors = [leaf for leaf in tree_leaves(operands) if isinstance(leaf, torch.Tensor) and leaf.ndim > 0]
+    if len({t.dtype for t in tensors}) < 2:
+        return 0
+    common = reduce(torch.promote_types, (t.dtype for t in tensors))
+    return sum(t.numel() * common.itemsize for t in tensors if t.dtype != common)

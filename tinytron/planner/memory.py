@@ -82,13 +82,16 @@ def plan_memory(
         step=step_memory(model, work, layout),
         optimizer_step=working,
         weights=weights,
-        saved=_saved(buffers, layout, options),
+        saved=_saved(buffers, layout),
         library=CUBLAS_WORKSPACE if work.device == "cuda" else 0,
     )
 
 
-def _saved(buffers: Sequence[PlannedBuffer], layout: ParallelLayout, options: Options) -> int:
-    """Main weights and states of the whole model: each shard once, and each expert group's experts."""
+def _saved(buffers: Sequence[PlannedBuffer], layout: ParallelLayout) -> int:
+    """Main weights and states of the whole model: each shard once, of the experts of every rank."""
     return sum(
-        b.saved_bytes(shard) * (layout.ep if b.expert else 1) for b in buffers for shard in range(b.layout.num_shards)
+        b.saved_bytes(shard, first_experts=part == 0)
+        for b in buffers
+        for shard in range(b.layout.num_shards)
+        for part in range(layout.ep if b.expert else 1)
     )

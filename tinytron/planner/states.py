@@ -76,8 +76,9 @@ class PlannedBuffer:
             slot.index for slot in self.layout.slots if ranges[slot.bucket][0] <= slot.start < ranges[slot.bucket][1]
         ]
 
-    def saved_bytes(self, shard: int) -> int:
-        """What a checkpoint holds of one shard: main weights and states without padding."""
+    def saved_bytes(self, shard: int, *, first_experts: bool = True) -> int:
+        """What a checkpoint holds of one shard: main weights and states without padding. Counters stand once for all
+        experts, with the first ones."""
         size, total = self.main_dtype.itemsize, 0
         for slot in self.layout.slots:
             first, last = self.layout.owned(slot.bucket, shard)
@@ -87,7 +88,7 @@ class PlannedBuffer:
             if self.whole_tensors:
                 total += (here + muon_state(self.shapes[slot.index], self.options)) * size
             else:
-                total += 3 * here * size + SCALAR * (first <= slot.start)
+                total += 3 * here * size + SCALAR * (first <= slot.start and first_experts)
         return total
 
 

@@ -84,7 +84,7 @@ def step_memory(model: GPT, work: Workload, layout: ParallelLayout) -> StepMemor
             documents = None
         inputs = [t for t in (ids_Bs, labels_Bs, positions) if t is not None]
         gradients = _expect_gradients(model, accumulated=work.micro_batches > 1)
-        ledger = Ledger([*owned, *inputs, *gradients, model.step_load])
+        ledger = Ledger([*owned, *inputs, *gradients, model.step_load], on_cpu=work.device == "cpu")
         marks = _mark_blocks(model, ledger)
         with Pretending(work.device, _even_rows(model.config, layout, B * s)), GroupedProducts(), ledger:
             ledger.phase = "forward"
