@@ -60,7 +60,10 @@ def held_bytes(log_dir: Path, *flags: object) -> dict[str, Any]:
         "parameters": sum(b.param_data.untyped_storage().nbytes() for b in buffers),
         "gradients": sum(b.grad_data.untyped_storage().nbytes() for b in buffers)
         + sum(
-            p.grad.nbytes for b in buffers for p in b.params if p.grad is not None and p.grad.data_ptr() not in parameters
+            p.grad.nbytes
+            for b in buffers
+            for p in b.params
+            if p.grad is not None and p.grad.data_ptr() not in parameters
         ),
         "main": sum(size for place, size in mains.items() if place not in parameters),
         "optimizer": sum(math.prod(v.shape) * v.element_size() for v in states),
