@@ -14,7 +14,7 @@ from tinytron.checkpoint.files import CheckpointFiles
 from tinytron.checkpoint.snapshot import HostBuffers, take_snapshot
 from tinytron.data import Batch
 from tinytron.model.modules.loss import LossSums
-from tinytron.training import Trainer
+from tinytron.training import Config, Trainer
 
 _MARK = 4321  # bytes: an allocation that says where the forward pass ends
 
@@ -35,14 +35,36 @@ def measured_step(log_dir: Path, *flags: object) -> tuple[int, int]:
     microbatches = next(steps)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         trainer.train_step(microbatches)
+    return _after_mark_and_peak(recorded)
+
+
+def _after_mark_and_peak(recorded: profile) -> tuple[int, int]:
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    live = peak = after_forward = 0
+    live = peak = at_mark = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         if event.nbytes() == _MARK:
-            after_forward = live
+            at_mark = live
         live += event.nbytes()
         peak = max(peak, live)
-    return after_forward, peak
+    return at_mark, peak
+
+
+class _ProfiledStart(Trainer):
+    def _init_model(self, config: Config) -> None:
+        # From the model on: the recorder sees only those deallocations whose allocation it has seen.
+        self.recorded = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self.recorded.start()
+        super()._init_model(config)
+
+    def _attach_optimizer(self) -> None:
+        super()._attach_optimizer()
+        self.recorded.stop()
+
+
+def measured_start(log_dir: Path, *flags: object) -> int:
+    """Bytes at the fullest moment of moving the parameters into flat buffers, themselves included. A job for the pool."""
+    trainer = _ProfiledStart(config_of("--log_dir", log_dir, "--debug", *flags))
+    return _after_mark_and_peak(trainer.recorded)[1]
 
 
 def held_bytes(log_dir: Path, *flags: object) -> dict[str, Any]:

@@ -54,20 +54,18 @@ class PretendState(ParallelState):
 
 
 class Pretending(TorchFunctionMode):
-    """Inside, fake CPU tensors are treated as if they were on a ``kind`` device, and routers send every expert the same
-    number of rows: ``expert_rows`` are what ``plan_routes`` reads on the host.
+    """Inside, fake CPU tensors are treated as if they were on a ``kind`` device.
 
-    On a CPU all but the routing is left to torch. For a GPU the three operators that keep other tensors there are replaced:
-    attention (flash kernels in 16 bit, memory-efficient ones in fp32 and with masks, else all scores), RMSNorm and
-    dropout; and ``is_cuda`` is true, which decides about the loss' chunks.
+    On a CPU all is left to torch. For a GPU the three operators that keep other tensors there are replaced: attention
+    (flash kernels in 16 bit, memory-efficient ones in fp32 and with masks, else all scores), RMSNorm and dropout; and
+    ``is_cuda`` is true, which decides about the loss' chunks.
     """
 
-    def __init__(self, kind: DeviceKind, expert_rows: list[int]) -> None:
+    def __init__(self, kind: DeviceKind) -> None:
         super().__init__()
-        rows = itertools.cycle(expert_rows)  # a fake tensor's tolist asks for one after the other
-        self._answers: dict[Any, Callable[..., Any]] = {torch.Tensor.item: lambda _: next(rows)}
+        self._answers: dict[Any, Callable[..., Any]] = {}
         if kind == "cuda":
-            self._answers |= {
+            self._answers = {
                 torch.Tensor.is_cuda.__get__: lambda _: True,  # type: ignore[attr-defined]
                 F.scaled_dot_product_attention: _attention_of_cuda,
                 F.rms_norm: lambda x, shape, weight, eps: _aten._fused_rms_norm(x, shape, weight, eps)[0],
@@ -101,10 +99,17 @@ def _dropout_of_cuda(x: torch.Tensor, p: float = 0.5, training: bool = True, inp
     return torch.native_dropout(x, p, True)[0] if training else x
 
 
-class GroupedProducts(TorchDispatchMode):
-    """Shapes of ``grouped_mm`` in any precision; torch has them for bf16 only, and kernels also for fp32 on CPUs."""
+class EvenExperts(TorchDispatchMode):
+    """Inside, routers send every expert the same number of rows (``expert_rows`` are what ``plan_routes`` reads on the
+    host), and ``grouped_mm`` has shapes in any precision: torch has them for bf16 only, and kernels also for fp32."""
+
+    def __init__(self, expert_rows: list[int]) -> None:
+        super().__init__()
+        self._rows = itertools.cycle(expert_rows)  # a fake tensor's tolist asks for one after the other
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _aten._local_scalar_dense.default:
+            return next(self._rows)
         if func is not _aten._grouped_mm.default:
             return func(*args, **(kwargs or {}))
         a, b, offs = (*args, *(kwargs or {}).values())[:3]

@@ -12,7 +12,7 @@ from tinytron.model.block import Recompute
 from tinytron.model.modules.attn import Attention, Backend, Documents
 from tinytron.model.modules.loss import LossSums
 from tinytron.planner.ledger import Ledger
-from tinytron.planner.pretend import DeviceKind, GroupedProducts, Pretending, PretendState, with_fake_memory
+from tinytron.planner.pretend import DeviceKind, EvenExperts, Pretending, PretendState, with_fake_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ def step_memory(model: GPT, work: Workload, layout: ParallelLayout) -> StepMemor
         gradients = _expect_gradients(model, accumulated=work.micro_batches > 1)
         ledger = Ledger([*owned, *inputs, *gradients, model.step_load], on_cpu=work.device == "cpu")
         marks = _mark_blocks(model, ledger)
-        with Pretending(work.device, _even_rows(model.config, layout, B * s)), GroupedProducts(), ledger:
+        with Pretending(work.device), EvenExperts(_even_rows(model.config, layout, B * s)), ledger:
             ledger.phase = "forward"
             sums = model(ids_Bs, labels_Bs, positions, documents)
             assert isinstance(sums, LossSums), "labels were given"
