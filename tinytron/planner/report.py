@@ -43,10 +43,11 @@ def describe(
     count, flops = count_parameters(config), train_flops_per_token(config, work.seq_len)
     active = f", {count.active / 1e6:.2f}M of them active" if count.active != count.total else ""
     tokens = layout.dp * work.micro_batches * work.batch_size * work.seq_len
+    experts = f", experts shared by {layout.ep} and used evenly" if config.use_moe else ""
     others = ", ".join(f"{name} {_gib(size)}" for name, size in list(plan.moments.items())[1:])
     lines = [
         f"{count.total / 1e6:.2f}M parameters{active} | {flops / 1e9:.3f} GFLOP per token",
-        f"{layout.world_size} x {work.device} = dp {layout.dp} x sep {layout.sep}, experts shared by {layout.ep} | "
+        f"{layout.world_size} x {work.device} = dp {layout.dp} x sep {layout.sep}{experts} | "
         f"{tokens:,} tokens per step: {work.micro_batches} micro-batches of {work.batch_size} x {work.seq_len} each",
         "",
         table(plan),
