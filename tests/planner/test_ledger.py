@@ -45,6 +45,9 @@ def test_kernels_on_a_cpu_copy_operands_of_another_precision() -> None:
         with Ledger([total, part], on_cpu=on_cpu) as ledger:
             total += part
         assert (ledger.peak, ledger.live) == (copied, 0)
+    with Ledger([total, part], on_cpu=True) as ledger:
+        _ = total * part
+    assert ledger.peak == 400 + 400  # the result is there at the same time
     with Ledger([total], on_cpu=True) as ledger:
         total += 1.0
     assert ledger.peak == 0

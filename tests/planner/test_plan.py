@@ -92,7 +92,7 @@ def test_the_rows_add_up_and_the_text_names_what_counts() -> None:
     assert sum(size for _, size, _ in rows(plan)) == plan.moments["forward and backward"]
     text = describe(plan, config.model, work, layout, device_memory=2**30)
     for part in (
-        "4 x cuda = dp 2 x sep 2, experts shared by 2 and used evenly | 192 tokens per step: 4 micro-batches of 2 x 12 each",
+        "4 x cuda = dp 2 x sep 2, experts shared by 2 and used evenly | 192 tokens per step: 4 micro-batches of 2 x 12",
         "of them active",
         "| optimizer states | 0.000 | this rank's shard |",
         "fits into the 1.000 GiB of this device",

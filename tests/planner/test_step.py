@@ -62,11 +62,13 @@ QUICK = {
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in STEPS])
 def test_a_step_is_within_five_percent(ranks: Pools, tmp_path: Path, name: str) -> None:
     world, flags = STEPS[name]
-    found = ranks(world).run(measured_step, tmp_path, *WIDE, *flags)
+    # The least of three: gloo's threads let go of what they exchanged some time after it is there.
+    jobs = [ranks(world).run(measured_step, tmp_path, *WIDE, *flags) for _ in range(3 if world > 1 else 1)]
+    of_ranks = [tuple(map(min, zip(*found, strict=True))) for found in zip(*jobs, strict=True)]
+    # The mean of the ranks: routers at their first step do not send every expert the same.
+    after_forward, peak = (sum(sizes) / world for sizes in zip(*of_ranks, strict=True))
     plan, _, _ = plan_run(config_of(*WIDE, "--use_mock_data", *flags), world)
     step = plan.step
-    # The mean of the ranks: routers at their first step do not send every expert the same.
-    after_forward, peak = (sum(sizes) / world for sizes in zip(*found, strict=True))
     assert step.activations + step.loss == pytest.approx(after_forward, rel=0.05)
     assert max(step.peak, plan.optimizer_step) == pytest.approx(peak, rel=0.05)
     assert (plan.optimizer_step > step.peak) == ("muon" in name)

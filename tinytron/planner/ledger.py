@@ -31,11 +31,11 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if self.on_cpu and torch.Tag.pointwise in func.tags:
-            self._see(self.live + _converted(args))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._add(leaf.untyped_storage())
+        if self.on_cpu and torch.Tag.pointwise in func.tags:
+            self._see(self.live + _converted(args))
         return out
 
     def _add(self, storage: torch.UntypedStorage) -> None:

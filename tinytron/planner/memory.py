@@ -76,7 +76,7 @@ def plan_memory(
     of_rank = held(buffers, layout, options, work.device)
     weights = sum(spec.numel for spec in specs) * work.dtype.itemsize
     weights += sum(layer.router.bias.nbytes for layer in model.moe_layers)
-    working = muon_working_memory(buffers, muon)
+    working = muon_working_memory(buffers, muon, work.device)
     return MemoryPlan(
         held=of_rank,
         step=step_memory(model, work, layout),

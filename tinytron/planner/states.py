@@ -191,7 +191,7 @@ def _start(buffers: Sequence[PlannedBuffer]) -> int:
     return max(most, made)
 
 
-def muon_working_memory(buffers: Sequence[PlannedBuffer], settings: Mapping[str, Any]) -> int:
+def muon_working_memory(buffers: Sequence[PlannedBuffer], settings: Mapping[str, Any], device: str) -> int:
     """Bytes beside its states that Muon's step takes at most: matrices are updated one after the other, so those of the
     largest. ``settings`` are the constructor's options (``ns_steps``, ``normuon``, ``cautious``)."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -207,7 +207,7 @@ def muon_working_memory(buffers: Sequence[PlannedBuffer], settings: Mapping[str,
             parameter.grad, found = torch.empty(shape, dtype=dtype), torch.zeros(())
             muon = Muon([{"params": [parameter], "kind": "muon", "row_blocks": row_blocks}], lr=1e-3, **settings)
             muon.found_inf = found  # as from the second step on
-            ledger = Ledger([parameter, parameter.grad, found])
+            ledger = Ledger([parameter, parameter.grad, found], on_cpu=device == "cpu")
             with ledger:
                 muon.step()
             kept = muon_state(shape, settings) * dtype.itemsize
