@@ -7,6 +7,7 @@ torchrun --nproc_per_node=8 pretrain_debug.py ...     one node
 from tinytron.cli import entry
 from tinytron.training import Trainer, build_config, parse_args
 from tinytron.training.arguments import show_config
+from tinytron.training.dry_run import dry_run
 
 
 def main() -> None:
@@ -14,6 +15,9 @@ def main() -> None:
     config = build_config(parse_args())
     if config.logging.print_config:
         print(show_config(config))
+        return
+    if config.logging.dry_run:
+        dry_run(config)
         return
     Trainer(config).train()
 

@@ -36,6 +36,7 @@ from tinytron.distributed.collectives import together
 from tinytron.errors import ConfigError
 from tinytron.training import Config, Trainer, build_config, parse_args
 from tinytron.training.arguments import show_config
+from tinytron.training.dry_run import dry_run
 
 
 class ExampleTrainer(Trainer):
@@ -169,6 +170,9 @@ def main() -> None:
     config = build_config(parse_args())
     if config.logging.print_config:
         print(show_config(config))
+        return
+    if config.logging.dry_run:
+        dry_run(config)
         return
     ExampleTrainer(config).train()
 

@@ -34,6 +34,7 @@ RUNS: dict[str, tuple[list[str], int]] = {
     "profiler, short run": ([*SMALL, "--use_profiler", "--steps_to_profile", "15", "20"], 1),
     "profiler, first step": ([*SMALL, "--use_profiler", "--steps_to_profile", "1", "1"], 2),
     "print_config": ([*SMALL, "--print_config"], 1),
+    "dry_run": ([*SMALL, "--dry_run"], 2),
     "help": (["--help"], 1),
     "no data given": ([*NO_DATA_FLAG, "--debug"], 1),
 }
@@ -59,7 +60,9 @@ def test_the_run_succeeds_quietly(runs: dict[str, tuple[Result, Path]], name: st
     assert "Traceback" not in result.stdout + result.stderr
     assert result.stderr == "" or name.startswith("profiler")  # torch's profiler has remarks of its own
     printed = [line for line in result.stdout.splitlines() if not line.startswith("step")]
-    assert name in ("help", "print_config") or len(printed) == len(set(printed)), "only one process may print"
+    assert name in ("help", "print_config", "dry_run") or len(printed) == len(set(printed)), (
+        "only one process may print"
+    )
 
 
 @pytest.mark.parametrize("name", ["golden", "golden on 2"])
@@ -114,6 +117,13 @@ def test_print_config_prints_and_does_nothing_else(runs: dict[str, tuple[Result,
     (made,) = runs["world 1"][1].glob("log/*/config.json")
     assert json.loads(made.read_text())["config"]["train"]["seq_len"] == 12
     assert made.parent.name == f"tiny_{json.loads(made.read_text())['config_hash']}"
+
+
+def test_dry_run_plans_the_launched_world_once_and_does_nothing_else(runs: dict[str, tuple[Result, Path]]) -> None:
+    result, place = runs["dry_run"]
+    assert result.stdout.count("2 x cpu = dp 2 x sep 1") == 1
+    assert "| **forward and backward** |" in result.stdout
+    assert list(place.iterdir()) == []
 
 
 def test_help_names_every_documented_flag(runs: dict[str, tuple[Result, Path]]) -> None:

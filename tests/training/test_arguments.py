@@ -28,7 +28,7 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
     },
     "logging": {
         "exp_name": "gpt", "log_dir": "./log/", "log_every": 10, "print_config": False, "moe_router_debug": False,
-        "moe_route_trace": False,
+        "moe_route_trace": False, "dry_run": False, "dry_run_world_size": None,
     },
     "seed": {"seed": 1337, "deterministic": False},
     "data": {
@@ -78,6 +78,7 @@ OTHER = {
     "total_batch_size": 1048576,
     "seq_len": 2048,
     "max_steps": 5,
+    "dry_run_world_size": 64,
     "max_train_tokens": 10**7,
     "max_eval_tokens": 10**6,
     "eot_id": 0,
@@ -108,6 +109,7 @@ OTHER = {
 NEEDED = {
     "sliding_window_layers": ["--sliding_window", "8"],
     "hub_model_id": ["--export_every", "5000"],
+    "dry_run_world_size": ["--dry_run"],
     "eval_every": ["--eval_tasks", "sky.jsonl"],
     "eval_tokenizer": ["--eval_tasks", "sky.jsonl"],
 }

@@ -101,6 +101,16 @@ def test_amounts_are_numbers(name: str) -> None:
             "--seq_len 8192 --total_batch_size 16384 --block_size 8192",
         ),
         (
+            "--dry_run_world_size 64",
+            "--dry_run_world_size 64 is for --dry_run; add that, or drop it",
+            "--dry_run_world_size 64 --dry_run",
+        ),
+        (
+            "--dry_run --dry_run_world_size 0",
+            "--dry_run_world_size 0 must be at least 1",
+            "--dry_run --dry_run_world_size 1",
+        ),
+        (
             "--total_batch_size 10000",
             "--total_batch_size 10000 (tokens) must be a multiple of --seq_len 4096; use 8192",
             "--total_batch_size 8192",
@@ -284,7 +294,9 @@ EXECUTION = {
     },
     "ckpt": {"do_save", "save_every_steps", "async_save", "keep_last", "keep_every", "keep_best", "resume", "resume_path",
              "export_every", "hub_model_id", "hub_private"},
-    "logging": {"log_dir", "log_every", "print_config", "moe_router_debug", "moe_route_trace"},
+    "logging": {
+        "log_dir", "log_every", "print_config", "moe_router_debug", "moe_route_trace", "dry_run", "dry_run_world_size",
+    },
     "seed": {"deterministic"},
 }  # fmt: skip
 

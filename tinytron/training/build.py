@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -42,16 +43,15 @@ def build_model(config: Config, state: ParallelState) -> GPT:
     return gpt
 
 
-def build_optimizer(optim: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW, or Muon with AdamW for what is no matrix, over every trainable parameter; not wrapped yet."""
-    muon = optim.optimizer == "muon"
-    groups = parameter_groups(
+def optimizer_groups(optim: OptimConfig, model: nn.Module) -> list[dict[str, Any]]:
+    """The optimizer's groups, over every trainable parameter."""
+    return parameter_groups(
         model,
         specs_of(model),
         optim.weight_decay,
         decay_all=optim.decay_all,
         decay_embeddings=optim.decay_embeddings,
-        muon=muon,
+        muon=optim.optimizer == "muon",
         lr_mults={
             "matrix": optim.matrix_lr_mult,
             "embedding": optim.embedding_lr_mult,
@@ -59,20 +59,25 @@ def build_optimizer(optim: OptimConfig, model: nn.Module) -> torch.optim.Optimiz
             "scalar": optim.scalar_lr_mult,
         },
     )
-    betas = (optim.adam_beta1, optim.adam_beta2)
-    if not muon:
+
+
+def muon_options(optim: OptimConfig) -> dict[str, Any]:
+    """What Muon's own part is told, beside what it shares with AdamW."""
+    return {
+        "momentum": optim.muon_momentum,
+        "ns_steps": optim.muon_ns_steps,
+        "normuon": optim.muon_normuon,
+        "normuon_beta2": optim.muon_beta2,
+        "cautious": optim.muon_cautious,
+    }
+
+
+def build_optimizer(optim: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW, or Muon with AdamW for what is no matrix, over every trainable parameter; not wrapped yet."""
+    groups, betas = optimizer_groups(optim, model), (optim.adam_beta1, optim.adam_beta2)
+    if optim.optimizer != "muon":
         return torch.optim.AdamW(groups, lr=optim.max_lr, betas=betas, eps=optim.adam_eps, fused=True)
-    return Muon(
-        groups,
-        lr=optim.max_lr,
-        momentum=optim.muon_momentum,
-        ns_steps=optim.muon_ns_steps,
-        normuon=optim.muon_normuon,
-        normuon_beta2=optim.muon_beta2,
-        cautious=optim.muon_cautious,
-        betas=betas,
-        eps=optim.adam_eps,
-    )
+    return Muon(groups, lr=optim.max_lr, betas=betas, eps=optim.adam_eps, **muon_options(optim))
 
 
 def build_schedule(optim: OptimConfig, info: TrainingInfo) -> Schedule:

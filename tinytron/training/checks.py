@@ -107,9 +107,12 @@ def _check_ranges(config: Config) -> None:
         (train, "max_train_tokens", 1),
         (train, "max_eval_tokens", 1),
         (config.data, "eot_id", 0),
+        (config.logging, "dry_run_world_size", 1),
     ):
         if (value := getattr(section, name)) is not None and value < bound:
             raise ConfigError(f"--{name} {value} must be at least {bound}")
+    if (processes := config.logging.dry_run_world_size) is not None and not config.logging.dry_run:
+        raise ConfigError(f"--dry_run_world_size {processes} is for --dry_run; add that, or drop it")
     if optim.min_lr > optim.max_lr:
         raise ConfigError(f"--min_lr {optim.min_lr} exceeds --max_lr {optim.max_lr}; use at most {optim.max_lr}")
     for name in ("adam_beta1", "adam_beta2", "muon_momentum", "muon_beta2"):

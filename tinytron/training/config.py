@@ -237,6 +237,12 @@ class LoggingConfig:
     log_dir: Annotated[str, Flag("where run folders are made: a folder or a URL", identity=False)] = "./log/"
     log_every: Annotated[int, Flag("interval of reports and of writing the log files", "steps", identity=False)] = 10
     print_config: Annotated[bool, Flag("print the resolved configuration and stop", identity=False)] = False
+    dry_run: Annotated[
+        bool, Flag("print the memory of a rank by kind and stop; --backend nccl: as on a GPU", identity=False)
+    ] = False
+    dry_run_world_size: Annotated[
+        int | None, Flag("with dry_run: as one of so many; default: as launched", "processes", identity=False)
+    ] = None
     moe_router_debug: Annotated[
         bool, Flag("log how far the last chosen expert is ahead of the first one not chosen", identity=False)
     ] = False

@@ -48,7 +48,7 @@ def join_world(config: Config) -> ParallelState:
     Raises: ConfigError, before any rank waits, for a broken environment, a layout or batch that does not fit the number
     of processes, or more processes than GPUs.
     """
-    rank, world_size, local_rank = _place_in_world()
+    rank, world_size, local_rank = place_in_world()
     joined = dist.is_initialized()  # a caller (a notebook, a test) may have done it
     if joined:
         rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -87,7 +87,7 @@ def join_world(config: Config) -> ParallelState:
     return state
 
 
-def _place_in_world() -> tuple[int, int, int]:
+def place_in_world() -> tuple[int, int, int]:
     """Rank, world size and local rank from the launcher's environment; without one: the only process."""
     values = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     for name in values:
@@ -110,7 +110,7 @@ def _place_in_world() -> tuple[int, int, int]:
 
 def first_on_node() -> bool:
     """Whether this process is the one that fetches and makes files for all of its node."""
-    return _place_in_world()[2] == 0
+    return place_in_world()[2] == 0
 
 
 def run_folder(config: Config) -> Path:

@@ -1,0 +1,138 @@
+"""Stand-ins that let a training step run without memory, other ranks or a GPU: fake tensors know shapes, not values."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tinytron.distributed.layout import AXES, ParallelLayout
+from tinytron.distributed.parallel_state import ParallelState
+
+DeviceKind = Literal["cpu", "cuda"]
+_aten = torch.ops.aten
+
+
+class PretendGroup:
+    """A process group of ``size`` ranks in which nothing is sent: results keep their shapes."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def size(self) -> int:
+        """Ranks of the group."""
+        return self._size
+
+    def all_to_all_single(self, *_: Any) -> None:
+        """What ``dist.all_to_all_single`` calls."""
+
+    alltoall_base = all_to_all_single  # its name before torch 2.13
+
+    def allreduce(self, *_: Any) -> None:
+        """What ``dist.all_reduce`` calls."""
+
+
+@dataclass(frozen=True)
+class PretendState(ParallelState):
+    """The first rank of a layout, without processes."""
+
+    @classmethod
+    def of(cls, layout: ParallelLayout) -> PretendState:
+        """The state of rank 0 of ``layout``."""
+        groups: dict[str, Any] = {axis: PretendGroup(len(layout.ranks(axis)[0])) for axis in AXES}
+        return cls(layout, 0, torch.device("cpu"), groups)
+
+    def group_rank(self, axis: str) -> int:
+        return 0
+
+
+class Pretending(TorchFunctionMode):
+    """Inside, fake CPU tensors are treated as if they were on a ``kind`` device.
+
+    On a CPU all is left to torch. For a GPU the three operators that keep other tensors there are replaced: attention
+    (flash kernels in 16 bit, memory-efficient ones in fp32 and with masks, else all scores), RMSNorm and dropout; and
+    ``is_cuda`` is true, which decides about the loss' chunks.
+    """
+
+    def __init__(self, kind: DeviceKind) -> None:
+        super().__init__()
+        self._answers: dict[Any, Callable[..., Any]] = {}
+        if kind == "cuda":
+            self._answers = {
+                torch.Tensor.is_cuda.__get__: lambda _: True,  # type: ignore[attr-defined]
+                F.scaled_dot_product_attention: _attention_of_cuda,
+                F.rms_norm: lambda x, shape, weight, eps: _aten._fused_rms_norm(x, shape, weight, eps)[0],
+                F.dropout: _dropout_of_cuda,
+            }
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._answers.get(func, func)(*args, **(kwargs or {}))
+
+
+def _attention_of_cuda(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """The kernel that torch takes on a GPU since Ampere."""
+    if q.dtype in (torch.bfloat16, torch.float16) and attn_mask is None and q.shape[-1] <= 256:
+        return _aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
+    if q.dtype != torch.float64 and not enable_gqa:  # that kernel wants a key for every query
+        if attn_mask is not None:
+            attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
+        return _aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True, dropout_p, is_causal)[0]
+    return _aten._scaled_dot_product_attention_math(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa=enable_gqa)[0]
+
+
+def _dropout_of_cuda(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    return torch.native_dropout(x, p, True)[0] if training else x
+
+
+class EvenExperts(TorchDispatchMode):
+    """Inside, routers send every expert the same number of rows (``expert_rows`` are what ``plan_routes`` reads on the
+    host), and ``grouped_mm`` has shapes in any precision: torch has them for bf16 only, and kernels also for fp32."""
+
+    def __init__(self, expert_rows: list[int]) -> None:
+        super().__init__()
+        self._rows = itertools.cycle(expert_rows)  # a fake tensor's tolist asks for one after the other
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _aten._local_scalar_dense.default:
+            return next(self._rows)
+        if func is not _aten._grouped_mm.default:
+            return func(*args, **(kwargs or {}))
+        a, b, offs = (*args, *(kwargs or {}).values())[:3]
+        # [Q, D] x [e, D, F] -> [Q, F]; of its backward also [D, Q] x [Q, F] -> [e, D, F]
+        groups = () if b.ndim == 3 else (len(offs),)
+        return a.new_empty(*groups, a.shape[0], b.shape[-1])
+
+
+def with_fake_memory(model: nn.Module, fake: Any) -> list[torch.Tensor]:
+    """Give a model that was built on the meta device parameters and buffers in the fake memory of ``fake`` (a
+    ``FakeTensorMode``), tied ones tied; returns them, each once."""
+    made: dict[int, Any] = {}
+    with fake:
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    if id(parameter) not in made:
+                        empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                        made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                    module._parameters[name] = made[id(parameter)]
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    if id(buffer) not in made:
+                        made[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype)
+                    module._buffers[name] = made[id(buffer)]
+    return list(made.values())

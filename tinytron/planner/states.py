@@ -1,0 +1,215 @@
+"""What stays in memory between steps: parameters, gradients, main weights, optimizer states. Arithmetic on the layouts of
+the flat buffers, byte for byte what the wrapped optimizer allocates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from tinytron.distributed.layout import ParallelLayout
+from tinytron.distributed.param_spec import ParamSpec
+from tinytron.distributed.zero1.buckets import BufferLayout, plan_by_elements, plan_by_tensors
+from tinytron.distributed.zero1.distributed_optimizer import Options
+
+SCALAR = 4  # bytes of AdamW's step counter, in fp32
+
+
+@dataclass(frozen=True)
+class PlannedBuffer:
+    """One flat buffer before it exists: its layout, the shapes (of this rank) and names of its members, and the options of
+    its optimizer group. ``index`` of rank r's shard: r among the ranks of its group (see ``shard_of``)."""
+
+    layout: BufferLayout
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype
+    expert: bool
+    options: Mapping[str, Any]
+
+    @property
+    def main_dtype(self) -> torch.dtype:
+        """Precision of gradients, main weights and states."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def whole_tensors(self) -> bool:
+        """Whether ranks own whole matrices (Muon) instead of ranges of elements."""
+        return bool(self.options.get("kind") == "muon")
+
+    @property
+    def owned(self) -> int:
+        """Elements that each rank owns, padding included."""
+        return self.layout.numel // self.layout.num_shards
+
+    @property
+    def own_parameters(self) -> int:
+        """Bytes of the parameters without padding."""
+        return sum(math.prod(shape) for shape in self.shapes) * self.dtype.itemsize
+
+    @property
+    def main_bytes(self) -> int:
+        """Main weights of one shard; none of their own where the parameters are as precise."""
+        return self.owned * self.main_dtype.itemsize if self.dtype != self.main_dtype else 0
+
+    def shard_of(self, rank: int, layout: ParallelLayout, sharded: bool) -> int:
+        """Which shard ``rank`` of the world owns."""
+        if not sharded:
+            return 0
+        return rank // layout.ep if self.expert else rank
+
+    def state_bytes(self, shard: int) -> int:
+        """Optimizer states of one shard."""
+        size = self.main_dtype.itemsize
+        if not self.whole_tensors:
+            return 2 * self.owned * size + SCALAR * len(self.layout.buckets)
+        return sum(muon_state(self.shapes[index], self.options) * size for index in self.owned_tensors(shard))
+
+    def owned_tensors(self, shard: int) -> list[int]:
+        """The members that ``shard`` owns (``whole_tensors``)."""
+        ranges = [self.layout.owned(bucket, shard) for bucket in range(len(self.layout.buckets))]
+        return [
+            slot.index for slot in self.layout.slots if ranges[slot.bucket][0] <= slot.start < ranges[slot.bucket][1]
+        ]
+
+    def saved_bytes(self, shard: int, *, first_experts: bool = True) -> int:
+        """What a checkpoint holds of one shard: main weights and states without padding. Counters stand once for all
+        experts, with the first ones."""
+        size, total = self.main_dtype.itemsize, 0
+        for slot in self.layout.slots:
+            first, last = self.layout.owned(slot.bucket, shard)
+            here = max(0, min(last, slot.end) - max(first, slot.start))
+            if not here:
+                continue
+            if self.whole_tensors:
+                total += (here + muon_state(self.shapes[slot.index], self.options)) * size
+            else:
+                total += 3 * here * size + SCALAR * (first <= slot.start and first_experts)
+        return total
+
+
+def muon_state(shape: Sequence[int], options: Mapping[str, Any]) -> int:
+    """Elements of Muon's states of one matrix, or stack of them: the momentum, and NorMuon's mean squares, one for each
+    row or column, whichever are more."""
+    second = math.prod(shape[:-2]) * max(shape[-2:]) if options.get("normuon") else 0
+    return math.prod(shape) + second
+
+
+def plan_buffers(
+    model: nn.Module,
+    groups: Sequence[Mapping[str, Any]],
+    specs: Sequence[ParamSpec],
+    layout: ParallelLayout,
+    options: Options,
+) -> list[PlannedBuffer]:
+    """The flat buffers that ``DistributedOptimizer`` makes of ``model``'s parameters in the optimizer's ``groups``: one per
+    group, precision and set of ranks that sum its gradients."""
+    named = {id(p): (order, name) for order, (name, p) in enumerate(model.named_parameters())}
+    of_experts = {spec.name: spec.gradient_group == "expert" for spec in specs}
+    buffers = []
+    for group in groups:
+        kinds: dict[tuple[torch.dtype, bool], list[tuple[str, nn.Parameter]]] = {}
+        for parameter in sorted(group["params"], key=lambda p: named[id(p)][0]):
+            name = named[id(parameter)][1]
+            kinds.setdefault((parameter.dtype, of_experts[name]), []).append((name, parameter))
+        plan = plan_by_tensors if group.get("kind") == "muon" else plan_by_elements
+        for (dtype, expert), members in kinds.items():
+            shards = (layout.world_size // layout.ep if expert else layout.world_size) if options.shard else 1
+            planned = plan([p.numel() for _, p in members], shards, int(options.bucket_size_mb * 2**20) // 4)
+            names, shapes = tuple(name for name, _ in members), tuple(tuple(p.shape) for _, p in members)
+            buffers.append(PlannedBuffer(planned, names, shapes, dtype, expert, group))
+    return buffers
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes that one rank holds between steps; ``exchange`` are buffers for gradients on the wire, ``sent`` those that
+    live only until the gradients of a step are summed. ``start`` is the most while the buffers are made, one after the
+    other, and the model's own memory is still there. ``snapshot`` is what the first rank copies to host memory for a
+    checkpoint, without the weights."""
+
+    rank: int
+    parameters: int
+    gradients: int
+    main: int
+    optimizer: int
+    exchange: int
+    sent: int
+    start: int
+    snapshot: int
+
+    @property
+    def total(self) -> int:
+        """All that is on the device from step to step."""
+        return self.parameters + self.gradients + self.main + self.optimizer + self.exchange
+
+
+def held(buffers: Sequence[PlannedBuffer], layout: ParallelLayout, options: Options, device: str) -> Held:
+    """The bytes of the rank that holds most; ranks differ where Muon owns whole matrices."""
+    states = [[b.state_bytes(shard) for shard in range(b.layout.num_shards)] for b in buffers]
+
+    def optimizer_of(rank: int) -> int:
+        shards = [b.shard_of(rank, layout, options.shard) for b in buffers]
+        return sum(its[shard] for its, shard in zip(states, shards, strict=True))
+
+    rank = max(range(layout.world_size), key=optimizer_of)
+    exchange = sent = 0
+    if options.shard and (options.reduce_dtype is not None or device == "cpu"):
+        for b in buffers:
+            wire = options.reduce_dtype or b.main_dtype
+            arriving = (b.layout.num_shards - 1) * b.owned * wire.itemsize
+            exchange += arriving
+            sent += arriving if wire != b.main_dtype else 0
+    gradients = sum(b.layout.numel * b.main_dtype.itemsize for b in buffers)
+    if not options.grad_as_view:  # autograd's own, which are copied into the buffers
+        gradients += sum(math.prod(shape) * b.main_dtype.itemsize for b in buffers for shape in b.shapes)
+    return Held(
+        rank=rank,
+        parameters=sum(b.layout.numel * b.dtype.itemsize for b in buffers),
+        gradients=gradients,
+        main=sum(b.main_bytes for b in buffers),
+        optimizer=optimizer_of(rank),
+        exchange=exchange,
+        sent=sent,
+        start=_start(buffers),
+        snapshot=sum(b.saved_bytes(0) for b in buffers),
+    )
+
+
+def _start(buffers: Sequence[PlannedBuffer]) -> int:
+    """Bytes at the fullest moment of moving the parameters into their buffers; each moves on its own."""
+    most = made = 0
+    left = sum(b.own_parameters for b in buffers)
+    for b in buffers:
+        made += b.layout.numel * (b.dtype.itemsize + b.main_dtype.itemsize)
+        most, left = max(most, made + left), left - b.own_parameters
+        made += b.main_bytes
+    return max(most, made)
+
+
+def muon_working_memory(buffers: Sequence[PlannedBuffer], settings: Mapping[str, Any], device: str) -> int:
+    """Bytes beside its states that Muon's step takes at most: matrices are updated one after the other, so those of the
+    largest. ``settings`` are the constructor's options (``ns_steps``, ``normuon``, ``cautious``)."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from tinytron.optim import Muon
+    from tinytron.planner.ledger import Ledger
+
+    most = 0
+    kinds = {(shape, b.options["row_blocks"], b.main_dtype) for b in buffers if b.whole_tensors for shape in b.shapes}
+    for shape, row_blocks, dtype in kinds:
+        with FakeTensorMode():
+            parameter = nn.Parameter(torch.empty(shape, dtype=dtype))
+            parameter.grad, found = torch.empty(shape, dtype=dtype), torch.zeros(())
+            muon = Muon([{"params": [parameter], "kind": "muon", "row_blocks": row_blocks}], lr=1e-3, **settings)
+            muon.found_inf = found  # as from the second step on
+            ledger = Ledger([parameter, parameter.grad, found], on_cpu=device == "cpu")
+            with ledger:
+                muon.step()
+            kept = muon_state(shape, settings) * dtype.itemsize
+        most = max(most, ledger.peak - kept)
+    return most

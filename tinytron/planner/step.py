@@ -1,0 +1,158 @@
+"""The memory of one micro-batch's forward and backward: the model's own code, run on tensors without memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tinytron.distributed.layout import ParallelLayout
+from tinytron.model import GPT, ModelConfig
+from tinytron.model.block import Recompute
+from tinytron.model.modules.attn import Attention, Backend, Documents
+from tinytron.model.modules.loss import LossSums
+from tinytron.planner.ledger import Ledger
+from tinytron.planner.pretend import DeviceKind, EvenExperts, Pretending, PretendState, with_fake_memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What one rank computes with, as far as it decides about memory. ``batch_size`` and ``seq_len`` are those of the
+    whole sequences that the ranks of a sequence-parallel group share."""
+
+    dtype: torch.dtype
+    batch_size: int
+    seq_len: int
+    micro_batches: int = 1
+    recompute: Recompute = "none"
+    attn_backend: Backend = "sdpa"
+    documents: bool = False
+    device: DeviceKind = "cpu"
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of one rank. ``tables``: rotary angles, router biases and counters; ``batch``: ids and labels of a step;
+    ``layers``: what each block keeps for its backward pass; ``activations``: these, the embedding's output, masks and the
+    final norm; ``loss``: the gradients that the fused loss makes in the forward pass; ``peak``: activations, loss and
+    whatever is alive beside them at the fullest moment, which is in ``peak_phase``."""
+
+    tables: int
+    batch: int
+    layers: tuple[int, ...]
+    activations: int
+    loss: int
+    peak: int
+    peak_phase: str
+
+
+def meta_model(config: ModelConfig, work: Workload, layout: ParallelLayout) -> GPT:
+    """The model of rank 0 as shapes only. Raises: ConfigError if the heads do not fit the layout."""
+    # The package for flash attention keeps what torch's flash kernel keeps, and need not be there to plan.
+    flash = work.attn_backend == "flash"
+    model = GPT(
+        config,
+        dtype=work.dtype,
+        device="meta",
+        seed=None,
+        attn_backend="sdpa" if flash else work.attn_backend,
+        recompute=work.recompute,
+        state=PretendState.of(layout),
+    )
+    if flash:
+        model.needs_mask = False
+        for attention in (module for module in model.modules() if isinstance(module, Attention)):
+            attention.window = 0  # windows need no mask either
+    return model
+
+
+def step_memory(model: GPT, work: Workload, layout: ParallelLayout) -> StepMemory:
+    """Run forward and backward of ``model`` (from ``meta_model``, whose parameters become fake ones) once."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    fake = FakeTensorMode()
+    owned = with_fake_memory(model, fake)
+    B, s = work.batch_size, work.seq_len // layout.sep
+    with fake:
+        model.step_load = torch.zeros(model.step_load.shape, dtype=torch.int64)
+        ids_Bs, labels_Bs = (torch.zeros(B, s, dtype=torch.int64) for _ in range(2))
+        positions, documents = None, None
+        if work.documents:
+            positions = torch.zeros(B, s, dtype=torch.int64)
+            documents = Documents(torch.zeros(B + 1, dtype=torch.int32), work.seq_len)
+        if work.attn_backend == "flash":
+            documents = None
+        inputs = [t for t in (ids_Bs, labels_Bs, positions) if t is not None]
+        gradients = _expect_gradients(model, accumulated=work.micro_batches > 1)
+        ledger = Ledger([*owned, *inputs, *gradients, model.step_load], on_cpu=work.device == "cpu")
+        marks = _mark_blocks(model, ledger)
+        with Pretending(work.device), EvenExperts(_even_rows(model.config, layout, B * s)), ledger:
+            ledger.phase = "forward"
+            sums = model(ids_Bs, labels_Bs, positions, documents)
+            assert isinstance(sums, LossSums), "labels were given"
+            after_forward, ledger.phase = ledger.live, "backward"
+            _backward(sums.objective / ids_Bs.numel())
+    parameters = sum(p.nbytes for p in model.parameters())
+    return StepMemory(
+        tables=sum(t.nbytes for t in owned) - parameters + model.step_load.nbytes + model.load.nbytes,
+        batch=work.micro_batches * sum(t.nbytes for t in inputs),
+        layers=tuple(after - before for before, after in zip(marks[:-1:2], marks[1::2], strict=True)),
+        activations=marks[-1],
+        loss=after_forward - marks[-1],
+        peak=ledger.peak,
+        peak_phase=ledger.peak_phase,
+    )
+
+
+def _backward(loss: torch.Tensor) -> None:
+    """``loss.backward()``, which would turn ``Pretending`` off inside, where blocks are computed again."""
+    engine, seed = torch.autograd.Variable._execution_engine, torch.ones_like(loss)
+    engine.run_backward((loss,), (seed,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+def _mark_blocks(model: GPT, ledger: Ledger) -> list[int]:
+    """Filled by the next forward with the living bytes before and after every block, and last those before the loss."""
+    marks: list[int] = []
+
+    def mark(*_: object) -> None:
+        marks.append(ledger.live)
+
+    def mark_loss(*_: object) -> None:
+        marks.append(ledger.live)
+        ledger.phase = "loss"
+
+    for block in model.blocks:
+        block.register_forward_pre_hook(mark)
+        block.register_forward_hook(mark)
+    model.final_norm.register_forward_hook(mark_loss)
+    return marks
+
+
+def _expect_gradients(model: GPT, *, accumulated: bool) -> list[torch.Tensor]:
+    """Treat gradients as the flat buffers do: the first ones are moved there and freed, those of later micro-batches are
+    cast and added to what is there (which is returned)."""
+    there: list[torch.Tensor] = []
+    for parameter in model.parameters():
+        if accumulated:
+            main = torch.promote_types(parameter.dtype, torch.float32)
+            parameter.grad_dtype = main
+            parameter.grad = torch.zeros(parameter.shape, dtype=main)
+            there.append(parameter.grad)
+        else:
+            parameter.register_post_accumulate_grad_hook(_forget)
+    return there
+
+
+def _forget(parameter: torch.Tensor) -> None:
+    parameter.grad = None
+
+
+def _even_rows(config: ModelConfig, layout: ParallelLayout, tokens: int) -> list[int]:
+    """What ``plan_routes`` reads if all experts get the same: rows sent to and got from each rank, rows of each expert."""
+    rows = tokens * config.num_experts_per_tok
+    ranks, experts = _shares(rows, layout.ep), _shares(rows, config.num_experts // layout.ep)
+    return [*ranks, *ranks, *experts]
+
+
+def _shares(total: int, parts: int) -> list[int]:
+    return [total // parts + (i < total % parts) for i in range(parts)]

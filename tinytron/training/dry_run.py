@@ -1,0 +1,62 @@
+"""``--dry_run``: what a run would need, from its configuration; no data, no run folder, no process group."""
+
+from __future__ import annotations
+
+import torch
+
+from tinytron.distributed.layout import ParallelLayout
+from tinytron.model.modules.attn import check_backend
+from tinytron.planner.memory import MemoryPlan, plan_memory
+from tinytron.planner.pretend import DeviceKind
+from tinytron.planner.report import describe
+from tinytron.planner.step import Workload, meta_model
+from tinytron.training import startup
+from tinytron.training.build import muon_options, optimizer_groups, optimizer_options
+from tinytron.training.config import DTYPES, Config
+from tinytron.training.derive import accumulation_steps
+
+
+def workload(config: Config, layout: ParallelLayout) -> Workload:
+    """What one rank computes with, on the kind of device that ``--backend`` says (auto: that of this machine).
+
+    Raises: ConfigError if the batch does not divide over the ranks, or the attention cannot run there.
+    """
+    train, backend = config.train, config.parallel.backend
+    gpu = backend == "nccl" or (backend == "auto" and torch.cuda.is_available())
+    device: DeviceKind = "cuda" if gpu else "cpu"
+    if device == "cpu":
+        check_backend(train.attn_backend, torch.device("cpu"), DTYPES[train.precision])
+    return Workload(
+        dtype=DTYPES[train.precision],
+        batch_size=train.batch_size,
+        seq_len=train.seq_len,
+        micro_batches=accumulation_steps(config, layout),
+        recompute=train.recompute,
+        attn_backend=train.attn_backend,
+        documents=config.data.document_mask,
+        device=device,
+    )
+
+
+def plan_run(config: Config, world_size: int) -> tuple[MemoryPlan, Workload, ParallelLayout]:
+    """The memory of one of ``world_size`` ranks. Raises: ConfigError for a layout that the run would refuse, too."""
+    layout = ParallelLayout(world_size, config.parallel.sep_size, config.parallel.ep_size)
+    work = workload(config, layout)
+    model = meta_model(config.model, work, layout)
+    groups, options = optimizer_groups(config.optim, model), optimizer_options(config, model)
+    return plan_memory(model, groups, options, work, layout, muon_options(config.optim)), work, layout
+
+
+def dry_run(config: Config) -> None:
+    """Print the plan of ``--dry_run_world_size`` ranks (default: those of the launcher), on the first process.
+
+    Raises: ConfigError as the run would.
+    """
+    rank, launched, _ = startup.place_in_world()
+    if rank > 0:
+        return
+    plan, work, layout = plan_run(config, config.logging.dry_run_world_size or launched)
+    memory = None
+    if work.device == "cuda" and torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory
+    print(describe(plan, config.model, work, layout, memory))
