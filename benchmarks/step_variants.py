@@ -30,6 +30,7 @@ from tinytron.model import GPT, ModelConfig
 from tinytron.training.build import build_model, build_optimizer, optimizer_options, parameter_gate
 from tinytron.training.config import Config, OptimConfig, TrainingConfig
 from tinytron.training.feed import count_targets
+from tinytron.utils.matmul import onednn, onednn_keeps_fp32
 
 LR, BETAS, EPS, DECAY, MAX_NORM = 1e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
 Weights = Mapping[str, torch.Tensor]
@@ -96,6 +97,7 @@ class Ours(Training):
 
     def __init__(self, case: Case, weights: Weights | None, *, compiled: bool) -> None:
         self.state = ParallelState.create(ParallelLayout(1), case.device)
+        self.onednn = case.device.type == "cpu" and onednn_keeps_fp32()
         S = case.config.block_size
         optim = OptimConfig(max_lr=LR, adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_eps=EPS, weight_decay=DECAY)
         train = TrainingConfig(precision=case.precision, use_compile=compiled, seq_len=S, total_batch_size=S)
@@ -110,6 +112,10 @@ class Ours(Training):
         self.model.before_use = parameter_gate(self.optimizer, self.model)
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        with onednn() if self.onednn else contextlib.nullcontext():  # as startup.py has it, here for this variant alone
+            return self._step(tokens)
+
+    def _step(self, tokens: torch.Tensor) -> torch.Tensor:
         targets, (batch,) = count_targets([Batch(*shifted(tokens))], self.state.groups["world"])
         with self.optimizer.accumulate(last=True):
             losses = self.model(batch.input_ids, batch.labels)

@@ -23,7 +23,7 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
         "max_train_tokens": None, "max_eval_tokens": None, "eval_tasks": (), "eval_every": 0, "eval_tokenizer": None,
         "val_every_steps": 250, "split_rate": None, "grad_clip_value": 1.0, "debug": False, "precision": "bf16",
         "use_compile": False, "use_profiler": False, "steps_to_profile": (15, 20), "disable_tf32": False,
-        "z_loss_coef": 0.0, "recompute": "none", "attn_backend": "sdpa", "spike_sigma": 0.0, "spike_window": 100,
+        "z_loss_coef": 0.0, "recompute": "none", "attn_backend": "auto", "spike_sigma": 0.0, "spike_window": 100,
         "spike_action": "skip", "replica_check_every": 0, "step_timeout": 0.0,
     },
     "logging": {

@@ -17,15 +17,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tinytron.utils.matmul import exact_for_bf16
+from tinytron.utils.matmul import onednn
 
-LONGEST = 2048  # tokens; beyond, torch's kernel is as fast
+SHORTEST, LONGEST = 32, 2048  # tokens; outside, torch's kernel is as fast
 _SCORES = 2**19  # of a tile, about: 2 MiB in fp32
 
 
 def can_tile(q_BSNH: torch.Tensor, dropout: float) -> bool:
     """Whether ``tiled_attention`` takes these queries, and is the faster one."""
-    fits = q_BSNH.shape[1] <= LONGEST and q_BSNH.dtype != torch.float16
+    fits = SHORTEST <= q_BSNH.shape[1] <= LONGEST and q_BSNH.dtype != torch.float16
     return q_BSNH.device.type == "cpu" and dropout == 0 and fits
 
 
@@ -118,7 +118,7 @@ class _Scores:
     def multiply(self, left: torch.Tensor, right: torch.Tensor, tile: _Tile, scale: float = 1.0) -> torch.Tensor:
         """``scale * left @ right^T`` in the precision of softmax, ``[n, R, t]``; valid until the next product."""
         out = tile.scores(self._products)
-        with exact_for_bf16() if self.dtype == torch.bfloat16 else contextlib.nullcontext():
+        with onednn() if self.dtype == torch.bfloat16 else contextlib.nullcontext():
             return torch.baddbmm(out, left, right.mT, beta=0, alpha=scale, out=out)
 
     def weights(self, tile: _Tile) -> torch.Tensor:

@@ -48,7 +48,7 @@ class GPT(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         seed: int | None = 1337,
-        attn_backend: Backend = "sdpa",
+        attn_backend: Backend = "auto",
         recompute: Recompute = "none",
         z_loss_coef: float = 0.0,
         state: ParallelState | None = None,

@@ -76,13 +76,18 @@ class TrainingConfig:
         Flag("activations computed again in backward: whole blocks, or all but matmuls and attention", identity=False),
     ] = "none"
     attn_backend: Annotated[
-        Literal["sdpa", "flash", "math"],
-        Flag("attention: torch SDPA, the flash-attn package, or plain formulas", identity=False),
-    ] = "sdpa"
+        Literal["auto", "sdpa", "flash", "math"],
+        Flag(
+            "attention: torch SDPA, the flash-attn package, or plain formulas; auto: SDPA, on CPUs by tiles",
+            identity=False,
+        ),
+    ] = "auto"
     use_compile: Annotated[bool, Flag("torch.compile every block (needs a C++ compiler on CPU)", identity=False)] = (
         False
     )
-    disable_tf32: Annotated[bool, Flag("exact fp32 matrix products on Ampere and later GPUs", identity=False)] = False
+    disable_tf32: Annotated[
+        bool, Flag("exact fp32 matrix products on Ampere and later GPUs; on CPUs those of torch's BLAS", identity=False)
+    ] = False
     use_profiler: Annotated[bool, Flag("write a Chrome trace of steps_to_profile", identity=False)] = False
     steps_to_profile: Annotated[tuple[int, int], Flag("first and last profiled step, from 1", identity=False)] = (
         15,

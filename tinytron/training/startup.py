@@ -30,6 +30,7 @@ from tinytron.interop import load_pretrained
 from tinytron.model import GPT
 from tinytron.training.config import DTYPES, Config
 from tinytron.training.derive import accumulation_steps
+from tinytron.utils.matmul import onednn_keeps_fp32, use_onednn
 from tinytron.utils.profile import peak_flops
 from tinytron.utils.remote import is_remote, local_folder
 from tinytron.utils.training import seed_all, use_deterministic_kernels, write_atomically
@@ -81,6 +82,8 @@ def join_world(config: Config) -> ParallelState:
     if config.seed.deterministic:
         use_deterministic_kernels()
     torch.set_float32_matmul_precision("highest" if config.train.disable_tf32 else "high")
+    if device.type == "cpu" and not config.train.disable_tf32 and onednn_keeps_fp32():
+        use_onednn()
     state = ParallelState.create(layout, device)
     # Whoever stops with an error from here on takes no connection away that another is still making.
     together(lambda: None, state.groups["world"])

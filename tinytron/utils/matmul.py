@@ -18,8 +18,8 @@ _SIZE = 192  # of the products that are compared; above the size from which torc
 
 
 @contextlib.contextmanager
-def exact_for_bf16() -> Iterator[None]:
-    """Inside, fp32 products may have their inputs rounded to bf16: exact, and faster, for values that are bf16 already."""
+def onednn() -> Iterator[None]:
+    """Inside, oneDNN multiplies fp32 matrices, and may round inputs to bf16: exact, if they are bf16 already."""
     before = _SETTINGS.fp32_precision
     _SETTINGS.fp32_precision = "bf16"
     try:
@@ -28,9 +28,9 @@ def exact_for_bf16() -> Iterator[None]:
         _SETTINGS.fp32_precision = before
 
 
-def use_onednn_if_exact() -> bool:
-    """Let oneDNN multiply fp32 matrices from now on, in all of this process, if it keeps fp32's precision here; returns
-    whether. Tried out: products against fp64 may not be off by more than four times what the BLAS is off."""
+def onednn_keeps_fp32() -> bool:
+    """Whether oneDNN's fp32 products are exact here, tried out: against fp64 they may not be off by more than four times
+    what the BLAS is off."""
     if not torch.backends.mkldnn.is_available():
         return False
     generator = torch.Generator().manual_seed(0)
@@ -41,8 +41,10 @@ def use_onednn_if_exact() -> bool:
         return float((a @ b - exact).abs().max())
 
     allowed = 4 * error()
-    with exact_for_bf16():
-        rounds = error() > allowed
-    if not rounds:
-        _SETTINGS.fp32_precision = "bf16"
-    return not rounds
+    with onednn():
+        return error() <= allowed
+
+
+def use_onednn() -> None:
+    """Let oneDNN multiply fp32 matrices from now on, in all of this process."""
+    _SETTINGS.fp32_precision = "bf16"
