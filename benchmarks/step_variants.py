@@ -27,6 +27,7 @@ from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import specs_of
 from tinytron.interop.hf import FAMILIES
 from tinytron.model import GPT, ModelConfig
+from tinytron.model.block import Recompute
 from tinytron.training.build import build_model, build_optimizer, optimizer_options, parameter_gate
 from tinytron.training.config import Config, OptimConfig, TrainingConfig
 from tinytron.training.feed import count_targets
@@ -95,12 +96,13 @@ class Ours(Training):
 
     model: GPT
 
-    def __init__(self, case: Case, weights: Weights | None, *, compiled: bool) -> None:
+    def __init__(self, case: Case, weights: Weights | None, how: Variant) -> None:
         self.state = ParallelState.create(ParallelLayout(1), case.device)
         self.onednn = case.device.type == "cpu" and onednn_keeps_fp32()
         S = case.config.block_size
         optim = OptimConfig(max_lr=LR, adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_eps=EPS, weight_decay=DECAY)
-        train = TrainingConfig(precision=case.precision, use_compile=compiled, seq_len=S, total_batch_size=S)
+        flags: Any = {"precision": case.precision, "use_compile": how.compiled, "recompute": how.recompute}
+        train = TrainingConfig(**flags, seq_len=S, total_batch_size=S)
         config = Config(model=case.config, optim=optim, train=train)
         self.model = build_model(config, self.state)
         if weights is not None:
@@ -165,9 +167,9 @@ def made_in(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
         torch.set_default_dtype(outer)
 
 
-def tinytron(case: Case, weights: Weights | None, compiled: bool, autocast: bool) -> Training:
+def tinytron(case: Case, weights: Weights | None, how: Variant) -> Training:
     """Our GPT and DistributedOptimizer."""
-    return Ours(case, weights, compiled=compiled)
+    return Ours(case, weights, how)
 
 
 def _weights_dtype(case: Case, autocast: bool) -> torch.dtype:
@@ -178,9 +180,9 @@ def _autocast(case: Case, autocast: bool) -> contextlib.AbstractContextManager[A
     return torch.autocast(case.device.type, case.dtype, enabled=autocast)
 
 
-def plain(case: Case, weights: Weights | None, compiled: bool, autocast: bool) -> Training:
+def plain(case: Case, weights: Weights | None, how: Variant) -> Training:
     """The model of step_plain.py."""
-    with made_in(_weights_dtype(case, autocast), case.device):
+    with made_in(_weights_dtype(case, how.autocast), case.device):
         model = PlainGPT(case.config)
     if weights is not None:
         theirs = {name.removeprefix("model."): weight for name, weight in their_names(case.config, weights).items()}
@@ -188,11 +190,11 @@ def plain(case: Case, weights: Weights | None, compiled: bool, autocast: bool) -
         model.load_state_dict({_replaced(name, experts): weight for name, weight in theirs.items()})
 
     def loss(tokens: torch.Tensor) -> torch.Tensor:
-        with _autocast(case, autocast):
+        with _autocast(case, how.autocast):
             mean: torch.Tensor = model(*shifted(tokens))
         return mean
 
-    return Peer(model, loss, compiled=compiled)
+    return Peer(model, loss, compiled=how.compiled)
 
 
 def _replaced(text: str, table: Mapping[str, str]) -> str:
@@ -201,7 +203,7 @@ def _replaced(text: str, table: Mapping[str, str]) -> str:
     return text
 
 
-def transformers(case: Case, weights: Weights | None, compiled: bool, autocast: bool) -> Training:
+def transformers(case: Case, weights: Weights | None, how: Variant) -> Training:
     """Hugging Face's LlamaForCausalLM or MixtralForCausalLM, with torch's fused attention and grouped matrix products."""
     library, c = importlib.import_module("transformers"), case.config
     sizes: dict[str, Any] = {
@@ -219,7 +221,7 @@ def transformers(case: Case, weights: Weights | None, compiled: bool, autocast: 
         settings = library.LlamaConfig(**sizes, intermediate_size=c.intermediate_size)
     settings._attn_implementation = "sdpa"
     with case.device:
-        model = library.AutoModelForCausalLM.from_config(settings, dtype=_weights_dtype(case, autocast)).train()
+        model = library.AutoModelForCausalLM.from_config(settings, dtype=_weights_dtype(case, how.autocast)).train()
     if weights is not None:
         theirs = their_names(c, weights)
         if c.use_moe:  # in memory they have the experts of a layer as one tensor, as we do
@@ -231,14 +233,14 @@ def transformers(case: Case, weights: Weights | None, compiled: bool, autocast: 
 
     def loss(tokens: torch.Tensor) -> torch.Tensor:
         ids, labels = shifted(tokens)
-        with _autocast(case, autocast):
+        with _autocast(case, how.autocast):
             mean: torch.Tensor = model(input_ids=ids, labels=labels, shift_labels=labels).loss
         return mean
 
-    return Peer(model, loss, compiled=compiled)
+    return Peer(model, loss, compiled=how.compiled)
 
 
-def litgpt(case: Case, weights: Weights | None, compiled: bool, autocast: bool) -> Training:
+def litgpt(case: Case, weights: Weights | None, how: Variant) -> Training:
     """litgpt's GPT and the loss of its ``pretrain``."""
     library, utils = importlib.import_module("litgpt.model"), importlib.import_module("litgpt.utils")
     c = case.config
@@ -253,18 +255,18 @@ def litgpt(case: Case, weights: Weights | None, compiled: bool, autocast: bool) 
         head_size=c.resolved_head_dim, rotary_percentage=1.0, rope_base=int(c.rope_theta), parallel_residual=False,
         bias=False, norm_class_name="RMSNorm", norm_eps=c.norm_eps, **experts,
     )  # fmt: skip
-    with made_in(_weights_dtype(case, autocast), case.device):
+    with made_in(_weights_dtype(case, how.autocast), case.device):
         model = library.GPT(settings)
     if weights is not None:
         model.load_state_dict(_litgpt_names(c, weights))
 
     def loss(tokens: torch.Tensor) -> torch.Tensor:
         ids, labels = shifted(tokens)
-        with _autocast(case, autocast):
+        with _autocast(case, how.autocast):
             mean: torch.Tensor = utils.chunked_cross_entropy(model(ids), labels, chunk_size=0)
         return mean
 
-    return Peer(model, loss, compiled=compiled)
+    return Peer(model, loss, compiled=how.compiled)
 
 
 def _litgpt_names(config: ModelConfig, weights: Weights) -> dict[str, torch.Tensor]:
@@ -289,7 +291,7 @@ def _litgpt_names(config: ModelConfig, weights: Weights) -> dict[str, torch.Tens
     return theirs
 
 
-def torchtitan(case: Case, weights: Weights | None, compiled: bool, autocast: bool) -> Training:
+def torchtitan(case: Case, weights: Weights | None, how: Variant) -> Training:
     """torchtitan's Llama 3 with its packed projections, compiled block by block, and the plain form of its loss."""
     llama, c = importlib.import_module("torchtitan.models.llama3"), case.config
     common = importlib.import_module("torchtitan.models.common")
@@ -319,14 +321,14 @@ def torchtitan(case: Case, weights: Weights | None, compiled: bool, autocast: bo
         adapter._validate_hf_rope_config = lambda *_: None  # would read the folder that the weights are from
         model.load_state_dict(adapter.from_hf(their_names(c, weights)))
     for parameter in model.parameters():  # not model.to(): its rotary table is complex
-        parameter.data = parameter.data.to(_weights_dtype(case, autocast))
+        parameter.data = parameter.data.to(_weights_dtype(case, how.autocast))
     if compiled:
         for layer in model.layers.values():
             layer.compile(fullgraph=True)
 
     def loss(tokens: torch.Tensor) -> torch.Tensor:
         ids, labels = shifted(tokens)
-        with _autocast(case, autocast):
+        with _autocast(case, how.autocast):
             return F.cross_entropy(model(ids).flatten(0, 1).float(), labels.flatten())
 
     return Peer(model, loss)
@@ -339,9 +341,10 @@ _MODULES = {"transformers": "transformers", "litgpt": "litgpt.model", "torchtita
 class Variant:
     """One row of a table: who trains, and how."""
 
-    maker: Callable[[Case, Weights | None, bool, bool], Training] = field(repr=False)
+    maker: Callable[[Case, Weights | None, Variant], Training] = field(repr=False)
     compiled: bool = False
     autocast: bool = False
+    recompute: Recompute = "none"
 
     @property
     def library(self) -> str:
@@ -352,7 +355,8 @@ class Variant:
     def name(self) -> str:
         """How it is called in tables."""
         first = "plain torch" if self.maker is plain else self.library
-        return first + ", autocast" * self.autocast + ", compiled" * self.compiled
+        recomputing = "" if self.recompute == "none" else f", --recompute {self.recompute}"
+        return first + ", autocast" * self.autocast + ", compiled" * self.compiled + recomputing
 
     def importable(self) -> str | None:
         """Why the library cannot be used, or ``None``; it is imported now."""
@@ -374,7 +378,7 @@ class Variant:
 
     def make(self, case: Case, weights: Weights | None) -> Training:
         """Ready to train; without ``weights`` as the library draws them."""
-        return self.maker(case, weights, self.compiled, self.autocast)
+        return self.maker(case, weights, self)
 
 
 VARIANTS = (  # the first is what others are compared with
@@ -391,6 +395,8 @@ VARIANTS = (  # the first is what others are compared with
     Variant(torchtitan, compiled=True),
     Variant(tinytron),
     Variant(tinytron, compiled=True),
+    Variant(tinytron, compiled=True, recompute="selective"),
+    Variant(tinytron, compiled=True, recompute="full"),
 )
 
 

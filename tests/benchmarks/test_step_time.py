@@ -107,8 +107,8 @@ def test_figures_of_a_table() -> None:
 def test_a_variant_that_disagrees_is_an_error() -> None:
     step_time, variants = load("step_time"), load("step_variants")
 
-    def other(case: Any, weights: Any, compiled: bool, autocast: bool) -> Any:
-        training = variants.plain(case, weights, compiled, autocast)
+    def other(case: Any, weights: Any, how: Any) -> Any:
+        training = variants.plain(case, weights, how)
         training.model.layers[1].self_attn.o_proj.weight.data.mul_(1.1)
         return training
 
