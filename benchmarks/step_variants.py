@@ -322,7 +322,7 @@ def torchtitan(case: Case, weights: Weights | None, how: Variant) -> Training:
         model.load_state_dict(adapter.from_hf(their_names(c, weights)))
     for parameter in model.parameters():  # not model.to(): its rotary table is complex
         parameter.data = parameter.data.to(_weights_dtype(case, how.autocast))
-    if compiled:
+    if how.compiled:
         for layer in model.layers.values():
             layer.compile(fullgraph=True)
 
