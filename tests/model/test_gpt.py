@@ -321,7 +321,8 @@ def test_recomputation_repeats_what_it_says(backend: Backend) -> None:
     # Three of four products: the last, down_proj's, is needed by nothing in backward, and recomputation stops early.
     assert calls["full"]["mm"] == calls["none"]["mm"] + 3 * layers
     assert calls["selective"]["mm"] == calls["none"]["mm"]
-    assert calls["selective"]["silu"] == calls["full"]["silu"] == 2 * calls["none"]["silu"]
+    # The backward pass computes silu again anyway.
+    assert calls["selective"]["silu"] == calls["full"]["silu"] == calls["none"]["silu"] + layers == 3 * layers
     if backend == "sdpa":
         attention = "_scaled_dot_product_flash_attention_for_cpu"
         assert calls["none"][attention] == calls["selective"][attention] == layers

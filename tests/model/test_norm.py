@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tinytron.model.modules.norm import RMSNorm
 
@@ -51,3 +52,27 @@ def test_sixteen_bit_statistics_are_exact_to_a_rounding(dtype: torch.dtype) -> N
 def test_large_sixteen_bit_inputs_do_not_overflow() -> None:
     out = RMSNorm(SIZE, EPS).half()(torch.full((1, SIZE), 6e4, dtype=torch.float16))  # its square is infinite in fp16
     torch.testing.assert_close(out.float(), torch.ones(1, SIZE))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gradients_are_as_precise_as_torch_has_them(dtype: torch.dtype) -> None:
+    norm = norm_with_random_weight(dtype)
+    x, out_grad = torch.randn(2, 64, SIZE).to(dtype).requires_grad_(), torch.randn(2, 64, SIZE).to(dtype)
+    exact_x, exact_weight = (t.detach().double().requires_grad_() for t in (x, norm.weight))
+    exact = torch.autograd.grad(formula(exact_x, exact_weight), (exact_x, exact_weight), out_grad.double())
+    theirs = torch.autograd.grad(F.rms_norm(x, (SIZE,), norm.weight, EPS), (x, norm.weight), out_grad)
+    mine = torch.autograd.grad(norm(x), (x, norm.weight), out_grad)
+    for a, b, e in zip(mine, theirs, exact, strict=True):
+        assert a.dtype == dtype
+        assert (a.double() - e).norm() <= 1.2 * (b.double() - e).norm()
+
+
+def test_keeps_its_input_and_a_number_per_row() -> None:
+    """On CPUs, where torch keeps fp32 copies."""
+    norm = norm_with_random_weight(torch.bfloat16)
+    x = torch.randn(4, SIZE).bfloat16().requires_grad_()
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        norm(x)
+    assert sorted(t.numel() for t in kept) == [4, SIZE, 4 * SIZE]
+    assert any(t.data_ptr() == x.data_ptr() for t in kept)

@@ -64,11 +64,14 @@ def test_on_a_gpu_the_loss_has_all_logits_of_a_small_batch_at_once() -> None:
 
 def test_flash_attention_needs_no_masks() -> None:
     mask = 2 * 64 * 64 * 2
+    # With a mask torch wants keys and values for each of the 4 query heads, without one it keeps those of 2, which for
+    # the keys are part of what the rotation made anyway; in 2 layers.
+    repeated = 2 * (2 * 4 - 2) * (2 * 64 * 16 * 2)
     masked, flash = _step(documents=True), _step(documents=True, attn_backend="flash")
-    assert masked.activations - flash.activations == pytest.approx(mask, rel=0.01)
+    assert masked.activations - flash.activations == pytest.approx(mask + repeated, rel=0.01)
     window = {"sliding_window": 8}
     masked, flash = _step(window), _step(window, attn_backend="flash")
-    assert masked.activations - flash.activations == pytest.approx(64 * 64 * 2, rel=0.01)
+    assert masked.activations - flash.activations == pytest.approx(64 * 64 * 2 + repeated, rel=0.01)
     assert _step(attn_backend="flash") == _step()
 
 

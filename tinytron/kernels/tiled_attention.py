@@ -12,7 +12,7 @@ G = N / K query heads of a pair; M tiles of r tokens each, R = G * r rows of a t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,8 @@ _SCORES = 2**19  # of a tile, about: 2 MiB in fp32
 def can_tile(q_BSNH: torch.Tensor, dropout: float) -> bool:
     """Whether ``tiled_attention`` takes these queries, and is the faster one."""
     fits = SHORTEST <= q_BSNH.shape[1] <= LONGEST and q_BSNH.dtype != torch.float16
-    return q_BSNH.device.type == "cpu" and dropout == 0 and fits
+    on_cpu = q_BSNH.device.type == "cpu" and not q_BSNH.is_cuda  # a planner may pretend
+    return on_cpu and dropout == 0 and fits
 
 
 def tiled_attention(
@@ -92,13 +93,14 @@ class _Scores:
         """``[B, S, N, H] -> [M, U, R, H]``, contiguous: so is a tile of it, which oneDNN would copy otherwise."""
         B, S, _, H = x_BSNH.shape
         x_BMrKGH = x_BSNH.reshape(B, S // self.r, self.r, self.K, self.G, H)
-        return x_BMrKGH.permute(1, 0, 3, 4, 2, 5).reshape(S // self.r, B * self.K, self.G * self.r, H)
+        x_MURH = x_BMrKGH.permute(1, 0, 3, 4, 2, 5).reshape(S // self.r, B * self.K, self.G * self.r, H)
+        return x_MURH.contiguous()
 
     def from_tiles(self, x_MURH: torch.Tensor) -> torch.Tensor:
         """``by_tile`` undone, contiguous."""
         M, _, _, H = x_MURH.shape
         x_MBKGrH = x_MURH.view(M, self.B, self.K, self.G, self.r, H)
-        return x_MBKGrH.permute(1, 0, 4, 2, 3, 5).reshape(self.B, M * self.r, self.K * self.G, H)
+        return x_MBKGrH.permute(1, 0, 4, 2, 3, 5).reshape(self.B, M * self.r, self.K * self.G, H).contiguous()
 
     def by_pair(self, x_BSKH: torch.Tensor) -> torch.Tensor:
         """``[B, S, K, H] -> [U, S, H]``, contiguous."""
@@ -137,8 +139,7 @@ class _Scores:
         return x if self._low is None else tile.scores(self._low).copy_(x)
 
 
-@torch.library.custom_op("tinytron::tiled_attention", mutates_args=())
-def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     scores = _Scores(q, k, v, mask)
     out_MURH = torch.empty_like(scores.q_MURH)
     for tile in scores.tiles():
@@ -146,8 +147,7 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tens
     return scores.from_tiles(out_MURH)
 
 
-@torch.library.custom_op("tinytron::tiled_attention_backward", mutates_args=())
-def _backward(
+def _attend_backward(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     scores = _Scores(q, k, v, mask)
@@ -166,6 +166,14 @@ def _backward(
     dk_USH *= scores.scale
     dq = scores.from_tiles(dq_MURH.mul_(scores.scale))
     return dq, scores.from_pairs(dk_USH.to(k.dtype)), scores.from_pairs(dv_USH.to(v.dtype))
+
+
+_forward = torch.library.custom_op("tinytron::tiled_attention", _attend, mutates_args=())
+_backward = torch.library.custom_op("tinytron::tiled_attention_backward", _attend_backward, mutates_args=())
+PARTS: dict[Any, Callable[..., Any]] = {  # what the operations are made of, for those who count memory
+    torch.ops.tinytron.tiled_attention.default: _attend,
+    torch.ops.tinytron.tiled_attention_backward.default: _attend_backward,
+}
 
 
 @_forward.register_fake

@@ -11,14 +11,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tinytron.kernels.tiled_attention import PARTS
+
 
 class Ledger(TorchDispatchMode):
     """Counts the storages that operators make inside ``with ledger:``: ``live`` bytes now, ``peak`` at most, and in which
     ``phase`` (a name that the caller sets) the peak was. Storages of ``known`` tensors are there already and do not count.
 
-    Views share a storage, which counts once and whole for as long as anything holds a part of it. Memory that a kernel
-    takes and gives back before it returns is not seen, but for one case: element-wise kernels on a CPU (``on_cpu``) copy
-    operands that are of another precision than the result.
+    Views share a storage, which counts once and whole for as long as anything holds a part of it. Our own operations
+    (``PARTS``) are looked into. Memory that a kernel of torch's takes and gives back before it returns is not seen, but for
+    one case: element-wise kernels on a CPU (``on_cpu``) copy operands that are of another precision than the result.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = (), *, on_cpu: bool = False) -> None:
@@ -30,6 +32,9 @@ class Ledger(TorchDispatchMode):
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (parts := PARTS.get(func)) is not None:
+            with self:
+                return parts(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):

@@ -25,7 +25,7 @@ class Workload:
     seq_len: int
     micro_batches: int = 1
     recompute: Recompute = "none"
-    attn_backend: Backend = "sdpa"
+    attn_backend: Backend = "auto"
     documents: bool = False
     device: DeviceKind = "cpu"
 

@@ -1,8 +1,8 @@
 """Which library multiplies fp32 matrices on a CPU.
 
 torch hands 16-bit products to oneDNN and fp32 ones to its BLAS (MKL), which on AMD CPUs uses half of the vectors. oneDNN
-gets those, too, when it is permitted to round inputs to bf16 (``fp32_precision = "bf16"``); it makes use of that permission
-only where the CPU has matrix units (AMX), and computes in fp32 elsewhere.
+gets those, too, when it is permitted to round inputs to bf16 (precision "medium"); it makes use of that permission only
+where the CPU has matrix units (AMX), and computes in fp32 elsewhere.
 """
 
 from __future__ import annotations
@@ -47,4 +47,4 @@ def onednn_keeps_fp32() -> bool:
 
 def use_onednn() -> None:
     """Let oneDNN multiply fp32 matrices from now on, in all of this process."""
-    _SETTINGS.fp32_precision = "bf16"
+    torch.set_float32_matmul_precision("medium")

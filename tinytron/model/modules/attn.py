@@ -223,6 +223,7 @@ class Attention(nn.Module):
         q, k, v = qkv.split((N, K, K), dim=2)
         if self.q_norm is None or self.k_norm is None:
             q, k = rotate(qkv[:, :, : N + K], rotation).split((N, K), dim=2)  # one rotation for both
+            v = v.contiguous()  # a part of qkv would keep all of it for the backward pass
         else:
             q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
         if cache is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
@@ -23,9 +23,39 @@ class SwiGLU(nn.Module):
         self.down_proj = ResidualLinear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        out: torch.Tensor = self.down_proj(F.silu(gate) * up)
+        out: torch.Tensor = self.down_proj(gated(self.gate_up_proj(x)))
         return out
+
+
+def gated(gate_up: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up`` of the two halves of the last dimension, ``[..., 2F] -> [..., F]``."""
+    if torch.compiler.is_compiling():  # which chooses itself what to keep
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    product: torch.Tensor = _GateByHand.apply(gate_up)
+    return product
+
+
+class _GateByHand(torch.autograd.Function):
+    """``silu(gate) * up``; keeps only ``[gate, up]`` for the backward pass, in which ``silu(gate)`` is computed again, and
+    both gradients are written into one tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grads = torch.empty_like(gate_up)
+        grad_gate, grad_up = grads.chunk(2, dim=-1)
+        torch.mul(F.silu(gate), grad, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        return grads
 
 
 class GELU(nn.Module):

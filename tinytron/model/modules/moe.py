@@ -17,7 +17,7 @@ from tinytron.distributed.collectives import sum_over
 from tinytron.distributed.expert_parallel.comm import combine, dispatch, plan_routes
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.model.config import ModelConfig
-from tinytron.model.modules.mlp import SwiGLU
+from tinytron.model.modules.mlp import SwiGLU, gated
 
 
 class Choice(NamedTuple):
@@ -103,8 +103,8 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
 
     def forward(self, rows_QD: torch.Tensor, rows_e: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        gate, up = grouped_linear(rows_QD, self.gate_up_proj, rows_e, counts).chunk(2, dim=-1)
-        return grouped_linear(F.silu(gate) * up, self.down_proj, rows_e, counts)
+        gate_up_Q2F = grouped_linear(rows_QD, self.gate_up_proj, rows_e, counts)
+        return grouped_linear(gated(gate_up_Q2F), self.down_proj, rows_e, counts)
 
 
 class MoE(nn.Module):
