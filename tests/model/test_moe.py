@@ -10,7 +10,7 @@ import torch
 
 from tests.naive import moe as naive
 from tinytron.model import ModelConfig
-from tinytron.model.modules.moe import MoE, grouped_linear, looped_linear
+from tinytron.model.modules.moe import Experts, MoE, grouped_linear, looped_linear
 
 B, S, D, F, E, K = 2, 5, 10, 6, 5, 2  # the widths differ, so that no transposed weight fits
 SIZES: dict[str, Any] = {
@@ -206,3 +206,30 @@ def test_aligned_bf16_goes_through_the_grouped_kernel(monkeypatch: pytest.Monkey
     for dtype, width in ((torch.bfloat16, 16), (torch.float32, 16), (torch.bfloat16, 12), (torch.float64, 16)):
         products(grouped_linear, dtype, [2, 1], width, 8)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("counts", [[5, 0, 33, 26], [0, 0, 0, 64], [32, 32, 32, 32], [1, 1, 1, 1], [0, 0, 0, 0]])
+def test_experts_see_few_numbers_of_rows_in_bf16(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding changes no result, and every product has a multiple of 32 rows."""
+    experts = Experts(4, 16, 8).to(torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in experts.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    rows = torch.randn(sum(counts), 16, generator=generator).bfloat16().requires_grad_()
+    out_grad = torch.randn(sum(counts), 16, generator=generator).bfloat16()
+    seen: list[int] = []
+    real = torch.nn.functional.grouped_mm
+
+    def spy(*args: Any, offs: torch.Tensor) -> torch.Tensor:
+        seen.extend(offs.diff(prepend=offs.new_zeros(1)).tolist())
+        return real(*args, offs=offs)
+
+    inputs = [rows, *experts.parameters()]
+    expected = experts._forward(rows, torch.tensor(counts), counts)
+    expected_grads = torch.autograd.grad(expected, inputs, out_grad)
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", spy)
+    out = experts(rows, torch.tensor(counts), counts)
+    assert len(seen) == 8
+    assert all(size % 32 == 0 and size - count in range(32) for size, count in zip(seen, counts * 2, strict=True))
+    torch.testing.assert_close(out, expected, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(torch.autograd.grad(out, inputs, out_grad), expected_grads, rtol=0.03, atol=0.05)

@@ -11,6 +11,7 @@ from tinytron.model import GPT, ModelConfig
 from tinytron.model.block import Recompute
 from tinytron.model.modules.attn import Attention, Backend, Documents
 from tinytron.model.modules.loss import LossSums
+from tinytron.model.modules.moe import ROW_STEP
 from tinytron.planner.ledger import Ledger
 from tinytron.planner.pretend import DeviceKind, EvenExperts, Pretending, PretendState, with_fake_memory
 
@@ -148,9 +149,14 @@ def _forget(parameter: torch.Tensor) -> None:
 
 
 def _even_rows(config: ModelConfig, layout: ParallelLayout, tokens: int) -> list[int]:
-    """What ``plan_routes`` reads if all experts get the same: rows sent to and got from each rank, rows of each expert."""
+    """What ``plan_routes`` reads if all experts get nearly the same: rows sent to and got from each rank, rows of each
+    expert. By turns half a ``ROW_STEP`` more and less: the padding to whole ones is half a step on average."""
     rows = tokens * config.num_experts_per_tok
     ranks, experts = _shares(rows, layout.ep), _shares(rows, config.num_experts // layout.ep)
+    half = min(ROW_STEP // 2, *experts)
+    for more in range(1, len(experts), 2):
+        experts[more] += half
+        experts[more - 1] -= half
     return [*ranks, *ranks, *experts]
 
 

@@ -94,6 +94,9 @@ def _positive(total: torch.Tensor) -> torch.Tensor:
     return total.clamp(min=torch.finfo(total.dtype).tiny)
 
 
+ROW_STEP = 32  # an expert's rows are padded to a multiple, on CPUs in bf16
+
+
 class Experts(nn.Module):
     """This rank's experts: SwiGLU with weights ``[e, 2F, D]`` (gate first) and ``[e, D, F]``."""
 
@@ -103,6 +106,21 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
 
     def forward(self, rows_QD: torch.Tensor, rows_e: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        """``[Q, D] -> [Q, D]``: ``rows_e`` rows of each expert in turn; ``counts`` is that on the host."""
+        if rows_QD.dtype != torch.bfloat16 or rows_QD.is_cuda:
+            return self._forward(rows_QD, rows_e, counts)
+        # oneDNN makes a kernel for every new number of rows, which takes as long as the product: let there be few numbers.
+        wide_e, wide = (
+            (rows_e + ROW_STEP - 1) // ROW_STEP * ROW_STEP,
+            [-(-count // ROW_STEP) * ROW_STEP for count in counts],
+        )
+        shift_e = (wide_e.cumsum(0) - wide_e) - (rows_e.cumsum(0) - rows_e)
+        place_Q = torch.arange(len(rows_QD), device=rows_QD.device)
+        place_Q += shift_e.repeat_interleave(rows_e, output_size=len(rows_QD))
+        padded_QD = rows_QD.new_zeros(sum(wide), rows_QD.shape[1]).index_copy(0, place_Q, rows_QD)
+        return self._forward(padded_QD, wide_e, wide).index_select(0, place_Q)
+
+    def _forward(self, rows_QD: torch.Tensor, rows_e: torch.Tensor, counts: list[int]) -> torch.Tensor:
         gate_up_Q2F = grouped_linear(rows_QD, self.gate_up_proj, rows_e, counts)
         return grouped_linear(gated(gate_up_Q2F), self.down_proj, rows_e, counts)
 
