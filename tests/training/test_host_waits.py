@@ -1,4 +1,5 @@
-"""A training step never waits for the device, except where experts must know how many rows come."""
+"""A training step never waits for the device, except where experts must know how many rows come (tests/gpu/ has it for
+real)."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import torch
 from tests.helpers.host_waits import HostWaits
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import train
+from tests.training.test_trainer_mixture import mixture
 from tinytron.data import Batch
 from tinytron.training import Trainer
 
@@ -102,6 +104,13 @@ def test_no_step_of_a_dense_model_waits(ranks: Pools, tmp_path: Path, world: int
         # Optimizers without states look whether the first gradient is finite (docs of DistributedOptimizer.step).
         assert first == {"_local_scalar_dense": 1}
         assert others == [{}, {}, {}]
+
+
+def test_documents_and_sources_of_a_mixture_cost_no_wait(ranks: Pools, tmp_path: Path) -> None:
+    flags = ("--dataset_path", mixture(tmp_path / "data"), "--document_mask", "--packing", "best_fit")
+    run = ranks(1).run(train, Watched, tmp_path, *flags, "--no-use_mock_data", "--max_steps", 3)[0]
+    assert run.extra[1:] == [{}, {}]
+    assert set(run.records[-1]["sources"]) == {"web", "code"}
 
 
 MOE = "--use_moe --num_experts 4 --num_experts_per_tok 2 --moe_intermediate_size 8"
