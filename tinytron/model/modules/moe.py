@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from tinytron.distributed.collectives import sum_over
 from tinytron.distributed.expert_parallel.comm import combine, dispatch, plan_routes
 from tinytron.distributed.parallel_state import ParallelState
+from tinytron.kernels import liger
 from tinytron.model.config import ModelConfig
 from tinytron.model.modules.mlp import SwiGLU
 
@@ -97,13 +98,18 @@ def _positive(total: torch.Tensor) -> torch.Tensor:
 class Experts(nn.Module):
     """This rank's experts: SwiGLU with weights ``[e, 2F, D]`` (gate first) and ``[e, D, F]``."""
 
+    liger = False  # whether by kernels/liger.py
+
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
 
     def forward(self, rows_QD: torch.Tensor, rows_e: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        gate, up = grouped_linear(rows_QD, self.gate_up_proj, rows_e, counts).chunk(2, dim=-1)
+        gate_up = grouped_linear(rows_QD, self.gate_up_proj, rows_e, counts)
+        if self.liger:
+            return grouped_linear(liger.swiglu(gate_up), self.down_proj, rows_e, counts)
+        gate, up = gate_up.chunk(2, dim=-1)
         return grouped_linear(F.silu(gate) * up, self.down_proj, rows_e, counts)
 
 
