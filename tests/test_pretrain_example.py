@@ -339,6 +339,7 @@ def _run(folder: Path, *flags: object, launcher: tuple[str, ...] = (), **env: st
 TWO = ("-m", "tinytron.cli.launch", "--standalone", "--nproc_per_node", "2")
 
 
+@pytest.mark.slow
 def test_train_reuse_and_redo_an_interrupted_preparation(made: Path, tmp_path: Path) -> None:
     flags, tokenizer = ("--dataset_path", made / "c.jsonl"), str(made / "tokenizer.json")
     first = _run(tmp_path, *flags, "--do_val", HF_TOKENIZER=tokenizer)

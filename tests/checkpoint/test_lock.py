@@ -18,7 +18,10 @@ def _started(cwd: Path) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("flags", [(), ("--no-resume",)], ids=["resume", "no_resume"])
+@pytest.mark.parametrize(
+    "flags",
+    [pytest.param((), id="resume"), pytest.param(("--no-resume",), id="no_resume", marks=pytest.mark.slow)],
+)
 def test_a_second_run_on_one_folder_is_refused(tmp_path: Path, flags: tuple[object, ...]) -> None:
     first = start(*FLAGS, cwd=tmp_path, processes=0)
     try:

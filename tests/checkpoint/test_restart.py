@@ -29,7 +29,9 @@ run(lambda: Dying(build_config(parse_args())).train())
 """
 
 
-@pytest.mark.parametrize("launcher", ["tinytron.cli.launch", "torch.distributed.run"])
+@pytest.mark.parametrize(
+    "launcher", ["tinytron.cli.launch", pytest.param("torch.distributed.run", marks=pytest.mark.slow)]
+)
 def test_torchrun_restarts_a_run_where_it_was(tmp_path: Path, launcher: str) -> None:
     script = tmp_path / "dying.py"
     script.write_text(DYING)

@@ -77,6 +77,10 @@ WRONG = {
         ("--attn_backend flash needs the flash-attn package: pip install flash-attn",), ("--attn_backend", "flash")
     ),
 }
+for name in ("use_liger_kernel", "use_cut_cross_entropy"):
+    WRONG[name] = Wrong(
+        (f"--{name} runs on CUDA only, not on cpu; drop --{name}",), (f"--{name}", "--precision", "bf16")
+    )
 EXPERTS = ("--use_moe", "--num_experts", "6", "--num_experts_per_tok", "2")
 # On four ranks; each is raised before process groups are made.
 LAYOUTS = {

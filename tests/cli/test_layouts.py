@@ -34,8 +34,7 @@ ALL = [
     if sep <= world and ep <= world and (model == "moe" or ep == 1)
 ]
 # Every size of every axis, by both models and accumulations.
-QUICK = {("dense", 4, 2, 1, 1), ("dense", 4, 4, 1, 4), ("moe", 4, 1, 2, 4), ("moe", 4, 4, 1, 1)}
-QUICK |= {("moe", 4, 2, 4, 4), ("moe", 1, 1, 1, 4)}
+QUICK = {("dense", 4, 4, 1, 1), ("moe", 4, 1, 2, 4), ("moe", 4, 2, 4, 4)}
 
 Place = tuple[str, int, int, int, int]
 
@@ -82,6 +81,7 @@ def test_every_layout_logs_the_losses_of_one_process(
     assert trained(place) == pytest.approx(one, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [("moe", 4, 2, 4, 4)], ids=["moe"])
 def test_under_the_launcher(trained: Callable[[Place], dict[int, float]], tmp_path: Path, place: Place) -> None:
     finished = run_well(*_flags(*place), cwd=tmp_path, processes=4)

@@ -99,6 +99,7 @@ def test_two_nodes_log_the_losses_of_one(tmp_path: Path, name: str) -> None:
     assert _losses(tmp_path / "two") == pytest.approx(_losses(tmp_path / "one"), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_moe_script_trains(tmp_path: Path) -> None:
     """Experts spread over the sequence group, as documented; the losses are those of one process."""
     both = [_run(MOE, tmp_path / str(n), EXPERTS, NPROC=n, SEP_SIZE=n) for n in (2, 1)]

@@ -88,6 +88,7 @@ def two_nodes(*flags: object, cwd: Path) -> list[Finished]:
     return [finish(node) for node in nodes]
 
 
+@pytest.mark.slow
 def test_two_processes_and_then_two_nodes(storage: str, ranks: Pools, tmp_path: Path) -> None:
     flags = (*RUN, "--log_dir", f"{storage}/runs")
     run_well(*flags, "--max_steps", 2, cwd=tmp_path, processes=2)
@@ -135,6 +136,7 @@ entry.run(lambda: T(build_config(parse_args())).train())
 """
 
 
+@pytest.mark.slow
 def test_training_outlives_the_storage(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = S3Server()
     point_to(server, monkeypatch)

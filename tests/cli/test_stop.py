@@ -74,7 +74,7 @@ def _stop(
 @pytest.mark.parametrize(
     ("number", "to", "flags"),
     [
-        pytest.param(USR1, "launcher", (), id="usr1_launcher"),
+        pytest.param(USR1, "launcher", (), id="usr1_launcher", marks=pytest.mark.slow),
         pytest.param(TERM, "everybody", ("--num_workers", 1), id="term_everybody"),
         pytest.param(TERM, "launcher", (), id="term_launcher", marks=pytest.mark.slow),
         pytest.param(USR1, "one rank", (), id="usr1_one_rank", marks=pytest.mark.slow),

@@ -142,6 +142,7 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "invalid choice" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_it_is_a_program_and_so_is_the_tokeniser(tmp_path: Path) -> None:
     make_tokenizer(tmp_path / "tokenizer.json")
     write_jsonl(tmp_path / "c.jsonl", TEXTS)

@@ -27,9 +27,8 @@ DENSE, EXPERT = '"dense": made["world"]', '"expert": made["edp"]'
 PARTS, LOAD = "sum_over(torch.stack(self._parts), self._group)", 'sum_over(self.step_load, self.state.groups["world"])'
 GATHER, SUM = "score_TE.gather(1, expert_Tk)", "self.own_N += part"
 ADJOINT = "AllToAll.apply(grad, ctx.group, ctx.recv, ctx.send)"
-SELECT = "qkv_BsMH.index_select(2, index)"
-FIRST_COPIES = f"""torch.where(
-        torch.tensor([i in index[:j] for j, i in enumerate(index)])[:, None], {SELECT}.detach(), {SELECT})"""
+COPIES = "t.repeat_interleave(P // K, dim=2)"
+FIRST_COPIES = "torch.stack([t] + [t.detach()] * (P // K - 1), dim=3).flatten(2, 3)"
 
 _DENSE = Case(world=2, accumulation=2, mask="uneven", small_buckets=True)
 _SEP = Case(world=4, accumulation=2, mask="uneven", sep=2, kv_heads=2, small_buckets=True)
@@ -111,7 +110,7 @@ MUTANTS = {
     ),
     **_mutants(
         "kv heads shared",
-        ("gradient of one copy of a shared head", ULYSSES + "seq_to_head", SELECT, FIRST_COPIES),
+        ("gradient of one copy of a shared head", ULYSSES + "HeadPlan.pack", COPIES, FIRST_COPIES),
     ),
     **_mutants(
         "experts",

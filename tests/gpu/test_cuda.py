@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -133,17 +134,46 @@ def test_training_runs_and_learns_nothing_wrong(options: list[str], tmp_path: Pa
     assert all(5.5 < loss < 7.0 for loss in losses)  # ln 512 = 6.24
 
 
-def test_training_step_never_waits_for_the_host(tmp_path: Path) -> None:
-    code = """
-import sys, torch
+STEP = """
+import sys, torch, warnings
 from tinytron.training import Trainer, build_config, parse_args
-trainer = Trainer(build_config(parse_args(sys.argv[1:])))
+trainer = Trainer(build_config(parse_args(sys.argv[2:])))
 steps = trainer._microbatches()
 first, second = next(steps), next(steps)
 trainer.train_step(first)
-torch.cuda.set_sync_debug_mode("error")
-trainer.train_step(second)
+torch.cuda.synchronize()
+torch.cuda.set_sync_debug_mode(sys.argv[1])
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    trainer.train_step(second)
 torch.cuda.set_sync_debug_mode("default")
+print("waits:", sum("synchronizing" in str(one.message) for one in caught), "in", len(second))
 """
-    command = [sys.executable, "-c", code, *TINY, "--log_dir", str(tmp_path), "--debug"]
-    subprocess.run(command, check=True, timeout=300)
+
+
+def step_of(mode: str, flags: list[str], log_dir: Path) -> str:
+    """A second training step under torch's ``mode`` of telling about waits; what it printed last."""
+    command = [sys.executable, "-c", STEP, mode, *TINY, "--log_dir", str(log_dir), "--debug", *flags]
+    return subprocess.run(command, check=True, timeout=300, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--precision bf16 --recompute full --z_loss_coef 0.001",
+        "--precision fp16 --recompute selective",
+        "--spike_sigma 8 --spike_window 6",
+        "--optimizer muon --muon_normuon",
+        "--sliding_window 32 --qk_norm",
+        "--no-use_distributed_optimizer",
+    ],
+)
+def test_training_step_never_waits_for_the_host(flags: str, tmp_path: Path) -> None:
+    assert step_of("error", flags.split(), tmp_path).startswith("waits: 0 in ")
+
+
+def test_experts_wait_once_per_exchange(tmp_path: Path) -> None:
+    flags = "--use_moe --num_experts 8 --num_experts_per_tok 2 --moe_intermediate_size 128"
+    waits, microbatches = map(int, re.findall(r"[0-9]+", step_of("warn", flags.split(), tmp_path)))
+    assert waits == 2 * microbatches  # once in each of two layers

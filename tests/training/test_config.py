@@ -101,6 +101,43 @@ def test_amounts_are_numbers(name: str) -> None:
             "--seq_len 8192 --total_batch_size 16384 --block_size 8192",
         ),
         (
+            "--use_liger_kernel --precision fp64",
+            "--use_liger_kernel computes in fp32, not in --precision fp64; use fp32, or drop the flag",
+            "--use_liger_kernel --precision fp32",
+        ),
+        (
+            "--use_liger_kernel --use_compile",
+            "--use_liger_kernel and --use_compile both fuse norms and SwiGLU; drop one of them",
+            "--use_liger_kernel",
+        ),
+        (
+            "--use_liger_kernel --norm_type layer --mlp_type gelu",
+            "--use_liger_kernel has nothing for --norm_type layer with --mlp_type gelu; use rms or swiglu, or drop the "
+            "flag",
+            "--use_liger_kernel --mlp_type gelu",
+        ),
+        *(
+            (
+                f"--use_cut_cross_entropy --precision {precision}",
+                f"--use_cut_cross_entropy computes in bf16 or fp16, not in --precision {precision}; use bf16, or drop the "
+                "flag",
+                "--use_cut_cross_entropy --precision bf16",
+            )
+            for precision in ("fp32", "fp64")
+        ),
+        (
+            "--use_cut_cross_entropy --z_loss_coef 0.001",
+            "--z_loss_coef 0.001 does not go with --use_cut_cross_entropy, which does not give the log-partition; use 0, "
+            "or drop the flag",
+            "--use_cut_cross_entropy --z_loss_coef 0",
+        ),
+        (
+            "--use_cut_cross_entropy --deterministic",
+            "--deterministic does not go with --use_cut_cross_entropy, which adds gradients up in no fixed order; drop one "
+            "of them",
+            "--use_cut_cross_entropy",
+        ),
+        (
             "--dry_run_world_size 64",
             "--dry_run_world_size 64 is for --dry_run; add that, or drop it",
             "--dry_run_world_size 64 --dry_run",
@@ -282,7 +319,7 @@ EXECUTION = {
         "batch_size", "max_steps", "max_train_tokens", "max_eval_tokens", "max_epochs", "do_val", "val_every_steps",
         "recompute", "attn_backend", "use_compile", "eval_tasks", "eval_every", "eval_tokenizer",
         "disable_tf32", "use_profiler", "steps_to_profile", "spike_sigma", "spike_window", "spike_action",
-        "replica_check_every", "step_timeout",
+        "replica_check_every", "step_timeout", "use_liger_kernel", "use_cut_cross_entropy",
     },
     "model": set(),
     "optim": set(),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tinytron.utils import profile
+from tinytron.utils.matmul import use_onednn
 from tinytron.utils.profile import build_profiler, measured_matmul_rate, peak_flops
 
 CUDA = torch.device("cuda")
@@ -53,6 +54,16 @@ def test_known_gpus_have_their_own_rate(device_name: list[str], name: str, tflop
 def test_unknown_gpus_are_measured_not_guessed_from_a_prefix(device_name: list[str], name: str) -> None:
     device_name[0] = name
     assert peak_flops(CUDA, torch.bfloat16) == (7.0, "measured")
+
+
+def test_the_rate_is_known_with_onednn_too(device_name: list[str]) -> None:
+    before = torch.get_float32_matmul_precision()
+    use_onednn()
+    try:
+        assert peak_flops(torch.device("cpu"), torch.float32) == (7.0, "measured")
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_fp32_has_the_tf32_rate_unless_that_is_off(device_name: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

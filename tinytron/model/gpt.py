@@ -17,9 +17,11 @@ from tinytron.errors import ConfigError
 from tinytron.model.block import Block, ParallelBlock, Recompute
 from tinytron.model.config import ModelConfig
 from tinytron.model.modules.attn import Backend, Documents, LayerCache, visible
+from tinytron.model.modules.cut_loss import cut_linear_cross_entropy
 from tinytron.model.modules.emb import RotaryEmbedding, TokenEmbedding
 from tinytron.model.modules.linear import PackedLinear, ResidualLinear
 from tinytron.model.modules.loss import LossSums, fused_linear_cross_entropy
+from tinytron.model.modules.mlp import SwiGLU
 from tinytron.model.modules.moe import Choice, Experts, MoE, MoEStats, Router
 from tinytron.model.modules.norm import LayerNorm, RMSNorm, make_norm
 from tinytron.model.modules.rope import rotary_frequencies
@@ -83,6 +85,7 @@ class GPT(nn.Module):
         # Called with a module before its parameters are used; an optimizer that gathers them in the background waits
         # here. (Not a forward hook: torch.compile would trace it.)
         self.before_use: Callable[[nn.Module], None] = _always_ready
+        self.linear_cross_entropy: Callable[..., LossSums] = fused_linear_cross_entropy
         self.moe_layers = [block.mlp for block in self.blocks if isinstance(block.mlp, MoE)]
         # Rows per expert layer and expert: of the current optimizer step (this rank), and since the last report (all).
         shape = (len(self.moe_layers), config.num_experts)
@@ -149,6 +152,16 @@ class GPT(nn.Module):
         row_blocks = module.row_blocks if isinstance(module, PackedLinear) else ()
         return ParamSpec(name, shape, kind, writes_residual=into_residual, row_blocks=row_blocks)
 
+    def use_liger_kernels(self) -> None:
+        """Compute RMSNorm and SwiGLU by kernels/liger.py from now on."""
+        for module in self.modules():
+            if isinstance(module, (RMSNorm, SwiGLU, Experts)):
+                module.liger = True
+
+    def use_cut_cross_entropy(self) -> None:
+        """Compute head and loss by modules/cut_loss.py from now on."""
+        self.linear_cross_entropy = cut_linear_cross_entropy
+
     def compile_blocks(self) -> None:
         """Compile every block in place (parameter names stay); blocks share one compiled graph."""
         for block in self.blocks:
@@ -212,7 +225,7 @@ class GPT(nn.Module):
         if labels is None:
             logits: torch.Tensor = self.lm_head(x_BsD)
             return logits
-        sums = fused_linear_cross_entropy(
+        sums = self.linear_cross_entropy(
             x_BsD.flatten(0, 1),
             self.lm_head.weight,
             labels.flatten(),

@@ -15,19 +15,21 @@ from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import specs_of
 from tinytron.distributed.zero1.distributed_optimizer import Options
 from tinytron.errors import ConfigError
+from tinytron.kernels.liger import check_liger
 from tinytron.metrics import RoutingReport
 from tinytron.model import GPT
 from tinytron.model.modules.attn import check_backend
+from tinytron.model.modules.cut_loss import check_cut_cross_entropy
 from tinytron.optim import Muon, Schedule, parameter_groups
-from tinytron.training.config import DTYPES, CkptConfig, Config, OptimConfig
+from tinytron.training.config import DTYPES, CkptConfig, Config, OptimConfig, TrainingConfig
 from tinytron.training.derive import TrainingInfo, accumulation_steps
 from tinytron.training.exports import Exports
 
 
 def build_model(config: Config, state: ParallelState) -> GPT:
-    """The GPT of this rank, compiled if asked for. Raises: ConfigError for an attention backend that cannot run."""
+    """The GPT of this rank, compiled if asked for. Raises: ConfigError for kernels that cannot run here."""
     dtype = DTYPES[config.train.precision]
-    check_backend(config.train.attn_backend, state.device, dtype)
+    check_kernels(config.train, state.device)
     gpt = GPT(
         config.model,
         dtype=dtype,
@@ -38,9 +40,22 @@ def build_model(config: Config, state: ParallelState) -> GPT:
         z_loss_coef=config.train.z_loss_coef,
         state=state,
     )
+    if config.train.use_liger_kernel:
+        gpt.use_liger_kernels()
+    if config.train.use_cut_cross_entropy:
+        gpt.use_cut_cross_entropy()
     if config.train.use_compile:
         gpt.compile_blocks()
     return gpt
+
+
+def check_kernels(train: TrainingConfig, device: torch.device) -> None:
+    """Raises: ConfigError if an attention backend or a package of kernels that ``train`` asks for cannot run there."""
+    check_backend(train.attn_backend, device, DTYPES[train.precision])
+    if train.use_liger_kernel:
+        check_liger(device)
+    if train.use_cut_cross_entropy:
+        check_cut_cross_entropy(device)
 
 
 def optimizer_groups(optim: OptimConfig, model: nn.Module) -> list[dict[str, Any]]:

@@ -44,6 +44,7 @@ def check(config: Config) -> None:
             "one; drop one of them"
         )
     _check_exports(config)
+    _check_kernels(config)
     if config.parallel.grad_reduce_dtype != "fp32" and not config.parallel.use_distributed_optimizer:
         raise ConfigError(
             f"--grad_reduce_dtype {config.parallel.grad_reduce_dtype} needs --use_distributed_optimizer: without it "
@@ -73,6 +74,40 @@ def _check_exports(config: Config) -> None:
         write_architecture(config.model)
     except ConfigError as error:
         raise ConfigError(f"--export_every {ckpt.export_every}: {error}") from error
+
+
+def _check_kernels(config: Config) -> None:
+    """Rules on optional kernels, wherever they run."""
+    train, model = config.train, config.model
+    if train.use_liger_kernel:
+        if train.precision == "fp64":
+            raise ConfigError(
+                "--use_liger_kernel computes in fp32, not in --precision fp64; use fp32, or drop the flag"
+            )
+        if train.use_compile:
+            raise ConfigError("--use_liger_kernel and --use_compile both fuse norms and SwiGLU; drop one of them")
+        if model.norm_type != "rms" and model.mlp_type != "swiglu":
+            raise ConfigError(
+                f"--use_liger_kernel has nothing for --norm_type {model.norm_type} with --mlp_type {model.mlp_type}; "
+                "use rms or swiglu, or drop the flag"
+            )
+    if not train.use_cut_cross_entropy:
+        return
+    if train.precision not in ("bf16", "fp16"):
+        raise ConfigError(
+            f"--use_cut_cross_entropy computes in bf16 or fp16, not in --precision {train.precision}; use bf16, or drop "
+            "the flag"
+        )
+    if train.z_loss_coef:
+        raise ConfigError(
+            f"--z_loss_coef {train.z_loss_coef} does not go with --use_cut_cross_entropy, which does not give the "
+            "log-partition; use 0, or drop the flag"
+        )
+    if config.seed.deterministic:
+        raise ConfigError(
+            "--deterministic does not go with --use_cut_cross_entropy, which adds gradients up in no fixed order; drop one "
+            "of them"
+        )
 
 
 def round_to(value: int, unit: int) -> int:

@@ -85,6 +85,12 @@ class TrainingConfig:
     use_compile: Annotated[bool, Flag("torch.compile every block (needs a C++ compiler on CPU)", identity=False)] = (
         False
     )
+    use_liger_kernel: Annotated[
+        bool, Flag("RMSNorm and SwiGLU by the liger-kernel package, on CUDA devices", identity=False)
+    ] = False
+    use_cut_cross_entropy: Annotated[
+        bool, Flag("output head and loss by the cut-cross-entropy package, on CUDA devices", identity=False)
+    ] = False
     disable_tf32: Annotated[
         bool, Flag("exact fp32 matrix products on Ampere and later GPUs; on CPUs those of torch's BLAS", identity=False)
     ] = False

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 
 from tinytron.distributed.layout import ParallelLayout
-from tinytron.model.modules.attn import check_backend
 from tinytron.planner.memory import MemoryPlan, plan_memory
 from tinytron.planner.pretend import DeviceKind
 from tinytron.planner.report import describe
 from tinytron.planner.step import Workload, meta_model
 from tinytron.training import startup
-from tinytron.training.build import muon_options, optimizer_groups, optimizer_options
+from tinytron.training.build import check_kernels, muon_options, optimizer_groups, optimizer_options
 from tinytron.training.config import DTYPES, Config
 from tinytron.training.derive import accumulation_steps
 
@@ -19,13 +18,13 @@ from tinytron.training.derive import accumulation_steps
 def workload(config: Config, layout: ParallelLayout) -> Workload:
     """What one rank computes with, on the kind of device that ``--backend`` says (auto: that of this machine).
 
-    Raises: ConfigError if the batch does not divide over the ranks, or the attention cannot run there.
+    Raises: ConfigError if the batch does not divide over the ranks, or kernels cannot run there.
     """
     train, backend = config.train, config.parallel.backend
     gpu = backend == "nccl" or (backend == "auto" and torch.cuda.is_available())
     device: DeviceKind = "cuda" if gpu else "cpu"
     if device == "cpu":
-        check_backend(train.attn_backend, torch.device("cpu"), DTYPES[train.precision])
+        check_kernels(train, torch.device("cpu"))
     return Workload(
         dtype=DTYPES[train.precision],
         batch_size=train.batch_size,

@@ -47,4 +47,5 @@ def onednn_keeps_fp32() -> bool:
 
 def use_onednn() -> None:
     """Let oneDNN multiply fp32 matrices from now on, in all of this process."""
+    # The same setting by its older name: torch's getter, which torch.compile calls too, refuses what the newer one set.
     torch.set_float32_matmul_precision("medium")

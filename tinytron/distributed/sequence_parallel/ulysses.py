@@ -55,25 +55,22 @@ class HeadPlan:
         """Key/value heads per rank, k."""
         return max(1, self.num_kv_heads // self.size)
 
-    def packed_index(self) -> list[int]:
-        """Positions in the packed ``[q heads | k heads | v heads]`` axis, rank by rank: what each rank is sent."""
+    def pack(self, qkv_BsMH: torch.Tensor) -> torch.Tensor:
+        """What each rank is sent of ``[q heads | k heads | v heads]``: ``[B, s, N + 2K, H] -> [B, s, P, n + 2k, H]``."""
         N, K, P = self.num_heads, self.num_kv_heads, self.size
-        index = []
-        for rank in range(P):
-            queries = range(rank * self.heads, (rank + 1) * self.heads)
-            first = rank * K // P
-            kv = range(first, first + self.kv_heads)
-            index += [*queries, *(N + head for head in kv), *(N + K + head for head in kv)]
-        return index
+        q, k, v = qkv_BsMH.split((N, K, K), dim=2)
+        if P > K:
+            k, v = (t.repeat_interleave(P // K, dim=2) for t in (k, v))
+        # By views rather than an index: that would be copied to the device in every layer, and the host would wait.
+        return torch.cat([t.unflatten(2, (P, -1)) for t in (q, k, v)], dim=3)
 
 
 def seq_to_head(qkv_BsMH: torch.Tensor, plan: HeadPlan, group: dist.ProcessGroup) -> torch.Tensor:
     """``[B, s, N + 2K, H] -> [B, S, n + 2k, H]``: all positions of this rank's heads. Collective over ``group``."""
     B, s, _, H = qkv_BsMH.shape
     m = plan.heads + 2 * plan.kv_heads
-    index = torch.tensor(plan.packed_index(), device=qkv_BsMH.device)
-    qkv_BsPmH = qkv_BsMH.index_select(2, index).view(B, s, plan.size, m, H)
-    qkv_PBsmH = AllToAll.apply(qkv_BsPmH.permute(2, 0, 1, 3, 4), group, None, None)  # dim 0: destination -> source
+    qkv_PBsmH = plan.pack(qkv_BsMH).permute(2, 0, 1, 3, 4)
+    qkv_PBsmH = AllToAll.apply(qkv_PBsmH, group, None, None)  # dim 0: destination -> source
     return qkv_PBsmH.permute(1, 0, 2, 3, 4).reshape(B, plan.size * s, m, H)
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from tinytron.kernels import liger
 from tinytron.model.modules.linear import PackedLinear, ResidualLinear
 
 
@@ -17,13 +18,16 @@ class SwiGLU(nn.Module):
     Shapes: ``[..., D] -> [..., D]``.
     """
 
+    liger = False  # whether by kernels/liger.py
+
     def __init__(self, hidden_size: int, intermediate_size: int, bias: bool) -> None:
         super().__init__()
         self.gate_up_proj = PackedLinear(hidden_size, (intermediate_size, intermediate_size), bias=bias)
         self.down_proj = ResidualLinear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.down_proj(gated(self.gate_up_proj(x)))
+        gate_up = self.gate_up_proj(x)
+        out: torch.Tensor = self.down_proj(liger.swiglu(gate_up) if self.liger else gated(gate_up))
         return out
 
 

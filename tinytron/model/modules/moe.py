@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from tinytron.distributed.collectives import sum_over
 from tinytron.distributed.expert_parallel.comm import combine, dispatch, plan_routes
 from tinytron.distributed.parallel_state import ParallelState
+from tinytron.kernels import liger
 from tinytron.model.config import ModelConfig
 from tinytron.model.modules.mlp import SwiGLU, gated
 
@@ -100,6 +101,8 @@ ROW_STEP = 32  # an expert's rows are padded to a multiple, on CPUs in bf16
 class Experts(nn.Module):
     """This rank's experts: SwiGLU with weights ``[e, 2F, D]`` (gate first) and ``[e, D, F]``."""
 
+    liger = False  # whether by kernels/liger.py
+
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
@@ -122,7 +125,8 @@ class Experts(nn.Module):
 
     def _forward(self, rows_QD: torch.Tensor, rows_e: torch.Tensor, counts: list[int]) -> torch.Tensor:
         gate_up_Q2F = grouped_linear(rows_QD, self.gate_up_proj, rows_e, counts)
-        return grouped_linear(gated(gate_up_Q2F), self.down_proj, rows_e, counts)
+        product_QF = liger.swiglu(gate_up_Q2F) if self.liger else gated(gate_up_Q2F)
+        return grouped_linear(product_QF, self.down_proj, rows_e, counts)
 
 
 class MoE(nn.Module):

@@ -8,6 +8,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from tinytron.kernels import liger
+
 
 class RMSNorm(nn.Module):
     """``x / sqrt(mean(x²) + eps) * weight`` over the last dimension (arXiv:1910.07467).
@@ -15,12 +17,16 @@ class RMSNorm(nn.Module):
     Shapes: ``[..., size] -> [..., size]``. 16-bit inputs have their statistics computed in fp32 inside ``rms_norm``.
     """
 
+    liger = False  # whether by kernels/liger.py
+
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.liger:
+            return liger.rms_norm(x, self.weight, self.eps)
         if not (x.is_cuda or torch.compiler.is_compiling()):
             out: torch.Tensor = _RMSNormByHand.apply(x, self.weight, self.eps)
             return out
