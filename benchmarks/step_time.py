@@ -29,12 +29,14 @@ from typing import Any
 
 import torch
 from step_report import Row, Table, machine, write
-from step_variants import VARIANTS, Case, Training, Variant, Weights, initial_weights, join_alone
+from step_variants import VARIANTS, Case, Training, Variant, join_alone
+from step_weights import Weights, initial_weights
 
 from tinytron.errors import first_line
 from tinytron.model import ModelConfig
+from tinytron.utils.matmul import onednn, onednn_keeps_fp32
 from tinytron.utils.model import count_parameters, train_flops_per_token
-from tinytron.utils.profile import peak_flops
+from tinytron.utils.profile import measured_matmul_rate, peak_flops
 
 # Layers, hidden size, query heads, key and value heads, feed-forward width (of one expert), vocabulary, experts.
 MODELS: dict[str, tuple[int, int, int, int, int, int, int]] = {
@@ -256,6 +258,9 @@ def measure(name: str, precision: str, variants: Sequence[Variant], args: argpar
         for variant, row in zip(fitting, rows, strict=True):
             row.peak_bytes = peak_in_child(variant, case, args.batch) if row.seconds else None
     rate, source = peak_flops(device, case.dtype)
+    if device.type == "cpu" and onednn_keeps_fp32():
+        with onednn():  # MFU refers to the faster of both libraries
+            rate = max(rate, measured_matmul_rate(device, case.dtype))
     shape = case.config
     flops = train_flops_per_token(shape, args.seq_len)
     total = count_parameters(shape).total

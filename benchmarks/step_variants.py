@@ -19,13 +19,13 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from step_plain import PlainGPT
+from step_weights import Weights, litgpt_names, their_names
 
 from tinytron.data import Batch
 from tinytron.distributed import DistributedOptimizer
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import specs_of
-from tinytron.interop.hf import FAMILIES
 from tinytron.model import GPT, ModelConfig
 from tinytron.model.block import Recompute
 from tinytron.training.build import build_model, build_optimizer, optimizer_options, parameter_gate
@@ -34,7 +34,6 @@ from tinytron.training.feed import count_targets
 from tinytron.utils.matmul import onednn, onednn_keeps_fp32
 
 LR, BETAS, EPS, DECAY, MAX_NORM = 1e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
-Weights = Mapping[str, torch.Tensor]
 Loss = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -134,25 +133,6 @@ class Ours(Training):
 def shifted(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What is read, and what is to be predicted: ``[B, S + 1] -> [B, S], [B, S]``."""
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-
-def initial_weights(config: ModelConfig) -> dict[str, torch.Tensor]:
-    """Weights by Tinytron's names, in fp32 on the CPU; with norms that are not all one, so that exchanged ones show."""
-    model = GPT(config)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:
-            parameter.data = torch.rand(parameter.shape, generator=generator) + 0.5
-        assert name in model.state_dict(), "parameters are saved under their names"
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-
-def their_names(config: ModelConfig, weights: Weights) -> dict[str, torch.Tensor]:
-    """``weights`` by the names of Hugging Face's Llama, or Mixtral."""
-    family = FAMILIES["mixtral" if config.use_moe else "llama"]
-    specs = GPT(config, device="meta", seed=None).param_specs()
-    parts = [part for spec in specs for part in family.parts(spec, weights[spec.name], config)]
-    return {part.name: part.view.reshape(part.shape) for part in parts}
 
 
 @contextlib.contextmanager
@@ -258,7 +238,7 @@ def litgpt(case: Case, weights: Weights | None, how: Variant) -> Training:
     with made_in(_weights_dtype(case, how.autocast), case.device):
         model = library.GPT(settings)
     if weights is not None:
-        model.load_state_dict(_litgpt_names(c, weights))
+        model.load_state_dict(litgpt_names(c, weights))
 
     def loss(tokens: torch.Tensor) -> torch.Tensor:
         ids, labels = shifted(tokens)
@@ -267,28 +247,6 @@ def litgpt(case: Case, weights: Weights | None, how: Variant) -> Training:
         return mean
 
     return Peer(model, loss, compiled=how.compiled)
-
-
-def _litgpt_names(config: ModelConfig, weights: Weights) -> dict[str, torch.Tensor]:
-    """litgpt packs queries, keys and values as we do, and no gates with ups."""
-    outside = {"wte": "transformer.wte", "final_norm": "transformer.ln_f", "lm_head": "lm_head"}
-    theirs = {f"{name}.weight": weights[f"{ours}.weight"] for ours, name in outside.items()}
-    same = {"attn_norm": "norm_1", "attn.qkv_proj": "attn.qkv", "attn.out_proj": "attn.proj", "mlp_norm": "norm_2"}
-    for i in range(config.num_layer):
-        ours, layer = f"blocks.{i}", f"transformer.h.{i}"
-        theirs |= {f"{layer}.{name}.weight": weights[f"{ours}.{own}.weight"] for own, name in same.items()}
-        parts: dict[str, tuple[torch.Tensor, torch.Tensor]]
-        if config.use_moe:
-            theirs[f"{layer}.mlp.gate.weight"] = weights[f"{ours}.mlp.router.weight"]
-            pairs = zip(*(weights[f"{ours}.mlp.experts.{n}"] for n in ("gate_up_proj", "down_proj")), strict=True)
-            parts = {f"{layer}.mlp.experts.{e}": pair for e, pair in enumerate(pairs)}
-        else:
-            own = (weights[f"{ours}.mlp.gate_up_proj.weight"], weights[f"{ours}.mlp.down_proj.weight"])
-            parts = {f"{layer}.mlp": own}
-        for name, (gate_up, down) in parts.items():
-            gate, up = gate_up.chunk(2)
-            theirs |= {f"{name}.fc_1.weight": gate, f"{name}.fc_2.weight": up, f"{name}.proj.weight": down}
-    return theirs
 
 
 def torchtitan(case: Case, weights: Weights | None, how: Variant) -> Training:

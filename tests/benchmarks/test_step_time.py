@@ -128,7 +128,7 @@ def test_a_peer_that_fails_is_a_row() -> None:
     case = variants.Case(step_time.model_config("tiny", 16), "fp32", torch.device("cpu"))
     batches = step_time.random_batches(case.config, 1, 2, case.device)
     both = [variants.Variant(broken), variants.Variant(variants.plain)]
-    failed, ran = step_time.run_in_turns(case, both, variants.initial_weights(case.config), batches, 2, 1)
+    failed, ran = step_time.run_in_turns(case, both, load("step_weights").initial_weights(case.config), batches, 2, 1)
     assert (failed.failure, failed.seconds, len(ran.seconds)) == ("failed: no kernel", [], 2)
     broken.__name__ = "tinytron"
     with pytest.raises(RuntimeError, match="no kernel"):
