@@ -223,7 +223,6 @@ class Attention(nn.Module):
         q, k, v = qkv.split((N, K, K), dim=2)
         if self.q_norm is None or self.k_norm is None:
             q, k = rotate(qkv[:, :, : N + K], rotation).split((N, K), dim=2)  # one rotation for both
-            v = v.contiguous()  # a part of qkv would keep all of it for the backward pass
         else:
             q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
         if cache is not None:
@@ -232,6 +231,8 @@ class Attention(nn.Module):
         if self.group is not None and self.plan.size > 1:
             packed_BSmH = seq_to_head(torch.cat((q, k, v), dim=2), self.plan, self.group)
             q, k, v = packed_BSmH.split((self.plan.heads, self.plan.kv_heads, self.plan.kv_heads), dim=2)
+        elif self.q_norm is None:
+            v = v.contiguous()  # a part of qkv would keep all of it for the backward pass
         dropout = self.dropout if self.training else 0.0
         out = attend(q, k, v, backend=self.backend, documents=documents, window=self.window, dropout=dropout)
         if self.group is not None and self.plan.size > 1:

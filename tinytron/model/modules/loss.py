@@ -57,6 +57,14 @@ def fused_linear_cross_entropy(
     return LossSums(objective, token, per_token=per_token)
 
 
+def _accumulate(total_VD: torch.Tensor, part_VD: torch.Tensor) -> None:
+    """``total += part``. CPUs first copy all of a ``part`` of lower precision, into fresh memory: there, a few rows at a
+    time, whose copies stay in the cache."""
+    rows = len(part_VD) if part_VD.is_cuda or part_VD.dtype == total_VD.dtype else max(1, 2**17 // part_VD.shape[1])
+    for total, part in zip(total_VD.split(rows), part_VD.split(rows), strict=True):
+        total += part
+
+
 class _FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -109,7 +117,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(product_tV, weight_VD, out=grad_hidden[start : start + chunk_tokens])
             if grad_weight is not None:
-                grad_weight += torch.mm(product_tV.t(), h_tD, out=part_VD)
+                _accumulate(grad_weight, torch.mm(product_tV.t(), h_tD, out=part_VD))
         ctx.grads = (grad_hidden, grad_weight)
         ctx.mark_non_differentiable(token, per_token)
         return objective, token, per_token
