@@ -29,9 +29,8 @@ run(lambda: Dying(build_config(parse_args())).train())
 """
 
 
-@pytest.mark.parametrize(
-    "launcher", ["tinytron.cli.launch", pytest.param("torch.distributed.run", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # test_kill.py resumes killed runs by hand
+@pytest.mark.parametrize("launcher", ["tinytron.cli.launch", "torch.distributed.run"])
 def test_torchrun_restarts_a_run_where_it_was(tmp_path: Path, launcher: str) -> None:
     script = tmp_path / "dying.py"
     script.write_text(DYING)

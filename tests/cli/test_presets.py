@@ -66,6 +66,7 @@ def test_the_scripts_variables_count() -> None:
     assert "98,304 tokens per step: 2 micro-batches of 6 x 8192 each" in planned
 
 
+@pytest.mark.slow
 def test_the_documented_table_is_that_of_the_command() -> None:
     command = [sys.executable, "benchmarks/presets.py", "--presets", "gpt_7b", "--world_sizes", "8", "64"]
     done = subprocess.run(

@@ -116,6 +116,7 @@ def test_plain_torchrun_saves_too(tmp_path: Path) -> None:
     assert any((tmp_path / "log").glob("tiny_*/*_meta.pt"))
 
 
+@pytest.mark.slow  # tests/utils has its parts
 def test_a_run_that_hangs_is_described_and_can_be_ended(tmp_path: Path) -> None:
     (tmp_path / "hang.py").write_text(HANG)
     process = start(*LONG, "--step_timeout", 1, cwd=tmp_path, processes=2, script=tmp_path / "hang.py")
