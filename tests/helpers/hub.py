@@ -37,6 +37,18 @@ class Hub:
 
 
 @contextmanager
+def listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The URL of a server on a free port of this machine that answers by ``handler``."""
+    server = _Quiet(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
 def serving(files: dict[str, bytes]) -> Iterator[Hub]:
     """A hub on a free port of this machine."""
     hub = Hub(files)
@@ -88,15 +100,8 @@ def serving(files: dict[str, bytes]) -> Iterator[Hub]:
             if cut is not None:
                 self.close_connection = True
 
-    server = _Quiet(("127.0.0.1", 0), Handler)
-    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with listening(Handler) as hub.url:
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def _tree(files: dict[str, bytes], repo: str, folder: str) -> bytes:

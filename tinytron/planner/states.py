@@ -119,7 +119,7 @@ def plan_buffers(
         plan = plan_by_tensors if group.get("kind") == "muon" else plan_by_elements
         for (dtype, expert), members in kinds.items():
             shards = (layout.world_size // layout.ep if expert else layout.world_size) if options.shard else 1
-            planned = plan([p.numel() for _, p in members], shards, int(options.bucket_size_mb * 2**20) // 4)
+            planned = plan([p.numel() for _, p in members], shards, options.bucket_numel)
             names, shapes = tuple(name for name, _ in members), tuple(tuple(p.shape) for _, p in members)
             buffers.append(PlannedBuffer(planned, names, shapes, dtype, expert, group))
     return buffers

@@ -47,6 +47,11 @@ class Options:
     allow_unused: bool = False
     loss_scaling: bool = False
 
+    @property
+    def bucket_numel(self) -> int:
+        """Elements of a bucket of fp32 gradients."""
+        return int(self.bucket_size_mb * 2**20) // 4
+
 
 class DistributedOptimizer:
     """Wraps ``optimizer`` (any element-wise ``torch.optim.Optimizer``) for the ranks of ``process_group``.
@@ -137,7 +142,7 @@ class DistributedOptimizer:
                 FlatBuffer(
                     members,
                     self._ownership(kind, groups, whole),
-                    bucket_numel=int(self.options.bucket_size_mb * 2**20) // 4,
+                    bucket_numel=self.options.bucket_numel,
                     grad_as_view=self.options.grad_as_view,
                 )
                 for (_, kind), members in by_kind.items()

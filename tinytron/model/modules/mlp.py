@@ -26,13 +26,14 @@ class SwiGLU(nn.Module):
         self.down_proj = ResidualLinear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate_up = self.gate_up_proj(x)
-        out: torch.Tensor = self.down_proj(liger.swiglu(gate_up) if self.liger else gated(gate_up))
+        out: torch.Tensor = self.down_proj(gated(self.gate_up_proj(x), by_liger=self.liger))
         return out
 
 
-def gated(gate_up: torch.Tensor) -> torch.Tensor:
+def gated(gate_up: torch.Tensor, *, by_liger: bool = False) -> torch.Tensor:
     """``silu(gate) * up`` of the two halves of the last dimension, ``[..., 2F] -> [..., F]``."""
+    if by_liger:
+        return liger.swiglu(gate_up)
     if torch.compiler.is_compiling():  # which chooses itself what to keep
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from tinytron.distributed.collectives import sum_over
 from tinytron.distributed.expert_parallel.comm import combine, dispatch, plan_routes
 from tinytron.distributed.parallel_state import ParallelState
-from tinytron.kernels import liger
 from tinytron.model.config import ModelConfig
 from tinytron.model.modules.mlp import SwiGLU, gated
 
@@ -125,8 +124,7 @@ class Experts(nn.Module):
 
     def _forward(self, rows_QD: torch.Tensor, rows_e: torch.Tensor, counts: list[int]) -> torch.Tensor:
         gate_up_Q2F = grouped_linear(rows_QD, self.gate_up_proj, rows_e, counts)
-        product_QF = liger.swiglu(gate_up_Q2F) if self.liger else gated(gate_up_Q2F)
-        return grouped_linear(product_QF, self.down_proj, rows_e, counts)
+        return grouped_linear(gated(gate_up_Q2F, by_liger=self.liger), self.down_proj, rows_e, counts)
 
 
 class MoE(nn.Module):
