@@ -14,7 +14,7 @@ COUNT, PREPARE = "tinytron.training.feed:count_targets", "tinytron.training.feed
 FLUSH = "tinytron.metrics.window:StepWindow.flush"
 COLLECTIVES = "tinytron.distributed.collectives:"
 SUMMED, SENT = COLLECTIVES + "SummedExchange.wait", COLLECTIVES + "SummedExchange.start"
-ALL_REDUCE, EXCHANGE_BACK = COLLECTIVES + "start_all_reduce", COLLECTIVES + "AllToAll.backward"
+ALL_REDUCE, EXCHANGE_BACK = COLLECTIVES + "start_all_reduce", COLLECTIVES + "_exchange_back"
 BUFFER = "tinytron.distributed.zero1.flat_buffer:FlatBuffer."
 OPTIMIZER = "tinytron.distributed.zero1.distributed_optimizer:DistributedOptimizer."
 OWNERSHIP = OPTIMIZER + "_ownership"
@@ -26,7 +26,7 @@ MUON = "tinytron.optim.muon:Muon."
 DENSE, EXPERT = '"dense": made["world"]', '"expert": made["edp"]'
 PARTS, LOAD = "sum_over(torch.stack(self._parts), self._group)", 'sum_over(self.step_load, self.state.groups["world"])'
 GATHER, SUM = "score_TE.gather(1, expert_Tk)", "self.own_N += part"
-ADJOINT = "AllToAll.apply(grad, ctx.group, ctx.recv, ctx.send)"
+ADJOINT = "_all_to_all(grad, ctx.recv, ctx.send, ctx.group)"
 COPIES = "t.repeat_interleave(P // K, dim=2)"
 FIRST_COPIES = "torch.stack([t] + [t.detach()] * (P // K - 1), dim=3).flatten(2, 3)"
 
@@ -104,7 +104,7 @@ MUTANTS = {
         ("dense gradients summed over dp", ATTACH, DENSE, '"dense": self.dp_group'),
         ("dense gradients summed over sep", ATTACH, DENSE, '"dense": self.sp_group'),
         ("exchange without its adjoint", EXCHANGE_BACK, ADJOINT, "grad.clone()"),
-        ("adjoint divided by the ranks", EXCHANGE_BACK, "AllToAll.apply(grad, ", "AllToAll.apply(grad / 2, "),
+        ("adjoint divided by the ranks", EXCHANGE_BACK, "_all_to_all(grad, ", "_all_to_all(grad / 2, "),
         ("every part at position 0", GPT + "hidden_states", 'self.state.group_rank("sep") * s if self.state else 0', "0"),
         ("every rank has the first part", PREPARE, "cut_sequence(t, rank, size)", "cut_sequence(t, 0, size)"),
     ),
@@ -119,12 +119,18 @@ MUTANTS = {
          '"expert": self.state.groups["world"]'),
         ("norm of this rank's experts", OWNERSHIP, 'norm_group: dist.ProcessGroup | None = groups["dense"]',
          "norm_group: dist.ProcessGroup | None = groups[kind]"),
-        ("rows not weighted", COMM + "combine", "choices_TkD * weight_Tk.unsqueeze(-1)", "choices_TkD"),
+        ("rows not weighted", COMM + "_WeightedSum.forward", "choices_TkD * weight_Tk.unsqueeze(-1)", "choices_TkD"),
+        ("gradients of rows not weighted", COMM + "_WeightedSum.backward", "grad_T1D * weight_Tk.unsqueeze(-1)",
+         "grad_T1D * torch.ones_like(weight_Tk).unsqueeze(-1)"),
+        ("gradients of rows not in their order", COMM + "_WeightedSum.backward", "view_as(rows_RD)[order_R]",
+         "view_as(rows_RD)"),
+        ("gradients of sent rows not exchanged", COLLECTIVES + "_StartExchange.backward",
+         "return gradient, None", "return _[: len(gradient)], None"),
         ("gradient of one choice", COMM + "_CopyToChoices.backward", "choices_TkD.sum(1, dtype=wide)", "choices_TkD[:, 0]"),
         ("gradients of rows not sent back", COMM + "_Permute.backward", "grad[inverse]", "grad"),
-        ("router without gradient", ROUTER + "forward", GATHER, GATHER + ".detach()"),
-        ("scores not divided by their sum", ROUTER + "forward", "if self.norm_topk:", "if False:"),
-        ("bias in the weights", ROUTER + "forward", GATHER, "(score_TE + self.bias).gather(1, expert_Tk)"),
+        ("router without gradient", ROUTER + "choose", GATHER, GATHER + ".detach()"),
+        ("scores not divided by their sum", ROUTER + "choose", "if self.norm_topk:", "if False:"),
+        ("bias in the weights", ROUTER + "choose", GATHER, "(score_TE + self.bias).gather(1, expert_Tk)"),
         ("no balance loss", GPT + "_add_routing_losses", "self.config.moe_aux_loss_coef * balance", "0 * balance"),
         ("no z-loss", GPT + "_add_routing_losses", "self.config.moe_z_loss_coef * z", "0 * z"),
         ("z-loss not weighted", GPT + "_add_routing_losses", "self.config.moe_z_loss_coef * z", "z"),
@@ -140,7 +146,7 @@ MUTANTS = {
         ("bias moves with the load", GPT + "end_step", "layer.router.bias -= rate", "layer.router.bias += rate"),
         ("bias stands still", GPT + "end_step", "(rate := self.config.moe_bias_update_rate) > 0", "False"),
         ("every rank has the first experts", GPT + "first_expert", 'self.state.group_rank("ep") * local_experts', "0"),
-        ("shared experts left out", MOE + "forward", "out_BsD + self.shared(x_BsD)", "out_BsD + 0 * self.shared(x_BsD)"),
+        ("shared experts left out", MOE + "_sum", "out_TD + shared_BsD", "out_TD + 0 * shared_BsD"),
     ),
     **_mutants(
         "experts replicated",

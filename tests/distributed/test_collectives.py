@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from tests.helpers.ranks import Ranks
 from tinytron.distributed.collectives import (
-    AllToAll,
     SummedExchange,
+    all_to_all,
     start_all_gather,
     start_all_reduce,
     start_reduce_scatter,
@@ -111,7 +111,7 @@ def _exchange(uneven: bool) -> None:
     rows = torch.tensor([[100.0 * rank + to, i] for to in range(world) for i in range(send[to])]).view(-1, 2)
     rows.requires_grad_()
     splits = (send, recv) if uneven else (None, None)
-    out = AllToAll.apply(rows, _world(), *splits)
+    out = all_to_all(rows, _world(), *splits)
     expected = [[100.0 * r + rank, i] for r in range(world) for i in range(recv[r])]
     assert out.tolist() == expected
     weight = torch.arange(out.numel(), dtype=torch.float32).view_as(out) + 1000 * rank
@@ -120,7 +120,7 @@ def _exchange(uneven: bool) -> None:
     both = torch.stack([(out.detach() * weight).sum(), (rows.detach() * rows.grad).sum()])
     dist.all_reduce(both)
     torch.testing.assert_close(both[0], both[1])
-    there = AllToAll.apply(AllToAll.apply(rows, _world(), *splits), _world(), *reversed(splits))
+    there = all_to_all(all_to_all(rows, _world(), *splits), _world(), *reversed(splits))
     assert torch.equal(there, rows)
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.helpers.expert_rows import combine, dispatch
 from tests.helpers.ranks import Ranks
-from tinytron.distributed.expert_parallel.comm import combine, dispatch, plan_routes
+from tinytron.distributed.expert_parallel.comm import plan_routes
 
 Pools = Callable[[int], Ranks]
 E, D = 8, 5

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tinytron.distributed.expert_parallel.comm import combine, dispatch, plan_routes
+from tests.helpers.expert_rows import combine, dispatch
+from tinytron.distributed.expert_parallel.comm import plan_routes
 
 T, K, E, D = 7, 3, 5, 4
 GENERATOR = torch.Generator()

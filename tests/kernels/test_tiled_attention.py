@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tinytron.kernels import tiled_attention as tiling
 from tinytron.kernels.tiled_attention import can_tile, tiled_attention
 from tinytron.model import GPT, ModelConfig
-from tinytron.model.block import Recompute
 from tinytron.model.modules.attn import Backend, Documents, attend, visible
+from tinytron.model.modules.recompute import Recompute
 from tinytron.utils import matmul
 
 H = 4

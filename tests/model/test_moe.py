@@ -10,7 +10,7 @@ import torch
 
 from tests.naive import moe as naive
 from tinytron.model import ModelConfig
-from tinytron.model.modules.moe import Experts, MoE, grouped_linear, looped_linear
+from tinytron.model.modules.moe import Experts, MoE, MoEStats, grouped_linear, looped_linear
 
 B, S, D, F, E, K = 2, 5, 10, 6, 5, 2  # the widths differ, so that no transposed weight fits
 SIZES: dict[str, Any] = {
@@ -39,6 +39,12 @@ def make(seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any) -> M
     return layer
 
 
+def run(layer: MoE, x_BSD: torch.Tensor) -> tuple[torch.Tensor, MoEStats]:
+    """The layer as its block calls it."""
+    out: tuple[torch.Tensor, MoEStats] = layer(x_BSD, layer.router(x_BSD.flatten(0, 1)))
+    return out
+
+
 def tokens(seed: int = 1, size: tuple[int, ...] = (B, S, D)) -> torch.Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
 
@@ -60,7 +66,7 @@ def test_output_losses_load_and_every_gradient_equal_the_loops(
     rules = naive.Rules(K, score, norm_topk, layer.router.bias.tolist())
     x, theirs_x, weights = tokens(), tokens(), weights_of(layer)
 
-    out, stats = layer(x)
+    out, stats = run(layer, x)
     expected, decisions = naive.moe(theirs_x.flatten(0, 1), weights, rules)
     rows = [decisions[b * S : (b + 1) * S] for b in range(B)]
     balance = naive.balance(rows if scope == "sequence" else [decisions], E)
@@ -90,7 +96,7 @@ def test_each_loss_alone_reaches_the_router(score: str) -> None:
     _, decisions = naive.moe(x.detach().flatten(0, 1), weights, naive.Rules(K, score))
     balance = naive.balance([decisions[:S], decisions[S:]], E)
     z = torch.stack([d.log_partition**2 for d in decisions]).sum()
-    for mine, theirs in ((layer(x)[1].balance, balance), (layer(x)[1].z, z)):
+    for mine, theirs in ((run(layer, x)[1].balance, balance), (run(layer, x)[1].z, z)):
         (found,) = torch.autograd.grad(mine, layer.router.weight)
         (wanted,) = torch.autograd.grad(theirs, weights["router.weight"], retain_graph=True)
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
@@ -98,18 +104,18 @@ def test_each_loss_alone_reaches_the_router(score: str) -> None:
 
 def test_the_two_scopes_differ_and_an_even_load_costs_one_per_token() -> None:
     x = tokens()
-    sequence, batch = (make(moe_aux_loss_scope=scope)(x)[1].balance for scope in ("sequence", "batch"))
+    sequence, batch = (run(make(moe_aux_loss_scope=scope), x)[1].balance for scope in ("sequence", "batch"))
     assert abs(float((sequence - batch).detach())) > 1e-3
     for scope in ("sequence", "batch"):
         layer = make(moe_aux_loss_scope=scope, num_experts_per_tok=E)  # every token to every expert
-        assert float(layer(x)[1].balance.detach()) == pytest.approx(B * S, rel=1e-12)
+        assert float(run(layer, x)[1].balance.detach()) == pytest.approx(B * S, rel=1e-12)
 
 
 def test_the_bias_moves_the_choice_but_not_the_weights() -> None:
     layer, x = make(norm_topk_prob=False), tokens().flatten(0, 1)
-    plain = layer.router(x)
+    plain = layer.router.choose(layer.router(x))
     layer.router.bias.copy_(torch.tensor([0.0, 0.0, 10.0, 0.0, 0.0]))
-    routing = layer.router(x)
+    routing = layer.router.choose(layer.router(x))
     assert (routing.expert_Tk[:, 0] == 2).all()
     assert not (plain.expert_Tk[:, 0] == 2).all()
     assert torch.equal(routing.prob_TE, plain.prob_TE)
@@ -127,8 +133,8 @@ def test_the_router_scores_in_fp32() -> None:
         layer.router.weight[1, :2] = layer.router.weight[3, 0] = torch.tensor(8.0)
     x = torch.zeros(1, 1, D, dtype=torch.bfloat16)
     x[..., 0], x[..., 1] = 1.0, 2**-10
-    out, stats = layer(x)
-    routing = layer.router(x.flatten(0, 1))
+    out, stats = run(layer, x)
+    routing = layer.router.choose(layer.router(x.flatten(0, 1)))
     assert routing.expert_Tk.tolist() == [[1]]
     assert {t.dtype for t in (routing.weight_Tk, routing.prob_TE, routing.logits_TE)} == {torch.float32}
     assert stats.balance.dtype == stats.z.dtype == torch.float32
@@ -142,7 +148,7 @@ def test_experts_without_tokens_have_zero_gradients(dtype: torch.dtype) -> None:
     sizes = {"hidden_size": 16, "moe_intermediate_size": 8}
     layer = make(dtype=dtype, **sizes)
     layer.router.bias.copy_(torch.tensor([100.0, 50.0, 0.0, 0.0, 0.0]))  # all to the first two
-    out, stats = layer(tokens(size=(B, S, 16)).to(dtype))
+    out, stats = run(layer, tokens(size=(B, S, 16)).to(dtype))
     assert stats.load_E.tolist() == [B * S, B * S, 0, 0, 0]
     out.square().sum().backward()
     for parameter in layer.experts.parameters():
@@ -225,7 +231,7 @@ def test_experts_see_few_numbers_of_rows_in_bf16(counts: list[int], monkeypatch:
         return real(*args, offs=offs)
 
     inputs = [rows, *experts.parameters()]
-    expected = experts._forward(rows, torch.tensor(counts), counts)
+    expected = experts._grouped(rows, torch.tensor(counts))
     expected_grads = torch.autograd.grad(expected, inputs, out_grad)
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", spy)
     out = experts(rows, torch.tensor(counts), counts)

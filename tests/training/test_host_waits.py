@@ -121,7 +121,7 @@ MOE = "--use_moe --num_experts 4 --num_experts_per_tok 2 --moe_intermediate_size
     [  # 2 expert layers, and 4 micro-batches over the data-parallel ranks
         (1, "", 2 * 4),
         (1, "--first_k_dense 1 --precision bf16", 1 * 4),
-        (1, "--recompute full", 2 * 2 * 4),
+        (1, "--recompute full", 2 * 4),
         (2, "--ep_size 2 --moe_bias_update_rate 0.01 --moe_aux_loss_scope batch", 2 * 2),
         (2, "--sep_size 2", 2 * 4),
         (1, "--moe_router_debug --optimizer muon", 2 * 4),

@@ -1,14 +1,12 @@
-"""A transformer block and what of it is computed again in the backward pass."""
+"""A transformer block."""
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.model.config import ModelConfig
@@ -17,36 +15,7 @@ from tinytron.model.modules.emb import Rotation
 from tinytron.model.modules.mlp import GELU, SwiGLU, make_mlp
 from tinytron.model.modules.moe import MoE, MoEStats
 from tinytron.model.modules.norm import make_norm
-
-Recompute = Literal["none", "full", "selective"]
-
-# What selective recomputation keeps: the outputs of matrix products and attention, costly to compute again; norms,
-# rotations and activations are cheap (Korthikanti et al., arXiv:2205.05198, section 5).
-# The router's choice is always kept: chosen again it could differ in a tie, and the ranks would wait for each other.
-_ROUTING_OPS = {torch.ops.aten.topk.default}
-_KEPT_OPS = _ROUTING_OPS | {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten._grouped_mm.default,
-    torch.ops.tinytron.tiled_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-}
-
-
-_ATTENTION_OPS = {op for op in _KEPT_OPS if "attention" in str(op)}
-
-
-def _keep(kept: set[Any], ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-_selective_contexts = partial(create_selective_checkpoint_contexts, partial(_keep, _KEPT_OPS))
-# A kept attention would not draw its dropout again in recomputation, and all later draws would be others.
-_dropout_contexts = partial(create_selective_checkpoint_contexts, partial(_keep, _KEPT_OPS - _ATTENTION_OPS))
-_routing_contexts = partial(create_selective_checkpoint_contexts, partial(_keep, _ROUTING_OPS))
+from tinytron.model.modules.recompute import Recompute, recomputed
 
 
 class Block(nn.Module):
@@ -63,7 +32,7 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config.norm_type, config.hidden_size, config.norm_eps)
         self.mlp: SwiGLU | GELU | MoE
         if config.is_moe_layer(layer):
-            self.mlp = MoE(config, state)
+            self.mlp = MoE(config, state, recompute)
         else:
             self.mlp = make_mlp(config.mlp_type, config.hidden_size, config.intermediate_size, config.has_mlp_bias)
 
@@ -74,31 +43,44 @@ class Block(nn.Module):
         documents: Documents | None = None,
         cache: LayerCache | None = None,
     ) -> tuple[torch.Tensor, MoEStats | None]:
-        # Inside the block, so that torch.compile sees the recomputation and fuses across it.
-        if self.recompute == "none" or not torch.is_grad_enabled():
-            return self._forward(x_BsD, rotation, documents, cache)
-        contexts: dict[str, Any] = {}  # torch.compile cannot trace the default when it is passed
-        if self.recompute == "selective":
-            contexts["context_fn"] = _selective_contexts if self.dropout == 0 else _dropout_contexts
-        elif isinstance(self.mlp, MoE):
-            contexts["context_fn"] = _routing_contexts
-        out: tuple[torch.Tensor, MoEStats | None] = checkpoint(
-            self._forward, x_BsD, rotation, documents, use_reentrant=False, **contexts
-        )
-        return out
-
-    def _forward(
-        self, x_BsD: torch.Tensor, rotation: Rotation, documents: Documents | None, cache: LayerCache | None = None
-    ) -> tuple[torch.Tensor, MoEStats | None]:
-        x_BsD = x_BsD + self._drop(self.attn(self.attn_norm(x_BsD), rotation, documents, cache))
-        out_BsD, stats = self._feed_forward(self.mlp_norm(x_BsD))
+        """``cache`` is for generation only: nothing is recomputed then."""
+        args = (x_BsD, rotation, documents, cache)
+        if not isinstance(self.mlp, MoE):
+            return recomputed(self.recompute, self._dense, *args, dropout=self.dropout), None
+        x_BsD, normed_BsD, logits_TE = self._before_experts(*args)
+        out_BsD, stats = self.mlp(normed_BsD, logits_TE)
         return x_BsD + self._drop(out_BsD), stats
 
-    def _feed_forward(self, x_BsD: torch.Tensor) -> tuple[torch.Tensor, MoEStats | None]:
+    def compile_parts(self) -> None:
+        """Compile all of it; with experts what lies between two exchanges, because how many rows come is data.
+
+        ``recomputed`` is called inside of what is compiled: the compiler then fuses across it. Outside, selective
+        recomputation would keep memory that compiled code uses again."""
         if isinstance(self.mlp, MoE):
-            routed: tuple[torch.Tensor, MoEStats] = self.mlp(x_BsD)
-            return routed
-        return self.mlp(x_BsD), None
+            self._before_experts = torch.compile(self._before_experts)  # type: ignore[method-assign]
+            self.mlp.compile_parts()
+        else:
+            self.compile()
+
+    def _dense(self, *args: Any) -> torch.Tensor:
+        x_BsD, normed_BsD = self._attended(*args)
+        return x_BsD + self._drop(self.mlp(normed_BsD))
+
+    def _before_experts(self, *args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        # Up to the router's logits: the choice, made again, could differ in a tie, and ranks would wait for each other.
+        return recomputed(self.recompute, self._scored, *args, dropout=self.dropout)
+
+    def _scored(self, *args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        assert isinstance(self.mlp, MoE), "called for experts only"
+        x_BsD, normed_BsD = self._attended(*args)
+        return x_BsD, normed_BsD, self.mlp.router(normed_BsD.flatten(0, 1))
+
+    def _attended(
+        self, x_BsD: torch.Tensor, rotation: Rotation, documents: Documents | None, cache: LayerCache | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is handed on, and what the feed-forward layer gets."""
+        x_BsD = x_BsD + self._drop(self.attn(self.attn_norm(x_BsD), rotation, documents, cache))
+        return x_BsD, self.mlp_norm(x_BsD)
 
     def _drop(self, x: torch.Tensor) -> torch.Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout > 0 else x
@@ -107,9 +89,8 @@ class Block(nn.Module):
 class ParallelBlock(Block):
     """``x + attention(norm(x)) + mlp(other_norm(x))``, as GPT-NeoX has it (arXiv:2204.06745, section 2.1)."""
 
-    def _forward(
-        self, x_BsD: torch.Tensor, rotation: Rotation, documents: Documents | None, cache: LayerCache | None = None
-    ) -> tuple[torch.Tensor, MoEStats | None]:
+    def _attended(
+        self, x_BsD: torch.Tensor, rotation: Rotation, documents: Documents | None, cache: LayerCache | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         attended_BsD = self._drop(self.attn(self.attn_norm(x_BsD), rotation, documents, cache))
-        out_BsD, stats = self._feed_forward(self.mlp_norm(x_BsD))
-        return x_BsD + attended_BsD + self._drop(out_BsD), stats
+        return x_BsD + attended_BsD, self.mlp_norm(x_BsD)

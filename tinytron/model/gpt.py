@@ -14,7 +14,7 @@ from tinytron.distributed.collectives import sum_over
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import Kind, ParamSpec
 from tinytron.errors import ConfigError
-from tinytron.model.block import Block, ParallelBlock, Recompute
+from tinytron.model.block import Block, ParallelBlock
 from tinytron.model.config import ModelConfig
 from tinytron.model.modules.attn import Backend, Documents, LayerCache, visible
 from tinytron.model.modules.cut_loss import cut_linear_cross_entropy
@@ -24,6 +24,7 @@ from tinytron.model.modules.loss import LossSums, fused_linear_cross_entropy
 from tinytron.model.modules.mlp import SwiGLU
 from tinytron.model.modules.moe import Choice, Experts, MoE, MoEStats, Router
 from tinytron.model.modules.norm import LayerNorm, RMSNorm, make_norm
+from tinytron.model.modules.recompute import Recompute
 from tinytron.model.modules.rope import rotary_frequencies
 
 
@@ -163,9 +164,10 @@ class GPT(nn.Module):
         self.linear_cross_entropy = cut_linear_cross_entropy
 
     def compile_blocks(self) -> None:
-        """Compile every block in place (parameter names stay); blocks share one compiled graph."""
+        """Compile every block in place (parameter names stay); blocks share their compiled graphs."""
         for block in self.blocks:
-            block.compile()
+            assert isinstance(block, Block), "made above"
+            block.compile_parts()
 
     def hidden_states(
         self,

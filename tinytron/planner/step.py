@@ -8,10 +8,10 @@ import torch
 
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.model import GPT, ModelConfig
-from tinytron.model.block import Recompute
 from tinytron.model.modules.attn import Attention, Backend, Documents
 from tinytron.model.modules.loss import LossSums
 from tinytron.model.modules.moe import ROW_STEP
+from tinytron.model.modules.recompute import Recompute
 from tinytron.planner.ledger import Ledger
 from tinytron.planner.pretend import DeviceKind, EvenExperts, Pretending, PretendState, with_fake_memory
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from tinytron.distributed.collectives import AllToAll
+from tinytron.distributed.collectives import Exchange, all_to_all
 
 
 class Routes(NamedTuple):
@@ -57,31 +57,52 @@ def plan_routes(expert_Tk: torch.Tensor, num_experts: int, group: dist.ProcessGr
     return Routes(order_R, _inverse(order_R), arrival_Q, _inverse(arrival_Q), rows_e, counts, send, recv, top_k)
 
 
-def dispatch(x_TD: torch.Tensor, routes: Routes, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Rows for this rank's experts, grouped by expert: ``[T, D] -> [Q, D]``. Collective, differentiable."""
+class Dispatched(NamedTuple):
+    """Rows on their way to the experts."""
+
+    rows: torch.Tensor
+    routes: Routes
+    exchange: Exchange | None  # None: nobody to exchange with
+
+    def arrive(self) -> torch.Tensor:
+        """The rows for this rank's experts, grouped by expert: ``[Q, D]``. Collective, differentiable."""
+        if self.exchange is None:
+            return self.rows  # sorted by expert already
+        rows_QD = self.exchange.finish(self.rows)
+        out: torch.Tensor = _Permute.apply(rows_QD, self.routes.arrival_Q, self.routes.arrival_inverse_Q)
+        return out
+
+
+def dispatch(x_TD: torch.Tensor, routes: Routes, group: dist.ProcessGroup | None) -> Dispatched:
+    """Send every token ``[T, D]`` to its experts. What is computed before ``arrive`` hides the exchange, in the forward and
+    in the backward pass. Collective, differentiable."""
     rows_RD = _CopyToChoices.apply(x_TD, routes.order_R, routes.inverse_R, routes.top_k)
-    if len(routes.send) == 1:
-        return rows_RD  # sorted by expert already, and nobody to exchange with
-    rows_QD = AllToAll.apply(rows_RD, group, routes.send, routes.recv)
-    out: torch.Tensor = _Permute.apply(rows_QD, routes.arrival_Q, routes.arrival_inverse_Q)
-    return out
+    if group is None or len(routes.send) == 1:
+        return Dispatched(rows_RD, routes, None)
+    exchange = Exchange(group, routes.send, routes.recv)
+    return Dispatched(exchange.start(rows_RD), routes, exchange)
 
 
-def combine(
-    rows_QD: torch.Tensor, weight_Tk: torch.Tensor, routes: Routes, group: dist.ProcessGroup | None
+def bring_home(rows_QD: torch.Tensor, routes: Routes, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Expert outputs back on the ranks of their tokens, sorted as they were sent: ``[Q, D] -> [R, D]``. Collective,
+    differentiable."""
+    if group is None or len(routes.send) == 1:
+        return rows_QD
+    rows_QD = _Permute.apply(rows_QD, routes.arrival_inverse_Q, routes.arrival_Q)
+    return all_to_all(rows_QD, group, routes.recv, routes.send)
+
+
+def weighted_sum(
+    rows_RD: torch.Tensor, weight_Tk: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor
 ) -> torch.Tensor:
-    """Expert outputs brought home and summed per token: ``[Q, D] -> [T, D]`` in the rows' precision.
+    """The sum over a token's choices of weight times row, ``[R, D] -> [T, D]``, in the rows' precision; ``order_R`` and
+    ``inverse_R`` as in ``Routes``.
 
-    The weighted sum is in the weights' precision (fp32) over a fixed order of choices: no atomics, bit-identical repeats.
-    Collective, differentiable.
+    Computed in the weights' precision (fp32), rounded once, over a fixed order of choices: no atomics, bit-identical
+    repeats. Differentiable; for the backward pass the rows are kept as they are.
     """
-    rows_RD = rows_QD
-    if len(routes.send) > 1:
-        rows_QD = _Permute.apply(rows_QD, routes.arrival_inverse_Q, routes.arrival_Q)
-        rows_RD = AllToAll.apply(rows_QD, group, routes.recv, routes.send)
-    choices_RD = _Permute.apply(rows_RD, routes.inverse_R, routes.order_R)
-    choices_TkD = choices_RD.view(*weight_Tk.shape, rows_RD.shape[-1]).to(weight_Tk.dtype)
-    return (choices_TkD * weight_Tk.unsqueeze(-1)).sum(1).to(rows_RD.dtype)
+    out: torch.Tensor = _WeightedSum.apply(rows_RD, weight_Tk, order_R, inverse_R)
+    return out
 
 
 def _inverse(permutation: torch.Tensor) -> torch.Tensor:
@@ -121,3 +142,28 @@ class _CopyToChoices(torch.autograd.Function):
         choices_TkD = grad_RD[inverse_R].view(-1, ctx.top_k, grad_RD.shape[-1])
         wide = torch.promote_types(grad_RD.dtype, torch.float32)
         return choices_TkD.sum(1, dtype=wide).to(grad_RD.dtype), None, None, None
+
+
+class _WeightedSum(torch.autograd.Function):
+    """Left to autograd, the products and both factors would be kept in fp32: ten bytes an element instead of two."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows_RD: torch.Tensor, weight_Tk: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(rows_RD, weight_Tk, order_R, inverse_R)
+        choices_TkD = _choices(rows_RD, inverse_R, weight_Tk)
+        return (choices_TkD * weight_Tk.unsqueeze(-1)).sum(1).to(rows_RD.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        rows_RD, weight_Tk, order_R, inverse_R = ctx.saved_tensors
+        grad_T1D = grad_TD.to(weight_Tk.dtype).unsqueeze(1)
+        grad_weight_Tk = (_choices(rows_RD, inverse_R, weight_Tk) * grad_T1D).sum(-1)
+        grad_TkD = (grad_T1D * weight_Tk.unsqueeze(-1)).to(rows_RD.dtype)
+        return grad_TkD.view_as(rows_RD)[order_R], grad_weight_Tk, None, None
+
+
+def _choices(rows_RD: torch.Tensor, inverse_R: torch.Tensor, weight_Tk: torch.Tensor) -> torch.Tensor:
+    """A token's rows side by side, in the weights' precision: ``[T, k, D]``."""
+    return rows_RD[inverse_R].view(*weight_Tk.shape, rows_RD.shape[-1]).to(weight_Tk.dtype)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from tinytron.distributed.collectives import AllToAll
+from tinytron.distributed.collectives import all_to_all
 from tinytron.distributed.layout import divisors
 from tinytron.errors import ConfigError
 
@@ -70,7 +70,7 @@ def seq_to_head(qkv_BsMH: torch.Tensor, plan: HeadPlan, group: dist.ProcessGroup
     B, s, _, H = qkv_BsMH.shape
     m = plan.heads + 2 * plan.kv_heads
     qkv_PBsmH = plan.pack(qkv_BsMH).permute(2, 0, 1, 3, 4)
-    qkv_PBsmH = AllToAll.apply(qkv_PBsmH, group, None, None)  # dim 0: destination -> source
+    qkv_PBsmH = all_to_all(qkv_PBsmH, group)  # dim 0: destination -> source
     return qkv_PBsmH.permute(1, 0, 2, 3, 4).reshape(B, plan.size * s, m, H)
 
 
@@ -78,7 +78,7 @@ def head_to_seq(out_BSnH: torch.Tensor, plan: HeadPlan, group: dist.ProcessGroup
     """``[B, S, n, H] -> [B, s, N, H]``: the inverse for the attention output. Collective over ``group``."""
     B, S, n, H = out_BSnH.shape
     out_BPsnH = out_BSnH.reshape(B, plan.size, S // plan.size, n, H)
-    out_PBsnH = AllToAll.apply(out_BPsnH.transpose(0, 1), group, None, None)
+    out_PBsnH = all_to_all(out_BPsnH.transpose(0, 1), group)
     return out_PBsnH.permute(1, 2, 0, 3, 4).reshape(B, S // plan.size, plan.num_heads, H)
 
 

@@ -7,6 +7,7 @@ of this rank, Q rows that arrive here, D model dimension, F expert width.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,10 +15,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from tinytron.distributed.collectives import sum_over
-from tinytron.distributed.expert_parallel.comm import combine, dispatch, plan_routes
+from tinytron.distributed.expert_parallel.comm import Routes, bring_home, dispatch, plan_routes, weighted_sum
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.model.config import ModelConfig
 from tinytron.model.modules.mlp import SwiGLU, gated
+from tinytron.model.modules.recompute import Recompute, recomputed
 
 
 class Choice(NamedTuple):
@@ -66,9 +68,13 @@ class Router(nn.Module):
         self.bias: torch.Tensor
         self.register_buffer("bias", torch.zeros(config.num_experts, dtype=torch.float32))
 
-    def forward(self, x_TD: torch.Tensor) -> Routing:
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Logits ``[T, E]``."""
         wide = torch.promote_types(x_TD.dtype, torch.float32)
-        logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
+        return F.linear(x_TD.to(wide), self.weight.to(wide))
+
+    def choose(self, logits_TE: torch.Tensor) -> Routing:
+        """The decision that follows from the logits. It is kept for the backward pass, never made again."""
         score_TE = logits_TE.softmax(-1) if self.score == "softmax" else logits_TE.sigmoid()
         ranked_TE = score_TE.detach() + self.bias
         expert_Tk = ranked_TE.topk(self.top_k, dim=-1).indices
@@ -98,62 +104,114 @@ ROW_STEP = 32  # an expert's rows are padded to a multiple, on CPUs in bf16
 
 
 class Experts(nn.Module):
-    """This rank's experts: SwiGLU with weights ``[e, 2F, D]`` (gate first) and ``[e, D, F]``."""
+    """This rank's experts: SwiGLU with weights ``[e, 2F, D]`` (gate first) and ``[e, D, F]``. With ``recompute="full"``
+    only the product before the gate is kept, and the gate computed again in the backward pass."""
 
     liger = False  # whether by kernels/liger.py
 
-    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
+    def __init__(
+        self, num_experts: int, hidden_size: int, intermediate_size: int, recompute: Recompute = "none"
+    ) -> None:
         super().__init__()
+        self.recompute = recompute
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
 
     def forward(self, rows_QD: torch.Tensor, rows_e: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """``[Q, D] -> [Q, D]``: ``rows_e`` rows of each expert in turn; ``counts`` is that on the host."""
+        if not all(has_grouped_product(weight) for weight in (self.gate_up_proj, self.down_proj)):
+            return self._products(rows_QD, rows_e, counts)
         if rows_QD.dtype != torch.bfloat16 or rows_QD.is_cuda:
-            return self._forward(rows_QD, rows_e, counts)
+            return self._grouped(rows_QD, rows_e)
         # oneDNN makes a kernel for every new number of rows, which takes as long as the product: let there be few numbers.
-        wide_e, wide = (
-            (rows_e + ROW_STEP - 1) // ROW_STEP * ROW_STEP,
-            [-(-count // ROW_STEP) * ROW_STEP for count in counts],
-        )
+        return self._padded(rows_QD, rows_e, sum(-(-count // ROW_STEP) * ROW_STEP for count in counts))
+
+    def compile_parts(self) -> None:
+        """Compile what needs no counts on the host: with those every new number would be compiled for."""
+        if self.gate_up_proj.dtype == torch.bfloat16:  # the compiler knows grouped products in no other precision
+            self._grouped = torch.compile(self._grouped)  # type: ignore[method-assign]
+            self._padded = torch.compile(self._padded)  # type: ignore[method-assign]
+
+    def _padded(self, rows_QD: torch.Tensor, rows_e: torch.Tensor, padded: int) -> torch.Tensor:
+        """With each expert's rows padded, ``padded`` in all."""
+        wide_e = (rows_e + ROW_STEP - 1) // ROW_STEP * ROW_STEP
         shift_e = (wide_e.cumsum(0) - wide_e) - (rows_e.cumsum(0) - rows_e)
         place_Q = torch.arange(len(rows_QD), device=rows_QD.device)
         place_Q += shift_e.repeat_interleave(rows_e, output_size=len(rows_QD))
-        padded_QD = rows_QD.new_zeros(sum(wide), rows_QD.shape[1]).index_copy(0, place_Q, rows_QD)
-        return self._forward(padded_QD, wide_e, wide).index_select(0, place_Q)
+        padded_QD = rows_QD.new_zeros(padded, rows_QD.shape[1]).index_copy(0, place_Q, rows_QD)
+        return self._products(padded_QD, wide_e).index_select(0, place_Q)
 
-    def _forward(self, rows_QD: torch.Tensor, rows_e: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    def _grouped(self, rows_QD: torch.Tensor, rows_e: torch.Tensor) -> torch.Tensor:
+        return self._products(rows_QD, rows_e)
+
+    def _products(self, rows_QD: torch.Tensor, rows_e: torch.Tensor, counts: Sequence[int] = ()) -> torch.Tensor:
         gate_up_Q2F = grouped_linear(rows_QD, self.gate_up_proj, rows_e, counts)
+        return recomputed(self.recompute, self._gate_and_down, gate_up_Q2F, rows_e, counts)
+
+    def _gate_and_down(self, gate_up_Q2F: torch.Tensor, rows_e: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         return grouped_linear(gated(gate_up_Q2F, by_liger=self.liger), self.down_proj, rows_e, counts)
 
 
 class MoE(nn.Module):
-    """Router, dispatch, experts, combine, and shared experts that see every token (arXiv:2401.06066).
+    """Dispatch, experts, weighted sum, and shared experts that see every token (arXiv:2401.06066).
 
-    Shapes: ``[B, s, D] -> [B, s, D]`` and ``MoEStats``. Collective over the expert group in forward and backward; over the
-    sequence group (balance scope ``sequence``) or the world (``batch``) for the load, in forward.
+    Shapes: ``[B, s, D]`` and the router's logits ``[T, E]`` -> ``[B, s, D]`` and ``MoEStats``. The router runs before, with
+    what else is recomputed (``Block``); its decision is here, and kept. ``recompute="full"`` keeps nothing between
+    dispatch and sum, ``selective`` all but cheap activations: nothing is sent twice. Collective over the expert group in
+    forward and backward; over the sequence group (balance scope ``sequence``) or the world (``batch``) for the load, in
+    forward.
     """
 
-    def __init__(self, config: ModelConfig, state: ParallelState | None) -> None:
+    def __init__(self, config: ModelConfig, state: ParallelState | None, recompute: Recompute = "none") -> None:
         super().__init__()
         self.config, self.state = config, state
+        self.group = state.groups["ep"] if state else None
+        self.recompute: Recompute = "full" if recompute == "full" else "none"  # of all; or of the parts
+        self.recompute_parts: Recompute = "selective" if recompute == "selective" else "none"
         self.router = Router(config)
         local = config.num_experts // (state.layout.ep if state else 1)
-        self.experts = Experts(local, config.hidden_size, config.moe_intermediate_size)
+        self.experts = Experts(
+            local, config.hidden_size, config.moe_intermediate_size, "full" if recompute == "selective" else "none"
+        )
         width = config.num_shared_experts * config.moe_intermediate_size
         self.shared = SwiGLU(config.hidden_size, width, config.has_mlp_bias) if width else None
 
-    def forward(self, x_BsD: torch.Tensor) -> tuple[torch.Tensor, MoEStats]:
-        x_TD = x_BsD.flatten(0, 1)
-        routing = self.router(x_TD)
-        group = self.state.groups["ep"] if self.state else None
-        routes = plan_routes(routing.expert_Tk, self.config.num_experts, group)
-        rows_QD = self.experts(dispatch(x_TD, routes, group), routes.rows_e, routes.counts)
-        out_TD = combine(rows_QD, routing.weight_Tk, routes, group)
-        out_BsD = out_TD.view_as(x_BsD)
-        if self.shared is not None:
-            out_BsD = out_BsD + self.shared(x_BsD)
+    def forward(self, x_BsD: torch.Tensor, logits_TE: torch.Tensor) -> tuple[torch.Tensor, MoEStats]:
+        routing = self._decide(logits_TE)
+        routes = plan_routes(routing.expert_Tk, self.config.num_experts, self.group)
+        out_BsD = recomputed(self.recompute, self._mixture, x_BsD, routing.weight_Tk, routes)
         return out_BsD, self._stats(routing, x_BsD.shape[0])
+
+    def compile_parts(self) -> None:
+        """Compile what lies between the exchanges. A rank gets another number of rows at every step."""
+        self._decide = torch.compile(self._decide)  # type: ignore[method-assign]
+        self._sum = torch.compile(self._sum)  # type: ignore[method-assign]
+        self._of_all = torch.compile(self._of_all)  # type: ignore[method-assign]
+        self.experts.compile_parts()
+
+    def _decide(self, logits_TE: torch.Tensor) -> Routing:
+        return self.router.choose(logits_TE)
+
+    def _mixture(self, x_BsD: torch.Tensor, weight_Tk: torch.Tensor, routes: Routes) -> torch.Tensor:
+        dispatched = dispatch(x_BsD.flatten(0, 1), routes, self.group)
+        shared_BsD = self._of_all(x_BsD)  # while the rows are on their way
+        rows_QD = self.experts(dispatched.arrive(), routes.rows_e, routes.counts)
+        rows_RD = bring_home(rows_QD, routes, self.group)
+        return self._sum(rows_RD, weight_Tk, routes.order_R, routes.inverse_R, shared_BsD).view_as(x_BsD)
+
+    def _of_all(self, x_BsD: torch.Tensor) -> torch.Tensor | None:
+        return None if self.shared is None else recomputed(self.recompute_parts, self.shared, x_BsD)
+
+    def _sum(
+        self,
+        rows_RD: torch.Tensor,
+        weight_Tk: torch.Tensor,
+        order_R: torch.Tensor,
+        inverse_R: torch.Tensor,
+        shared_BsD: torch.Tensor | None,
+    ) -> torch.Tensor:
+        out_TD = weighted_sum(rows_RD, weight_Tk, order_R, inverse_R)
+        return out_TD if shared_BsD is None else out_TD + shared_BsD.flatten(0, 1)
 
     def _stats(self, routing: Routing, B: int) -> MoEStats:
         """Balance: Switch Transformer's loss (arXiv:2101.03961, section 2.2) times the tokens it stands for.
@@ -181,22 +239,28 @@ class MoE(nn.Module):
         return MoEStats(balance, z, load_E, routing.choice)
 
 
+def has_grouped_product(weight_eFD: torch.Tensor) -> bool:
+    """Whether torch has one product for all experts: bf16, fp32 on CPUs; widths of whole 16 bytes."""
+    fits = weight_eFD.dtype == torch.bfloat16 or (weight_eFD.dtype == torch.float32 and weight_eFD.device.type == "cpu")
+    return fits and all(width * weight_eFD.element_size() % 16 == 0 for width in weight_eFD.shape[1:])
+
+
 def grouped_linear(
-    rows_QD: torch.Tensor, weight_eFD: torch.Tensor, rows_e: torch.Tensor, counts: list[int]
+    rows_QD: torch.Tensor, weight_eFD: torch.Tensor, rows_e: torch.Tensor, counts: Sequence[int] = ()
 ) -> torch.Tensor:
     """Each row times its expert's transposed weight; rows are grouped by expert. ``[Q, D] -> [Q, F]``.
 
-    One grouped GEMM where torch has one (bf16; fp32 on CPUs; widths of whole 16 bytes), else one product per expert.
-    ``counts`` is ``rows_e`` on the host. Experts without rows get a zero gradient.
+    One grouped GEMM, or else one product per expert, for which ``counts`` is ``rows_e`` on the host. Experts without rows
+    get a zero gradient.
     """
-    grouped = rows_QD.dtype == torch.bfloat16 or (rows_QD.dtype == torch.float32 and rows_QD.device.type == "cpu")
-    if grouped and all(width * rows_QD.element_size() % 16 == 0 for width in weight_eFD.shape[1:]):
+    if has_grouped_product(weight_eFD):
         ends_e = rows_e.cumsum(0).to(torch.int32)
         out: torch.Tensor = F.grouped_mm(rows_QD, weight_eFD.transpose(1, 2), offs=ends_e)
         return out
     return looped_linear(rows_QD, weight_eFD, counts)
 
 
-def looped_linear(rows_QD: torch.Tensor, weight_eFD: torch.Tensor, counts: list[int]) -> torch.Tensor:
+def looped_linear(rows_QD: torch.Tensor, weight_eFD: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     """``grouped_linear`` as one product per expert: any dtype, any device."""
-    return torch.cat([rows @ weight.t() for rows, weight in zip(rows_QD.split(counts), weight_eFD, strict=True)])
+    rows = rows_QD.split(list(counts))
+    return torch.cat([its @ weight.t() for its, weight in zip(rows, weight_eFD, strict=True)])
