@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,16 +37,12 @@ def mutated(mutant: Mutant) -> Iterator[None]:
         source.replace(mutant.old, mutant.new), f"<mutant of {path}>", "exec", flags=annotations.compiler_flag
     )
     exec(code, plain.__globals__, made)
-    # A function may have been imported into other modules by name.
-    modules = [m for key, m in sys.modules.items() if key.startswith("tinytron.")] if not owner else []
-    places = [place, *(m for m in modules if m is not place and vars(m).get(name) is original)]
-    for where in places:
-        setattr(where, name, made[name])
+    # The function's code rather than the name: others may have imported or registered the function.
+    healthy, plain.__code__ = plain.__code__, inspect.unwrap(made[name]).__code__
     try:
         yield
     finally:
-        for where in places:
-            setattr(where, name, original)
+        plain.__code__ = healthy
 
 
 def run_mutated(mutant: Mutant, job: Callable[..., Any], *args: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.naive import moe as naive
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.model import GPT, ModelConfig
 from tinytron.model.gpt import named_normal
+from tinytron.model.modules.moe import ROW_STEP
 
 E, K = 6, 2
 MOE: dict[str, Any] = SIZES | {
@@ -141,6 +143,43 @@ def test_recomputation_changes_nothing_and_counts_the_load_once(
     assert all(torch.equal(plain_grads[name], other_grads[name]) for name in plain_grads)
     assert torch.equal(plain_load, other_load)
     assert plain_load.sum(1).tolist() == [B * S * K] * 3
+
+
+def kept(recompute: Any) -> Counter[tuple[torch.dtype, int]]:
+    """Storages that autograd keeps alive in one more expert layer, without the weights: (precision, elements)."""
+    found = []
+    for layers in (3, 4):
+        config = ModelConfig(**MOE | {"num_layer": layers, "num_shared_experts": 1})
+        model = GPT(config, dtype=torch.bfloat16, recompute=recompute).train()
+        storages: dict[int, torch.Tensor] = {}
+
+        def pack(tensor: torch.Tensor, storages: dict[int, torch.Tensor] = storages) -> torch.Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        ids, labels = make_batch()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            losses = sums(model, ids, labels)
+        assert losses.objective.requires_grad
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        found.append(
+            Counter(
+                (t.dtype, t.untyped_storage().nbytes() // t.itemsize) for p, t in storages.items() if p not in weights
+            )
+        )
+    return found[1] - found[0]
+
+
+def test_what_recomputation_keeps_of_experts() -> None:
+    """``full``: the inputs of attention and of the mixture. ``selective``: no value behind a gate. Rows never in fp32."""
+    D, F = MOE["hidden_size"], MOE["moe_intermediate_size"]
+    none, selective, full = kept("none"), kept("selective"), kept("full")
+    assert {size: n for (dtype, size), n in full.items() if dtype == torch.bfloat16} == {B * S * D: 2}
+    assert all(size < B * S * D for dtype, size in full if dtype == torch.float32)
+    gated = (torch.bfloat16, E * ROW_STEP * F)
+    assert none[gated] == 1
+    assert selective[gated] == 0
+    assert all(size < B * S * K * D for dtype, size in none + selective if dtype == torch.float32)
 
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])
