@@ -9,6 +9,7 @@ experts of all ranks, e = E / P experts of this rank, P ranks of the group, D mo
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, NamedTuple
 
 import torch
@@ -29,9 +30,12 @@ class Routes(NamedTuple):
     send: list[int]  # rows to each rank
     recv: list[int]  # rows from each rank
     top_k: int
+    by_triton: bool = False  # rows are summed per token by kernels/triton_experts.py, where that can
 
 
-def plan_routes(expert_Tk: torch.Tensor, num_experts: int, group: dist.ProcessGroup | None) -> Routes:
+def plan_routes(
+    expert_Tk: torch.Tensor, num_experts: int, group: dist.ProcessGroup | None, *, by_triton: bool = False
+) -> Routes:
     """Agree with the group on who sends how many rows to whom. Collective; the host waits here, once per layer.
 
     ``expert_Tk``: int64 ``[T, k]``, the experts chosen by each token; ``group`` ``None`` means this process alone. The
@@ -54,12 +58,14 @@ def plan_routes(expert_Tk: torch.Tensor, num_experts: int, group: dist.ProcessGr
     local = torch.arange(arriving_Pe.shape[1], device=chosen_R.device).repeat(size)
     local_Q = torch.repeat_interleave(local, arriving_Pe.flatten(), output_size=sum(recv))
     arrival_Q = torch.argsort(local_Q, stable=True)
-    return Routes(order_R, _inverse(order_R), arrival_Q, _inverse(arrival_Q), rows_e, counts, send, recv, top_k)
+    return Routes(
+        order_R, _inverse(order_R), arrival_Q, _inverse(arrival_Q), rows_e, counts, send, recv, top_k, by_triton
+    )
 
 
 def dispatch(x_TD: torch.Tensor, routes: Routes, group: dist.ProcessGroup | None) -> torch.Tensor:
     """Rows for this rank's experts, grouped by expert: ``[T, D] -> [Q, D]``. Collective, differentiable."""
-    rows_RD = _CopyToChoices.apply(x_TD, routes.order_R, routes.inverse_R, routes.top_k)
+    rows_RD = _CopyToChoices.apply(x_TD, routes.order_R, routes.inverse_R, routes.top_k, _fused(routes, x_TD))
     if len(routes.send) == 1:
         return rows_RD  # sorted by expert already, and nobody to exchange with
     rows_QD = AllToAll.apply(rows_RD, group, routes.send, routes.recv)
@@ -79,9 +85,21 @@ def combine(
     if len(routes.send) > 1:
         rows_QD = _Permute.apply(rows_QD, routes.arrival_inverse_Q, routes.arrival_Q)
         rows_RD = AllToAll.apply(rows_QD, group, routes.recv, routes.send)
+    if _fused(routes, rows_RD):
+        return _kernels().weighted_sum(rows_RD, weight_Tk, routes.inverse_R)
     choices_RD = _Permute.apply(rows_RD, routes.inverse_R, routes.order_R)
     choices_TkD = choices_RD.view(*weight_Tk.shape, rows_RD.shape[-1]).to(weight_Tk.dtype)
     return (choices_TkD * weight_Tk.unsqueeze(-1)).sum(1).to(rows_RD.dtype)
+
+
+def _fused(routes: Routes, rows: torch.Tensor) -> bool:
+    """Whether by kernels/triton_experts.py: not in fp64, and not in a compiled block, where inductor fuses the same."""
+    return routes.by_triton and rows.dtype != torch.float64 and not torch.compiler.is_compiling()
+
+
+def _kernels() -> Any:
+    """kernels/triton_experts.py, which needs the triton package."""
+    return importlib.import_module("tinytron.kernels.triton_experts")
 
 
 def _inverse(permutation: torch.Tensor) -> torch.Tensor:
@@ -109,15 +127,17 @@ class _CopyToChoices(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor, top_k: int
+        ctx: Any, x_TD: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor, top_k: int, fused: bool
     ) -> torch.Tensor:
         ctx.save_for_backward(inverse_R)
-        ctx.top_k = top_k
+        ctx.top_k, ctx.fused = top_k, fused
         return x_TD[order_R // top_k]
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, grad_RD: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         (inverse_R,) = ctx.saved_tensors
+        if ctx.fused:
+            return _kernels().sum_choices(grad_RD, inverse_R, None, ctx.top_k), None, None, None, None
         choices_TkD = grad_RD[inverse_R].view(-1, ctx.top_k, grad_RD.shape[-1])
         wide = torch.promote_types(grad_RD.dtype, torch.float32)
-        return choices_TkD.sum(1, dtype=wide).to(grad_RD.dtype), None, None, None
+        return choices_TkD.sum(1, dtype=wide).to(grad_RD.dtype), None, None, None, None

@@ -141,13 +141,14 @@ class MoE(nn.Module):
         local = config.num_experts // (state.layout.ep if state else 1)
         self.experts = Experts(local, config.hidden_size, config.moe_intermediate_size)
         width = config.num_shared_experts * config.moe_intermediate_size
+        self.triton = False  # whether by kernels/triton_experts.py
         self.shared = SwiGLU(config.hidden_size, width, config.has_mlp_bias) if width else None
 
     def forward(self, x_BsD: torch.Tensor) -> tuple[torch.Tensor, MoEStats]:
         x_TD = x_BsD.flatten(0, 1)
         routing = self.router(x_TD)
         group = self.state.groups["ep"] if self.state else None
-        routes = plan_routes(routing.expert_Tk, self.config.num_experts, group)
+        routes = plan_routes(routing.expert_Tk, self.config.num_experts, group, by_triton=self.triton)
         rows_QD = self.experts(dispatch(x_TD, routes, group), routes.rows_e, routes.counts)
         out_TD = combine(rows_QD, routing.weight_Tk, routes, group)
         out_BsD = out_TD.view_as(x_BsD)
