@@ -2,9 +2,9 @@
 
 python benchmarks/kernels.py [--precision bf16 fp32] [--width 768 2048] [--tokens 16384] [--rounds 20]     (a CUDA device)
 
-Floor: the larger of FLOPs over the measured rate of matrix products (fp32 in TF32, as in training), and of bytes (every input,
-output and gradient once) over the measured rate of copies; symmetric products need half the FLOPs of plain ones. A figure is
-the median over rounds in which the variants take turns; memory is what a variant allocates beside its inputs.
+Floor: the larger of FLOPs over the measured rate of matrix products (fp32 in TF32, as in training), and of bytes (every
+input, output and gradient once) over the measured rate of copies; symmetric products need half the FLOPs of plain ones. A
+figure is the median over rounds in which the variants take turns; memory is what a variant allocates beside its inputs.
 """
 
 from __future__ import annotations

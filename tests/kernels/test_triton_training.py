@@ -23,18 +23,21 @@ MODULES = {
 Pools = Callable[[int], Ranks]
 
 
+def _counting(name: str, function: Callable[..., Any], calls: Counter[str]) -> Callable[..., Any]:
+    def counted(*args: Any, **more: Any) -> Any:
+        calls[name] += 1
+        return function(*args, **more)
+
+    return counted
+
+
 def _trained(log_dir: Path, *flags: object) -> tuple[dict[str, int], list[float]]:
     """Which kernels were called, and the losses."""
     calls: Counter[str] = Counter()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "check_kernels", lambda train, device: None)  # there is no CUDA device
         for name, module in MODULES.items():
-
-            def counted(*args: Any, _name: str = name, _function: Any = getattr(module, name), **more: Any) -> Any:
-                calls[_name] += 1
-                return _function(*args, **more)
-
-            patch.setattr(module, name, counted)
+            patch.setattr(module, name, _counting(name, getattr(module, name), calls))
         run = train(Trainer, log_dir, "--max_steps", 2, "--total_batch_size", 48, "--num_layer", 1, *flags)
     return dict(calls), [record["loss"] for record in run.records]
 

@@ -18,10 +18,10 @@ MAX_BLOCK = 2048  # elements of a row in registers at a time
 
 @triton.jit
 def _sum_rows(
-    rows: torch.Tensor,
-    place: torch.Tensor,
-    weight: torch.Tensor,
-    out: torch.Tensor,
+    rows: Any,
+    place: Any,
+    weight: Any,
+    out: Any,
     D: int,
     K: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -42,12 +42,12 @@ def _sum_rows(
 
 @triton.jit
 def _spread(
-    grad: torch.Tensor,
-    rows: torch.Tensor,
-    place: torch.Tensor,
-    weight: torch.Tensor,
-    grad_rows: torch.Tensor,
-    grad_weight: torch.Tensor,
+    grad: Any,
+    rows: Any,
+    place: Any,
+    weight: Any,
+    grad_rows: Any,
+    grad_weight: Any,
     D: int,
     K: tl.constexpr,
     BLOCK: tl.constexpr,

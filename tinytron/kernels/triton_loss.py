@@ -1,11 +1,13 @@
 """The row-wise part of the fused head and loss: what model/modules/loss.py does to a chunk's logits between its two matrix
 products, in two passes over them. Needs the triton package. Letters: t tokens of a chunk, V vocabulary.
 
-Pass 1 keeps a running maximum and a running sum of exponentials (online softmax, arXiv:1805.02867); pass 2 puts the gradient
-where the logits were. No copy of the logits in fp32 is in memory: fp32 is in registers only.
+Pass 1 keeps a running maximum and a running sum of exponentials (online softmax, arXiv:1805.02867); pass 2 puts the
+gradient where the logits were. No copy of the logits in fp32 is in memory: fp32 is in registers only.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -16,11 +18,11 @@ MAX_BLOCK = 4096  # logits in registers at a time: 16 a thread
 
 @triton.jit
 def _rows(
-    z: torch.Tensor,
-    label: torch.Tensor,
-    counted: torch.Tensor,
-    nll: torch.Tensor,
-    lse: torch.Tensor,
+    z: Any,
+    label: Any,
+    counted: Any,
+    nll: Any,
+    lse: Any,
     V: int,
     z_loss_coef: float,
     IGNORE: tl.constexpr,

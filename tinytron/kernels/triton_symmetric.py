@@ -6,6 +6,7 @@ three. Letters: m rows, n columns of each matrix.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -16,8 +17,8 @@ FEW_TILES = 128  # as many as a large GPU has multiprocessors: below, smaller ti
 
 @triton.jit
 def _tiles(
-    x: torch.Tensor,
-    out: torch.Tensor,
+    x: Any,
+    out: Any,
     m: int,
     n: int,
     b: float,
