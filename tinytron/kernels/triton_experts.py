@@ -18,10 +18,10 @@ MAX_BLOCK = 2048  # elements of a row in registers at a time
 
 @triton.jit
 def _sum_rows(
-    rows: Any,
-    place: Any,
-    weight: Any,
-    out: Any,
+    rows: tl.tensor,
+    place: tl.tensor,
+    weight: tl.tensor,
+    out: tl.tensor,
     D: int,
     K: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -42,12 +42,12 @@ def _sum_rows(
 
 @triton.jit
 def _spread(
-    grad: Any,
-    rows: Any,
-    place: Any,
-    weight: Any,
-    grad_rows: Any,
-    grad_weight: Any,
+    grad: tl.tensor,
+    rows: tl.tensor,
+    place: tl.tensor,
+    weight: tl.tensor,
+    grad_rows: tl.tensor,
+    grad_weight: tl.tensor,
     D: int,
     K: tl.constexpr,
     BLOCK: tl.constexpr,

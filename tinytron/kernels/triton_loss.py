@@ -7,8 +7,6 @@ gradient where the logits were. No copy of the logits in fp32 is in memory: fp32
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -18,11 +16,11 @@ MAX_BLOCK = 4096  # logits in registers at a time: 16 a thread
 
 @triton.jit
 def _rows(
-    z: Any,
-    label: Any,
-    counted: Any,
-    nll: Any,
-    lse: Any,
+    z: tl.tensor,
+    label: tl.tensor,
+    counted: tl.tensor,
+    nll: tl.tensor,
+    lse: tl.tensor,
     V: int,
     z_loss_coef: float,
     IGNORE: tl.constexpr,

@@ -6,7 +6,6 @@ three. Letters: m rows, n columns of each matrix.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -17,8 +16,8 @@ FEW_TILES = 128  # as many as a large GPU has multiprocessors: below, smaller ti
 
 @triton.jit
 def _tiles(
-    x: Any,
-    out: Any,
+    x: tl.tensor,
+    out: tl.tensor,
     m: int,
     n: int,
     b: float,
