@@ -85,8 +85,8 @@ def _launch(x: torch.Tensor, b: float, c: float, *, add: bool) -> torch.Tensor:
 def gram(x: torch.Tensor) -> torch.Tensor:
     """``x @ x.mT``: ``[..., m, n] -> [..., m, m]`` in the precision of ``x`` (bf16, fp16, fp32), summed in fp32.
 
-    Products of fp32 are in TF32 where torch's setting allows it. Triton may then cut their factors off to TF32 instead of
-    rounding them (its documentation of ``tl.dot``).
+    Products of fp32 are in TF32 where torch's setting allows it, else without tensor cores. To TF32 Triton may cut factors
+    off instead of rounding them (its documentation of ``tl.dot``).
     """
     return _launch(x, 0.0, 1.0, add=False)
 
