@@ -58,7 +58,7 @@ def loss_operations(device: torch.device, dtype: torch.dtype, tokens: int, D: in
         return cross_entropy_(products, label_t, counted_t, nll_t, 1e-4, ignore_index=IGNORE_INDEX, gradient=True)
 
     moved = 2 * products.numel() * dtype.itemsize
-    fused = torch.compile(twin)
+    fused = torch.compile(twin, dynamic=False)
     yield Operation(
         f"rows of the loss, {t} x {V}", 0, moved, lambda: twin(products), lambda: fused(products), kernel
     )  # fmt: skip
@@ -85,7 +85,7 @@ def expert_operations(device: torch.device, dtype: torch.dtype, tokens: int, D: 
     rows = torch.randn(tokens * TOP_K, D, device=device).to(dtype).requires_grad_()
     weight = torch.rand(tokens, TOP_K, device=device).requires_grad_()
     grad_x, grad_rows = torch.randn_like(x), torch.randn_like(rows)
-    compiled_dispatch, compiled_combine = torch.compile(comm.dispatch), torch.compile(comm.combine)
+    compiled_dispatch, compiled_combine = (torch.compile(f, dynamic=False) for f in (comm.dispatch, comm.combine))
 
     def dispatched(function: Callable[..., torch.Tensor], by: comm.Routes) -> Callable[[], object]:
         return lambda: torch.autograd.grad(function(x, by, None), x, grad_rows)
@@ -115,7 +115,7 @@ def symmetric_operations(device: torch.device, dtype: torch.dtype, D: int) -> It
     def polynomial(a: torch.Tensor) -> torch.Tensor:
         return -2.5 * a + 0.75 * (a @ a)
 
-    fused, fused_whole = torch.compile(polynomial), torch.compile(orthogonalize)
+    fused, fused_whole = (torch.compile(f, dynamic=False) for f in (polynomial, orthogonalize))
     yield Operation(
         f"x xT, {D} x {n}", D * D * n, x.nbytes + a.nbytes, lambda: x @ x.mT, None, lambda: gram(x)
     )  # fmt: skip
