@@ -82,10 +82,11 @@ def sum_choices(
     (fp32) if given: ``[R, D] -> [T, D]`` in the rows' precision. Not differentiable by itself."""
     (R, D), sizes = rows_RD.shape, _sizes(rows_RD.shape[1])
     out = rows_RD.new_empty(R // top_k, D)
-    _sum_rows[(R // top_k, triton.cdiv(D, sizes["BLOCK"]))](
-        rows_RD.contiguous(), place_R, None if weight_Tk is None else weight_Tk.contiguous(), out, D,
-        K=top_k, WEIGHTED=weight_Tk is not None, **sizes,
-    )  # fmt: skip
+    with torch.cuda.device_of(rows_RD):  # Triton launches on the current device
+        _sum_rows[(R // top_k, triton.cdiv(D, sizes["BLOCK"]))](
+            rows_RD.contiguous(), place_R, None if weight_Tk is None else weight_Tk.contiguous(), out, D,
+            K=top_k, WEIGHTED=weight_Tk is not None, **sizes,
+        )  # fmt: skip
     return out
 
 
@@ -102,10 +103,11 @@ class _WeightedSum(torch.autograd.Function):
         (R, D), k = rows_RD.shape, weight_Tk.shape[1]
         grad_RD = rows_RD.new_empty(R, D)
         grad_Tk = weight_Tk.new_empty(weight_Tk.shape)
-        _spread[(R,)](
-            grad_TD.contiguous(), rows_RD.contiguous(), place_R, weight_Tk.contiguous(), grad_RD, grad_Tk, D,
-            K=k, **_sizes(D),
-        )  # fmt: skip
+        with torch.cuda.device_of(rows_RD):  # Triton launches on the current device
+            _spread[(R,)](
+                grad_TD.contiguous(), rows_RD.contiguous(), place_R, weight_Tk.contiguous(), grad_RD, grad_Tk, D,
+                K=k, **_sizes(D),
+            )  # fmt: skip
         return grad_RD, grad_Tk, None
 
 

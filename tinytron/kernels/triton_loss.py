@@ -82,8 +82,9 @@ def cross_entropy_(
     t, V = logits_tV.shape
     lse_t = torch.empty_like(nll_t)
     block = min(triton.next_power_of_2(V), MAX_BLOCK)
-    _rows[(t,)](
-        logits_tV, label_t.contiguous(), counted_t, nll_t, lse_t, V, z_loss_coef,
-        IGNORE=ignore_index, GRADIENT=gradient, BLOCK=block, num_warps=8 if block > 1024 else 4,
-    )  # fmt: skip
+    with torch.cuda.device_of(logits_tV):  # Triton launches on the current device
+        _rows[(t,)](
+            logits_tV, label_t.contiguous(), counted_t, nll_t, lse_t, V, z_loss_coef,
+            IGNORE=ignore_index, GRADIENT=gradient, BLOCK=block, num_warps=8 if block > 1024 else 4,
+        )  # fmt: skip
     return lse_t

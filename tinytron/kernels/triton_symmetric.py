@@ -74,11 +74,12 @@ def _launch(x: torch.Tensor, b: float, c: float, *, add: bool) -> torch.Tensor:
     block, programs = (128, half[0]) if half[0] * stack >= FEW_TILES else (64, half[1])
     # torch's own setting says whether fp32 products may be in TF32; other precisions have tensor cores of their own.
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    _tiles[(programs, stack)](
-        x.contiguous(), out, m, n, b, c,
-        ADD=add, PRECISION="tf32" if tf32 else "ieee", BLOCK=block, BLOCK_K=128 // x.element_size(),
-        num_warps=8 if block == 128 else 4, num_stages=3,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        _tiles[(programs, stack)](
+            x.contiguous(), out, m, n, b, c,
+            ADD=add, PRECISION="tf32" if tf32 else "ieee", BLOCK=block, BLOCK_K=128 // x.element_size(),
+            num_warps=8 if block == 128 else 4, num_stages=3,
+        )  # fmt: skip
     return out
 
 
