@@ -35,7 +35,7 @@ setup(
         "dev": [
             *QUICKSTART,
             *("pytest", "hypothesis", "ruff", "mypy", "types-tqdm", "datasets", "transformers", "s3fs", "moto[server]"),
-            "tiktoken",
+            *("tiktoken", 'triton; platform_system == "Linux"'),
         ],
     },
 )

@@ -2,10 +2,10 @@
 
 python benchmarks/experts.py [--precision bf16 fp32] [--threads 2] [--tokens 2048] [--rounds 15] [--ranks 2]
 
-Forward and backward of one layer's experts (gate, up and down; no router) on rows that are there already, by us and by
-one product after the other, beside a dense layer of the same widths that multiplies as many rows: 100% is as if all experts were
-one. With --ranks also a whole layer with a shared expert over that many gloo processes of one thread each: its exchange
-hidden behind the shared expert, as the model has it, and waited for first. Medians over rounds in which all take turns.
+Forward and backward of one layer's experts (gate, up and down; no router) on rows that are there already, by us and by one
+product after the other, beside a dense layer of the same widths that multiplies as many rows: 100% is as if all experts
+were one. With --ranks also a whole layer with shared experts over that many gloo processes of one thread each: its
+exchange hidden behind the shared experts, as the model has it, and waited for first. Medians over rounds by turns.
 """
 
 from __future__ import annotations

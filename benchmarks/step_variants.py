@@ -106,7 +106,7 @@ class Ours(Training):
         self.model = build_model(config, self.state)
         if weights is not None:
             self.model.load_state_dict(dict(weights), strict=False)  # routers have a bias too, which is zero
-        self.optimizer = DistributedOptimizer(build_optimizer(config.optim, self.model), self.state.groups["dp"])
+        self.optimizer = DistributedOptimizer(build_optimizer(config, self.model), self.state.groups["dp"])
         made = self.state.groups
         groups = {"dense": made["world"], "expert": made["edp"], "ep": made["ep"]}
         self.optimizer.attach(self.model, specs_of(self.model), groups, optimizer_options(config, self.model))

@@ -16,6 +16,8 @@ from tests.helpers.storage import s3, s3_server, storage  # noqa: F401
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["OMP_NUM_THREADS"] = "1"  # also for the processes that tests start
 torch.set_num_threads(1)
+if not torch.cuda.is_available():  # before anything imports triton: our kernels then run in its interpreter
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -72,7 +72,7 @@ _install() {
     fi
     if [ -n "${TORCH_SPEC:-}" ]; then
         constraints="$(mktemp)"
-        grep -v '^torch==' "$ROOT/constraints.txt" >"$constraints"
+        grep -Ev '^(torch|triton)==' "$ROOT/constraints.txt" >"$constraints"
     fi
     if ! "$ROOT/.venv/bin/python" -m pip install -qq --disable-pip-version-check -c "$constraints" \
         ${TORCH_SPEC:+"$TORCH_SPEC"} -e "$ROOT${extra:+[$extra]}" >&2; then

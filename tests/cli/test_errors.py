@@ -77,7 +77,7 @@ WRONG = {
         ("--attn_backend flash needs the flash-attn package: pip install flash-attn",), ("--attn_backend", "flash")
     ),
 }
-for name in ("use_liger_kernel", "use_cut_cross_entropy"):
+for name in ("use_liger_kernel", "use_cut_cross_entropy", "use_triton_kernels"):
     WRONG[name] = Wrong(
         (f"--{name} runs on CUDA only, not on cpu; drop --{name}",), (f"--{name}", "--precision", "bf16")
     )

@@ -19,4 +19,4 @@ def combine(
 ) -> torch.Tensor:
     """Expert outputs brought home and summed per token: ``[Q, D] -> [T, D]``."""
     rows_RD = comm.bring_home(rows_QD, routes, group)
-    return comm.weighted_sum(rows_RD, weight_Tk, routes.order_R, routes.inverse_R)
+    return comm.weighted_sum(rows_RD, weight_Tk, routes.order_R, routes.inverse_R, routes.by_triton)

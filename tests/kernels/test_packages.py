@@ -18,6 +18,7 @@ from tests.helpers.runs import TINY, config_of, train
 from tinytron.errors import ConfigError
 from tinytron.kernels import liger
 from tinytron.kernels.liger import check_liger
+from tinytron.kernels.packages import check_triton
 from tinytron.model import GPT, ModelConfig
 from tinytron.model.modules.cut_loss import check_cut_cross_entropy, cut_linear_cross_entropy
 from tinytron.model.modules.loss import IGNORE_INDEX, LossSums, fused_linear_cross_entropy
@@ -29,6 +30,7 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 CHECKS = {
     "use_liger_kernel": (check_liger, "liger-kernel", "liger_kernel.ops"),
     "use_cut_cross_entropy": (check_cut_cross_entropy, "cut-cross-entropy", "cut_cross_entropy"),
+    "use_triton_kernels": (check_triton, "triton", "triton.language"),
 }
 
 
@@ -42,6 +44,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def test_a_run_without_a_gpu_is_refused(calls: Counter[str], flag: str) -> None:
     with pytest.raises(ConfigError, match=rf"^--{flag} runs on CUDA only, not on cpu; drop --{flag}$"):
         CHECKS[flag][0](CPU)
+    if flag == "use_triton_kernels":  # has no stand-in: torch itself imports it
+        pytest.importorskip("triton")
     CHECKS[flag][0](CUDA)
 
 

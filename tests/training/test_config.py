@@ -116,6 +116,23 @@ def test_amounts_are_numbers(name: str) -> None:
             "flag",
             "--use_liger_kernel --mlp_type gelu",
         ),
+        (
+            "--use_triton_kernels --precision fp64",
+            "--use_triton_kernels computes in fp32, not in --precision fp64; use fp32, or drop the flag",
+            "--use_triton_kernels --precision fp32",
+        ),
+        (
+            "--use_triton_kernels --use_cut_cross_entropy",
+            "--use_triton_kernels has nothing to do: --use_cut_cross_entropy computes the loss, --optimizer adam has no "
+            "symmetric products, and there are no experts; drop one of the two flags",
+            "--use_triton_kernels --use_cut_cross_entropy --optimizer muon",
+        ),
+        (
+            "--use_triton_kernels --use_cut_cross_entropy --use_moe --use_compile",
+            "--use_triton_kernels has nothing to do: --use_cut_cross_entropy computes the loss, --optimizer adam has no "
+            "symmetric products, and --use_compile fuses the experts' sums; drop one of the two flags",
+            "--use_triton_kernels --use_cut_cross_entropy --use_moe",
+        ),
         *(
             (
                 f"--use_cut_cross_entropy --precision {precision}",
@@ -320,6 +337,7 @@ EXECUTION = {
         "recompute", "attn_backend", "use_compile", "eval_tasks", "eval_every", "eval_tokenizer",
         "disable_tf32", "use_profiler", "steps_to_profile", "spike_sigma", "spike_window", "spike_action",
         "replica_check_every", "step_timeout", "use_liger_kernel", "use_cut_cross_entropy",
+        "use_triton_kernels",
     },
     "model": set(),
     "optim": set(),

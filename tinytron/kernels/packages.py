@@ -1,4 +1,4 @@
-"""Packages of CUDA kernels that a flag asks for and nobody needs otherwise."""
+"""Packages that a flag for CUDA kernels needs and nobody needs otherwise."""
 
 from __future__ import annotations
 
@@ -25,3 +25,8 @@ def check_package(flag: str, package: str, module: str, names: Sequence[str], de
             f"--{flag} needs a newer {package}, whose {module} has {missing[0]}: pip install --upgrade {package}; "
             f"or drop --{flag}"
         )
+
+
+def check_triton(device: torch.device) -> None:
+    """Raises: ConfigError if our own kernels (triton_*.py) cannot run on ``device``, or triton is missing or too old."""
+    check_package("use_triton_kernels", "triton", "triton.language", ("debug_barrier", "static_range"), device)

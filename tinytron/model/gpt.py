@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -158,6 +159,12 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, (RMSNorm, SwiGLU, Experts)):
                 module.liger = True
+
+    def use_triton_kernels(self) -> None:
+        """Compute the loss, and the sums of experts' rows, by kernels/triton_*.py from now on."""
+        self.linear_cross_entropy = partial(fused_linear_cross_entropy, by_triton=True)
+        for layer in self.moe_layers:
+            layer.triton = True
 
     def use_cut_cross_entropy(self) -> None:
         """Compute head and loss by modules/cut_loss.py from now on."""

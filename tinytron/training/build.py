@@ -16,6 +16,7 @@ from tinytron.distributed.param_spec import specs_of
 from tinytron.distributed.zero1.distributed_optimizer import Options
 from tinytron.errors import ConfigError
 from tinytron.kernels.liger import check_liger
+from tinytron.kernels.packages import check_triton
 from tinytron.metrics import RoutingReport
 from tinytron.model import GPT
 from tinytron.model.modules.attn import check_backend
@@ -42,7 +43,9 @@ def build_model(config: Config, state: ParallelState) -> GPT:
     )
     if config.train.use_liger_kernel:
         gpt.use_liger_kernels()
-    if config.train.use_cut_cross_entropy:
+    if config.train.use_triton_kernels:
+        gpt.use_triton_kernels()
+    if config.train.use_cut_cross_entropy:  # instead of any other loss
         gpt.use_cut_cross_entropy()
     if config.train.use_compile:
         gpt.compile_blocks()
@@ -54,6 +57,8 @@ def check_kernels(train: TrainingConfig, device: torch.device) -> None:
     check_backend(train.attn_backend, device, DTYPES[train.precision])
     if train.use_liger_kernel:
         check_liger(device)
+    if train.use_triton_kernels:
+        check_triton(device)
     if train.use_cut_cross_entropy:
         check_cut_cross_entropy(device)
 
@@ -87,12 +92,16 @@ def muon_options(optim: OptimConfig) -> dict[str, Any]:
     }
 
 
-def build_optimizer(optim: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW, or Muon with AdamW for what is no matrix, over every trainable parameter; not wrapped yet."""
+    optim = config.optim
     groups, betas = optimizer_groups(optim, model), (optim.adam_beta1, optim.adam_beta2)
     if optim.optimizer != "muon":
         return torch.optim.AdamW(groups, lr=optim.max_lr, betas=betas, eps=optim.adam_eps, fused=True)
-    return Muon(groups, lr=optim.max_lr, betas=betas, eps=optim.adam_eps, **muon_options(optim))
+    muon = Muon(groups, lr=optim.max_lr, betas=betas, eps=optim.adam_eps, **muon_options(optim))
+    if config.train.use_triton_kernels:
+        muon.use_triton_kernels()
+    return muon
 
 
 def build_schedule(optim: OptimConfig, info: TrainingInfo) -> Schedule:

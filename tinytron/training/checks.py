@@ -91,6 +91,8 @@ def _check_kernels(config: Config) -> None:
                 f"--use_liger_kernel has nothing for --norm_type {model.norm_type} with --mlp_type {model.mlp_type}; "
                 "use rms or swiglu, or drop the flag"
             )
+    if train.use_triton_kernels:
+        _check_triton(config)
     if not train.use_cut_cross_entropy:
         return
     if train.precision not in ("bf16", "fp16"):
@@ -107,6 +109,20 @@ def _check_kernels(config: Config) -> None:
         raise ConfigError(
             "--deterministic does not go with --use_cut_cross_entropy, which adds gradients up in no fixed order; drop one "
             "of them"
+        )
+
+
+def _check_triton(config: Config) -> None:
+    """Rules on --use_triton_kernels, wherever it runs."""
+    train = config.train
+    if train.precision == "fp64":
+        raise ConfigError("--use_triton_kernels computes in fp32, not in --precision fp64; use fp32, or drop the flag")
+    experts = config.model.use_moe and not train.use_compile
+    if train.use_cut_cross_entropy and not experts and config.optim.optimizer != "muon":
+        why = "--use_compile fuses the experts' sums" if config.model.use_moe else "there are no experts"
+        raise ConfigError(
+            "--use_triton_kernels has nothing to do: --use_cut_cross_entropy computes the loss, --optimizer "
+            f"{config.optim.optimizer} has no symmetric products, and {why}; drop one of the two flags"
         )
 
 

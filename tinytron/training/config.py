@@ -91,6 +91,10 @@ class TrainingConfig:
     use_cut_cross_entropy: Annotated[
         bool, Flag("output head and loss by the cut-cross-entropy package, on CUDA devices", identity=False)
     ] = False
+    use_triton_kernels: Annotated[
+        bool,
+        Flag("loss, sums of experts' rows and Muon's products by our Triton kernels, on CUDA devices", identity=False),
+    ] = False
     disable_tf32: Annotated[
         bool, Flag("exact fp32 matrix products on Ampere and later GPUs; on CPUs those of torch's BLAS", identity=False)
     ] = False

@@ -109,7 +109,7 @@ class Trainer:
     def _init_optimizer(self, config: Config) -> None:
         """Set ``optimizer``: any torch optimizer over ``raw_model.parameters()``, wrapped or not."""
         self.optimizer = DistributedOptimizer(
-            optimizer=build_optimizer(config.optim, self.raw_model), process_group=self.dp_group
+            optimizer=build_optimizer(config, self.raw_model), process_group=self.dp_group
         )
 
     def _init_logging(self, config: Config) -> None:

@@ -9,6 +9,7 @@ experts of all ranks, e = E / P experts of this rank, P ranks of the group, D mo
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, NamedTuple
 
 import torch
@@ -29,9 +30,12 @@ class Routes(NamedTuple):
     send: list[int]  # rows to each rank
     recv: list[int]  # rows from each rank
     top_k: int
+    by_triton: bool = False  # rows are summed per token by kernels/triton_experts.py, where that can
 
 
-def plan_routes(expert_Tk: torch.Tensor, num_experts: int, group: dist.ProcessGroup | None) -> Routes:
+def plan_routes(
+    expert_Tk: torch.Tensor, num_experts: int, group: dist.ProcessGroup | None, *, by_triton: bool = False
+) -> Routes:
     """Agree with the group on who sends how many rows to whom. Collective; the host waits here, once per layer.
 
     ``expert_Tk``: int64 ``[T, k]``, the experts chosen by each token; ``group`` ``None`` means this process alone. The
@@ -54,7 +58,9 @@ def plan_routes(expert_Tk: torch.Tensor, num_experts: int, group: dist.ProcessGr
     local = torch.arange(arriving_Pe.shape[1], device=chosen_R.device).repeat(size)
     local_Q = torch.repeat_interleave(local, arriving_Pe.flatten(), output_size=sum(recv))
     arrival_Q = torch.argsort(local_Q, stable=True)
-    return Routes(order_R, _inverse(order_R), arrival_Q, _inverse(arrival_Q), rows_e, counts, send, recv, top_k)
+    return Routes(
+        order_R, _inverse(order_R), arrival_Q, _inverse(arrival_Q), rows_e, counts, send, recv, top_k, by_triton
+    )
 
 
 class Dispatched(NamedTuple):
@@ -76,7 +82,7 @@ class Dispatched(NamedTuple):
 def dispatch(x_TD: torch.Tensor, routes: Routes, group: dist.ProcessGroup | None) -> Dispatched:
     """Send every token ``[T, D]`` to its experts. What is computed before ``arrive`` hides the exchange, in the forward and
     in the backward pass. Collective, differentiable."""
-    rows_RD = _CopyToChoices.apply(x_TD, routes.order_R, routes.inverse_R, routes.top_k)
+    rows_RD = _CopyToChoices.apply(x_TD, routes.order_R, routes.inverse_R, routes.top_k, _fused(routes.by_triton, x_TD))
     if group is None or len(routes.send) == 1:
         return Dispatched(rows_RD, routes, None)
     exchange = Exchange(group, routes.send, routes.recv)
@@ -93,16 +99,33 @@ def bring_home(rows_QD: torch.Tensor, routes: Routes, group: dist.ProcessGroup |
 
 
 def weighted_sum(
-    rows_RD: torch.Tensor, weight_Tk: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor
+    rows_RD: torch.Tensor,
+    weight_Tk: torch.Tensor,
+    order_R: torch.Tensor,
+    inverse_R: torch.Tensor,
+    by_triton: bool = False,
 ) -> torch.Tensor:
-    """The sum over a token's choices of weight times row, ``[R, D] -> [T, D]``, in the rows' precision; ``order_R`` and
-    ``inverse_R`` as in ``Routes``.
+    """The sum over a token's choices of weight times row, ``[R, D] -> [T, D]``, in the rows' precision; ``order_R``,
+    ``inverse_R`` and ``by_triton`` as in ``Routes``.
 
     Computed in the weights' precision (fp32), rounded once, over a fixed order of choices: no atomics, bit-identical
     repeats. Differentiable; for the backward pass the rows are kept as they are.
     """
+    if _fused(by_triton, rows_RD):
+        fused: torch.Tensor = _kernels().weighted_sum(rows_RD, weight_Tk, inverse_R)
+        return fused
     out: torch.Tensor = _WeightedSum.apply(rows_RD, weight_Tk, order_R, inverse_R)
     return out
+
+
+def _fused(by_triton: bool, rows: torch.Tensor) -> bool:
+    """Whether by kernels/triton_experts.py: not in fp64, and not in what is compiled, where inductor fuses the same."""
+    return by_triton and rows.dtype != torch.float64 and not torch.compiler.is_compiling()
+
+
+def _kernels() -> Any:
+    """kernels/triton_experts.py, which needs the triton package."""
+    return importlib.import_module("tinytron.kernels.triton_experts")
 
 
 def _inverse(permutation: torch.Tensor) -> torch.Tensor:
@@ -130,18 +153,20 @@ class _CopyToChoices(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor, top_k: int
+        ctx: Any, x_TD: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor, top_k: int, fused: bool
     ) -> torch.Tensor:
         ctx.save_for_backward(inverse_R)
-        ctx.top_k = top_k
+        ctx.top_k, ctx.fused = top_k, fused
         return x_TD[order_R // top_k]
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, grad_RD: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         (inverse_R,) = ctx.saved_tensors
+        if ctx.fused:
+            return _kernels().sum_choices(grad_RD, inverse_R, None, ctx.top_k), None, None, None, None
         choices_TkD = grad_RD[inverse_R].view(-1, ctx.top_k, grad_RD.shape[-1])
         wide = torch.promote_types(grad_RD.dtype, torch.float32)
-        return choices_TkD.sum(1, dtype=wide).to(grad_RD.dtype), None, None, None
+        return choices_TkD.sum(1, dtype=wide).to(grad_RD.dtype), None, None, None, None
 
 
 class _WeightedSum(torch.autograd.Function):

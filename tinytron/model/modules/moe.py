@@ -174,11 +174,12 @@ class MoE(nn.Module):
             local, config.hidden_size, config.moe_intermediate_size, "full" if recompute == "selective" else "none"
         )
         width = config.num_shared_experts * config.moe_intermediate_size
+        self.triton = False  # whether by kernels/triton_experts.py
         self.shared = SwiGLU(config.hidden_size, width, config.has_mlp_bias) if width else None
 
     def forward(self, x_BsD: torch.Tensor, logits_TE: torch.Tensor) -> tuple[torch.Tensor, MoEStats]:
         routing = self._decide(logits_TE)
-        routes = plan_routes(routing.expert_Tk, self.config.num_experts, self.group)
+        routes = plan_routes(routing.expert_Tk, self.config.num_experts, self.group, by_triton=self.triton)
         out_BsD = recomputed(self.recompute, self._mixture, x_BsD, routing.weight_Tk, routes)
         return out_BsD, self._stats(routing, x_BsD.shape[0])
 
@@ -210,7 +211,7 @@ class MoE(nn.Module):
         inverse_R: torch.Tensor,
         shared_BsD: torch.Tensor | None,
     ) -> torch.Tensor:
-        out_TD = weighted_sum(rows_RD, weight_Tk, order_R, inverse_R)
+        out_TD = weighted_sum(rows_RD, weight_Tk, order_R, inverse_R, self.triton)
         return out_TD if shared_BsD is None else out_TD + shared_BsD.flatten(0, 1)
 
     def _stats(self, routing: Routing, B: int) -> MoEStats:
