@@ -24,19 +24,16 @@ Recompute = Literal["none", "full", "selective"]
 # rotations and activations are cheap (Korthikanti et al., arXiv:2205.05198, section 5).
 # The router's choice is always kept: chosen again it could differ in a tie, and the ranks would wait for each other.
 _ROUTING_OPS = {torch.ops.aten.topk.default}
-_KEPT_OPS = _ROUTING_OPS | {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten._grouped_mm.default,
+_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten._grouped_mm.default}
+_ATTENTION_OPS = {
     torch.ops.tinytron.tiled_attention.default,
+    torch.ops.torch_attn._varlen_attn.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 }
-
-
-_ATTENTION_OPS = {op for op in _KEPT_OPS if "attention" in str(op)}
+_KEPT_OPS = _ROUTING_OPS | _PRODUCTS | _ATTENTION_OPS
 
 
 def _keep(kept: set[Any], ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
