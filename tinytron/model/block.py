@@ -40,10 +40,23 @@ def _keep(kept: set[Any], ctx: Any, op: Any, *args: Any, **kwargs: Any) -> Check
     return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-_selective_contexts = partial(create_selective_checkpoint_contexts, partial(_keep, _KEPT_OPS))
-# A kept attention would not draw its dropout again in recomputation, and all later draws would be others.
-_dropout_contexts = partial(create_selective_checkpoint_contexts, partial(_keep, _KEPT_OPS - _ATTENTION_OPS))
-_routing_contexts = partial(create_selective_checkpoint_contexts, partial(_keep, _ROUTING_OPS))
+def _selective_contexts() -> Any:
+    return create_selective_checkpoint_contexts(partial(_keep, _KEPT_OPS))
+
+
+def _dropout_contexts() -> Any:
+    """A kept attention would not draw its dropout again in recomputation, and all later draws would be others."""
+    return create_selective_checkpoint_contexts(partial(_keep, _KEPT_OPS - _ATTENTION_OPS))
+
+
+def _routing_contexts() -> Any:
+    return create_selective_checkpoint_contexts(partial(_keep, _ROUTING_OPS))
+
+
+# torch.compile caches a graph across processes if a text says what is kept.
+_selective_contexts.cache_hash = f"keep {sorted(map(str, _KEPT_OPS))}"  # type: ignore[attr-defined]
+_dropout_contexts.cache_hash = f"keep {sorted(map(str, _KEPT_OPS - _ATTENTION_OPS))}"  # type: ignore[attr-defined]
+_routing_contexts.cache_hash = f"keep {sorted(map(str, _ROUTING_OPS))}"  # type: ignore[attr-defined]
 
 
 class Block(nn.Module):
