@@ -149,7 +149,9 @@ def attention_runs(case: Case, packed: bool) -> tuple[dict[str, Run], list[str]]
             check_backend(backend, case.device, case.dtype)
             q, k, v = case.qkv()
             seen = documents if backend in ("flash", "varlen") else masked
-            runs[backend] = differentiated(_attending(backend, seen), q, k, v)
+            run = differentiated(_attending(backend, seen), q, k, v)
+            run()  # to see whether it fits
+            runs[backend] = run
         except ConfigError as error:
             missing.append(str(error))
         except torch.OutOfMemoryError:
