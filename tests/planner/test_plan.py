@@ -140,7 +140,10 @@ def test_the_launchers_world_is_planned_on_its_first_process(
         ),
         (("--dry_run_world_size", 5), "--total_batch_size 96 (tokens) must be a multiple of --batch_size x --seq_len"),
         (("--attn_backend", "flash", "--backend", "gloo"), "--attn_backend flash"),
-        (("--attn_backend", "varlen", "--backend", "gloo", "--head_dim", 8), "--attn_backend varlen runs on CUDA"),
+        (
+            ("--attn_backend", "varlen", "--backend", "gloo", "--head_dim", 8, "--precision", "bf16"),
+            "--attn_backend varlen runs on CUDA",
+        ),
     ],
 )
 def test_what_the_run_refuses_the_dry_run_refuses(flags: tuple[object, ...], text: str) -> None:

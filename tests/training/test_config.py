@@ -101,6 +101,11 @@ def test_amounts_are_numbers(name: str) -> None:
             "--seq_len 8192 --total_batch_size 16384 --block_size 8192",
         ),
         (
+            "--attn_backend varlen --precision fp32",
+            "--attn_backend varlen computes in bf16 or fp16, not in --precision fp32; use bf16, or --attn_backend sdpa",
+            "--attn_backend varlen --precision bf16",
+        ),
+        (
             "--attn_backend varlen --dropout 0.1",
             "--dropout 0.1 does not go with --attn_backend varlen, which has none; use --dropout 0, or --attn_backend sdpa",
             "--attn_backend varlen --dropout 0",
