@@ -76,6 +76,10 @@ WRONG = {
     "flash": Wrong(
         ("--attn_backend flash needs the flash-attn package: pip install flash-attn",), ("--attn_backend", "flash")
     ),
+    "varlen": Wrong(
+        ("--attn_backend varlen runs on CUDA in bf16 or fp16 only, not on cpu in torch.bfloat16; use sdpa",),
+        ("--attn_backend", "varlen", "--head_dim", "8", "--precision", "bf16"),
+    ),
 }
 for name in ("use_liger_kernel", "use_cut_cross_entropy", "use_triton_kernels"):
     WRONG[name] = Wrong(

@@ -349,3 +349,27 @@ def test_states_and_main_weights_are_divided_by_the_ranks(ranks: Pools, world: i
         }
     for held in ranks(world).run(_bytes, torch.float32):
         assert held["main"] == 0  # fp32 parameters are their own main copy
+
+
+def _rate_in_a_tensor(dtype: torch.dtype) -> None:
+    """As a CUDA graph of whole steps needs it."""
+    in_tensor, in_float = Net(dtype), Net(dtype)
+    rate = torch.tensor(0.1)
+    optimizers = [
+        DistributedOptimizer(torch.optim.AdamW(in_tensor.parameters(), lr=rate, fused=True, capturable=True)),
+        DistributedOptimizer(torch.optim.AdamW(in_float.parameters(), lr=0.1, fused=True)),
+    ]
+    for step, lr in enumerate((0.1, 0.03, 0.2)):
+        rate.fill_(lr)
+        for group in optimizers[1].param_groups:
+            group["lr"] = lr
+        for net, optimizer in zip((in_tensor, in_float), optimizers, strict=True):
+            net(coefficients(dist.get_rank(), step)).backward()
+            optimizer.step(max_norm=1.0)
+            optimizer.zero_grad()
+        torch.testing.assert_close(list(in_tensor.parameters()), list(in_float.parameters()), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_learning_rate_in_a_tensor_is_read_at_every_step(ranks: Pools, dtype: torch.dtype) -> None:
+    ranks(2).run(_rate_in_a_tensor, dtype)

@@ -69,19 +69,31 @@ def test_loss_waits_for_nothing(weighted: bool) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_flash_attention_equals_math() -> None:
-    pytest.importorskip("flash_attn")
+@pytest.mark.parametrize("window", [0, 1, 30, 100, 128])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("backend", ["flash", "varlen"])
+def test_flash_attention_equals_math(backend: Backend, packed: bool, window: int) -> None:
+    if backend == "flash":
+        pytest.importorskip("flash_attn")
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 128, n, 64, device="cuda", dtype=torch.bfloat16) for n in (8, 2, 2))
+    qkv = [torch.randn(2, 128, n, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for n in (8, 2, 2)]
     documents = Documents(torch.tensor([0, 50, 128, 200, 256], device="cuda", dtype=torch.int32), 78)
-    for given in (None, documents):
-        flash, math = (attend(q, k, v, backend=b, documents=given) for b in ("flash", "math"))
-        torch.testing.assert_close(flash, math, rtol=2e-2, atol=2e-2)
+    given = documents if packed else None
+    flash, math = (attend(*qkv, backend=b, documents=given, window=window) for b in (backend, "math"))
+    torch.testing.assert_close(flash, math, rtol=2e-2, atol=2e-2)
+    grad = torch.randn_like(flash)
+    for mine, theirs in zip(*(torch.autograd.grad(out, qkv, grad) for out in (flash, math)), strict=True):
+        assert (mine - theirs).norm() < 2e-2 * theirs.norm()
 
 
 @pytest.mark.parametrize(
     ("backend", "dtype", "tolerance"),
-    [("sdpa", torch.float64, 1e-8), ("sdpa", torch.bfloat16, 0.1), ("flash", torch.bfloat16, 0.1)],
+    [
+        ("sdpa", torch.float64, 1e-8),
+        ("sdpa", torch.bfloat16, 0.1),
+        ("flash", torch.bfloat16, 0.1),
+        ("varlen", torch.bfloat16, 0.1),
+    ],
 )
 def test_packed_documents_are_as_if_alone(backend: Backend, dtype: torch.dtype, tolerance: float) -> None:
     """Against each document by itself on the CPU in fp64. Rounding in bf16 costs a gradient up to 5%."""
@@ -124,7 +136,18 @@ def test_peak_is_known_or_measured() -> None:
     assert source in ("data sheet", "measured")
 
 
-@pytest.mark.parametrize("options", [[], ["--deterministic"], ["--precision", "fp16"], ["--use_compile"]], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--deterministic"],
+        ["--precision", "fp16"],
+        ["--use_compile"],
+        ["--attn_backend", "varlen", "--sliding_window", "50", "--deterministic"],
+        ["--attn_backend", "varlen", "--recompute", "selective", "--use_compile"],
+    ],
+    ids=str,
+)
 def test_training_runs_and_learns_nothing_wrong(options: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "pretrain_debug.py", *TINY, "--log_dir", str(tmp_path), "--max_steps", "8", *options]
     subprocess.run(command, check=True, timeout=300)
@@ -166,6 +189,7 @@ def step_of(mode: str, flags: list[str], log_dir: Path) -> str:
         "--spike_sigma 8 --spike_window 6",
         "--optimizer muon --muon_normuon",
         "--sliding_window 32 --qk_norm",
+        "--attn_backend varlen --sliding_window 32 --recompute selective",
         "--no-use_distributed_optimizer",
     ],
 )

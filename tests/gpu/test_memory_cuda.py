@@ -43,6 +43,7 @@ print(json.dumps([held, torch.cuda.max_memory_allocated()]))
         ("--recompute", "full"),
         ("--head_dim", 128, "--num_attention_heads", 8, "--qk_norm"),
         ("--optimizer", "muon"),
+        ("--attn_backend", "varlen", "--sliding_window", 1000),
         ("--precision", "fp32", "--batch_size", 1, "--num_key_value_heads", 32),
         ("--use_moe", "--num_experts", 8, "--num_experts_per_tok", 2, "--moe_intermediate_size", 768),
     ],

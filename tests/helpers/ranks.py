@@ -33,7 +33,7 @@ def _serve(rank: int, world: int, rendezvous: str, inbox: mp.Queue[Any], outbox:
     mp.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # may have loader workers
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests on every machine
     torch.set_num_threads(1)  # the ranks share two cores
-    profile.measured_matmul_rate = lambda *_: 1e12  # for MFU: 0.3 s of matmuls at every start of training
+    profile.measured_matmul_rate = lambda *_, **__: 1e12  # for MFU: 0.3 s of matmuls at every start of training
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
     outbox.put((rank, "ready", None))
     while (job := inbox.get()) is not None:

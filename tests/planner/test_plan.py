@@ -14,6 +14,7 @@ from tests.helpers.runs import TINY, config_of
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.errors import ConfigError
 from tinytron.model import ModelConfig
+from tinytron.model.modules.attn import Backend
 from tinytron.planner.report import describe, rows
 from tinytron.planner.step import StepMemory, Workload, meta_model, step_memory
 from tinytron.training.dry_run import dry_run, plan_run
@@ -62,17 +63,18 @@ def test_on_a_gpu_the_loss_has_all_logits_of_a_small_batch_at_once() -> None:
     assert gpu.peak - gpu.activations >= logits * 6 + weight * (4 + 2)
 
 
-def test_flash_attention_needs_no_masks() -> None:
+@pytest.mark.parametrize("backend", ["flash", "varlen"])
+def test_flash_attention_needs_no_masks(backend: Backend) -> None:
     mask = 2 * 64 * 64 * 2
     # With a mask torch wants keys and values for each of the 4 query heads, without one it keeps those of 2, which for
     # the keys are part of what the rotation made anyway; in 2 layers.
     repeated = 2 * (2 * 4 - 2) * (2 * 64 * 16 * 2)
-    masked, flash = _step(documents=True), _step(documents=True, attn_backend="flash")
+    masked, flash = _step(documents=True), _step(documents=True, attn_backend=backend)
     assert masked.activations - flash.activations == pytest.approx(mask + repeated, rel=0.01)
     window = {"sliding_window": 8}
-    masked, flash = _step(window), _step(window, attn_backend="flash")
+    masked, flash = _step(window), _step(window, attn_backend=backend)
     assert masked.activations - flash.activations == pytest.approx(64 * 64 * 2 + repeated, rel=0.01)
-    assert _step(attn_backend="flash") == _step()
+    assert _step(attn_backend=backend) == _step()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -138,6 +140,10 @@ def test_the_launchers_world_is_planned_on_its_first_process(
         ),
         (("--dry_run_world_size", 5), "--total_batch_size 96 (tokens) must be a multiple of --batch_size x --seq_len"),
         (("--attn_backend", "flash", "--backend", "gloo"), "--attn_backend flash"),
+        (
+            ("--attn_backend", "varlen", "--backend", "gloo", "--head_dim", 8, "--precision", "bf16"),
+            "--attn_backend varlen runs on CUDA",
+        ),
     ],
 )
 def test_what_the_run_refuses_the_dry_run_refuses(flags: tuple[object, ...], text: str) -> None:

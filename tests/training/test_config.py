@@ -101,6 +101,28 @@ def test_amounts_are_numbers(name: str) -> None:
             "--seq_len 8192 --total_batch_size 16384 --block_size 8192",
         ),
         (
+            "--attn_backend varlen --precision fp32",
+            "--attn_backend varlen computes in bf16 or fp16, not in --precision fp32; use bf16, or --attn_backend sdpa",
+            "--attn_backend varlen --precision bf16",
+        ),
+        (
+            "--attn_backend varlen --dropout 0.1",
+            "--dropout 0.1 does not go with --attn_backend varlen, which has none; use --dropout 0, or --attn_backend sdpa",
+            "--attn_backend varlen --dropout 0",
+        ),
+        (
+            "--attn_backend varlen --head_dim 50",
+            "--attn_backend varlen wants --head_dim to be a multiple of 8 up to 256, not 50; use 56, or --attn_backend "
+            "sdpa",
+            "--attn_backend varlen --head_dim 56",
+        ),
+        (
+            "--attn_backend varlen --head_dim 264",
+            "--attn_backend varlen wants --head_dim to be a multiple of 8 up to 256, not 264; use 256, or --attn_backend "
+            "sdpa",
+            "--attn_backend varlen --head_dim 256",
+        ),
+        (
             "--use_liger_kernel --precision fp64",
             "--use_liger_kernel computes in fp32, not in --precision fp64; use fp32, or drop the flag",
             "--use_liger_kernel --precision fp32",

@@ -17,7 +17,7 @@ from tinytron.distributed.param_spec import Kind, ParamSpec
 from tinytron.errors import ConfigError
 from tinytron.model.block import Block, ParallelBlock
 from tinytron.model.config import ModelConfig
-from tinytron.model.modules.attn import Backend, Documents, LayerCache, visible
+from tinytron.model.modules.attn import UNMASKED, Backend, Documents, LayerCache, visible
 from tinytron.model.modules.cut_loss import cut_linear_cross_entropy
 from tinytron.model.modules.emb import RotaryEmbedding, TokenEmbedding
 from tinytron.model.modules.linear import PackedLinear, ResidualLinear
@@ -59,7 +59,7 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.z_loss_coef, self.state = config, z_loss_coef, state
-        self.needs_mask = attn_backend != "flash"  # flash-attn takes the documents' boundaries, and the windows
+        self.needs_mask = attn_backend not in UNMASKED
         self.layer_windows = [config.window(layer) for layer in range(config.num_layer)]
         self.windows = set(self.layer_windows)
         outer = torch.get_default_dtype()

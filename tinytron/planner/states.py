@@ -13,8 +13,9 @@ import torch.nn as nn
 
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.param_spec import ParamSpec
-from tinytron.distributed.zero1.buckets import BufferLayout, plan_by_elements, plan_by_tensors
+from tinytron.distributed.zero1.buckets import BufferLayout, plan_buffer
 from tinytron.distributed.zero1.distributed_optimizer import Options
+from tinytron.distributed.zero1.grouping import group_parameters
 
 SCALAR = 4  # bytes of AdamW's step counter, in fp32
 
@@ -108,20 +109,17 @@ def plan_buffers(
 ) -> list[PlannedBuffer]:
     """The flat buffers that ``DistributedOptimizer`` makes of ``model``'s parameters in the optimizer's ``groups``: one per
     group, precision and set of ranks that sum its gradients."""
-    named = {id(p): (order, name) for order, (name, p) in enumerate(model.named_parameters())}
-    of_experts = {spec.name: spec.gradient_group == "expert" for spec in specs}
+    names = {id(p): name for name, p in model.named_parameters()}
+    by_name = {spec.name: spec for spec in specs}
     buffers = []
-    for group in groups:
-        kinds: dict[tuple[torch.dtype, bool], list[tuple[str, nn.Parameter]]] = {}
-        for parameter in sorted(group["params"], key=lambda p: named[id(p)][0]):
-            name = named[id(parameter)][1]
-            kinds.setdefault((parameter.dtype, of_experts[name]), []).append((name, parameter))
-        plan = plan_by_tensors if group.get("kind") == "muon" else plan_by_elements
-        for (dtype, expert), members in kinds.items():
+    for given in groups:
+        for group in group_parameters(given["params"], given, names, by_name):
+            expert = group.gradient_group == "expert"
             shards = (layout.world_size // layout.ep if expert else layout.world_size) if options.shard else 1
-            planned = plan([p.numel() for _, p in members], shards, options.bucket_numel)
-            names, shapes = tuple(name for name, _ in members), tuple(tuple(p.shape) for _, p in members)
-            buffers.append(PlannedBuffer(planned, names, shapes, dtype, expert, group))
+            numels, shapes = [p.numel() for p in group.params], tuple(tuple(p.shape) for p in group.params)
+            planned = plan_buffer(numels, shards, options.bucket_numel, whole_tensors=group.whole_tensors)
+            members = tuple(spec.name for spec in group.specs)
+            buffers.append(PlannedBuffer(planned, members, shapes, group.params[0].dtype, expert, given))
     return buffers
 
 

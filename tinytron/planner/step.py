@@ -8,7 +8,7 @@ import torch
 
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.model import GPT, ModelConfig
-from tinytron.model.modules.attn import Attention, Backend, Documents
+from tinytron.model.modules.attn import UNMASKED, Attention, Backend, Documents
 from tinytron.model.modules.loss import LossSums
 from tinytron.model.modules.moe import ROW_STEP
 from tinytron.model.modules.recompute import Recompute
@@ -49,8 +49,8 @@ class StepMemory:
 
 def meta_model(config: ModelConfig, work: Workload, layout: ParallelLayout) -> GPT:
     """The model of rank 0 as shapes only. Raises: ConfigError if the heads do not fit the layout."""
-    # The package for flash attention keeps what torch's flash kernel keeps, and need not be there to plan.
-    flash = work.attn_backend == "flash"
+    # Kernels for documents keep what torch's flash kernel keeps, and their package need not be there to plan.
+    flash = work.attn_backend in UNMASKED
     model = GPT(
         config,
         dtype=work.dtype,
@@ -81,7 +81,7 @@ def step_memory(model: GPT, work: Workload, layout: ParallelLayout) -> StepMemor
         if work.documents:
             positions = torch.zeros(B, s, dtype=torch.int64)
             documents = Documents(torch.zeros(B + 1, dtype=torch.int32), work.seq_len)
-        if work.attn_backend == "flash":
+        if work.attn_backend in UNMASKED:
             documents = None
         inputs = [t for t in (ids_Bs, labels_Bs, positions) if t is not None]
         gradients = _expect_gradients(model, accumulated=work.micro_batches > 1)

@@ -79,6 +79,22 @@ def _check_exports(config: Config) -> None:
 def _check_kernels(config: Config) -> None:
     """Rules on optional kernels, wherever they run."""
     train, model = config.train, config.model
+    if train.attn_backend == "varlen":
+        if train.precision not in ("bf16", "fp16"):
+            raise ConfigError(
+                f"--attn_backend varlen computes in bf16 or fp16, not in --precision {train.precision}; use bf16, or "
+                "--attn_backend sdpa"
+            )
+        if model.dropout:
+            raise ConfigError(
+                f"--dropout {model.dropout} does not go with --attn_backend varlen, which has none; use --dropout 0, or "
+                "--attn_backend sdpa"
+            )
+        if (size := model.resolved_head_dim) % 8 or size > 256:
+            raise ConfigError(
+                f"--attn_backend varlen wants --head_dim to be a multiple of 8 up to 256, not {size}; "
+                f"use {min(256, -(-size // 8) * 8)}, or --attn_backend sdpa"
+            )
     if train.use_liger_kernel:
         if train.precision == "fp64":
             raise ConfigError(

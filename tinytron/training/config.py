@@ -76,9 +76,10 @@ class TrainingConfig:
         Flag("activations computed again in backward: whole blocks, or all but matmuls and attention", identity=False),
     ] = "none"
     attn_backend: Annotated[
-        Literal["auto", "sdpa", "flash", "math"],
+        Literal["auto", "sdpa", "flash", "varlen", "math"],
         Flag(
-            "attention: torch SDPA, the flash-attn package, or plain formulas; auto: SDPA, on CPUs by tiles",
+            "attention: torch SDPA, the flash-attn package, torch's kernels for documents, or plain formulas; "
+            "auto: SDPA, on CPUs by tiles",
             identity=False,
         ),
     ] = "auto"

@@ -31,7 +31,7 @@ from tinytron.model import GPT
 from tinytron.training.config import DTYPES, Config
 from tinytron.training.derive import accumulation_steps
 from tinytron.utils.matmul import onednn_keeps_fp32, use_onednn
-from tinytron.utils.profile import peak_flops
+from tinytron.utils.profile import measured_matmul_rate, peak_flops
 from tinytron.utils.remote import is_remote, local_folder
 from tinytron.utils.training import seed_all, use_deterministic_kernels, write_atomically
 
@@ -227,11 +227,22 @@ def writable(config: Config, action: Callable[[], T]) -> T:
         ) from error
 
 
-def measure_peak(config: Config, state: ParallelState) -> tuple[float, str]:
-    """Matrix products of all ranks together, in FLOP/s, and a line about that. Collective."""
-    peak, source = peak_flops(state.device, DTYPES[config.train.precision])
-    total = float(sum_over(torch.tensor(peak, device=state.device), state.groups["world"]))
-    return total, f"peak matmul rate for MFU: {total / 1e12:.3g} TFLOP/s ({source})"
+def measure_peak(config: Config, state: ParallelState) -> tuple[float, list[str]]:
+    """Matrix products of all ranks together, in FLOP/s, and lines about that: on CPUs also one if they are faster in fp32
+    than in the 16 bits of ``--precision``. Collective."""
+    precision, world = config.train.precision, state.groups["world"]
+    peak, source = peak_flops(state.device, DTYPES[precision])
+    total = float(sum_over(torch.tensor(peak, device=state.device), world))
+    lines = [f"peak matmul rate for MFU: {total / 1e12:.3g} TFLOP/s ({source})"]
+    if state.device.type == "cpu" and precision in ("bf16", "fp16"):
+        wide = measured_matmul_rate(state.device, torch.float32, seconds=0.1)
+        wide = float(sum_over(torch.tensor(wide), world))
+        if wide > 1.1 * total:  # closer is noise
+            lines.append(
+                f"{precision} is slow on this CPU: matrix products run at {total / 1e9:.3g} GFLOP/s, in fp32 at "
+                f"{wide / 1e9:.3g} GFLOP/s; --precision fp32 would be faster (as a new run: a run keeps its precision)"
+            )
+    return total, lines
 
 
 def describe_run(config: Config, layout: ParallelLayout) -> dict[str, Any]:

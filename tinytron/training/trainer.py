@@ -155,8 +155,9 @@ class Trainer:
             self._say(f"already trained: {self.step} of {last} steps are done")
             self._saver.close(self._say)
             return
-        self._peak_flops, text = startup.measure_peak(self.config, self.state)
-        self._say(text)
+        self._peak_flops, lines = startup.measure_peak(self.config, self.state)
+        for line in lines:
+            self._say(line)
         self._clock.lap()  # training time starts now
         self._in_loop = True
         with contextlib.closing(self._progress), self._guards.active(), self._init_profiler(self.config) as profiler:

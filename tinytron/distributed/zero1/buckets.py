@@ -59,6 +59,12 @@ class BufferLayout:
         return start, start + part
 
 
+def plan_buffer(numels: Sequence[int], num_shards: int, bucket_numel: int, *, whole_tensors: bool) -> BufferLayout:
+    """The layout of a buffer whose ranks own ranges of elements, or ``whole_tensors``."""
+    plan = plan_by_tensors if whole_tensors else plan_by_elements
+    return plan(numels, num_shards, bucket_numel)
+
+
 def plan_by_elements(
     numels: Sequence[int], num_shards: int, bucket_numel: int, alignment: int = ALIGNMENT
 ) -> BufferLayout:

@@ -23,6 +23,7 @@ import torch.nn as nn
 from tinytron.distributed.collectives import Waitable
 from tinytron.distributed.param_spec import ParamSpec
 from tinytron.distributed.zero1.flat_buffer import FlatBuffer, Member, Ownership, Piece
+from tinytron.distributed.zero1.grouping import group_parameters
 from tinytron.errors import ConfigError
 
 
@@ -128,31 +129,22 @@ class DistributedOptimizer:
             hook.remove()
         self.finish_gather()
         buffers: list[FlatBuffer] = []
-        order: dict[int, int] = {key: i for i, key in enumerate(names)}
         for options, params in zip(self.inner.param_groups, self._model_params, strict=True):
-            by_kind: dict[tuple[torch.dtype, str], list[Member]] = {}
-            for p in sorted((p for p in params if p.requires_grad), key=lambda p: order.get(id(p), 0)):
-                name = names.get(id(p), "")
-                spec = specs.get(name) or ParamSpec(name, tuple(p.shape), "matrix")
-                part = dist.get_rank(groups["ep"]) if spec.shard_axis is not None else 0
-                member = Member(p, name, spec.numel, part * p.numel())
-                by_kind.setdefault((p.dtype, spec.gradient_group), []).append(member)
-            whole = options.get("kind") == "muon"
             made = [
                 FlatBuffer(
-                    members,
-                    self._ownership(kind, groups, whole),
+                    [_member(p, spec, groups) for p, spec in zip(group.params, group.specs, strict=True)],
+                    self._ownership(group.gradient_group, groups, group.whole_tensors),
                     bucket_numel=self.options.bucket_numel,
                     grad_as_view=self.options.grad_as_view,
                 )
-                for (_, kind), members in by_kind.items()
+                for group in group_parameters(params, options, names, specs)
             ]
             options["params"] = [s for buffer in made for s in buffer.shards]
             buffers += made
         self._buffers = buffers
         self.inner.state.clear()
         self._reset_counters()
-        self._plan_reductions(order)
+        self._plan_reductions({key: i for i, key in enumerate(names)})
 
     def _reset_counters(self) -> None:
         device, scaling = self._model_params[0][0].device, self.options.loss_scaling
@@ -343,3 +335,8 @@ class DistributedOptimizer:
             "main": sum(s.nbytes for s in separate),
             "optimizer": sum(math.prod(v.shape) * v.element_size() for v in states),
         }
+
+
+def _member(param: nn.Parameter, spec: ParamSpec, groups: Mapping[str, dist.ProcessGroup]) -> Member:
+    part = dist.get_rank(groups["ep"]) if spec.shard_axis is not None else 0
+    return Member(param, spec.name, spec.numel, part * param.numel())

@@ -16,7 +16,7 @@ from tinytron.distributed.collectives import (
     start_all_reduce,
     start_reduce_scatter,
 )
-from tinytron.distributed.zero1.buckets import BufferLayout, plan_by_elements, plan_by_tensors
+from tinytron.distributed.zero1.buckets import BufferLayout, plan_buffer
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class FlatBuffer:
         self.params = [m.param for m in members]
         self.num_shards = dist.get_world_size(own.group) if own.shard else 1
         self.shard_index = dist.get_rank(own.group) if own.shard else 0
-        plan = plan_by_tensors if own.whole_tensors else plan_by_elements
-        self.layout: BufferLayout = plan([p.numel() for p in self.params], self.num_shards, bucket_numel)
+        numels = [p.numel() for p in self.params]
+        self.layout: BufferLayout = plan_buffer(numels, self.num_shards, bucket_numel, whole_tensors=own.whole_tensors)
 
         dtype, device = self.params[0].dtype, self.params[0].device
         self.main_dtype = torch.promote_types(dtype, torch.float32)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 from functools import partial
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import varlen
 
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.sequence_parallel.ulysses import HeadPlan, head_to_seq, seq_to_head
@@ -23,7 +25,12 @@ from tinytron.model.modules.emb import Rotation, rotate
 from tinytron.model.modules.linear import PackedLinear, ResidualLinear
 from tinytron.model.modules.norm import make_norm
 
-Backend = Literal["auto", "sdpa", "flash", "math"]
+Backend = Literal["auto", "sdpa", "flash", "varlen", "math"]
+UNMASKED = frozenset({"flash", "varlen"})  # backends that take the documents' boundaries and the windows, no masks
+# From torch 2.12 on varlen_attn is told that query heads share keys; 2.11 takes them as they are.
+_SHARED_HEADS: dict[str, Any] = (
+    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters else {}
+)
 
 
 class Documents(NamedTuple):
@@ -80,19 +87,27 @@ def visible(
         return documents.with_mask(B, S, dtype, window)
     if not window:
         return None
-    rows = torch.arange(0, B * S + 1, S, dtype=torch.int32, device=device)
-    return Documents(rows, S).with_mask(1, S, dtype, window)
+    return _rows_as_documents(B, S, device).with_mask(1, S, dtype, window)
+
+
+def _rows_as_documents(B: int, S: int, device: torch.device) -> Documents:
+    return Documents(torch.arange(0, B * S + 1, S, dtype=torch.int32, device=device), S)
 
 
 def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
     """Raises: ConfigError if ``backend`` cannot run on this device or in this precision."""
-    if backend != "flash":
+    if backend not in UNMASKED:
         return
-    if importlib.util.find_spec("flash_attn") is None:
+    if backend == "flash" and importlib.util.find_spec("flash_attn") is None:
         raise ConfigError("--attn_backend flash needs the flash-attn package: pip install flash-attn; or use sdpa")
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         raise ConfigError(
-            f"--attn_backend flash runs on CUDA in bf16 or fp16 only, not on {device.type} in {dtype}; use sdpa"
+            f"--attn_backend {backend} runs on CUDA in bf16 or fp16 only, not on {device.type} in {dtype}; use sdpa"
+        )
+    if backend == "varlen" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+        raise ConfigError(
+            "--attn_backend varlen needs a GPU of compute capability 8.0 (Ampere) or newer, and this is "
+            f"{torch.cuda.get_device_name(device)}; use sdpa"
         )
 
 
@@ -112,6 +127,8 @@ def attend(
     ``documents`` brings is taken as it is. ``auto`` is SDPA, and on CPUs ``tiled_attention`` where it is faster; ``math``
     the readable reference: explicit scores, softmax in fp32 (fp64 for fp64 inputs).
     """
+    if backend == "varlen":
+        return _attend_varlen(q_BSNH, k_BSKH, v_BSKH, documents, window, dropout)
     if backend == "flash":
         return _attend_flash(q_BSNH, k_BSKH, v_BSKH, documents, window, dropout)
     B, S = q_BSNH.shape[:2]
@@ -185,6 +202,33 @@ def _attend_flash(
         **options,
     )
     return out_TNH.view_as(q_BSNH)
+
+
+def _attend_varlen(
+    q_BSNH: torch.Tensor,
+    k_BSKH: torch.Tensor,
+    v_BSKH: torch.Tensor,
+    documents: Documents | None,
+    window: int,
+    dropout: float,
+) -> torch.Tensor:
+    if dropout > 0:
+        raise ConfigError(f"--attn_backend varlen has no dropout, and --dropout is {dropout}; use --attn_backend sdpa")
+    (B, S, N, _), K = q_BSNH.shape, k_BSKH.shape[2]
+    cu_seqlens, longest, _ = documents or _rows_as_documents(B, S, q_BSNH.device)
+    out_TNH: Any = varlen.varlen_attn(  # a tensor, as nothing else is asked for
+        q_BSNH.flatten(0, 1),
+        k_BSKH.flatten(0, 1),
+        v_BSKH.flatten(0, 1),
+        cu_seqlens,
+        cu_seqlens,
+        longest,
+        longest,
+        window_size=(window - 1 if window else -1, 0),  # tokens to the left beside the own one (-1: all), and right
+        **(_SHARED_HEADS if N != K else {}),
+    )
+    out: torch.Tensor = out_TNH.view_as(q_BSNH)
+    return out
 
 
 class Attention(nn.Module):

@@ -71,11 +71,13 @@ def rotate(x_BSNH: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     R = 2 * rotation.cos.shape[-1]
     if R == 0:
         return x_BSNH
+    # torch.compile derives the same backward pass, and caches no graph with a Function across processes.
+    turn = _turn if torch.compiler.is_compiling() else _Rotate.apply
     rotated: torch.Tensor
     if x_BSNH.shape[-1] == R:
-        rotated = _Rotate.apply(x_BSNH, *rotation)
+        rotated = turn(x_BSNH, *rotation)
         return rotated
-    rotated = _Rotate.apply(x_BSNH[..., :R], *rotation)
+    rotated = turn(x_BSNH[..., :R], *rotation)
     return torch.cat((rotated, x_BSNH[..., R:]), dim=-1)
 
 

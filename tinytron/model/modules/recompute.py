@@ -7,7 +7,11 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
+from torch.nn.attention import varlen  # noqa: F401  # makes the operator that is named below, as the next two do
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from tinytron.distributed import collectives  # noqa: F401
+from tinytron.kernels import tiled_attention  # noqa: F401
 
 T = TypeVar("T")
 Recompute = Literal["none", "full", "selective"]
@@ -16,6 +20,7 @@ Recompute = Literal["none", "full", "selective"]
 # norms, rotations and activations are cheap (Korthikanti et al., arXiv:2205.05198, section 5).
 _ATTENTION_OPS = {
     torch.ops.tinytron.tiled_attention.default,
+    torch.ops.torch_attn._varlen_attn.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
@@ -33,9 +38,18 @@ def _keep(kept: set[Any], ctx: Any, op: Any, *args: Any, **kwargs: Any) -> Check
     return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-_contexts = partial(create_selective_checkpoint_contexts, partial(_keep, _OTHER_OPS | _ATTENTION_OPS))
-# A kept attention would not draw its dropout again in recomputation, and all later draws would be others.
-_dropout_contexts = partial(create_selective_checkpoint_contexts, partial(_keep, _OTHER_OPS))
+def _contexts() -> Any:
+    return create_selective_checkpoint_contexts(partial(_keep, _OTHER_OPS | _ATTENTION_OPS))
+
+
+def _dropout_contexts() -> Any:
+    """A kept attention would not draw its dropout again in recomputation, and all later draws would be others."""
+    return create_selective_checkpoint_contexts(partial(_keep, _OTHER_OPS))
+
+
+# torch.compile caches a graph across processes if a text says what is kept.
+_contexts.cache_hash = f"keep {sorted(map(str, _OTHER_OPS | _ATTENTION_OPS))}"  # type: ignore[attr-defined]
+_dropout_contexts.cache_hash = f"keep {sorted(map(str, _OTHER_OPS))}"  # type: ignore[attr-defined]
 
 
 def recomputed(how: Recompute, function: Callable[..., T], *args: Any, dropout: float = 0.0) -> T:
