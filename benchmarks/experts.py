@@ -33,6 +33,7 @@ from tinytron.utils.training import DTYPES
 
 D, F, E, K = 256, 384, 8, 2  # the experts of the 20M model of step_time.py
 GPU_SIZES = 2048, 1024, 64, 8  # D, F, E, K on a GPU
+WARM_UP = 3  # rounds
 
 
 class Looped(Experts):
@@ -55,45 +56,45 @@ class Waiting(MoE):
         return self._sum(rows_RD, weight_Tk, routes.order_R, routes.inverse_R, self._of_all(x_BsD)).view_as(x_BsD)
 
 
-def loads(rows: int, experts: int) -> dict[str, list[int]]:
-    """Rows of each expert: all alike; some more, as routers do; by Zipf's law; and half of all to one."""
+def loads(rows: int, experts: int, count: int) -> dict[str, list[list[int]]]:
+    """Rows of each expert, ``count`` times, never quite the same, as it is in training: nearly alike; some more, as routers
+    do; by Zipf's law; and half of all to one."""
     generator = torch.Generator().manual_seed(0)
-
-    def shares(weights: torch.Tensor) -> list[int]:
-        counts = (weights / weights.sum() * rows).long()
-        counts[0] += rows - int(counts.sum())
-        return [int(count) for count in counts]
-
-    rank = torch.arange(1, experts + 1)
     half = torch.full((experts,), 0.5 / max(1, experts - 1))
     half[0] = 0.5
-    return {
-        "balanced": shares(torch.ones(experts)),
-        "uneven": shares(0.5 + torch.rand(experts, generator=generator)),
-        "Zipf": shares(1 / rank),
-        "half to one": shares(half),
+    weights = {
+        "balanced": torch.ones(experts),
+        "uneven": 0.5 + torch.rand(experts, generator=generator),
+        "Zipf": 1 / torch.arange(1, experts + 1),
+        "half to one": half,
     }
 
+    def shares(weight: torch.Tensor) -> list[int]:
+        chosen = torch.multinomial(weight, rows, replacement=True, generator=generator)
+        return [int(n) for n in torch.bincount(chosen, minlength=experts)]
 
-def medians(runs: list[Callable[[], object]], rounds: int, device: torch.device) -> list[float]:
-    """Seconds of each, by turns."""
+    return {name: [shares(weight) for _ in range(count)] for name, weight in weights.items()}
+
+
+def medians(runs: list[Callable[[int], object]], rounds: int, device: torch.device) -> list[float]:
+    """Seconds of each, by turns; they are told the number of the round."""
     times: list[list[float]] = [[] for _ in runs]
-    for number in range(rounds + 3):
+    for number in range(rounds + WARM_UP):
         for run, seen in zip(runs, times, strict=True):
             start = time.perf_counter()
-            run()
+            run(number)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            if number >= 3:  # the first ones warm up
+            if number >= WARM_UP:
                 seen.append(time.perf_counter() - start)
     return [statistics.median(seen) for seen in times]
 
 
-def backward_too(module: torch.nn.Module, x: torch.Tensor, *args: Any) -> Callable[[], object]:
-    """Forward and backward, all gradients."""
+def backward_too(module: torch.nn.Module, x: torch.Tensor, args: list[tuple[Any, ...]]) -> Callable[[int], object]:
+    """Forward and backward, all gradients, with the arguments of a round."""
     x = x.detach().requires_grad_()
     grad, inputs = torch.randn_like(x), [x, *module.parameters()]
-    return lambda: torch.autograd.grad(module(x, *args), inputs, grad)
+    return lambda number: torch.autograd.grad(module(x, *args[number]), inputs, grad)
 
 
 def products(precision: str, tokens: int, rounds: int, device: torch.device) -> None:
@@ -111,13 +112,14 @@ def products(precision: str, tokens: int, rounds: int, device: torch.device) -> 
         "| routing | rows of an expert | dense, ms | GFLOP/s | ours, ms | GFLOP/s | of the dense | a loop, ms | ratio |\n"
         "|---|---|---:|---:|---:|---:|---:|---:|---:|"
     )
-    for name, counts in loads(rows, experts).items():
-        rows_e = torch.tensor(counts, device=device)
-        runs = [backward_too(dense, x), *(backward_too(module, x, rows_e, counts) for module in made)]
+    for name, counts in loads(rows, experts, rounds + WARM_UP).items():
+        arguments = [(torch.tensor(these, device=device), these) for these in counts]
+        runs = [backward_too(dense, x, [()] * len(counts)), *(backward_too(module, x, arguments) for module in made)]
         whole, ours, loop = medians(runs, rounds, device)
         flops = 18 * rows * width * inner / 1e9
         print(
-            f"| {name} | {min(counts):,}-{max(counts):,} | {1e3 * whole:.2f} | {flops / whole:.0f} | {1e3 * ours:.2f} | "
+            f"| {name} | {min(map(min, counts)):,}-{max(map(max, counts)):,} | {1e3 * whole:.2f} | {flops / whole:.0f} | "
+            f"{1e3 * ours:.2f} | "
             f"{flops / ours:.0f} | {whole / ours:.0%} | {1e3 * loop:.2f} | {loop / ours:.2f} |"
         )
 
@@ -140,7 +142,7 @@ def exchange(rank: int, ranks: int, precision: str, tokens: int, rounds: int, po
         x = torch.randn(1, tokens, D).to(DTYPES[precision]).requires_grad_()
         grad = torch.randn_like(x)
 
-        def run(layer: MoE, x: torch.Tensor = x, grad: torch.Tensor = grad) -> object:
+        def run(layer: MoE, _: int, x: torch.Tensor = x, grad: torch.Tensor = grad) -> object:
             out, _ = layer(x, layer.router(x.flatten(0, 1)))
             return torch.autograd.grad(out, [x, *layer.experts.parameters()], grad)
 

@@ -215,14 +215,17 @@ def test_aligned_bf16_goes_through_the_grouped_kernel(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("counts", [[5, 0, 33, 26], [0, 0, 0, 64], [32, 32, 32, 32], [1, 1, 1, 1], [0, 0, 0, 0]])
-def test_experts_see_few_numbers_of_rows_in_bf16(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_experts_see_few_numbers_of_rows_on_cpus(
+    counts: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Padding changes no result, and every product has a multiple of 32 rows."""
-    experts = Experts(4, 16, 8).to(torch.bfloat16)
+    experts = Experts(4, 16, 8).to(dtype)
     generator = torch.Generator().manual_seed(0)
     for parameter in experts.parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
-    rows = torch.randn(sum(counts), 16, generator=generator).bfloat16().requires_grad_()
-    out_grad = torch.randn(sum(counts), 16, generator=generator).bfloat16()
+    rows = torch.randn(sum(counts), 16, generator=generator).to(dtype).requires_grad_()
+    out_grad = torch.randn(sum(counts), 16, generator=generator).to(dtype)
     seen: list[int] = []
     real = torch.nn.functional.grouped_mm
 

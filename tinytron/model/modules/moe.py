@@ -100,7 +100,7 @@ def _positive(total: torch.Tensor) -> torch.Tensor:
     return total.clamp(min=torch.finfo(total.dtype).tiny)
 
 
-ROW_STEP = 32  # an expert's rows are padded to a multiple, on CPUs in bf16
+ROW_STEP = 32  # an expert's rows are padded to a multiple, on CPUs
 
 
 class Experts(nn.Module):
@@ -121,7 +121,7 @@ class Experts(nn.Module):
         """``[Q, D] -> [Q, D]``: ``rows_e`` rows of each expert in turn; ``counts`` is that on the host."""
         if not all(has_grouped_product(weight) for weight in (self.gate_up_proj, self.down_proj)):
             return self._products(rows_QD, rows_e, counts)
-        if rows_QD.dtype != torch.bfloat16 or rows_QD.is_cuda:
+        if rows_QD.is_cuda:
             return self._grouped(rows_QD, rows_e)
         # oneDNN makes a kernel for every new number of rows, which takes as long as the product: let there be few numbers.
         return self._padded(rows_QD, rows_e, sum(-(-count // ROW_STEP) * ROW_STEP for count in counts))
