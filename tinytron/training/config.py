@@ -73,7 +73,10 @@ class TrainingConfig:
     z_loss_coef: Annotated[float, Flag("weight of the squared log-partition term in the loss")] = 0.0
     recompute: Annotated[
         Literal["none", "full", "selective"],
-        Flag("activations computed again in backward: whole blocks, or all but matmuls and attention", identity=False),
+        Flag(
+            "activations computed again in backward: whole blocks, or all but matmuls, attention and exchanges",
+            identity=False,
+        ),
     ] = "none"
     attn_backend: Annotated[
         Literal["auto", "sdpa", "flash", "varlen", "math"],
