@@ -14,7 +14,9 @@ from tinytron.distributed import ParallelLayout, ParallelState
 from tinytron.model import GPT, ModelConfig
 
 Pools = Callable[[int], Ranks]
-DENSE = {"use_moe": False, "intermediate_size": 24}
+S = 64  # long enough for attention by tiles
+WIDER = SIZES | {"block_size": S, "hidden_size": 64, "init_std": 0.1}
+DENSE = {"use_moe": False, "intermediate_size": 96}
 
 
 def _compare(world: int, sep: int, ep: int, sizes: dict[str, Any], recompute: Any, dtype: torch.dtype) -> list[Any]:
@@ -24,12 +26,12 @@ def _compare(world: int, sep: int, ep: int, sizes: dict[str, Any], recompute: An
     torch._dynamo.reset()
     counters.clear()
     state = ParallelState.create(ParallelLayout(world, sep, ep), torch.device("cpu"))
-    config = ModelConfig(**SIZES | {"init_std": 0.2} | sizes)
+    config = ModelConfig(**WIDER | sizes)
     model, plain = (GPT(config, dtype=dtype, recompute=how, state=state).train() for how in (recompute, "none"))
     model.compile_blocks()
     distance, graphs = 0.0, []
     for step in range(4):
-        ids = torch.randint(32, (2, 16 // sep), generator=torch.Generator().manual_seed(10 * step + state.rank))
+        ids = torch.randint(32, (2, S // sep), generator=torch.Generator().manual_seed(10 * step + state.rank))
         for one in (model, plain):
             one.zero_grad()
             sums: Any = one(ids, ids)
