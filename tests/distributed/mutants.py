@@ -126,8 +126,6 @@ MUTANTS = {
          "view_as(rows_RD)"),
         ("gradients of sent rows lost", COLLECTIVES + "_StartExchange.backward", "return gradient, None",
          "return 0 * gradient, None"),
-        ("gradients of sent rows used before they are there", COLLECTIVES + "_StartExchange.backward",
-         "ctx.exchange.land()", "pass"),
         ("gradient of one choice", COMM + "_CopyToChoices.backward", "choices_TkD.sum(1, dtype=wide)", "choices_TkD[:, 0]"),
         ("gradients of rows not sent back", COMM + "_Permute.backward", "grad[inverse]", "grad"),
         ("router without gradient", ROUTER + "choose", GATHER, GATHER + ".detach()"),

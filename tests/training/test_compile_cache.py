@@ -28,9 +28,10 @@ def counted(cache: Path, log_dir: Path, *flags: object) -> tuple[dict[str, int],
     """What torch counted while a process trained two steps: of compiled graphs, and of their backward passes' traces."""
     given = [str(flag) for flag in (*TINY, *LONGER, "--use_compile", "--debug", "--log_dir", log_dir, *flags)]
     done = subprocess.run(
-        [sys.executable, "-c", RUN, *given], cwd=ROOT, check=True, timeout=600, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", RUN, *given], cwd=ROOT, check=True, timeout=600, capture_output=True, text=True,
         env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)},
     )  # fmt: skip
+    assert "context_fn" not in done.stderr  # torch's advice to whom wrote the model, on every rank
     compiled, traced = json.loads(done.stdout.splitlines()[-1])
     return compiled, traced
 

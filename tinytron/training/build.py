@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ def build_model(config: Config, state: ParallelState) -> GPT:
     if config.train.use_cut_cross_entropy:  # instead of any other loss
         gpt.use_cut_cross_entropy()
     if config.train.use_compile:
+        # On every rank torch would ask to make sure that nothing in place is computed again: nothing is.
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         gpt.compile_blocks()
     return gpt
 
