@@ -53,7 +53,9 @@ class Waiting(MoE):
     def _mixture(self, x_BsD: torch.Tensor, weight_Tk: torch.Tensor, routes: Routes) -> torch.Tensor:
         rows_QD = self.experts(dispatch(x_BsD.flatten(0, 1), routes, self.group).arrive(), routes.rows_e, routes.counts)
         rows_RD = bring_home(rows_QD, routes, self.group)
-        return self._sum(rows_RD, weight_Tk, routes.order_R, routes.inverse_R, self._of_all(x_BsD)).view_as(x_BsD)
+        return self._sum(rows_RD, weight_Tk, routes.order_R, routes.inverse_R, self._shared_output(x_BsD)).view_as(
+            x_BsD
+        )
 
 
 def loads(rows: int, experts: int, count: int) -> dict[str, list[list[int]]]:
@@ -144,7 +146,7 @@ def exchange(rank: int, ranks: int, precision: str, tokens: int, rounds: int, po
 
         def run(layer: MoE, _: int, x: torch.Tensor = x, grad: torch.Tensor = grad) -> object:
             out, _ = layer(x, layer.router(x.flatten(0, 1)))
-            return torch.autograd.grad(out, [x, *layer.experts.parameters()], grad)
+            return torch.autograd.grad(out, [x, *layer.parameters()], grad)
 
         hidden, waiting = medians([partial(run, layer) for layer in layers], rounds, x.device)
         rows.append(f"| {shared} | {1e3 * waiting:.2f} | {1e3 * hidden:.2f} | {waiting / hidden:.3f} |")

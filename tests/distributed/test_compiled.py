@@ -20,7 +20,7 @@ DENSE = {"use_moe": False, "intermediate_size": 96}
 
 
 def _compare(world: int, sep: int, ep: int, sizes: dict[str, Any], recompute: Any, dtype: torch.dtype) -> list[Any]:
-    """Largest relative distance of a gradient over three steps, graph breaks, and graphs after one and all steps."""
+    """Largest relative distance of a gradient over four steps, graph breaks, and graphs after one and all steps."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
@@ -64,8 +64,10 @@ def test_compiled_blocks_have_the_gradients_of_eager_ones(
 
 
 @pytest.mark.slow
-def test_other_numbers_of_rows_are_not_compiled_for(ranks: Pools) -> None:
-    """A rank gets another number of rows at every step, and an expert may get none or one."""
-    for _, breaks, graphs in ranks(2).run(_compare, 2, 1, 2, {}, "none", torch.bfloat16, timeout=240):
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+def test_other_numbers_of_rows_are_not_compiled_for(ranks: Pools, recompute: Any) -> None:
+    """A rank gets another number of rows in every layer and step, and an expert may get none or one."""
+    for distance, breaks, graphs in ranks(2).run(_compare, 2, 1, 2, {}, recompute, torch.bfloat16, timeout=240):
         assert not breaks
-        assert graphs[1] == graphs[-1] <= 8  # again once, for sizes that change
+        assert graphs[0] == graphs[-1] <= 6
+        assert distance < 0.5  # a token near a tie may be routed otherwise than in the eager model

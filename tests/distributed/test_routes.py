@@ -108,6 +108,17 @@ def test_numerical_gradients() -> None:
     assert torch.autograd.gradcheck(through, (normal(T, D), normal(T, K)))
 
 
+def test_a_gradient_may_lie_anyhow() -> None:
+    routes = plan_routes(torch.tensor(CHOICES["skew"]), E, None)
+    rows, weight = normal(T * K, D), normal(T, K)
+    cotangent = normal(D, T).detach()
+    found = [
+        torch.autograd.grad(combine(rows, weight, routes, None), (rows, weight), gradient)
+        for gradient in (cotangent.t(), cotangent.t().contiguous())
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_sums_of_16_bit_rows_are_in_the_precision_of_the_weights() -> None:
     """256 and seven ones: in bf16 each addition would lose its one; in fp32 there is one rounding, at the end."""
     k = 8

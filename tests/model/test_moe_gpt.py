@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -344,3 +346,21 @@ def test_param_specs_of_experts_router_and_shared_experts() -> None:
         "shared.gate_up_proj.weight": ((32, 16), "matrix", "dense", None, False, (16, 16)),
         "shared.down_proj.weight": ((16, 16), "matrix", "dense", None, True, ()),
     }
+
+
+# Copies.
+
+
+def test_a_copy_of_a_compiled_model_has_weights_of_its_own() -> None:
+    """Compiled methods are bound to the module that they were compiled for."""
+    ids, labels = make_batch()
+    model = make_model("shared", torch.float32)
+    expected = sums(model, ids, labels).objective
+    model.compile_blocks()
+    copied, read = copy.deepcopy(model), pickle.loads(pickle.dumps(model.blocks))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(sums(copied, ids, labels).objective, expected)
+    copied.blocks = read
+    assert torch.equal(sums(copied, ids, labels).objective, expected)

@@ -187,6 +187,7 @@ class Exchange:
 
     One object serves one exchange. Autograd runs what was recorded last first; so the gradient of ``finish``, which
     starts the way back, comes before the gradients of what lies between, and that of ``start``, which waits, after them.
+    Differentiable once.
     """
 
     def __init__(self, group: dist.ProcessGroup, send: list[int], recv: list[int]) -> None:
@@ -214,7 +215,7 @@ class Exchange:
 
     def land(self) -> None:
         """Wait for what was started last; on a GPU the stream waits, not the host."""
-        if self._work is not None:
+        if self._work is not None:  # it is where a plan only pretends to send
             self._work.wait()
         self._work = self._sent = None
 
@@ -226,9 +227,11 @@ class _StartExchange(torch.autograd.Function):
         return exchange.depart(rows, exchange.send, exchange.recv)
 
     @staticmethod
-    def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor | None, None]:
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor, None]:
         ctx.exchange.land()
         gradient, ctx.exchange.gradient = ctx.exchange.gradient, None
+        assert gradient is not None, "finish starts its exchange"
         return gradient, None
 
 
@@ -240,6 +243,7 @@ class _FinishExchange(torch.autograd.Function):
         return arriving.view_as(arriving)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         exchange: Exchange = ctx.exchange
         exchange.gradient = exchange.depart(grad, exchange.recv, exchange.send)

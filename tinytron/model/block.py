@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.model.config import ModelConfig
 from tinytron.model.modules.attn import Attention, Backend, Documents, LayerCache
+from tinytron.model.modules.compiled import CompilesMethods
 from tinytron.model.modules.emb import Rotation
 from tinytron.model.modules.mlp import GELU, SwiGLU, make_mlp
 from tinytron.model.modules.moe import MoE, MoEStats
@@ -18,7 +18,7 @@ from tinytron.model.modules.norm import make_norm
 from tinytron.model.modules.recompute import Recompute, recomputed
 
 
-class Block(nn.Module):
+class Block(CompilesMethods):
     """``x + attention(norm(x))``, then ``x + mlp(norm(x))``. Shapes: ``[B, s, D] -> [B, s, D]``, and the routing's
     statistics if the feed-forward layer is a mixture of experts."""
 
@@ -55,9 +55,9 @@ class Block(nn.Module):
         """Compile all of it; with experts what lies between two exchanges, because how many rows come is data.
 
         ``recomputed`` is called inside of what is compiled: the compiler then fuses across it. Outside, selective
-        recomputation would keep memory that compiled code uses again."""
+        recomputation would hold on to buffers that compiled code overwrites."""
         if isinstance(self.mlp, MoE):
-            self._before_experts = torch.compile(self._before_experts)  # type: ignore[method-assign]
+            self.compile_methods("_before_experts")
             self.mlp.compile_parts()
         else:
             self.compile()

@@ -170,7 +170,7 @@ class _CopyToChoices(torch.autograd.Function):
 
 
 class _WeightedSum(torch.autograd.Function):
-    """Left to autograd, the products and both factors would be kept in fp32: ten bytes an element instead of two."""
+    """Left to autograd, the rows would be kept in fp32, and gathering them would add atomically in the backward pass."""
 
     @staticmethod
     def forward(
@@ -186,7 +186,7 @@ class _WeightedSum(torch.autograd.Function):
         grad_T1D = grad_TD.to(weight_Tk.dtype).unsqueeze(1)
         grad_weight_Tk = (_choices(rows_RD, inverse_R, weight_Tk) * grad_T1D).sum(-1)
         grad_TkD = (grad_T1D * weight_Tk.unsqueeze(-1)).to(rows_RD.dtype)
-        return grad_TkD.view_as(rows_RD)[order_R], grad_weight_Tk, None, None
+        return grad_TkD.flatten(0, 1)[order_R], grad_weight_Tk, None, None
 
 
 def _choices(rows_RD: torch.Tensor, inverse_R: torch.Tensor, weight_Tk: torch.Tensor) -> torch.Tensor:

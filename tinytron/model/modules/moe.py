@@ -18,6 +18,7 @@ from tinytron.distributed.collectives import sum_over
 from tinytron.distributed.expert_parallel.comm import Routes, bring_home, dispatch, plan_routes, weighted_sum
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.model.config import ModelConfig
+from tinytron.model.modules.compiled import CompilesMethods
 from tinytron.model.modules.mlp import SwiGLU, gated
 from tinytron.model.modules.recompute import Recompute, recomputed
 
@@ -103,7 +104,7 @@ def _positive(total: torch.Tensor) -> torch.Tensor:
 ROW_STEP = 32  # an expert's rows are padded to a multiple, on CPUs
 
 
-class Experts(nn.Module):
+class Experts(CompilesMethods):
     """This rank's experts: SwiGLU with weights ``[e, 2F, D]`` (gate first) and ``[e, D, F]``. With ``recompute="full"``
     only the product before the gate is kept, and the gate computed again in the backward pass."""
 
@@ -129,8 +130,8 @@ class Experts(nn.Module):
     def compile_parts(self) -> None:
         """Compile what needs no counts on the host: with those every new number would be compiled for."""
         if self.gate_up_proj.dtype == torch.bfloat16:  # the compiler knows grouped products in no other precision
-            self._grouped = torch.compile(self._grouped)  # type: ignore[method-assign]
-            self._padded = torch.compile(self._padded)  # type: ignore[method-assign]
+            # For any sizes at once: a second graph, made later, could be met in recomputation instead of the first.
+            self.compile_methods("_grouped", "_padded", dynamic=True)
 
     def _padded(self, rows_QD: torch.Tensor, rows_e: torch.Tensor, padded: int) -> torch.Tensor:
         """With each expert's rows padded, ``padded`` in all."""
@@ -152,7 +153,7 @@ class Experts(nn.Module):
         return grouped_linear(gated(gate_up_Q2F, by_liger=self.liger), self.down_proj, rows_e, counts)
 
 
-class MoE(nn.Module):
+class MoE(CompilesMethods):
     """Dispatch, experts, weighted sum, and shared experts that see every token (arXiv:2401.06066).
 
     Shapes: ``[B, s, D]`` and the router's logits ``[T, E]`` -> ``[B, s, D]`` and ``MoEStats``. The router runs before, with
@@ -166,13 +167,14 @@ class MoE(nn.Module):
         super().__init__()
         self.config, self.state = config, state
         self.group = state.groups["ep"] if state else None
-        self.recompute: Recompute = "full" if recompute == "full" else "none"  # of all; or of the parts
-        self.recompute_parts: Recompute = "selective" if recompute == "selective" else "none"
+        # Full: the whole mixture is computed again. Selective: the shared expert and the experts see to it themselves.
+        self.recompute: Recompute = "full" if recompute == "full" else "none"
+        self.recompute_shared: Recompute = "selective" if recompute == "selective" else "none"
         self.router = Router(config)
         local = config.num_experts // (state.layout.ep if state else 1)
-        self.experts = Experts(
-            local, config.hidden_size, config.moe_intermediate_size, "full" if recompute == "selective" else "none"
-        )
+        # Selective for experts: all of what follows their first product, which is its argument and so kept.
+        behind_gate: Recompute = "full" if recompute == "selective" else "none"
+        self.experts = Experts(local, config.hidden_size, config.moe_intermediate_size, behind_gate)
         width = config.num_shared_experts * config.moe_intermediate_size
         self.triton = False  # whether by kernels/triton_experts.py
         self.shared = SwiGLU(config.hidden_size, width, config.has_mlp_bias) if width else None
@@ -185,9 +187,7 @@ class MoE(nn.Module):
 
     def compile_parts(self) -> None:
         """Compile what lies between the exchanges. A rank gets another number of rows at every step."""
-        self._decide = torch.compile(self._decide)  # type: ignore[method-assign]
-        self._sum = torch.compile(self._sum)  # type: ignore[method-assign]
-        self._of_all = torch.compile(self._of_all)  # type: ignore[method-assign]
+        self.compile_methods("_decide", "_sum", "_shared_output")
         self.experts.compile_parts()
 
     def _decide(self, logits_TE: torch.Tensor) -> Routing:
@@ -195,13 +195,15 @@ class MoE(nn.Module):
 
     def _mixture(self, x_BsD: torch.Tensor, weight_Tk: torch.Tensor, routes: Routes) -> torch.Tensor:
         dispatched = dispatch(x_BsD.flatten(0, 1), routes, self.group)
-        shared_BsD = self._of_all(x_BsD)  # while the rows are on their way
-        rows_QD = self.experts(dispatched.arrive(), routes.rows_e, routes.counts)
+        shared_BsD = self._shared_output(x_BsD)  # while the rows are on their way
+        rows_QD = dispatched.arrive()
+        del dispatched  # it holds the rows as they came
+        rows_QD = self.experts(rows_QD, routes.rows_e, routes.counts)
         rows_RD = bring_home(rows_QD, routes, self.group)
         return self._sum(rows_RD, weight_Tk, routes.order_R, routes.inverse_R, shared_BsD).view_as(x_BsD)
 
-    def _of_all(self, x_BsD: torch.Tensor) -> torch.Tensor | None:
-        return None if self.shared is None else recomputed(self.recompute_parts, self.shared, x_BsD)
+    def _shared_output(self, x_BsD: torch.Tensor) -> torch.Tensor | None:
+        return None if self.shared is None else recomputed(self.recompute_shared, self.shared, x_BsD)
 
     def _sum(
         self,
