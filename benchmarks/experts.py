@@ -13,15 +13,14 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from rounds import WARM_UP, median_ms
 
 from tinytron.distributed import ParallelLayout, ParallelState
 from tinytron.distributed.expert_parallel.comm import Routes, bring_home, dispatch
@@ -33,7 +32,6 @@ from tinytron.utils.training import DTYPES
 
 D, F, E, K = 256, 384, 8, 2  # the experts of the 20M model of step_time.py
 GPU_SIZES = 2048, 1024, 64, 8  # D, F, E, K on a GPU
-WARM_UP = 3  # rounds
 
 
 class Looped(Experts):
@@ -78,25 +76,11 @@ def loads(rows: int, experts: int, count: int) -> dict[str, list[list[int]]]:
     return {name: [shares(weight) for _ in range(count)] for name, weight in weights.items()}
 
 
-def medians(runs: list[Callable[[int], object]], rounds: int, device: torch.device) -> list[float]:
-    """Seconds of each, by turns; they are told the number of the round."""
-    times: list[list[float]] = [[] for _ in runs]
-    for number in range(rounds + WARM_UP):
-        for run, seen in zip(runs, times, strict=True):
-            start = time.perf_counter()
-            run(number)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if number >= WARM_UP:
-                seen.append(time.perf_counter() - start)
-    return [statistics.median(seen) for seen in times]
-
-
-def backward_too(module: torch.nn.Module, x: torch.Tensor, args: list[tuple[Any, ...]]) -> Callable[[int], object]:
-    """Forward and backward, all gradients, with the arguments of a round."""
+def backward_too(module: torch.nn.Module, x: torch.Tensor, args: Iterable[tuple[Any, ...]]) -> Callable[[], object]:
+    """Forward and backward, all gradients; each call with the next of ``args``."""
     x = x.detach().requires_grad_()
-    grad, inputs = torch.randn_like(x), [x, *module.parameters()]
-    return lambda number: torch.autograd.grad(module(x, *args[number]), inputs, grad)
+    grad, inputs, following = torch.randn_like(x), [x, *module.parameters()], iter(args)
+    return lambda: torch.autograd.grad(module(x, *next(following)), inputs, grad)
 
 
 def products(precision: str, tokens: int, rounds: int, device: torch.device) -> None:
@@ -117,12 +101,11 @@ def products(precision: str, tokens: int, rounds: int, device: torch.device) -> 
     for name, counts in loads(rows, experts, rounds + WARM_UP).items():
         arguments = [(torch.tensor(these, device=device), these) for these in counts]
         runs = [backward_too(dense, x, [()] * len(counts)), *(backward_too(module, x, arguments) for module in made)]
-        whole, ours, loop = medians(runs, rounds, device)
-        flops = 18 * rows * width * inner / 1e9
+        whole, ours, loop = median_ms(runs, rounds, device)
+        flops = 18 * rows * width * inner / 1e6
         print(
-            f"| {name} | {min(map(min, counts)):,}-{max(map(max, counts)):,} | {1e3 * whole:.2f} | {flops / whole:.0f} | "
-            f"{1e3 * ours:.2f} | "
-            f"{flops / ours:.0f} | {whole / ours:.0%} | {1e3 * loop:.2f} | {loop / ours:.2f} |"
+            f"| {name} | {min(map(min, counts)):,}-{max(map(max, counts)):,} | {whole:.2f} | {flops / whole:.0f} | "
+            f"{ours:.2f} | {flops / ours:.0f} | {whole / ours:.0%} | {loop:.2f} | {loop / ours:.2f} |"
         )
 
 
@@ -144,12 +127,12 @@ def exchange(rank: int, ranks: int, precision: str, tokens: int, rounds: int, po
         x = torch.randn(1, tokens, D).to(DTYPES[precision]).requires_grad_()
         grad = torch.randn_like(x)
 
-        def run(layer: MoE, _: int, x: torch.Tensor = x, grad: torch.Tensor = grad) -> object:
+        def run(layer: MoE, x: torch.Tensor = x, grad: torch.Tensor = grad) -> object:
             out, _ = layer(x, layer.router(x.flatten(0, 1)))
             return torch.autograd.grad(out, [x, *layer.parameters()], grad)
 
-        hidden, waiting = medians([partial(run, layer) for layer in layers], rounds, x.device)
-        rows.append(f"| {shared} | {1e3 * waiting:.2f} | {1e3 * hidden:.2f} | {waiting / hidden:.3f} |")
+        hidden, waiting = median_ms([partial(run, layer) for layer in layers], rounds, x.device)
+        rows.append(f"| {shared} | {waiting:.2f} | {hidden:.2f} | {waiting / hidden:.3f} |")
     if rank == 0:
         print(
             f"\n{precision}, {ranks} ranks of one thread, {tokens} tokens each\n\n"

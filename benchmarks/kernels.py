@@ -10,11 +10,11 @@ figure is the median over rounds in which the variants take turns; memory is wha
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from rounds import copy_rate, median_ms
 
 from tinytron.distributed.expert_parallel import comm
 from tinytron.model.modules import loss
@@ -142,21 +142,6 @@ def operations(device: torch.device, dtype: torch.dtype, tokens: int, D: int, V:
     yield from symmetric_operations(device, dtype, D)
 
 
-def median_ms(runs: list[Callable[[], object]], rounds: int) -> list[float]:
-    """Milliseconds of each on the device, by turns."""
-    times: list[list[float]] = [[] for _ in runs]
-    for number in range(rounds + 3):
-        for run, seen in zip(runs, times, strict=True):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            if number >= 3:  # the first ones compile and warm up
-                seen.append(start.elapsed_time(end))
-    return [statistics.median(seen) for seen in times]
-
-
 def peak_mib(run: Callable[[], object]) -> float:
     """MiB that ``run`` holds at most, beside what was there before."""
     torch.cuda.synchronize()
@@ -166,16 +151,10 @@ def peak_mib(run: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def copy_rate(device: torch.device) -> float:
-    """Bytes per second, read and written."""
-    a, b = torch.ones(2, 2**28, device=device)
-    return 2 * a.nbytes / (median_ms([lambda: b.copy_(a)], 15)[0] / 1e3)
-
-
-def row(op: Operation, rate: float, bandwidth: float, rounds: int) -> str:
+def row(op: Operation, rate: float, bandwidth: float, rounds: int, device: torch.device) -> str:
     """The line of the table for one operation."""
     variants = [op.eager, op.triton, *([op.compiled] if op.compiled else [])]
-    eager, triton, *more = median_ms(variants, rounds)
+    eager, triton, *more = median_ms(variants, rounds, device)
     floor = 1e3 * max(op.flops / rate, op.moved / bandwidth)
     reached = f"{op.flops / triton / 1e9:.0f} TFLOP/s" if op.flops else f"{op.moved / triton / 1e6:.0f} GB/s"
     compiled, over_compiled = (f"{more[0]:.3f}", f"{more[0] / triton:.2f}") if more else ("", "")
@@ -213,7 +192,7 @@ def main() -> None:
                 "| compiled / Triton | eager, MiB | Triton, MiB |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
             )
             for op in operations(device, dtype, args.tokens, D, args.vocab):
-                print(row(op, rate, bandwidth, args.rounds), flush=True)
+                print(row(op, rate, bandwidth, args.rounds, device), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,20 +12,19 @@ A figure is the median over rounds in which the alternatives take turns. Documen
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import get_args
 
 import torch
 import torch.nn.functional as F
-from step_time import MODELS, model_config, release, synchronize
+from rounds import copy_rate, median_ms
+from step_time import MODELS, model_config, release
 
 from tinytron.errors import ConfigError
 from tinytron.kernels.tiled_attention import tiled_attention
 from tinytron.model import ModelConfig
-from tinytron.model.modules.attn import Backend, Documents, attend, check_backend, documents_of, visible
+from tinytron.model.modules.attn import UNMASKED, Backend, Documents, attend, check_backend, documents_of, visible
 from tinytron.model.modules.emb import RotaryEmbedding, rotate
 from tinytron.model.modules.loss import fused_linear_cross_entropy
 from tinytron.model.modules.mlp import gated
@@ -148,7 +147,7 @@ def attention_runs(case: Case, packed: bool) -> tuple[dict[str, Run], list[str]]
         try:
             check_backend(backend, case.device, case.dtype)
             q, k, v = case.qkv()
-            seen = documents if backend in ("flash", "varlen") else masked
+            seen = documents if backend in UNMASKED else masked
             run = differentiated(_attending(backend, seen), q, k, v)
             run()  # to see whether it fits
             runs[backend] = run
@@ -162,26 +161,6 @@ def attention_runs(case: Case, packed: bool) -> tuple[dict[str, Run], list[str]]
 
 def _attending(backend: Backend, documents: Documents | None) -> Callable[..., torch.Tensor]:
     return lambda q, k, v: attend(q, k, v, backend=backend, documents=documents)
-
-
-def median_ms(runs: list[Run], rounds: int, device: torch.device) -> list[float]:
-    """Milliseconds of each, by turns."""
-    times: list[list[float]] = [[] for _ in runs]
-    for number in range(rounds + 2):
-        for run, seen in zip(runs, times, strict=True):
-            synchronize(device)
-            start = time.perf_counter()
-            run()
-            synchronize(device)
-            if number >= 2:  # the first ones warm up
-                seen.append(1e3 * (time.perf_counter() - start))
-    return [statistics.median(seen) for seen in times]
-
-
-def copy_rate(device: torch.device) -> float:
-    """Bytes per second, read and written."""
-    a, b = torch.ones(2, 2**28 if device.type == "cuda" else 2**25, device=device)
-    return 2 * a.nbytes / (median_ms([lambda: b.copy_(a)], 15, device)[0] / 1e3)
 
 
 def print_operations(case: Case, rate: float, bandwidth: float, rounds: int) -> None:
