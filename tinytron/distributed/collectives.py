@@ -159,14 +159,14 @@ def all_to_all(
 # An operator of our own: one step of a compiled graph, which selective recomputation can keep.
 @torch.library.custom_op("tinytron::all_to_all", mutates_args=())
 def _all_to_all(rows: torch.Tensor, send: list[int], recv: list[int], group: str) -> torch.Tensor:
-    out = rows.new_empty(sum(recv) if recv else rows.shape[0], *rows.shape[1:])
+    out = _room(rows, send, recv, group)
     joined = _resolve_process_group(group)  # type: ignore[arg-type]  # a str until torch 2.12
     dist.all_to_all_single(out, rows.contiguous(), recv or None, send or None, group=joined)
     return out
 
 
 @_all_to_all.register_fake
-def _(rows: torch.Tensor, send: list[int], recv: list[int], group: str) -> torch.Tensor:
+def _room(rows: torch.Tensor, send: list[int], recv: list[int], group: str) -> torch.Tensor:
     return rows.new_empty(sum(recv) if recv else rows.shape[0], *rows.shape[1:])
 
 

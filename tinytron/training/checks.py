@@ -80,11 +80,7 @@ def _check_kernels(config: Config) -> None:
     """Rules on optional kernels, wherever they run."""
     train, model = config.train, config.model
     if train.attn_backend == "varlen":
-        if train.precision not in ("bf16", "fp16"):
-            raise ConfigError(
-                f"--attn_backend varlen computes in bf16 or fp16, not in --precision {train.precision}; use bf16, or "
-                "--attn_backend sdpa"
-            )
+        _check_sixteen_bits("--attn_backend varlen", train.precision, "--attn_backend sdpa")
         if model.dropout:
             raise ConfigError(
                 f"--dropout {model.dropout} does not go with --attn_backend varlen, which has none; use --dropout 0, or "
@@ -111,11 +107,7 @@ def _check_kernels(config: Config) -> None:
         _check_triton(config)
     if not train.use_cut_cross_entropy:
         return
-    if train.precision not in ("bf16", "fp16"):
-        raise ConfigError(
-            f"--use_cut_cross_entropy computes in bf16 or fp16, not in --precision {train.precision}; use bf16, or drop "
-            "the flag"
-        )
+    _check_sixteen_bits("--use_cut_cross_entropy", train.precision, "drop the flag")
     if train.z_loss_coef:
         raise ConfigError(
             f"--z_loss_coef {train.z_loss_coef} does not go with --use_cut_cross_entropy, which does not give the "
@@ -126,6 +118,11 @@ def _check_kernels(config: Config) -> None:
             "--deterministic does not go with --use_cut_cross_entropy, which adds gradients up in no fixed order; drop one "
             "of them"
         )
+
+
+def _check_sixteen_bits(option: str, precision: str, instead: str) -> None:
+    if precision not in ("bf16", "fp16"):
+        raise ConfigError(f"{option} computes in bf16 or fp16, not in --precision {precision}; use bf16, or {instead}")
 
 
 def _check_triton(config: Config) -> None:

@@ -50,7 +50,7 @@ class Routing(NamedTuple):
     choice: Choice | None
 
 
-class Router(nn.Module):
+class Router(CompilesMethods):
     """Scores in fp32, top-k choice, optional renormalisation of the chosen scores.
 
     ``bias`` shifts the choice only, not the weights (auxiliary-loss-free balancing, arXiv:2408.15664): it is moved once
@@ -180,18 +180,16 @@ class MoE(CompilesMethods):
         self.shared = SwiGLU(config.hidden_size, width, config.has_mlp_bias) if width else None
 
     def forward(self, x_BsD: torch.Tensor, logits_TE: torch.Tensor) -> tuple[torch.Tensor, MoEStats]:
-        routing = self._decide(logits_TE)
+        routing = self.router.choose(logits_TE)
         routes = plan_routes(routing.expert_Tk, self.config.num_experts, self.group, by_triton=self.triton)
         out_BsD = recomputed(self.recompute, self._mixture, x_BsD, routing.weight_Tk, routes)
         return out_BsD, self._stats(routing, x_BsD.shape[0])
 
     def compile_parts(self) -> None:
         """Compile what lies between the exchanges. A rank gets another number of rows at every step."""
-        self.compile_methods("_decide", "_sum", "_shared_output")
+        self.compile_methods("_sum", "_shared_output")
+        self.router.compile_methods("choose")
         self.experts.compile_parts()
-
-    def _decide(self, logits_TE: torch.Tensor) -> Routing:
-        return self.router.choose(logits_TE)
 
     def _mixture(self, x_BsD: torch.Tensor, weight_Tk: torch.Tensor, routes: Routes) -> torch.Tensor:
         dispatched = dispatch(x_BsD.flatten(0, 1), routes, self.group)

@@ -29,7 +29,6 @@ _ATTENTION_OPS = {
 _OTHER_OPS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
-    torch.ops.aten._grouped_mm.default,
     torch.ops.tinytron.all_to_all.default,
 }
 
