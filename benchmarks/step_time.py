@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from resident import is_measurable, peak_resident, reset_peak, resident
 from step_report import Row, Table, machine, write
 from step_variants import VARIANTS, Case, Training, Variant, join_alone
 from step_weights import Weights, initial_weights
@@ -199,15 +200,9 @@ def run_one_by_one(
 
 def measure_memory(variant: Variant, case: Case, rows: int, threads: int, queue: Any) -> None:
     """In a process of its own: how much the resident set grows by a model that trains; ``None`` where Linux is not."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not (status.exists() and reset.exists()):
+    if not is_measurable():
         queue.put(None)
         return
-
-    def resident(kind: str) -> int:
-        fields = dict(line.split(":") for line in status.read_text().splitlines())
-        return int(fields[kind].split()[0]) * 1024
-
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
     variant.importable()
@@ -217,15 +212,15 @@ def measure_memory(variant: Variant, case: Case, rows: int, threads: int, queue:
         x = torch.ones(8, requires_grad=True)
         torch.compile(torch.sin)(x).sum().backward()
     gc.collect()
-    before = resident("VmRSS")
+    before = resident()
     training = variant.make(case, None)
     training.step(batches[0])
     gc.collect()
-    reset.write_text("5")  # VmHWM starts again
+    reset_peak()
     for tokens in batches:
         training.step(tokens)
     training.settle()
-    queue.put(resident("VmHWM") - before)
+    queue.put(peak_resident() - before)
 
 
 def peak_in_child(variant: Variant, case: Case, rows: int) -> int | None:
