@@ -28,8 +28,10 @@ EXPERTS, TOP_K = 32, 4
 
 @dataclass
 class Operation:
-    """One row: what has to be computed and moved, and the ways to do it; ``None``: not measured that way."""
+    """One row: what has to be computed and moved, and the ways to do it; ``None``: not measured that way. ``key`` is a name
+    for programs."""
 
+    key: str
     name: str
     flops: float
     moved: float  # bytes
@@ -60,7 +62,7 @@ def loss_operations(device: torch.device, dtype: torch.dtype, tokens: int, D: in
     moved = 2 * products.numel() * dtype.itemsize
     fused = torch.compile(twin, dynamic=False)
     yield Operation(
-        f"rows of the loss, {t} x {V}", 0, moved, lambda: twin(products), lambda: fused(products), kernel
+        "loss_rows", f"rows of the loss, {t} x {V}", 0, moved, lambda: twin(products), lambda: fused(products), kernel
     )  # fmt: skip
     hidden, weight = (
         torch.randn(tokens, D, device=device).to(dtype),
@@ -74,7 +76,9 @@ def loss_operations(device: torch.device, dtype: torch.dtype, tokens: int, D: in
         )
 
     moved = 2 * (hidden.nbytes + weight.nbytes)
-    yield Operation(f"head and loss, {tokens} x {D}", 6 * tokens * D * V, moved, whole(False), None, whole(True))
+    yield Operation(
+        "head_and_loss", f"head and loss, {tokens} x {D}", 6 * tokens * D * V, moved, whole(False), None, whole(True)
+    )
 
 
 def expert_operations(device: torch.device, dtype: torch.dtype, tokens: int, D: int) -> Iterator[Operation]:
@@ -101,11 +105,11 @@ def expert_operations(device: torch.device, dtype: torch.dtype, tokens: int, D: 
     shape = f"{tokens} x {TOP_K} x {D}"
     compiled_dispatch, compiled_combine = (torch.compile(f, dynamic=False) for f in (dispatch, combine))
     yield Operation(
-        f"dispatch, {shape}", 0, 2 * (x.nbytes + rows.nbytes), dispatched(dispatch, routes),
+        "dispatch", f"dispatch, {shape}", 0, 2 * (x.nbytes + rows.nbytes), dispatched(dispatch, routes),
         dispatched(compiled_dispatch, routes), dispatched(dispatch, by_kernel),
     )  # fmt: skip
     yield Operation(
-        f"combine, {shape}", 0, 2 * x.nbytes + 3 * rows.nbytes, combined(combine, routes),
+        "combine", f"combine, {shape}", 0, 2 * x.nbytes + 3 * rows.nbytes, combined(combine, routes),
         combined(compiled_combine, routes), combined(combine, by_kernel),
     )  # fmt: skip
 
@@ -123,14 +127,14 @@ def symmetric_operations(device: torch.device, dtype: torch.dtype, D: int) -> It
 
     fused, fused_whole = (torch.compile(f, dynamic=False) for f in (polynomial, orthogonalize))
     yield Operation(
-        f"x xT, {D} x {n}", D * D * n, x.nbytes + a.nbytes, lambda: x @ x.mT, None, lambda: gram(x)
+        "gram", f"x xT, {D} x {n}", D * D * n, x.nbytes + a.nbytes, lambda: x @ x.mT, None, lambda: gram(x)
     )  # fmt: skip
     yield Operation(
-        f"b A + c A A, {D} x {D}", D**3, 2 * a.nbytes, lambda: polynomial(a), lambda: fused(a),
+        "polynomial", f"b A + c A A, {D} x {D}", D**3, 2 * a.nbytes, lambda: polynomial(a), lambda: fused(a),
         lambda: plus_square(a, -2.5, 0.75),
     )  # fmt: skip
     yield Operation(
-        f"orthogonalize, {D} x {n}", 5 * (3 * D * D * n + D**3), 2 * x.nbytes, lambda: orthogonalize(x),
+        "orthogonalize", f"orthogonalize, {D} x {n}", 5 * (3 * D * D * n + D**3), 2 * x.nbytes, lambda: orthogonalize(x),
         lambda: fused_whole(x), lambda: orthogonalize(x, by_triton=True),
     )  # fmt: skip
 
@@ -151,18 +155,54 @@ def peak_mib(run: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def row(op: Operation, rate: float, bandwidth: float, rounds: int, device: torch.device) -> str:
-    """The line of the table for one operation."""
+@dataclass
+class Measured:
+    """What one operation took, in milliseconds and MiB; ``compiled`` is ``None`` where no compiled twin is measured."""
+
+    key: str
+    name: str
+    flops: float
+    moved: float
+    floor: float
+    eager: float
+    compiled: float | None
+    triton: float
+    eager_mib: float
+    triton_mib: float
+
+    @property
+    def gain(self) -> float:
+        """Speed of the kernel over the faster of its twins."""
+        return min(self.eager, self.compiled or self.eager) / self.triton
+
+    def row(self) -> str:
+        """The line of the table."""
+        if self.flops:
+            reached = f"{self.flops / self.triton / 1e9:.0f} TFLOP/s"
+        else:
+            reached = f"{self.moved / self.triton / 1e6:.0f} GB/s"
+        compiled = "" if self.compiled is None else f"{self.compiled:.3f}"
+        over_compiled = "" if self.compiled is None else f"{self.compiled / self.triton:.2f}"
+        return (
+            f"| {self.name} | {self.floor:.3f} | {self.eager:.3f} | {compiled} | {self.triton:.3f} | "
+            f"{self.floor / self.triton:.0%} | {reached} | {self.eager / self.triton:.2f} | {over_compiled} | "
+            f"{self.eager_mib:.0f} | {self.triton_mib:.0f} |"
+        )
+
+
+HEAD = (
+    "| operation | floor, ms | eager, ms | compiled, ms | Triton, ms | of the floor | reached | eager / Triton "
+    "| compiled / Triton | eager, MiB | Triton, MiB |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+)
+
+
+def measure(op: Operation, rate: float, bandwidth: float, rounds: int, device: torch.device) -> Measured:
+    """Time and memory of all variants of one operation, by turns."""
     variants = [op.eager, op.triton, *([op.compiled] if op.compiled else [])]
     eager, triton, *more = median_ms(variants, rounds, device)
     floor = 1e3 * max(op.flops / rate, op.moved / bandwidth)
-    reached = f"{op.flops / triton / 1e9:.0f} TFLOP/s" if op.flops else f"{op.moved / triton / 1e6:.0f} GB/s"
-    compiled, over_compiled = (f"{more[0]:.3f}", f"{more[0] / triton:.2f}") if more else ("", "")
-    memory = " | ".join(f"{peak_mib(run):.0f}" for run in (op.eager, op.triton))
-    return (
-        f"| {op.name} | {floor:.3f} | {eager:.3f} | {compiled} | {triton:.3f} | {floor / triton:.0%} | {reached} | "
-        f"{eager / triton:.2f} | {over_compiled} | {memory} |"
-    )
+    memory = [peak_mib(run) for run in (op.eager, op.triton)]
+    return Measured(op.key, op.name, op.flops, op.moved, floor, eager, more[0] if more else None, triton, *memory)
 
 
 def main() -> None:
@@ -187,12 +227,10 @@ def main() -> None:
         for D in args.width:
             print(
                 f"\n{precision}, width {D}, {torch.cuda.get_device_name()}, torch {torch.__version__}: matrix products "
-                f"{rate / 1e12:.0f} TFLOP/s, copies {bandwidth / 1e9:.0f} GB/s\n\n"
-                "| operation | floor, ms | eager, ms | compiled, ms | Triton, ms | of the floor | reached | eager / Triton "
-                "| compiled / Triton | eager, MiB | Triton, MiB |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+                f"{rate / 1e12:.0f} TFLOP/s, copies {bandwidth / 1e9:.0f} GB/s\n\n{HEAD}"
             )
             for op in operations(device, dtype, args.tokens, D, args.vocab):
-                print(row(op, rate, bandwidth, args.rounds, device), flush=True)
+                print(measure(op, rate, bandwidth, args.rounds, device).row(), flush=True)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from typing import get_args
 import torch
 import torch.nn.functional as F
 from rounds import copy_rate, median_ms
-from step_time import MODELS, model_config, release
+from step_rounds import release
+from step_time import MODELS, model_config
 
 from tinytron.errors import ConfigError
 from tinytron.kernels.tiled_attention import tiled_attention
@@ -163,25 +164,28 @@ def _attending(backend: Backend, documents: Documents | None) -> Callable[..., t
     return lambda q, k, v: attend(q, k, v, backend=backend, documents=documents)
 
 
-def print_operations(case: Case, rate: float, bandwidth: float, rounds: int) -> None:
-    """The table of the operations."""
-    print(
-        "| operation | GFLOP | MiB | floor, ms | ms | of the floor | instead of | ms | ratio |\n"
-        "|---|---:|---:|---:|---:|---:|---|---:|---:|"
-    )
+OPERATIONS_HEAD = (
+    "| operation | GFLOP | MiB | floor, ms | ms | of the floor | instead of | ms | ratio |\n"
+    "|---|---:|---:|---:|---:|---:|---|---:|---:|"
+)
+ATTENTION_HEAD = "| --attn_backend | ms | with documents, ms |\n|---|---:|---:|"
+
+
+def operation_rows(case: Case, rate: float, bandwidth: float, rounds: int) -> Iterator[str]:
+    """The lines of the table of the operations."""
     for op in operations(case):
         found = median_ms([op.run, *([op.other] if op.other else [])], rounds, case.device)
         moved = op.elements * case.dtype.itemsize
         floor = 1e3 * max(op.flops / rate, moved / bandwidth)
         peer = f"{op.other_name} | {found[1]:.2f} | {found[1] / found[0]:.2f}" if op.other else "| |"
-        print(
+        yield (
             f"| {op.name} | {op.flops / 1e9:.2f} | {moved / 2**20:.1f} | {floor:.2f} | {found[0]:.2f} | "
             f"{floor / found[0]:.0%} | {peer} |"
         )
 
 
-def print_attention(case: Case, rounds: int) -> None:
-    """The table of the ways to attend."""
+def attention_times(case: Case, rounds: int) -> tuple[dict[str, float], dict[str, float], list[str]]:
+    """Milliseconds of each way to attend, without and with documents, and notes on those that cannot run here."""
     found: list[dict[str, float]] = []
     notes: list[str] = []
     for packed in (False, True):
@@ -190,12 +194,15 @@ def print_attention(case: Case, rounds: int) -> None:
         notes += [note for note in missing if note not in notes]
         del runs
         release(case.device)
-    print("\n| --attn_backend | ms | with documents, ms |\n|---|---:|---:|")
+    return found[0], found[1], notes
+
+
+def attention_rows(plain: dict[str, float], packed: dict[str, float]) -> Iterator[str]:
+    """The lines of the table of the ways to attend."""
     for backend in get_args(Backend):
-        if any(backend in column for column in found):
-            cells = " | ".join(f"{column[backend]:.2f}" if backend in column else "" for column in found)
-            print(f"| {backend} | {cells} |")
-    print("\n" + "\n".join(f"not here: {note}" for note in notes))
+        if backend in plain or backend in packed:
+            cells = " | ".join(f"{column[backend]:.2f}" if backend in column else "" for column in (plain, packed))
+            yield f"| {backend} | {cells} |"
 
 
 def main() -> None:
@@ -225,8 +232,11 @@ def main() -> None:
             f"\n{args.model}, {precision}, {args.batch} x {args.seq_len} tokens, {place}, torch {torch.__version__}: "
             f"matrix products {rate / 1e9:.0f} GFLOP/s, copies {bandwidth / 1e9:.0f} GB/s\n"
         )
-        print_operations(case, rate, bandwidth, args.rounds)
-        print_attention(case, args.rounds)
+        print(OPERATIONS_HEAD)
+        for row in operation_rows(case, rate, bandwidth, args.rounds):
+            print(row, flush=True)
+        plain, packed, notes = attention_times(case, args.rounds)
+        print("\n".join(["", ATTENTION_HEAD, *attention_rows(plain, packed), "", *(f"not here: {n}" for n in notes)]))
 
 
 if __name__ == "__main__":

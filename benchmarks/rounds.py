@@ -35,10 +35,11 @@ def _elapsed_ms(run: Callable[[], object], device: torch.device) -> float:
     return start.elapsed_time(end)
 
 
-def copy_rate(device: torch.device) -> float:
-    """Bytes per second, read and written."""
-    a, b = torch.ones(2, 2**28 if device.type == "cuda" else 2**25, device=device)
-    return 2 * a.nbytes / (median_ms([lambda: b.copy_(a)], 15, device)[0] / 1e3)
+def copy_rate(device: torch.device, nbytes: int | None = None) -> float:
+    """Bytes per second, read and written; ``nbytes``: size of one copy (default: 1 GiB on a GPU, 128 MiB on a CPU)."""
+    count = (nbytes or (2**30 if device.type == "cuda" else 2**27)) // 4
+    source, target = torch.randn(2, count, device=device)
+    return 2 * source.nbytes / (median_ms([lambda: target.copy_(source)], 15, device)[0] / 1e3)
 
 
 def spread(values: Sequence[float], form: str) -> str:

@@ -4,9 +4,9 @@ python benchmarks/step_time.py [--models 10m 20m-moe] [--precision bf16] [--roun
 
 Before anything is timed every variant gets the same weights and trains a few steps in fp32: a variant whose losses differ
 from the first one's computes something else, which is an error. A figure is the median over rounds of tokens/s, and of
-the ratio to the first variant in the same round. On a CPU all variants are there at once and take turns, round by round,
-so that a noisy machine disturbs all alike; on a GPU, where they would not fit together, one follows another, and one that
-does not fit is a row that says so. MFU is one formula for all: tinytron.utils.model.train_flops_per_token.
+the ratio to the first variant in the same round. All variants are in memory at once and take turns, round by round, so that
+a noisy machine disturbs all alike. On a GPU where they would not fit together, one follows another, and one that does not
+fit is a row that says so. MFU is one formula for all: tinytron.utils.model.train_flops_per_token.
 
 Peak memory on a CPU is the growth of the resident set of a process of its own, from before the model was built to the peak
 in the steps after the first (Linux only); on a GPU it is the peak of allocated memory in those steps. A peer that is not
@@ -20,7 +20,6 @@ import gc
 import math
 import multiprocessing
 import sys
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,11 +28,11 @@ from typing import Any
 
 import torch
 from resident import is_measurable, peak_resident, reset_peak, resident
-from step_report import Row, Table, machine, write
-from step_variants import VARIANTS, Case, Training, Variant, join_alone
-from step_weights import Weights, initial_weights
+from step_report import Table, machine, write
+from step_rounds import fit_together, release, run_in_turns, run_one_by_one
+from step_variants import VARIANTS, Case, Variant, join_alone
+from step_weights import initial_weights
 
-from tinytron.errors import first_line
 from tinytron.model import ModelConfig
 from tinytron.utils.matmul import onednn, onednn_keeps_fp32
 from tinytron.utils.model import count_parameters, train_flops_per_token
@@ -46,14 +45,18 @@ MODELS: dict[str, tuple[int, int, int, int, int, int, int]] = {
     "10m": (8, 256, 4, 2, 704, 8192, 0),
     "50m": (9, 576, 9, 3, 1536, 16384, 0),
     "20m-moe": (6, 256, 4, 2, 384, 8192, 8),
+    "0.1b": (12, 768, 6, 3, 2048, 32000, 0),
+    "0.1b-h64": (12, 768, 12, 6, 2048, 32000, 0),
+    "0.1b-moe": (8, 512, 4, 4, 512, 32000, 8),
     "0.25b": (16, 1024, 8, 4, 2816, 32000, 0),
+    "0.25b-h64": (16, 1024, 16, 8, 2816, 32000, 0),
+    "0.5b": (18, 1536, 12, 6, 4096, 32000, 0),
     "1b": (18, 2048, 16, 8, 5632, 32000, 0),
     "3b": (28, 3072, 24, 8, 8192, 32000, 0),
     "0.3b-a0.17b": (14, 768, 6, 6, 768, 50304, 8),
 }
 TOP_K = 2
 CHECKED_LAYERS = 4
-WARM_UP = 3  # steps before the first round
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}  # of losses, in nats; one that is a bf16 itself comes in steps of 0.06
 
 
@@ -76,15 +79,16 @@ def random_batches(config: ModelConfig, rows: int, count: int, device: torch.dev
 
 
 def check(config: ModelConfig, device: torch.device, variants: Sequence[Variant]) -> str:
-    """Losses before and after two steps in fp32, of all that are not compiled and of the first layers alone, so that large
-    models fit too. Raises: SystemExit unless they are the same."""
+    """Losses before and after two steps in fp32 of the first layers, so that large models fit too. A compiled variant is
+    compared as it is without compilation. Raises: SystemExit unless they are the same."""
     config = replace(config, num_layer=min(config.num_layer, CHECKED_LAYERS))
     weights = initial_weights(config)
     torch.set_float32_matmul_precision("highest")
     batches = random_batches(config, 1, 3, device)
     base: tuple[str, list[float]] | None = None
     distance = 0.0
-    plainly = [v for v in variants if not v.compiled and v.fits(config, "fp32")]
+    eager = [replace(v, compiled=False, recompute="none", attn_backend="auto") for v in variants]
+    plainly = [v for v in dict.fromkeys(eager) if v.fits(config, "fp32")]
     for variant in plainly:
         training = variant.make(Case(config, "fp32", device), weights)
         losses = [float(training.step(tokens)) for tokens in batches]
@@ -94,7 +98,7 @@ def check(config: ModelConfig, device: torch.device, variants: Sequence[Variant]
         distance = max(distance, compare(variant.name, losses, *base, TOLERANCE["fp32"]))
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs, as the trainer has it
     if base is None:
-        return "no variant to compare in fp32 (all chosen ones are compiled)"
+        return "no variant to compare in fp32 (all chosen ones use autocast)"
     first, *_, last = base[1]
     names = ", ".join(v.name for v in plainly)
     return f"same losses in fp32, {first:.5f} and after 2 steps {last:.5f}, within {distance:.1e}: {names}"
@@ -110,92 +114,6 @@ def compare(name: str, losses: Sequence[float], base: str, expected: Sequence[fl
             f"and {tolerance} is allowed"
         )
     return distance
-
-
-def release(device: torch.device) -> None:
-    """Let go of what nobody holds."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def start(variant: Variant, case: Case, weights: Weights | None, batches: list[torch.Tensor], row: Row) -> Training:
-    """Build and warm up, compilation included."""
-    training = variant.make(case, weights)
-    begin = time.perf_counter()
-    row.first_loss = float(training.step(batches[0]))
-    row.first_step = time.perf_counter() - begin
-    for i in range(1, WARM_UP):
-        training.step(batches[i % len(batches)])
-    training.settle()
-    synchronize(case.device)
-    return training
-
-
-def one_round(training: Training, batches: list[torch.Tensor], steps: int, device: torch.device) -> tuple[float, float]:
-    """Seconds of a step, and processor seconds of all threads."""
-    begin, cpu = time.perf_counter(), time.process_time()
-    for i in range(steps):
-        training.step(batches[i % len(batches)])
-    training.settle()
-    synchronize(device)
-    return (time.perf_counter() - begin) / steps, (time.process_time() - cpu) / steps
-
-
-def run_in_turns(
-    case: Case, variants: Sequence[Variant], weights: Weights, batches: list[torch.Tensor], rounds: int, steps: int
-) -> list[Row]:
-    """On a CPU: all are built, then take turns. A peer that fails, as compilers may, says so; we may not fail."""
-    rows = [Row(variant.name, variant.keeps(case.precision)) for variant in variants]
-    made: list[tuple[Training, Row]] = []
-    for variant, row in zip(variants, rows, strict=True):
-        try:
-            made.append((start(variant, case, weights, batches, row), row))
-        except Exception as error:
-            if variant.library == "tinytron":
-                raise
-            row.failure, row.first_loss = f"failed: {first_line(error)}", None
-            print(f"  {row.name}: {row.failure}", flush=True)
-        else:
-            print(f"  {row.name}: first step {row.first_step:.1f} s, loss {row.first_loss:.4f}", flush=True)
-    for _ in range(rounds):
-        for training, row in made:
-            seconds, cpu = one_round(training, batches, steps, case.device)
-            row.seconds.append(seconds)
-            row.cpu.append(cpu)
-    return rows
-
-
-def run_one_by_one(
-    case: Case, variants: Sequence[Variant], weights: Weights, batches: list[torch.Tensor], rounds: int, steps: int
-) -> list[Row]:
-    """On a GPU: each is built, measured and let go; one that needs too much memory says so."""
-    rows = []
-    for variant in variants:
-        rows.append(row := Row(variant.name, variant.keeps(case.precision)))
-        release(case.device)
-        torch._dynamo.reset()
-        before = torch.cuda.memory_allocated(case.device)
-        try:
-            training = start(variant, case, weights, batches, row)
-            torch.cuda.reset_peak_memory_stats(case.device)
-            seconds = [one_round(training, batches, steps, case.device)[0] for _ in range(rounds)]
-            row.seconds, row.peak_bytes = seconds, torch.cuda.max_memory_allocated(case.device) - before
-            print(f"  {row.name}: first step {row.first_step:.1f} s, loss {row.first_loss:.4f}", flush=True)
-        except torch.OutOfMemoryError:
-            row.first_loss = None
-            row.failure = (
-                f"out of memory ({torch.cuda.get_device_properties(case.device).total_memory / 2**30:.0f} GiB)"
-            )
-            print(f"  {row.name}: {row.failure}", flush=True)
-        training = None  # type: ignore[assignment]  # or it would still be there when the next is built
-    return rows
 
 
 def measure_memory(variant: Variant, case: Case, rows: int, threads: int, queue: Any) -> None:
@@ -242,7 +160,7 @@ def measure(name: str, precision: str, variants: Sequence[Variant], args: argpar
     fitting = [v for v in variants if v.fits(case.config, precision)]
     batches = random_batches(case.config, args.batch, 8, device)
     torch._dynamo.reset()
-    run = run_in_turns if device.type == "cpu" else run_one_by_one
+    run = run_in_turns if fit_together(case, fitting) else run_one_by_one
     rows = run(case, fitting, weights, batches, args.rounds, args.steps)
     ran = [row for row in rows if row.first_loss is not None]
     tf32 = device.type == "cuda" and precision == "fp32"

@@ -27,6 +27,7 @@ from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import specs_of
 from tinytron.model import GPT, ModelConfig
+from tinytron.model.modules.attn import Backend
 from tinytron.model.modules.recompute import Recompute
 from tinytron.training.build import build_model, build_optimizer, optimizer_options, parameter_gate
 from tinytron.training.config import Config, OptimConfig, TrainingConfig
@@ -101,6 +102,7 @@ class Ours(Training):
         S = case.config.block_size
         optim = OptimConfig(max_lr=LR, adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_eps=EPS, weight_decay=DECAY)
         flags: Any = {"precision": case.precision, "use_compile": how.compiled, "recompute": how.recompute}
+        flags |= {"attn_backend": how.attn_backend, "use_triton_kernels": how.triton}
         train = TrainingConfig(**flags, seq_len=S, total_batch_size=S)
         config = Config(model=case.config, optim=optim, train=train)
         self.model = build_model(config, self.state)
@@ -303,6 +305,8 @@ class Variant:
     compiled: bool = False
     autocast: bool = False
     recompute: Recompute = "none"
+    attn_backend: Backend = "auto"
+    triton: bool = False  # --use_triton_kernels
 
     @property
     def library(self) -> str:
@@ -312,9 +316,20 @@ class Variant:
     @property
     def name(self) -> str:
         """How it is called in tables."""
-        first = "plain torch" if self.maker is plain else self.library
-        recomputing = "" if self.recompute == "none" else f", --recompute {self.recompute}"
-        return first + ", autocast" * self.autocast + ", compiled" * self.compiled + recomputing
+        words = ["plain torch" if self.maker is plain else self.library]
+        words += ["autocast"] * self.autocast + ["compiled"] * self.compiled
+        if self.recompute != "none":
+            words.append(f"--recompute {self.recompute}")
+        if self.attn_backend != "auto":
+            words.append(f"--attn_backend {self.attn_backend}")
+        return ", ".join(words + ["--use_triton_kernels"] * self.triton)
+
+    @property
+    def bytes_per_parameter(self) -> int:
+        """Weights, gradients, moments and main weights, when matrix products are in bf16."""
+        if self.maker is tinytron:
+            return 18
+        return 16 if self.autocast else 8
 
     def importable(self) -> str | None:
         """Why the library cannot be used, or ``None``; it is imported now."""

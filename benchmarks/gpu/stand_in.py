@@ -142,7 +142,7 @@ STAND_INS: dict[str, Any] = {
     "memory_reserved": _memory,
     "max_memory_reserved": _peak,
     "reset_peak_memory_stats": _reset,
-    "mem_get_info": lambda *_: (2 * 2**30, 4 * 2**30),
+    "mem_get_info": lambda *_: (4 * 2**30, 4 * 2**30),
     "get_device_name": lambda *_: "rehearsal on a CPU",
     "get_device_capability": lambda *_: (9, 0),
     "get_device_properties": lambda *_: SimpleNamespace(

@@ -30,9 +30,8 @@ _base_python() { # the newest Python >= 3.10 on this machine
     return 1
 }
 
-need_python() {
-    local extra="$1" candidate
-    shift
+find_python() { # MODULE...: leaves an interpreter that can import them in $PYTHON; fails if there is none
+    local candidate
     for candidate in python python3 "$ROOT/.venv/bin/python"; do
         if _has "$candidate" "$@"; then
             PYTHON="$(command -v "$candidate")"
@@ -40,6 +39,13 @@ need_python() {
             return
         fi
     done
+    return 1
+}
+
+need_python() {
+    local extra="$1"
+    shift
+    if find_python "$@"; then return; fi
     _install "$extra" "$@"
     exec 9>&- # the lock must not outlive the installation
     PYTHON="$ROOT/.venv/bin/python"
