@@ -98,19 +98,39 @@ class CUDAGraph:
 
 
 class _Capture(HostWaits):
-    """Records operations. Host reads raise, as on a GPU."""
+    """Records operations. Host reads raise, as on a GPU; and as there nothing is computed: what the operations wrote to
+    memory that existed before is restored."""
 
     def __init__(self, graph: CUDAGraph) -> None:
         super().__init__()
         self.graph = graph
+        self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for storage, content in self._before.values():
+            storage.copy_(content)
 
     def found(self, name: str) -> None:
         raise RuntimeError(f"operation not permitted when stream is capturing: the host waits in {name}")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in _written(func, args, kwargs or {}):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self._before:
+                self._before[storage.data_ptr()] = storage, storage.clone()
         result = super().__torch_dispatch__(func, types, args, kwargs)
         self.graph.calls.append((func, args, kwargs or {}, _parts(result)[0]))
         return result
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors that the operator writes to; of collectives, which do not say so, all."""
+    if func.namespace == "c10d":
+        return _parts(args)[0]
+    names = {one.name for one in func._schema.arguments if one.alias_info is not None and one.alias_info.is_write}
+    given = dict(zip((one.name for one in func._schema.arguments), args, strict=False)) | kwargs
+    return _parts([value for name, value in given.items() if name in names])[0]
 
 
 def _parts(result: Any) -> tuple[list[torch.Tensor], list[Any]]:
@@ -118,7 +138,7 @@ def _parts(result: Any) -> tuple[list[torch.Tensor], list[Any]]:
     if isinstance(result, torch.Tensor):
         return [result], []
     if isinstance(result, torch.ScriptObject):
-        return [], [result]
+        return [], [result] if hasattr(result, "wait") else []
     tensors, works = [], []
     for one in result if isinstance(result, list | tuple) else ():
         found = _parts(one)

@@ -1,7 +1,7 @@
 """The device of the gpu tests: a GPU, or the CPU in a rehearsal.
 
     pytest -m gpu tests/gpu                                on a machine with a GPU
-    TINYTRON_REHEARSE_GPU=1 pytest -m gpu tests/gpu        anywhere else
+    TINYTRON_REHEARSE_GPU=1 pytest -m gpu tests/gpu        anywhere else, in seconds (full: at real sizes, in minutes)
 
 A rehearsal runs the tests' own lines at toy sizes, over stand-ins for ``torch.cuda`` (benchmarks/gpu/stand_in.py), Triton's
 interpreter and torch's varlen operators in plain torch. It shows that a test would run, and whether a step is capturable;
@@ -30,7 +30,8 @@ from tinytron.training import build
 from tinytron.utils.training import use_deterministic_kernels
 
 T = TypeVar("T")
-REHEARSING = os.environ.get("TINYTRON_REHEARSE_GPU") == "1"
+REHEARSING = os.environ.get("TINYTRON_REHEARSE_GPU", "") in ("1", "full")
+TOY = os.environ.get("TINYTRON_REHEARSE_GPU") == "1"
 DEVICE = torch.device("cpu" if REHEARSING else "cuda")
 GPU_TEST = [
     pytest.mark.gpu,
@@ -44,7 +45,7 @@ if not REHEARSING:  # cuBLAS reads it once, so it cannot wait for the first dete
 
 def sized(real: T, rehearsed: T) -> T:
     """``real``, or in a rehearsal something smaller."""
-    return rehearsed if REHEARSING else real
+    return rehearsed if TOY else real
 
 
 def only_a_gpu_shows(what: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tests.gpu.device import REHEARSING, relative_error
+from tests.gpu.device import TOY, relative_error
 from tests.helpers.runs import TINY, config_of
 from tinytron.data import Batch
 from tinytron.training import Config, Trainer
@@ -23,9 +23,9 @@ SMALL: tuple[object, ...] = tuple(
         "--hidden_size 256 --intermediate_size 512 --init_std 0.05 --max_lr 0.001 --warmup_steps 1"
     )
 )
-if REHEARSING:
+if TOY:
     SMALL = (*TINY, "--total_batch_size", 48, "--head_dim", 8)  # varlen asks for multiples of 8
-EXPERTS = f"--use_moe --num_experts 8 --num_experts_per_tok 2 --moe_intermediate_size {8 if REHEARSING else 128}"
+EXPERTS = f"--use_moe --num_experts 8 --num_experts_per_tok 2 --moe_intermediate_size {8 if TOY else 128}"
 
 
 class Stepped(Trainer):
@@ -81,7 +81,10 @@ class Outcome:
     def differences(self, exact: Outcome, losses: float, norms: float, weights: float) -> list[str]:
         """Where this differs from ``exact`` by more than the relative tolerances given."""
         pairs = [
-            *((f"loss of step {i}", a, b, losses) for i, (a, b) in enumerate(zip(self.losses, exact.losses, strict=True))),
+            *(
+                (f"loss of step {i}", a, b, losses)
+                for i, (a, b) in enumerate(zip(self.losses, exact.losses, strict=True))
+            ),
             *((f"norm of step {i}", a, b, norms) for i, (a, b) in enumerate(zip(self.norms, exact.norms, strict=True))),
             *((f"weight {name}", self.weights[name], exact.weights[name], weights) for name in exact.weights),
         ]
