@@ -188,6 +188,7 @@ def test_orthogonalize(shape: tuple[int, ...]) -> None:
 
 # Training.
 
+SLOWLY = ("--num_layer", 1, "--total_batch_size", 24, "--muon_ns_steps", 1)  # what the interpreter does in a second
 FLAGS = [
     "--precision bf16",
     "--precision fp32 --optimizer muon --muon_normuon",
@@ -200,11 +201,11 @@ FLAGS = [
 
 @pytest.mark.parametrize("flags", FLAGS[: sized(len(FLAGS), 3)])
 def test_training_with_them_gives_the_same_losses(flags: str, tmp_path: Path) -> None:
-    steps, runs = sized(6, 2), {}
+    steps, runs, small = sized(6, 2), {}, sized((), SLOWLY)
     for name, more in (("plain", []), ("kernels", ["--use_triton_kernels"]), ("again", ["--use_triton_kernels"])):
         if name == "again" and REHEARSING:
             continue  # the interpreter runs one program after the other: nothing could differ
-        runs[name] = trained(steps, tmp_path / name, "--deterministic", *flags.split(), *more)
+        runs[name] = trained(steps, tmp_path / name, "--deterministic", *flags.split(), *small, *more)
     assert len(runs["plain"].losses) == steps
     assert runs["kernels"].losses == pytest.approx(runs["plain"].losses, rel=5e-3)
     assert runs["kernels"].norms == pytest.approx(runs["plain"].norms, rel=5e-2)
@@ -215,7 +216,7 @@ def test_training_with_them_gives_the_same_losses(flags: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("flags", ["", "--optimizer muon", "--precision fp16"][: sized(3, 1)])
 def test_a_step_with_them_never_waits_for_the_host(flags: str, tmp_path: Path) -> None:
-    given = (*flags.split(), *(() if "--precision" in flags else ("--precision", "bf16")))
+    given = (*flags.split(), *(() if "--precision" in flags else ("--precision", "bf16")), *sized((), SLOWLY))
     trainer = stepped(tmp_path, "--max_steps", 3, "--use_triton_kernels", *given).run(1)
     batches = trainer.next_batches()
     torch.cuda.synchronize()

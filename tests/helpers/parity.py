@@ -188,7 +188,10 @@ class ParityTrainer(Trainer):
         before = model.load.clone()
         super()._end_step()
         self.loads = [*getattr(self, "loads", []), (model.load - before).cpu().numpy().copy()]
-        self.biases = [*getattr(self, "biases", []), [m.router.bias.double().cpu().numpy().copy() for m in model.moe_layers]]
+        self.biases = [
+            *getattr(self, "biases", []),
+            [m.router.bias.double().cpu().numpy().copy() for m in model.moe_layers],
+        ]
 
 
 def _without_last_expert(case: Case, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
