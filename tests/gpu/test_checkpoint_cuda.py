@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +38,11 @@ def trained_until(last: int, log_dir: Path, *flags: object) -> tuple[Path, dict[
     """Train to step ``last``, from the newest checkpoint if there is one: the run's folder; losses and norms by step."""
     trainer = Trainer(config_of(*RUN, "--log_dir", log_dir, "--max_steps", last, *flags))
     trainer.train()
-    folder, step = trainer.log_dir, trainer.step
-    del trainer
     dist.destroy_process_group()
-    gc.collect()  # the run's folder is unlocked
-    assert step == last
-    return folder, {r["step"]: (r["loss"], r["grad_norm"]) for r in read_logs(folder)[1] if "loss" in r}
+    assert trainer.step == last
+    return trainer.log_dir, {
+        r["step"]: (r["loss"], r["grad_norm"]) for r in read_logs(trainer.log_dir)[1] if "loss" in r
+    }
 
 
 def saved(folder: Path, step: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.gpu.device import DEVICE, GPU_TEST
+from tests.gpu.device import DEVICE, GPU_TEST, sized
 from tests.inference.models import MODELS, greedy, make_model, random_ids
 from tinytron.inference import SamplingOptions, complete
 
@@ -13,7 +13,7 @@ pytestmark = GPU_TEST
 PROMPTS = [random_ids(9, 1), random_ids(4, 2), random_ids(12, 4)]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sized(list(MODELS), ["plain", "some windows", "all at once"]))
 def test_greedy_tokens(name: str) -> None:
     model = make_model(name)
     expected = [greedy(model, prompt, 8) for prompt in PROMPTS]

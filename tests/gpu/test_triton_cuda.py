@@ -176,7 +176,7 @@ def test_symmetric_products(shape: tuple[int, ...], dtype: torch.dtype, setting:
     assert torch.equal(product.mT[..., below], product[..., below])  # a tile and its mirror
 
 
-@pytest.mark.parametrize("shape", sized([(768, 768), (3072, 768), (8, 256, 768)], [(9, 20), (2, 12, 8)]), ids=str)
+@pytest.mark.parametrize("shape", sized([(768, 768), (3072, 768), (8, 256, 768)], [(9, 20)]), ids=str)
 def test_orthogonalize(shape: tuple[int, ...]) -> None:
     matrix = normal(*shape)
     with matmul_precision("highest"):
