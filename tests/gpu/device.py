@@ -39,7 +39,7 @@ GPU_TEST = [
         not (REHEARSING or torch.cuda.is_available()), reason="no CUDA device (TINYTRON_REHEARSE_GPU=1 rehearses)"
     ),
 ]
-if not REHEARSING:  # cuBLAS reads it once, so it cannot wait for the first deterministic run of this process
+if torch.cuda.is_available():  # cuBLAS reads it once, before the first deterministic run of this process may come
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
