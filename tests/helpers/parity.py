@@ -57,6 +57,7 @@ class Case:
     recompute: str = "none"
     wire: str = "fp32"
     recipe: Recipe = CLIPPED
+    tf32: bool = True
 
     @property
     def dp(self) -> int:
@@ -90,6 +91,7 @@ class Case:
             **{"do_save": False, "use_distributed_optimizer": self.shard, "tied_lm_head": self.tied},
             **{"overlap_grad_reduce": self.overlap, "overlap_param_gather": self.overlap},
             **{"ddp_gradient_as_bucket_view": self.view, "muon_normuon": recipe.optimizer == "normuon"},
+            **{"disable_tf32": not self.tf32},
         }
         if experts := self.experts:
             flags |= {
@@ -157,7 +159,7 @@ def owned_gradients(optimizer: DistributedOptimizer) -> Parts:
     for piece in optimizer.pieces():
         assert piece.holder.grad is not None
         own = piece.holder.grad.view(-1)[piece.start : piece.start + len(piece.main)]
-        parts.append((piece.name, piece.numel, piece.offset, own.double().numpy().copy()))
+        parts.append((piece.name, piece.numel, piece.offset, own.double().cpu().numpy().copy()))
     return parts
 
 
@@ -185,8 +187,11 @@ class ParityTrainer(Trainer):
         model: Any = self.raw_model
         before = model.load.clone()
         super()._end_step()
-        self.loads = [*getattr(self, "loads", []), (model.load - before).numpy().copy()]
-        self.biases = [*getattr(self, "biases", []), [m.router.bias.double().numpy().copy() for m in model.moe_layers]]
+        self.loads = [*getattr(self, "loads", []), (model.load - before).cpu().numpy().copy()]
+        self.biases = [
+            *getattr(self, "biases", []),
+            [m.router.bias.double().cpu().numpy().copy() for m in model.moe_layers],
+        ]
 
 
 def _without_last_expert(case: Case, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -206,7 +211,7 @@ def run_case(case: Case, log_dir: Path) -> dict[str, Any]:
     specs, weights = {spec.name: spec for spec in specs_of(trainer.raw_model)}, []
     for name, weight in trainer.raw_model.named_parameters():
         offset = first * weight.numel() if specs[name].shard_axis is not None else 0
-        weights.append((name, specs[name].numel, offset, weight.detach().double().numpy().flatten()))
+        weights.append((name, specs[name].numel, offset, weight.detach().double().cpu().numpy().flatten()))
     return {
         "log": [json.loads(line) for line in lines],
         "norms": trainer.optimizer.norms,

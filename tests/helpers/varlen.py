@@ -48,7 +48,7 @@ def _forward(
     is_causal: bool = False, scale: float | None = None, window_size: Sequence[int] | None = None, *_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     _check(q, k, v, cu_q, cu_k)
-    assert max_q == max_k == int(cu_q.diff().max())
+    assert max_q == max_k >= int(cu_q.diff().max())  # a bound: a captured step has the same for all documents
     N = q.shape[1]
     weights = _weights(q, _one_each(k, N), cu_q, is_causal, window_size or (-1, -1))
     out = torch.einsum("nst,tnh->snh", weights, _one_each(v, N)).contiguous()
