@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from gpu.part import Context, run
 from gpu.sizes import Sizes
-from tinytron.errors import first_line
+from tinytron.errors import ConfigError, first_line
 from tinytron.training import Trainer, build_config, parse_args
 from tinytron.training.dry_run import plan_run
 
@@ -74,6 +74,9 @@ def main(context: Context, _: argparse.Namespace) -> None:
         try:
             held, peak = measured(flags)
             plan, _work, _layout = plan_run(build_config(parse_args(flags)), 1)
+        except ConfigError as error:  # it cannot run on this GPU
+            context.result.note(f"left out: {name} ({error})")
+            continue
         except Exception as error:
             context.result.check(name, first_line(error))
             continue

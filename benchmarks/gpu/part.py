@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -103,6 +103,7 @@ def run(
     args = parser.parse_args()
     if args.rehearse:
         stand_in.install()
+        torch.compile = _uncompiled
         device, sizes = stand_in.CPU, TOY
     else:
         device = torch.device("cuda", 0)
@@ -112,6 +113,11 @@ def run(
     context.result.save()
     torch.set_float32_matmul_precision("high")  # TF32, as training has it without --disable_tf32
     body(context, args)
+
+
+def _uncompiled(function: Any = None, **_: Any) -> Any:
+    """In place of torch.compile in a rehearsal, where compilation would take most of the time."""
+    return function if function is not None else _uncompiled
 
 
 def sizes_of_this_gpu() -> Sizes:

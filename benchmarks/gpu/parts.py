@@ -33,10 +33,12 @@ def _speed(role: str, proves: str, expected: int) -> Part:
 
 PARTS = (
     Part("environment", "versions, free memory, measured ceilings", "gpu.environment", (), 20, alone=True),
-    _tests("training", "one GPU trains as the CPU twin does: fp32, bf16, fp16, compiled", 60),
+    _tests("training", "one GPU trains as the CPU twin does, in fp32, bf16 and fp16, and never waits", 60),
+    _tests("model", "losses and gradients of a GPU equal the CPU's", 15),
     _tests("attention", "every attention backend equals plain formulas, with documents and windows", 30),
     _tests("checkpoint", "save on the GPU, load on the CPU and back; bit-exact resume", 40),
     _tests("experts", "experts' products and routing equal their twins", 40),
+    _tests("compile", "compiled blocks equal eager ones, with recomputation and experts", 60),
     _tests("triton", "our Triton kernels equal their eager twins, and never wait", 90),
     _tests("graph", "a training step can be captured as a CUDA graph", 30),
     Part("real_run", "train, validate, save, resume, export through the launch script", "gpu.real_run", (), 75),

@@ -106,13 +106,13 @@ def open_folder(folder: Path, rehearsal: bool) -> IO[str]:
     return lock
 
 
-# The environment of every part, and in a rehearsal: nothing is compiled, and Triton interprets.
+# The environment of every part, and in a rehearsal: Triton interprets.
 VARIABLES = {
     "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic cuBLAS, as the launch scripts set it
 }  # fmt: skip
 REHEARSAL_VARIABLES = {
-    "TORCHDYNAMO_DISABLE": "1", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+    "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
     "TINYTRON_REHEARSE_GPU": "1", "NUM_GPUS": "0",
 }  # fmt: skip
 

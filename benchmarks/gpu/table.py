@@ -129,12 +129,17 @@ def report_lines(folder: Path) -> list[str]:
     about = _json(folder / "machine.json")
     lines = [f"{about.get('gpu')}, torch {about.get('torch')}, code {', '.join(code) or 'unknown'}: {folder}"]
     lines += [*wrong[:MAX_WRONG], *([f"         and {len(wrong) - MAX_WRONG} more"] if len(wrong) > MAX_WRONG else [])]
+    if about.get("rehearsal"):
+        count = len(TARGETS) - len(targets_not_run)
+        missed, met = [], [f"{count} of {len(TARGETS)} targets have a figure; a rehearsal's figures mean nothing"]
     lines += [*missed, *left_out_lines(found)]
     if waiting:
         lines.append(f"NOT RUN  {', '.join(waiting)}: call again to run them")
     if targets_not_run:
         lines.append(_cut(f"NOT RUN  targets: {', '.join(targets_not_run)}"))
-    lines += [*met, *part_lines(found), *advice(figures)]
+    lines += [*met, *part_lines(found)]
+    if not about.get("rehearsal"):
+        lines += advice(figures)
     if len(lines) > MAX_LINES:
         lines = [
             *lines[: MAX_LINES - 1],

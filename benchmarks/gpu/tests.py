@@ -13,6 +13,8 @@ from gpu.part import Context, Result, run
 TESTS = Path(__file__).resolve().parents[2] / "tests" / "gpu"
 FILES = {
     "training": ("test_training_cuda.py",),
+    "model": ("test_model_cuda.py",),
+    "compile": ("test_compile_cuda.py",),
     "attention": ("test_attention_cuda.py",),
     "checkpoint": ("test_checkpoint_cuda.py",),
     "experts": ("test_experts_cuda.py",),
@@ -37,7 +39,8 @@ class Recorder:
             crash = getattr(report.longrepr, "reprcrash", None)
             self._result.check(name, getattr(crash, "message", None) or str(report.longrepr).splitlines()[-1])
         elif report.skipped:
-            self.skipped.append(report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr))
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+            self.skipped.append(reason.removeprefix("Skipped: "))
         elif report.when == "call":
             self.passed += 1
             self._result.check(name)
