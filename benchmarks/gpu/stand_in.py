@@ -7,6 +7,7 @@ Times are host times and memory is the resident set, so the figures of a rehears
 
 from __future__ import annotations
 
+import importlib.metadata
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -250,6 +251,21 @@ STAND_INS: dict[str, Any] = {
         L2_cache_size=2**20,
     ),
 }
+
+
+def interpreter_problem() -> str:
+    """Why Triton's interpreter cannot run here, or an empty text. Before 3.7 it fails with numpy 2.4 and newer."""
+    found = []
+    for name in ("triton", "numpy"):
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return f"{name} is missing: pip install {name}"
+        found.append(tuple(int(part) for part in version.split(".")[:2]))
+    triton, numpy = found
+    if triton < (3, 7) and numpy >= (2, 4):
+        return "the interpreter of triton before 3.7 fails with numpy 2.4 and newer: pip install 'numpy<2.4'"
+    return ""
 
 
 def install(set_attribute: Callable[[Any, str, Any], None] = setattr) -> None:

@@ -232,6 +232,24 @@ def test_without_a_gpu_the_first_part_says_so(tmp_path: Path) -> None:
     assert line.endswith("sees no CUDA device; use --rehearse on a CPU")
 
 
+def test_the_rehearsal_runs_every_part(tmp_path: Path) -> None:
+    """All parts as on a GPU, at toy sizes: nothing is wrong, and every target has a figure to be compared with."""
+    out, path = tmp_path / "out", f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "--rehearse", "--minutes", "30", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PATH": path})
+    assert (done.returncode, done.stderr) == (0, "")
+    about, *table = (out / "table.md").read_text().splitlines()
+    assert about.startswith("none (a rehearsal), torch ")
+    words = table[0].split()
+    assert words[0] == words[2], "a target has no figure"
+    named = [line.split()[1].rstrip(":") for line in table[1:]]
+    listed = subprocess.run(
+        [*command[:2], "--list"], capture_output=True, text=True, check=True, env={**os.environ, "PATH": path}
+    )
+    assert named == [line.split()[0] for line in listed.stdout.splitlines()[:-1]]
+    assert {line.split()[0] for line in table[1:]} <= {"done", "LEFT"}
+
+
 # What the table says.
 
 

@@ -6,18 +6,23 @@ It runs one program after the other on numpy arrays: it shows what a kernel comp
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from tests.helpers.runs import ROOT
+
 
 def interpreted(module: str) -> Any:
     """``tinytron.kernels.<module>``; at the top of a test file, which is skipped where that cannot be interpreted."""
     if torch.cuda.is_available():
         pytest.skip("on a CUDA device the kernels are tested by tests/gpu/test_triton_cuda.py", allow_module_level=True)
-    pytest.importorskip("triton", reason="needs the triton package: pip install triton")
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    if problem := importlib.import_module("gpu.stand_in").interpreter_problem():
+        pytest.skip(problem, allow_module_level=True)
     _mend_bfloat16()
     return importlib.import_module(f"tinytron.kernels.{module}")
 
