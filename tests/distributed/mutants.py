@@ -14,7 +14,9 @@ COUNT, PREPARE = "tinytron.training.feed:count_targets", "tinytron.training.feed
 FLUSH = "tinytron.metrics.window:StepWindow.flush"
 COLLECTIVES = "tinytron.distributed.collectives:"
 SUMMED, SENT = COLLECTIVES + "SummedExchange.wait", COLLECTIVES + "SummedExchange.start"
-ALL_REDUCE, EXCHANGE_BACK = COLLECTIVES + "start_all_reduce", COLLECTIVES + "_exchange_back"
+ALL_REDUCE = COLLECTIVES + "start_all_reduce"
+EXCHANGE = "tinytron.distributed.exchange:"
+EXCHANGE_BACK = EXCHANGE + "_exchange_back"
 BUFFER = "tinytron.distributed.zero1.flat_buffer:FlatBuffer."
 OPTIMIZER = "tinytron.distributed.zero1.distributed_optimizer:DistributedOptimizer."
 OWNERSHIP = OPTIMIZER + "_ownership"
@@ -124,7 +126,7 @@ MUTANTS = {
          "grad_T1D * torch.ones_like(weight_Tk).unsqueeze(-1)"),
         ("gradients of rows not in their order", COMM + "_WeightedSum.backward", "flatten(0, 1)[order_R]",
          "flatten(0, 1)"),
-        ("gradients of sent rows lost", COLLECTIVES + "_StartExchange.backward", "return gradient, None",
+        ("gradients of sent rows lost", EXCHANGE + "_StartExchange.backward", "return gradient, None",
          "return 0 * gradient, None"),
         ("gradient of one choice", COMM + "_CopyToChoices.backward", "choices_TkD.sum(1, dtype=wide)", "choices_TkD[:, 0]"),
         ("gradients of rows not sent back", COMM + "_Permute.backward", "grad[inverse]", "grad"),

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from tinytron.distributed.collectives import Exchange, all_to_all
+from tinytron.distributed.exchange import Exchange, all_to_all
 
 
 class Routes(NamedTuple):

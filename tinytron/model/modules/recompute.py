@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import varlen  # noqa: F401  # makes the operator that is named below, as the next two do
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from tinytron.distributed import collectives  # noqa: F401
+from tinytron.distributed import exchange  # noqa: F401
 from tinytron.kernels import tiled_attention  # noqa: F401
 
 T = TypeVar("T")
