@@ -40,7 +40,7 @@ class Operation:
 
 def loss_operations(device: torch.device, dtype: torch.dtype, tokens: int, D: int, V: int) -> Iterator[Operation]:
     """What is between the two products of the loss for one chunk, and the whole loss with its gradients."""
-    from tinytron.kernels.triton_loss import cross_entropy_
+    from tinytron.kernels.cross_entropy_triton import cross_entropy_
 
     t = max(1, min(tokens, 2**27 // V))
     products, label_t = torch.randn(t, V, device=device).to(dtype), torch.randint(V, (t,), device=device)
@@ -112,7 +112,7 @@ def expert_operations(device: torch.device, dtype: torch.dtype, tokens: int, D: 
 
 def symmetric_operations(device: torch.device, dtype: torch.dtype, D: int) -> Iterator[Operation]:
     """Muon's products of one matrix, and its whole orthogonalisation."""
-    from tinytron.kernels.triton_symmetric import gram, plus_square
+    from tinytron.kernels.gram_triton import gram, plus_square
 
     n = 4 * D
     x = torch.randn(D, n, device=device).to(dtype) / n**0.5

@@ -22,7 +22,7 @@ from rounds import copy_rate, median_ms
 from step_time import MODELS, model_config, release
 
 from tinytron.errors import ConfigError
-from tinytron.kernels.tiled_attention import tiled_attention
+from tinytron.kernels.attention_tiled import tiled_attention
 from tinytron.model import ModelConfig
 from tinytron.model.modules.attn import UNMASKED, Backend, Documents, attend, check_backend, documents_of, visible
 from tinytron.model.modules.emb import RotaryEmbedding, rotate

@@ -163,7 +163,7 @@ def test_experts_rows(T: int, k: int, D: int, dtype: torch.dtype) -> None:
     ("dtype", "setting"), [(torch.float32, "highest"), (torch.float32, "high"), (torch.bfloat16, "high")]
 )
 def test_symmetric_products(shape: tuple[int, ...], dtype: torch.dtype, setting: str) -> None:
-    from tinytron.kernels.triton_symmetric import gram, plus_square
+    from tinytron.kernels.gram_triton import gram, plus_square
 
     torch.manual_seed(shape[-1])
     x = (normal(*shape) / shape[-1] ** 0.5).to(dtype)

@@ -17,8 +17,8 @@ from tests.helpers.ranks import Ranks
 from tests.helpers.runs import TINY, config_of, train
 from tinytron.errors import ConfigError
 from tinytron.kernels import liger
+from tinytron.kernels.choice import check_triton
 from tinytron.kernels.liger import check_liger
-from tinytron.kernels.packages import check_triton
 from tinytron.model import GPT, ModelConfig
 from tinytron.model.modules.cut_loss import check_cut_cross_entropy, cut_linear_cross_entropy
 from tinytron.model.modules.loss import IGNORE_INDEX, LossSums, fused_linear_cross_entropy

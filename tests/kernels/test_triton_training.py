@@ -15,10 +15,10 @@ from tests.helpers.triton_interpreter import interpreted
 from tinytron.training import Trainer, build
 
 MODULES = {
-    "cross_entropy_": interpreted("triton_loss"),
-    "weighted_sum": interpreted("triton_experts"),
-    "sum_choices": interpreted("triton_experts"),
-    "plus_square": interpreted("triton_symmetric"),
+    "cross_entropy_": interpreted("cross_entropy_triton"),
+    "weighted_sum": interpreted("expert_rows_triton"),
+    "sum_choices": interpreted("expert_rows_triton"),
+    "plus_square": interpreted("gram_triton"),
 }
 Pools = Callable[[int], Ranks]
 

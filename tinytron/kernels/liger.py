@@ -11,7 +11,7 @@ import importlib
 
 import torch
 
-from tinytron.kernels.packages import check_package
+from tinytron.kernels.choice import check_package
 
 _MODULE = "liger_kernel.ops"
 

@@ -27,13 +27,13 @@ def orthogonalize(matrix: torch.Tensor, steps: int = 5, *, by_triton: bool = Fal
     """About the nearest matrix with singular values 1, for each matrix of ``[..., rows, cols]``; in its own precision.
 
     ``steps`` beyond 5 repeat the last coefficients. A zero matrix stays zero. ``by_triton``: symmetric products by
-    kernels/triton_symmetric.py (not in fp64).
+    kernels/gram_triton.py (not in fp64).
     """
     x = matrix / (torch.linalg.matrix_norm(matrix, keepdim=True) * 1.02 + 1e-6)
     wide = x.shape[-2] <= x.shape[-1]  # iterate on the smaller Gram matrix
     coefficients = [POLAR_EXPRESS[min(step, len(POLAR_EXPRESS) - 1)] for step in range(steps)]
     if by_triton and x.dtype != torch.float64:
-        kernels = importlib.import_module("tinytron.kernels.triton_symmetric")
+        kernels = importlib.import_module("tinytron.kernels.gram_triton")
         x = x if wide else x.mT.contiguous()
         for a, b, c in coefficients:
             x = a * x + kernels.plus_square(kernels.gram(x), b, c) @ x
@@ -87,10 +87,10 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, defaults)
         self.found_inf: torch.Tensor | None = None
         self.grad_scale: torch.Tensor | None = None
-        self.triton = False  # whether by kernels/triton_symmetric.py
+        self.triton = False  # whether by kernels/gram_triton.py
 
     def use_triton_kernels(self) -> None:
-        """Compute symmetric products by kernels/triton_symmetric.py from now on."""
+        """Compute symmetric products by kernels/gram_triton.py from now on."""
         self.triton = True
 
     @torch.no_grad()

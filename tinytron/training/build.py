@@ -16,8 +16,8 @@ from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import specs_of
 from tinytron.distributed.zero1.distributed_optimizer import Options
 from tinytron.errors import ConfigError
+from tinytron.kernels.choice import check_triton
 from tinytron.kernels.liger import check_liger
-from tinytron.kernels.packages import check_triton
 from tinytron.metrics import RoutingReport
 from tinytron.model import GPT
 from tinytron.model.modules.attn import check_backend

@@ -30,7 +30,7 @@ class Routes(NamedTuple):
     send: list[int]  # rows to each rank
     recv: list[int]  # rows from each rank
     top_k: int
-    by_triton: bool = False  # rows are summed per token by kernels/triton_experts.py, where that can
+    by_triton: bool = False  # rows are summed per token by kernels/expert_rows_triton.py, where that can
 
 
 def plan_routes(
@@ -119,13 +119,13 @@ def weighted_sum(
 
 
 def _fused(by_triton: bool, rows: torch.Tensor) -> bool:
-    """Whether by kernels/triton_experts.py: not in fp64, and not in what is compiled, where inductor fuses the same."""
+    """Whether by kernels/expert_rows_triton.py: not in fp64, and not in what is compiled, where inductor fuses the same."""
     return by_triton and rows.dtype != torch.float64 and not torch.compiler.is_compiling()
 
 
 def _kernels() -> Any:
-    """kernels/triton_experts.py, which needs the triton package."""
-    return importlib.import_module("tinytron.kernels.triton_experts")
+    """kernels/expert_rows_triton.py, which needs the triton package."""
+    return importlib.import_module("tinytron.kernels.expert_rows_triton")
 
 
 def _inverse(permutation: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from torch.nn.attention import varlen
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.sequence_parallel.ulysses import HeadPlan, head_to_seq, seq_to_head
 from tinytron.errors import ConfigError
-from tinytron.kernels.tiled_attention import can_tile, tiled_attention
+from tinytron.kernels.attention_tiled import can_tile, tiled_attention
 from tinytron.model.config import ModelConfig
 from tinytron.model.modules.emb import Rotation, rotate
 from tinytron.model.modules.linear import PackedLinear, ResidualLinear

@@ -7,7 +7,7 @@ import importlib
 
 import torch
 
-from tinytron.kernels.packages import check_package
+from tinytron.kernels.choice import check_package
 from tinytron.model.modules.loss import IGNORE_INDEX, LossSums
 
 

@@ -45,7 +45,7 @@ def fused_linear_cross_entropy(
     if ignored. Nothing is averaged: divide by the sum of the weights of the valid targets of the *global* batch. Sums,
     softmax and the weight's gradient are in fp32 (fp64 for fp64 inputs); the matrix products are in the inputs'
     precision. ``chunk_tokens`` bounds the live logits; by default it follows from V and the device. ``by_triton``: all
-    between the products by kernels/triton_loss.py (not in fp64), which needs no logits in fp32 either.
+    between the products by kernels/cross_entropy_triton.py (not in fp64), which needs no logits in fp32 either.
     Differentiable once, in ``hidden_TD`` and ``weight_VD``. z-loss: PaLM, arXiv:2204.02311, section 5.
     """
     if chunk_tokens is None:
@@ -78,7 +78,7 @@ def _cross_entropy_(
     ignore_index: int,
     gradient: bool,
 ) -> torch.Tensor:
-    """The eager twin of ``kernels.triton_loss.cross_entropy_``, which says what it does, in fp32 or fp64."""
+    """The eager twin of ``kernels.cross_entropy_triton.cross_entropy_``, which says what it does, in fp32 or fp64."""
     valid_t = label_t != ignore_index
     index_t1 = torch.where(valid_t, label_t, 0).unsqueeze(1)
     label_z_t, max_t1 = logits_tV.gather(1, index_t1).squeeze(1), logits_tV.amax(1, keepdim=True)
@@ -110,7 +110,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         compute = torch.promote_types(hidden_TD.dtype, torch.float32)
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         by_triton = by_triton and compute == torch.float32
-        kernel = importlib.import_module("tinytron.kernels.triton_loss") if by_triton else None
+        kernel = importlib.import_module("tinytron.kernels.cross_entropy_triton") if by_triton else None
         cross_entropy_ = kernel.cross_entropy_ if kernel else _cross_entropy_
         grad_hidden = torch.empty_like(hidden_TD) if want_hidden else None
         grad_weight = torch.zeros_like(weight_VD, dtype=compute) if want_weight else None

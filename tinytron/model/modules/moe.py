@@ -176,7 +176,7 @@ class MoE(CompilesMethods):
         behind_gate: Recompute = "full" if recompute == "selective" else "none"
         self.experts = Experts(local, config.hidden_size, config.moe_intermediate_size, behind_gate)
         width = config.num_shared_experts * config.moe_intermediate_size
-        self.triton = False  # whether by kernels/triton_experts.py
+        self.triton = False  # whether by kernels/expert_rows_triton.py
         self.shared = SwiGLU(config.hidden_size, width, config.has_mlp_bias) if width else None
 
     def forward(self, x_BsD: torch.Tensor, logits_TE: torch.Tensor) -> tuple[torch.Tensor, MoEStats]:

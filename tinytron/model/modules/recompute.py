@@ -11,7 +11,7 @@ from torch.nn.attention import varlen  # noqa: F401  # makes the operator that i
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from tinytron.distributed import exchange  # noqa: F401
-from tinytron.kernels import tiled_attention  # noqa: F401
+from tinytron.kernels import attention_tiled  # noqa: F401
 
 T = TypeVar("T")
 Recompute = Literal["none", "full", "selective"]

@@ -11,7 +11,7 @@ from tests.helpers.triton_interpreter import interpreted, near
 from tinytron.optim import Muon
 from tinytron.optim.muon import orthogonalize
 
-triton_symmetric = interpreted("triton_symmetric")
+gram_triton = interpreted("gram_triton")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -34,7 +34,7 @@ SHAPES = [(1, 1), (1, 9), (17, 5), (64, 64), (70, 40), (130, 300), (200, 3), (2,
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gram_equals_the_product_in_fp64(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = normal(*shape).to(dtype)
-    found = triton_symmetric.gram(x)
+    found = gram_triton.gram(x)
     assert found.dtype == dtype
     near(found, x.double() @ x.double().mT, ulps=4)
     assert mirrored(found)
@@ -45,7 +45,7 @@ def test_gram_equals_the_product_in_fp64(shape: tuple[int, ...], dtype: torch.dt
 def test_plus_square_equals_the_formula_in_fp64(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     a = normal(*shape)
     a = ((a + a.mT) / 8).to(dtype)
-    found = triton_symmetric.plus_square(a, -2.5, 0.75)
+    found = gram_triton.plus_square(a, -2.5, 0.75)
     exact = -2.5 * a.double() + 0.75 * a.double() @ a.double()
     near(found, exact, ulps=4)
     assert mirrored(found)
@@ -53,14 +53,14 @@ def test_plus_square_equals_the_formula_in_fp64(shape: tuple[int, ...], dtype: t
 
 @pytest.mark.parametrize("m", [100, 128, 130, 300])
 def test_large_tiles_give_the_same(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_symmetric, "FEW_TILES", 0)
+    monkeypatch.setattr(gram_triton, "FEW_TILES", 0)
     x = normal(2, m, 40)
-    near(triton_symmetric.gram(x), x.double() @ x.double().mT, ulps=4)
+    near(gram_triton.gram(x), x.double() @ x.double().mT, ulps=4)
 
 
 def test_inputs_may_lie_anyhow() -> None:
     x = normal(40, 70).t()
-    near(triton_symmetric.gram(x), x.double() @ x.double().mT, ulps=4)
+    near(gram_triton.gram(x), x.double() @ x.double().mT, ulps=4)
 
 
 class Launches:
@@ -76,10 +76,10 @@ class Launches:
 @pytest.mark.parametrize(("setting", "precision"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
 def test_tf32_only_where_torch_is_told_so(setting: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     launches, before = Launches(), torch.get_float32_matmul_precision()
-    monkeypatch.setattr(triton_symmetric, "_tiles", launches)
+    monkeypatch.setattr(gram_triton, "_tiles", launches)
     torch.set_float32_matmul_precision(setting)
     try:
-        triton_symmetric.gram(normal(8, 4))
+        gram_triton.gram(normal(8, 4))
     finally:
         torch.set_float32_matmul_precision(before)
     assert [options["PRECISION"] for _, options in launches.seen] == [precision]
@@ -87,9 +87,9 @@ def test_tf32_only_where_torch_is_told_so(setting: str, precision: str, monkeypa
 
 def test_half_of_the_tiles_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     launches = Launches()
-    monkeypatch.setattr(triton_symmetric, "_tiles", launches)
+    monkeypatch.setattr(gram_triton, "_tiles", launches)
     for shape in ((64, 3), (65, 3), (3, 300, 3), (2048, 3)):
-        triton_symmetric.gram(torch.empty(shape))
+        gram_triton.gram(torch.empty(shape))
     assert [grid for grid, _ in launches.seen] == [(1, 1), (3, 1), (15, 3), (136, 1)]
     assert [options["BLOCK"] for _, options in launches.seen] == [64, 64, 64, 128]
 
@@ -133,8 +133,8 @@ def stepped(by_triton: bool, dtype: torch.dtype, options: dict[str, Any]) -> lis
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_muons_step_is_the_same(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     plain = stepped(False, torch.float32, options)
-    calls, kernel = [], triton_symmetric.gram
-    monkeypatch.setattr(triton_symmetric, "gram", lambda x: calls.append(1) or kernel(x))
+    calls, kernel = [], gram_triton.gram
+    monkeypatch.setattr(gram_triton, "gram", lambda x: calls.append(1) or kernel(x))
     found = stepped(True, torch.float32, options)
     assert len(calls) == 2 * options.get("ns_steps", 5) * 5  # steps, iterations, blocks
     for one, other in zip(found, plain, strict=True):
@@ -142,6 +142,6 @@ def test_muons_step_is_the_same(options: dict[str, Any], monkeypatch: pytest.Mon
 
 
 def test_fp64_stays_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_symmetric, "_launch", None)
+    monkeypatch.setattr(gram_triton, "_launch", None)
     for one, other in zip(stepped(True, torch.float64, {}), stepped(False, torch.float64, {}), strict=True):
         assert torch.equal(one, other)

@@ -14,7 +14,7 @@ from tinytron.distributed.expert_parallel import comm
 from tinytron.model import GPT, ModelConfig
 from tinytron.model.modules.moe import MoE, MoEStats
 
-triton_experts = interpreted("triton_experts")
+expert_rows_triton = interpreted("expert_rows_triton")
 
 
 def choices(T: int, k: int, D: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, comm.Routes]:
@@ -101,7 +101,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each kernel runs."""
     counted: Counter[str] = Counter()
     for name in ("_sum_rows", "_spread"):
-        kernel = getattr(triton_experts, name)
+        kernel = getattr(expert_rows_triton, name)
 
         class Counting:
             def __init__(self, name: str, kernel: Any) -> None:
@@ -111,7 +111,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
                 counted[self.name] += 1
                 return self.kernel[grid]
 
-        monkeypatch.setattr(triton_experts, name, Counting(name, kernel))
+        monkeypatch.setattr(expert_rows_triton, name, Counting(name, kernel))
     return counted
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tinytron.kernels import tiled_attention as tiling
-from tinytron.kernels.tiled_attention import can_tile, tiled_attention
+from tinytron.kernels import attention_tiled as tiling
+from tinytron.kernels.attention_tiled import can_tile, tiled_attention
 from tinytron.model import GPT, ModelConfig
 from tinytron.model.modules.attn import Backend, Documents, attend, visible
 from tinytron.model.modules.recompute import Recompute

@@ -14,7 +14,7 @@ from tinytron.model.modules import loss as eager
 from tinytron.model.modules.cut_loss import cut_linear_cross_entropy
 from tinytron.model.modules.loss import IGNORE_INDEX, LossSums, fused_linear_cross_entropy
 
-triton_loss = interpreted("triton_loss")
+cross_entropy_triton = interpreted("cross_entropy_triton")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -47,7 +47,7 @@ def computed(
 @pytest.mark.parametrize(("t", "V"), [(1, 1), (1, 53), (6, 130), (5, 1030), (3, 4096), (7, 9001)])
 def test_rows_equal_the_twin_in_fp64(t: int, V: int, z_coef: float, dtype: torch.dtype) -> None:
     logits, label, counted = rows(t, V, dtype)
-    nll, lse, gradient = computed(triton_loss.cross_entropy_, logits, label, counted, z_coef)
+    nll, lse, gradient = computed(cross_entropy_triton.cross_entropy_, logits, label, counted, z_coef)
     exact = computed(eager._cross_entropy_, logits.double(), label, counted.double(), z_coef)
     valid = label != IGNORE_INDEX
     assert nll.dtype == lse.dtype == torch.float32
@@ -61,24 +61,26 @@ def test_rows_equal_the_twin_in_fp64(t: int, V: int, z_coef: float, dtype: torch
 
 def test_without_gradient_the_logits_stay() -> None:
     logits, label, counted = rows(7, 300, torch.float32)
-    nll, lse, left = computed(triton_loss.cross_entropy_, logits, label, counted, 0.1, gradient=False)
+    nll, lse, left = computed(cross_entropy_triton.cross_entropy_, logits, label, counted, 0.1, gradient=False)
     assert torch.equal(left, logits)
-    for one, other in zip((nll, lse), computed(triton_loss.cross_entropy_, logits, label, counted, 0.1), strict=False):
+    for one, other in zip(
+        (nll, lse), computed(cross_entropy_triton.cross_entropy_, logits, label, counted, 0.1), strict=False
+    ):
         assert torch.equal(one, other)
 
 
 def test_ignored_rows_are_not_read() -> None:
     logits, label, counted = torch.full((4, 70), float("nan")), torch.full((4,), IGNORE_INDEX), torch.zeros(4)
-    for result in computed(triton_loss.cross_entropy_, logits, label, counted, 0.1):
+    for result in computed(cross_entropy_triton.cross_entropy_, logits, label, counted, 0.1):
         assert not result.any()
 
 
 @pytest.mark.parametrize("wrong", [-1, 40, 10**12])
 def test_a_label_that_is_no_token_makes_its_row_nan(wrong: int) -> None:
     logits, label, counted = rows(2, 40, torch.float32)
-    right = computed(triton_loss.cross_entropy_, logits, label, counted, 0.0)
+    right = computed(cross_entropy_triton.cross_entropy_, logits, label, counted, 0.0)
     label[1] = wrong
-    nll, _, gradient = computed(triton_loss.cross_entropy_, logits, label, counted, 0.0)
+    nll, _, gradient = computed(cross_entropy_triton.cross_entropy_, logits, label, counted, 0.0)
     assert nll[1].isnan()
     assert gradient[1].isnan().all()
     assert torch.equal(nll[0], right[0][0])
@@ -153,7 +155,7 @@ def test_no_logits_in_fp32_are_made() -> None:
 
 
 def test_fp64_stays_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_loss, "cross_entropy_", None)
+    monkeypatch.setattr(cross_entropy_triton, "cross_entropy_", None)
     hidden, weight, labels, _ = problem(torch.float64)
     sums = [fused_linear_cross_entropy(hidden, weight, labels, by_triton=by) for by in (False, True)]
     assert torch.equal(sums[0].objective, sums[1].objective)
@@ -166,8 +168,10 @@ SIZES: dict[str, Any] = {
 
 
 def test_a_model_takes_it_unless_the_cut_loss_is_asked_for_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, kernel = [], triton_loss.cross_entropy_
-    monkeypatch.setattr(triton_loss, "cross_entropy_", lambda *args, **more: calls.append(1) or kernel(*args, **more))
+    calls, kernel = [], cross_entropy_triton.cross_entropy_
+    monkeypatch.setattr(
+        cross_entropy_triton, "cross_entropy_", lambda *args, **more: calls.append(1) or kernel(*args, **more)
+    )
     ids, labels = torch.randint(0, 61, (2, 2, 8), generator=torch.Generator().manual_seed(0))
     found = []
     for asked in (False, True):
