@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tinytron.kernels.attention import attend
+from tinytron.kernels.choice import Backend, Kernels
+from tinytron.kernels.documents import Documents, documents_of
 from tinytron.model import GPT, ModelConfig
-from tinytron.model.modules.attn import Backend, Documents, attend, documents_of
 from tinytron.model.modules.loss import LossSums, fused_linear_cross_entropy
 from tinytron.utils.profile import peak_flops
 
@@ -100,7 +102,7 @@ def test_packed_documents_are_as_if_alone(backend: Backend, dtype: torch.dtype, 
     if backend == "flash":
         pytest.importorskip("flash_attn")
     lengths = [50, 206, 100, 100, 56]
-    model = GPT(CONFIG, dtype=dtype, device="cuda", attn_backend=backend)
+    model = GPT(CONFIG, dtype=dtype, device="cuda", kernels=Kernels(attention=backend))
     exact = GPT(CONFIG, dtype=torch.float64)
     exact.load_state_dict(model.state_dict())
     ids, labels = torch.randint(0, CONFIG.vocab_size, (2, 2, 256), generator=torch.Generator().manual_seed(0))

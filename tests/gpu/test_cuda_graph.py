@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 from tests.gpu.test_cuda import CONFIG
 from tinytron.distributed import DistributedOptimizer
+from tinytron.kernels.choice import Backend, Kernels
+from tinytron.kernels.documents import Documents
 from tinytron.model import GPT
-from tinytron.model.modules.attn import Backend, Documents
 from tinytron.model.modules.loss import LossSums
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -63,7 +64,7 @@ def test_forward_and_backward(
     backend: Backend, dtype: torch.dtype, recompute: str, tolerance: float, packed: bool
 ) -> None:
     """Documents may lie anywhere, as long as they are as many, and none is longer than what was captured."""
-    model = GPT(CONFIG, dtype=dtype, device="cuda", attn_backend=backend, recompute=recompute)  # type: ignore[arg-type]
+    model = GPT(CONFIG, dtype=dtype, device="cuda", kernels=Kernels(attention=backend), recompute=recompute)  # type: ignore[arg-type]
     (ids, labels), loss = tokens(0), torch.zeros((), device="cuda")
     boundaries = torch.tensor([0, 100, S, S + 40, 2 * S], dtype=torch.int32, device="cuda")
     documents = Documents(boundaries, S) if packed else None

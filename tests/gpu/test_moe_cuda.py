@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tinytron.model.modules.moe import grouped_linear, looped_linear
+from tinytron.kernels.grouped_gemm import grouped_linear, looped_linear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

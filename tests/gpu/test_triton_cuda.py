@@ -76,7 +76,9 @@ def loss_and_gradients(dtype: torch.dtype, T: int, D: int, V: int, **options: An
 
     def run(by_triton: bool, wide: bool = False) -> list[torch.Tensor]:
         inputs = [(x.double() if wide else x).detach().requires_grad_() for x in (hidden, weight)]
-        sums = fused_linear_cross_entropy(*inputs, labels, weights_T=weights, by_triton=by_triton, **options)
+        sums = fused_linear_cross_entropy(
+            *inputs, labels, weights_T=weights, by="triton" if by_triton else "torch", **options
+        )
         assert sums.per_token is not None
         return [sums.objective.detach(), sums.token, sums.per_token, *torch.autograd.grad(sums.objective, inputs)]
 
@@ -108,8 +110,7 @@ def test_a_chunk_of_more_than_2_to_the_31_logits() -> None:
     hidden, weight, labels = normal(T, 16, dtype=torch.bfloat16), normal(V, 16, dtype=torch.bfloat16), torch.arange(T)
     with torch.no_grad():
         whole, parts = (
-            fused_linear_cross_entropy(hidden, weight, labels.to(DEVICE), chunk_tokens=n, by_triton=True)
-            for n in (T, 500)
+            fused_linear_cross_entropy(hidden, weight, labels.to(DEVICE), chunk_tokens=n, by="triton") for n in (T, 500)
         )
     assert whole.per_token is not None
     assert parts.per_token is not None
@@ -141,8 +142,8 @@ def test_experts_rows(T: int, k: int, D: int, dtype: torch.dtype) -> None:
 
     def run(by_triton: bool = True, wide: bool = False) -> list[torch.Tensor]:
         inputs = [(t.double() if wide else t).detach().requires_grad_() for t in (x, rows, weight)]
-        chosen = routes._replace(by_triton=by_triton)
-        out = combine(dispatch(inputs[0], chosen, None) + inputs[1], inputs[2], chosen, None)
+        by: Any = "triton" if by_triton else "torch"
+        out = combine(dispatch(inputs[0], routes, None, by) + inputs[1], inputs[2], routes, None, by)
         return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
 
     mine, eager, exact = same_twice_without_waiting(run), run(False), run(False, wide=True)
@@ -181,10 +182,10 @@ def test_symmetric_products(shape: tuple[int, ...], dtype: torch.dtype, setting:
 def test_orthogonalize(shape: tuple[int, ...]) -> None:
     matrix = normal(*shape)
     with tf32("highest"):
-        (mine,) = same_twice_without_waiting(lambda: [orthogonalize(matrix, by_triton=True)])
+        (mine,) = same_twice_without_waiting(lambda: [orthogonalize(matrix, by="triton")])
         near(mine, orthogonalize(matrix.double()), 1e-4)
     with tf32("high"):
-        near(orthogonalize(matrix, by_triton=True), orthogonalize(matrix.double()), 2e-2)
+        near(orthogonalize(matrix, by="triton"), orthogonalize(matrix.double()), 2e-2)
 
 
 # Training.

@@ -9,13 +9,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.triton_interpreter import interpreted, near
+from tinytron.kernels import cross_entropy as eager
+from tinytron.kernels.choice import Kernels, LossKernel
 from tinytron.model import GPT, ModelConfig
-from tinytron.model.modules import loss as eager
-from tinytron.model.modules.cut_loss import cut_linear_cross_entropy
 from tinytron.model.modules.loss import IGNORE_INDEX, LossSums, fused_linear_cross_entropy
 
 cross_entropy_triton = interpreted("cross_entropy_triton")
 
+KINDS: tuple[LossKernel, ...] = ("torch", "triton")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -48,7 +49,7 @@ def computed(
 def test_rows_equal_the_twin_in_fp64(t: int, V: int, z_coef: float, dtype: torch.dtype) -> None:
     logits, label, counted = rows(t, V, dtype)
     nll, lse, gradient = computed(cross_entropy_triton.cross_entropy_, logits, label, counted, z_coef)
-    exact = computed(eager._cross_entropy_, logits.double(), label, counted.double(), z_coef)
+    exact = computed(eager.cross_entropy_, logits.double(), label, counted.double(), z_coef)
     valid = label != IGNORE_INDEX
     assert nll.dtype == lse.dtype == torch.float32
     near(nll, exact[0], ulps=4)
@@ -107,7 +108,7 @@ def test_the_whole_loss_equals_the_one_in_fp64(chunk: int | None, weighted: bool
     hidden, weight, labels, weights_T = problem(dtype)
     weights = weights_T if weighted else None
     options: dict[str, Any] = {"weights_T": weights, "z_loss_coef": 0.01, "chunk_tokens": chunk}
-    sums = fused_linear_cross_entropy(hidden, weight, labels, by_triton=True, **options)
+    sums = fused_linear_cross_entropy(hidden, weight, labels, by="triton", **options)
     exact_inputs = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     exact = fused_linear_cross_entropy(*exact_inputs, labels, **options)
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]  # logits are rounded
@@ -123,13 +124,13 @@ def test_the_whole_loss_equals_the_one_in_fp64(chunk: int | None, weighted: bool
 
 def test_gradients_of_one_input_alone_and_of_none() -> None:
     hidden, weight, labels, _ = problem(torch.float32)
-    both = fused_linear_cross_entropy(hidden, weight, labels, by_triton=True)
+    both = fused_linear_cross_entropy(hidden, weight, labels, by="triton")
     grads = torch.autograd.grad(both.objective, (hidden, weight))
     for number, given in enumerate([(hidden, weight.detach()), (hidden.detach(), weight)]):
-        sums = fused_linear_cross_entropy(*given, labels, by_triton=True)
+        sums = fused_linear_cross_entropy(*given, labels, by="triton")
         assert torch.equal(torch.autograd.grad(sums.objective, (hidden, weight)[number])[0], grads[number])
     with torch.no_grad():
-        assert torch.equal(fused_linear_cross_entropy(hidden, weight, labels, by_triton=True).objective, both.objective)
+        assert torch.equal(fused_linear_cross_entropy(hidden, weight, labels, by="triton").objective, both.objective)
 
 
 class WideLogits(TorchDispatchMode):
@@ -146,9 +147,9 @@ class WideLogits(TorchDispatchMode):
 def test_no_logits_in_fp32_are_made() -> None:
     hidden, weight, labels, weights = problem(torch.bfloat16)
     counts = []
-    for by_triton in (False, True):
+    for by in KINDS:
         with WideLogits() as watch:
-            fused_linear_cross_entropy(hidden, weight, labels, weights_T=weights, z_loss_coef=0.1, by_triton=by_triton)
+            fused_linear_cross_entropy(hidden, weight, labels, weights_T=weights, z_loss_coef=0.1, by=by)
         counts.append(watch.count)
     assert counts[0] > 5
     assert counts[1] == 0
@@ -157,7 +158,7 @@ def test_no_logits_in_fp32_are_made() -> None:
 def test_fp64_stays_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross_entropy_triton, "cross_entropy_", None)
     hidden, weight, labels, _ = problem(torch.float64)
-    sums = [fused_linear_cross_entropy(hidden, weight, labels, by_triton=by) for by in (False, True)]
+    sums = [fused_linear_cross_entropy(hidden, weight, labels, by=by) for by in KINDS]
     assert torch.equal(sums[0].objective, sums[1].objective)
 
 
@@ -174,10 +175,8 @@ def test_a_model_takes_it_unless_the_cut_loss_is_asked_for_too(monkeypatch: pyte
     )
     ids, labels = torch.randint(0, 61, (2, 2, 8), generator=torch.Generator().manual_seed(0))
     found = []
-    for asked in (False, True):
-        model = GPT(ModelConfig(**SIZES))
-        if asked:
-            model.use_triton_kernels()
+    for by in KINDS:
+        model = GPT(ModelConfig(**SIZES), kernels=Kernels(cross_entropy=by))
         sums = model(ids, labels)
         assert isinstance(sums, LossSums)
         sums.objective.backward()
@@ -186,5 +185,5 @@ def test_a_model_takes_it_unless_the_cut_loss_is_asked_for_too(monkeypatch: pyte
     torch.testing.assert_close(found[1][0].per_token, found[0][0].per_token, rtol=1e-5, atol=1e-6)
     for name, grad in found[0][1].items():
         torch.testing.assert_close(found[1][1][name], grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
-    model.use_cut_cross_entropy()
-    assert model.linear_cross_entropy is cut_linear_cross_entropy
+    both = Kernels.from_flags(use_triton_kernels=True, use_cut_cross_entropy=True)
+    assert (both.cross_entropy, both.expert_rows, both.gram) == ("cut", "triton", "triton")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.helpers.triton_interpreter import interpreted, near
+from tinytron.kernels.choice import Kernels, TritonKernel
 from tinytron.optim import Muon
 from tinytron.optim.muon import orthogonalize
 
@@ -101,17 +102,17 @@ def test_half_of_the_tiles_are_computed(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_orthogonalize_is_the_same_function(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     matrix = normal(*shape).to(dtype)
-    exact, found = orthogonalize(matrix.double()), orthogonalize(matrix, by_triton=True)
+    exact, found = orthogonalize(matrix.double()), orthogonalize(matrix, by="triton")
     assert found.dtype == dtype
     error, eager_error = ((m.double() - exact).norm() / exact.norm() for m in (found, orthogonalize(matrix)))
     assert error <= (1e-5 if dtype == torch.float32 else eager_error)
-    assert not orthogonalize(torch.zeros(shape, dtype=dtype), by_triton=True).any()
+    assert not orthogonalize(torch.zeros(shape, dtype=dtype), by="triton").any()
 
 
 OPTIONS: list[dict[str, Any]] = [{}, {"normuon": True, "weight_decay": 0.3, "cautious": True, "ns_steps": 6}]
 
 
-def stepped(by_triton: bool, dtype: torch.dtype, options: dict[str, Any]) -> list[torch.Tensor]:
+def stepped(by: TritonKernel, dtype: torch.dtype, options: dict[str, Any]) -> list[torch.Tensor]:
     """Parameters after two steps: packed rows, a stack of experts, and what is no matrix."""
     params = [
         torch.nn.Parameter(normal(*shape, seed=n).to(dtype)) for n, shape in enumerate([(14, 6), (2, 10, 4), (5,)])
@@ -120,9 +121,7 @@ def stepped(by_triton: bool, dtype: torch.dtype, options: dict[str, Any]) -> lis
     groups = [
         {"params": [p], "kind": kind, "row_blocks": blocks} for p, (kind, blocks) in zip(params, kinds, strict=True)
     ]
-    muon = Muon(groups, lr=0.1, **options)
-    if by_triton:
-        muon.use_triton_kernels()
+    muon = Muon(groups, lr=0.1, kernels=Kernels(gram=by), **options)
     for step in range(2):
         for n, p in enumerate(params):
             p.grad = normal(*p.shape, seed=10 * step + n).to(dtype)
@@ -132,10 +131,10 @@ def stepped(by_triton: bool, dtype: torch.dtype, options: dict[str, Any]) -> lis
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_muons_step_is_the_same(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = stepped(False, torch.float32, options)
+    plain = stepped("torch", torch.float32, options)
     calls, kernel = [], gram_triton.gram
     monkeypatch.setattr(gram_triton, "gram", lambda x: calls.append(1) or kernel(x))
-    found = stepped(True, torch.float32, options)
+    found = stepped("triton", torch.float32, options)
     assert len(calls) == 2 * options.get("ns_steps", 5) * 5  # steps, iterations, blocks
     for one, other in zip(found, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -143,5 +142,5 @@ def test_muons_step_is_the_same(options: dict[str, Any], monkeypatch: pytest.Mon
 
 def test_fp64_stays_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gram_triton, "_launch", None)
-    for one, other in zip(stepped(True, torch.float64, {}), stepped(False, torch.float64, {}), strict=True):
+    for one, other in zip(stepped("triton", torch.float64, {}), stepped("torch", torch.float64, {}), strict=True):
         assert torch.equal(one, other)

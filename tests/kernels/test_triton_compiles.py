@@ -43,7 +43,10 @@ def cases(dtype: str, size: int) -> list[tuple[str, str, dict[str, Any], dict[st
     tiles = {"x": x, "out": x, "m": "i32", "n": "i32", "b": "fp32", "c": "fp32", "BLOCK_K": 128 // size}
     return [
         *(
-            ("cross_entropy_triton", "_rows", {**loss, "IGNORE": -100, "GRADIENT": gradient, "BLOCK": 4096}, {"num_warps": 8})
+            (
+                "cross_entropy_triton", "_rows", {**loss, "IGNORE": -100, "GRADIENT": gradient, "BLOCK": 4096},
+                {"num_warps": 8},
+            )
             for gradient in (False, True)
         ),
         ("expert_rows_triton", "_sum_rows", {**rows, "out": x, "WEIGHTED": True, "BLOCK": 1024}, {"num_warps": 4}),
