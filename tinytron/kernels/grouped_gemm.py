@@ -6,7 +6,6 @@ Letters: e experts, Q rows grouped by expert, D and F widths.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,18 +40,6 @@ def looped_linear(rows_QD: torch.Tensor, weight_eFD: torch.Tensor, counts: Seque
     return torch.cat([its @ weight.t() for its, weight in zip(rows, weight_eFD, strict=True)])
 
 
-class PaddedRows(NamedTuple):
-    """Rows of experts, each expert's padded with zeros to a multiple of ``ROW_STEP``."""
-
-    rows: torch.Tensor
-    rows_e: torch.Tensor  # of each expert, padding included
-    place_Q: torch.Tensor  # where each row is now
-
-    def unpad(self, rows: torch.Tensor) -> torch.Tensor:
-        """The rows that are not padding, in their order."""
-        return rows.index_select(0, self.place_Q)
-
-
 def padded_count(rows_QD: torch.Tensor, counts: Sequence[int]) -> int | None:
     """The number of rows that ``pad_rows`` makes of ``counts``; ``None`` where padding does not pay.
 
@@ -64,11 +51,15 @@ def padded_count(rows_QD: torch.Tensor, counts: Sequence[int]) -> int | None:
     return sum(-(-count // ROW_STEP) * ROW_STEP for count in counts)
 
 
-def pad_rows(rows_QD: torch.Tensor, rows_e: torch.Tensor, padded: int) -> PaddedRows:
-    """Pad each expert's rows; ``padded`` in all, which ``padded_count`` tells."""
+def pad_rows(
+    rows_QD: torch.Tensor, rows_e: torch.Tensor, padded: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pad each expert's rows with zeros to a multiple of ``ROW_STEP``; ``padded`` rows in all, which
+    ``padded_count`` tells. Returns the rows, how many each expert has now, and the new place of every
+    old row ``[Q]``."""
     wide_e = (rows_e + ROW_STEP - 1) // ROW_STEP * ROW_STEP
     shift_e = (wide_e.cumsum(0) - wide_e) - (rows_e.cumsum(0) - rows_e)
     place_Q = torch.arange(len(rows_QD), device=rows_QD.device)
     place_Q += shift_e.repeat_interleave(rows_e, output_size=len(rows_QD))
     padded_QD = rows_QD.new_zeros(padded, rows_QD.shape[1]).index_copy(0, place_Q, rows_QD)
-    return PaddedRows(padded_QD, wide_e, place_Q)
+    return padded_QD, wide_e, place_Q

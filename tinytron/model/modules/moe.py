@@ -28,7 +28,7 @@ from tinytron.model.modules.recompute import EXPERT_PARTS, Recompute, recomputed
 
 
 class Choice(NamedTuple):
-    """What a router that records keeps of every token, without gradient; weights and margins as wide as the scores."""
+    """A recording router's choice for every token, without gradient; weights and margins in the scores' precision."""
 
     expert_Tk: torch.Tensor  # best first
     weight_Tk: torch.Tensor
@@ -36,7 +36,7 @@ class Choice(NamedTuple):
 
 
 class MoEStats(NamedTuple):
-    """What one layer's routing adds to the loss, as sums over this rank's tokens; its load; its choices, if recorded."""
+    """One layer's routing terms of the loss, as sums over this rank's tokens; its load; its choices, if recorded."""
 
     balance: torch.Tensor  # sum over tokens of E * sum_e f_e p_te: 1 per token when the load f is even
     z: torch.Tensor  # sum over tokens of logsumexp(router logits)²
