@@ -17,7 +17,9 @@ import torch
 from rounds import copy_rate, median_ms
 
 from tinytron.distributed.expert_parallel import comm
-from tinytron.model.modules import loss
+from tinytron.kernels.choice import LossKernel, TritonKernel
+from tinytron.kernels.cross_entropy import cross_entropy_ as eager_cross_entropy_
+from tinytron.kernels.expert_rows import weighted_sum
 from tinytron.model.modules.loss import IGNORE_INDEX, fused_linear_cross_entropy
 from tinytron.optim.muon import orthogonalize
 from tinytron.utils.profile import measured_matmul_rate
@@ -42,7 +44,7 @@ class Operation:
 
 def loss_operations(device: torch.device, dtype: torch.dtype, tokens: int, D: int, V: int) -> Iterator[Operation]:
     """What is between the two products of the loss for one chunk, and the whole loss with its gradients."""
-    from tinytron.kernels.triton_loss import cross_entropy_
+    from tinytron.kernels.cross_entropy_triton import cross_entropy_
 
     t = max(1, min(tokens, 2**27 // V))
     products, label_t = torch.randn(t, V, device=device).to(dtype), torch.randint(V, (t,), device=device)
@@ -51,7 +53,7 @@ def loss_operations(device: torch.device, dtype: torch.dtype, tokens: int, D: in
     def twin(products: torch.Tensor) -> torch.Tensor:
         # Where they are in fp32 already, in place.
         z_tV = products.to(torch.float32)
-        lse_t = loss._cross_entropy_(z_tV, label_t, counted_t, nll_t, 1e-4, ignore_index=IGNORE_INDEX, gradient=True)
+        lse_t = eager_cross_entropy_(z_tV, label_t, counted_t, nll_t, 1e-4, ignore_index=IGNORE_INDEX, gradient=True)
         if z_tV is not products:
             products.copy_(z_tV)
         return lse_t
@@ -70,53 +72,56 @@ def loss_operations(device: torch.device, dtype: torch.dtype, tokens: int, D: in
     )
     labels, inputs = torch.randint(V, (tokens,), device=device), (hidden.requires_grad_(), weight.requires_grad_())
 
-    def whole(by_triton: bool) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(
-            fused_linear_cross_entropy(*inputs, labels, by_triton=by_triton).objective, inputs
-        )
+    def whole(by: LossKernel) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(fused_linear_cross_entropy(*inputs, labels, by=by).objective, inputs)
 
     moved = 2 * (hidden.nbytes + weight.nbytes)
     yield Operation(
-        "head_and_loss", f"head and loss, {tokens} x {D}", 6 * tokens * D * V, moved, whole(False), None, whole(True)
+        "head_and_loss",
+        f"head and loss, {tokens} x {D}",
+        6 * tokens * D * V,
+        moved,
+        whole("torch"),
+        None,
+        whole("triton"),
     )
 
 
 def expert_operations(device: torch.device, dtype: torch.dtype, tokens: int, D: int) -> Iterator[Operation]:
     """Forward and backward of dispatch and of combine on one rank."""
     routes = comm.plan_routes(torch.rand(tokens, EXPERTS, device=device).topk(TOP_K).indices, EXPERTS, None)
-    by_kernel = routes._replace(by_triton=True)
     x = torch.randn(tokens, D, device=device).to(dtype).requires_grad_()
     rows = torch.randn(tokens * TOP_K, D, device=device).to(dtype).requires_grad_()
     weight = torch.rand(tokens, TOP_K, device=device).requires_grad_()
     grad_x, grad_rows = torch.randn_like(x), torch.randn_like(rows)
 
-    def dispatch(x: torch.Tensor, routes: comm.Routes) -> torch.Tensor:
-        return comm.dispatch(x, routes, None).arrive()
+    def dispatch(x: torch.Tensor, by: TritonKernel) -> torch.Tensor:
+        return comm.dispatch(x, routes, None, by).arrive()
 
-    def combine(rows: torch.Tensor, weight: torch.Tensor, routes: comm.Routes) -> torch.Tensor:
-        return comm.weighted_sum(rows, weight, routes.order_R, routes.inverse_R, routes.by_triton)
+    def combine(rows: torch.Tensor, weight: torch.Tensor, by: TritonKernel) -> torch.Tensor:
+        return weighted_sum(rows, weight, routes.order_R, routes.inverse_R, by)
 
-    def dispatched(function: Callable[..., torch.Tensor], by: comm.Routes) -> Callable[[], object]:
+    def dispatched(function: Callable[..., torch.Tensor], by: TritonKernel) -> Callable[[], object]:
         return lambda: torch.autograd.grad(function(x, by), x, grad_rows)
 
-    def combined(function: Callable[..., torch.Tensor], by: comm.Routes) -> Callable[[], object]:
+    def combined(function: Callable[..., torch.Tensor], by: TritonKernel) -> Callable[[], object]:
         return lambda: torch.autograd.grad(function(rows, weight, by), (rows, weight), grad_x)
 
     shape = f"{tokens} x {TOP_K} x {D}"
     compiled_dispatch, compiled_combine = (torch.compile(f, dynamic=False) for f in (dispatch, combine))
     yield Operation(
-        "dispatch", f"dispatch, {shape}", 0, 2 * (x.nbytes + rows.nbytes), dispatched(dispatch, routes),
-        dispatched(compiled_dispatch, routes), dispatched(dispatch, by_kernel),
+        "dispatch", f"dispatch, {shape}", 0, 2 * (x.nbytes + rows.nbytes), dispatched(dispatch, "torch"),
+        dispatched(compiled_dispatch, "torch"), dispatched(dispatch, "triton"),
     )  # fmt: skip
     yield Operation(
-        "combine", f"combine, {shape}", 0, 2 * x.nbytes + 3 * rows.nbytes, combined(combine, routes),
-        combined(compiled_combine, routes), combined(combine, by_kernel),
+        "combine", f"combine, {shape}", 0, 2 * x.nbytes + 3 * rows.nbytes, combined(combine, "torch"),
+        combined(compiled_combine, "torch"), combined(combine, "triton"),
     )  # fmt: skip
 
 
 def symmetric_operations(device: torch.device, dtype: torch.dtype, D: int) -> Iterator[Operation]:
     """Muon's products of one matrix, and its whole orthogonalisation."""
-    from tinytron.kernels.triton_symmetric import gram, plus_square
+    from tinytron.kernels.gram_triton import gram, plus_square
 
     n = 4 * D
     x = torch.randn(D, n, device=device).to(dtype) / n**0.5
@@ -135,7 +140,7 @@ def symmetric_operations(device: torch.device, dtype: torch.dtype, D: int) -> It
     )  # fmt: skip
     yield Operation(
         "orthogonalize", f"orthogonalize, {D} x {n}", 5 * (3 * D * D * n + D**3), 2 * x.nbytes, lambda: orthogonalize(x),
-        lambda: fused_whole(x), lambda: orthogonalize(x, by_triton=True),
+        lambda: fused_whole(x), lambda: orthogonalize(x, by="triton"),
     )  # fmt: skip
 
 

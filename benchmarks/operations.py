@@ -23,12 +23,15 @@ from step_rounds import release
 from step_time import MODELS, model_config
 
 from tinytron.errors import ConfigError
-from tinytron.kernels.tiled_attention import tiled_attention
+from tinytron.kernels.attention import UNMASKED, attend
+from tinytron.kernels.attention_tiled import tiled_attention
+from tinytron.kernels.choice import Backend, Kernels, check_device
+from tinytron.kernels.documents import Documents, documents_of, visible
+from tinytron.kernels.rope import rotate
+from tinytron.kernels.swiglu import swiglu
 from tinytron.model import ModelConfig
-from tinytron.model.modules.attn import UNMASKED, Backend, Documents, attend, check_backend, documents_of, visible
-from tinytron.model.modules.emb import RotaryEmbedding, rotate
+from tinytron.model.modules.emb import RotaryEmbedding
 from tinytron.model.modules.loss import fused_linear_cross_entropy
-from tinytron.model.modules.mlp import gated
 from tinytron.model.modules.norm import RMSNorm
 from tinytron.utils.matmul import onednn_keeps_fp32, use_onednn
 from tinytron.utils.profile import measured_matmul_rate
@@ -108,7 +111,7 @@ def operations(case: Case) -> Iterator[Operation]:
         return F.silu(gate) * up
 
     yield Operation(
-        "silu(gate) * up", 0, 8 * T * inner, differentiated(gated, new(T, 2 * inner)),
+        "silu(gate) * up", 0, 8 * T * inner, differentiated(swiglu, new(T, 2 * inner)),
         "torch", differentiated(plain_gate, new(T, 2 * inner)),
     )  # fmt: skip
     with case.device:
@@ -146,7 +149,7 @@ def attention_runs(case: Case, packed: bool) -> tuple[dict[str, Run], list[str]]
         if backend == "auto" and case.device.type != "cpu":
             continue  # the same as SDPA
         try:
-            check_backend(backend, case.device, case.dtype)
+            check_device(Kernels(attention=backend), case.device, case.dtype)
             q, k, v = case.qkv()
             seen = documents if backend in UNMASKED else masked
             run = differentiated(_attending(backend, seen), q, k, v)

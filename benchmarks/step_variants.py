@@ -26,8 +26,8 @@ from tinytron.distributed import DistributedOptimizer
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import specs_of
+from tinytron.kernels.choice import Backend
 from tinytron.model import GPT, ModelConfig
-from tinytron.model.modules.attn import Backend
 from tinytron.model.modules.recompute import Recompute
 from tinytron.training.build import build_model, build_optimizer, optimizer_options, parameter_gate
 from tinytron.training.config import Config, OptimConfig, TrainingConfig

@@ -13,7 +13,7 @@ from step_variants import Variant, join_alone, plain, tinytron, transformers
 
 from gpu.part import Context, run
 from tinytron.errors import ConfigError
-from tinytron.model.modules.attn import check_backend
+from tinytron.kernels.choice import Kernels, check_device
 from tinytron.utils.training import DTYPES
 
 EAGER = Variant(tinytron)
@@ -44,7 +44,7 @@ def runnable(context: Context, variants: tuple[Variant, ...]) -> list[Variant]:
             reason = "a rehearsal interprets Triton kernels in the part 'kernels' alone"
         if reason is None:
             try:
-                check_backend(variant.attn_backend, context.device, DTYPES[context.sizes.precision])
+                check_device(Kernels(attention=variant.attn_backend), context.device, DTYPES[context.sizes.precision])
             except ConfigError as error:
                 reason = str(error)
         if reason is None:

@@ -12,7 +12,7 @@ import torch
 from tests.helpers.runs import ROOT
 from tests.helpers.triton_interpreter import interpreted
 
-interpreted("triton_loss")
+interpreted("cross_entropy_triton")
 
 
 @pytest.fixture

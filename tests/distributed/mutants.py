@@ -14,12 +14,14 @@ COUNT, PREPARE = "tinytron.training.feed:count_targets", "tinytron.training.feed
 FLUSH = "tinytron.metrics.window:StepWindow.flush"
 COLLECTIVES = "tinytron.distributed.collectives:"
 SUMMED, SENT = COLLECTIVES + "SummedExchange.wait", COLLECTIVES + "SummedExchange.start"
-ALL_REDUCE, EXCHANGE_BACK = COLLECTIVES + "start_all_reduce", COLLECTIVES + "_exchange_back"
+ALL_REDUCE = COLLECTIVES + "start_all_reduce"
+EXCHANGE = "tinytron.distributed.exchange:"
+EXCHANGE_BACK = EXCHANGE + "_exchange_back"
 BUFFER = "tinytron.distributed.zero1.flat_buffer:FlatBuffer."
 OPTIMIZER = "tinytron.distributed.zero1.distributed_optimizer:DistributedOptimizer."
 OWNERSHIP = OPTIMIZER + "_ownership"
 ULYSSES = "tinytron.distributed.sequence_parallel.ulysses:"
-COMM = "tinytron.distributed.expert_parallel.comm:"
+ROWS = "tinytron.kernels.expert_rows:"
 GPT, MOE, ROUTER = "tinytron.model.gpt:GPT.", "tinytron.model.modules.moe:MoE.", "tinytron.model.modules.moe:Router."
 MUON = "tinytron.optim.muon:Muon."
 # Pieces of their source.
@@ -119,15 +121,15 @@ MUTANTS = {
          '"expert": self.state.groups["world"]'),
         ("norm of this rank's experts", OWNERSHIP, 'norm_group: dist.ProcessGroup | None = groups["dense"]',
          "norm_group: dist.ProcessGroup | None = groups[kind]"),
-        ("rows not weighted", COMM + "_WeightedSum.forward", "choices_TkD * weight_Tk.unsqueeze(-1)", "choices_TkD"),
-        ("gradients of rows not weighted", COMM + "_WeightedSum.backward", "grad_T1D * weight_Tk.unsqueeze(-1)",
+        ("rows not weighted", ROWS + "_WeightedSum.forward", "choices_TkD * weight_Tk.unsqueeze(-1)", "choices_TkD"),
+        ("gradients of rows not weighted", ROWS + "_WeightedSum.backward", "grad_T1D * weight_Tk.unsqueeze(-1)",
          "grad_T1D * torch.ones_like(weight_Tk).unsqueeze(-1)"),
-        ("gradients of rows not in their order", COMM + "_WeightedSum.backward", "flatten(0, 1)[order_R]",
+        ("gradients of rows not in their order", ROWS + "_WeightedSum.backward", "flatten(0, 1)[order_R]",
          "flatten(0, 1)"),
-        ("gradients of sent rows lost", COLLECTIVES + "_StartExchange.backward", "return gradient, None",
+        ("gradients of sent rows lost", EXCHANGE + "_StartExchange.backward", "return gradient, None",
          "return 0 * gradient, None"),
-        ("gradient of one choice", COMM + "_CopyToChoices.backward", "choices_TkD.sum(1, dtype=wide)", "choices_TkD[:, 0]"),
-        ("gradients of rows not sent back", COMM + "_Permute.backward", "grad[inverse]", "grad"),
+        ("gradient of one choice", ROWS + "_CopyToChoices.backward", "choices_TkD.sum(1, dtype=wide)", "choices_TkD[:, 0]"),
+        ("gradients of rows not sent back", ROWS + "_Permute.backward", "grad[inverse]", "grad"),
         ("router without gradient", ROUTER + "choose", GATHER, GATHER + ".detach()"),
         ("scores not divided by their sum", ROUTER + "choose", "if self.norm_topk:", "if False:"),
         ("bias in the weights", ROUTER + "choose", GATHER, "(score_TE + self.bias).gather(1, expert_Tk)"),

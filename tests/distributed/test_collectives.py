@@ -1,11 +1,8 @@
-"""Sums over ranks and agreement on errors."""
+"""Sums and gathers over ranks."""
 
 from __future__ import annotations
 
-import errno
-import time
 from collections.abc import Callable
-from datetime import timedelta
 
 import pytest
 import torch
@@ -14,15 +11,11 @@ import torch.distributed as dist
 from tests.helpers.ranks import Ranks
 from tinytron.distributed.collectives import (
     SummedExchange,
-    all_to_all,
     start_all_gather,
     start_all_reduce,
     start_reduce_scatter,
     sum_over,
-    together,
-    together_long,
 )
-from tinytron.errors import ConfigError, DataError, TinytronError
 
 Pools = Callable[[int], Ranks]
 WORLDS = pytest.mark.parametrize("world", [1, 2, 4])
@@ -101,105 +94,3 @@ def _bf16_wire() -> None:
 
 def test_a_bf16_wire_rounds_what_is_sent_and_not_the_sum(ranks: Pools) -> None:
     ranks(4).run(_bf16_wire)
-
-
-def _exchange(uneven: bool) -> None:
-    """Row r -> rank: its content says where it comes from and goes to. The adjoint: <A x, y> = <x, A' y>."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    counts = [[(r + 2 * to) % 3 if uneven else 2 for to in range(world)] for r in range(world)]  # some are zero
-    send, recv = counts[rank], [row[rank] for row in counts]
-    rows = torch.tensor([[100.0 * rank + to, i] for to in range(world) for i in range(send[to])]).view(-1, 2)
-    rows.requires_grad_()
-    splits = (send, recv) if uneven else (None, None)
-    out = all_to_all(rows, _world(), *splits)
-    expected = [[100.0 * r + rank, i] for r in range(world) for i in range(recv[r])]
-    assert out.tolist() == expected
-    weight = torch.arange(out.numel(), dtype=torch.float32).view_as(out) + 1000 * rank
-    out.backward(weight)
-    assert rows.grad is not None
-    both = torch.stack([(out.detach() * weight).sum(), (rows.detach() * rows.grad).sum()])
-    dist.all_reduce(both)
-    torch.testing.assert_close(both[0], both[1])
-    there = all_to_all(all_to_all(rows, _world(), *splits), _world(), *reversed(splits))
-    assert torch.equal(there, rows)
-
-
-@WORLDS
-@pytest.mark.parametrize("uneven", [True, False])
-def test_all_to_all_delivers_rows_and_its_backward_is_the_adjoint(ranks: Pools, world: int, uneven: bool) -> None:
-    ranks(world).run(_exchange, uneven)
-
-
-def _caught(failing: dict[int, Exception]) -> tuple[str, str]:
-    def action() -> str:
-        if error := failing.get(dist.get_rank()):
-            raise error
-        return f"result {dist.get_rank()}"
-
-    try:
-        return "result", together(action, _world())
-    except TinytronError as error:
-        return type(error).__name__, str(error)
-
-
-@WORLDS
-def test_together_returns_every_ranks_own_result(ranks: Pools, world: int) -> None:
-    assert ranks(world).run(_caught, {}) == [("result", f"result {rank}") for rank in range(world)]
-
-
-@WORLDS
-@pytest.mark.parametrize("rank", [0, -1])
-def test_together_raises_one_ranks_error_on_all(ranks: Pools, world: int, rank: int) -> None:
-    failing = {rank % world: DataError("no shards")}
-    assert ranks(world).run(_caught, failing) == [("DataError", "no shards")] * world
-
-
-def test_together_raises_the_error_of_the_lowest_rank(ranks: Pools) -> None:
-    failing = {3: DataError("of three"), 1: ConfigError("of one"), 2: ConfigError("of two")}
-    assert ranks(4).run(_caught, failing) == [("ConfigError", "of one")] * 4
-
-
-def test_together_turns_a_disks_error_into_a_users(ranks: Pools) -> None:
-    failing = {1: OSError(errno.ENOSPC, "No space left on device", "/data/00001_model.pt")}
-    message = "[Errno 28] No space left on device: '/data/00001_model.pt'"
-    assert ranks(2).run(_caught, failing) == [("TinytronError", message)] * 2
-
-
-def _slow_on_rank_1(fail: bool) -> str:
-    group = dist.new_group([0, 1], timeout=timedelta(seconds=2))
-
-    def action() -> str:
-        if dist.get_rank() == 1:
-            time.sleep(4)
-            if fail:
-                raise DataError("no shards")
-        return f"result {dist.get_rank()}"
-
-    try:
-        return together_long(action, group)
-    except TinytronError as error:
-        return str(error)
-
-
-@pytest.mark.parametrize("fail", [False, True])
-def test_together_long_outlives_the_timeout_of_collectives(ranks: Pools, fail: bool) -> None:
-    assert ranks(2).run(_slow_on_rank_1, fail) == (["no shards"] * 2 if fail else ["result 0", "result 1"])
-
-
-def _subgroup_agreement() -> str:
-    """Only the ranks of the group take part."""
-    pair = dist.new_group([0, 1])
-    if dist.get_rank() > 1:
-        return "outside"
-
-    def action() -> None:
-        if dist.get_rank() == 1:
-            raise ConfigError("rank 1 of the pair")
-
-    with pytest.raises(ConfigError, match="rank 1 of the pair"):
-        together(action, pair)
-    return "agreed"
-
-
-def test_together_concerns_its_group_only(ranks: Pools) -> None:
-    assert ranks(4).run(_subgroup_agreement) == ["agreed", "agreed", "outside", "outside"]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from tests.helpers.ranks import Ranks
 from tinytron.distributed import ParallelLayout, ParallelState
-from tinytron.distributed.collectives import Exchange
+from tinytron.distributed.exchange import Exchange
 from tinytron.model import GPT, ModelConfig
 from tinytron.model.modules.mlp import SwiGLU
 from tinytron.model.modules.moe import Experts

@@ -16,8 +16,9 @@ from tests.helpers.mutants import Mutant, mutated
 from tests.helpers.ranks import Ranks
 from tinytron.distributed import ParallelLayout, ParallelState
 from tinytron.distributed.sequence_parallel.ulysses import cut_sequence
+from tinytron.kernels.choice import Backend, Kernels
+from tinytron.kernels.documents import documents_of
 from tinytron.model import GPT, ModelConfig
-from tinytron.model.modules.attn import Backend, documents_of
 from tinytron.model.modules.loss import IGNORE_INDEX, LossSums
 
 Pools = Callable[[int], Ranks]
@@ -64,7 +65,11 @@ class Case:
             **dict(self.options),
         )
         recompute: Any = self.recompute
-        options: dict[str, Any] = {"attn_backend": self.backend, "recompute": recompute, "z_loss_coef": 0.01}
+        options: dict[str, Any] = {
+            "kernels": Kernels(attention=self.backend),
+            "recompute": recompute,
+            "z_loss_coef": 0.01,
+        }
         return GPT(config, dtype=torch.float64, state=state, **options)
 
 

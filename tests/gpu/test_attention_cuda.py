@@ -7,8 +7,10 @@ import torch
 
 from tests.gpu.device import DEVICE, GPU_TEST, no_host_waits, relative_error, sized
 from tests.gpu.test_model_cuda import CONFIG
+from tinytron.kernels.attention import attend
+from tinytron.kernels.choice import Backend, Kernels
+from tinytron.kernels.documents import Documents, documents_of
 from tinytron.model import GPT
-from tinytron.model.modules.attn import Backend, Documents, attend, documents_of
 from tinytron.model.modules.loss import LossSums
 
 pytestmark = GPU_TEST
@@ -73,7 +75,7 @@ def test_packed_documents_are_as_if_alone(backend: Backend, dtype: torch.dtype, 
     if backend == "flash":
         pytest.importorskip("flash_attn")
     lengths = sized([50, 206, 100, 100, 56], [7, 25, 12, 13, 7])
-    model = GPT(CONFIG, dtype=dtype, device=DEVICE, attn_backend=backend)
+    model = GPT(CONFIG, dtype=dtype, device=DEVICE, kernels=Kernels(attention=backend))
     exact = GPT(CONFIG, dtype=torch.float64)
     exact.load_state_dict(model.state_dict())
     shape = (2, 2, CONFIG.block_size)

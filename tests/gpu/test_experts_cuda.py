@@ -9,8 +9,9 @@ import torch
 
 from tests.gpu.device import DEVICE, GPU_TEST, REHEARSING, matmul_precision, relative_error, sized
 from tests.naive.moe import Rules, moe
+from tinytron.kernels.grouped_gemm import grouped_linear, has_grouped_product, looped_linear
 from tinytron.model import ModelConfig
-from tinytron.model.modules.moe import MoE, grouped_linear, has_grouped_product, looped_linear
+from tinytron.model.modules.moe import MoE
 
 pytestmark = GPU_TEST
 

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from tests.gpu.device import DEVICE, GPU_TEST, REHEARSING, relative_error, sized
 from tests.gpu.test_model_cuda import CONFIG
 from tinytron.distributed import DistributedOptimizer
+from tinytron.kernels.choice import Backend, Kernels
+from tinytron.kernels.documents import Documents
 from tinytron.model import GPT
-from tinytron.model.modules.attn import Backend, Documents
 from tinytron.model.modules.loss import LossSums
 
 pytestmark = GPU_TEST
@@ -64,7 +65,7 @@ def test_forward_and_backward(
     backend: Backend, dtype: torch.dtype, recompute: str, tolerance: float, packed: bool
 ) -> None:
     """Documents may lie anywhere, as long as they are as many, and none is longer than what was captured."""
-    model = GPT(CONFIG, dtype=dtype, device=DEVICE, attn_backend=backend, recompute=recompute)  # type: ignore[arg-type]
+    model = GPT(CONFIG, dtype=dtype, device=DEVICE, kernels=Kernels(attention=backend), recompute=recompute)  # type: ignore[arg-type]
     (ids, labels), loss = tokens(0), torch.zeros((), device=DEVICE)
     boundaries = torch.tensor([0, S // 3, S, S + 20, 2 * S], dtype=torch.int32, device=DEVICE)
     documents = Documents(boundaries, S) if packed else None

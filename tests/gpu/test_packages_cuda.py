@@ -11,9 +11,9 @@ import torch.nn.functional as F
 
 from tests.gpu.device import DEVICE, GPU_TEST
 from tests.gpu.trained import EXPERTS, trained
-from tinytron.kernels import liger
-from tinytron.kernels.liger import check_liger
-from tinytron.model.modules.cut_loss import check_cut_cross_entropy, cut_linear_cross_entropy
+from tinytron.kernels.choice import Kernels, check_device
+from tinytron.kernels.rms_norm import rms_norm
+from tinytron.kernels.swiglu import swiglu
 from tinytron.model.modules.loss import IGNORE_INDEX, fused_linear_cross_entropy
 
 pytestmark = GPU_TEST
@@ -27,12 +27,12 @@ def _near(mine: torch.Tensor, exact: torch.Tensor, tolerance: float) -> None:
 @pytest.mark.parametrize("shape", [(4, 33, 256), (2, 16, 8, 64)])  # of a block, and of heads
 def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float) -> None:
     pytest.importorskip("liger_kernel")
-    check_liger(DEVICE)
+    check_device(Kernels(rms_norm="liger"), DEVICE, dtype)
     torch.manual_seed(0)
     x = torch.randn(shape, device=DEVICE, dtype=dtype).transpose(0, 1).requires_grad_()  # not contiguous, as heads are
     weight = torch.randn(shape[-1], device=DEVICE, dtype=dtype, requires_grad=True)
     x64, weight64 = (t.detach().double().requires_grad_() for t in (x, weight))
-    out, exact = liger.rms_norm(x, weight, 1e-6), F.rms_norm(x64, weight64.shape, weight64, 1e-6)
+    out, exact = rms_norm(x, weight, 1e-6, "liger"), F.rms_norm(x64, weight64.shape, weight64, 1e-6)
     grad = torch.randn_like(out)
     kept = grad.clone()
     _near(out, exact, tolerance)
@@ -50,7 +50,7 @@ def test_swiglu(rows: int, dtype: torch.dtype, tolerance: float) -> None:
     gate_up = torch.randn(rows, 2 * 96, device=DEVICE, dtype=dtype, requires_grad=True)
     exact_input = gate_up.detach().double().requires_grad_()
     gate, up = exact_input.chunk(2, dim=-1)
-    out, exact = liger.swiglu(gate_up), F.silu(gate) * up
+    out, exact = swiglu(gate_up, "liger"), F.silu(gate) * up
     assert out.shape == (rows, 96)
     grad = torch.randn_like(out)
     (mine,), (expected,) = (
@@ -67,7 +67,7 @@ def test_swiglu(rows: int, dtype: torch.dtype, tolerance: float) -> None:
 @pytest.mark.parametrize("weighted", [False, True])
 def test_cut_cross_entropy(dtype: torch.dtype, labelled: str, weighted: bool) -> None:
     pytest.importorskip("cut_cross_entropy")
-    check_cut_cross_entropy(DEVICE)
+    check_device(Kernels(cross_entropy="cut"), DEVICE, dtype)
     torch.manual_seed(0)
     hidden = (torch.randn(300, 128, device=DEVICE) / 128**0.5).to(dtype).requires_grad_()
     weight = torch.randn(1000, 128, device=DEVICE).to(dtype).requires_grad_()
@@ -75,7 +75,7 @@ def test_cut_cross_entropy(dtype: torch.dtype, labelled: str, weighted: bool) ->
     labels[{"all": slice(0), "some": slice(0, 300, 3), "none": slice(None)}[labelled]] = IGNORE_INDEX
     weights = torch.rand(300, device=DEVICE) if weighted else None
     exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
-    mine = cut_linear_cross_entropy(hidden, weight, labels, weights_T=weights)
+    mine = fused_linear_cross_entropy(hidden, weight, labels, weights_T=weights, by="cut")
     ours = fused_linear_cross_entropy(exact[0], exact[1], labels, weights_T=weights)
     torch.testing.assert_close(mine.objective.double(), ours.objective, rtol=2e-3, atol=1e-6)
     assert mine.per_token is not None

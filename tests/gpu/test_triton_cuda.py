@@ -27,7 +27,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 def _triton() -> None:
     pytest.importorskip("triton")
     if REHEARSING:
-        interpreted("triton_loss")  # and all others: the interpreter's bf16 is mended
+        interpreted("cross_entropy_triton")  # and all others: the interpreter's bf16 is mended
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -68,7 +68,9 @@ def loss_and_gradients(dtype: torch.dtype, T: int, D: int, V: int, **options: An
 
     def run(by_triton: bool, wide: bool = False) -> list[torch.Tensor]:
         inputs = [(x.double() if wide else x).detach().requires_grad_() for x in (hidden, weight)]
-        sums = fused_linear_cross_entropy(*inputs, labels, weights_T=weights, by_triton=by_triton, **options)
+        sums = fused_linear_cross_entropy(
+            *inputs, labels, weights_T=weights, by="triton" if by_triton else "torch", **options
+        )
         assert sums.per_token is not None
         return [sums.objective.detach(), sums.token, sums.per_token, *torch.autograd.grad(sums.objective, inputs)]
 
@@ -101,7 +103,7 @@ def test_a_chunk_of_more_than_2_to_the_31_logits() -> None:
     hidden, weight, labels = normal(T, 16, dtype=torch.bfloat16), normal(V, 16, dtype=torch.bfloat16), torch.arange(T)
     with torch.no_grad():
         whole, parts = (
-            fused_linear_cross_entropy(hidden, weight, labels.to(DEVICE), chunk_tokens=n, by_triton=True)
+            fused_linear_cross_entropy(hidden, weight, labels.to(DEVICE), chunk_tokens=n, by="triton")
             for n in (T, sized(500, 4))
         )
     assert whole.per_token is not None
@@ -137,8 +139,8 @@ def test_experts_rows(T: int, k: int, D: int, dtype: torch.dtype) -> None:
 
     def run(by_triton: bool = True, wide: bool = False) -> list[torch.Tensor]:
         inputs = [(t.double() if wide else t).detach().requires_grad_() for t in (x, rows, weight)]
-        chosen = routes._replace(by_triton=by_triton)
-        out = combine(dispatch(inputs[0], chosen, None) + inputs[1], inputs[2], chosen, None)
+        by: Any = "triton" if by_triton else "torch"
+        out = combine(dispatch(inputs[0], routes, None, by) + inputs[1], inputs[2], routes, None, by)
         return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
 
     mine, eager, exact = same_twice_without_waiting(run), run(False), run(False, wide=True)
@@ -162,7 +164,7 @@ def test_experts_rows(T: int, k: int, D: int, dtype: torch.dtype) -> None:
     ("dtype", "setting"), [(torch.float32, "highest"), (torch.float32, "high"), (torch.bfloat16, "high")]
 )
 def test_symmetric_products(shape: tuple[int, ...], dtype: torch.dtype, setting: str) -> None:
-    from tinytron.kernels.triton_symmetric import gram, plus_square
+    from tinytron.kernels.gram_triton import gram, plus_square
 
     torch.manual_seed(shape[-1])
     x = (normal(*shape) / shape[-1] ** 0.5).to(dtype)
@@ -180,10 +182,10 @@ def test_symmetric_products(shape: tuple[int, ...], dtype: torch.dtype, setting:
 def test_orthogonalize(shape: tuple[int, ...]) -> None:
     matrix = normal(*shape)
     with matmul_precision("highest"):
-        (mine,) = same_twice_without_waiting(lambda: [orthogonalize(matrix, by_triton=True)])
+        (mine,) = same_twice_without_waiting(lambda: [orthogonalize(matrix, by="triton")])
         near(mine, orthogonalize(matrix.double()), 1e-4)
     with matmul_precision("high"):
-        near(orthogonalize(matrix, by_triton=True), orthogonalize(matrix.double()), 2e-2)
+        near(orthogonalize(matrix, by="triton"), orthogonalize(matrix.double()), 2e-2)
 
 
 # Training.

@@ -16,11 +16,9 @@ from tests.helpers.kernel_packages import install
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import TINY, config_of, train
 from tinytron.errors import ConfigError
-from tinytron.kernels import liger
-from tinytron.kernels.liger import check_liger
-from tinytron.kernels.packages import check_triton
+from tinytron.kernels.choice import Kernels, check_device
+from tinytron.kernels.rms_norm import rms_norm
 from tinytron.model import GPT, ModelConfig
-from tinytron.model.modules.cut_loss import check_cut_cross_entropy, cut_linear_cross_entropy
 from tinytron.model.modules.loss import IGNORE_INDEX, LossSums, fused_linear_cross_entropy
 from tinytron.training import Trainer, build
 from tinytron.training.dry_run import dry_run
@@ -28,10 +26,14 @@ from tinytron.training.dry_run import dry_run
 Pools = Callable[[int], Ranks]
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 CHECKS = {
-    "use_liger_kernel": (check_liger, "liger-kernel", "liger_kernel.ops"),
-    "use_cut_cross_entropy": (check_cut_cross_entropy, "cut-cross-entropy", "cut_cross_entropy"),
-    "use_triton_kernels": (check_triton, "triton", "triton.language"),
+    "use_liger_kernel": ("liger-kernel", "liger_kernel.ops"),
+    "use_cut_cross_entropy": ("cut-cross-entropy", "cut_cross_entropy"),
+    "use_triton_kernels": ("triton", "triton.language"),
 }
+
+
+def check(flag: str, device: torch.device) -> None:
+    check_device(Kernels.from_flags(**{flag: True}), device, torch.bfloat16)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -43,28 +45,28 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 @pytest.mark.parametrize("flag", CHECKS)
 def test_a_run_without_a_gpu_is_refused(calls: Counter[str], flag: str) -> None:
     with pytest.raises(ConfigError, match=rf"^--{flag} runs on CUDA only, not on cpu; drop --{flag}$"):
-        CHECKS[flag][0](CPU)
+        check(flag, CPU)
     if flag == "use_triton_kernels":  # has no stand-in: torch itself imports it
         pytest.importorskip("triton")
-    CHECKS[flag][0](CUDA)
+    check(flag, CUDA)
 
 
 @pytest.mark.parametrize("flag", CHECKS)
 def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
-    check, package, module = CHECKS[flag]
+    package, module = CHECKS[flag]
     monkeypatch.setitem(sys.modules, module, None)
     text = rf"^--{flag} needs the {package} package \(.*\): pip install {package}; or drop --{flag}$"
     with pytest.raises(ConfigError, match=text):
-        check(CUDA)
+        check(flag, CUDA)
 
 
 @pytest.mark.parametrize("flag", CHECKS)
 def test_a_package_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
-    check, package, module = CHECKS[flag]
+    package, module = CHECKS[flag]
     monkeypatch.setitem(sys.modules, module, SimpleNamespace(LigerRMSNormFunction=None))
     text = rf"^--{flag} needs a newer {package}, whose {re.escape(module)} has \w+: pip install --upgrade {package}; or"
     with pytest.raises(ConfigError, match=text):
-        check(CUDA)
+        check(flag, CUDA)
 
 
 @pytest.mark.parametrize("flag", CHECKS)
@@ -119,8 +121,8 @@ MODELS = {
 def test_a_model_on_ligers_kernels_is_the_same_function(calls: Counter[str], name: str) -> None:
     options, expected = MODELS[name]
     config = ModelConfig(block_size=12, vocab_size=61, init_std=0.1, **SIZES, **options)  # type: ignore[arg-type]
-    plain, other = (GPT(config, dtype=torch.float64) for _ in range(2))
-    other.use_liger_kernels()
+    liger = Kernels(rms_norm="liger", swiglu="liger")
+    plain, other = (GPT(config, dtype=torch.float64, kernels=k) for k in (Kernels(), liger))
     (sums, grads), (other_sums, other_grads) = _sums_and_grads(plain), _sums_and_grads(other)
     assert calls == expected
     torch.testing.assert_close(other_sums.objective, sums.objective, rtol=1e-12, atol=0)
@@ -132,7 +134,7 @@ def test_a_model_on_ligers_kernels_is_the_same_function(calls: Counter[str], nam
 def test_ligers_norm_is_rounded_once(calls: Counter[str]) -> None:
     x, weight = torch.randn(64, 24).bfloat16(), torch.randn(24).bfloat16()
     expected = torch.nn.functional.rms_norm(x.double(), (24,), weight.double(), 1e-6)
-    error = (liger.rms_norm(x, weight, 1e-6).double() - expected).abs()
+    error = (rms_norm(x, weight, 1e-6, "liger").double() - expected).abs()
     assert (error <= torch.finfo(torch.bfloat16).eps * expected.abs()).all()
 
 
@@ -140,8 +142,8 @@ def test_ligers_norm_is_rounded_once(calls: Counter[str]) -> None:
 def test_a_model_with_the_cut_loss_has_the_same_sums(calls: Counter[str], weighted: bool) -> None:
     config = ModelConfig(block_size=12, vocab_size=61, init_std=0.1, **SIZES)
     weights = torch.rand(2, 12, generator=torch.Generator().manual_seed(1)) if weighted else None
-    plain, other = (GPT(config, dtype=torch.float64) for _ in range(2))
-    other.use_cut_cross_entropy()
+    chosen = (Kernels(), Kernels(cross_entropy="cut"))
+    plain, other = (GPT(config, dtype=torch.float64, kernels=k) for k in chosen)
     (sums, grads), (other_sums, other_grads) = (_sums_and_grads(m, weights) for m in (plain, other))
     assert calls == {"loss": 1}
     assert not other_sums.token.requires_grad
@@ -157,7 +159,7 @@ def test_the_cut_loss_sums_in_fp32(calls: Counter[str]) -> None:
     hidden, weight, labels = torch.randn(32, 16).bfloat16(), torch.randn(53, 16).bfloat16(), torch.arange(32)
     with torch.no_grad():
         sums, ours = (
-            cut_linear_cross_entropy(hidden, weight, labels),
+            fused_linear_cross_entropy(hidden, weight, labels, by="cut"),
             fused_linear_cross_entropy(hidden, weight, labels),
         )
     assert sums.objective.dtype == torch.float32
@@ -165,14 +167,14 @@ def test_the_cut_loss_sums_in_fp32(calls: Counter[str]) -> None:
 
 
 def test_the_cut_loss_has_no_z_loss(calls: Counter[str]) -> None:
-    with pytest.raises(ValueError, match=r"z_loss_coef 0.1 does not go with cut_linear_cross_entropy; use 0"):
-        cut_linear_cross_entropy(torch.randn(2, 3), torch.randn(5, 3), torch.arange(2), z_loss_coef=0.1)
+    with pytest.raises(ValueError, match=r'z_loss_coef 0.1 does not go with by="cut"; use 0'):
+        fused_linear_cross_entropy(torch.randn(2, 3), torch.randn(5, 3), torch.arange(2), z_loss_coef=0.1, by="cut")
 
 
 def _trained(log_dir: Path, *flags: object) -> tuple[dict[str, int], list[float]]:
     with pytest.MonkeyPatch.context() as patch:
         calls = install(patch)
-        patch.setattr(build, "check_kernels", lambda train, device: None)
+        patch.setattr(build, "check_device", lambda kernels, device, dtype: None)
         run = train(Trainer, log_dir, "--precision", "bf16", "--max_steps", 2, "--do_val", *flags)
     return dict(calls), [record["loss"] for record in run.records]
 

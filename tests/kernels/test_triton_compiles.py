@@ -43,17 +43,20 @@ def cases(dtype: str, size: int) -> list[tuple[str, str, dict[str, Any], dict[st
     tiles = {"x": x, "out": x, "m": "i32", "n": "i32", "b": "fp32", "c": "fp32", "BLOCK_K": 128 // size}
     return [
         *(
-            ("triton_loss", "_rows", {**loss, "IGNORE": -100, "GRADIENT": gradient, "BLOCK": 4096}, {"num_warps": 8})
+            (
+                "cross_entropy_triton", "_rows", {**loss, "IGNORE": -100, "GRADIENT": gradient, "BLOCK": 4096},
+                {"num_warps": 8},
+            )
             for gradient in (False, True)
         ),
-        ("triton_experts", "_sum_rows", {**rows, "out": x, "WEIGHTED": True, "BLOCK": 1024}, {"num_warps": 4}),
+        ("expert_rows_triton", "_sum_rows", {**rows, "out": x, "WEIGHTED": True, "BLOCK": 1024}, {"num_warps": 4}),
         (
-            "triton_experts", "_sum_rows", {**rows, "out": x, "weight": None, "WEIGHTED": False, "BLOCK": 2048},
+            "expert_rows_triton", "_sum_rows", {**rows, "out": x, "weight": None, "WEIGHTED": False, "BLOCK": 2048},
             {"num_warps": 8},
         ),
-        ("triton_experts", "_spread", {**rows, **grads, "BLOCK": 1024}, {"num_warps": 4}),
-        ("triton_symmetric", "_tiles", {**tiles, "ADD": True, "PRECISION": "tf32", "BLOCK": 128}, {"num_warps": 8}),
-        ("triton_symmetric", "_tiles", {**tiles, "ADD": False, "PRECISION": "ieee", "BLOCK": 64}, {"num_warps": 4}),
+        ("expert_rows_triton", "_spread", {**rows, **grads, "BLOCK": 1024}, {"num_warps": 4}),
+        ("gram_triton", "_tiles", {**tiles, "ADD": True, "PRECISION": "tf32", "BLOCK": 128}, {"num_warps": 8}),
+        ("gram_triton", "_tiles", {**tiles, "ADD": False, "PRECISION": "ieee", "BLOCK": 64}, {"num_warps": 4}),
     ]  # fmt: skip
 
 

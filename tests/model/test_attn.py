@@ -14,16 +14,11 @@ from hypothesis import strategies as st
 
 from tests.helpers.rope import frequencies
 from tinytron.errors import ConfigError
+from tinytron.kernels.attention import attend, one_per_query_head
+from tinytron.kernels.choice import Backend, Kernels, check_device
+from tinytron.kernels.documents import Documents, documents_of
 from tinytron.model.config import ModelConfig
-from tinytron.model.modules.attn import (
-    Attention,
-    Backend,
-    Documents,
-    attend,
-    check_backend,
-    documents_of,
-    one_per_query_head,
-)
+from tinytron.model.modules.attn import Attention
 from tinytron.model.modules.emb import RotaryEmbedding
 
 B, S, H = 2, 7, 4
@@ -129,7 +124,7 @@ def test_dropout_keeps_the_mean_and_is_random(backend: Backend) -> None:
 def test_flash_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"--attn_backend flash needs the flash-attn package: pip install flash-attn"):
-        check_backend("flash", torch.device("cuda"), torch.bfloat16)
+        check_device(Kernels(attention="flash"), torch.device("cuda"), torch.bfloat16)
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.bfloat16), ("cuda", torch.float32)])
@@ -137,19 +132,19 @@ def test_flash_needs_a_gpu_and_sixteen_bits(monkeypatch: pytest.MonkeyPatch, dev
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(name=name))
     text = rf"--attn_backend flash runs on CUDA in bf16 or fp16 only, not on {device} in {dtype}; use sdpa"
     with pytest.raises(ConfigError, match=text):
-        check_backend("flash", torch.device(device), dtype)
+        check_device(Kernels(attention="flash"), torch.device(device), dtype)
 
 
 def test_flash_is_refused_on_this_cpu() -> None:
     with pytest.raises(ConfigError, match=r"--attn_backend flash .* sdpa"):
-        check_backend("flash", torch.device("cpu"), torch.bfloat16)
+        check_device(Kernels(attention="flash"), torch.device("cpu"), torch.bfloat16)
 
 
 def test_available_backends_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     for backend in CPU_BACKENDS:
-        check_backend(backend, torch.device("cpu"), torch.float64)
+        check_device(Kernels(attention=backend), torch.device("cpu"), torch.float64)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(name=name))
-    check_backend("flash", torch.device("cuda", 1), torch.float16)
+    check_device(Kernels(attention="flash"), torch.device("cuda", 1), torch.float16)
 
 
 @pytest.mark.parametrize("lengths", [None, LENGTHS])

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.helpers.rope import frequencies
-from tinytron.model.modules.emb import RotaryEmbedding, Rotation, rotate
+from tinytron.kernels.rope import Rotation, rotate
+from tinytron.model.modules.emb import RotaryEmbedding
 
 B, S, N, H = 2, 12, 3, 8
 THETA = 100.0

@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.models import redrawn
 from tinytron.errors import ConfigError
+from tinytron.kernels.choice import Backend, Kernels
+from tinytron.kernels.documents import Documents
 from tinytron.model import GPT, ModelConfig
-from tinytron.model.modules.attn import Backend, Documents
 from tinytron.model.modules.loss import IGNORE_INDEX, LossSums
 
 B, S = 2, 9
@@ -151,7 +152,7 @@ def assert_same_gradients(mine: dict[str, torch.Tensor], theirs: dict[str, torch
 @pytest.mark.parametrize("backend", ["math", "sdpa"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_loss_and_every_gradient_equal_the_twin(variant: str, backend: Backend) -> None:
-    model = make_model(variant, attn_backend=backend)
+    model = make_model(variant, kernels=Kernels(attention=backend))
     twin = twin_of(model, variant)
     ids, labels = make_batch()
     losses = sums(model, ids, labels)
@@ -187,7 +188,7 @@ def test_z_loss_equals_the_twin() -> None:
 @pytest.mark.parametrize("backend", ["math", "sdpa"])
 def test_packed_documents_equal_the_twin_on_each_alone(backend: Backend, restart_positions: bool) -> None:
     """With and without positions that begin at each document: scores see relative positions only."""
-    model = make_model("all", attn_backend=backend)
+    model = make_model("all", kernels=Kernels(attention=backend))
     twin, (ids, labels) = twin_of(model, "all"), make_batch()
     cu_seqlens = torch.tensor([0, *itertools.accumulate(PACKED)], dtype=torch.int32)
     positions = torch.cat([torch.arange(n) for n in PACKED]).view(B, S) if restart_positions else None
@@ -313,7 +314,7 @@ def test_recomputation_repeats_what_it_says(backend: Backend) -> None:
     ids, labels = make_batch()
     calls: dict[str, dict[str, int]] = {}
     for recompute in ("none", "full", "selective"):
-        model = make_model(attn_backend=backend, recompute=recompute)  # type: ignore[arg-type]
+        model = make_model(kernels=Kernels(attention=backend), recompute=recompute)  # type: ignore[arg-type]
         with CountOps() as ops:
             sums(model, ids, labels).objective.backward()
         calls[recompute] = ops.calls
@@ -363,7 +364,7 @@ def test_dropout_acts_on_embedding_attention_and_block_outputs(monkeypatch: pyte
 
     monkeypatch.setattr(F, "dropout", recorded)
     ids, labels = make_batch()
-    model = GPT(ModelConfig(**SIZES, dropout=0.1), attn_backend="math")
+    model = GPT(ModelConfig(**SIZES, dropout=0.1), kernels=Kernels(attention="math"))
     model.train()(ids, labels)
     stream, scores = (B, S, 16), (B, 2, 2, S, S)
     assert shapes == [stream, *[scores, stream, stream] * SIZES["num_layer"]]

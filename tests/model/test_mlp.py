@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tinytron.model.modules.mlp import SwiGLU, gated
+from tinytron.kernels.swiglu import swiglu
+from tinytron.model.modules.mlp import SwiGLU
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -14,7 +15,7 @@ def test_the_gate_is_that_of_torch_with_gradients(dtype: torch.dtype) -> None:
     gate_up = torch.randn(3, 5, 24).to(dtype).requires_grad_()
     gate, up = gate_up.chunk(2, dim=-1)
     out_grad = torch.randn(3, 5, 12).to(dtype)
-    mine, theirs = gated(gate_up), F.silu(gate) * up
+    mine, theirs = swiglu(gate_up), F.silu(gate) * up
     assert torch.equal(mine, theirs)
     assert torch.equal(
         torch.autograd.grad(mine, gate_up, out_grad)[0], torch.autograd.grad(theirs, gate_up, out_grad)[0]

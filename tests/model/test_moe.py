@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tests.naive import moe as naive
+from tinytron.kernels.grouped_gemm import grouped_linear, looped_linear
 from tinytron.model import ModelConfig
-from tinytron.model.modules.moe import Experts, MoE, MoEStats, grouped_linear, looped_linear
+from tinytron.model.modules.moe import Experts, MoE, MoEStats
 
 B, S, D, F, E, K = 2, 5, 10, 6, 5, 2  # the widths differ, so that no transposed weight fits
 SIZES: dict[str, Any] = {

@@ -15,9 +15,9 @@ import torch
 from tests.model.test_gpt import SIZES, B, CountOps, S, Twin, assert_same_gradients, gradients, make_batch, sums
 from tests.naive import moe as naive
 from tinytron.distributed.layout import ParallelLayout
+from tinytron.kernels.grouped_gemm import ROW_STEP
 from tinytron.model import GPT, ModelConfig
 from tinytron.model.gpt import named_normal
-from tinytron.model.modules.moe import ROW_STEP
 
 E, K = 6, 2
 MOE: dict[str, Any] = SIZES | {

@@ -13,8 +13,10 @@ import torch
 
 from tests.helpers.models import redrawn
 from tests.model.test_gpt import PACKED, SIZES, B, S, Twin, assert_same_gradients, gradients, make_batch, sums
+from tinytron.kernels.attention import attend
+from tinytron.kernels.choice import Backend, Kernels
+from tinytron.kernels.documents import documents_of
 from tinytron.model import GPT, ModelConfig
-from tinytron.model.modules.attn import Backend, attend, documents_of
 from tinytron.model.modules.norm import LayerNorm
 
 GPT2: dict[str, Any] = {
@@ -151,13 +153,13 @@ def window_of_one(variant: str) -> bool:
 @pytest.mark.parametrize("backend", ["math", "sdpa"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_loss_and_every_gradient_equal_the_twin(variant: str, backend: Backend) -> None:
-    check(make_model(variant, attn_backend=backend), variant)
+    check(make_model(variant, kernels=Kernels(attention=backend)), variant)
 
 
 @pytest.mark.parametrize("backend", ["math", "sdpa"])
 @pytest.mark.parametrize("variant", ["learned", "window", "some windows", "gpt2", "neox", "neox in turn"])
 def test_packed_documents_equal_the_twin_on_each_alone(variant: str, backend: Backend) -> None:
-    check(make_model(variant, attn_backend=backend), variant, PACKED)
+    check(make_model(variant, kernels=Kernels(attention=backend)), variant, PACKED)
 
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])
@@ -186,7 +188,7 @@ def test_flash_gets_the_windows(monkeypatch: pytest.MonkeyPatch) -> None:
         return attend(*qkv, backend="math", window=window_size[0] + 1)  # type: ignore[misc]
 
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=flash_attn_func))
-    check(make_model("some windows", attn_backend="flash"), "some windows")
+    check(make_model("some windows", kernels=Kernels(attention="flash")), "some windows")
     assert given == [(-1, -1), (3, 0), (-1, -1)]
 
 

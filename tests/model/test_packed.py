@@ -13,8 +13,10 @@ import torch
 
 from tests.helpers.models import redrawn
 from tests.model.test_gpt import SIZES, CountOps, assert_same_gradients, gradients, sums
+from tinytron.kernels.attention import attend
+from tinytron.kernels.choice import Backend, Kernels
+from tinytron.kernels.documents import documents_of
 from tinytron.model import GPT, ModelConfig
-from tinytron.model.modules.attn import Backend, attend, documents_of
 from tinytron.model.modules.loss import IGNORE_INDEX
 
 S = 12
@@ -78,7 +80,7 @@ def check_against_alone(model: GPT, tolerance: float, *, weighted: bool = False)
     losses = sums(model, ids, labels, positions, documents, weights if weighted else None)
     logits = model(ids, positions=positions, documents=documents)
 
-    plain = GPT(model.config, dtype=model.wte.weight.dtype, z_loss_coef=0.01, attn_backend="math")
+    plain = GPT(model.config, dtype=model.wte.weight.dtype, z_loss_coef=0.01, kernels=Kernels(attention="math"))
     plain.load_state_dict(model.state_dict())
     objective, token, per_token = sums_alone(plain, weighted)
     torch.testing.assert_close(losses.objective, objective, rtol=tolerance, atol=0)
@@ -103,7 +105,7 @@ def check_against_alone(model: GPT, tolerance: float, *, weighted: bool = False)
 def test_each_document_is_as_if_it_were_alone(
     kind: str, backend: Backend, dtype: torch.dtype, tolerance: float
 ) -> None:
-    check_against_alone(make_model(kind, dtype, attn_backend=backend), tolerance)
+    check_against_alone(make_model(kind, dtype, kernels=Kernels(attention=backend)), tolerance)
 
 
 @pytest.mark.parametrize("kind", ["gqa", "moe"])
@@ -115,7 +117,7 @@ def test_weights_of_targets(kind: str) -> None:
 @pytest.mark.parametrize("backend", ["sdpa", "math"])
 @pytest.mark.parametrize("kind", ["qk_norm", "moe_all"])
 def test_recomputation(kind: str, backend: Backend, recompute: Any) -> None:
-    check_against_alone(make_model(kind, attn_backend=backend, recompute=recompute), 1e-10)
+    check_against_alone(make_model(kind, kernels=Kernels(attention=backend), recompute=recompute), 1e-10)
 
 
 def _stand_in_for_flash() -> SimpleNamespace:
@@ -133,7 +135,7 @@ def _stand_in_for_flash() -> SimpleNamespace:
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_flash_gets_the_boundaries_and_no_mask(monkeypatch: pytest.MonkeyPatch, recompute: Any) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", _stand_in_for_flash())
-    model = make_model("gqa", attn_backend="flash", recompute=recompute)
+    model = make_model("gqa", kernels=Kernels(attention="flash"), recompute=recompute)
     with CountOps() as ops:
         check_against_alone(model, 1e-10)
     assert "searchsorted" not in ops.calls
@@ -192,7 +194,7 @@ def _llama(model: GPT) -> Any:
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("backend", ["sdpa", "math"])
 def test_logits_are_those_of_hugging_faces_llama(backend: Backend, masked: bool) -> None:
-    model = make_model("gqa", torch.float32, attn_backend=backend)
+    model = make_model("gqa", torch.float32, kernels=Kernels(attention=backend))
     ids, positions = make_batch()[0], make_positions(ROWS)
     seen = torch.zeros(len(ROWS), 1, S, S, dtype=torch.bool)
     for row, lengths in zip(seen[:, 0], ROWS if masked else [[S]] * len(ROWS), strict=True):
@@ -214,7 +216,7 @@ def test_logits_are_those_of_hugging_faces_llama(backend: Backend, masked: bool)
 @pytest.mark.parametrize("backend", ["sdpa", "math"])
 def test_the_mask_is_made_once(backend: Backend, recompute: Any) -> None:
     ids, labels, _ = make_batch()
-    model = GPT(ModelConfig(**SIZES | {"num_layer": 5}), attn_backend=backend, recompute=recompute)
+    model = GPT(ModelConfig(**SIZES | {"num_layer": 5}), kernels=Kernels(attention=backend), recompute=recompute)
     with CountOps() as ops:
         sums(model, ids, labels, documents=documents_of(make_positions(ROWS))).objective.backward()
     assert ops.calls["searchsorted"] == 1

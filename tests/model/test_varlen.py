@@ -16,7 +16,9 @@ from tests.model import test_options, test_packed
 from tests.model.test_attn import HEADS, LENGTHS, gradients, make_qkv, of_lengths
 from tests.model.test_gpt import SIZES, CountOps, make_batch, make_model, sums
 from tinytron.errors import ConfigError
-from tinytron.model.modules.attn import Documents, attend, check_backend
+from tinytron.kernels.attention import attend
+from tinytron.kernels.choice import Kernels, check_device
+from tinytron.kernels.documents import Documents
 
 VARLEN = "--attn_backend varlen"
 
@@ -90,7 +92,7 @@ def test_shared_heads_are_announced_where_torch_asks_for_it(monkeypatch: pytest.
 def test_a_gpu_and_sixteen_bits_are_needed(device: str, dtype: torch.dtype) -> None:
     text = rf"{VARLEN} runs on CUDA in bf16 or fp16 only, not on {device} in {dtype}; use sdpa"
     with pytest.raises(ConfigError, match=text):
-        check_backend("varlen", torch.device(device), dtype)
+        check_device(Kernels(attention="varlen"), torch.device(device), dtype)
 
 
 def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,13 +102,13 @@ def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     text = rf"{VARLEN} needs a GPU of compute capability 8.0 \(Ampere\) or newer, and this is Tesla T4; use sdpa"
     with pytest.raises(ConfigError, match=text):
-        check_backend("varlen", torch.device("cuda"), torch.float16)
+        check_device(Kernels(attention="varlen"), torch.device("cuda"), torch.float16)
     capability = (8, 0)
-    check_backend("varlen", torch.device("cuda"), torch.float16)
+    check_device(Kernels(attention="varlen"), torch.device("cuda"), torch.float16)
 
 
 def test_dropout_is_refused() -> None:
-    with pytest.raises(ConfigError, match=rf"{VARLEN} has no dropout, and --dropout is 0.1; use --attn_backend sdpa"):
+    with pytest.raises(ConfigError, match=rf"--dropout 0.1 does not go with {VARLEN}, which has none; use --dropout 0"):
         attend(*make_qkv(4, 2), backend="varlen", dropout=0.1)
 
 
@@ -116,7 +118,7 @@ def test_dropout_is_refused() -> None:
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])
 @pytest.mark.parametrize("kind", ["gqa", "qk_norm", "moe_all"])
 def test_each_document_is_as_if_it_were_alone(kind: str, recompute: Any) -> None:
-    model = test_packed.make_model(kind, attn_backend="varlen", recompute=recompute)
+    model = test_packed.make_model(kind, kernels=Kernels(attention="varlen"), recompute=recompute)
     with varlen_on_cpu(), CountOps() as ops:
         test_packed.check_against_alone(model, 1e-10)
     assert "searchsorted" not in ops.calls  # no masks
@@ -127,14 +129,14 @@ def test_each_document_is_as_if_it_were_alone(kind: str, recompute: Any) -> None
 def test_windows_equal_the_twin(variant: str, packed: bool) -> None:
     lengths = (test_options.PACKED,) if packed else ()
     with varlen_on_cpu():
-        test_options.check(test_options.make_model(variant, attn_backend="varlen"), variant, *lengths)
+        test_options.check(test_options.make_model(variant, kernels=Kernels(attention="varlen")), variant, *lengths)
 
 
 def test_selective_recomputation_keeps_its_output() -> None:
     ids, labels = make_batch()
     calls: dict[str, int] = {}
     for recompute in ("none", "full", "selective"):
-        model = make_model(attn_backend="varlen", recompute=recompute)
+        model = make_model(kernels=Kernels(attention="varlen"), recompute=recompute)
         with varlen_on_cpu(), CountOps() as ops:
             sums(model, ids, labels).objective.backward()
         calls[recompute] = ops.calls["_varlen_attn"]
@@ -152,7 +154,7 @@ def test_compiled_blocks(recompute: Any) -> None:
     counters.clear()
     ids, labels, _ = test_packed.make_batch()
     plain = test_packed.make_model("gqa", torch.float32)
-    model = test_packed.make_model("gqa", torch.float32, attn_backend="varlen", recompute=recompute)
+    model = test_packed.make_model("gqa", torch.float32, kernels=Kernels(attention="varlen"), recompute=recompute)
     model.compile_blocks()
     graphs = []
     with varlen_on_cpu():

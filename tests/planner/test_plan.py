@@ -13,8 +13,8 @@ import torch.distributed as dist
 from tests.helpers.runs import TINY, config_of
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.errors import ConfigError
+from tinytron.kernels.choice import Backend
 from tinytron.model import ModelConfig
-from tinytron.model.modules.attn import Backend
 from tinytron.planner.report import describe, rows
 from tinytron.planner.step import StepMemory, Workload, meta_model, step_memory
 from tinytron.training.dry_run import dry_run, plan_run

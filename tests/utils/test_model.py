@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tinytron.kernels.choice import Kernels
 from tinytron.model import GPT, ModelConfig
 from tinytron.utils.model import count_parameters, train_flops_per_token
 
@@ -63,7 +64,7 @@ def test_flops_equal_those_of_torchs_counter(num_layer: int, kv_heads: int, head
     config = ModelConfig(
         **SIZES, num_key_value_heads=kv_heads, head_dim=head_dim, tied_lm_head=tied, num_layer=num_layer
     )
-    model = GPT(config, attn_backend="math")
+    model = GPT(config, kernels=Kernels(attention="math"))
     ids = torch.randint(37, (2, S))
     with FlopCounterMode(display=False) as counter:
         losses = model(ids, ids)
@@ -73,7 +74,7 @@ def test_flops_equal_those_of_torchs_counter(num_layer: int, kv_heads: int, head
 
 def test_sdpa_flops_lack_only_the_attention_products() -> None:
     config = ModelConfig(**SIZES, num_key_value_heads=2, num_layer=3)
-    model = GPT(config, attn_backend="sdpa")
+    model = GPT(config, kernels=Kernels(attention="sdpa"))
     ids = torch.randint(37, (2, S))
     with FlopCounterMode(display=False) as counter:
         model(ids, ids).objective.backward()
@@ -126,7 +127,7 @@ def test_parameter_count_with_experts_is_exact(shared: int, first_k_dense: int, 
 def test_flops_with_experts_equal_those_of_torchs_counter(shared: int, first_k_dense: int) -> None:
     """In fp64, where experts are one matrix product each, which the counter knows."""
     config = ModelConfig(**SIZES, **EXPERTS, num_shared_experts=shared, first_k_dense=first_k_dense)
-    model = GPT(config, attn_backend="math", dtype=torch.float64)
+    model = GPT(config, kernels=Kernels(attention="math"), dtype=torch.float64)
     ids = torch.randint(37, (2, S))
     with FlopCounterMode(display=False) as counter:
         model(ids, ids).objective.backward()
@@ -159,7 +160,7 @@ PARTS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", PARTS)
 def test_counts_of_other_architectures_are_exact(options: dict[str, Any]) -> None:
     config = ModelConfig(**SIZES, num_key_value_heads=2, num_layer=2, **options)
-    model = GPT(config, attn_backend="math")
+    model = GPT(config, kernels=Kernels(attention="math"))
     assert count_parameters(config).total == sum(p.numel() for p in model.parameters())
     ids = torch.randint(37, (2, S))
     with FlopCounterMode(display=False) as counter:

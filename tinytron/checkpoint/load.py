@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from tinytron.checkpoint.files import CheckpointFiles, damaged, verify
-from tinytron.distributed.collectives import together
+from tinytron.distributed.agreement import together
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import specs_of
 from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer

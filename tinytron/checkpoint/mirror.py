@@ -13,7 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from tinytron.checkpoint.files import CheckpointFiles, newest_checkpoint
-from tinytron.distributed.collectives import together_long
+from tinytron.distributed.agreement import together_long
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import StorageError, TinytronError
 from tinytron.utils.remote import RemoteFolder

@@ -17,7 +17,7 @@ from tinytron.checkpoint.files import CheckpointFiles, Retention, checksum, comp
 from tinytron.checkpoint.load import read_meta
 from tinytron.checkpoint.mirror import Mirror
 from tinytron.checkpoint.snapshot import HostBuffers, Snapshot, take_snapshot
-from tinytron.distributed.collectives import together
+from tinytron.distributed.agreement import together
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer
 from tinytron.errors import CheckpointError, TinytronError

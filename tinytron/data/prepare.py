@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch.distributed as dist
 
 from tinytron.data.formats import MAX_TOKENS, TOKEN_DTYPES, read_header, write_shard
-from tinytron.distributed.collectives import together
+from tinytron.distributed.agreement import together
 from tinytron.errors import DataError
 from tinytron.utils.training import write_atomically
 

@@ -1,1 +1,2 @@
-"""Floor 1: operations that torch has, but slower than its own parts allow; each with what it was measured against."""
+"""Floor 1: one file per operation, with its definition, the backward pass by hand, our Triton kernel (in the file
+next to it, ``*_triton.py``) and the optional package; ``choice.py`` says which of them computes it."""

@@ -1,17 +1,31 @@
-"""A transformer block."""
+"""A transformer block.
+
+Where a block is cut, and what is kept for its backward pass, by ``--recompute``:
+
+| part | none | selective | full |
+|---|---|---|---|
+| dense block | all | outputs of matrix products, attention and exchanges | its input |
+| expert block, up to the router's logits | all | the same | its input |
+| the router's choice and the row counts | kept | kept | kept |
+| dispatch, experts, sum | all | rows as exchanged, the experts' first product | its input |
+| the shared expert in it | all | outputs of matrix products | (the same input) |
+
+Recomputing the choice could break a tie differently and deadlock the ranks. ``torch.compile`` takes a dense
+block as a whole, and of an expert block the parts between two exchanges.
+"""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from tinytron.distributed.parallel_state import ParallelState
+from tinytron.kernels.choice import DEFAULT, Kernels
+from tinytron.kernels.documents import Documents
+from tinytron.kernels.rope import Rotation
 from tinytron.model.config import ModelConfig
-from tinytron.model.modules.attn import Attention, Backend, Documents, LayerCache
+from tinytron.model.modules.attn import Attention, LayerCache
 from tinytron.model.modules.compiled import CompilesMethods
-from tinytron.model.modules.emb import Rotation
 from tinytron.model.modules.mlp import GELU, SwiGLU, make_mlp
 from tinytron.model.modules.moe import MoE, MoEStats
 from tinytron.model.modules.norm import make_norm
@@ -23,18 +37,24 @@ class Block(CompilesMethods):
     statistics if the feed-forward layer is a mixture of experts."""
 
     def __init__(
-        self, config: ModelConfig, layer: int, backend: Backend, recompute: Recompute, state: ParallelState | None
+        self,
+        config: ModelConfig,
+        layer: int,
+        kernels: Kernels = DEFAULT,
+        recompute: Recompute = "none",
+        state: ParallelState | None = None,
     ) -> None:
         super().__init__()
         self.dropout, self.recompute = config.dropout, recompute
-        self.attn_norm = make_norm(config.norm_type, config.hidden_size, config.norm_eps)
-        self.attn = Attention(config, backend, state, config.window(layer))
-        self.mlp_norm = make_norm(config.norm_type, config.hidden_size, config.norm_eps)
+        self.attn_norm = make_norm(config.norm_type, config.hidden_size, config.norm_eps, kernels)
+        self.attn = Attention(config, kernels, state, config.window(layer))
+        self.mlp_norm = make_norm(config.norm_type, config.hidden_size, config.norm_eps, kernels)
         self.mlp: SwiGLU | GELU | MoE
         if config.is_moe_layer(layer):
-            self.mlp = MoE(config, state, recompute)
+            self.mlp = MoE(config, state, recompute, kernels)
         else:
-            self.mlp = make_mlp(config.mlp_type, config.hidden_size, config.intermediate_size, config.has_mlp_bias)
+            width, bias = config.intermediate_size, config.has_mlp_bias
+            self.mlp = make_mlp(config.mlp_type, config.hidden_size, width, bias, kernels)
 
     def forward(
         self,
@@ -44,17 +64,17 @@ class Block(CompilesMethods):
         cache: LayerCache | None = None,
     ) -> tuple[torch.Tensor, MoEStats | None]:
         """``cache`` is for generation only: nothing is recomputed then."""
-        args = (x_BsD, rotation, documents, cache)
         if not isinstance(self.mlp, MoE):
-            return recomputed(self.recompute, self._dense, *args, dropout=self.dropout), None
-        x_BsD, normed_BsD, logits_TE = self._before_experts(*args)
+            out_BsD = recomputed(self.recompute, self._dense, x_BsD, rotation, documents, cache, dropout=self.dropout)
+            return out_BsD, None
+        x_BsD, normed_BsD, logits_TE = self._before_experts(x_BsD, rotation, documents, cache)
         out_BsD, stats = self.mlp(normed_BsD, logits_TE)
         return x_BsD + self._drop(out_BsD), stats
 
     def compile_parts(self) -> None:
-        """Compile all of it; with experts what lies between two exchanges, because how many rows come is data.
+        """Compile all of it; with experts the parts between two exchanges, because row counts are data.
 
-        ``recomputed`` is called inside of what is compiled: the compiler then fuses across it. Outside, selective
+        ``recomputed`` is called inside of compiled code: the compiler then fuses across it. Outside, selective
         recomputation would hold on to buffers that compiled code overwrites."""
         if isinstance(self.mlp, MoE):
             self.compile_methods("_before_experts")
@@ -62,23 +82,29 @@ class Block(CompilesMethods):
         else:
             self.compile()
 
-    def _dense(self, *args: Any) -> torch.Tensor:
-        x_BsD, normed_BsD = self._attended(*args)
+    def _dense(
+        self, x_BsD: torch.Tensor, rotation: Rotation, documents: Documents | None, cache: LayerCache | None
+    ) -> torch.Tensor:
+        x_BsD, normed_BsD = self._attended(x_BsD, rotation, documents, cache)
         return x_BsD + self._drop(self.mlp(normed_BsD))
 
-    def _before_experts(self, *args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        # Up to the router's logits: the choice, made again, could differ in a tie, and ranks would wait for each other.
-        return recomputed(self.recompute, self._scored, *args, dropout=self.dropout)
+    def _before_experts(
+        self, x_BsD: torch.Tensor, rotation: Rotation, documents: Documents | None, cache: LayerCache | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return recomputed(self.recompute, self._scored, x_BsD, rotation, documents, cache, dropout=self.dropout)
 
-    def _scored(self, *args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _scored(
+        self, x_BsD: torch.Tensor, rotation: Rotation, documents: Documents | None, cache: LayerCache | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The residual stream, the experts' input and the router's logits ``[T, E]``."""
         assert isinstance(self.mlp, MoE), "called for experts only"
-        x_BsD, normed_BsD = self._attended(*args)
+        x_BsD, normed_BsD = self._attended(x_BsD, rotation, documents, cache)
         return x_BsD, normed_BsD, self.mlp.router(normed_BsD.flatten(0, 1))
 
     def _attended(
         self, x_BsD: torch.Tensor, rotation: Rotation, documents: Documents | None, cache: LayerCache | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is handed on, and what the feed-forward layer gets."""
+        """The residual stream, and the input of the feed-forward layer."""
         x_BsD = x_BsD + self._drop(self.attn(self.attn_norm(x_BsD), rotation, documents, cache))
         return x_BsD, self.mlp_norm(x_BsD)
 

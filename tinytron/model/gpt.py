@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,14 +14,15 @@ from tinytron.distributed.collectives import sum_over
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import Kind, ParamSpec
 from tinytron.errors import ConfigError
+from tinytron.kernels.attention import UNMASKED
+from tinytron.kernels.choice import DEFAULT, Kernels
+from tinytron.kernels.documents import Documents, visible
 from tinytron.model.block import Block, ParallelBlock
 from tinytron.model.config import ModelConfig
-from tinytron.model.modules.attn import UNMASKED, Backend, Documents, LayerCache, visible
-from tinytron.model.modules.cut_loss import cut_linear_cross_entropy
+from tinytron.model.modules.attn import LayerCache
 from tinytron.model.modules.emb import RotaryEmbedding, TokenEmbedding
 from tinytron.model.modules.linear import PackedLinear, ResidualLinear
 from tinytron.model.modules.loss import LossSums, fused_linear_cross_entropy
-from tinytron.model.modules.mlp import SwiGLU
 from tinytron.model.modules.moe import Choice, Experts, MoE, MoEStats, Router
 from tinytron.model.modules.norm import LayerNorm, RMSNorm, make_norm
 from tinytron.model.modules.recompute import Recompute
@@ -38,7 +38,7 @@ class Recorded(NamedTuple):
 
 class GPT(nn.Module):
     """The model. Weights are created on ``device`` in ``dtype`` and drawn by ``init_weights``; without a ``seed`` they are
-    whatever the memory holds, for somebody who sets them all.
+    whatever the memory holds, for a caller who sets them all. ``kernels`` compute its operations.
 
     ``forward(input_ids)`` gives logits; with ``labels`` it gives ``LossSums`` instead and never builds the logits. With
     ``state`` (default: this process alone) the inputs are this rank's part of the sequences, and the experts are spread
@@ -52,14 +52,14 @@ class GPT(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         seed: int | None = 1337,
-        attn_backend: Backend = "auto",
+        kernels: Kernels = DEFAULT,
         recompute: Recompute = "none",
         z_loss_coef: float = 0.0,
         state: ParallelState | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.z_loss_coef, self.state = config, z_loss_coef, state
-        self.needs_mask = attn_backend not in UNMASKED
+        self.config, self.z_loss_coef, self.state, self.kernels = config, z_loss_coef, state, kernels
+        self.needs_mask = kernels.attention not in UNMASKED
         self.layer_windows = [config.window(layer) for layer in range(config.num_layer)]
         self.windows = set(self.layer_windows)
         outer = torch.get_default_dtype()
@@ -71,9 +71,9 @@ class GPT(nn.Module):
                 self.wpe = TokenEmbedding(config.block_size, config.hidden_size) if learned else None
                 block = ParallelBlock if config.parallel_residual else Block
                 self.blocks = nn.ModuleList(
-                    block(config, layer, attn_backend, recompute, state) for layer in range(config.num_layer)
+                    block(config, layer, kernels, recompute, state) for layer in range(config.num_layer)
                 )
-                self.final_norm = make_norm(config.norm_type, config.hidden_size, config.norm_eps)
+                self.final_norm = make_norm(config.norm_type, config.hidden_size, config.norm_eps, kernels)
                 self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
             self.to_empty(device=device)
             table = torch.promote_types(dtype, torch.float32)
@@ -87,7 +87,6 @@ class GPT(nn.Module):
         # Called with a module before its parameters are used; an optimizer that gathers them in the background waits
         # here. (Not a forward hook: torch.compile would trace it.)
         self.before_use: Callable[[nn.Module], None] = _always_ready
-        self.linear_cross_entropy: Callable[..., LossSums] = fused_linear_cross_entropy
         self.moe_layers = [block.mlp for block in self.blocks if isinstance(block.mlp, MoE)]
         # Rows per expert layer and expert: of the current optimizer step (this rank), and since the last report (all).
         shape = (len(self.moe_layers), config.num_experts)
@@ -154,22 +153,6 @@ class GPT(nn.Module):
         row_blocks = module.row_blocks if isinstance(module, PackedLinear) else ()
         return ParamSpec(name, shape, kind, writes_residual=into_residual, row_blocks=row_blocks)
 
-    def use_liger_kernels(self) -> None:
-        """Compute RMSNorm and SwiGLU by kernels/liger.py from now on."""
-        for module in self.modules():
-            if isinstance(module, (RMSNorm, SwiGLU, Experts)):
-                module.liger = True
-
-    def use_triton_kernels(self) -> None:
-        """Compute the loss, and the sums of experts' rows, by kernels/triton_*.py from now on."""
-        self.linear_cross_entropy = partial(fused_linear_cross_entropy, by_triton=True)
-        for layer in self.moe_layers:
-            layer.triton = True
-
-    def use_cut_cross_entropy(self) -> None:
-        """Compute head and loss by modules/cut_loss.py from now on."""
-        self.linear_cross_entropy = cut_linear_cross_entropy
-
     def compile_blocks(self) -> None:
         """Compile every block in place (parameter names stay); blocks share their compiled graphs."""
         for block in self.blocks:
@@ -234,12 +217,13 @@ class GPT(nn.Module):
         if labels is None:
             logits: torch.Tensor = self.lm_head(x_BsD)
             return logits
-        sums = self.linear_cross_entropy(
+        sums = fused_linear_cross_entropy(
             x_BsD.flatten(0, 1),
             self.lm_head.weight,
             labels.flatten(),
             weights_T=None if weights is None else weights.flatten(),
             z_loss_coef=self.z_loss_coef,
+            by=self.kernels.cross_entropy,
         )
         if sums.per_token is not None:
             sums = sums._replace(per_token=sums.per_token.view_as(labels))

@@ -6,12 +6,14 @@ the sign rule of the weight decay from Cautious Weight Decay (arXiv:2510.12402).
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch.optim.adamw import adamw
+
+from tinytron.kernels.choice import DEFAULT, Kernels, TritonKernel
+from tinytron.kernels.gram import fuses, gram, plus_square
 
 # (a, b, c) of X <- aX + (bA + cA²)X per iteration, A = XXᵀ: Polar Express for 5 iterations with safety margin 2e-2.
 POLAR_EXPRESS = (
@@ -23,26 +25,24 @@ POLAR_EXPRESS = (
 )
 
 
-def orthogonalize(matrix: torch.Tensor, steps: int = 5, *, by_triton: bool = False) -> torch.Tensor:
-    """About the nearest matrix with singular values 1, for each matrix of ``[..., rows, cols]``; in its own precision.
+def orthogonalize(matrix: torch.Tensor, steps: int = 5, *, by: TritonKernel = "torch") -> torch.Tensor:
+    """About the nearest matrix with singular values 1, for each matrix of ``[..., rows, cols]``; in its
+    own precision.
 
-    ``steps`` beyond 5 repeat the last coefficients. A zero matrix stays zero. ``by_triton``: symmetric products by
-    kernels/triton_symmetric.py (not in fp64).
+    ``steps`` beyond 5 repeat the last coefficients. A zero matrix stays zero. ``by`` computes the
+    symmetric products.
     """
     x = matrix / (torch.linalg.matrix_norm(matrix, keepdim=True) * 1.02 + 1e-6)
     wide = x.shape[-2] <= x.shape[-1]  # iterate on the smaller Gram matrix
-    coefficients = [POLAR_EXPRESS[min(step, len(POLAR_EXPRESS) - 1)] for step in range(steps)]
-    if by_triton and x.dtype != torch.float64:
-        kernels = importlib.import_module("tinytron.kernels.triton_symmetric")
-        x = x if wide else x.mT.contiguous()
-        for a, b, c in coefficients:
-            x = a * x + kernels.plus_square(kernels.gram(x), b, c) @ x
-        return x if wide else x.mT
-    for a, b, c in coefficients:
-        gram = x @ x.mT if wide else x.mT @ x
-        polynomial = b * gram + c * (gram @ gram)
-        x = a * x + (polynomial @ x if wide else x @ polynomial)
-    return x
+    turned = not wide and fuses(by, x.dtype)  # the kernel multiplies rows; torch either, without a copy
+    if turned:
+        x = x.mT.contiguous()
+    rows = wide or turned
+    for step in range(steps):
+        a, b, c = POLAR_EXPRESS[min(step, len(POLAR_EXPRESS) - 1)]
+        polynomial = plus_square(gram(x if rows else x.mT, by), b, c, by)
+        x = a * x + (polynomial @ x if rows else x @ polynomial)
+    return x.mT if turned else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -70,6 +70,7 @@ class Muon(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        kernels: Kernels = DEFAULT,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -87,11 +88,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, defaults)
         self.found_inf: torch.Tensor | None = None
         self.grad_scale: torch.Tensor | None = None
-        self.triton = False  # whether by kernels/triton_symmetric.py
-
-    def use_triton_kernels(self) -> None:
-        """Compute symmetric products by kernels/triton_symmetric.py from now on."""
-        self.triton = True
+        self.by = kernels.gram
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -124,7 +121,7 @@ class Muon(torch.optim.Optimizer):
 
     def _direction(self, block: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
         rows, cols = block.shape[-2:]
-        return orthogonalize(block, group["ns_steps"], by_triton=self.triton) * max(1.0, rows / cols) ** 0.5
+        return orthogonalize(block, group["ns_steps"], by=self.by) * max(1.0, rows / cols) ** 0.5
 
     def _normalize(self, update: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> torch.Tensor:
         dim = -1 if update.shape[-2] >= update.shape[-1] else -2

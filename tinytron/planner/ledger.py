@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tinytron.kernels.tiled_attention import PARTS
+from tinytron.kernels.attention_tiled import PARTS
 
 
 class Ledger(TorchDispatchMode):

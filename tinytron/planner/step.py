@@ -7,10 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from tinytron.distributed.layout import ParallelLayout
+from tinytron.kernels.attention import UNMASKED
+from tinytron.kernels.choice import Backend, Kernels
+from tinytron.kernels.documents import Documents
+from tinytron.kernels.grouped_gemm import ROW_STEP
 from tinytron.model import GPT, ModelConfig
-from tinytron.model.modules.attn import UNMASKED, Attention, Backend, Documents
+from tinytron.model.modules.attn import Attention
 from tinytron.model.modules.loss import LossSums
-from tinytron.model.modules.moe import ROW_STEP
 from tinytron.model.modules.recompute import Recompute
 from tinytron.planner.ledger import Ledger
 from tinytron.planner.pretend import DeviceKind, EvenExperts, Pretending, PretendState, with_fake_memory
@@ -56,7 +59,7 @@ def meta_model(config: ModelConfig, work: Workload, layout: ParallelLayout) -> G
         dtype=work.dtype,
         device="meta",
         seed=None,
-        attn_backend="sdpa" if flash else work.attn_backend,
+        kernels=Kernels(attention="sdpa" if flash else work.attn_backend),
         recompute=work.recompute,
         state=PretendState.of(layout),
     )

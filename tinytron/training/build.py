@@ -16,14 +16,11 @@ from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import specs_of
 from tinytron.distributed.zero1.distributed_optimizer import Options
 from tinytron.errors import ConfigError
-from tinytron.kernels.liger import check_liger
-from tinytron.kernels.packages import check_triton
+from tinytron.kernels.choice import check_device
 from tinytron.metrics import RoutingReport
 from tinytron.model import GPT
-from tinytron.model.modules.attn import check_backend
-from tinytron.model.modules.cut_loss import check_cut_cross_entropy
 from tinytron.optim import Muon, Schedule, parameter_groups
-from tinytron.training.config import DTYPES, CkptConfig, Config, OptimConfig, TrainingConfig
+from tinytron.training.config import DTYPES, CkptConfig, Config, OptimConfig
 from tinytron.training.derive import TrainingInfo, accumulation_steps
 from tinytron.training.exports import Exports
 
@@ -31,39 +28,22 @@ from tinytron.training.exports import Exports
 def build_model(config: Config, state: ParallelState) -> GPT:
     """The GPT of this rank, compiled if asked for. Raises: ConfigError for kernels that cannot run here."""
     dtype = DTYPES[config.train.precision]
-    check_kernels(config.train, state.device)
+    check_device(config.train.kernels, state.device, dtype)
     gpt = GPT(
         config.model,
         dtype=dtype,
         device=state.device,
         seed=config.seed.seed if config.ckpt.init_from is None else None,
-        attn_backend=config.train.attn_backend,
+        kernels=config.train.kernels,
         recompute=config.train.recompute,
         z_loss_coef=config.train.z_loss_coef,
         state=state,
     )
-    if config.train.use_liger_kernel:
-        gpt.use_liger_kernels()
-    if config.train.use_triton_kernels:
-        gpt.use_triton_kernels()
-    if config.train.use_cut_cross_entropy:  # instead of any other loss
-        gpt.use_cut_cross_entropy()
     if config.train.use_compile:
         # On every rank torch would ask to make sure that nothing in place is computed again: nothing is.
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         gpt.compile_blocks()
     return gpt
-
-
-def check_kernels(train: TrainingConfig, device: torch.device) -> None:
-    """Raises: ConfigError if an attention backend or a package of kernels that ``train`` asks for cannot run there."""
-    check_backend(train.attn_backend, device, DTYPES[train.precision])
-    if train.use_liger_kernel:
-        check_liger(device)
-    if train.use_triton_kernels:
-        check_triton(device)
-    if train.use_cut_cross_entropy:
-        check_cut_cross_entropy(device)
 
 
 def optimizer_groups(optim: OptimConfig, model: nn.Module) -> list[dict[str, Any]]:
@@ -101,10 +81,9 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     groups, betas = optimizer_groups(optim, model), (optim.adam_beta1, optim.adam_beta2)
     if optim.optimizer != "muon":
         return torch.optim.AdamW(groups, lr=optim.max_lr, betas=betas, eps=optim.adam_eps, fused=True)
-    muon = Muon(groups, lr=optim.max_lr, betas=betas, eps=optim.adam_eps, **muon_options(optim))
-    if config.train.use_triton_kernels:
-        muon.use_triton_kernels()
-    return muon
+    return Muon(
+        groups, lr=optim.max_lr, betas=betas, eps=optim.adam_eps, kernels=config.train.kernels, **muon_options(optim)
+    )
 
 
 def build_schedule(optim: OptimConfig, info: TrainingInfo) -> Schedule:

@@ -10,6 +10,7 @@ from tinytron.distributed.layout import divisors
 from tinytron.distributed.sequence_parallel.ulysses import check_sep_size
 from tinytron.errors import ConfigError
 from tinytron.interop import check_repository, write_architecture
+from tinytron.kernels.choice import check_model
 
 if TYPE_CHECKING:
     from tinytron.training.config import Config
@@ -79,23 +80,9 @@ def _check_exports(config: Config) -> None:
 def _check_kernels(config: Config) -> None:
     """Rules on optional kernels, wherever they run."""
     train, model = config.train, config.model
-    if train.attn_backend == "varlen":
-        _check_sixteen_bits("--attn_backend varlen", train.precision, "--attn_backend sdpa")
-        if model.dropout:
-            raise ConfigError(
-                f"--dropout {model.dropout} does not go with --attn_backend varlen, which has none; use --dropout 0, or "
-                "--attn_backend sdpa"
-            )
-        if (size := model.resolved_head_dim) % 8 or size > 256:
-            raise ConfigError(
-                f"--attn_backend varlen wants --head_dim to be a multiple of 8 up to 256, not {size}; "
-                f"use {min(256, -(-size // 8) * 8)}, or --attn_backend sdpa"
-            )
-    if train.use_liger_kernel:
-        if train.precision == "fp64":
-            raise ConfigError(
-                "--use_liger_kernel computes in fp32, not in --precision fp64; use fp32, or drop the flag"
-            )
+    kernels = train.kernels
+    check_model(kernels, train.precision, head_dim=model.resolved_head_dim, dropout=model.dropout)
+    if kernels.liger:
         if train.use_compile:
             raise ConfigError("--use_liger_kernel and --use_compile both fuse norms and SwiGLU; drop one of them")
         if model.norm_type != "rms" and model.mlp_type != "swiglu":
@@ -103,39 +90,22 @@ def _check_kernels(config: Config) -> None:
                 f"--use_liger_kernel has nothing for --norm_type {model.norm_type} with --mlp_type {model.mlp_type}; "
                 "use rms or swiglu, or drop the flag"
             )
-    if train.use_triton_kernels:
-        _check_triton(config)
-    if not train.use_cut_cross_entropy:
-        return
-    _check_sixteen_bits("--use_cut_cross_entropy", train.precision, "drop the flag")
-    if train.z_loss_coef:
+    experts = model.use_moe and not train.use_compile
+    if kernels.triton and kernels.cut and not experts and config.optim.optimizer != "muon":
+        why = "--use_compile fuses the experts' sums" if model.use_moe else "there are no experts"
+        raise ConfigError(
+            "--use_triton_kernels has nothing to do: --use_cut_cross_entropy computes the loss, --optimizer "
+            f"{config.optim.optimizer} has no symmetric products, and {why}; drop one of the two flags"
+        )
+    if kernels.cut and train.z_loss_coef:
         raise ConfigError(
             f"--z_loss_coef {train.z_loss_coef} does not go with --use_cut_cross_entropy, which does not give the "
             "log-partition; use 0, or drop the flag"
         )
-    if config.seed.deterministic:
+    if kernels.cut and config.seed.deterministic:
         raise ConfigError(
             "--deterministic does not go with --use_cut_cross_entropy, which adds gradients up in no fixed order; drop one "
             "of them"
-        )
-
-
-def _check_sixteen_bits(option: str, precision: str, instead: str) -> None:
-    if precision not in ("bf16", "fp16"):
-        raise ConfigError(f"{option} computes in bf16 or fp16, not in --precision {precision}; use bf16, or {instead}")
-
-
-def _check_triton(config: Config) -> None:
-    """Rules on --use_triton_kernels, wherever it runs."""
-    train = config.train
-    if train.precision == "fp64":
-        raise ConfigError("--use_triton_kernels computes in fp32, not in --precision fp64; use fp32, or drop the flag")
-    experts = config.model.use_moe and not train.use_compile
-    if train.use_cut_cross_entropy and not experts and config.optim.optimizer != "muon":
-        why = "--use_compile fuses the experts' sums" if config.model.use_moe else "there are no experts"
-        raise ConfigError(
-            "--use_triton_kernels has nothing to do: --use_cut_cross_entropy computes the loss, --optimizer "
-            f"{config.optim.optimizer} has no symmetric products, and {why}; drop one of the two flags"
         )
 
 

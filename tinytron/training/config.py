@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from tinytron.kernels.choice import Kernels
 from tinytron.model.config import ModelConfig
 from tinytron.training.checks import check
 from tinytron.utils.flags import Flag, config_fields
@@ -107,6 +108,16 @@ class TrainingConfig:
         15,
         20,
     )
+
+    @property
+    def kernels(self) -> Kernels:
+        """The implementation of every operation that these options choose."""
+        return Kernels.from_flags(
+            attn_backend=self.attn_backend,
+            use_liger_kernel=self.use_liger_kernel,
+            use_triton_kernels=self.use_triton_kernels,
+            use_cut_cross_entropy=self.use_cut_cross_entropy,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

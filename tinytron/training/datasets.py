@@ -27,7 +27,7 @@ from tinytron.data.prepare import require_same
 from tinytron.data.remote import fetch_shards, local_dataset_path
 from tinytron.data.shards import EndOfText, find_shards, open_shards
 from tinytron.data.streams import StreamLoader, ValStreamLoader
-from tinytron.distributed.collectives import together, together_long
+from tinytron.distributed.agreement import together, together_long
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import ConfigError
 from tinytron.training.config import Config

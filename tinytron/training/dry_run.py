@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from tinytron.distributed.layout import ParallelLayout
+from tinytron.kernels.choice import check_device
 from tinytron.planner.memory import MemoryPlan, plan_memory
 from tinytron.planner.pretend import DeviceKind
 from tinytron.planner.report import describe
 from tinytron.planner.step import Workload, meta_model
 from tinytron.training import startup
-from tinytron.training.build import check_kernels, muon_options, optimizer_groups, optimizer_options
+from tinytron.training.build import muon_options, optimizer_groups, optimizer_options
 from tinytron.training.config import DTYPES, Config
 from tinytron.training.derive import accumulation_steps
 
@@ -24,7 +25,7 @@ def workload(config: Config, layout: ParallelLayout) -> Workload:
     gpu = backend == "nccl" or (backend == "auto" and torch.cuda.is_available())
     device: DeviceKind = "cuda" if gpu else "cpu"
     if device == "cpu":
-        check_kernels(train, torch.device("cpu"))
+        check_device(train.kernels, torch.device("cpu"), DTYPES[train.precision])
     return Workload(
         dtype=DTYPES[train.precision],
         batch_size=train.batch_size,

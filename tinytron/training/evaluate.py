@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from tinytron.data import Batch
 from tinytron.data.run_tokenizer import find_tokenizer
 from tinytron.data.token_bytes import token_bytes_of_data
-from tinytron.distributed.collectives import together
+from tinytron.distributed.agreement import together
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.evaluation.choices import Item, Row, encode_items, log_probs, read_items, summarise
 from tinytron.model.modules.loss import LossSums

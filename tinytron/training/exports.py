@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.nn as nn
 
 from tinytron.checkpoint import CheckpointFiles, Mirror
-from tinytron.distributed.collectives import together_long
+from tinytron.distributed.agreement import together_long
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import ConfigError, first_line
 from tinytron.interop import HubUploader

@@ -21,7 +21,8 @@ from tinytron.checkpoint import CheckpointFiles, complete_checkpoints, find_chec
 from tinytron.checkpoint.files import bytes_of, leftovers, remove_leftovers
 from tinytron.checkpoint.lock import lock_folder
 from tinytron.checkpoint.mirror import Mirror
-from tinytron.distributed.collectives import sum_over, together, together_long
+from tinytron.distributed.agreement import together, together_long
+from tinytron.distributed.collectives import sum_over
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer

@@ -20,7 +20,7 @@ from tinytron.checkpoint import (
 )
 from tinytron.data import Batch, GlobalBatchSampler
 from tinytron.distributed import DistributedOptimizer
-from tinytron.distributed.collectives import together
+from tinytron.distributed.agreement import together
 from tinytron.distributed.param_spec import specs_of
 from tinytron.distributed.topology import describe_topology
 from tinytron.errors import ConfigError

@@ -9,13 +9,14 @@ experts of all ranks, e = E / P experts of this rank, P ranks of the group, D mo
 
 from __future__ import annotations
 
-import importlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from tinytron.distributed.collectives import Exchange, all_to_all
+from tinytron.distributed.exchange import Exchange, all_to_all
+from tinytron.kernels.choice import TritonKernel
+from tinytron.kernels.expert_rows import copy_to_choices, permute
 
 
 class Routes(NamedTuple):
@@ -30,12 +31,9 @@ class Routes(NamedTuple):
     send: list[int]  # rows to each rank
     recv: list[int]  # rows from each rank
     top_k: int
-    by_triton: bool = False  # rows are summed per token by kernels/triton_experts.py, where that can
 
 
-def plan_routes(
-    expert_Tk: torch.Tensor, num_experts: int, group: dist.ProcessGroup | None, *, by_triton: bool = False
-) -> Routes:
+def plan_routes(expert_Tk: torch.Tensor, num_experts: int, group: dist.ProcessGroup | None) -> Routes:
     """Agree with the group on who sends how many rows to whom. Collective; the host waits here, once per layer.
 
     ``expert_Tk``: int64 ``[T, k]``, the experts chosen by each token; ``group`` ``None`` means this process alone. The
@@ -54,13 +52,11 @@ def plan_routes(
     rows_e = arriving_Pe.sum(0)
     host = torch.cat([counts_PE.sum(1), arriving_Pe.sum(1), rows_e]).tolist()  # the one wait for the device
     send, recv, counts = host[:size], host[size : 2 * size], host[2 * size :]
-    # Received rows come rank by rank, and within a rank expert by expert; experts want them expert by expert.
+    # Received rows come rank by rank, and within a rank expert by expert; experts need them expert by expert.
     local = torch.arange(arriving_Pe.shape[1], device=chosen_R.device).repeat(size)
     local_Q = torch.repeat_interleave(local, arriving_Pe.flatten(), output_size=sum(recv))
     arrival_Q = torch.argsort(local_Q, stable=True)
-    return Routes(
-        order_R, _inverse(order_R), arrival_Q, _inverse(arrival_Q), rows_e, counts, send, recv, top_k, by_triton
-    )
+    return Routes(order_R, _inverse(order_R), arrival_Q, _inverse(arrival_Q), rows_e, counts, send, recv, top_k)
 
 
 class Dispatched(NamedTuple):
@@ -68,21 +64,23 @@ class Dispatched(NamedTuple):
 
     rows: torch.Tensor
     routes: Routes
-    exchange: Exchange | None  # None: nobody to exchange with
+    exchange: Exchange | None  # None: there is no other rank
 
     def arrive(self) -> torch.Tensor:
         """The rows for this rank's experts, grouped by expert: ``[Q, D]``. Collective, differentiable."""
         if self.exchange is None:
             return self.rows  # sorted by expert already
         rows_QD = self.exchange.finish(self.rows)
-        out: torch.Tensor = _Permute.apply(rows_QD, self.routes.arrival_Q, self.routes.arrival_inverse_Q)
-        return out
+        return permute(rows_QD, self.routes.arrival_Q, self.routes.arrival_inverse_Q)
 
 
-def dispatch(x_TD: torch.Tensor, routes: Routes, group: dist.ProcessGroup | None) -> Dispatched:
-    """Send every token ``[T, D]`` to its experts. What is computed before ``arrive`` hides the exchange, in the forward and
-    in the backward pass. Collective, differentiable."""
-    rows_RD = _CopyToChoices.apply(x_TD, routes.order_R, routes.inverse_R, routes.top_k, _fused(routes.by_triton, x_TD))
+def dispatch(
+    x_TD: torch.Tensor, routes: Routes, group: dist.ProcessGroup | None, by: TritonKernel = "torch"
+) -> Dispatched:
+    """Send every token ``[T, D]`` to its experts. What is computed before ``arrive`` hides the exchange,
+    in the forward and in the backward pass. Collective, differentiable; ``by`` sums the gradients of a
+    token's rows."""
+    rows_RD = copy_to_choices(x_TD, routes.order_R, routes.inverse_R, routes.top_k, by)
     if group is None or len(routes.send) == 1:
         return Dispatched(rows_RD, routes, None)
     exchange = Exchange(group, routes.send, routes.recv)
@@ -94,101 +92,11 @@ def bring_home(rows_QD: torch.Tensor, routes: Routes, group: dist.ProcessGroup |
     differentiable."""
     if group is None or len(routes.send) == 1:
         return rows_QD
-    rows_QD = _Permute.apply(rows_QD, routes.arrival_inverse_Q, routes.arrival_Q)
+    rows_QD = permute(rows_QD, routes.arrival_inverse_Q, routes.arrival_Q)
     return all_to_all(rows_QD, group, routes.recv, routes.send)
-
-
-def weighted_sum(
-    rows_RD: torch.Tensor,
-    weight_Tk: torch.Tensor,
-    order_R: torch.Tensor,
-    inverse_R: torch.Tensor,
-    by_triton: bool = False,
-) -> torch.Tensor:
-    """The sum over a token's choices of weight times row, ``[R, D] -> [T, D]``, in the rows' precision; ``order_R``,
-    ``inverse_R`` and ``by_triton`` as in ``Routes``.
-
-    Computed in the weights' precision (fp32), rounded once, over a fixed order of choices: no atomics, bit-identical
-    repeats. Differentiable; for the backward pass the rows are kept as they are.
-    """
-    if _fused(by_triton, rows_RD):
-        fused: torch.Tensor = _kernels().weighted_sum(rows_RD, weight_Tk, inverse_R)
-        return fused
-    out: torch.Tensor = _WeightedSum.apply(rows_RD, weight_Tk, order_R, inverse_R)
-    return out
-
-
-def _fused(by_triton: bool, rows: torch.Tensor) -> bool:
-    """Whether by kernels/triton_experts.py: not in fp64, and not in what is compiled, where inductor fuses the same."""
-    return by_triton and rows.dtype != torch.float64 and not torch.compiler.is_compiling()
-
-
-def _kernels() -> Any:
-    """kernels/triton_experts.py, which needs the triton package."""
-    return importlib.import_module("tinytron.kernels.triton_experts")
 
 
 def _inverse(permutation: torch.Tensor) -> torch.Tensor:
     inverse = torch.empty_like(permutation)
     inverse[permutation] = torch.arange(len(permutation), device=permutation.device)
     return inverse
-
-
-class _Permute(torch.autograd.Function):
-    """``rows[index]`` for a permutation; backward gathers with its inverse instead of adding atomically."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(inverse)
-        return rows[index]
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return grad[inverse], None, None
-
-
-class _CopyToChoices(torch.autograd.Function):
-    """Row ``order[i] // k`` of ``x`` for each sorted row i; backward sums a token's k gradients in a fixed order."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x_TD: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor, top_k: int, fused: bool
-    ) -> torch.Tensor:
-        ctx.save_for_backward(inverse_R)
-        ctx.top_k, ctx.fused = top_k, fused
-        return x_TD[order_R // top_k]
-
-    @staticmethod
-    def backward(ctx: Any, grad_RD: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
-        (inverse_R,) = ctx.saved_tensors
-        if ctx.fused:
-            return _kernels().sum_choices(grad_RD, inverse_R, None, ctx.top_k), None, None, None, None
-        choices_TkD = grad_RD[inverse_R].view(-1, ctx.top_k, grad_RD.shape[-1])
-        wide = torch.promote_types(grad_RD.dtype, torch.float32)
-        return choices_TkD.sum(1, dtype=wide).to(grad_RD.dtype), None, None, None, None
-
-
-class _WeightedSum(torch.autograd.Function):
-    """Left to autograd, the rows would be kept in fp32, and gathering them would add atomically in the backward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, rows_RD: torch.Tensor, weight_Tk: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(rows_RD, weight_Tk, order_R, inverse_R)
-        choices_TkD = _choices(rows_RD, inverse_R, weight_Tk)
-        return (choices_TkD * weight_Tk.unsqueeze(-1)).sum(1).to(rows_RD.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        rows_RD, weight_Tk, order_R, inverse_R = ctx.saved_tensors
-        grad_T1D = grad_TD.to(weight_Tk.dtype).unsqueeze(1)
-        grad_weight_Tk = (_choices(rows_RD, inverse_R, weight_Tk) * grad_T1D).sum(-1)
-        grad_TkD = (grad_T1D * weight_Tk.unsqueeze(-1)).to(rows_RD.dtype)
-        return grad_TkD.flatten(0, 1)[order_R], grad_weight_Tk, None, None
-
-
-def _choices(rows_RD: torch.Tensor, inverse_R: torch.Tensor, weight_Tk: torch.Tensor) -> torch.Tensor:
-    """A token's rows side by side, in the weights' precision: ``[T, k, D]``."""
-    return rows_RD[inverse_R].view(*weight_Tk.shape, rows_RD.shape[-1]).to(weight_Tk.dtype)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from tinytron.distributed.collectives import all_to_all
+from tinytron.distributed.exchange import all_to_all
 from tinytron.distributed.layout import divisors
 from tinytron.errors import ConfigError
 

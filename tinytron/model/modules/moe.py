@@ -15,16 +15,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from tinytron.distributed.collectives import sum_over
-from tinytron.distributed.expert_parallel.comm import Routes, bring_home, dispatch, plan_routes, weighted_sum
+from tinytron.distributed.expert_parallel.comm import Routes, bring_home, dispatch, plan_routes
 from tinytron.distributed.parallel_state import ParallelState
+from tinytron.kernels.choice import DEFAULT, Kernels
+from tinytron.kernels.expert_rows import weighted_sum
+from tinytron.kernels.grouped_gemm import grouped_linear, has_grouped_product, pad_rows, padded_count
+from tinytron.kernels.swiglu import swiglu
 from tinytron.model.config import ModelConfig
 from tinytron.model.modules.compiled import CompilesMethods
-from tinytron.model.modules.mlp import SwiGLU, gated
-from tinytron.model.modules.recompute import Recompute, recomputed
+from tinytron.model.modules.mlp import SwiGLU
+from tinytron.model.modules.recompute import EXPERT_PARTS, Recompute, recomputed
 
 
 class Choice(NamedTuple):
-    """What a router that records keeps of every token, without gradient; weights and margins as wide as the scores."""
+    """A recording router's choice for every token, without gradient; weights and margins in the scores' precision."""
 
     expert_Tk: torch.Tensor  # best first
     weight_Tk: torch.Tensor
@@ -32,7 +36,7 @@ class Choice(NamedTuple):
 
 
 class MoEStats(NamedTuple):
-    """What one layer's routing adds to the loss, as sums over this rank's tokens; its load; its choices, if recorded."""
+    """One layer's routing terms of the loss, as sums over this rank's tokens; its load; its choices, if recorded."""
 
     balance: torch.Tensor  # sum over tokens of E * sum_e f_e p_te: 1 per token when the load f is even
     z: torch.Tensor  # sum over tokens of logsumexp(router logits)²
@@ -101,88 +105,83 @@ def _positive(total: torch.Tensor) -> torch.Tensor:
     return total.clamp(min=torch.finfo(total.dtype).tiny)
 
 
-ROW_STEP = 32  # an expert's rows are padded to a multiple, on CPUs
-
-
 class Experts(CompilesMethods):
-    """This rank's experts: SwiGLU with weights ``[e, 2F, D]`` (gate first) and ``[e, D, F]``. With ``recompute="full"``
-    only the product before the gate is kept, and the gate computed again in the backward pass."""
-
-    liger = False  # whether by kernels/liger.py
+    """This rank's experts: SwiGLU with weights ``[e, 2F, D]`` (gate first) and ``[e, D, F]``. With
+    ``recompute="full"`` only the product before the gate is kept, and the gate computed again in the
+    backward pass."""
 
     def __init__(
-        self, num_experts: int, hidden_size: int, intermediate_size: int, recompute: Recompute = "none"
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        recompute: Recompute = "none",
+        kernels: Kernels = DEFAULT,
     ) -> None:
         super().__init__()
-        self.recompute = recompute
+        self.recompute, self.by = recompute, kernels.swiglu
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
 
     def forward(self, rows_QD: torch.Tensor, rows_e: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """``[Q, D] -> [Q, D]``: ``rows_e`` rows of each expert in turn; ``counts`` is that on the host."""
-        if not all(has_grouped_product(weight) for weight in (self.gate_up_proj, self.down_proj)):
-            return self._products(rows_QD, rows_e, counts)
-        if rows_QD.is_cuda:
-            return self._grouped(rows_QD, rows_e)
-        # oneDNN makes a kernel for every new number of rows, which takes as long as the product: let there be few numbers.
-        return self._padded(rows_QD, rows_e, sum(-(-count // ROW_STEP) * ROW_STEP for count in counts))
+        if all(has_grouped_product(weight) for weight in (self.gate_up_proj, self.down_proj)):
+            return self._grouped(rows_QD, rows_e, padded_count(rows_QD, counts))
+        return self._products(rows_QD, rows_e, counts)
 
     def compile_parts(self) -> None:
-        """Compile what needs no counts on the host: with those every new number would be compiled for."""
+        """Compile the grouped products, which need no counts on the host: every new count would be
+        compiled for."""
         if self.gate_up_proj.dtype == torch.bfloat16:  # the compiler knows grouped products in no other precision
             # For any sizes at once: a second graph, made later, could be met in recomputation instead of the first.
-            self.compile_methods("_grouped", "_padded", dynamic=True)
+            self.compile_methods("_grouped", dynamic=True)
 
-    def _padded(self, rows_QD: torch.Tensor, rows_e: torch.Tensor, padded: int) -> torch.Tensor:
-        """With each expert's rows padded, ``padded`` in all."""
-        wide_e = (rows_e + ROW_STEP - 1) // ROW_STEP * ROW_STEP
-        shift_e = (wide_e.cumsum(0) - wide_e) - (rows_e.cumsum(0) - rows_e)
-        place_Q = torch.arange(len(rows_QD), device=rows_QD.device)
-        place_Q += shift_e.repeat_interleave(rows_e, output_size=len(rows_QD))
-        padded_QD = rows_QD.new_zeros(padded, rows_QD.shape[1]).index_copy(0, place_Q, rows_QD)
-        return self._products(padded_QD, wide_e).index_select(0, place_Q)
-
-    def _grouped(self, rows_QD: torch.Tensor, rows_e: torch.Tensor) -> torch.Tensor:
-        return self._products(rows_QD, rows_e)
+    def _grouped(self, rows_QD: torch.Tensor, rows_e: torch.Tensor, padded: int | None = None) -> torch.Tensor:
+        """With each expert's rows padded, to this number in all; ``None``: as they are."""
+        if padded is None:
+            return self._products(rows_QD, rows_e)
+        padded_QD, padded_e, place_Q = pad_rows(rows_QD, rows_e, padded)
+        return self._products(padded_QD, padded_e).index_select(0, place_Q)
 
     def _products(self, rows_QD: torch.Tensor, rows_e: torch.Tensor, counts: Sequence[int] = ()) -> torch.Tensor:
         gate_up_Q2F = grouped_linear(rows_QD, self.gate_up_proj, rows_e, counts)
         return recomputed(self.recompute, self._gate_and_down, gate_up_Q2F, rows_e, counts)
 
     def _gate_and_down(self, gate_up_Q2F: torch.Tensor, rows_e: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-        return grouped_linear(gated(gate_up_Q2F, by_liger=self.liger), self.down_proj, rows_e, counts)
+        return grouped_linear(swiglu(gate_up_Q2F, self.by), self.down_proj, rows_e, counts)
 
 
 class MoE(CompilesMethods):
     """Dispatch, experts, weighted sum, and shared experts that see every token (arXiv:2401.06066).
 
-    Shapes: ``[B, s, D]`` and the router's logits ``[T, E]`` -> ``[B, s, D]`` and ``MoEStats``. The router runs before, with
-    what else is recomputed (``Block``); its decision is here, and kept. ``recompute="full"`` keeps nothing between
-    dispatch and sum, ``selective`` all but cheap activations: nothing is sent twice. Collective over the expert group in
-    forward and backward; over the sequence group (balance scope ``sequence``) or the world (``batch``) for the load, in
-    forward.
+    Shapes: ``[B, s, D]`` and the router's logits ``[T, E]`` -> ``[B, s, D]`` and ``MoEStats``. The router
+    runs before, with the other recomputed parts (``Block``); its decision is made here, and kept.
+    Collective over the expert group in forward and backward; over the sequence group (balance scope
+    ``sequence``) or the world (``batch``) for the load, in forward.
     """
 
-    def __init__(self, config: ModelConfig, state: ParallelState | None, recompute: Recompute = "none") -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        state: ParallelState | None,
+        recompute: Recompute = "none",
+        kernels: Kernels = DEFAULT,
+    ) -> None:
         super().__init__()
-        self.config, self.state = config, state
+        self.config, self.state, self.by = config, state, kernels.expert_rows
         self.group = state.groups["ep"] if state else None
-        # Full: the whole mixture is computed again. Selective: the shared expert and the experts see to it themselves.
-        self.recompute: Recompute = "full" if recompute == "full" else "none"
-        self.recompute_shared: Recompute = "selective" if recompute == "selective" else "none"
+        self.recompute = EXPERT_PARTS[recompute]
         self.router = Router(config)
         local = config.num_experts // (state.layout.ep if state else 1)
-        # Selective for experts: all of what follows their first product, which is its argument and so kept.
-        behind_gate: Recompute = "full" if recompute == "selective" else "none"
-        self.experts = Experts(local, config.hidden_size, config.moe_intermediate_size, behind_gate)
-        width = config.num_shared_experts * config.moe_intermediate_size
-        self.triton = False  # whether by kernels/triton_experts.py
-        self.shared = SwiGLU(config.hidden_size, width, config.has_mlp_bias) if width else None
+        width = config.moe_intermediate_size
+        self.experts = Experts(local, config.hidden_size, width, self.recompute.after_first_product, kernels)
+        shared = config.num_shared_experts * width
+        self.shared = SwiGLU(config.hidden_size, shared, config.has_mlp_bias, kernels) if shared else None
 
     def forward(self, x_BsD: torch.Tensor, logits_TE: torch.Tensor) -> tuple[torch.Tensor, MoEStats]:
         routing = self.router.choose(logits_TE)
-        routes = plan_routes(routing.expert_Tk, self.config.num_experts, self.group, by_triton=self.triton)
-        out_BsD = recomputed(self.recompute, self._mixture, x_BsD, routing.weight_Tk, routes)
+        routes = plan_routes(routing.expert_Tk, self.config.num_experts, self.group)
+        out_BsD = recomputed(self.recompute.mixture, self._mixture, x_BsD, routing.weight_Tk, routes)
         return out_BsD, self._stats(routing, x_BsD.shape[0])
 
     def compile_parts(self) -> None:
@@ -192,7 +191,7 @@ class MoE(CompilesMethods):
         self.experts.compile_parts()
 
     def _mixture(self, x_BsD: torch.Tensor, weight_Tk: torch.Tensor, routes: Routes) -> torch.Tensor:
-        dispatched = dispatch(x_BsD.flatten(0, 1), routes, self.group)
+        dispatched = dispatch(x_BsD.flatten(0, 1), routes, self.group, self.by)
         shared_BsD = self._shared_output(x_BsD)  # while the rows are on their way
         rows_QD = dispatched.arrive()
         del dispatched  # it holds the rows as they came
@@ -201,7 +200,7 @@ class MoE(CompilesMethods):
         return self._sum(rows_RD, weight_Tk, routes.order_R, routes.inverse_R, shared_BsD).view_as(x_BsD)
 
     def _shared_output(self, x_BsD: torch.Tensor) -> torch.Tensor | None:
-        return None if self.shared is None else recomputed(self.recompute_shared, self.shared, x_BsD)
+        return None if self.shared is None else recomputed(self.recompute.shared, self.shared, x_BsD)
 
     def _sum(
         self,
@@ -211,7 +210,7 @@ class MoE(CompilesMethods):
         inverse_R: torch.Tensor,
         shared_BsD: torch.Tensor | None,
     ) -> torch.Tensor:
-        out_TD = weighted_sum(rows_RD, weight_Tk, order_R, inverse_R, self.triton)
+        out_TD = weighted_sum(rows_RD, weight_Tk, order_R, inverse_R, self.by)
         return out_TD if shared_BsD is None else out_TD + shared_BsD.flatten(0, 1)
 
     def _stats(self, routing: Routing, B: int) -> MoEStats:
@@ -238,30 +237,3 @@ class MoE(CompilesMethods):
             seen = sum_over(seen.clone(), self.state.groups[group])
         balance = E * (prob_BE * (seen.to(prob_BE.dtype) / rows)).sum()
         return MoEStats(balance, z, load_E, routing.choice)
-
-
-def has_grouped_product(weight_eFD: torch.Tensor) -> bool:
-    """Whether torch has one product for all experts: bf16, fp32 on CPUs; widths of whole 16 bytes."""
-    fits = weight_eFD.dtype == torch.bfloat16 or (weight_eFD.dtype == torch.float32 and weight_eFD.device.type == "cpu")
-    return fits and all(width * weight_eFD.element_size() % 16 == 0 for width in weight_eFD.shape[1:])
-
-
-def grouped_linear(
-    rows_QD: torch.Tensor, weight_eFD: torch.Tensor, rows_e: torch.Tensor, counts: Sequence[int] = ()
-) -> torch.Tensor:
-    """Each row times its expert's transposed weight; rows are grouped by expert. ``[Q, D] -> [Q, F]``.
-
-    One grouped GEMM, or else one product per expert, for which ``counts`` is ``rows_e`` on the host. Experts without rows
-    get a zero gradient.
-    """
-    if has_grouped_product(weight_eFD):
-        ends_e = rows_e.cumsum(0).to(torch.int32)
-        out: torch.Tensor = F.grouped_mm(rows_QD, weight_eFD.transpose(1, 2), offs=ends_e)
-        return out
-    return looped_linear(rows_QD, weight_eFD, counts)
-
-
-def looped_linear(rows_QD: torch.Tensor, weight_eFD: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-    """``grouped_linear`` as one product per expert: any dtype, any device."""
-    rows = rows_QD.split(list(counts))
-    return torch.cat([its @ weight.t() for its, weight in zip(rows, weight_eFD, strict=True)])

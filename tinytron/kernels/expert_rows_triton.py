@@ -1,5 +1,5 @@
-"""The rows of experts gathered and summed per token, and the gradients of that: what distributed/expert_parallel/comm.py
-does on a rank before and after its exchanges, each in one pass. Needs the triton package.
+"""The rows of experts gathered and summed per token, and the gradients of that: the sums of expert_rows.py,
+each in one pass. Needs the triton package.
 
 Sums in fp32 over a token's choices in their order, one rounding, no atomics: repeats are bit-identical. Letters as there: T
 tokens, k choices per token, R = T k rows, D model dimension.

@@ -1,5 +1,6 @@
-"""The row-wise part of the fused head and loss: what model/modules/loss.py does to a chunk's logits between its two matrix
-products, in two passes over them. Needs the triton package. Letters: t tokens of a chunk, V vocabulary.
+"""The row-wise part of the fused head and loss: what cross_entropy.py does to a chunk's logits between its
+two matrix products, in two passes over them. Needs the triton package. Letters: t tokens of a chunk, V
+vocabulary.
 
 Pass 1 keeps a running maximum and a running sum of exponentials (online softmax, arXiv:1805.02867); pass 2 puts the
 gradient where the logits were. No copy of the logits in fp32 is in memory: fp32 is in registers only.

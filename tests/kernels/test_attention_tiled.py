@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tinytron.kernels import tiled_attention as tiling
-from tinytron.kernels.tiled_attention import can_tile, tiled_attention
+from tinytron.kernels import attention_tiled as tiling
+from tinytron.kernels.attention import attend
+from tinytron.kernels.attention_tiled import can_tile, tiled_attention
+from tinytron.kernels.choice import Backend, Kernels
+from tinytron.kernels.documents import Documents, visible
 from tinytron.model import GPT, ModelConfig
-from tinytron.model.modules.attn import Backend, Documents, attend, visible
 from tinytron.model.modules.recompute import Recompute
 from tinytron.utils import matmul
 
@@ -124,7 +126,7 @@ def test_the_model_uses_it_and_selective_recomputation_keeps_it(recompute: Recom
     ids = torch.arange(64).view(2, 32) % 17
     grads = {}
     for backend in ("auto", "sdpa"):
-        model = GPT(config, dtype=torch.float64, attn_backend=backend, recompute=recompute)  # type: ignore[arg-type]
+        model = GPT(config, dtype=torch.float64, kernels=Kernels(attention=backend), recompute=recompute)  # type: ignore[arg-type]
         with Calls() as calls:
             model(ids, ids).objective.backward()
         used = {"tinytron::tiled_attention": forwards, "tinytron::tiled_attention_backward": 2}

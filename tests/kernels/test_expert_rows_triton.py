@@ -11,10 +11,11 @@ import torch
 from tests.helpers.expert_rows import combine, dispatch
 from tests.helpers.triton_interpreter import interpreted, near
 from tinytron.distributed.expert_parallel import comm
+from tinytron.kernels.choice import Kernels, TritonKernel
 from tinytron.model import GPT, ModelConfig
 from tinytron.model.modules.moe import MoE, MoEStats
 
-triton_experts = interpreted("triton_experts")
+expert_rows_triton = interpreted("expert_rows_triton")
 
 
 def choices(T: int, k: int, D: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, comm.Routes]:
@@ -26,6 +27,7 @@ def choices(T: int, k: int, D: int, dtype: torch.dtype) -> tuple[torch.Tensor, t
     return rows.requires_grad_(), weight.requires_grad_(), comm.plan_routes(expert_Tk, 7, None)
 
 
+KINDS: tuple[TritonKernel, ...] = ("torch", "triton")
 SHAPES = [(1, 1, 1), (1, 4, 40), (9, 2, 33), (5, 3, 2500), (6, 1, 256), (4, 4, 4096)]
 
 
@@ -34,7 +36,7 @@ SHAPES = [(1, 1, 1), (1, 4, 40), (9, 2, 33), (5, 3, 2500), (6, 1, 256), (4, 4, 4
 def test_combine_equals_the_twin_in_fp64(T: int, k: int, D: int, dtype: torch.dtype) -> None:
     rows, weight, routes = choices(T, k, D, dtype)
     exact_inputs = [x.detach().double().requires_grad_() for x in (rows, weight)]
-    out = combine(rows, weight, routes._replace(by_triton=True), None)
+    out = combine(rows, weight, routes, None, "triton")
     exact = combine(*exact_inputs, routes, None)
     assert out.dtype == dtype
     near(out, exact, ulps=2)
@@ -52,7 +54,7 @@ def test_the_gradient_of_dispatch_equals_the_twin_in_fp64(T: int, k: int, D: int
     rows, _, routes = choices(T, k, D, dtype)
     x = torch.randn(T, D, generator=torch.Generator().manual_seed(6)).to(dtype).requires_grad_()
     exact_x = x.detach().double().requires_grad_()
-    out, exact = dispatch(x, routes._replace(by_triton=True), None), dispatch(exact_x, routes, None)
+    out, exact = dispatch(x, routes, None, "triton"), dispatch(exact_x, routes, None)
     assert torch.equal(out.double(), exact)
     (mine,) = torch.autograd.grad(out, x, rows.detach())
     assert mine.dtype == dtype
@@ -64,8 +66,8 @@ def test_gradients_and_weights_may_lie_anyhow() -> None:
     across = weight.detach().t().contiguous().t().requires_grad_()
     assert not across.is_contiguous()
     found = []
-    for w, by_triton in ((weight, False), (across, True)):
-        out = combine(rows, w, routes._replace(by_triton=by_triton), None)
+    for w, by in zip((weight, across), KINDS, strict=True):
+        out = combine(rows, w, routes, None, by)
         found.append((out, *torch.autograd.grad(out.sum(), (rows, w))))  # an expanded gradient
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
@@ -75,7 +77,7 @@ def test_rows_are_kept_as_they_are() -> None:
     """For backward: not in fp32."""
     rows, weight, routes = choices(6, 2, 50, torch.bfloat16)
     kept = []
-    for by_triton in (False, True):
+    for by in KINDS:
         sizes: dict[int, int] = {}
 
         def keep(t: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
@@ -83,7 +85,7 @@ def test_rows_are_kept_as_they_are() -> None:
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            combine(rows, weight, routes._replace(by_triton=by_triton), None)
+            combine(rows, weight, routes, None, by)
         kept.append(max(sizes.values()))
     assert kept == [2 * rows.numel()] * 2
 
@@ -101,7 +103,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each kernel runs."""
     counted: Counter[str] = Counter()
     for name in ("_sum_rows", "_spread"):
-        kernel = getattr(triton_experts, name)
+        kernel = getattr(expert_rows_triton, name)
 
         class Counting:
             def __init__(self, name: str, kernel: Any) -> None:
@@ -111,7 +113,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
                 counted[self.name] += 1
                 return self.kernel[grid]
 
-        monkeypatch.setattr(triton_experts, name, Counting(name, kernel))
+        monkeypatch.setattr(expert_rows_triton, name, Counting(name, kernel))
     return counted
 
 
@@ -122,22 +124,25 @@ def passed(layer: MoE, x: torch.Tensor) -> tuple[torch.Tensor, MoEStats, list[to
     return out, stats, list(torch.autograd.grad(objective, [x, *layer.parameters()]))
 
 
-@pytest.mark.parametrize("k", [1, 2, 4])
-@pytest.mark.parametrize("tokens", [1, 11])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_layer_is_the_same_function(tokens: int, k: int, dtype: torch.dtype, calls: Counter[str]) -> None:
-    layer = MoE(ModelConfig(**SIZES, num_experts_per_tok=k), None)
+def layer_by(by: TritonKernel, k: int, dtype: torch.dtype) -> MoE:
+    layer = MoE(ModelConfig(**SIZES, num_experts_per_tok=k), None, kernels=Kernels(expert_rows=by))
     generator = torch.Generator().manual_seed(k)
     with torch.no_grad():
         for p in layer.parameters():
             p.copy_(0.5 * torch.randn(p.shape, generator=generator))
         layer.router.bias[1] = -100  # nobody chooses the second expert
-    layer.to(dtype).router.bias = layer.router.bias.float()
-    x = torch.randn(1, tokens, 12, generator=generator).to(dtype).requires_grad_()
-    plain = passed(layer, x)
+    layer.to(dtype).router.bias = layer.router.bias.to(torch.promote_types(dtype, torch.float32))
+    return layer
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("tokens", [1, 11])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_layer_is_the_same_function(tokens: int, k: int, dtype: torch.dtype, calls: Counter[str]) -> None:
+    x = torch.randn(1, tokens, 12, generator=torch.Generator().manual_seed(k)).to(dtype).requires_grad_()
+    plain = passed(layer_by("torch", k, dtype), x)
     assert not calls
-    layer.triton = True
-    out, stats, grads = passed(layer, x)
+    out, stats, grads = passed(layer_by("triton", k, dtype), x)
     assert calls == {"_sum_rows": 2, "_spread": 1}
     assert stats.load_E[1] == 0
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
@@ -147,33 +152,30 @@ def test_a_layer_is_the_same_function(tokens: int, k: int, dtype: torch.dtype, c
 
 
 def test_fp64_stays_eager(calls: Counter[str]) -> None:
-    layer = MoE(ModelConfig(**SIZES, num_experts_per_tok=2), None).double()
-    layer.router.bias = layer.router.bias.double()
-    layer.triton = True
-    passed(layer, torch.randn(1, 3, 12, dtype=torch.float64, requires_grad=True))
+    passed(layer_by("triton", 2, torch.float64), torch.randn(1, 3, 12, dtype=torch.float64, requires_grad=True))
     assert not calls
 
 
 def test_compiled_code_does_not_call_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comm, "_kernels", None)
+    for name in ("weighted_sum", "sum_choices"):
+        monkeypatch.setattr(expert_rows_triton, name, None)
     rows, weight, routes = choices(5, 2, 8, torch.float32)
-    routes = routes._replace(by_triton=True)
     x = torch.randn(5, 8, requires_grad=True)
 
-    def round_trip(x: torch.Tensor) -> torch.Tensor:
-        return combine(dispatch(x, routes, None) * rows, weight, routes, None)
+    def round_trip(x: torch.Tensor, by: TritonKernel) -> torch.Tensor:
+        return combine(dispatch(x, routes, None, by) * rows, weight, routes, None, by)
 
     found = []
-    for function in (torch.compile(round_trip, backend="aot_eager", fullgraph=True), round_trip):
-        out = function(x)
+    compiled = torch.compile(round_trip, backend="aot_eager", fullgraph=True)
+    for function, by in zip((compiled, round_trip), reversed(KINDS), strict=True):
+        out = function(x, by)
         found.append((out, *torch.autograd.grad(out.square().sum(), (x, weight))))
-        routes = routes._replace(by_triton=False)
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
 
 
-def test_a_model_hands_the_switch_to_its_expert_layers() -> None:
-    model = GPT(ModelConfig(**SIZES, num_experts_per_tok=2, num_layer=2, first_k_dense=1, vocab_size=31, block_size=8))
-    assert [layer.triton for layer in model.moe_layers] == [False]
-    model.use_triton_kernels()
-    assert [layer.triton for layer in model.moe_layers] == [True]
+def test_a_model_hands_the_choice_to_its_expert_layers() -> None:
+    sizes = SIZES | {"num_layer": 2, "first_k_dense": 1, "vocab_size": 31, "block_size": 8, "num_experts_per_tok": 2}
+    for by in KINDS:
+        model = GPT(ModelConfig(**sizes), kernels=Kernels(expert_rows=by))
+        assert [layer.by for layer in model.moe_layers] == [by]

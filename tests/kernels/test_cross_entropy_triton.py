@@ -9,13 +9,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.triton_interpreter import interpreted, near
+from tinytron.kernels import cross_entropy as eager
+from tinytron.kernels.choice import Kernels, LossKernel
 from tinytron.model import GPT, ModelConfig
-from tinytron.model.modules import loss as eager
-from tinytron.model.modules.cut_loss import cut_linear_cross_entropy
 from tinytron.model.modules.loss import IGNORE_INDEX, LossSums, fused_linear_cross_entropy
 
-triton_loss = interpreted("triton_loss")
+cross_entropy_triton = interpreted("cross_entropy_triton")
 
+KINDS: tuple[LossKernel, ...] = ("torch", "triton")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -47,8 +48,8 @@ def computed(
 @pytest.mark.parametrize(("t", "V"), [(1, 1), (1, 53), (6, 130), (5, 1030), (3, 4096), (7, 9001)])
 def test_rows_equal_the_twin_in_fp64(t: int, V: int, z_coef: float, dtype: torch.dtype) -> None:
     logits, label, counted = rows(t, V, dtype)
-    nll, lse, gradient = computed(triton_loss.cross_entropy_, logits, label, counted, z_coef)
-    exact = computed(eager._cross_entropy_, logits.double(), label, counted.double(), z_coef)
+    nll, lse, gradient = computed(cross_entropy_triton.cross_entropy_, logits, label, counted, z_coef)
+    exact = computed(eager.cross_entropy_, logits.double(), label, counted.double(), z_coef)
     valid = label != IGNORE_INDEX
     assert nll.dtype == lse.dtype == torch.float32
     near(nll, exact[0], ulps=4)
@@ -61,24 +62,26 @@ def test_rows_equal_the_twin_in_fp64(t: int, V: int, z_coef: float, dtype: torch
 
 def test_without_gradient_the_logits_stay() -> None:
     logits, label, counted = rows(7, 300, torch.float32)
-    nll, lse, left = computed(triton_loss.cross_entropy_, logits, label, counted, 0.1, gradient=False)
+    nll, lse, left = computed(cross_entropy_triton.cross_entropy_, logits, label, counted, 0.1, gradient=False)
     assert torch.equal(left, logits)
-    for one, other in zip((nll, lse), computed(triton_loss.cross_entropy_, logits, label, counted, 0.1), strict=False):
+    for one, other in zip(
+        (nll, lse), computed(cross_entropy_triton.cross_entropy_, logits, label, counted, 0.1), strict=False
+    ):
         assert torch.equal(one, other)
 
 
 def test_ignored_rows_are_not_read() -> None:
     logits, label, counted = torch.full((4, 70), float("nan")), torch.full((4,), IGNORE_INDEX), torch.zeros(4)
-    for result in computed(triton_loss.cross_entropy_, logits, label, counted, 0.1):
+    for result in computed(cross_entropy_triton.cross_entropy_, logits, label, counted, 0.1):
         assert not result.any()
 
 
 @pytest.mark.parametrize("wrong", [-1, 40, 10**12])
 def test_a_label_that_is_no_token_makes_its_row_nan(wrong: int) -> None:
     logits, label, counted = rows(2, 40, torch.float32)
-    right = computed(triton_loss.cross_entropy_, logits, label, counted, 0.0)
+    right = computed(cross_entropy_triton.cross_entropy_, logits, label, counted, 0.0)
     label[1] = wrong
-    nll, _, gradient = computed(triton_loss.cross_entropy_, logits, label, counted, 0.0)
+    nll, _, gradient = computed(cross_entropy_triton.cross_entropy_, logits, label, counted, 0.0)
     assert nll[1].isnan()
     assert gradient[1].isnan().all()
     assert torch.equal(nll[0], right[0][0])
@@ -105,7 +108,7 @@ def test_the_whole_loss_equals_the_one_in_fp64(chunk: int | None, weighted: bool
     hidden, weight, labels, weights_T = problem(dtype)
     weights = weights_T if weighted else None
     options: dict[str, Any] = {"weights_T": weights, "z_loss_coef": 0.01, "chunk_tokens": chunk}
-    sums = fused_linear_cross_entropy(hidden, weight, labels, by_triton=True, **options)
+    sums = fused_linear_cross_entropy(hidden, weight, labels, by="triton", **options)
     exact_inputs = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     exact = fused_linear_cross_entropy(*exact_inputs, labels, **options)
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]  # logits are rounded
@@ -121,13 +124,13 @@ def test_the_whole_loss_equals_the_one_in_fp64(chunk: int | None, weighted: bool
 
 def test_gradients_of_one_input_alone_and_of_none() -> None:
     hidden, weight, labels, _ = problem(torch.float32)
-    both = fused_linear_cross_entropy(hidden, weight, labels, by_triton=True)
+    both = fused_linear_cross_entropy(hidden, weight, labels, by="triton")
     grads = torch.autograd.grad(both.objective, (hidden, weight))
     for number, given in enumerate([(hidden, weight.detach()), (hidden.detach(), weight)]):
-        sums = fused_linear_cross_entropy(*given, labels, by_triton=True)
+        sums = fused_linear_cross_entropy(*given, labels, by="triton")
         assert torch.equal(torch.autograd.grad(sums.objective, (hidden, weight)[number])[0], grads[number])
     with torch.no_grad():
-        assert torch.equal(fused_linear_cross_entropy(hidden, weight, labels, by_triton=True).objective, both.objective)
+        assert torch.equal(fused_linear_cross_entropy(hidden, weight, labels, by="triton").objective, both.objective)
 
 
 class WideLogits(TorchDispatchMode):
@@ -144,18 +147,18 @@ class WideLogits(TorchDispatchMode):
 def test_no_logits_in_fp32_are_made() -> None:
     hidden, weight, labels, weights = problem(torch.bfloat16)
     counts = []
-    for by_triton in (False, True):
+    for by in KINDS:
         with WideLogits() as watch:
-            fused_linear_cross_entropy(hidden, weight, labels, weights_T=weights, z_loss_coef=0.1, by_triton=by_triton)
+            fused_linear_cross_entropy(hidden, weight, labels, weights_T=weights, z_loss_coef=0.1, by=by)
         counts.append(watch.count)
     assert counts[0] > 5
     assert counts[1] == 0
 
 
 def test_fp64_stays_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_loss, "cross_entropy_", None)
+    monkeypatch.setattr(cross_entropy_triton, "cross_entropy_", None)
     hidden, weight, labels, _ = problem(torch.float64)
-    sums = [fused_linear_cross_entropy(hidden, weight, labels, by_triton=by) for by in (False, True)]
+    sums = [fused_linear_cross_entropy(hidden, weight, labels, by=by) for by in KINDS]
     assert torch.equal(sums[0].objective, sums[1].objective)
 
 
@@ -166,14 +169,14 @@ SIZES: dict[str, Any] = {
 
 
 def test_a_model_takes_it_unless_the_cut_loss_is_asked_for_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, kernel = [], triton_loss.cross_entropy_
-    monkeypatch.setattr(triton_loss, "cross_entropy_", lambda *args, **more: calls.append(1) or kernel(*args, **more))
+    calls, kernel = [], cross_entropy_triton.cross_entropy_
+    monkeypatch.setattr(
+        cross_entropy_triton, "cross_entropy_", lambda *args, **more: calls.append(1) or kernel(*args, **more)
+    )
     ids, labels = torch.randint(0, 61, (2, 2, 8), generator=torch.Generator().manual_seed(0))
     found = []
-    for asked in (False, True):
-        model = GPT(ModelConfig(**SIZES))
-        if asked:
-            model.use_triton_kernels()
+    for by in KINDS:
+        model = GPT(ModelConfig(**SIZES), kernels=Kernels(cross_entropy=by))
         sums = model(ids, labels)
         assert isinstance(sums, LossSums)
         sums.objective.backward()
@@ -182,5 +185,5 @@ def test_a_model_takes_it_unless_the_cut_loss_is_asked_for_too(monkeypatch: pyte
     torch.testing.assert_close(found[1][0].per_token, found[0][0].per_token, rtol=1e-5, atol=1e-6)
     for name, grad in found[0][1].items():
         torch.testing.assert_close(found[1][1][name], grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
-    model.use_cut_cross_entropy()
-    assert model.linear_cross_entropy is cut_linear_cross_entropy
+    both = Kernels.from_flags(use_triton_kernels=True, use_cut_cross_entropy=True)
+    assert (both.cross_entropy, both.expert_rows, both.gram) == ("cut", "triton", "triton")

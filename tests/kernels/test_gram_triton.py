@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from tests.helpers.triton_interpreter import interpreted, near
+from tinytron.kernels.choice import Kernels, TritonKernel
 from tinytron.optim import Muon
 from tinytron.optim.muon import orthogonalize
 
-triton_symmetric = interpreted("triton_symmetric")
+gram_triton = interpreted("gram_triton")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -34,7 +35,7 @@ SHAPES = [(1, 1), (1, 9), (17, 5), (64, 64), (70, 40), (130, 300), (200, 3), (2,
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gram_equals_the_product_in_fp64(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = normal(*shape).to(dtype)
-    found = triton_symmetric.gram(x)
+    found = gram_triton.gram(x)
     assert found.dtype == dtype
     near(found, x.double() @ x.double().mT, ulps=4)
     assert mirrored(found)
@@ -45,7 +46,7 @@ def test_gram_equals_the_product_in_fp64(shape: tuple[int, ...], dtype: torch.dt
 def test_plus_square_equals_the_formula_in_fp64(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     a = normal(*shape)
     a = ((a + a.mT) / 8).to(dtype)
-    found = triton_symmetric.plus_square(a, -2.5, 0.75)
+    found = gram_triton.plus_square(a, -2.5, 0.75)
     exact = -2.5 * a.double() + 0.75 * a.double() @ a.double()
     near(found, exact, ulps=4)
     assert mirrored(found)
@@ -53,14 +54,14 @@ def test_plus_square_equals_the_formula_in_fp64(shape: tuple[int, ...], dtype: t
 
 @pytest.mark.parametrize("m", [100, 128, 130, 300])
 def test_large_tiles_give_the_same(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_symmetric, "FEW_TILES", 0)
+    monkeypatch.setattr(gram_triton, "FEW_TILES", 0)
     x = normal(2, m, 40)
-    near(triton_symmetric.gram(x), x.double() @ x.double().mT, ulps=4)
+    near(gram_triton.gram(x), x.double() @ x.double().mT, ulps=4)
 
 
 def test_inputs_may_lie_anyhow() -> None:
     x = normal(40, 70).t()
-    near(triton_symmetric.gram(x), x.double() @ x.double().mT, ulps=4)
+    near(gram_triton.gram(x), x.double() @ x.double().mT, ulps=4)
 
 
 class Launches:
@@ -76,10 +77,10 @@ class Launches:
 @pytest.mark.parametrize(("setting", "precision"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
 def test_tf32_only_where_torch_is_told_so(setting: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     launches, before = Launches(), torch.get_float32_matmul_precision()
-    monkeypatch.setattr(triton_symmetric, "_tiles", launches)
+    monkeypatch.setattr(gram_triton, "_tiles", launches)
     torch.set_float32_matmul_precision(setting)
     try:
-        triton_symmetric.gram(normal(8, 4))
+        gram_triton.gram(normal(8, 4))
     finally:
         torch.set_float32_matmul_precision(before)
     assert [options["PRECISION"] for _, options in launches.seen] == [precision]
@@ -87,9 +88,9 @@ def test_tf32_only_where_torch_is_told_so(setting: str, precision: str, monkeypa
 
 def test_half_of_the_tiles_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     launches = Launches()
-    monkeypatch.setattr(triton_symmetric, "_tiles", launches)
+    monkeypatch.setattr(gram_triton, "_tiles", launches)
     for shape in ((64, 3), (65, 3), (3, 300, 3), (2048, 3)):
-        triton_symmetric.gram(torch.empty(shape))
+        gram_triton.gram(torch.empty(shape))
     assert [grid for grid, _ in launches.seen] == [(1, 1), (3, 1), (15, 3), (136, 1)]
     assert [options["BLOCK"] for _, options in launches.seen] == [64, 64, 64, 128]
 
@@ -101,17 +102,17 @@ def test_half_of_the_tiles_are_computed(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_orthogonalize_is_the_same_function(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     matrix = normal(*shape).to(dtype)
-    exact, found = orthogonalize(matrix.double()), orthogonalize(matrix, by_triton=True)
+    exact, found = orthogonalize(matrix.double()), orthogonalize(matrix, by="triton")
     assert found.dtype == dtype
     error, eager_error = ((m.double() - exact).norm() / exact.norm() for m in (found, orthogonalize(matrix)))
     assert error <= (1e-5 if dtype == torch.float32 else eager_error)
-    assert not orthogonalize(torch.zeros(shape, dtype=dtype), by_triton=True).any()
+    assert not orthogonalize(torch.zeros(shape, dtype=dtype), by="triton").any()
 
 
 OPTIONS: list[dict[str, Any]] = [{}, {"normuon": True, "weight_decay": 0.3, "cautious": True, "ns_steps": 6}]
 
 
-def stepped(by_triton: bool, dtype: torch.dtype, options: dict[str, Any]) -> list[torch.Tensor]:
+def stepped(by: TritonKernel, dtype: torch.dtype, options: dict[str, Any]) -> list[torch.Tensor]:
     """Parameters after two steps: packed rows, a stack of experts, and what is no matrix."""
     params = [
         torch.nn.Parameter(normal(*shape, seed=n).to(dtype)) for n, shape in enumerate([(14, 6), (2, 10, 4), (5,)])
@@ -120,9 +121,7 @@ def stepped(by_triton: bool, dtype: torch.dtype, options: dict[str, Any]) -> lis
     groups = [
         {"params": [p], "kind": kind, "row_blocks": blocks} for p, (kind, blocks) in zip(params, kinds, strict=True)
     ]
-    muon = Muon(groups, lr=0.1, **options)
-    if by_triton:
-        muon.use_triton_kernels()
+    muon = Muon(groups, lr=0.1, kernels=Kernels(gram=by), **options)
     for step in range(2):
         for n, p in enumerate(params):
             p.grad = normal(*p.shape, seed=10 * step + n).to(dtype)
@@ -132,16 +131,16 @@ def stepped(by_triton: bool, dtype: torch.dtype, options: dict[str, Any]) -> lis
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_muons_step_is_the_same(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = stepped(False, torch.float32, options)
-    calls, kernel = [], triton_symmetric.gram
-    monkeypatch.setattr(triton_symmetric, "gram", lambda x: calls.append(1) or kernel(x))
-    found = stepped(True, torch.float32, options)
+    plain = stepped("torch", torch.float32, options)
+    calls, kernel = [], gram_triton.gram
+    monkeypatch.setattr(gram_triton, "gram", lambda x: calls.append(1) or kernel(x))
+    found = stepped("triton", torch.float32, options)
     assert len(calls) == 2 * options.get("ns_steps", 5) * 5  # steps, iterations, blocks
     for one, other in zip(found, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_fp64_stays_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_symmetric, "_launch", None)
-    for one, other in zip(stepped(True, torch.float64, {}), stepped(False, torch.float64, {}), strict=True):
+    monkeypatch.setattr(gram_triton, "_launch", None)
+    for one, other in zip(stepped("triton", torch.float64, {}), stepped("torch", torch.float64, {}), strict=True):
         assert torch.equal(one, other)

@@ -1,0 +1,69 @@
+"""Which tokens see which: documents packed into rows, sliding windows, and the mask of both.
+
+Letters: B batch, S sequence.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Documents(NamedTuple):
+    """Where documents begin in the flattened batch: tokens of different documents do not see each other.
+
+    ``cu_seqlens`` is int32 ``[n_documents + 1]``, from 0 to B * S, ascending, with every row's start
+    among its values (a document never spans two rows); ``max_len`` is the longest document in tokens.
+    ``mask`` ``[B, 1, S, S]`` is what backends without boundaries of their own add to the scores: 0 where
+    a query (row) may see a key (column), else -inf.
+    """
+
+    cu_seqlens: torch.Tensor
+    max_len: int
+    mask: torch.Tensor | None = None
+
+    def with_mask(self, B: int, S: int, dtype: torch.dtype, window: int = 0) -> Documents:
+        """With the mask, made unless there is one: once for all layers of one ``window`` (0: none). In
+        the queries' ``dtype``: a mask of bools is converted in every layer, and every layer keeps its
+        copy for the backward pass."""
+        if self.mask is not None:
+            return self
+        token = torch.arange(B * S, dtype=torch.int32, device=self.cu_seqlens.device)
+        document_BS = torch.searchsorted(self.cu_seqlens, token, right=True).view(B, 1, S)
+        seen_BSS = (document_BS.mT == document_BS).tril_()
+        if window:
+            seen_BSS.triu_(1 - window)
+        mask_BSS = torch.full(seen_BSS.shape, float("-inf"), dtype=dtype, device=token.device)
+        return self._replace(mask=mask_BSS.masked_fill_(seen_BSS, 0.0).unsqueeze(1))
+
+
+def documents_of(positions_BS: torch.Tensor) -> Documents:
+    """The documents of rows whose positions begin at 0 at every document's start, and so at every row's.
+
+    ``positions_BS`` are those of whole sequences (before they are cut among ranks), on the host, which
+    counts in them.
+    """
+    starts_BS = positions_BS == 0
+    assert bool(starts_BS[:, 0].all()), "positions must begin at 0 in every row"
+    end = torch.tensor([starts_BS.numel()])
+    cu_seqlens = torch.cat((starts_BS.flatten().nonzero().squeeze(1), end)).to(torch.int32)
+    return Documents(cu_seqlens, int(cu_seqlens.diff().max()))
+
+
+def rows_as_documents(B: int, S: int, device: torch.device) -> Documents:
+    """Every row a document."""
+    return Documents(torch.arange(0, B * S + 1, S, dtype=torch.int32, device=device), S)
+
+
+def visible(
+    documents: Documents | None, window: int, B: int, S: int, dtype: torch.dtype, device: torch.device
+) -> Documents | None:
+    """Mask of a layer with ``window`` (0: none): ``documents`` with their mask; the mask of the window
+    alone, the same ``[1, 1, S, S]`` for all rows; or ``None``, if every token sees all before it."""
+    window = window if window < S else 0
+    if documents is not None:
+        return documents.with_mask(B, S, dtype, window)
+    if not window:
+        return None
+    return rows_as_documents(B, S, device).with_mask(1, S, dtype, window)
