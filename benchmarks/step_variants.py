@@ -107,9 +107,7 @@ class Ours(Training):
         if weights is not None:
             self.model.load_state_dict(dict(weights), strict=False)  # routers have a bias too, which is zero
         self.optimizer = DistributedOptimizer(build_optimizer(config, self.model), self.state.groups["dp"])
-        made = self.state.groups
-        groups = {"dense": made["world"], "expert": made["edp"], "ep": made["ep"]}
-        self.optimizer.attach(self.model, specs_of(self.model), groups, optimizer_options(config, self.model))
+        self.optimizer.attach(self.model, specs_of(self.model), self.state, optimizer_options(config, self.model))
         self.model.before_use = parameter_gate(self.optimizer, self.model)
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 from tinytron.distributed.collectives import sum_over
 from tinytron.distributed.parallel_state import ParallelState
-from tinytron.distributed.param_spec import Kind, ParamSpec
+from tinytron.distributed.param_spec import Kind, ParamSpec, Shard
+from tinytron.distributed.sharding import Box, box_of, whole_shape
 from tinytron.errors import ConfigError
 from tinytron.model.block import Block, ParallelBlock
 from tinytron.model.config import ModelConfig
@@ -116,15 +117,7 @@ class GPT(nn.Module):
                 parameter.zero_()
             else:
                 std = residual_std if spec.writes_residual else self.config.init_std
-                if spec.gradient_group == "expert":
-                    for expert, weight in enumerate(parameter, start=self.first_expert(len(parameter))):
-                        weight.copy_(named_normal(f"{spec.name}.{expert}", spec.shape[1:], std, seed))
-                else:
-                    parameter.copy_(named_normal(spec.name, spec.shape, std, seed))
-
-    def first_expert(self, local_experts: int) -> int:
-        """The first of this rank's ``local_experts``, counted among all."""
-        return self.state.group_rank("ep") * local_experts if self.state else 0
+                fill_normal(parameter, spec, box_of(spec, self.state), std, seed)
 
     def param_specs(self) -> list[ParamSpec]:
         """One ``ParamSpec`` per parameter, in registration order; a tied head is the embedding and stands once."""
@@ -136,10 +129,11 @@ class GPT(nn.Module):
 
     def _spec(self, module: nn.Module, name: str, shape: tuple[int, ...]) -> ParamSpec:
         if isinstance(module, Experts):
-            shape = (self.config.num_experts, *shape[1:])
+            shards = (Shard("ep", 0),)
+            shape = whole_shape(shape, shards, self.state.layout) if self.state else shape
             into_residual = name.endswith("down_proj")
             blocks = () if into_residual else (shape[1] // 2,) * 2
-            return ParamSpec(name, shape, "matrix", "expert", 0, into_residual, blocks)
+            return ParamSpec(name, shape, "matrix", shards, True, into_residual, blocks)
         kinds: dict[type | nn.Module, Kind] = {
             RMSNorm: "norm",
             LayerNorm: "norm",
@@ -282,6 +276,19 @@ class GPT(nn.Module):
 
 def _always_ready(module: nn.Module) -> None:
     """The gate of a model whose parameters are never on their way."""
+
+
+def fill_normal(parameter: torch.Tensor, spec: ParamSpec, box: Box, std: float, seed: int) -> None:
+    """Set ``parameter``, the ``box`` of the global tensor that this rank holds, to its part of the global draw.
+
+    Of stacked tensors each is drawn by its own index, and only those that are here.
+    """
+    if not spec.stacked:
+        parameter.copy_(box.cut(named_normal(spec.name, spec.shape, std, seed)))
+        return
+    for index, tensor in enumerate(parameter, start=box.start[0]):
+        drawn = named_normal(f"{spec.name}.{index}", spec.shape[1:], std, seed)
+        tensor.copy_(drawn[box.slices[1:]])
 
 
 def named_normal(name: str, shape: tuple[int, ...], std: float, seed: int) -> torch.Tensor:

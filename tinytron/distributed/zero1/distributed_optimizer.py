@@ -21,7 +21,9 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from tinytron.distributed.collectives import Waitable
+from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import ParamSpec
+from tinytron.distributed.sharding import box_of
 from tinytron.distributed.zero1.flat_buffer import FlatBuffer, Member, Ownership, Piece
 from tinytron.distributed.zero1.grouping import group_parameters
 from tinytron.errors import ConfigError
@@ -78,8 +80,8 @@ class DistributedOptimizer:
         self.options = Options(**options)
         group = process_group if process_group is not None else dist.group.WORLD
         assert group is not None, "initialise the process group before DistributedOptimizer"
-        self._group = group
         self._model_params: list[list[nn.Parameter]] = [list(g["params"]) for g in optimizer.param_groups]
+        self._state = ParallelState.of_group(group, self._model_params[0][0].device)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._gathers: dict[tuple[int, int], Waitable | None] = {}
         self._home: dict[int, tuple[FlatBuffer, int]] = {}
@@ -91,8 +93,7 @@ class DistributedOptimizer:
         """The flat buffers, in the order of the optimizer's groups."""
         if self._buffers is None:
             flat = [p for params in self._model_params for p in params]
-            groups = {"dense": self._group, "expert": self._group, "ep": self._group}
-            self._build({id(p): f"param{i}" for i, p in enumerate(flat)}, {}, groups)
+            self._build({id(p): f"param{i}" for i, p in enumerate(flat)}, {})
         assert self._buffers is not None, "built above"
         return self._buffers
 
@@ -100,15 +101,15 @@ class DistributedOptimizer:
         self,
         model: nn.Module,
         specs: Sequence[ParamSpec],
-        groups: Mapping[str, dist.ProcessGroup],
+        state: ParallelState,
         options: Options | None = None,
     ) -> None:
-        """Learn the parameters' names and gradient groups, and lay the buffers out. Collective.
+        """Learn the parameters' names and how they are sharded over the ranks of ``state``, and lay the buffers out.
+        Collective.
 
-        ``groups`` maps ``"dense"`` and ``"expert"`` to the ranks that gradients are summed over, and ``"ep"`` to those that
-        hold different experts (needed with expert parameters only). It replaces ``process_group``, so that a wrapper made
-        with the data-parallel group is right at any sequence- and expert-parallel size. ``options`` fills in what the
-        constructor was not given. Raises: ConfigError if the optimizer misses a trainable parameter of ``model``.
+        ``state`` replaces ``process_group``, so that a wrapper made with the data-parallel group is right on any layout.
+        ``options`` fills in what the constructor was not given. Raises: ConfigError if the optimizer misses a trainable
+        parameter of ``model``.
         """
         if options is not None:
             self.options = dataclasses.replace(options, **self._given)
@@ -120,11 +121,10 @@ class DistributedOptimizer:
                 f"the optimizer does not update {len(missing)} trainable parameters ({', '.join(missing[:3])}, ...); "
                 "build it from self.raw_model.parameters(), or set requires_grad=False on those"
             )
-        self._build(names, {spec.name: spec for spec in specs}, groups)
+        self._state = state
+        self._build(names, {spec.name: spec for spec in specs})
 
-    def _build(
-        self, names: Mapping[int, str], specs: Mapping[str, ParamSpec], groups: Mapping[str, dist.ProcessGroup]
-    ) -> None:
+    def _build(self, names: Mapping[int, str], specs: Mapping[str, ParamSpec]) -> None:
         for hook in self._hooks:
             hook.remove()
         self.finish_gather()
@@ -132,8 +132,11 @@ class DistributedOptimizer:
         for options, params in zip(self.inner.param_groups, self._model_params, strict=True):
             made = [
                 FlatBuffer(
-                    [_member(p, spec, groups) for p, spec in zip(group.params, group.specs, strict=True)],
-                    self._ownership(group.gradient_group, groups, group.whole_tensors),
+                    [
+                        Member(p, spec.name, box_of(spec, self._state))
+                        for p, spec in zip(group.params, group.specs, strict=True)
+                    ],
+                    self._ownership(group.axes, group.whole_tensors),
                     bucket_numel=self.options.bucket_numel,
                     grad_as_view=self.options.grad_as_view,
                 )
@@ -152,13 +155,14 @@ class DistributedOptimizer:
         self._growth_tracker = torch.zeros((), dtype=torch.int32, device=device) if scaling else None
         self.skipped_steps = torch.zeros((), device=device)
 
-    def _ownership(self, kind: str, groups: Mapping[str, dist.ProcessGroup], whole_tensors: bool) -> Ownership:
-        """Dense gradients exist on all ranks, each expert's on the ranks of one expert-data-parallel group."""
-        if self.options.shard:
-            norm_group: dist.ProcessGroup | None = groups["dense"]  # all shards of all experts
-        else:
-            norm_group = groups["ep"] if kind == "expert" else None
-        return Ownership(groups[kind], self.options.shard, whole_tensors, norm_group, self.options.reduce_dtype)
+    def _ownership(self, axes: tuple[str, ...], whole_tensors: bool) -> Ownership:
+        """Who sums and owns parameters that are cut over ``axes``; in the norm each of their elements counts once."""
+        layout, groups = self._state.layout, self._state.groups
+        norm_group: dist.ProcessGroup | None = groups["world"]  # every rank owns other elements
+        if not self.options.shard:  # replicas own the same ones
+            norm_group = groups[layout.pieces(axes)] if axes else None
+        group = groups[layout.replicas(axes)]
+        return Ownership(axes, group, self.options.shard, whole_tensors, norm_group, self.options.reduce_dtype)
 
     def _plan_reductions(self, order: Mapping[int, int]) -> None:
         """Fix one order of buckets for all ranks: by when backward (last parameter first) completes them."""
@@ -335,8 +339,3 @@ class DistributedOptimizer:
             "main": sum(s.nbytes for s in separate),
             "optimizer": sum(math.prod(v.shape) * v.element_size() for v in states),
         }
-
-
-def _member(param: nn.Parameter, spec: ParamSpec, groups: Mapping[str, dist.ProcessGroup]) -> Member:
-    part = dist.get_rank(groups["ep"]) if spec.shard_axis is not None else 0
-    return Member(param, spec.name, spec.numel, part * param.numel())

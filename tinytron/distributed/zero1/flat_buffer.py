@@ -16,26 +16,27 @@ from tinytron.distributed.collectives import (
     start_all_reduce,
     start_reduce_scatter,
 )
+from tinytron.distributed.sharding import Box, Run
 from tinytron.distributed.zero1.buckets import BufferLayout, plan_buffer
 
 
 @dataclass(frozen=True)
 class Member:
-    """A parameter of a buffer and its place in the global tensor ``name`` of ``numel`` elements: it holds the elements
-    from ``offset`` on (0 and all of them, except for the experts of one rank)."""
+    """A parameter of a buffer, and the ``box`` of the global tensor ``name`` that it holds."""
 
     param: nn.Parameter
     name: str
-    numel: int
-    offset: int = 0
+    box: Box
 
 
 @dataclass(frozen=True)
 class Ownership:
-    """Who sums and who owns: gradients are summed over ``group``; with ``shard`` each of its ranks owns a part of every
-    bucket, by elements or (``whole_tensors``) by whole tensors; squares of owned gradients add up over ``norm_group``.
-    ``reduce_dtype`` is the precision of gradients on the wire (default: that of the buffer)."""
+    """Who sums and who owns: gradients of parameters that are cut over the mesh ``axes`` are summed over ``group``; with
+    ``shard`` each of its ranks owns a part of every bucket, by elements or (``whole_tensors``) by whole tensors; squares of
+    owned gradients add up over ``norm_group``. ``reduce_dtype`` is the precision of gradients on the wire (default: that of
+    the buffer)."""
 
+    axes: tuple[str, ...]
     group: dist.ProcessGroup
     shard: bool
     whole_tensors: bool = False
@@ -45,22 +46,33 @@ class Ownership:
 
 @dataclass(frozen=True)
 class Piece:
-    """The part of tensor ``name`` that this rank owns: its flattened elements ``[offset, offset + len(main))``.
+    """The part of tensor ``name`` that this rank owns: of the flattened ``box`` that it holds the elements from ``first``
+    on, as many as ``main`` has.
 
     ``main`` is the fp32 (fp64 for fp64 models) master copy; ``holder`` and ``start`` say which parameter of the inner
     optimizer it is a part of, and from which element.
     """
 
     name: str
-    numel: int
-    offset: int
+    box: Box
+    first: int
     main: torch.Tensor
     holder: nn.Parameter
     start: int
 
+    @property
+    def numel(self) -> int:
+        """Number of elements of the global tensor."""
+        return self.box.numel
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """Where the elements of ``main``, in order, are in the flattened global tensor."""
+        return self.box.runs(self.first, self.first + len(self.main))
+
 
 class FlatBuffer:
-    """All parameters of one kind (same optimizer group, dtype and gradient group) in flat memory.
+    """All parameters of one kind (same optimizer group, dtype and mesh axes that cut them) in flat memory.
 
     The members become views of one buffer and their ``.grad`` views of another, in fp32 (fp64 for fp64 parameters), so
     accumulation over micro-batches and the reduction over ranks lose nothing to bf16. ``shards`` are what the inner
@@ -205,5 +217,4 @@ class FlatBuffer:
                 low, high = max(start, slot.start), min(end, slot.end)
                 if bucket == slot.bucket and low < high:
                     main = shard.data.view(-1)[low - start : high - start]
-                    offset = member.offset + low - slot.start
-                    yield Piece(member.name, member.numel, offset, main, shard, low - start)
+                    yield Piece(member.name, member.box, low - slot.start, main, shard, low - start)
