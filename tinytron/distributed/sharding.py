@@ -1,6 +1,6 @@
 """Which part of a global tensor each rank holds: pure arithmetic on a layout, without processes.
 
-    Sharding(layout, (4, 6), (Shard("ep", 0), Shard("tp", 1)))   with ep = tp = 2, on the last rank:
+    Sharding(layout, (4, 6), (Shard("a", 0), Shard("b", 1))) with 2 ranks along each axis, on the last rank:
 
         . . . . . .        Box(shape=(4, 6), start=(2, 3), size=(2, 3))
         . . . . . .
