@@ -69,8 +69,8 @@ def test_every_rank_gets_its_part(tmp_path: Path, name: str, rank: int) -> None:
 
 
 def test_the_whole_shape_must_fit(tmp_path: Path) -> None:
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
-    config = ModelConfig(num_layer=1, hidden_size=16, vocab_size=64, use_moe=True, num_experts=4, **heads)
+    small = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+    config = ModelConfig(num_layer=1, hidden_size=16, vocab_size=64, use_moe=True, num_experts=4, **small)
     weights = GPT(dataclasses.replace(config, num_experts=8), dtype=torch.float64, seed=None).state_dict()
     model = part_of(config, 1)
     with pytest.raises(CheckpointError, match=r"experts.down_proj is \[8, .*, this model's \[4, "):
