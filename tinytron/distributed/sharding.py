@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from tinytron.distributed.layout import ParallelLayout
@@ -81,20 +82,16 @@ class Box:
         last dimension that is cut.
         """
         last = math.prod(self.size) if last is None else last
-        inner = len(self.shape) - 1  # the last dimension that is cut; behind it memory is contiguous
-        while inner > 0 and self.size[inner] == self.shape[inner]:
-            inner -= 1
-        inner = max(inner, 0)
-        stride = math.prod(self.shape[inner + 1 :])
-        length = math.prod(self.size[inner:])
+        if last <= first:
+            return ()
+        strides = [math.prod(self.shape[d + 1 :]) for d in range(len(self.shape))]
+        base = sum(place * stride for place, stride in zip(self.start, strides, strict=True))
+        inner = max((d for d, count in enumerate(self.size) if count != self.shape[d]), default=0)  # the last one cut
+        length = math.prod(self.size[inner:])  # elements that are consecutive in the global tensor, too
         found = []
-        for row in range(first // length, -(-last // length)) if last > first else ():
-            place, outer = row, stride * math.prod(self.shape[inner : inner + 1])
-            offset = stride * self.start[inner] if self.shape else 0
-            for d in reversed(range(inner)):
-                offset += outer * (self.start[d] + place % self.size[d])
-                place //= self.size[d]
-                outer *= self.shape[d]
+        for row in range(first // length, -(-last // length)):
+            places = [int(place) for place in np.unravel_index(row, self.size[:inner])]
+            offset = base + sum(place * stride for place, stride in zip(places, strides, strict=False))
             low, high = max(first - row * length, 0), min(last - row * length, length)
             found.append(Run(offset + low, high - low))
         return tuple(found)
