@@ -17,6 +17,7 @@ SUMMED, SENT = COLLECTIVES + "SummedExchange.wait", COLLECTIVES + "SummedExchang
 ALL_REDUCE, EXCHANGE_BACK = COLLECTIVES + "start_all_reduce", COLLECTIVES + "_exchange_back"
 BUFFER = "tinytron.distributed.zero1.flat_buffer:FlatBuffer."
 OPTIMIZER = "tinytron.distributed.zero1.distributed_optimizer:DistributedOptimizer."
+SCHEDULE = "tinytron.distributed.zero1.schedule:ReductionSchedule."
 OWNERSHIP, BOX = OPTIMIZER + "_ownership", "tinytron.distributed.sharding:Sharding.box"
 ULYSSES = "tinytron.distributed.sequence_parallel.ulysses:"
 COMM = "tinytron.distributed.expert_parallel.comm:"
@@ -82,7 +83,7 @@ MUTANTS = {
         ("exchanged gradients averaged", SUMMED, SUM, "self.own_N.add_(part).div_(2)"),
         ("gradients not exchanged", SENT, "_exchange([*zip(self.peers, self._sent, self._parts, strict=True)], self.group)",
          "_Together([part.copy_(own) for part, own in zip(self._parts, self._sent)][:0])"),
-        ("no all-gather", BUFFER + "publish",
+        ("no all-gather", BUFFER + "start_param_gather",
          "start_all_gather(self._whole(self.param_data, bucket), own, self.own.group)", "None"),
         ("reduced after every micro-batch", OPTIMIZER + "accumulate", "self._launching = last", "self._launching = True"),
         ("updated before the sum has arrived", OPTIMIZER + "step", "work.wait()", "pass"),
@@ -98,8 +99,8 @@ MUTANTS = {
     **_mutants("unclipped", ("clip factor without bound", OPTIMIZER + "step", ", max=1.0)", ", max=1e9)")),
     **_mutants(
         "not overlapped",
-        ("buckets left over not reduced", OPTIMIZER + "_launch", "while len(self._works) < len(self._sequence)",
-         "while len(self._works) < len(self._sequence) - 1"),
+        ("buckets left over not reduced", SCHEDULE + "due", "while self._started < len(self.order)",
+         "while self._started < len(self.order) - 1"),
     ),
     **_mutants(
         "sep",

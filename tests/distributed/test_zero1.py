@@ -254,6 +254,19 @@ def test_attach_refuses_an_optimizer_that_misses_parameters(ranks: Pools) -> Non
     ranks(1).run(_attach_checks_parameters)
 
 
+def _attach_checks_shapes() -> None:
+    net, state = Net(), world_state()
+    cut = (Shard("dp", 0),)
+    specs = [ParamSpec(s.name, s.shape, s.kind, cut if s.name == "shared" else ()) for s in specs_of(net)]
+    optimizer = DistributedOptimizer(sgd(net))
+    with pytest.raises(ConfigError, match=r"parameter shared has the shape \[1000\].* this rank holds \[500\]"):
+        optimizer.attach(net, specs, state)
+
+
+def test_attach_refuses_parameters_that_are_not_what_their_specs_say(ranks: Pools) -> None:
+    ranks(2).run(_attach_checks_shapes)
+
+
 def _specs_decide_the_group() -> None:
     """A parameter that is cut over ``ep`` is summed only over the ranks that hold the same part of it."""
     rank, net = dist.get_rank(), Net()

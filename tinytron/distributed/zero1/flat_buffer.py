@@ -93,18 +93,18 @@ class FlatBuffer:
         self.main_dtype = torch.promote_types(dtype, torch.float32)
         self.param_data = torch.zeros(self.layout.numel, dtype=dtype, device=device)
         self.grad_data = torch.zeros(self.layout.numel, dtype=self.main_dtype, device=device)
-        self._grad_views: dict[int, torch.Tensor] = {}  # by id of the parameter
+        self._grad_views: list[torch.Tensor] = [self.grad_data] * len(self.params)  # each set below
         for slot in self.layout.slots:
             param = self.params[slot.index]
             view = self.param_data[slot.start : slot.end].view_as(param)
             view.copy_(param.data)
             param.data = view
-            self._grad_views[id(param)] = self.grad_data[slot.start : slot.end].view_as(param)
+            self._grad_views[slot.index] = self.grad_data[slot.start : slot.end].view_as(param)
         # A model of the user's own may have been initialised differently on every rank: the first one's weights count.
         dist.broadcast(self.param_data, group=own.group, group_src=0)
-        for param in self.params:  # gradients of before count
+        for member, param in enumerate(self.params):
             if param.grad is not None:
-                self.take_grad(param)
+                self.take_grad(member)  # keep gradients accumulated before the buffer existed
             else:
                 self._release_grad(param)
         wire_dtype = own.reduce_dtype or self.main_dtype
@@ -145,12 +145,12 @@ class FlatBuffer:
         return flat[self.layout.buckets[bucket].start : self.layout.buckets[bucket].end]
 
     @torch.no_grad()
-    def take_grad(self, param: torch.Tensor) -> None:
-        """Move the gradient that autograd made for ``param`` into the buffer, where later ones are added to it.
+    def take_grad(self, member: int) -> None:
+        """Move the gradient that autograd made for a member into the buffer, where later ones are added to it.
 
         Moving the first one costs a third of the memory traffic of zeroing the buffer, casting and adding.
         """
-        view = self._grad_views[id(param)]
+        param, view = self.params[member], self._grad_views[member]
         if param.grad is not None and param.grad is not view:
             view.copy_(param.grad)
             if self.grad_as_view:
@@ -173,8 +173,8 @@ class FlatBuffer:
             if slot.bucket == bucket:
                 param = self.params[slot.index]
                 if param.grad is None:  # unused, or set to None by the user's code
-                    self._grad_views[id(param)].zero_()
-                self.take_grad(param)
+                    self._grad_views[slot.index].zero_()
+                self.take_grad(slot.index)
         whole, own = self._whole(self.grad_data, bucket), self._owned(self.grad_data, bucket)
         if not self.own.shard:
             return start_all_reduce(whole, self.own.group)
@@ -195,8 +195,8 @@ class FlatBuffer:
         for b in self._bucket_ids():
             self._owned(self.grad_data, b).mul_(factor)
 
-    def publish(self, bucket: int) -> Waitable | None:
-        """Start making a bucket's updated shards the model's parameters on every rank of the group."""
+    def start_param_gather(self, bucket: int) -> Waitable | None:
+        """Start the all-gather that makes a bucket's updated shards the model's parameters on every rank of the group."""
         own = self._owned(self.param_data, bucket)
         if own.dtype != self.main_dtype:
             own.copy_(self._mains[bucket])
