@@ -18,9 +18,10 @@ from tests.distributed.test_sharding import WideLayout
 from tests.helpers.parity import assembled, placed
 from tests.helpers.ranks import Ranks
 from tinytron.checkpoint.files import CheckpointFiles
+from tinytron.checkpoint.host_buffers import HostBuffers
 from tinytron.checkpoint.load import load_checkpoint, read_meta
 from tinytron.checkpoint.save import write_checkpoint
-from tinytron.checkpoint.snapshot import HostBuffers, take_snapshot
+from tinytron.checkpoint.snapshot import take_snapshot
 from tinytron.checkpoint.tools import consolidate, problems
 from tinytron.distributed import DistributedOptimizer, ParallelState, ParamSpec
 from tinytron.distributed.param_spec import Shard

@@ -10,27 +10,12 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from tinytron.checkpoint.files import CheckpointFiles
+from tinytron.checkpoint.host_buffers import HostBuffers
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import specs_of
 from tinytron.distributed.sharding import Sharding
 from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer
 from tinytron.utils.training import rng_state
-
-
-class HostBuffers:
-    """Host memory for copies, kept from save to save: new memory is slower to write than to copy (pinned for GPUs, whose
-    copies it makes asynchronous). It costs as much as a checkpoint holds of this rank."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, torch.Tensor] = {}
-
-    def copy(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy of ``tensor`` that is valid until the next copy under the same key; on a GPU once it is synchronised."""
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._buffers[key] = buffer
-        return buffer.copy_(tensor.detach(), non_blocking=True)
 
 
 @dataclass(frozen=True)
