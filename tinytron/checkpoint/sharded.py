@@ -6,7 +6,6 @@ DCP stores a tensor as chunks with global offsets and reads any ranges of it bac
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,12 +36,14 @@ class FlatRanges:
         """The owned ranges as DCP describes them."""
         return [ChunkStorageMetadata(torch.Size([run.offset]), torch.Size([run.length])) for run in self.runs]
 
-    def at(self, offset: int) -> torch.Tensor:
-        """The elements of the range that starts at ``offset``."""
-        starts = itertools.accumulate((run.length for run in self.runs), initial=0)
-        (found,) = ((start, run) for start, run in zip(starts, self.runs, strict=False) if run.offset == offset)
-        start, run = found
-        return self.elements[start : start + run.length]
+
+def _by_index(ranges: dict[str, FlatRanges]) -> dict[MetadataIndex, torch.Tensor]:
+    """The elements of every range, as DCP asks for them."""
+    parts: dict[MetadataIndex, torch.Tensor] = {}
+    for name, owned in ranges.items():
+        elements = owned.elements.split([run.length for run in owned.runs])
+        parts |= {MetadataIndex(name, c.offsets): part for c, part in zip(owned.chunks(), elements, strict=True)}
+    return parts
 
 
 class FlatSavePlanner(DefaultSavePlanner):
@@ -50,7 +51,7 @@ class FlatSavePlanner(DefaultSavePlanner):
 
     def __init__(self, ranges: dict[str, FlatRanges]) -> None:
         super().__init__(flatten_state_dict=False)
-        self.ranges = ranges
+        self.ranges, self._parts = ranges, _by_index(ranges)
 
     def create_local_plan(self) -> SavePlan:
         """One write per owned range."""
@@ -65,7 +66,7 @@ class FlatSavePlanner(DefaultSavePlanner):
 
     def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
         """The owned elements of the tensor and range that ``index`` names."""
-        return self.ranges[index.fqn].at(_offset(index))
+        return self._parts[index]
 
 
 class FlatLoadPlanner(DefaultLoadPlanner):
@@ -73,7 +74,7 @@ class FlatLoadPlanner(DefaultLoadPlanner):
 
     def __init__(self, ranges: dict[str, FlatRanges]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.ranges = ranges
+        self.ranges, self._parts = ranges, _by_index(ranges)
 
     def create_local_plan(self) -> LoadPlan:
         """One read per stored chunk that overlaps an owned range."""
@@ -89,9 +90,4 @@ class FlatLoadPlanner(DefaultLoadPlanner):
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
         """The memory of the owned range that ``index`` names."""
-        return self.ranges[index.fqn].at(_offset(index))
-
-
-def _offset(index: MetadataIndex) -> int:
-    assert index.offset is not None, "set by create_local_plan"
-    return index.offset[0]
+        return self._parts[index]
