@@ -28,7 +28,7 @@ from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import specs_of
 from tinytron.model import GPT, ModelConfig
 from tinytron.model.modules.recompute import Recompute
-from tinytron.training.build import build_model, build_optimizer, optimizer_options, parameter_gate
+from tinytron.training.build import build_model, build_optimizer, optimizer_options, param_wait_hook
 from tinytron.training.config import Config, OptimConfig, TrainingConfig
 from tinytron.training.feed import count_targets
 from tinytron.utils.matmul import onednn, onednn_keeps_fp32
@@ -108,7 +108,7 @@ class Ours(Training):
             self.model.load_state_dict(dict(weights), strict=False)  # routers have a bias too, which is zero
         self.optimizer = DistributedOptimizer(build_optimizer(config, self.model), self.state.groups["dp"])
         self.optimizer.attach(self.model, specs_of(self.model), self.state, optimizer_options(config, self.model))
-        self.model.before_use = parameter_gate(self.optimizer, self.model)
+        self.model.wait_for_params = param_wait_hook(self.optimizer, self.model)
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         with onednn() if self.onednn else contextlib.nullcontext():  # as startup.py has it, here for this variant alone

@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tinytron.distributed import DistributedOptimizer, ParallelLayout, ParallelState
 from tinytron.distributed.param_spec import specs_of
 from tinytron.model import GPT, ModelConfig
-from tinytron.training.build import parameter_gate
+from tinytron.training.build import param_wait_hook
 from tinytron.training.config import DTYPES
 
 SIZES: dict[str, dict[str, int]] = {
@@ -84,7 +84,7 @@ class Ours(Variant):
         self.optimizer = DistributedOptimizer(adamw, overlap_param_gather=True, **options)
         state = ParallelState.create(ParallelLayout(dist.get_world_size()), torch.device("cpu"))
         self.optimizer.attach(self.model, specs_of(self.model), state)
-        self.model.before_use = parameter_gate(self.optimizer, self.model)
+        self.model.wait_for_params = param_wait_hook(self.optimizer, self.model)
 
     def step(self, tokens: torch.Tensor) -> None:
         with self.optimizer.accumulate(last=True):

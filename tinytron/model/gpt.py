@@ -87,7 +87,7 @@ class GPT(nn.Module):
             self.lm_head.weight = self.wte.weight
         # Called with a module before its parameters are used; an optimizer that gathers them in the background waits
         # here. (Not a forward hook: torch.compile would trace it.)
-        self.before_use: Callable[[nn.Module], None] = _always_ready
+        self.wait_for_params: Callable[[nn.Module], None] = _always_ready
         self.linear_cross_entropy: Callable[..., LossSums] = fused_linear_cross_entropy
         self.moe_layers = [block.mlp for block in self.blocks if isinstance(block.mlp, MoE)]
         # Rows per expert layer and expert: of the current optimizer step (this rank), and since the last report (all).
@@ -189,11 +189,11 @@ class GPT(nn.Module):
             raise ConfigError(
                 f"a sequence of {S} tokens exceeds --block_size {self.config.block_size}; use --block_size {S}"
             )
-        self.before_use(self.wte)
+        self.wait_for_params(self.wte)
         x_BsD = self.wte(input_ids_Bs)
         first = self.state.group_rank("sep") * s if self.state else 0
         if self.wpe is not None:
-            self.before_use(self.wpe)
+            self.wait_for_params(self.wpe)
             own = torch.arange(first, first + s, device=input_ids_Bs.device) if positions is None else positions
             x_BsD = x_BsD + self.wpe(own)
         if self.config.dropout > 0:
@@ -205,11 +205,11 @@ class GPT(nn.Module):
         all_stats = []
         caches: Sequence[LayerCache | None] = [None] * len(self.blocks) if cache is None else cache
         for block, window, kept in zip(self.blocks, self.layer_windows, caches, strict=True):
-            self.before_use(block)
+            self.wait_for_params(block)
             x_BsD, stats = block(x_BsD, rotation, seen[window], kept)
             if stats is not None:
                 all_stats.append(stats)
-        self.before_use(self.final_norm)
+        self.wait_for_params(self.final_norm)
         out: torch.Tensor = self.final_norm(x_BsD)
         return out, all_stats
 
@@ -224,7 +224,7 @@ class GPT(nn.Module):
         """Logits ``[B, s, V]``, or with ``labels`` ``[B, s]`` (already shifted; -100 is ignored) the loss *sums*, in which
         a target counts ``weights`` ``[B, s]`` times (default 1)."""
         x_BsD, all_stats = self.hidden_states(input_ids, positions, documents)
-        self.before_use(self.lm_head)
+        self.wait_for_params(self.lm_head)
         if labels is None:
             logits: torch.Tensor = self.lm_head(x_BsD)
             return logits

@@ -36,7 +36,7 @@ from tinytron.training.build import (
     build_saver,
     build_schedule,
     optimizer_options,
-    parameter_gate,
+    param_wait_hook,
 )
 from tinytron.training.config import Config
 from tinytron.training.derive import TrainingInfo, derive
@@ -269,7 +269,7 @@ class Trainer:
         options = optimizer_options(self.config, self.raw_model)
         self.optimizer.attach(self.raw_model, specs_of(self.raw_model), self.state, options)
         if isinstance(self.raw_model, GPT):
-            self.raw_model.before_use = parameter_gate(self.optimizer, self.raw_model)
+            self.raw_model.wait_for_params = param_wait_hook(self.optimizer, self.raw_model)
         if self.config.parallel.print_topology:
             self._say(describe_topology(self.state.layout, self.optimizer))
         count = sum(spec.numel for spec in specs_of(self.raw_model))  # of all experts, wherever they are
