@@ -49,6 +49,7 @@ def test_every_axis_partitions_the_world(world: int, data: st.DataObject) -> Non
         assert sorted(itertools.chain(*groups)) == list(range(world))
         assert len({len(group) for group in groups}) == 1
         assert all(group == sorted(group) for group in groups)
+        assert all(layout.group_of(rank, axis) == group for group in groups[:5] for rank in group)
     for a, b in (("dp", "sep"), ("edp", "ep")):  # two groups that cross have one rank in common
         for first, second in itertools.product(layout.ranks(a)[:5], layout.ranks(b)[:5]):
             assert len(set(first) & set(second)) == 1

@@ -72,7 +72,7 @@ def consolidated_weights(model: nn.Module, state: ParallelState, buffers: HostBu
 def _gathered(piece: torch.Tensor, sharding: Sharding, state: ParallelState) -> torch.Tensor:
     """The whole tensor on the master and the ranks that hold its other pieces; elsewhere ``piece``, unchanged."""
     axis = state.layout.pieces(sharding.axes)
-    holders = state.layout.ranks(axis)[0]  # the first group is the master's
+    holders = state.layout.group_of(0, axis)  # the master is rank 0
     if state.rank not in holders or len(holders) == 1:
         return piece
     pieces = [torch.empty_like(piece) for _ in holders]

@@ -77,11 +77,17 @@ class ParallelLayout:
 
     def ranks(self, axis: str) -> list[list[int]]:
         """Every group of ``axis``: 4 ranks with sep=2 give ``ranks("sep") == [[0, 1], [2, 3]]``."""
+        factors = self._factors(axis)
+        firsts = [rank for rank in range(self.world_size) if _place(rank, factors) == 0]
+        return [self.group_of(first, axis) for first in firsts]
+
+    def group_of(self, rank: int, axis: str) -> list[int]:
+        """The group of ``axis`` that ``rank`` is in, ascending."""
         factors, offsets = self._factors(axis), [0]
         for length, stride in factors:
             offsets = [offset + i * stride for offset in offsets for i in range(length)]
-        firsts = [rank for rank in range(self.world_size) if _place(rank, factors) == 0]
-        return [[first + offset for offset in offsets] for first in firsts]
+        first = rank - offsets[_place(rank, factors)]
+        return [first + offset for offset in offsets]
 
     def mesh_of(self, axes: Collection[str]) -> str:
         """The mesh of a tensor that is cut over ``axes``; ``dense`` if it is not cut.

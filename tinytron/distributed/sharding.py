@@ -140,7 +140,7 @@ class Sharding:
 
     def whole(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
         """The global tensor of all ``pieces``, given in the order of ``layout.pieces(axes)``."""
-        holders = self.layout.ranks(self.layout.pieces(self.axes))[0]
+        holders = self.layout.group_of(0, self.layout.pieces(self.axes))
         out = pieces[0].new_empty(self.shape)
         for rank, piece in zip(holders, pieces, strict=True):
             self.box(rank).cut(out).copy_(piece)
