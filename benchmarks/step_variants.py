@@ -29,7 +29,7 @@ from tinytron.distributed.param_spec import specs_of
 from tinytron.kernels.choice import Backend
 from tinytron.model import GPT, ModelConfig
 from tinytron.model.modules.recompute import Recompute
-from tinytron.training.build import build_model, build_optimizer, optimizer_options, parameter_gate
+from tinytron.training.build import build_model, build_optimizer, optimizer_options, param_wait_hook
 from tinytron.training.config import Config, OptimConfig, TrainingConfig
 from tinytron.training.feed import count_targets
 from tinytron.utils.matmul import onednn, onednn_keeps_fp32
@@ -109,10 +109,8 @@ class Ours(Training):
         if weights is not None:
             self.model.load_state_dict(dict(weights), strict=False)  # routers have a bias too, which is zero
         self.optimizer = DistributedOptimizer(build_optimizer(config, self.model), self.state.groups["dp"])
-        made = self.state.groups
-        groups = {"dense": made["world"], "expert": made["edp"], "ep": made["ep"]}
-        self.optimizer.attach(self.model, specs_of(self.model), groups, optimizer_options(config, self.model))
-        self.model.before_use = parameter_gate(self.optimizer, self.model)
+        self.optimizer.attach(self.model, specs_of(self.model), self.state, optimizer_options(config, self.model))
+        self.model.wait_for_params = param_wait_hook(self.optimizer, self.model)
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         with onednn() if self.onednn else contextlib.nullcontext():  # as startup.py has it, here for this variant alone

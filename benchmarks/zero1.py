@@ -32,10 +32,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from tinytron.distributed import DistributedOptimizer
+from tinytron.distributed import DistributedOptimizer, ParallelLayout, ParallelState
 from tinytron.distributed.param_spec import specs_of
 from tinytron.model import GPT, ModelConfig
-from tinytron.training.build import parameter_gate
+from tinytron.training.build import param_wait_hook
 from tinytron.training.config import DTYPES
 
 SIZES: dict[str, dict[str, int]] = {
@@ -82,10 +82,9 @@ class Ours(Variant):
         super().__init__(name, config, dtype)
         adamw = torch.optim.AdamW(self.model.parameters(), fused=True, **ADAMW)
         self.optimizer = DistributedOptimizer(adamw, overlap_param_gather=True, **options)
-        world = dist.group.WORLD
-        assert world is not None
-        self.optimizer.attach(self.model, specs_of(self.model), {"dense": world, "expert": world, "ep": world})
-        self.model.before_use = parameter_gate(self.optimizer, self.model)
+        state = ParallelState.create(ParallelLayout(dist.get_world_size()), torch.device("cpu"))
+        self.optimizer.attach(self.model, specs_of(self.model), state)
+        self.model.wait_for_params = param_wait_hook(self.optimizer, self.model)
 
     def step(self, tokens: torch.Tensor) -> None:
         with self.optimizer.accumulate(last=True):

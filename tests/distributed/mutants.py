@@ -9,7 +9,7 @@ from tests.helpers.parity import EXPERTS, Case
 from tests.naive.training import Recipe
 
 TRAINER = "tinytron.training.trainer:Trainer."
-STEP, ATTACH, METRICS = TRAINER + "train_step", TRAINER + "_attach_optimizer", TRAINER + "_init_metrics"
+STEP, METRICS = TRAINER + "train_step", TRAINER + "_init_metrics"
 COUNT, PREPARE = "tinytron.training.feed:count_targets", "tinytron.training.feed:Feed.prepare"
 FLUSH = "tinytron.metrics.window:StepWindow.flush"
 COLLECTIVES = "tinytron.distributed.collectives:"
@@ -19,13 +19,18 @@ EXCHANGE = "tinytron.distributed.exchange:"
 EXCHANGE_BACK = EXCHANGE + "_exchange_back"
 BUFFER = "tinytron.distributed.zero1.flat_buffer:FlatBuffer."
 OPTIMIZER = "tinytron.distributed.zero1.distributed_optimizer:DistributedOptimizer."
-OWNERSHIP = OPTIMIZER + "_ownership"
+SCHEDULE = "tinytron.distributed.zero1.schedule:ReductionSchedule."
+OWNERSHIP, BOX = OPTIMIZER + "_ownership", "tinytron.distributed.sharding:Sharding.box"
 ULYSSES = "tinytron.distributed.sequence_parallel.ulysses:"
 ROWS = "tinytron.kernels.expert_rows:"
 GPT, MOE, ROUTER = "tinytron.model.gpt:GPT.", "tinytron.model.modules.moe:MoE.", "tinytron.model.modules.moe:Router."
 MUON = "tinytron.optim.muon:Muon."
 # Pieces of their source.
-DENSE, EXPERT = '"dense": made["world"]', '"expert": made["edp"]'
+GROUP = "group = groups[layout.replicas(axes)]"
+DENSE_OVER, CUT_OVER = (
+    "group = groups[layout.replicas(axes) if axes else %r]",
+    "group = groups[%r if axes else 'world']",
+)
 PARTS, LOAD = "sum_over(torch.stack(self._parts), self._group)", 'sum_over(self.step_load, self.state.groups["world"])'
 GATHER, SUM = "score_TE.gather(1, expert_Tk)", "self.own_N += part"
 ADJOINT = "_all_to_all(grad, ctx.recv, ctx.send, ctx.group)"
@@ -80,14 +85,14 @@ MUTANTS = {
         ("exchanged gradients averaged", SUMMED, SUM, "self.own_N.add_(part).div_(2)"),
         ("gradients not exchanged", SENT, "_exchange([*zip(self.peers, self._sent, self._parts, strict=True)], self.group)",
          "_Together([part.copy_(own) for part, own in zip(self._parts, self._sent)][:0])"),
-        ("no all-gather", BUFFER + "publish",
+        ("no all-gather", BUFFER + "start_param_gather",
          "start_all_gather(self._whole(self.param_data, bucket), own, self.own.group)", "None"),
         ("reduced after every micro-batch", OPTIMIZER + "accumulate", "self._launching = last", "self._launching = True"),
         ("updated before the sum has arrived", OPTIMIZER + "step", "work.wait()", "pass"),
     ),
     **_mutants(
         "replicated",
-        ("norm of replicas summed", OWNERSHIP, "if self.options.shard:", "if True:"),
+        ("norm of replicas summed", OWNERSHIP, "if not self.options.shard:", "if False:"),
         ("no all-reduce", ALL_REDUCE, "dist.all_reduce(whole, op=dist.ReduceOp.SUM, group=group, async_op=True)",
          "dist.barrier(group, async_op=True)"),
         ("all-reduce averages", ALL_REDUCE, "dist.ReduceOp.SUM", "dist.ReduceOp.AVG"),
@@ -96,15 +101,15 @@ MUTANTS = {
     **_mutants("unclipped", ("clip factor without bound", OPTIMIZER + "step", ", max=1.0)", ", max=1e9)")),
     **_mutants(
         "not overlapped",
-        ("buckets left over not reduced", OPTIMIZER + "_launch", "while len(self._works) < len(self._sequence)",
-         "while len(self._works) < len(self._sequence) - 1"),
+        ("buckets left over not reduced", SCHEDULE + "due", "while self._started < len(self.order)",
+         "while self._started < len(self.order) - 1"),
     ),
     **_mutants(
         "sep",
         ("targets summed over dp", STEP, 'self.state.groups["world"]', 'self.state.groups["dp"]'),
         ("loss summed over dp", METRICS, 'self.state.groups["world"]', 'self.state.groups["dp"]'),
-        ("dense gradients summed over dp", ATTACH, DENSE, '"dense": self.dp_group'),
-        ("dense gradients summed over sep", ATTACH, DENSE, '"dense": self.sp_group'),
+        ("dense gradients summed over dp", OWNERSHIP, GROUP, DENSE_OVER % "dp"),
+        ("dense gradients summed over sep", OWNERSHIP, GROUP, DENSE_OVER % "sep"),
         ("exchange without its adjoint", EXCHANGE_BACK, ADJOINT, "grad.clone()"),
         ("adjoint divided by the ranks", EXCHANGE_BACK, "_all_to_all(grad, ", "_all_to_all(grad / 2, "),
         ("every part at position 0", GPT + "hidden_states", 'self.state.group_rank("sep") * s if self.state else 0', "0"),
@@ -116,11 +121,10 @@ MUTANTS = {
     ),
     **_mutants(
         "experts",
-        ("expert gradients not summed", ATTACH, EXPERT, '"expert": self.state.groups["self"]'),
-        ("expert gradients summed over all", ATTACH, EXPERT,
-         '"expert": self.state.groups["world"]'),
-        ("norm of this rank's experts", OWNERSHIP, 'norm_group: dist.ProcessGroup | None = groups["dense"]',
-         "norm_group: dist.ProcessGroup | None = groups[kind]"),
+        ("expert gradients not summed", OWNERSHIP, GROUP, CUT_OVER % "self"),
+        ("expert gradients summed over all", OWNERSHIP, GROUP, CUT_OVER % "world"),
+        ("norm of this rank's experts", OWNERSHIP, 'norm_group: dist.ProcessGroup | None = groups["world"]',
+         "norm_group: dist.ProcessGroup | None = groups[layout.replicas(axes)]"),
         ("rows not weighted", ROWS + "_WeightedSum.forward", "choices_TkD * weight_Tk.unsqueeze(-1)", "choices_TkD"),
         ("gradients of rows not weighted", ROWS + "_WeightedSum.backward", "grad_T1D * weight_Tk.unsqueeze(-1)",
          "grad_T1D * torch.ones_like(weight_Tk).unsqueeze(-1)"),
@@ -147,13 +151,14 @@ MUTANTS = {
         ("load never zeroed", GPT + "end_step", "self.step_load.zero_()", "pass"),
         ("bias moves with the load", GPT + "end_step", "layer.router.bias -= rate", "layer.router.bias += rate"),
         ("bias stands still", GPT + "end_step", "(rate := self.config.moe_bias_update_rate) > 0", "False"),
-        ("every rank has the first experts", GPT + "first_expert", 'self.state.group_rank("ep") * local_experts', "0"),
+        ("every rank has the first experts", BOX, "self.layout.coordinate(rank, axis) * size[dim]", "0"),
+        ("every rank draws the first experts", "tinytron.model.gpt:fill_normal", "start=box.start[0]", "start=0"),
         ("shared experts left out", MOE + "_sum", "out_TD + shared_BsD", "out_TD + 0 * shared_BsD"),
     ),
     **_mutants(
         "experts replicated",
-        ("norm of one rank's experts", OWNERSHIP, 'groups["ep"] if kind == "expert" else None', "None"),
-        ("dense gradients summed over ep", ATTACH, DENSE, '"dense": self.state.groups["ep"]'),
+        ("norm of one rank's experts", OWNERSHIP, "groups[layout.pieces(axes)] if axes else None", "None"),
+        ("dense gradients summed over ep", OWNERSHIP, GROUP, DENSE_OVER % "ep"),
     ),
     **_mutants(
         "batch scope",

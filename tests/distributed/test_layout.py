@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinytron.distributed.layout import AXES, ParallelLayout, divisors
+from tinytron.distributed.layout import ParallelLayout, divisors
 from tinytron.errors import ConfigError
 
 
 def test_eight_ranks_written_out() -> None:
     layout = ParallelLayout(8, sep=2, ep=4)
     assert layout.dp == 4
-    assert {axis: layout.ranks(axis) for axis in AXES} == {
+    assert {axis: layout.ranks(axis) for axis in layout.axes} == {
         "world": [[0, 1, 2, 3, 4, 5, 6, 7]],
         "sep": [[0, 1], [2, 3], [4, 5], [6, 7]],
         "dp": [[0, 2, 4, 6], [1, 3, 5, 7]],
@@ -44,11 +44,12 @@ def test_1024_ranks_by_the_formula(sep: int) -> None:
 def test_every_axis_partitions_the_world(world: int, data: st.DataObject) -> None:
     sep, ep = (data.draw(st.sampled_from(divisors(world))) for _ in range(2))
     layout = ParallelLayout(world, sep, ep)
-    for axis in AXES:
+    for axis in layout.axes:
         groups = layout.ranks(axis)
         assert sorted(itertools.chain(*groups)) == list(range(world))
         assert len({len(group) for group in groups}) == 1
         assert all(group == sorted(group) for group in groups)
+        assert all(layout.group_of(rank, axis) == group for group in groups[:5] for rank in group)
     for a, b in (("dp", "sep"), ("edp", "ep")):  # two groups that cross have one rank in common
         for first, second in itertools.product(layout.ranks(a)[:5], layout.ranks(b)[:5]):
             assert len(set(first) & set(second)) == 1
@@ -61,7 +62,8 @@ def test_experts_share_the_sequence_group_unless_told_otherwise() -> None:
 
 
 def test_one_rank_has_groups_of_one() -> None:
-    assert all(ParallelLayout(1).ranks(axis) == [[0]] for axis in AXES)
+    layout = ParallelLayout(1)
+    assert all(layout.ranks(axis) == [[0]] for axis in layout.axes)
 
 
 @pytest.mark.parametrize("size", [5, 7, 24, -1, -2])

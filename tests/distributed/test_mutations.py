@@ -46,7 +46,7 @@ LATE = Mutant(
     "return _exchange([(r, own, part) for r, part in parts if r != dist.get_rank(group)], group)",
     'return type("Late", (), {"wait": lambda self: _all_gather(whole, own, group=group)})()',
 )
-GATE = Mutant("tinytron.training.build:parameter_gate", "optimizer.finish_gather(owned[id(module)])", "None")
+GATE = Mutant("tinytron.training.build:param_wait_hook", "optimizer.finish_gather(owned[id(module)])", "None")
 
 
 @pytest.mark.parametrize("name", ["dense", "sep", "experts", "muon"])

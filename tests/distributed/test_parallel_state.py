@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from tests.helpers.ranks import Ranks
 from tinytron.distributed import ParallelLayout, ParallelState
-from tinytron.distributed.layout import AXES
 
 Pools = Callable[[int], Ranks]
 LAYOUTS = [
@@ -26,7 +25,7 @@ LAYOUTS = [
 def _describe(world: int, sep: int, ep: int) -> dict[str, Any]:
     state = ParallelState.create(ParallelLayout(world, sep, ep), torch.device("cpu"))
     members, sums = {}, {}
-    for axis in AXES:
+    for axis in state.layout.axes:
         members[axis] = dist.get_process_group_ranks(state.groups[axis])
         assert members[axis][state.group_rank(axis)] == state.rank
         total = torch.tensor(10**state.rank)
@@ -41,7 +40,7 @@ def test_every_axis_joins_the_layouts_ranks(ranks: Pools, world: int, sep: int, 
     layout = ParallelLayout(world, sep, ep)
     for rank, found in enumerate(ranks(world).run(_describe, world, sep, ep)):
         assert (found["rank"], found["master"]) == (rank, rank == 0)
-        for axis in AXES:
+        for axis in layout.axes:
             (mine,) = (group for group in layout.ranks(axis) if rank in group)
             assert found["members"][axis] == mine
             assert found["sums"][axis] == sum(10**r for r in mine)

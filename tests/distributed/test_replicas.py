@@ -67,15 +67,14 @@ def _damage(name: str, rank: int, dtype: torch.dtype, ep: int, fill: float | Non
     state = ParallelState.create(ParallelLayout(4, ep=ep or 1), torch.device("cpu"))
     model = GPT(config.model, seed=1, state=state).to(dtype)
     optimizer = DistributedOptimizer(torch.optim.AdamW(model.parameters(), fused=True))
-    groups = {"dense": state.groups["world"], "expert": state.groups["edp"], "ep": state.groups["ep"]}
-    optimizer.attach(model, specs_of(model), groups)
+    optimizer.attach(model, specs_of(model), state)
     flat = dict(model.named_parameters())[name].data.view(-1)
     if fill is not None:
         flat[3] = fill
     if state.rank == rank:
         flat[5] = flat[5] * (1 + 2**-7)
     try:
-        check_replicas(12, optimizer, specs_of(model), state)
+        check_replicas(12, optimizer, state)
     except TinytronError as error:
         return f"{type(error).__name__}: {error}"
     return ""

@@ -15,7 +15,8 @@ import torch.nn as nn
 
 from tests.helpers.ranks import Ranks
 from tinytron.distributed import DistributedOptimizer, ParallelLayout, ParallelState, ParamSpec
-from tinytron.distributed.param_spec import specs_of
+from tinytron.distributed.param_spec import Shard, specs_of
+from tinytron.distributed.sharding import whole_shape
 from tinytron.errors import ConfigError
 
 Pools = Callable[[int], Ranks]
@@ -55,6 +56,11 @@ def summed_coefficients(world: int) -> list[torch.Tensor]:
 
 def sgd(net: nn.Module, lr: float = 1.0) -> torch.optim.SGD:
     return torch.optim.SGD(net.parameters(), lr=lr)
+
+
+def world_state() -> ParallelState:
+    """All ranks, data parallel."""
+    return ParallelState.create(ParallelLayout(dist.get_world_size()), torch.device("cpu"))
 
 
 # P3
@@ -180,9 +186,7 @@ def test_gradients_may_come_in_another_order_on_every_rank(ranks: Pools, world: 
 def _unused_is_an_error() -> None:
     net = _Branches()
     optimizer = DistributedOptimizer(sgd(net), None, bucket_size_mb=SMALL)
-    optimizer.attach(
-        net, specs_of(net), {"dense": dist.group.WORLD, "expert": dist.group.WORLD, "ep": dist.group.WORLD}
-    )
+    optimizer.attach(net, specs_of(net), world_state())
     message = r"2 parameters got no gradient .*halves\.3\.weight.*--ddp_find_unused_parameters"
     with pytest.raises(ConfigError, match=message), optimizer.accumulate(last=True):
         net(torch.ones(2, 40), (0, 1)).backward()
@@ -221,8 +225,7 @@ def _attach_replaces_the_group() -> None:
     net = Net()
     before = [p.detach().clone() for p in net.parameters()]
     optimizer = DistributedOptimizer(optimizer=sgd(net), process_group=state.groups["self"])
-    groups = {"dense": state.groups["world"], "expert": state.groups["edp"], "ep": state.groups["ep"]}
-    optimizer.attach(net, specs_of(net), groups)
+    optimizer.attach(net, specs_of(net), state)
     assert {piece.name for piece in optimizer.pieces()} <= {"first", "shared", "third", "last"}
     with optimizer.accumulate(last=True):
         net(coefficients(state.rank)).backward()
@@ -238,31 +241,44 @@ def test_attach_replaces_the_process_group(ranks: Pools) -> None:
 def _attach_checks_parameters() -> None:
     net = Net()
     optimizer = DistributedOptimizer(torch.optim.SGD([net.first, net.third], lr=1.0))
-    groups = {"dense": dist.group.WORLD, "expert": dist.group.WORLD, "ep": dist.group.WORLD}
+    state = world_state()
     message = r"does not update 2 trainable parameters \(shared, last.*self\.raw_model\.parameters\(\)"
     with pytest.raises(ConfigError, match=message):
-        optimizer.attach(net, specs_of(net), groups)
+        optimizer.attach(net, specs_of(net), state)
     net.shared.requires_grad_(False)
     net.last.requires_grad_(False)
-    optimizer.attach(net, specs_of(net), groups)
+    optimizer.attach(net, specs_of(net), state)
 
 
 def test_attach_refuses_an_optimizer_that_misses_parameters(ranks: Pools) -> None:
     ranks(1).run(_attach_checks_parameters)
 
 
+def _attach_checks_shapes() -> None:
+    net, state = Net(), world_state()
+    cut = (Shard("dp", 0),)
+    specs = [ParamSpec(s.name, s.shape, s.kind, cut if s.name == "shared" else ()) for s in specs_of(net)]
+    optimizer = DistributedOptimizer(sgd(net))
+    with pytest.raises(ConfigError, match=r"parameter shared has the shape \[1000\].* this rank holds \[500\]"):
+        optimizer.attach(net, specs, state)
+
+
+def test_attach_refuses_parameters_that_are_not_what_their_specs_say(ranks: Pools) -> None:
+    ranks(2).run(_attach_checks_shapes)
+
+
 def _specs_decide_the_group() -> None:
-    """An ``expert`` parameter is summed over its own group only."""
+    """A parameter that is cut over ``ep`` is summed only over the ranks that hold the same part of it."""
     rank, net = dist.get_rank(), Net()
     before = {n: p.detach().clone() for n, p in net.named_parameters()}
     state = ParallelState.create(ParallelLayout(4, ep=2), torch.device("cpu"))
+    cut = (Shard("ep", 0),)
     specs = [
-        ParamSpec(s.name, s.shape, s.kind, gradient_group="expert" if s.name == "third" else "dense")
+        ParamSpec(s.name, whole_shape(s.shape, cut, state.layout), s.kind, cut) if s.name == "third" else s
         for s in specs_of(net)
     ]
     optimizer = DistributedOptimizer(sgd(net))
-    groups = {"dense": state.groups["world"], "expert": state.groups["edp"], "ep": state.groups["ep"]}
-    optimizer.attach(net, specs, groups)
+    optimizer.attach(net, specs, state)
     with optimizer.accumulate(last=True):
         net([torch.full_like(p, rank + 1.0) for p in net.parameters()]).backward()
     optimizer.step()

@@ -14,10 +14,11 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from tests.distributed.test_zero1 import SMALL
-from tests.helpers.parity import EXPERTS, Case, ParityTrainer
+from tests.helpers.parity import EXPERTS, Case, ParityTrainer, placed
 from tests.helpers.ranks import Ranks
 from tinytron.data import Batch
 from tinytron.distributed import DistributedOptimizer, ParallelLayout, ParallelState, ParamSpec
+from tinytron.distributed.param_spec import Shard
 from tinytron.distributed.zero1.distributed_optimizer import Options
 from tinytron.model.modules.loss import LossSums
 from tinytron.optim import Muon
@@ -42,7 +43,7 @@ class Net(nn.Module):
         return [
             ParamSpec("dense", (23, 19), "matrix"),
             ParamSpec("vector", (301,), "norm"),
-            ParamSpec("experts", whole, "matrix", "expert", 0),
+            ParamSpec("experts", whole, "matrix", (Shard("ep", 0),), stacked=True),
         ]
 
 
@@ -54,8 +55,7 @@ def _made(ep: int, options: Options, kind: str) -> tuple[Net, DistributedOptimiz
         groups = [{"params": [net.dense, net.experts], "kind": "muon"}, {"params": [net.vector], "kind": "adamw"}]
         inner = Muon(groups, lr=0.0)
     optimizer = DistributedOptimizer(inner, state.groups["dp"])
-    groups = {"dense": state.groups["world"], "expert": state.groups["edp"], "ep": state.groups["ep"]}
-    optimizer.attach(net, net.param_specs(), groups, options)
+    optimizer.attach(net, net.param_specs(), state, options)
     return net, optimizer, state
 
 
@@ -71,7 +71,7 @@ def _sums(ep: int, options: Options, kind: str) -> tuple[float, list[tuple[str, 
     for piece in optimizer.pieces():
         assert piece.holder.grad is not None
         own = piece.holder.grad.view(-1)[piece.start : piece.start + len(piece.main)]
-        owned.append((piece.name, piece.numel, piece.offset, own.numpy().copy()))
+        owned += [(piece.name, piece.numel, offset, part) for offset, part in placed(piece, own.numpy().copy())]
     for name, start, total in (("dense", 2.0, _dense_sum(state)), ("vector", 3.0, _dense_sum(state))):
         assert (net.get_parameter(name) == start - (total if kind == "sgd" else 0)).all()
     assert (net.experts == 4.0 - (_expert_sum(state) if kind == "sgd" else 0)).all()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,8 @@ from tests.naive.training import Arrays, Outcome, Recipe, train
 from tinytron.data import GlobalBatchSampler, ShuffledEpochs
 from tinytron.distributed import DistributedOptimizer
 from tinytron.distributed.param_spec import specs_of
+from tinytron.distributed.sharding import box_of
+from tinytron.distributed.zero1.flat_buffer import Piece
 from tinytron.model import GPT
 from tinytron.optim import parameter_groups
 from tinytron.training import Config, Trainer
@@ -159,8 +161,18 @@ def owned_gradients(optimizer: DistributedOptimizer) -> Parts:
     for piece in optimizer.pieces():
         assert piece.holder.grad is not None
         own = piece.holder.grad.view(-1)[piece.start : piece.start + len(piece.main)]
-        parts.append((piece.name, piece.numel, piece.offset, own.double().cpu().numpy().copy()))
+        parts += [
+            (piece.name, piece.numel, offset, part) for offset, part in placed(piece, own.double().cpu().numpy().copy())
+        ]
     return parts
+
+
+def placed(piece: Piece, elements: Any) -> Iterator[tuple[int, Any]]:
+    """The ``elements`` of ``piece``, range by range, with their places in the flattened global tensor."""
+    first = 0
+    for offset, length in piece.runs:
+        yield offset, elements[first : first + length]
+        first += length
 
 
 class ParityTrainer(Trainer):
@@ -207,11 +219,11 @@ def run_case(case: Case, log_dir: Path) -> dict[str, Any]:
     trainer = type("T", (ParityTrainer,), {"case": case})(case.config(log_dir))
     trainer.train()
     lines = (trainer.log_dir / "log.jsonl").read_text().splitlines() if trainer.master_process else []
-    first = trainer.state.group_rank("ep")
-    specs, weights = {spec.name: spec for spec in specs_of(trainer.raw_model)}, []
-    for name, weight in trainer.raw_model.named_parameters():
-        offset = first * weight.numel() if specs[name].shard_axis is not None else 0
-        weights.append((name, specs[name].numel, offset, weight.detach().double().cpu().numpy().flatten()))
+    weights: Parts = []
+    for spec in specs_of(trainer.raw_model):
+        flat = trainer.raw_model.get_parameter(spec.name).detach().double().cpu().numpy().flatten()
+        (run,) = box_of(spec, trainer.state).runs()
+        weights.append((spec.name, spec.numel, run.offset, flat))
     return {
         "log": [json.loads(line) for line in lines],
         "norms": trainer.optimizer.norms,

@@ -62,19 +62,18 @@ def owned(trainer: Trainer) -> list[tuple[str, int, int, Any]]:
     """This rank's parts of main weights and optimizer states: key, size of the whole, offset, values."""
     parts = []
     for piece in trainer.optimizer.pieces():
-        parts.append((f"{piece.name}/main", piece.numel, piece.offset, piece.main.detach().numpy().copy()))
+        ((first, _),) = piece.runs
+        parts.append((f"{piece.name}/main", piece.numel, first, piece.main.detach().numpy().copy()))
         for key, value in trainer.optimizer.inner.state[piece.holder].items():
             if not torch.is_tensor(value):
                 continue
             if value.ndim and value.numel() != piece.holder.numel():  # one value per row, say, of an owned matrix
                 count, of = value.numel(), len(piece.main)
-                parts.append(
-                    (f"{piece.name}/{key}", piece.numel // of * count, piece.offset // of * count, _flat(value))
-                )
+                parts.append((f"{piece.name}/{key}", piece.numel // of * count, first // of * count, _flat(value)))
                 continue
             flat = value.reshape(-1)  # a scalar counts for every element
             own = flat[piece.start : piece.start + len(piece.main)] if value.ndim else flat.expand(len(piece.main))
-            parts.append((f"{piece.name}/{key}", piece.numel, piece.offset, _flat(own)))
+            parts.append((f"{piece.name}/{key}", piece.numel, first, _flat(own)))
     return parts
 
 

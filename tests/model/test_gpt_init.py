@@ -136,5 +136,5 @@ def test_param_specs_state_every_parameter_once(tied: bool) -> None:
     assert {s.name: s.kind for s in specs} == expected
     residual = {s.name for s in specs if s.writes_residual and s.kind == "matrix"}
     assert residual == {"blocks.0.attn.out_proj.weight", "blocks.0.mlp.down_proj.weight"}
-    assert {s.gradient_group for s in specs} == {"dense"}
+    assert {s.shards for s in specs} == {()}
     assert all(s.numel == p.numel() for s, p in zip(specs, model.parameters(), strict=True))

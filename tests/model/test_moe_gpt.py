@@ -307,9 +307,7 @@ def test_ranks_of_an_expert_group_hold_slices_of_the_same_experts(ep: int) -> No
     whole = GPT(ModelConfig(**MOE | INIT), seed=3)
     layout, each = ParallelLayout(ep, ep=ep), E // ep
     for rank in range(ep):
-        state: Any = SimpleNamespace(
-            layout=layout, groups={"sep": None, "ep": None}, group_rank=lambda axis, rank=rank: {"ep": rank}[axis]
-        )
+        state: Any = SimpleNamespace(layout=layout, groups={"sep": None, "ep": None}, rank=rank)
         part = GPT(ModelConfig(**MOE | INIT), seed=3, state=state)
         for name, weight in part.named_parameters():
             expected = whole.get_parameter(name)
@@ -335,16 +333,13 @@ def test_all_experts_differ_and_have_the_right_scale() -> None:
 def test_param_specs_of_experts_router_and_shared_experts() -> None:
     model = GPT(ModelConfig(**MOE | {"num_layer": 1, "num_shared_experts": 2}))
     specs = {s.name.removeprefix("blocks.0.mlp."): s for s in model.param_specs() if ".mlp." in s.name}
-    found = {
-        name: (s.shape, s.kind, s.gradient_group, s.shard_axis, s.writes_residual, s.row_blocks)
-        for name, s in specs.items()
-    }
+    found = {name: (s.shape, s.kind, s.shards, s.stacked, s.writes_residual, s.row_blocks) for name, s in specs.items()}
     assert found == {
-        "router.weight": ((E, 16), "router", "dense", None, False, ()),
-        "experts.gate_up_proj": ((E, 16, 16), "matrix", "expert", 0, False, (8, 8)),
-        "experts.down_proj": ((E, 16, 8), "matrix", "expert", 0, True, ()),
-        "shared.gate_up_proj.weight": ((32, 16), "matrix", "dense", None, False, (16, 16)),
-        "shared.down_proj.weight": ((16, 16), "matrix", "dense", None, True, ()),
+        "router.weight": ((E, 16), "router", (), False, False, ()),
+        "experts.gate_up_proj": ((E, 16, 16), "matrix", (("ep", 0),), True, False, (8, 8)),
+        "experts.down_proj": ((E, 16, 8), "matrix", (("ep", 0),), True, True, ()),
+        "shared.gate_up_proj.weight": ((32, 16), "matrix", (), False, False, (16, 16)),
+        "shared.down_proj.weight": ((16, 16), "matrix", (), False, True, ()),
     }
 
 

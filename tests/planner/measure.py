@@ -12,7 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.helpers.runs import config_of
 from tinytron.checkpoint.files import CheckpointFiles
-from tinytron.checkpoint.snapshot import HostBuffers, take_snapshot
+from tinytron.checkpoint.host_buffers import HostBuffers
+from tinytron.checkpoint.snapshot import take_snapshot
 from tinytron.data import Batch
 from tinytron.model.modules.loss import LossSums
 from tinytron.training import Config, Trainer

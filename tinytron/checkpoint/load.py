@@ -15,6 +15,7 @@ from tinytron.checkpoint.files import CheckpointFiles, damaged, verify
 from tinytron.distributed.agreement import together
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import specs_of
+from tinytron.distributed.sharding import box_of
 from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer
 from tinytron.errors import CheckpointError
 from tinytron.utils.training import set_rng_state
@@ -108,26 +109,25 @@ def load_checkpoint(
 def load_weights(
     model: nn.Module, weights: dict[str, torch.Tensor], source: str, state: ParallelState | None = None
 ) -> None:
-    """Copy ``weights``, those of the whole model, into ``model`` in place; with ``state`` this rank's experts only.
+    """Copy ``weights``, those of the whole model, into ``model`` in place; with ``state`` only what this rank holds.
 
     Raises: CheckpointError naming missing, unknown and misshapen tensors.
     """
-    own = model.state_dict()
-    if state is not None:
-        cut = {spec.name for spec in specs_of(model) if spec.shard_axis is not None} & weights.keys()
-        part, parts = state.group_rank("ep"), state.layout.ep
-        whole = {name: len(weights[name]) == parts * len(own[name]) for name in cut}
-        weights = weights | {name: weights[name].chunk(parts)[part] for name in cut if whole[name]}
-    problems = [f"{n} is missing" for n in own.keys() - weights.keys()]
-    problems += [f"{n} is unknown to this model" for n in weights.keys() - own.keys()]
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    cut = {id(model.get_parameter(spec.name)): spec for spec in specs_of(model) if spec.shards and state is not None}
+    named = model.named_parameters(remove_duplicate=False)  # tied ones under every name
+    boxes = {name: box_of(cut[id(parameter)], state) for name, parameter in named if id(parameter) in cut}
+    shapes |= {name: box.shape for name, box in boxes.items()}
+    problems = [f"{n} is missing" for n in shapes.keys() - weights.keys()]
+    problems += [f"{n} is unknown to this model" for n in weights.keys() - shapes.keys()]
     problems += [
-        f"{n} is {list(weights[n].shape)}, this model's {list(own[n].shape)}"
-        for n in own.keys() & weights.keys()
-        if own[n].shape != weights[n].shape
+        f"{n} is {list(weights[n].shape)}, this model's {list(shapes[n])}"
+        for n in shapes.keys() & weights.keys()
+        if shapes[n] != tuple(weights[n].shape)
     ]
     if problems:
         shown = "; ".join(sorted(problems)[:3])
         raise CheckpointError(
             f"{source} is of a different model ({len(problems)} differences): {shown}; use the flags it was trained with"
         )
-    model.load_state_dict(weights)
+    model.load_state_dict(weights | {name: box.cut(weights[name]) for name, box in boxes.items()})

@@ -19,8 +19,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tinytron.checkpoint.files import checksum, damaged
-from tinytron.checkpoint.sharded import FlatLoadPlanner, FlatRange, FlatSavePlanner
-from tinytron.checkpoint.snapshot import HostBuffers
+from tinytron.checkpoint.host_buffers import HostBuffers
+from tinytron.checkpoint.sharded import FlatLoadPlanner, FlatRanges, FlatSavePlanner
 from tinytron.distributed.agreement import together
 from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer
 from tinytron.distributed.zero1.flat_buffer import Piece
@@ -30,27 +30,28 @@ MAIN, SCALAR = "main", "scalar."
 _SIZES = re.compile(r"(\d+)x(\d+)\.(.+)")
 
 
-def owned_states(optimizer: DistributedOptimizer, buffers: HostBuffers) -> dict[str, FlatRange]:
+def owned_states(optimizer: DistributedOptimizer, buffers: HostBuffers) -> dict[str, FlatRanges]:
     """Copies of every part that this rank owns."""
-    states: dict[str, FlatRange] = {}
+    states: dict[str, FlatRanges] = {}
     for piece in optimizer.pieces():
         length = len(piece.main)
-        states[f"{piece.name}/{MAIN}"] = FlatRange(piece.numel, piece.offset, piece.main)
+        runs = piece.runs
+        states[f"{piece.name}/{MAIN}"] = FlatRanges(piece.numel, runs, piece.main)
         for key, value in optimizer.inner.state[piece.holder].items():
             if not torch.is_tensor(value):
                 continue
             if value.ndim > 0 and value.numel() == piece.holder.numel():
                 part = value.view(-1)[piece.start : piece.start + length]
-                states[f"{piece.name}/{key}"] = FlatRange(piece.numel, piece.offset, part)
+                states[f"{piece.name}/{key}"] = FlatRanges(piece.numel, runs, part)
             elif value.ndim > 0:
                 label = "x".join(str(size) for size in value.shape[-2:])
                 states[f"{piece.name}/{label}.{key}"] = _other_size(piece, value)
-            elif piece.offset == 0:  # stored by the owner of the parameter's first element
-                states[f"{piece.name}/{SCALAR}{key}"] = FlatRange(1, 0, value.reshape(1))
+            elif runs[0].offset == 0:  # stored by the owner of the parameter's first element
+                states[f"{piece.name}/{SCALAR}{key}"] = FlatRanges.whole(value.reshape(1))
     return {key: replace(part, elements=buffers.copy(key, part.elements)) for key, part in states.items()}
 
 
-def write_optimizer_state(states: dict[str, FlatRange], folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
+def write_optimizer_state(states: dict[str, FlatRanges], folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
     """Write every rank's parts to ``folder``; returns the checksums of this rank's files, by name relative to the
     folder's parent. Collective over ``group``.
 
@@ -70,10 +71,10 @@ def write_optimizer_state(states: dict[str, FlatRange], folder: Path, group: dis
     return {f"{folder.name}/{path.name}": checksum(path) for path in mine}
 
 
-def _other_size(piece: Piece, value: torch.Tensor) -> FlatRange:
+def _other_size(piece: Piece, value: torch.Tensor) -> FlatRanges:
     """The place of a state that is not as large as its parameter, which this rank owns whole (or whole experts of)."""
-    count = value.numel()
-    return FlatRange(piece.numel // len(piece.main) * count, piece.offset // len(piece.main) * count, value.view(-1))
+    box = piece.box.with_matrices(*value.shape[-2:])
+    return FlatRanges(box.numel, box.runs(), value.view(-1))
 
 
 def load_optimizer_state(optimizer: DistributedOptimizer, folder: Path, group: dist.ProcessGroup) -> None:
@@ -85,7 +86,7 @@ def load_optimizer_state(optimizer: DistributedOptimizer, folder: Path, group: d
     read_states(wanted, folder, group)
 
 
-def read_states(wanted: dict[str, FlatRange], folder: Path, group: dist.ProcessGroup | None = None) -> None:
+def read_states(wanted: dict[str, FlatRanges], folder: Path, group: dist.ProcessGroup | None = None) -> None:
     """Read ranges of what ``folder`` holds, by key. Collective over ``group``; ``None``: this process reads alone.
 
     Raises: CheckpointError on every rank if the folder is damaged.
@@ -130,13 +131,13 @@ def state_of(key: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
 
 def _prepare(
     optimizer: DistributedOptimizer, stored: dict[str, TensorStorageMetadata], folder: Path
-) -> dict[str, FlatRange]:
+) -> dict[str, FlatRanges]:
     """The memory to read into. Which states exist is learned from the checkpoint: a fresh optimizer has none yet."""
     keys: dict[str, list[str]] = {}
     for name in stored:
         parameter, key = name.rsplit("/", 1)
         keys.setdefault(parameter, []).append(key)
-    wanted: dict[str, FlatRange] = {}
+    wanted: dict[str, FlatRanges] = {}
     for piece in optimizer.pieces():
         if piece.name not in keys:
             raise CheckpointError(
@@ -150,7 +151,7 @@ def _prepare(
                 scalar = state.setdefault(
                     key.removeprefix(SCALAR), torch.zeros((), dtype=dtype, device=piece.main.device)
                 )
-                wanted[name] = FlatRange(1, 0, scalar.reshape(1))
+                wanted[name] = FlatRanges.whole(scalar.reshape(1))
                 continue
             if _SIZES.fullmatch(key):
                 state_name, shape = state_of(key, tuple(piece.holder.shape))
@@ -163,5 +164,5 @@ def _prepare(
             if key != MAIN:
                 whole = state.setdefault(key, torch.zeros_like(piece.holder.data, dtype=dtype))
                 part = whole.view(-1)[piece.start : piece.start + len(piece.main)]
-            wanted[name] = FlatRange(piece.numel, piece.offset, part)
+            wanted[name] = FlatRanges(piece.numel, piece.runs, part)
     return wanted

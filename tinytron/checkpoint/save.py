@@ -14,9 +14,10 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from tinytron.checkpoint.files import CheckpointFiles, Retention, checksum, complete_checkpoints
+from tinytron.checkpoint.host_buffers import HostBuffers
 from tinytron.checkpoint.load import read_meta
 from tinytron.checkpoint.mirror import Mirror
-from tinytron.checkpoint.snapshot import HostBuffers, Snapshot, take_snapshot
+from tinytron.checkpoint.snapshot import Snapshot, take_snapshot
 from tinytron.distributed.agreement import together
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer

@@ -1,4 +1,4 @@
-"""Flat tensors of which each rank owns one range, for torch.distributed.checkpoint (DCP).
+"""Flat tensors of which each rank owns some ranges, for torch.distributed.checkpoint (DCP).
 
 DCP stores a tensor as chunks with global offsets and reads any ranges of it back, so a state saved by 4 ranks loads on
 1 or 8. The planners below tell it the chunks of plain flat ranges, which it knows only of DTensors.
@@ -15,50 +15,66 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from tinytron.distributed.sharding import Run
+
 
 @dataclass(frozen=True, eq=False)
-class FlatRange:
-    """One logical tensor of ``numel`` elements, of which this rank owns ``elements`` (1-D, not copied) from ``offset``
-    on."""
+class FlatRanges:
+    """One logical tensor of ``numel`` elements, of which this rank owns ``elements`` (1-D, not copied): those of ``runs``,
+    one after the other."""
 
     numel: int
-    offset: int
+    runs: tuple[Run, ...]
     elements: torch.Tensor
 
-    def chunk(self) -> ChunkStorageMetadata:
-        """The owned range as DCP describes it."""
-        return ChunkStorageMetadata(torch.Size([self.offset]), torch.Size([len(self.elements)]))
+    @classmethod
+    def whole(cls, elements: torch.Tensor) -> FlatRanges:
+        """All of a tensor, given 1-D."""
+        return cls(len(elements), (Run(0, len(elements)),), elements)
+
+    def chunks(self) -> list[ChunkStorageMetadata]:
+        """The owned ranges as DCP describes them."""
+        return [ChunkStorageMetadata(torch.Size([run.offset]), torch.Size([run.length])) for run in self.runs]
+
+
+def _by_index(ranges: dict[str, FlatRanges]) -> dict[MetadataIndex, torch.Tensor]:
+    """The elements of every range, as DCP asks for them."""
+    parts: dict[MetadataIndex, torch.Tensor] = {}
+    for name, owned in ranges.items():
+        elements = owned.elements.split([run.length for run in owned.runs])
+        parts |= {MetadataIndex(name, c.offsets): part for c, part in zip(owned.chunks(), elements, strict=True)}
+    return parts
 
 
 class FlatSavePlanner(DefaultSavePlanner):
     """Plans the writing of ``ranges`` by name; equal ranges of several ranks are written once."""
 
-    def __init__(self, ranges: dict[str, FlatRange]) -> None:
+    def __init__(self, ranges: dict[str, FlatRanges]) -> None:
         super().__init__(flatten_state_dict=False)
-        self.ranges = ranges
+        self.ranges, self._parts = ranges, _by_index(ranges)
 
     def create_local_plan(self) -> SavePlan:
         """One write per owned range."""
         items = []
         for name, owned in self.ranges.items():
-            chunk = owned.chunk()
             properties = TensorProperties.create_from_tensor(owned.elements)
-            data = TensorWriteData(chunk, properties, torch.Size([owned.numel]))
-            items.append(WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data))
+            for chunk in owned.chunks():
+                data = TensorWriteData(chunk, properties, torch.Size([owned.numel]))
+                items.append(WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data))
         self.plan = SavePlan(items)
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
-        """The owned elements of the tensor ``index`` names."""
-        return self.ranges[index.fqn].elements
+        """The owned elements of the tensor and range that ``index`` names."""
+        return self._parts[index]
 
 
 class FlatLoadPlanner(DefaultLoadPlanner):
     """Plans the reading into ``ranges`` by name."""
 
-    def __init__(self, ranges: dict[str, FlatRange]) -> None:
+    def __init__(self, ranges: dict[str, FlatRanges]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.ranges = ranges
+        self.ranges, self._parts = ranges, _by_index(ranges)
 
     def create_local_plan(self) -> LoadPlan:
         """One read per stored chunk that overlaps an owned range."""
@@ -68,10 +84,10 @@ class FlatLoadPlanner(DefaultLoadPlanner):
             [
                 item
                 for name, owned in self.ranges.items()
-                for item in create_read_items_for_chunk_list(name, entries[name], [owned.chunk()])
+                for item in create_read_items_for_chunk_list(name, entries[name], owned.chunks())
             ]
         )
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
         """The memory of the owned range that ``index`` names."""
-        return self.ranges[index.fqn].elements
+        return self._parts[index]

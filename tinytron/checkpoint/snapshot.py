@@ -10,26 +10,12 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from tinytron.checkpoint.files import CheckpointFiles
+from tinytron.checkpoint.host_buffers import HostBuffers
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import specs_of
+from tinytron.distributed.sharding import Sharding
 from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer
 from tinytron.utils.training import rng_state
-
-
-class HostBuffers:
-    """Host memory for copies, kept from save to save: new memory is slower to write than to copy (pinned for GPUs, whose
-    copies it makes asynchronous). It costs as much as a checkpoint holds of this rank."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, torch.Tensor] = {}
-
-    def copy(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy of ``tensor`` that is valid until the next copy under the same key; on a GPU once it is synchronised."""
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._buffers[key] = buffer
-        return buffer.copy_(tensor.detach(), non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -67,19 +53,28 @@ def take_snapshot(
 
 def consolidated_weights(model: nn.Module, state: ParallelState, buffers: HostBuffers) -> dict[str, torch.Tensor]:
     """``state_dict`` of the whole model, on the master: all experts, tied tensors tied, as CPU tensors of their own
-    (parameters are views of large buffers). Collective over the master's expert group; empty on other ranks."""
-    cut = {spec.name for spec in specs_of(model) if spec.shard_axis is not None}
-    group, weights = state.groups["ep"], {}
-    with_master = state.layout.ranks("edp")[state.group_rank("ep")][0] == state.rank
+    (parameters are views of large buffers). Collective over the ranks that hold the pieces of what the master has a piece
+    of; empty on other ranks."""
+    shardings = {spec.name: Sharding.of(spec, state.layout) for spec in specs_of(model) if spec.shards}
+    weights: dict[str, torch.Tensor] = {}
     copies: dict[int, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():
         place = tensor.data_ptr()  # of the parameter: one gathered below may get the memory of the one before
-        if name in cut and with_master and state.layout.ep > 1:
-            parts = [torch.empty_like(tensor) for _ in range(state.layout.ep)]
-            dist.all_gather(parts, tensor.contiguous(), group=group)
-            tensor = torch.cat(parts)
+        if name in shardings:
+            tensor = _gathered(tensor, shardings[name], state)
         if state.is_master:
             if place not in copies:
                 copies[place] = buffers.copy(f"model/{name}", tensor)
             weights[name] = copies[place]
     return weights
+
+
+def _gathered(piece: torch.Tensor, sharding: Sharding, state: ParallelState) -> torch.Tensor:
+    """The whole tensor on the master and the ranks that hold its other pieces; elsewhere ``piece``, unchanged."""
+    axis = state.layout.pieces(sharding.axes)
+    holders = state.layout.group_of(0, axis)  # the master is rank 0
+    if state.rank not in holders or len(holders) == 1:
+        return piece
+    pieces = [torch.empty_like(piece) for _ in holders]
+    dist.all_gather(pieces, piece.contiguous(), group=state.groups[axis])
+    return sharding.whole(pieces)

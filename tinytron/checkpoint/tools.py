@@ -30,7 +30,7 @@ from tinytron.checkpoint.lock import lock_folder
 from tinytron.checkpoint.optimizer_state import MAIN, read_states, state_of, stored_states
 from tinytron.checkpoint.report import states_by_parameter
 from tinytron.checkpoint.save import superfluous
-from tinytron.checkpoint.sharded import FlatRange
+from tinytron.checkpoint.sharded import FlatRanges
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.utils.training import write_atomically
 
@@ -109,7 +109,7 @@ def consolidate(files: CheckpointFiles, out: Path | None = None) -> Path:
         "optimizer": {},
         "meta": {key: value for key, value in meta.items() if key not in ("files", "rng")},  # of the other files
     }
-    wanted: dict[str, FlatRange] = {}
+    wanted: dict[str, FlatRanges] = {}
     states, places = states_by_parameter(files), dict[int, torch.Tensor]()
     if unknown := states.keys() - weights.keys():
         raise damaged(files.optimizer, f"it has states of {min(unknown)}, which {files.model.name} lacks")
@@ -119,7 +119,7 @@ def consolidate(files: CheckpointFiles, out: Path | None = None) -> Path:
             if entry.size.numel() != math.prod(shape):
                 raise damaged(files.optimizer, f"{name}/{key} has another size than {name}")
             tensor = _on_disk(out, shape, entry.properties.dtype)
-            wanted[f"{name}/{key}"] = FlatRange(tensor.numel(), 0, tensor.view(-1))
+            wanted[f"{name}/{key}"] = FlatRanges.whole(tensor.view(-1))
             if key == MAIN:
                 places[weight.data_ptr()] = tensor
             else:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-
-import numpy as np
+from itertools import combinations
+from typing import ClassVar
 
 from tinytron.errors import ConfigError
-
-AXES = ("world", "dp", "sep", "edp", "ep", "self")
 
 
 def divisors(n: int) -> list[int]:
@@ -18,42 +17,131 @@ def divisors(n: int) -> list[int]:
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """One world, factored twice: dense tensors see ``dp x sep``, experts see ``edp x ep``; the right-hand axis of each
-    product is adjacent ranks. ``ep`` 0 means ``sep``, the documented sequence-expert joint group.
+    """One world, factored once per mesh: dense tensors see ``dp x sep``, experts see ``edp x ep``.
 
-    Raises: ConfigError if ``sep`` or ``ep`` does not divide ``world_size``.
+    The rightmost axis of a mesh is adjacent ranks; the leftmost takes what the others leave, and
+    the size of every other axis is a field here. So a further axis is its name in ``meshes`` and
+    its field. ``ep`` 0 means ``sep``, the documented sequence-expert joint group.
+
+    Where a method takes an axis, it may also be ``"world"`` (all ranks), ``"self"`` (each rank
+    alone), or several axes of one mesh joined by ``*`` (``"dp*tp"``: ranks that differ in either).
+
+    Raises: ConfigError if a size does not divide ``world_size``.
     """
 
     world_size: int
     sep: int = 1
     ep: int = 0
 
+    meshes: ClassVar[Mapping[str, tuple[str, ...]]] = {"dense": ("dp", "sep"), "expert": ("edp", "ep")}
+
     def __post_init__(self) -> None:
         if self.ep == 0:
             object.__setattr__(self, "ep", self.sep)
-        for flag, size in (("sep_size", self.sep), ("ep_size", self.ep)):
-            if size not in divisors(self.world_size):
-                raise ConfigError(
-                    f"--{flag} {size} must divide the number of processes, {self.world_size}; "
-                    f"use one of {divisors(self.world_size)}"
-                )
+        for mesh in self.meshes.values():
+            left = self.world_size
+            for axis in reversed(mesh[1:]):
+                size: int = getattr(self, axis)
+                if size not in divisors(left):
+                    taken = "" if left == self.world_size else f" / {self.world_size // left}"
+                    raise ConfigError(
+                        f"--{axis}_size {size} must divide the number of processes, {self.world_size}{taken}; "
+                        f"use one of {divisors(left)}"
+                    )
+                left //= size
 
     @property
     def dp(self) -> int:
         """Number of data-parallel replicas of a sequence-parallel group."""
-        return self.world_size // self.sep
+        return self.size("dp")
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Every axis that has groups of ranks: the world, mesh axes and their products, each rank alone."""
+        names = {"world": None}
+        for mesh in self.meshes.values():
+            for count in range(1, len(mesh)):
+                names |= {"*".join(chosen): None for chosen in combinations(mesh, count)}
+        return (*names, "self")
+
+    def size(self, axis: str) -> int:
+        """Number of ranks in each group of ``axis``."""
+        size = 1
+        for length, _ in self._factors(axis):
+            size *= length
+        return size
+
+    def coordinate(self, rank: int, axis: str) -> int:
+        """The place of ``rank`` in its group of ``axis``."""
+        return _place(rank, self._factors(axis))
 
     def ranks(self, axis: str) -> list[list[int]]:
         """Every group of ``axis``: 4 ranks with sep=2 give ``ranks("sep") == [[0, 1], [2, 3]]``."""
-        world = np.arange(self.world_size)
-        dense, expert = world.reshape(-1, self.sep), world.reshape(-1, self.ep)
-        groups = {
-            "world": world[None],
-            "sep": dense,
-            "dp": dense.T,
-            "ep": expert,
-            "edp": expert.T,
-            "self": world[:, None],
-        }
-        members: list[list[int]] = groups[axis].tolist()
-        return members
+        factors = self._factors(axis)
+        firsts = [rank for rank in range(self.world_size) if _place(rank, factors) == 0]
+        return [self.group_of(first, axis) for first in firsts]
+
+    def group_of(self, rank: int, axis: str) -> list[int]:
+        """The group of ``axis`` that ``rank`` is in, ascending."""
+        factors, offsets = self._factors(axis), [0]
+        for length, stride in factors:
+            offsets = [offset + i * stride for offset in offsets for i in range(length)]
+        first = rank - offsets[_place(rank, factors)]
+        return [first + offset for offset in offsets]
+
+    def mesh_of(self, axes: Collection[str]) -> str:
+        """The mesh of a tensor that is cut over ``axes``; ``dense`` if it is not cut.
+
+        Raises: ConfigError if no mesh has all of ``axes``.
+        """
+        for name, mesh in self.meshes.items():
+            if set(axes) <= set(mesh):
+                return name
+        known = ", ".join(" x ".join(mesh) for mesh in self.meshes.values())
+        raise ConfigError(f"no mesh has the axes {', '.join(axes)} together; use those of one of {known}")
+
+    def pieces(self, axes: Collection[str]) -> str:
+        """The axis along which ranks hold the different pieces of a tensor that is cut over ``axes``."""
+        mesh = self.meshes[self.mesh_of(axes)]
+        return _product(mesh, [axis for axis in mesh if axis in axes])
+
+    def replicas(self, axes: Collection[str]) -> str:
+        """The axis along which ranks hold the same piece of a tensor that is cut over ``axes``.
+
+        Its gradient is summed, and its optimizer state sharded, over just these ranks: the world for
+        dense parameters, ``edp`` for experts. That is right on every mesh because the objective is
+        the sum of what all ranks compute: where several ranks compute the same loss, the global
+        number of targets counts it as often.
+        """
+        mesh = self.meshes[self.mesh_of(axes)]
+        return _product(mesh, [axis for axis in mesh if axis not in axes])
+
+    def _factors(self, axis: str) -> list[tuple[int, int]]:
+        """Size and stride of the mesh axes that ``axis`` is made of, slowest first."""
+        if axis == "self":
+            return []
+        if axis == "world":
+            return [(self.world_size, 1)]
+        names = axis.split("*")
+        mesh = self.meshes[self.mesh_of(names)]
+        found: dict[str, tuple[int, int]] = {}
+        stride = 1
+        for name in reversed(mesh):
+            length: int = self.world_size // stride if name == mesh[0] else getattr(self, name)
+            found[name] = (length, stride)
+            stride *= length
+        return [found[name] for name in mesh if name in names]
+
+
+def _place(rank: int, factors: list[tuple[int, int]]) -> int:
+    place = 0
+    for length, stride in factors:
+        place = place * length + rank // stride % length
+    return place
+
+
+def _product(mesh: tuple[str, ...], axes: list[str]) -> str:
+    """The name of several axes of ``mesh`` together."""
+    if not axes:
+        return "self"
+    return "world" if len(axes) == len(mesh) else "*".join(axes)

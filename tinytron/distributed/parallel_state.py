@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from tinytron.distributed.layout import AXES, ParallelLayout
+from tinytron.distributed.layout import ParallelLayout
 
 
 @dataclass(frozen=True)
 class ParallelState:
-    """The process groups of this rank, one per axis of ``layout.AXES``, and the device it computes on."""
+    """The process groups of this rank, one per axis of ``layout.axes``, and the device it computes on."""
 
     layout: ParallelLayout
     rank: int
@@ -27,16 +27,21 @@ class ParallelState:
         """
         made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
         groups = {}
-        for axis in AXES:  # creating a group is collective: every rank creates every axis, in this order
+        for axis in layout.axes:  # creating a group is collective: every rank creates every axis, in this order
             members = tuple(tuple(group) for group in layout.ranks(axis))
             if members not in made:
                 made[members] = dist.new_subgroups_by_enumeration([list(group) for group in members])[0]
             groups[axis] = made[members]
         return cls(layout, dist.get_rank(), device, groups)
 
+    @classmethod
+    def of_group(cls, group: dist.ProcessGroup, device: torch.device) -> ParallelState:
+        """A world that is just ``group``, for parameters that are not sharded. It has no other groups."""
+        return cls(ParallelLayout(dist.get_world_size(group)), dist.get_rank(group), device, {"world": group})
+
     def group_rank(self, axis: str) -> int:
         """This process's index within its group of ``axis``."""
-        return dist.get_rank(self.groups[axis])
+        return self.layout.coordinate(self.rank, axis)
 
     @property
     def is_master(self) -> bool:

@@ -2,43 +2,56 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch.nn as nn
 
 Kind = Literal["matrix", "router", "embedding", "head", "norm", "bias"]
 
 
+class Shard(NamedTuple):
+    """A cut: dimension ``dim`` of the global tensor is spread, in equal parts, over mesh axis ``axis``."""
+
+    axis: str
+    dim: int
+
+
 @dataclass(frozen=True)
 class ParamSpec:
-    """Facts about one parameter, stated by the module that creates it; nobody guesses from a name.
+    """Facts about one parameter, stated by the module that creates it; no reader guesses from a name.
 
-    ``name`` is the key in ``state_dict``; ``shape`` is global (all experts); ``shard_axis`` is the dimension that expert
-    parallelism cuts, ``None`` when every rank holds the whole tensor; ``gradient_group`` names the ranks its gradient is
-    summed over: ``dense`` is the world, ``expert`` the expert-data-parallel group. ``writes_residual`` marks projections
-    into the residual stream; ``row_blocks`` are the heights of separate matrices packed into one (empty: it is one).
+    ``name`` is the key in ``state_dict``; ``shape`` is that of the global tensor (all experts), and
+    ``shards`` say along which mesh axes and dimensions it is cut (empty: every rank holds all of
+    it). Which ranks sum its gradient and share its optimizer state follows from them and the layout
+    (``ParallelLayout.replicas``). ``stacked``: dimension 0 counts tensors that have nothing to do
+    with each other (experts), each initialized and exported by its own index. ``writes_residual``
+    marks projections into the residual stream; ``row_blocks`` are the heights of separate matrices
+    packed into one (empty: it is one).
     """
 
     name: str
     shape: tuple[int, ...]
     kind: Kind
-    gradient_group: Literal["dense", "expert"] = "dense"
-    shard_axis: int | None = None
+    shards: tuple[Shard, ...] = ()
+    stacked: bool = False
     writes_residual: bool = False
     row_blocks: tuple[int, ...] = ()
 
     @property
+    def axes(self) -> tuple[str, ...]:
+        """The mesh axes that it is cut over, in alphabetical order."""
+        return tuple(sorted({shard.axis for shard in self.shards}))
+
+    @property
     def numel(self) -> int:
         """Number of elements of the global tensor."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
 
 def specs_of(model: nn.Module) -> list[ParamSpec]:
-    """``model.param_specs()``, or for a foreign module the plain facts: matrices by dimension, dense, not sharded."""
+    """``model.param_specs()``, or for a foreign module the plain facts: matrices by dimension, not sharded."""
     if callable(own := getattr(model, "param_specs", None)):
         specs: list[ParamSpec] = own()
         return specs

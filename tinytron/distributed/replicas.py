@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
 from tinytron.distributed.parallel_state import ParallelState
-from tinytron.distributed.param_spec import ParamSpec
 from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer
 from tinytron.errors import TrainingError
 
@@ -39,20 +38,18 @@ def hash_bits(flat: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def check_replicas(
-    step: int, optimizer: DistributedOptimizer, specs: Iterable[ParamSpec], state: ParallelState
-) -> None:
+def check_replicas(step: int, optimizer: DistributedOptimizer, state: ParallelState) -> None:
     """Compare the parameters after ``step``, buffer by buffer, over the ranks that hold the same ones: dense ones over the
     world, experts over the expert-data-parallel group. The host waits. Collective over the world.
 
     Raises: TrainingError on every rank, naming the ranks that differ from the majority, the kind and a parameter.
     """
     optimizer.finish_gather()
-    kinds = {spec.name: spec.gradient_group for spec in specs}
     hashes_WB = _collect([hash_bits(buffer.param_data) for buffer in optimizer.buffers], state)
     for b, buffer in enumerate(optimizer.buffers):
-        kind = kinds.get(buffer.members[0].name, "dense")
-        for group in state.layout.ranks("world" if kind == "dense" else "edp"):
+        axes = buffer.own.axes
+        kind = state.layout.mesh_of(axes)
+        for group in state.layout.ranks(state.layout.replicas(axes)):
             hashes = [hashes_WB[rank][b] for rank in group]
             if len(set(hashes)) == 1:
                 continue

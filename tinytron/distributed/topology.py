@@ -5,23 +5,25 @@ from __future__ import annotations
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer
 
+_MESHES = {"dense": "dense parameters", "expert": "experts"}
+# What the ranks of a group of an axis do.
+_AXES = {
+    "sep": "share each sequence",
+    "dp": "hold the same part of different sequences",
+    "ep": "share the experts",
+    "edp": "hold the same experts",
+}
+
 
 def describe_topology(layout: ParallelLayout, optimizer: DistributedOptimizer) -> str:
     """A readable report: the groups of each axis, and per flat buffer its size, buckets, owners and padding."""
-    lines = [
-        f"topology: {layout.world_size} processes = dp {layout.dp} x sep {layout.sep} for dense parameters, "
-        f"edp {layout.world_size // layout.ep} x ep {layout.ep} for experts"
-    ]
-    meaning = {
-        "sep": "share each sequence",
-        "dp": "hold the same part of different sequences",
-        "ep": "share the experts",
-        "edp": "hold the same experts",
-    }
-    for axis, what in meaning.items():
+    factors = {name: " x ".join(f"{axis} {layout.size(axis)}" for axis in mesh) for name, mesh in layout.meshes.items()}
+    meshes = ", ".join(f"{product} for {_MESHES.get(name, name)}" for name, product in factors.items())
+    lines = [f"topology: {layout.world_size} processes = {meshes}"]
+    for axis in (axis for mesh in layout.meshes.values() for axis in reversed(mesh)):
         groups = layout.ranks(axis)
         shown = " ".join(str(group) for group in groups[:8]) + (" ..." if len(groups) > 8 else "")
-        lines.append(f"  {axis:<4} {what}: {shown}")
+        lines.append(f"  {axis:<4} {_AXES.get(axis, 'are one group')}: {shown}")
     for buffer in optimizer.buffers:
         used = sum(slot.numel for slot in buffer.layout.slots)
         rule = "whole tensors" if buffer.own.whole_tensors else "elements"

@@ -228,7 +228,7 @@ def _logits(model: GPT, cache: KVCache, ids_Bs: torch.Tensor, vocab_size: int | 
     """The next token's logits ``[B, V]`` after ``ids_Bs``, which follow what is in the cache."""
     with _evaluating(model):
         hidden_BsD, _ = model.hidden_states(ids_Bs, cache.extend(ids_Bs.shape[1]), cache=cache.layers)
-        model.before_use(model.lm_head)
+        model.wait_for_params(model.lm_head)
         logits_BV: torch.Tensor = model.lm_head(hidden_BsD[:, -1])
     if vocab_size is not None and vocab_size < logits_BV.shape[1]:
         logits_BV[:, vocab_size:] = float("-inf")

@@ -87,10 +87,10 @@ class Family:
     by_head: frozenset[str] = frozenset()
     ignored: str = r"\.rotary_emb\.inv_freq$"
 
-    def parts(self, spec: ParamSpec, ours: torch.Tensor, config: ModelConfig, first_expert: int = 0) -> Iterator[Part]:
-        """What of theirs our parameter ``spec`` is made of; ``ours`` is the tensor, or this rank's experts of it, which
-        begin at ``first_expert``."""
-        if spec.gradient_group == "expert":
+    def parts(self, spec: ParamSpec, ours: torch.Tensor, config: ModelConfig, first: int = 0) -> Iterator[Part]:
+        """What of theirs our parameter ``spec`` is made of; ``ours`` is the tensor, or of stacked ones (experts) this
+        rank's, which begin at index ``first``."""
+        if spec.stacked:
             module, suffix = spec.name, ".weight"
         else:
             module, _, kind = spec.name.rpartition(".")
@@ -98,8 +98,8 @@ class Family:
         layer = re.search(r"\.(\d+)\.", module)
         key = re.sub(r"\.\d+\.", ".{i}.", module, count=1)
         theirs = [name.replace("{i}", layer[1] if layer else "") + suffix for name in self.table[key]]
-        if spec.gradient_group == "expert":
-            for e, expert in enumerate(ours, start=first_expert):
+        if spec.stacked:
+            for e, expert in enumerate(ours, start=first):
                 yield from _rows([name.replace("{e}", str(e)) for name in theirs], expert, spec.row_blocks)
         elif key in self.by_head:
             head, N = config.resolved_head_dim, config.num_attention_heads

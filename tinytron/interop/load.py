@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tinytron.checkpoint.load import load_weights
+from tinytron.distributed.sharding import Box, box_of
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.interop.architectures import facts, read_architecture
 from tinytron.interop.checkpoints import is_own, own_model
@@ -114,14 +115,17 @@ def load_hf(model: GPT, weights: HFWeights, family: Family, vocab_size: int) -> 
     names = _names_in(weights, family, shapes)
     _check(weights, family, shapes, names)
     for spec in model.param_specs():
-        ours = model.get_parameter(spec.name)
+        held, box = model.get_parameter(spec.name), box_of(spec, model.state)
+        read = box.stack() if spec.stacked else Box.whole(spec.shape)  # theirs are whole tensors
+        ours = held if box == read else held.new_empty(read.size)
         rows = ours[:vocab_size] if spec.name in _VOCABULARY else ours
-        first_expert = model.first_expert(len(ours)) if spec.gradient_group == "expert" else 0
-        for part in family.parts(spec, rows, model.config, first_expert):
+        for part in family.parts(spec, rows, model.config, read.start[0]):
             part.view.copy_(weights.get(names[part.name]).view(part.view.shape))
         if spec.name in _VOCABULARY and len(ours) > vocab_size:
             wide = torch.promote_types(ours.dtype, torch.float32)
             ours[vocab_size:] = rows.mean(0, dtype=wide).to(ours.dtype)
+        if ours is not held:
+            held.copy_(box.within(read).cut(ours))
     for layer in model.moe_layers:
         layer.router.bias.zero_()
 

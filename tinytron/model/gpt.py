@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from tinytron.distributed.collectives import sum_over
 from tinytron.distributed.parallel_state import ParallelState
-from tinytron.distributed.param_spec import Kind, ParamSpec
+from tinytron.distributed.param_spec import Kind, ParamSpec, Shard
+from tinytron.distributed.sharding import Box, box_of, whole_shape
 from tinytron.errors import ConfigError
 from tinytron.kernels.attention import UNMASKED
 from tinytron.kernels.choice import DEFAULT, Kernels
@@ -86,7 +87,7 @@ class GPT(nn.Module):
             self.lm_head.weight = self.wte.weight
         # Called with a module before its parameters are used; an optimizer that gathers them in the background waits
         # here. (Not a forward hook: torch.compile would trace it.)
-        self.before_use: Callable[[nn.Module], None] = _always_ready
+        self.wait_for_params: Callable[[nn.Module], None] = _always_ready
         self.moe_layers = [block.mlp for block in self.blocks if isinstance(block.mlp, MoE)]
         # Rows per expert layer and expert: of the current optimizer step (this rank), and since the last report (all).
         shape = (len(self.moe_layers), config.num_experts)
@@ -115,15 +116,7 @@ class GPT(nn.Module):
                 parameter.zero_()
             else:
                 std = residual_std if spec.writes_residual else self.config.init_std
-                if spec.gradient_group == "expert":
-                    for expert, weight in enumerate(parameter, start=self.first_expert(len(parameter))):
-                        weight.copy_(named_normal(f"{spec.name}.{expert}", spec.shape[1:], std, seed))
-                else:
-                    parameter.copy_(named_normal(spec.name, spec.shape, std, seed))
-
-    def first_expert(self, local_experts: int) -> int:
-        """The first of this rank's ``local_experts``, counted among all."""
-        return self.state.group_rank("ep") * local_experts if self.state else 0
+                fill_normal(parameter, spec, box_of(spec, self.state), std, seed)
 
     def param_specs(self) -> list[ParamSpec]:
         """One ``ParamSpec`` per parameter, in registration order; a tied head is the embedding and stands once."""
@@ -135,10 +128,11 @@ class GPT(nn.Module):
 
     def _spec(self, module: nn.Module, name: str, shape: tuple[int, ...]) -> ParamSpec:
         if isinstance(module, Experts):
-            shape = (self.config.num_experts, *shape[1:])
+            shards = (Shard("ep", 0),)
+            shape = whole_shape(shape, shards, self.state.layout) if self.state else shape
             into_residual = name.endswith("down_proj")
             blocks = () if into_residual else (shape[1] // 2,) * 2
-            return ParamSpec(name, shape, "matrix", "expert", 0, into_residual, blocks)
+            return ParamSpec(name, shape, "matrix", shards, True, into_residual, blocks)
         kinds: dict[type | nn.Module, Kind] = {
             RMSNorm: "norm",
             LayerNorm: "norm",
@@ -178,11 +172,11 @@ class GPT(nn.Module):
             raise ConfigError(
                 f"a sequence of {S} tokens exceeds --block_size {self.config.block_size}; use --block_size {S}"
             )
-        self.before_use(self.wte)
+        self.wait_for_params(self.wte)
         x_BsD = self.wte(input_ids_Bs)
         first = self.state.group_rank("sep") * s if self.state else 0
         if self.wpe is not None:
-            self.before_use(self.wpe)
+            self.wait_for_params(self.wpe)
             own = torch.arange(first, first + s, device=input_ids_Bs.device) if positions is None else positions
             x_BsD = x_BsD + self.wpe(own)
         if self.config.dropout > 0:
@@ -194,11 +188,11 @@ class GPT(nn.Module):
         all_stats = []
         caches: Sequence[LayerCache | None] = [None] * len(self.blocks) if cache is None else cache
         for block, window, kept in zip(self.blocks, self.layer_windows, caches, strict=True):
-            self.before_use(block)
+            self.wait_for_params(block)
             x_BsD, stats = block(x_BsD, rotation, seen[window], kept)
             if stats is not None:
                 all_stats.append(stats)
-        self.before_use(self.final_norm)
+        self.wait_for_params(self.final_norm)
         out: torch.Tensor = self.final_norm(x_BsD)
         return out, all_stats
 
@@ -213,7 +207,7 @@ class GPT(nn.Module):
         """Logits ``[B, s, V]``, or with ``labels`` ``[B, s]`` (already shifted; -100 is ignored) the loss *sums*, in which
         a target counts ``weights`` ``[B, s]`` times (default 1)."""
         x_BsD, all_stats = self.hidden_states(input_ids, positions, documents)
-        self.before_use(self.lm_head)
+        self.wait_for_params(self.lm_head)
         if labels is None:
             logits: torch.Tensor = self.lm_head(x_BsD)
             return logits
@@ -266,6 +260,19 @@ class GPT(nn.Module):
 
 def _always_ready(module: nn.Module) -> None:
     """The gate of a model whose parameters are never on their way."""
+
+
+def fill_normal(parameter: torch.Tensor, spec: ParamSpec, box: Box, std: float, seed: int) -> None:
+    """Set ``parameter``, the ``box`` of the global tensor that this rank holds, to its part of the global draw.
+
+    Of stacked tensors each is drawn by its own index, and only those that are here.
+    """
+    if not spec.stacked:
+        parameter.copy_(box.cut(named_normal(spec.name, spec.shape, std, seed)))
+        return
+    for index, tensor in enumerate(parameter, start=box.start[0]):
+        drawn = named_normal(f"{spec.name}.{index}", spec.shape[1:], std, seed)
+        tensor.copy_(drawn[box.slices[1:]])
 
 
 def named_normal(name: str, shape: tuple[int, ...], std: float, seed: int) -> torch.Tensor:

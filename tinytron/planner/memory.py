@@ -88,10 +88,10 @@ def plan_memory(
 
 
 def _saved(buffers: Sequence[PlannedBuffer], layout: ParallelLayout) -> int:
-    """Main weights and states of the whole model: each shard once, of the experts of every rank."""
+    """Main weights and states of the whole model: each shard once, of every piece of the parameters that are cut."""
     return sum(
-        b.saved_bytes(shard, first_experts=part == 0)
+        b.saved_bytes(shard, first_piece=piece == 0)
         for b in buffers
         for shard in range(b.layout.num_shards)
-        for part in range(layout.ep if b.expert else 1)
+        for piece in range(layout.size(layout.pieces(b.axes)))
     )

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tinytron.distributed.layout import AXES, ParallelLayout
+from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.parallel_state import ParallelState
 
 DeviceKind = Literal["cpu", "cuda"]
@@ -48,11 +48,8 @@ class PretendState(ParallelState):
     @classmethod
     def of(cls, layout: ParallelLayout) -> PretendState:
         """The state of rank 0 of ``layout``."""
-        groups: dict[str, Any] = {axis: PretendGroup(len(layout.ranks(axis)[0])) for axis in AXES}
+        groups: dict[str, Any] = {axis: PretendGroup(layout.size(axis)) for axis in layout.axes}
         return cls(layout, 0, torch.device("cpu"), groups)
-
-    def group_rank(self, axis: str) -> int:
-        return 0
 
 
 class Pretending(TorchFunctionMode):

@@ -22,14 +22,14 @@ SCALAR = 4  # bytes of AdamW's step counter, in fp32
 
 @dataclass(frozen=True)
 class PlannedBuffer:
-    """One flat buffer before it exists: its layout, the shapes (of this rank) and names of its members, and the options of
-    its optimizer group. ``index`` of rank r's shard: r among the ranks of its group (see ``shard_of``)."""
+    """One flat buffer before it exists: its layout, the shapes (of this rank) and names of its members, the mesh ``axes``
+    that cut them, and the options of its optimizer group."""
 
     layout: BufferLayout
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     dtype: torch.dtype
-    expert: bool
+    axes: tuple[str, ...]
     options: Mapping[str, Any]
 
     @property
@@ -58,10 +58,8 @@ class PlannedBuffer:
         return self.owned * self.main_dtype.itemsize if self.dtype != self.main_dtype else 0
 
     def shard_of(self, rank: int, layout: ParallelLayout, sharded: bool) -> int:
-        """Which shard ``rank`` of the world owns."""
-        if not sharded:
-            return 0
-        return rank // layout.ep if self.expert else rank
+        """Which shard ``rank`` of the world owns: its place among the ranks that hold the same parameters."""
+        return layout.coordinate(rank, layout.replicas(self.axes)) if sharded else 0
 
     def state_bytes(self, shard: int) -> int:
         """Optimizer states of one shard."""
@@ -77,9 +75,9 @@ class PlannedBuffer:
             slot.index for slot in self.layout.slots if ranges[slot.bucket][0] <= slot.start < ranges[slot.bucket][1]
         ]
 
-    def saved_bytes(self, shard: int, *, first_experts: bool = True) -> int:
-        """What a checkpoint holds of one shard: main weights and states without padding. Counters stand once for all
-        experts, with the first ones."""
+    def saved_bytes(self, shard: int, *, first_piece: bool = True) -> int:
+        """What a checkpoint holds of one shard: main weights and states without padding. Counters are stored once for the
+        whole tensor, with its first piece."""
         size, total = self.main_dtype.itemsize, 0
         for slot in self.layout.slots:
             first, last = self.layout.owned(slot.bucket, shard)
@@ -89,7 +87,7 @@ class PlannedBuffer:
             if self.whole_tensors:
                 total += (here + muon_state(self.shapes[slot.index], self.options)) * size
             else:
-                total += 3 * here * size + SCALAR * (first <= slot.start and first_experts)
+                total += 3 * here * size + SCALAR * (first <= slot.start and first_piece)
         return total
 
 
@@ -108,18 +106,17 @@ def plan_buffers(
     options: Options,
 ) -> list[PlannedBuffer]:
     """The flat buffers that ``DistributedOptimizer`` makes of ``model``'s parameters in the optimizer's ``groups``: one per
-    group, precision and set of ranks that sum its gradients."""
+    group, precision and mesh axes that cut its members."""
     names = {id(p): name for name, p in model.named_parameters()}
     by_name = {spec.name: spec for spec in specs}
     buffers = []
     for given in groups:
         for group in group_parameters(given["params"], given, names, by_name):
-            expert = group.gradient_group == "expert"
-            shards = (layout.world_size // layout.ep if expert else layout.world_size) if options.shard else 1
+            shards = layout.size(layout.replicas(group.axes)) if options.shard else 1
             numels, shapes = [p.numel() for p in group.params], tuple(tuple(p.shape) for p in group.params)
             planned = plan_buffer(numels, shards, options.bucket_numel, whole_tensors=group.whole_tensors)
             members = tuple(spec.name for spec in group.specs)
-            buffers.append(PlannedBuffer(planned, members, shapes, group.params[0].dtype, expert, given))
+            buffers.append(PlannedBuffer(planned, members, shapes, group.params[0].dtype, group.axes, given))
     return buffers
 
 

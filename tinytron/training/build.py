@@ -128,8 +128,8 @@ def optimizer_options(config: Config, model: nn.Module) -> Options:
     )
 
 
-def parameter_gate(optimizer: DistributedOptimizer, model: nn.Module) -> Callable[[nn.Module], None]:
-    """What ``GPT.before_use`` calls: wait until a module's parameters have arrived."""
+def param_wait_hook(optimizer: DistributedOptimizer, model: nn.Module) -> Callable[[nn.Module], None]:
+    """What ``GPT.wait_for_params`` calls: wait until a module's parameters have arrived."""
     owned = {id(module): list(module.parameters()) for module in model.modules()}
     return lambda module: optimizer.finish_gather(owned[id(module)])
 

@@ -8,11 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch.nn as nn
-
 from tinytron.distributed import DistributedOptimizer
 from tinytron.distributed.parallel_state import ParallelState
-from tinytron.distributed.param_spec import specs_of
 from tinytron.distributed.replicas import check_replicas
 from tinytron.errors import TrainingError
 from tinytron.metrics import SpikeDetector
@@ -29,10 +26,8 @@ class Guards:
     waited for the device anyway.
     """
 
-    def __init__(
-        self, config: Config, state: ParallelState, folder: Path, optimizer: DistributedOptimizer, model: nn.Module
-    ) -> None:
-        self.config, self.state, self._optimizer, self._model = config, state, optimizer, model
+    def __init__(self, config: Config, state: ParallelState, folder: Path, optimizer: DistributedOptimizer) -> None:
+        self.config, self.state, self._optimizer = config, state, optimizer
         train = config.train
         self.spikes = SpikeDetector(train.spike_sigma, train.spike_window, state.device, state.groups["world"])
         self._watchdog = Watchdog(train.step_timeout, folder / f"stacks_rank{state.rank}.txt", state.rank)
@@ -53,7 +48,7 @@ class Guards:
         """``step`` is complete. Collective. Raises: TrainingError on every rank if the replicas diverged."""
         every = self.config.train.replica_check_every
         if every and step % every == 0:
-            check_replicas(step, self._optimizer, specs_of(self._model), self.state)
+            check_replicas(step, self._optimizer, self.state)
         self._signal = self._agreement.poll(self._request.received, last=last)
         self._watchdog.beat(step)
 

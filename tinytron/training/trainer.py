@@ -36,7 +36,7 @@ from tinytron.training.build import (
     build_saver,
     build_schedule,
     optimizer_options,
-    parameter_gate,
+    param_wait_hook,
 )
 from tinytron.training.config import Config
 from tinytron.training.derive import TrainingInfo, derive
@@ -79,7 +79,7 @@ class Trainer:
         self._init_optimizer(config)  # -> raw_optimizer, optimizer
         self._attach_optimizer()
         self._init_logging(config)  # -> log_dir, run_log
-        self._guards = Guards(config, self.state, self.log_dir, self.optimizer, self.raw_model)
+        self._guards = Guards(config, self.state, self.log_dir, self.optimizer)
         self._resume_from_checkpoint()  # -> step, and all of the above as it was
         self._init_metrics()
 
@@ -266,12 +266,10 @@ class Trainer:
         if not isinstance(self.optimizer, DistributedOptimizer):
             self.optimizer = DistributedOptimizer(optimizer=self.optimizer, process_group=self.dp_group)
         self.raw_optimizer = self.optimizer.inner
-        made = self.state.groups
-        groups = {"dense": made["world"], "expert": made["edp"], "ep": made["ep"]}
         options = optimizer_options(self.config, self.raw_model)
-        self.optimizer.attach(self.raw_model, specs_of(self.raw_model), groups, options)
+        self.optimizer.attach(self.raw_model, specs_of(self.raw_model), self.state, options)
         if isinstance(self.raw_model, GPT):
-            self.raw_model.before_use = parameter_gate(self.optimizer, self.raw_model)
+            self.raw_model.wait_for_params = param_wait_hook(self.optimizer, self.raw_model)
         if self.config.parallel.print_topology:
             self._say(describe_topology(self.state.layout, self.optimizer))
         count = sum(spec.numel for spec in specs_of(self.raw_model))  # of all experts, wherever they are

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +22,12 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from tinytron.distributed.collectives import Waitable
+from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import ParamSpec
+from tinytron.distributed.sharding import box_of
 from tinytron.distributed.zero1.flat_buffer import FlatBuffer, Member, Ownership, Piece
-from tinytron.distributed.zero1.grouping import group_parameters
+from tinytron.distributed.zero1.grouping import BufferGroup, group_parameters
+from tinytron.distributed.zero1.schedule import Bucket, ParamGather, ReductionSchedule
 from tinytron.errors import ConfigError
 
 
@@ -78,37 +82,38 @@ class DistributedOptimizer:
         self.options = Options(**options)
         group = process_group if process_group is not None else dist.group.WORLD
         assert group is not None, "initialise the process group before DistributedOptimizer"
-        self._group = group
         self._model_params: list[list[nn.Parameter]] = [list(g["params"]) for g in optimizer.param_groups]
+        self._state = ParallelState.of_group(group, self._model_params[0][0].device)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._gathers: dict[tuple[int, int], Waitable | None] = {}
-        self._home: dict[int, tuple[FlatBuffer, int]] = {}
-        self._buffers: list[FlatBuffer] | None = None
+        self._buffers: list[FlatBuffer] = []
+        self._gather = ParamGather([])
         self._reset_counters()
+
+    def prepare(self) -> None:
+        """Make the flat buffers of an optimizer that is used without ``attach``, unless they exist. Collective."""
+        if not self._buffers:
+            flat = [p for params in self._model_params for p in params]
+            self._build({id(p): f"param{i}" for i, p in enumerate(flat)}, {})
 
     @property
     def buffers(self) -> list[FlatBuffer]:
-        """The flat buffers, in the order of the optimizer's groups."""
-        if self._buffers is None:
-            flat = [p for params in self._model_params for p in params]
-            groups = {"dense": self._group, "expert": self._group, "ep": self._group}
-            self._build({id(p): f"param{i}" for i, p in enumerate(flat)}, {}, groups)
-        assert self._buffers is not None, "built above"
+        """The flat buffers, in the order of the optimizer's groups; made first if need be (``prepare``)."""
+        self.prepare()
         return self._buffers
 
     def attach(
         self,
         model: nn.Module,
         specs: Sequence[ParamSpec],
-        groups: Mapping[str, dist.ProcessGroup],
+        state: ParallelState,
         options: Options | None = None,
     ) -> None:
-        """Learn the parameters' names and gradient groups, and lay the buffers out. Collective.
+        """Learn the parameters' names and how they are sharded over the ranks of ``state``, and lay the buffers out.
+        Collective.
 
-        ``groups`` maps ``"dense"`` and ``"expert"`` to the ranks that gradients are summed over, and ``"ep"`` to those that
-        hold different experts (needed with expert parameters only). It replaces ``process_group``, so that a wrapper made
-        with the data-parallel group is right at any sequence- and expert-parallel size. ``options`` fills in what the
-        constructor was not given. Raises: ConfigError if the optimizer misses a trainable parameter of ``model``.
+        ``state`` replaces ``process_group``, so that a wrapper made with the data-parallel group is right on any layout.
+        ``options`` fills in what the constructor was not given. Raises: ConfigError if the optimizer misses a trainable
+        parameter of ``model``.
         """
         if options is not None:
             self.options = dataclasses.replace(options, **self._given)
@@ -120,11 +125,10 @@ class DistributedOptimizer:
                 f"the optimizer does not update {len(missing)} trainable parameters ({', '.join(missing[:3])}, ...); "
                 "build it from self.raw_model.parameters(), or set requires_grad=False on those"
             )
-        self._build(names, {spec.name: spec for spec in specs}, groups)
+        self._state = state
+        self._build(names, {spec.name: spec for spec in specs})
 
-    def _build(
-        self, names: Mapping[int, str], specs: Mapping[str, ParamSpec], groups: Mapping[str, dist.ProcessGroup]
-    ) -> None:
+    def _build(self, names: Mapping[int, str], specs: Mapping[str, ParamSpec]) -> None:
         for hook in self._hooks:
             hook.remove()
         self.finish_gather()
@@ -132,8 +136,8 @@ class DistributedOptimizer:
         for options, params in zip(self.inner.param_groups, self._model_params, strict=True):
             made = [
                 FlatBuffer(
-                    [_member(p, spec, groups) for p, spec in zip(group.params, group.specs, strict=True)],
-                    self._ownership(group.gradient_group, groups, group.whole_tensors),
+                    _members(group, self._state),
+                    self._ownership(group.axes, group.whole_tensors),
                     bucket_numel=self.options.bucket_numel,
                     grad_as_view=self.options.grad_as_view,
                 )
@@ -152,59 +156,41 @@ class DistributedOptimizer:
         self._growth_tracker = torch.zeros((), dtype=torch.int32, device=device) if scaling else None
         self.skipped_steps = torch.zeros((), device=device)
 
-    def _ownership(self, kind: str, groups: Mapping[str, dist.ProcessGroup], whole_tensors: bool) -> Ownership:
-        """Dense gradients exist on all ranks, each expert's on the ranks of one expert-data-parallel group."""
-        if self.options.shard:
-            norm_group: dist.ProcessGroup | None = groups["dense"]  # all shards of all experts
-        else:
-            norm_group = groups["ep"] if kind == "expert" else None
-        return Ownership(groups[kind], self.options.shard, whole_tensors, norm_group, self.options.reduce_dtype)
+    def _ownership(self, axes: tuple[str, ...], whole_tensors: bool) -> Ownership:
+        """Who sums and owns parameters that are cut over ``axes``; in the norm each of their elements counts once."""
+        layout, groups = self._state.layout, self._state.groups
+        norm_group: dist.ProcessGroup | None = groups["world"]  # every rank owns other elements
+        if not self.options.shard:  # replicas own the same ones
+            norm_group = groups[layout.pieces(axes)] if axes else None
+        group = groups[layout.replicas(axes)]
+        return Ownership(axes, group, self.options.shard, whole_tensors, norm_group, self.options.reduce_dtype)
 
     def _plan_reductions(self, order: Mapping[int, int]) -> None:
-        """Fix one order of buckets for all ranks: by when backward (last parameter first) completes them."""
-        self._home = {}
-        on_grad_ready = weakref.WeakMethod(self._on_grad_ready)
-
-        def ready(param: nn.Parameter) -> None:  # parameter -> hook -> optimizer -> parameter would never be freed
-            if method := on_grad_ready():
-                method(param)
-
-        first_param: dict[tuple[int, int], int] = {}
-        for i, buffer in enumerate(self.buffers):
+        """Have every parameter tell when its gradient is there; ``order``: their places in the order of registration."""
+        positions: dict[Bucket, list[int]] = {}
+        for i, buffer in enumerate(self._buffers):
             for slot in buffer.layout.slots:
                 param = buffer.params[slot.index]
-                self._home[id(param)] = (buffer, slot.bucket)
-                position = order.get(id(param), 0)
-                first_param[i, slot.bucket] = min(position, first_param.get((i, slot.bucket), position))
+                positions.setdefault((i, slot.bucket), []).append(order.get(id(param), 0))
+                ready = partial(_call_if_alive, weakref.WeakMethod(self._on_grad_ready), (i, slot.bucket), slot.index)
                 self._hooks.append(param.register_post_accumulate_grad_hook(ready))
-        self._sequence = [(self.buffers[i], b) for (i, b), _ in sorted(first_param.items(), key=lambda kv: -kv[1])]
+        self._schedule = ReductionSchedule(positions)
+        self._gather = ParamGather(self._buffers)
         self._launching = False
-        self._reset_reductions()
-
-    def _reset_reductions(self) -> None:
-        self._missing = {
-            (id(buffer), b): sum(slot.bucket == b for slot in buffer.layout.slots) for buffer, b in self._sequence
-        }
-        self._seen: set[int] = set()
         self._works: list[Waitable] = []
 
-    def _on_grad_ready(self, param: torch.Tensor) -> None:
-        buffer, bucket = self._home[id(param)]
+    def _on_grad_ready(self, bucket: Bucket, member: int) -> None:
+        buffer = self._buffers[bucket[0]]
         if buffer.grad_as_view:
-            buffer.take_grad(param)
-        if self._launching and id(param) not in self._seen:
-            self._seen.add(id(param))
-            self._missing[id(buffer), bucket] -= 1
+            buffer.take_grad(member)
+        if self._launching:
+            self._schedule.arrive(bucket, member)
             if self.options.overlap_grad_reduce:
                 self._launch(only_complete=True)
 
     def _launch(self, *, only_complete: bool) -> None:
-        # Strictly in sequence: ranks whose gradients come in another order must still agree on what is exchanged.
-        while len(self._works) < len(self._sequence):
-            buffer, bucket = self._sequence[len(self._works)]
-            if only_complete and self._missing[id(buffer), bucket] > 0:
-                return
-            self._works.append(buffer.reduce_bucket(bucket))
+        for i, bucket in self._schedule.due(only_complete=only_complete):
+            self._works.append(self._buffers[i].reduce_bucket(bucket))
 
     @contextmanager
     def accumulate(self, *, last: bool) -> Iterator[None]:
@@ -212,12 +198,17 @@ class DistributedOptimizer:
 
         Raises: ConfigError after the last backward if a parameter got no gradient, unless ``allow_unused``.
         """
-        _ = self.buffers  # made before the first gradient
+        self.prepare()
         self._launching = last
         yield
         self._launching = False
         if last:
-            unused = [m.name for b in self.buffers for m in b.members if id(m.param) not in self._seen]
+            unused = [
+                member.name
+                for i, buffer in enumerate(self._buffers)
+                for m, member in enumerate(buffer.members)
+                if not self._schedule.has(i, m)
+            ]
             if unused and not self.options.allow_unused:
                 raise ConfigError(
                     f"{len(unused)} parameters got no gradient in the last backward ({', '.join(unused[:3])}, ...); "
@@ -238,11 +229,12 @@ class DistributedOptimizer:
         norm skips the update on every rank alike and is counted in ``skipped_steps``; so does a true ``reject(norm)``,
         a device scalar that must be the same on all ranks. Collective.
         """
-        _ = self.buffers  # made here if nobody used ``accumulate``; gradients that exist are kept
+        self.prepare()  # here if ``accumulate`` was not used; gradients that exist are kept
         self._launch(only_complete=False)
         for work in self._works:
             work.wait()
-        self._reset_reductions()
+        self._works = []
+        self._schedule.reset()
         norm = self._grad_norm() / self.loss_scale
         overflow = (~torch.isfinite(norm)).float()
         skip = overflow if reject is None else torch.maximum(overflow, reject(norm).float())
@@ -258,7 +250,7 @@ class DistributedOptimizer:
             torch._amp_update_scale_(self.loss_scale, self._growth_tracker, overflow, 2.0, 0.5, 2000)
         self.finish_gather()  # whatever no forward has waited for
         # In the order in which the next forward needs them: the reverse of how backward filled them.
-        self._gathers = {(id(buffer), b): buffer.publish(b) for buffer, b in reversed(self._sequence)}
+        self._gather.start(reversed(self._schedule.order))
         if not self.options.overlap_param_gather:
             self.finish_gather()
         return norm
@@ -266,17 +258,7 @@ class DistributedOptimizer:
     def finish_gather(self, params: Iterable[nn.Parameter] | None = None) -> None:
         """Wait until ``params`` (default: all) hold the last step's values. Needed before they are read other than
         through the model's forward, which waits block by block."""
-        if not self._gathers:
-            return
-        keys = list(self._gathers) if params is None else [self._home_key(p) for p in params if id(p) in self._home]
-        for key in keys:
-            work = self._gathers.pop(key, None)
-            if work is not None:
-                work.wait()
-
-    def _home_key(self, param: nn.Parameter) -> tuple[int, int]:
-        buffer, bucket = self._home[id(param)]
-        return id(buffer), bucket
+        self._gather.finish(params)
 
     def _inner_step(self, skip: torch.Tensor) -> None:
         # Not without states: fused SGD would make its momentum in a skipped step, uninitialised (torch 2.13).
@@ -337,6 +319,23 @@ class DistributedOptimizer:
         }
 
 
-def _member(param: nn.Parameter, spec: ParamSpec, groups: Mapping[str, dist.ProcessGroup]) -> Member:
-    part = dist.get_rank(groups["ep"]) if spec.shard_axis is not None else 0
-    return Member(param, spec.name, spec.numel, part * param.numel())
+def _members(group: BufferGroup, state: ParallelState) -> list[Member]:
+    """The members of a buffer. Raises: ConfigError if a parameter is not what its spec says."""
+    members = []
+    for param, spec in zip(group.params, group.specs, strict=True):
+        box = box_of(spec, state)
+        if tuple(param.shape) != box.size:
+            raise ConfigError(
+                f"parameter {spec.name} has the shape {list(param.shape)}, but by its ParamSpec this rank holds "
+                f"{list(box.size)} of {list(spec.shape)}; let param_specs() give the global shape and its shards"
+            )
+        members.append(Member(param, spec.name, box))
+    return members
+
+
+def _call_if_alive(
+    method: weakref.WeakMethod[Callable[[Bucket, int], None]], bucket: Bucket, member: int, _: Any
+) -> None:
+    """A parameter's hook. A strong reference would be a cycle through it that is never freed."""
+    if (alive := method()) is not None:
+        alive(bucket, member)

@@ -16,26 +16,27 @@ from tinytron.distributed.collectives import (
     start_all_reduce,
     start_reduce_scatter,
 )
+from tinytron.distributed.sharding import Box, Run
 from tinytron.distributed.zero1.buckets import BufferLayout, plan_buffer
 
 
 @dataclass(frozen=True)
 class Member:
-    """A parameter of a buffer and its place in the global tensor ``name`` of ``numel`` elements: it holds the elements
-    from ``offset`` on (0 and all of them, except for the experts of one rank)."""
+    """A parameter of a buffer, and the ``box`` of the global tensor ``name`` that it holds."""
 
     param: nn.Parameter
     name: str
-    numel: int
-    offset: int = 0
+    box: Box
 
 
 @dataclass(frozen=True)
 class Ownership:
-    """Who sums and who owns: gradients are summed over ``group``; with ``shard`` each of its ranks owns a part of every
-    bucket, by elements or (``whole_tensors``) by whole tensors; squares of owned gradients add up over ``norm_group``.
-    ``reduce_dtype`` is the precision of gradients on the wire (default: that of the buffer)."""
+    """Who sums and who owns: gradients of parameters that are cut over the mesh ``axes`` are summed over ``group``; with
+    ``shard`` each of its ranks owns a part of every bucket, by elements or (``whole_tensors``) by whole tensors; squares of
+    owned gradients add up over ``norm_group``. ``reduce_dtype`` is the precision of gradients on the wire (default: that of
+    the buffer)."""
 
+    axes: tuple[str, ...]
     group: dist.ProcessGroup
     shard: bool
     whole_tensors: bool = False
@@ -45,22 +46,33 @@ class Ownership:
 
 @dataclass(frozen=True)
 class Piece:
-    """The part of tensor ``name`` that this rank owns: its flattened elements ``[offset, offset + len(main))``.
+    """The part of tensor ``name`` that this rank owns: of the flattened ``box`` that it holds the elements from ``first``
+    on, as many as ``main`` has.
 
     ``main`` is the fp32 (fp64 for fp64 models) master copy; ``holder`` and ``start`` say which parameter of the inner
     optimizer it is a part of, and from which element.
     """
 
     name: str
-    numel: int
-    offset: int
+    box: Box
+    first: int
     main: torch.Tensor
     holder: nn.Parameter
     start: int
 
+    @property
+    def numel(self) -> int:
+        """Number of elements of the global tensor."""
+        return self.box.numel
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """Where the elements of ``main``, in order, are in the flattened global tensor."""
+        return self.box.runs(self.first, self.first + len(self.main))
+
 
 class FlatBuffer:
-    """All parameters of one kind (same optimizer group, dtype and gradient group) in flat memory.
+    """All parameters of one kind (same optimizer group, dtype and mesh axes that cut them) in flat memory.
 
     The members become views of one buffer and their ``.grad`` views of another, in fp32 (fp64 for fp64 parameters), so
     accumulation over micro-batches and the reduction over ranks lose nothing to bf16. ``shards`` are what the inner
@@ -81,18 +93,18 @@ class FlatBuffer:
         self.main_dtype = torch.promote_types(dtype, torch.float32)
         self.param_data = torch.zeros(self.layout.numel, dtype=dtype, device=device)
         self.grad_data = torch.zeros(self.layout.numel, dtype=self.main_dtype, device=device)
-        self._grad_views: dict[int, torch.Tensor] = {}  # by id of the parameter
+        self._grad_views: list[torch.Tensor] = [self.grad_data] * len(self.params)  # each set below
         for slot in self.layout.slots:
             param = self.params[slot.index]
             view = self.param_data[slot.start : slot.end].view_as(param)
             view.copy_(param.data)
             param.data = view
-            self._grad_views[id(param)] = self.grad_data[slot.start : slot.end].view_as(param)
+            self._grad_views[slot.index] = self.grad_data[slot.start : slot.end].view_as(param)
         # A model of the user's own may have been initialised differently on every rank: the first one's weights count.
         dist.broadcast(self.param_data, group=own.group, group_src=0)
-        for param in self.params:  # gradients of before count
+        for member, param in enumerate(self.params):
             if param.grad is not None:
-                self.take_grad(param)
+                self.take_grad(member)  # keep gradients accumulated before the buffer existed
             else:
                 self._release_grad(param)
         wire_dtype = own.reduce_dtype or self.main_dtype
@@ -133,12 +145,12 @@ class FlatBuffer:
         return flat[self.layout.buckets[bucket].start : self.layout.buckets[bucket].end]
 
     @torch.no_grad()
-    def take_grad(self, param: torch.Tensor) -> None:
-        """Move the gradient that autograd made for ``param`` into the buffer, where later ones are added to it.
+    def take_grad(self, member: int) -> None:
+        """Move the gradient that autograd made for a member into the buffer, where later ones are added to it.
 
         Moving the first one costs a third of the memory traffic of zeroing the buffer, casting and adding.
         """
-        view = self._grad_views[id(param)]
+        param, view = self.params[member], self._grad_views[member]
         if param.grad is not None and param.grad is not view:
             view.copy_(param.grad)
             if self.grad_as_view:
@@ -161,8 +173,8 @@ class FlatBuffer:
             if slot.bucket == bucket:
                 param = self.params[slot.index]
                 if param.grad is None:  # unused, or set to None by the user's code
-                    self._grad_views[id(param)].zero_()
-                self.take_grad(param)
+                    self._grad_views[slot.index].zero_()
+                self.take_grad(slot.index)
         whole, own = self._whole(self.grad_data, bucket), self._owned(self.grad_data, bucket)
         if not self.own.shard:
             return start_all_reduce(whole, self.own.group)
@@ -183,8 +195,8 @@ class FlatBuffer:
         for b in self._bucket_ids():
             self._owned(self.grad_data, b).mul_(factor)
 
-    def publish(self, bucket: int) -> Waitable | None:
-        """Start making a bucket's updated shards the model's parameters on every rank of the group."""
+    def start_param_gather(self, bucket: int) -> Waitable | None:
+        """Start the all-gather that makes a bucket's updated shards the model's parameters on every rank of the group."""
         own = self._owned(self.param_data, bucket)
         if own.dtype != self.main_dtype:
             own.copy_(self._mains[bucket])
@@ -205,5 +217,4 @@ class FlatBuffer:
                 low, high = max(start, slot.start), min(end, slot.end)
                 if bucket == slot.bucket and low < high:
                     main = shard.data.view(-1)[low - start : high - start]
-                    offset = member.offset + low - slot.start
-                    yield Piece(member.name, member.numel, offset, main, shard, low - start)
+                    yield Piece(member.name, member.box, low - slot.start, main, shard, low - start)

@@ -1,26 +1,27 @@
-"""Which parameters share a flat buffer: those of one optimizer group, precision and set of ranks that sum their gradients.
+"""Which parameters share a flat buffer: those of one optimizer group, precision and set of mesh axes that cut them.
 Pure, so that what is planned and what is built cannot differ."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn as nn
 
 from tinytron.distributed.param_spec import ParamSpec
+from tinytron.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class BufferGroup:
-    """The parameters of one flat buffer with their specs, in registration order; ``whole_tensors``: ranks own whole
-    matrices of it (Muon) instead of ranges of elements."""
+    """The parameters of one flat buffer with their specs, in registration order. ``axes`` are the mesh axes that cut all
+    of them; ``whole_tensors``: ranks own whole matrices of it (Muon) instead of ranges of elements."""
 
     params: tuple[nn.Parameter, ...]
     specs: tuple[ParamSpec, ...]
-    gradient_group: Literal["dense", "expert"]
+    axes: tuple[str, ...]
     whole_tensors: bool
 
 
@@ -29,17 +30,22 @@ def group_parameters(
 ) -> list[BufferGroup]:
     """The buffers of one optimizer group with ``options``, in the order of their first parameters.
 
-    ``names`` maps each parameter's id to its name, in registration order; a name without a spec is a dense matrix.
-    Parameters that need no gradient are left out.
+    ``names`` maps each parameter's id to its name, in registration order; a name without a spec is a matrix that is not
+    cut. Parameters that need no gradient are left out. Raises: ConfigError if Muon is given parts of matrices.
     """
     order = {key: i for i, key in enumerate(names)}
-    kinds: dict[tuple[torch.dtype, Literal["dense", "expert"]], list[tuple[nn.Parameter, ParamSpec]]] = {}
+    whole = options.get("kind") == "muon"
+    kinds: dict[tuple[torch.dtype, tuple[str, ...]], list[tuple[nn.Parameter, ParamSpec]]] = {}
     for p in sorted((p for p in params if p.requires_grad), key=lambda p: order.get(id(p), 0)):
         name = names.get(id(p), "")
         spec = specs.get(name) or ParamSpec(name, tuple(p.shape), "matrix")
-        kinds.setdefault((p.dtype, spec.gradient_group), []).append((p, spec))
-    whole = options.get("kind") == "muon"
+        if whole and (cut := [shard for shard in spec.shards if shard.dim >= len(spec.shape) - 2]):
+            raise ConfigError(
+                f"Muon needs whole matrices, and dimension {cut[0].dim} of {name} is cut over {cut[0].axis}; "
+                "use --optimizer adamw"
+            )
+        kinds.setdefault((p.dtype, spec.axes), []).append((p, spec))
     return [
-        BufferGroup(tuple(p for p, _ in members), tuple(spec for _, spec in members), gradient_group, whole)
-        for (_, gradient_group), members in kinds.items()
+        BufferGroup(tuple(p for p, _ in members), tuple(spec for _, spec in members), axes, whole)
+        for (_, axes), members in kinds.items()
     ]
