@@ -30,10 +30,10 @@ from typing import Any
 
 from tinytron.cli import entry
 from tinytron.data import documents, prepare
-from tinytron.data.text import sources
-from tinytron.data.tokenizers import END_TOKENS, load_hub_tokenizer
 from tinytron.distributed.agreement import together
 from tinytron.errors import ConfigError
+from tinytron.text import sources
+from tinytron.text.tokenizers import END_TOKENS, load_hub_tokenizer
 from tinytron.training import Config, Trainer, build_config, parse_args
 from tinytron.training.arguments import show_config
 from tinytron.training.dry_run import dry_run

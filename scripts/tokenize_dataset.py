@@ -14,8 +14,8 @@ import signal
 import sys
 
 from tinytron.cli import entry
-from tinytron.data.text.options import parse_options
-from tinytron.data.text.tokenize import tokenize_dataset
+from tinytron.text.options import parse_options
+from tinytron.text.tokenize import tokenize_dataset
 from tinytron.utils.signals import STOP_SIGNALS, StopRequest
 
 

@@ -22,8 +22,8 @@ import torch
 
 from tinytron.cli import entry
 from tinytron.data.prepare import file_states, prepare_once, recipe_hash, token_dtype, write_token_shards
-from tinytron.data.tokenizers import BPE_END, train_bpe
 from tinytron.errors import DataError
+from tinytron.text.tokenizers import BPE_END, train_bpe
 from tinytron.utils.profile import measured_matmul_rate
 
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}

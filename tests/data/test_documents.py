@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from tinytron.data import documents
-from tinytron.data.text import parts, sources
 from tinytron.errors import ConfigError, DataError
+from tinytron.text import parts, sources
 
 
 def _jsonl(path: Path, rows: list[Any]) -> Path:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from tinytron.data.formats import open_shard
-from tinytron.data.text.options import TokenizeOptions, parse_options
-from tinytron.data.text.tokenize import Outcome, tokenize_dataset
-from tinytron.data.text.worker_pool import WORKER
+from tinytron.text.options import TokenizeOptions, parse_options
+from tinytron.text.tokenize import Outcome, tokenize_dataset
+from tinytron.text.worker_pool import WORKER
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests fork; before the first use
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, here or in a process started from here

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "tinytron"
 FLOORS = (
     ("errors", "utils"),
     ("distributed", "kernels"),
-    ("model", "data", "optim", "metrics"),
+    ("model", "data", "text", "optim", "metrics"),
     ("checkpoint", "interop", "inference", "evaluation", "planner"),
     ("training",),
     ("cli",),

@@ -18,10 +18,10 @@ from tests.helpers.runs import ROOT
 from tests.inference.models import greedy, make_model
 from tinytron.checkpoint import load_model
 from tinytron.checkpoint.model import model_config_of
-from tinytron.data.run_tokenizer import find_tokenizer, shard_folders, tokenizer_of_run
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.inference.generate import main
 from tinytron.model import GPT
+from tinytron.text.run_tokenizer import find_tokenizer, shard_folders, tokenizer_of_run
 
 pytest.importorskip("tokenizers")
 PROMPT = "the quick brown"
@@ -218,7 +218,7 @@ def test_the_tokenizer_a_manifest_names(made: Path, tmp_path: Path, monkeypatch:
     asked: list[str] = []
     for kind, loader in (("encoding_name", "from_tiktoken"), ("tokenizer_name", "from_hub")):
         path.write_text(json.dumps(manifest | {"tokenizer": manifest["tokenizer"] | {"kind": kind, "name": kind}}))
-        monkeypatch.setattr(f"tinytron.data.run_tokenizer.{loader}", lambda name: asked.append(name))
+        monkeypatch.setattr(f"tinytron.text.run_tokenizer.{loader}", lambda name: asked.append(name))
         find_tokenizer(str(tmp_path / "data"))
     assert asked == ["encoding_name", "tokenizer_name"]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tinytron.data.manifest import TOKENIZER, read_manifest
-from tinytron.data.run_tokenizer import shard_folders
 from tinytron.errors import ConfigError, DataError
+from tinytron.text.run_tokenizer import shard_folders
 
 # What transformers may look for in a folder; ``vocab.json`` and ``merges.txt`` make old tokenizers.
 _FILES = (

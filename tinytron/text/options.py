@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from tinytron.data.formats import MAX_TOKENS
-from tinytron.data.tokenizers import SMALLEST_BPE, Kind
 from tinytron.errors import ConfigError
+from tinytron.text.tokenizers import SMALLEST_BPE, Kind
 from tinytron.utils.flags import Flag, Parser, add_flag, config_fields, parse_strictly
 
 TOKENIZERS: tuple[Kind, ...] = ("tokenizer_name", "encoding_name", "tokenizer_path", "train_bpe")

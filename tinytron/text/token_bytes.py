@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from tinytron.data.manifest import TOKENIZER
-from tinytron.data.run_tokenizer import shard_folders
 from tinytron.errors import DataError
+from tinytron.text.run_tokenizer import shard_folders
 
 _SPACE = "\u2581"  # how SentencePiece writes a space
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tinytron.data.documents import BATCH_CHARS, as_data_error, whole_characters
-from tinytron.data.text.sources import Chunk, Source
-from tinytron.data.tokenizers import Encode, encode_documents
+from tinytron.text.sources import Chunk, Source
+from tinytron.text.tokenizers import Encode, encode_documents
 
 VAL = "val"
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinytron.data.text.sources import START, Place
-from tinytron.data.text.token_writer import SplitWriter
 from tinytron.errors import DataError
+from tinytron.text.sources import START, Place
+from tinytron.text.token_writer import SplitWriter
 from tinytron.utils.training import write_atomically
 
 STATE = "tokenize.state"

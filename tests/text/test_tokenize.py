@@ -26,7 +26,7 @@ from tests.helpers.corpus import (  # noqa: E402
 from tinytron.data.formats import open_shard  # noqa: E402
 from tinytron.data.manifest import read_manifest  # noqa: E402
 from tinytron.data.prepare import file_states  # noqa: E402
-from tinytron.data.text import parts  # noqa: E402
+from tinytron.text import parts  # noqa: E402
 
 TEXTS = make_texts(60)
 
@@ -69,8 +69,8 @@ def test_tokens_documents_and_manifest_are_those_of_a_plain_loop(made: Path, tmp
 def test_the_command_of_the_manifest_makes_the_same_again(made: Path, tmp_path: Path) -> None:
     import shlex
 
-    from tinytron.data.text.options import parse_options
-    from tinytron.data.text.tokenize import tokenize_dataset
+    from tinytron.text.options import parse_options
+    from tinytron.text.tokenize import tokenize_dataset
 
     flags = ("--val_fraction", 0.2, "--eot_position", "append", "--token_dtype", "uint32")
     manifest = tokenise(made / "c.jsonl", made / "tokenizer.json", tmp_path / "a", *flags).manifest
@@ -223,8 +223,8 @@ def test_overwriting_removes_what_was_there_and_nothing_else(made: Path, tmp_pat
 def test_the_own_tokenizer_is_trained_once_without_validation_texts(made: Path, tmp_path: Path) -> None:
     import tokenizers
 
-    from tinytron.data.text.chunk_encoder import is_held_out
-    from tinytron.data.tokenizers import train_bpe
+    from tinytron.text.chunk_encoder import is_held_out
+    from tinytron.text.tokenizers import train_bpe
 
     flags = (made / "c.jsonl", None, tmp_path / "a", "--train_bpe", 300, "--val_fraction", 0.3)
     tokenise(*flags)

@@ -19,10 +19,10 @@ parquet = pytest.importorskip("pyarrow.parquet")
 
 from tests.helpers.corpus import contents, make_texts, make_tokenizer, options, tokenise, workers, write_jsonl  # noqa: E402
 from tinytron.data.formats import write_shard  # noqa: E402
-from tinytron.data.text import token_writer  # noqa: E402
-from tinytron.data.text.options import parse_options  # noqa: E402
-from tinytron.data.text.tokenize import LOCK, tokenize_dataset  # noqa: E402
 from tinytron.errors import ConfigError, DataError, TinytronError  # noqa: E402
+from tinytron.text import token_writer  # noqa: E402
+from tinytron.text.options import parse_options  # noqa: E402
+from tinytron.text.tokenize import LOCK, tokenize_dataset  # noqa: E402
 
 TEXTS = make_texts(30)
 

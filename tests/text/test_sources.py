@@ -16,8 +16,8 @@ pyarrow = pytest.importorskip("pyarrow")
 
 from tinytron.data import documents  # noqa: E402
 from tinytron.data.manifest import read_manifest  # noqa: E402
-from tinytron.data.text import parts, sources  # noqa: E402
 from tinytron.errors import DataError  # noqa: E402
+from tinytron.text import parts, sources  # noqa: E402
 
 TEXTS = make_texts(40)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from tinytron.data.manifest import TOKENIZER, read_manifest
 from tinytron.data.mixture_file import read_mixture
 from tinytron.data.remote import local_dataset_path
-from tinytron.data.tokenizers import TextTokenizer, from_file, from_hub, from_tiktoken
 from tinytron.errors import ConfigError
+from tinytron.text.tokenizers import TextTokenizer, from_file, from_hub, from_tiktoken
 from tinytron.utils.remote import is_remote
 
 

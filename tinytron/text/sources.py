@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 from tinytron.data.documents import SUFFIXES, as_data_error, find_text_files, require_package, text_of
 from tinytron.data.prepare import file_states
-from tinytron.data.text.parts import Part, Place, find_parts, read_part
 from tinytron.errors import ConfigError
+from tinytron.text.parts import Part, Place, find_parts, read_part
 
 CHUNK_BYTES = 2**24  # about the most that one chunk holds
 START = Place()

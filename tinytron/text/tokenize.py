@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from tinytron.data import tokenizers
 from tinytron.data.documents import whole_characters
 from tinytron.data.manifest import (
     MANIFEST,
@@ -32,14 +31,15 @@ from tinytron.data.manifest import (
     write_manifest,
 )
 from tinytron.data.prepare import locked
-from tinytron.data.text.chunk_encoder import VAL, ChunkEncoder, Encoded, is_held_out
-from tinytron.data.text.options import TokenizeOptions
-from tinytron.data.text.sources import START, Source, open_source
-from tinytron.data.text.state import STATE, Recipe, State, difference, read_state, write_state
-from tinytron.data.text.token_writer import SplitWriter, shard_name
-from tinytron.data.text.worker_pool import WorkerPool
-from tinytron.data.tokenizers import TextTokenizer
 from tinytron.errors import ConfigError, DataError
+from tinytron.text import tokenizers
+from tinytron.text.chunk_encoder import VAL, ChunkEncoder, Encoded, is_held_out
+from tinytron.text.options import TokenizeOptions
+from tinytron.text.sources import START, Source, open_source
+from tinytron.text.state import STATE, Recipe, State, difference, read_state, write_state
+from tinytron.text.token_writer import SplitWriter, shard_name
+from tinytron.text.tokenizers import TextTokenizer
+from tinytron.text.worker_pool import WorkerPool
 from tinytron.utils.signals import StopRequest
 from tinytron.utils.training import write_atomically
 

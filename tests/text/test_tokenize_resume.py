@@ -23,9 +23,9 @@ pytest.importorskip("pyarrow")
 from tests.helpers.corpus import contents, make_texts, make_tokenizer, tokenise, tokens_of, write_jsonl
 from tests.helpers.runs import ROOT
 from tinytron.data.manifest import read_manifest
-from tinytron.data.text import parts, sources, tokenize
-from tinytron.data.text.chunk_encoder import ChunkEncoder
 from tinytron.errors import ConfigError, DataError
+from tinytron.text import parts, sources, tokenize
+from tinytron.text.chunk_encoder import ChunkEncoder
 from tinytron.utils import training
 from tinytron.utils.signals import StopRequest
 

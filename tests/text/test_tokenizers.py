@@ -18,7 +18,8 @@ tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 tiktoken = pytest.importorskip("tiktoken")
 
-from tinytron.data.tokenizers import (  # noqa: E402
+from tinytron.errors import ConfigError, DataError  # noqa: E402
+from tinytron.text.tokenizers import (  # noqa: E402
     BPE_END,
     encode_documents,
     first_bytes,
@@ -27,7 +28,6 @@ from tinytron.data.tokenizers import (  # noqa: E402
     from_tiktoken,
     train_bpe,
 )
-from tinytron.errors import ConfigError, DataError  # noqa: E402
 
 TEXTS = make_texts(20)
 PLUGIN = """
@@ -98,7 +98,7 @@ def test_a_tokenizer_in_python_gives_plain_ids(tmp_path: Path) -> None:
         def _convert_token_to_id(self, token: str) -> int:
             return self.get_vocab().get(token, 0)
 
-    from tinytron.data.tokenizers import _Slow
+    from tinytron.text.tokenizers import _Slow
 
     assert _ids(_Slow(Letters()), ["abz", "b"]) == [[0, 1, 25], [1]]
 

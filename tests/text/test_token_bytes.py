@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from tests.helpers.corpus import EOT, make_texts, make_tokenizer
-from tinytron.data.run_tokenizer import TOKENIZER
-from tinytron.data.token_bytes import token_bytes, token_bytes_of_data
 from tinytron.errors import DataError
+from tinytron.text.run_tokenizer import TOKENIZER
+from tinytron.text.token_bytes import token_bytes, token_bytes_of_data
 
 tokenizers = pytest.importorskip("tokenizers")
 TEXTS = [text.replace(EOT, "") for text in make_texts(30)]
