@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.corpus import EOT, make_texts, make_tokenizer, tokenise, write_jsonl
+from tests.helpers.corpus import EOT, make_texts, make_tokenizer, tokenize, write_jsonl
 from tests.helpers.runs import ROOT
 from tests.inference.models import greedy, make_model
 from tinytron.checkpoint import load_model
@@ -32,7 +32,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``run``: a run folder with weights of two steps; ``data``: its token shards, with tokenizer and manifest."""
     root = tmp_path_factory.mktemp("made")
     make_tokenizer(root / "tokenizer.json")
-    tokenise(write_jsonl(root / "texts.jsonl", make_texts(20)), root / "tokenizer.json", root / "data")
+    tokenize(write_jsonl(root / "texts.jsonl", make_texts(20)), root / "tokenizer.json", root / "data")
     model = make_model("some windows", torch.float32, vocab_size=420, block_size=24)
     (root / "run").mkdir()
     for step in (5, 20):
@@ -182,7 +182,7 @@ def test_the_end_of_text_where_no_manifest_tells(made: Path, tmp_path: Path) -> 
 
 def test_documents_that_end_with_the_end_of_text(made: Path, tmp_path: Path) -> None:
     text = write_jsonl(tmp_path / "texts.jsonl", make_texts(5))
-    tokenise(text, made / "tokenizer.json", tmp_path / "data", "--eot_position", "append")
+    tokenize(text, made / "tokenizer.json", tmp_path / "data", "--eot_position", "append")
     found = find_tokenizer(str(tmp_path / "data"))
     assert found.prompt_ids(PROMPT) == [int(i) for i in found.tokenizer.encode([PROMPT])[0]]
     assert found.prompt_ids("") == [found.end]
