@@ -21,7 +21,7 @@ from tinytron.checkpoint.model import model_config_of
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.inference.generate import main
 from tinytron.model import GPT
-from tinytron.text.run_tokenizer import find_tokenizer, shard_folders, tokenizer_of_run
+from tinytron.text.run_tokenizer import find_tokenizer, tokenizer_of_run, tokenizers_of_data
 
 pytest.importorskip("tokenizers")
 PROMPT = "the quick brown"
@@ -162,7 +162,7 @@ def test_where_the_tokenizer_is_found(made: Path, tmp_path: Path) -> None:
         assert (found.end, found.prepend) == (end, True)
     sources = [{"name": "only", "path": data, "weight": 1}, {"name": "bare", "path": str(tmp_path), "weight": 1}]
     (tmp_path / "mixture.json").write_text(json.dumps({"sources": sources}))
-    assert shard_folders(str(tmp_path / "mixture.json")) == {"only": made / "data", "bare": tmp_path}
+    assert tokenizers_of_data(str(tmp_path / "mixture.json")).folders == (made / "data", tmp_path)
     assert find_tokenizer(str(tmp_path / "mixture.json")).end == end
     assert find_tokenizer(None, made / "tokenizer.json").prepend is False
     assert find_tokenizer(None, made).tokenizer.name == str(made / "tokenizer.json")

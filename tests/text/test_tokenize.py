@@ -13,7 +13,6 @@ pytest.importorskip("tokenizers")
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 
-from tinytron.data.prepare import file_states  # noqa: E402
 
 from tests.helpers.corpus import (  # noqa: E402
     Naive,
@@ -28,6 +27,7 @@ from tests.helpers.corpus import (  # noqa: E402
 from tinytron.data.formats import open_shard  # noqa: E402
 from tinytron.data.manifest import read_manifest  # noqa: E402
 from tinytron.text import parts  # noqa: E402
+from tinytron.text.sources import file_states  # noqa: E402
 
 TEXTS = make_texts(60)
 
@@ -224,7 +224,7 @@ def test_overwriting_removes_what_was_there_and_nothing_else(made: Path, tmp_pat
 def test_the_own_tokenizer_is_trained_once_without_validation_texts(made: Path, tmp_path: Path) -> None:
     import tokenizers
 
-    from tinytron.text.chunk_encoder import is_held_out
+    from tinytron.text.selection import is_held_out
     from tinytron.text.tokenizers import train_bpe
 
     flags = (made / "c.jsonl", None, tmp_path / "a", "--train_bpe", 300, "--val_fraction", 0.3)
