@@ -85,6 +85,12 @@ def test_every_package_has_a_floor() -> None:
     assert (_floor("tinytron.errors"), _floor("tinytron.cli.entry"), _floor("tinytron")) == (0, 5, 0)
 
 
+def test_data_does_not_import_text() -> None:
+    """They share a floor: text makes shards and may know their format; training reads them without text."""
+    for path, tree in _parsed(sorted((PACKAGE / "data").rglob("*.py"))):
+        assert not any(name.startswith("tinytron.text") for name in _imports(tree)), _name(path)
+
+
 def test_sizes() -> None:
     wrong = []
     for path, tree in _parsed(_files()):

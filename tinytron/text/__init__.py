@@ -1,1 +1,1 @@
-"""Floor 2: from text in any of its forms to token shards, by all cores (``scripts/tokenize_dataset.py``)."""
+"""Floor 2: text to token ids to token shards, offline (``scripts/tokenize_dataset.py``); the tokenizer of a run's data."""
