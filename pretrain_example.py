@@ -1,6 +1,6 @@
 """Pre-train on any Hugging Face dataset and tokenizer, or on your own text: how to give ``Trainer`` other data.
 
-python pretrain_example.py --num_layer 4 ...                  fineweb-edu from the hub, tokenised by gpt2
+python pretrain_example.py --num_layer 4 ...                  fineweb-edu from the hub, tokenized by gpt2
 python pretrain_example.py --dataset_path my_notes/ ...       a folder of .txt .md .py .jsonl .parquet files
 python pretrain_example.py --dataset_path corpus.jsonl ...    one such file, or a quoted pattern of them
 python pretrain_example.py --dataset_path shards/ ...         token shards (train_*.bin), as pretrain_debug.py
@@ -16,27 +16,31 @@ HF_ADD_EOS_TOKEN   1                           end every document with the token
 HF_SHUFFLE_BUFFER  0                           shuffle the documents through a buffer of this many (by --seed)
 HF_CACHE_DIR       ./data/prepared             where token shards are kept, so that the second run starts at once
 
-One process of each node streams the documents into token shards; then all ranks read the shards.
+One process of each node turns the documents into token shards, as scripts/tokenize_dataset.py does; then all ranks read the
+shards. Interrupted? The same command continues.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tinytron.cli import entry
-from tinytron.data import documents, prepare
-from tinytron.data.text import sources
-from tinytron.data.tokenizers import END_TOKENS, load_hub_tokenizer
-from tinytron.distributed.agreement import together
-from tinytron.errors import ConfigError
+from tinytron.data.manifest import read_manifest
+from tinytron.distributed.agreement import require_same, together, together_long
+from tinytron.errors import ConfigError, DataError, TinytronError
+from tinytron.text.options import TokenizeOptions
+from tinytron.text.sources import file_states, find_text_files
+from tinytron.text.state import recipe_hash
+from tinytron.text.tokenize import finished, load_tokenizer, tokenize_dataset
 from tinytron.training import Config, Trainer, build_config, parse_args
 from tinytron.training.arguments import show_config
 from tinytron.training.dry_run import dry_run
+
+MARKER = "prepared.json"  # in folders of earlier versions, which have no manifest
 
 
 class ExampleTrainer(Trainer):
@@ -47,15 +51,14 @@ class ExampleTrainer(Trainer):
         # with a length, whose items are rows of seq_len + 1 token ids or {"input_ids": ..., "labels": ...}.
         path, world = config.data.dataset_path, self.state.groups["world"]
         builtin = together(lambda: config.data.use_mock_data or has_token_shards(path), world)
-        prepare.require_same(
-            builtin, world, f"--dataset_path {path} has train_*.bin on some nodes only; copy them to all"
-        )
+        require_same(builtin, world, f"--dataset_path {path} has train_*.bin on some nodes only; copy them to all")
         if builtin:
             return super()._init_dataset(config)
 
         recipe, folder = together(lambda: plan(config), world)
         leader = os.environ.get("LOCAL_RANK", "0") == "0"
-        facts = prepare.prepare_together(folder, lambda f: write_shards(recipe, f, config), world, leader=leader)
+        together_long(lambda: write_shards(recipe, folder, config) if leader else None, world)
+        facts = together(lambda: facts_of(folder), world)
         check_vocabulary(facts["vocab_size"], recipe, config)  # shards of an earlier run may be for a larger model
         self._say(f"{facts['documents']:,} documents, {facts['tokens']:,} tokens: {folder}")
         super()._init_dataset(replace(config, data=replace(config.data, dataset_path=str(folder))))
@@ -97,22 +100,59 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """The recipe in plain values: local files by path, size and time, what is on the hub by its name."""
-        hub = [self.repo, self.name, self.split, prepare.file_states([Path(self.repo)])]
+        hub = [self.repo, self.name, self.split, file_states([Path(self.repo)])]
         return {
             "format": 2,  # of the code below: count it up when the same recipe gives other tokens
-            "source": prepare.file_states(self.files) or hub,
-            "tokenizer": [self.tokenizer, prepare.file_states([Path(self.tokenizer)])],
+            "source": file_states(self.files) or hub,
+            "tokenizer": [self.tokenizer, file_states([Path(self.tokenizer)])],
             "options": [self.text_key, self.max_samples, self.min_chars, self.add_eos_token],
             "shuffle": [self.shuffle_buffer, self.seed] if self.shuffle_buffer else None,
         }
+
+    def options(self, path: str | None, folder: Path) -> TokenizeOptions:
+        """The flags of scripts/tokenize_dataset.py that make the same shards."""
+        tokenizer = "tokenizer_path" if Path(self.tokenizer).is_file() else "tokenizer_name"
+        source: dict[str, Any] = {"dataset_path": path}
+        if not self.files:
+            in_a_folder = "default" if Path(self.repo).is_dir() else None  # so that it is read as a dataset
+            source = {"dataset_path": self.repo, "dataset_name": self.name or in_a_folder}
+            source |= {"dataset_split": self.split, "streaming": True}
+        return TokenizeOptions(
+            **source,
+            **{tokenizer: self.tokenizer},
+            dataset_text_key=self.text_key,
+            max_samples=self.max_samples or None,
+            min_chars=max(1, self.min_chars),
+            shuffle_buffer=self.shuffle_buffer,
+            seed=self.seed,
+            eot_position="append" if self.add_eos_token else "none",
+            split_name="train",
+            output_dir=str(folder),
+            num_proc=0,
+        )
+
+    def renamed(self, text: str) -> str:
+        """An error of the tokenizer pipeline with our variables for its flags."""
+        names = {
+            "--dataset_text_key": "HF_TEXT_KEY",
+            "--min_chars ": "HF_MIN_CHARS=",
+            "--tokenizer_path ": "HF_TOKENIZER=",
+        }
+        names |= {"--tokenizer_name ": "HF_TOKENIZER=", "--eot_position none": "HF_ADD_EOS_TOKEN=0"}
+        if not self.files:
+            names |= {"--dataset_path ": "HF_DATASET_REPO=", "--dataset_name ": "HF_DATASET_NAME="}
+            names |= {"--dataset_split ": "HF_SPLIT="}
+        for flag, name in names.items():
+            text = text.replace(flag, name)
+        return text
 
 
 def plan(config: Config) -> tuple[Recipe, Path]:
     """What to make, and in which folder."""
     path = config.data.dataset_path
-    recipe = Recipe(files=documents.find_text_files(path) if path else [], seed=config.seed.seed)
+    recipe = Recipe(files=find_text_files(path) if path else [], seed=config.seed.seed)
     cache = os.environ.get("HF_CACHE_DIR") or "./data/prepared"
-    return recipe, Path(cache) / prepare.recipe_hash(recipe.as_dict())
+    return recipe, Path(cache) / recipe_hash(recipe.as_dict())
 
 
 def has_token_shards(path: str | None) -> bool:
@@ -120,40 +160,39 @@ def has_token_shards(path: str | None) -> bool:
     return bool(path) and (str(path).endswith(".bin") or any(Path(str(path)).glob("train_*.bin")))
 
 
-def write_shards(recipe: Recipe, folder: Path, config: Config) -> dict[str, Any]:
-    """Documents -> texts -> token ids -> shards in ``folder``; returns what to remember of them."""
+def write_shards(recipe: Recipe, folder: Path, config: Config) -> None:
+    """Fill ``folder`` with token shards, unless an earlier run has done so. One process at a time."""
+    if finished(folder) is not None or (folder / MARKER).exists():
+        return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said, so that loader workers do not warn when they fork
-    tokenizer = load_hub_tokenizer(recipe.tokenizer, option="HF_TOKENIZER=")
-    ids = tokenizer.get_vocab()
-    vocab_size = 1 + max(ids.values())
-    check_vocabulary(vocab_size, recipe, config)
-    end = []
-    if recipe.add_eos_token:
-        end = [ids[name] for name in (tokenizer.eos_token, *END_TOKENS) if name in ids][:1]
-        if not end:
-            raise ConfigError(f"HF_TOKENIZER={recipe.tokenizer} has no end-of-text token; use HF_ADD_EOS_TOKEN=0")
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        made = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        ids: list[list[int]] = made["input_ids"]
-        return ids
-
-    texts = documents.long_enough(read_texts(recipe), recipe.min_chars, "HF_MIN_CHARS=")
-    texts = documents.shuffled(texts, recipe.shuffle_buffer, recipe.seed)
-    texts = islice(texts, recipe.max_samples or None)
-    tokens = prepare.with_progress(documents.tokenised(texts, encode, end))
-    written = prepare.write_token_shards(tokens, folder, dtype=prepare.token_dtype(vocab_size))
-    return {"recipe": recipe.as_dict(), "vocab_size": vocab_size, **written._asdict()}
+    options = recipe.options(config.data.dataset_path, folder)
+    try:
+        tokenizer = load_tokenizer(options)
+        check_vocabulary(tokenizer.vocab_size, recipe, config)
+        if tokenizer.vocab_size > 2**16:
+            options = replace(options, token_dtype="uint32")
+        outcome = tokenize_dataset(options, say=say, tokenizer=tokenizer, repair=True)
+    except TinytronError as error:
+        raise type(error)(recipe.renamed(str(error))) from error
+    if outcome.fresh:
+        facts = facts_of(folder)
+        say(f"prepared {facts['documents']:,} documents, {facts['tokens']:,} tokens")
 
 
-def read_texts(recipe: Recipe) -> Iterator[str]:
-    """The text of every document."""
-    if recipe.files:
-        return sources.read_texts(recipe.files, recipe.text_key, "HF_TEXT_KEY")
-    where = f"HF_DATASET_REPO={recipe.repo} HF_DATASET_NAME={recipe.name} HF_SPLIT={recipe.split}"
-    advice = "check the names and the network, or give --dataset_path a file or folder"
-    rows = documents.stream_rows(where, recipe.repo, recipe.name or None, split=recipe.split, advice=advice)
-    return documents.texts_of(rows, recipe.text_key, where, "HF_TEXT_KEY")
+def say(text: str) -> None:
+    """Progress."""
+    print(text, flush=True)
+
+
+def facts_of(folder: Path) -> dict[str, int]:
+    """Documents, tokens and vocabulary of finished shards. Raises: DataError if this process does not see them."""
+    if (manifest := read_manifest(folder)) is not None:
+        counts = {"documents": manifest.documents["train"], "tokens": manifest.tokens["train"]}
+        return counts | {"vocab_size": manifest.tokenizer.vocab_size}
+    if (folder / MARKER).exists():
+        facts: dict[str, int] = json.loads((folder / MARKER).read_text())
+        return facts
+    raise DataError(f"{folder}: not prepared as seen from every process; use a folder that they all see")
 
 
 def check_vocabulary(needed: int, recipe: Recipe, config: Config) -> None:

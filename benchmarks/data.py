@@ -48,7 +48,6 @@ from tinytron.data import (
     find_shards,
     write_shard,
 )
-from tinytron.data.documents import require_package
 from tinytron.data.formats import HEADER_BYTES
 from tinytron.data.mixture import MixtureOrder
 from tinytron.data.mixture_file import read_mixture
@@ -59,6 +58,7 @@ from tinytron.data.shards import Shard, open_shards
 from tinytron.errors import ConfigError
 from tinytron.model import GPT, ModelConfig
 from tinytron.utils.model import train_flops_per_token
+from tinytron.utils.optional import require_package
 
 SHARDS, SHARD_TOKENS, VOCAB, DOCUMENT = 4, 2**24, 50_304, 700  # DOCUMENT: mean tokens
 MICRO_BATCH, RANKS, DEPTH = 8, 8, 2

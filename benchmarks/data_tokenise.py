@@ -58,7 +58,7 @@ def texts_of(path: Path) -> Iterator[str]:
 
 def train(path: Path, to: Path) -> None:
     """The tokenizer that all use."""
-    from tinytron.data.tokenizers import first_bytes, train_bpe
+    from tinytron.text.tokenizers import first_bytes, train_bpe
 
     train_bpe(first_bytes(texts_of(path), TRAIN_BYTES), VOCAB).save(str(to))
 

@@ -22,10 +22,10 @@ from typing import Any
 from tqdm import tqdm
 
 from tinytron.cli import entry
-from tinytron.data.documents import as_data_error, require_package
 from tinytron.data.formats import read_header
 from tinytron.errors import ConfigError, DataError
 from tinytron.utils.flags import Parser, parse_strictly
+from tinytron.utils.optional import as_data_error, require_package
 from tinytron.utils.training import sync_folder
 
 TEXT_REPOS = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}

@@ -1,11 +1,11 @@
-"""Text to token shards for training, by all cores.
+"""Text to token shards for training, on all cores.
 
 python scripts/tokenize_dataset.py --dataset_path corpus.jsonl --tokenizer_name gpt2
 python scripts/tokenize_dataset.py --dataset_path my_texts/ --train_bpe 16384 --val_fraction 0.01
 python scripts/tokenize_dataset.py --dataset_path HuggingFaceFW/fineweb-edu --dataset_name sample-10BT --streaming \\
     --encoding_name gpt2 --output_dir data/fineweb-edu
 
-Interrupted? The same command goes on. Afterwards: python -m tinytron.data info data/corpus
+Interrupted? The same command continues. Afterwards: python -m tinytron.data info data/corpus
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import signal
 import sys
 
 from tinytron.cli import entry
-from tinytron.data.text.options import parse_options
-from tinytron.data.text.tokenize import tokenize_dataset
+from tinytron.text.options import parse_options
+from tinytron.text.tokenize import tokenize_dataset
 from tinytron.utils.signals import STOP_SIGNALS, StopRequest
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     manifest = outcome.manifest
     if manifest is None:
         name = signal.Signals(outcome.received).name
-        print(f"stopped by {name}; the same command goes on where it was", file=sys.stderr, flush=True)
+        print(f"stopped by {name}; the same command continues where it was", file=sys.stderr, flush=True)
         sys.exit(128 + outcome.received)
     if not outcome.fresh:
         print(f"{outcome.folder} is there already: nothing to do")

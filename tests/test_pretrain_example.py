@@ -14,9 +14,10 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
+from tests.helpers.corpus import contents
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import config_of
-from tinytron.data import prepare, write_shard
+from tinytron.data import write_shard
 from tinytron.data.formats import open_shard
 from tinytron.errors import TinytronError
 from tinytron.metrics import Progress
@@ -88,7 +89,8 @@ def _expected(made: Path, texts: list[str], end: bool = True) -> list[int]:
 def _init_dataset(flags: tuple[object, ...], variables: dict[str, str], hidden: tuple[str, ...] = ()) -> Any:
     """What the example's ``_init_dataset`` does on this rank: its data set, or the error."""
     modules = mock.patch.dict(sys.modules, dict.fromkeys(hidden))
-    environment = mock.patch.dict(os.environ, {"LOCAL_RANK": str(dist.get_rank()), **variables})
+    mine = {name: value.replace("RANK", str(dist.get_rank())) for name, value in variables.items()}
+    environment = mock.patch.dict(os.environ, {"LOCAL_RANK": str(dist.get_rank()), **mine})
     trainer = pretrain_example.ExampleTrainer.__new__(pretrain_example.ExampleTrainer)
     trainer._progress = Progress(0, 0, enabled=False)
     config = config_of(*MODEL, *(str(flag).replace("RANK", str(dist.get_rank())) for flag in flags))
@@ -99,6 +101,11 @@ def _init_dataset(flags: tuple[object, ...], variables: dict[str, str], hidden: 
         except TinytronError as error:
             return f"{type(error).__name__}: {error}"
     return trainer.train_dataset
+
+
+def _init_dataset_on_two_nodes(flags: tuple[object, ...], variables: dict[str, str]) -> Any:
+    """``_init_dataset`` with a node for each rank."""
+    return _init_dataset(flags, {**variables, "LOCAL_RANK": "0"})
 
 
 class Example:
@@ -206,8 +213,28 @@ def test_token_shards_and_mock_data_go_the_built_in_way(example: Example, tmp_pa
 
 def test_the_second_time_needs_no_package_no_network_and_no_source_reading(example: Example, made: Path) -> None:
     first = example("c.jsonl")
-    second = example("c.jsonl", world=2, hidden=("transformers", "datasets"))
+    second = example("c.jsonl", world=2, hidden=("transformers", "datasets", "tokenizers"))
     assert second.paths == first.paths
+
+
+def test_shards_of_earlier_versions_are_used_as_they_are(example: Example) -> None:
+    (path,) = example("c.jsonl").paths
+    for beside in path.parent.iterdir():
+        if beside != path:
+            beside.unlink()  # an earlier version wrote no manifest and no .docs
+    facts = {"documents": 60, "tokens": 1000, "vocab_size": 300, "shards": {path.name: 1000}}
+    (path.parent / "prepared.json").write_text(json.dumps(facts))
+    before = path.stat().st_mtime_ns
+    assert example("c.jsonl", world=2, hidden=("tokenizers",)).paths == [path]
+    assert path.stat().st_mtime_ns == before
+
+
+def test_a_folder_whose_shards_are_damaged_is_made_again(example: Example) -> None:
+    (path,) = example("c.jsonl").paths
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    assert example("c.jsonl", world=2).paths == [path]
+    assert path.read_bytes() == whole
 
 
 def test_everything_that_changes_the_tokens_changes_the_folder(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +276,7 @@ def test_everything_that_changes_the_tokens_changes_the_folder(made: Path, monke
 # Mistakes.
 
 LONG = ("--seq_len", 999, "--total_batch_size", 1998, "--block_size", 999, "--batch_size", 1)
-NETWORK = "check the names and the network, or give --dataset_path a file or folder"
+NETWORK = "check the names and the network, or give a local file or folder"
 
 
 @pytest.mark.parametrize(
@@ -263,12 +290,14 @@ NETWORK = "check the names and the network, or give --dataset_path a file or fol
         ("c.jsonl", (), {"HF_TEXT_KEY": "body"}, "line 1 has no key 'body'; set HF_TEXT_KEY to one that it has: id, text"),
         ("c.parquet", (), {"HF_TEXT_KEY": "body"}, "row 1 has no key 'body'; set HF_TEXT_KEY to one that it has: id, text"),
         ("c.parquet", (), {"HF_TEXT_KEY": "id"}, "row 1: 'id' is int, not text; set HF_TEXT_KEY to another key"),
-        ("c.jsonl", (), {"HF_MIN_CHARS": "9999"}, "DataError: none of 60 documents has HF_MIN_CHARS=9999 characters; use "),
+        ("c.jsonl", (), {"HF_MIN_CHARS": "9999"}, "none of 60 documents has HF_MIN_CHARS=9999 characters; use HF_MIN"),
         ("c.jsonl", ("--vocab_size", 299), {}, "ConfigError: --vocab_size 299 is less than the 300 of HF_TOKENIZER="),
         ("c.jsonl", ("--vocab_size", 299), {}, "; use --vocab_size 320"),
-        ("c.jsonl", (), {"HF_TOKENIZER": "endless.json"}, "endless.json has no end-of-text token; use HF_ADD_EOS_TOKEN=0"),
+        ("c.jsonl", (), {"HF_TOKENIZER": "endless.json"}, "end-of-text token in HF_TOKENIZER="),
+        ("c.jsonl", (), {"HF_TOKENIZER": "endless.json"}, "endless.json; use HF_ADD_EOS_TOKEN=0"),
         ("c.jsonl", (), {"HF_TOKENIZER": "gpt2"}, "DataError: HF_TOKENIZER=gpt2: We couldn't connect to "),
-        ("c.jsonl", (), {"HF_TOKENIZER": "c.jsonl"}, "; give a hub name, a local folder or a tokenizer.json file"),
+        ("c.jsonl", (), {"HF_TOKENIZER": "c.jsonl"}, "; give a tokenizer.json file"),
+        ("c.jsonl", (), {"HF_TOKENIZER": "notes"}, "; give a hub name, a local folder or a tokenizer.json file"),
         ("nowhere", (), {}, "nowhere: there is no such file or folder"),
         ("repo/data", (), {"HF_TEXT_KEY": "x"}, "test-00000-of-00001.parquet: row 1 has no key 'x'; set HF_TEXT_KEY"),
         ("bare", (), {}, "has no token shards (train_*.bin) and no text; give a file, or a folder with files, that end in"),
@@ -302,6 +331,33 @@ def test_token_shards_on_one_node_only(example: Example, tmp_path: Path) -> None
     assert all("has train_*.bin on some nodes only; copy them to all" in answer for answer in answers)
 
 
+def test_nodes_that_make_different_shards(example: Example, tmp_path: Path) -> None:
+    for rank in (0, 1):
+        (tmp_path / f"node{rank}").mkdir()
+        (tmp_path / f"node{rank}" / "a.txt").write_text("text " * (100 + rank))
+    flags, cache = ("--dataset_path", tmp_path / "nodeRANK"), {"HF_CACHE_DIR": str(tmp_path / "cache")}
+    answers = example.ranks(2).run(
+        _init_dataset_on_two_nodes, flags, cache | {"HF_TOKENIZER": str(example.made / "saved")}
+    )
+    assert all("has other train shards on some nodes; copy the same ones to all" in answer for answer in answers)
+
+
+def test_a_folder_that_a_rank_does_not_see(example: Example, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text " * 100)
+    variables = {"HF_CACHE_DIR": str(tmp_path / "nodeRANK"), "HF_TOKENIZER": str(example.made / "saved")}
+    answers = example.ranks(2).run(_init_dataset, ("--dataset_path", tmp_path / "a.txt"), variables)
+    assert len(set(answers)) == 1
+    assert "node1/" in answers[0]
+    assert ": not prepared as seen from every process; use a folder that they all see" in answers[0]
+
+
+def test_two_nodes_that_share_a_folder_write_it_once(example: Example, made: Path, tmp_path: Path) -> None:
+    variables = {"HF_CACHE_DIR": str(tmp_path), "HF_TOKENIZER": str(made / "tokenizer.json"), "HF_MIN_CHARS": "1"}
+    first, second = example.ranks(2).run(_init_dataset_on_two_nodes, ("--dataset_path", made / "c.jsonl"), variables)
+    assert first.fingerprint() == second.fingerprint()
+    assert [token for path in first.paths for token in open_shard(path).tolist()] == _expected(made, TEXTS)
+
+
 def test_a_mistake_on_one_rank_only(example: Example, tmp_path: Path) -> None:
     (tmp_path / "rank0.txt").write_text("text " * 100)
     answer = example(str(tmp_path / "rankRANK.txt"), world=2)
@@ -315,7 +371,7 @@ def test_shards_of_an_earlier_run_for_a_larger_model(example: Example) -> None:
     assert answer.endswith("use --vocab_size 320")
 
 
-@pytest.mark.parametrize(("source", "package"), [("c.jsonl", "transformers"), ("c.parquet", "pyarrow")])
+@pytest.mark.parametrize(("source", "package"), [("c.jsonl", "tokenizers"), ("c.parquet", "pyarrow")])
 def test_a_missing_package_names_the_command_that_installs_it(example: Example, source: str, package: str) -> None:
     answer = example(source, world=2, hidden=(package,))
     assert f"ConfigError: the package {package} is needed" in answer
@@ -348,20 +404,18 @@ def test_train_reuse_and_redo_an_interrupted_preparation(made: Path, tmp_path: P
     assert "step 3/3" in first.stdout
     assert "val loss" in first.stdout
     (folder,) = (tmp_path / "data" / "prepared").iterdir()
-    facts = prepare.prepared(folder)
-    assert facts is not None
+    before = contents(folder)
 
     both = _run(tmp_path, *flags, "--do_val", "--exp_name", "two", launcher=TWO, HF_TOKENIZER=tokenizer)
     assert both.returncode == 0, both.stderr
     assert "prepared 60" not in both.stdout
     assert _losses(tmp_path, "two") == pytest.approx(_losses(tmp_path, "gpt"), rel=1e-4)
 
-    (folder / prepare.MARKER).unlink()
     (folder / "train_000000.bin").write_bytes(b"half")
     redone = _run(tmp_path, *flags, "--exp_name", "redone", launcher=TWO, HF_TOKENIZER=tokenizer)
     assert redone.returncode == 0, redone.stderr
     assert redone.stdout.count("prepared 60 documents, ") == 1
-    assert prepare.prepared(folder) == facts
+    assert contents(folder) == before
 
 
 def _losses(folder: Path, name: str) -> list[float]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import shlex
 import sys
 import sysconfig
@@ -21,14 +22,20 @@ from typing import Any
 import torch
 
 from tinytron.cli import entry
-from tinytron.data.prepare import file_states, prepare_once, recipe_hash, token_dtype, write_token_shards
-from tinytron.data.tokenizers import BPE_END, train_bpe
+from tinytron.data.manifest import MANIFEST
 from tinytron.errors import DataError
+from tinytron.text.options import TokenizeOptions
+from tinytron.text.sources import file_states
+from tinytron.text.state import recipe_hash
+from tinytron.text.tokenize import finished, tokenize_dataset
+from tinytron.utils.lock import wait_for_lock
 from tinytron.utils.profile import measured_matmul_rate
+from tinytron.utils.training import write_atomically
 
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}
 HELD_OUT = 20  # one part in 20 is kept for validation: whole files, or of few files the end of each
 MIN_BYTES = 100_000
+FLAGS, LOCK = "prepared.json", "prepare.lock"  # the first is written last
 CPU_SECONDS, CPU_FLOPS_PER_TOKEN = 360, 3.6e7  # time to train for, and what one token of the CPU preset costs
 CPU_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -81,14 +88,6 @@ def split(documents: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
     return train, held_out
 
 
-def encode(tokenizer: Any, texts: list[str]) -> Iterator[list[int]]:
-    """The documents' token ids, an end-of-text token before each."""
-    eot = tokenizer.token_to_id(BPE_END)
-    for first in range(0, len(texts), 64):
-        for encoding in tokenizer.encode_batch(texts[first : first + 64]):
-            yield [eot, *encoding.ids]
-
-
 def choose_model(train_tokens: int, vocab_size: int) -> dict[str, Any]:
     """Model and training length for this machine: a larger preset with a GPU, one sized for minutes without."""
     flags: dict[str, Any]
@@ -115,24 +114,55 @@ def choose_model(train_tokens: int, vocab_size: int) -> dict[str, Any]:
     return flags | {"warmup_steps": steps // 20, "val_every_steps": every, "save_every_steps": every}
 
 
+def write_texts(path: Path, texts: list[str]) -> int:
+    """Write JSON lines, unless an earlier call has done so; returns the bytes of the texts."""
+    if not path.exists():  # the tokenizer pipeline continues only from a file that has not changed
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        write_atomically(path, lambda file: file.write(lines.encode()))
+    return sum(len(text.encode()) for text in texts)
+
+
 def write_corpus(folder: Path, files: list[Path], vocab_size: int, data: str | None) -> dict[str, Any]:
-    """Tokenizer and shards into ``folder``; returns the facts that are kept about them."""
+    """Tokenizer and shards into ``folder``; returns the flags for training on them."""
     documents = list(read_documents(files))
     size = sum(len(text.encode()) for _, text in documents)
     if size < MIN_BYTES:
         raise DataError(f"DATA={data} holds {size} bytes of UTF-8 text; give at least {MIN_BYTES:,} to learn from")
     train, held_out = split(documents)
-    say(
-        f"corpus: {len(documents)} files, {size / 1e6:.1f} MB, {sum(len(t.encode()) for t in held_out) / 1e6:.1f} held out"
+    train_bytes = write_texts(folder / "train.jsonl", train)
+    held_out_bytes = write_texts(folder / "val.jsonl", held_out)
+    say(f"corpus: {len(documents)} files, {size / 1e6:.1f} MB, {held_out_bytes / 1e6:.1f} held out")
+    options = TokenizeOptions(
+        dataset_path=str(folder / "train.jsonl"),
+        val_path=str(folder / "val.jsonl"),
+        train_bpe=vocab_size,
+        train_bpe_bytes=train_bytes,
+        token_dtype="uint16" if vocab_size <= 2**16 else "uint32",
+        output_dir=str(folder),
+        num_proc=0,  # the library's own threads are enough
     )
-    tokenizer = train_bpe(train, vocab_size)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    dtype = token_dtype(tokenizer.get_vocab_size())
-    written = write_token_shards(encode(tokenizer, train), folder, "train", dtype)
-    write_token_shards(encode(tokenizer, held_out), folder, "val", dtype)
-    per_token = sum(len(text.encode()) for text in train) / written.tokens
-    say(f"tokenizer: {tokenizer.get_vocab_size()} tokens of {per_token:.2f} bytes; {written.tokens:,} to train on")
-    return {"flags": choose_model(written.tokens, tokenizer.get_vocab_size())}
+    manifest = tokenize_dataset(options, say=say, repair=True).manifest
+    assert manifest is not None, "only a request to stop ends without a manifest"
+    found, tokens = manifest.tokenizer.vocab_size, manifest.tokens["train"]
+    say(f"tokenizer: {found} tokens of {train_bytes / tokens:.2f} bytes; {tokens:,} to train on")
+    return choose_model(tokens, found)
+
+
+def prepare(folder: Path, files: list[Path], vocab_size: int, data: str | None) -> dict[str, Any]:
+    """The flags of ``folder``, which is filled first unless an earlier call has done so. One process at a time; a later
+    one continues what an interrupted one has begun."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with wait_for_lock(folder / LOCK, say):
+            # Folders of earlier versions have no manifest.
+            whole = finished(folder) is not None or not (folder / MANIFEST).exists()
+            if not (whole and (folder / FLAGS).exists()):
+                text = json.dumps({"flags": write_corpus(folder, files, vocab_size, data)}, indent=2)
+                write_atomically(folder / FLAGS, lambda file: file.write(text.encode()))
+            flags: dict[str, Any] = json.loads((folder / FLAGS).read_text())["flags"]
+            return flags
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written ({error}); use a folder on a disk with space") from error
 
 
 def main() -> None:
@@ -147,8 +177,9 @@ def main() -> None:
     name = recipe_hash({"files": file_states(files), "vocab_size": args.vocab_size, "cuda": torch.cuda.is_available()})[
         :8
     ]
-    facts = prepare_once(args.out / name, lambda folder: write_corpus(folder, files, args.vocab_size, args.data))
-    flags = {"exp_name": f"quickstart_{name}", "dataset_path": args.out / name, **facts["flags"]}
+    folder = args.out / name
+    flags = {"exp_name": f"quickstart_{name}", "dataset_path": folder}
+    flags |= prepare(folder, files, args.vocab_size, args.data)
     flags["batch_size"] = max(1, min(32, flags["total_batch_size"] // flags["seq_len"] // args.workers))
     print(shlex.join(["--do_val", *(word for key, value in flags.items() for word in (f"--{key}", str(value)))]))
 

@@ -2,21 +2,19 @@
 
 python scripts/quickstart/report.py [the flags of the training run]
 
-Prints the validation loss in nats per token and in bits per byte beside what gzip -9 and xz -9 need for the same bytes,
-samples from the model, and draws the loss curve. Needs a run on the shards of scripts/quickstart/prepare.py.
+Prints samples from the model and its validation loss, in nats per token and in bits per byte next to the figures of gzip -9
+and xz -9 for the same bytes, and draws the loss curve. Needs a run on the shards of scripts/quickstart/prepare.py.
 """
 
 from __future__ import annotations
 
 import gzip
+import json
 import lzma
-import math
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import torch
-from tokenizers import Tokenizer
 
 from tinytron.checkpoint import CheckpointFiles, load_model, newest_checkpoint
 from tinytron.cli import entry
@@ -24,6 +22,8 @@ from tinytron.data.formats import open_shard
 from tinytron.data.shards import find_shards
 from tinytron.errors import CheckpointError
 from tinytron.inference import SamplingOptions, complete
+from tinytron.text.run_tokenizer import RunTokenizer, find_tokenizer
+from tinytron.text.tokenizers import TextTokenizer
 from tinytron.training import Config, build_config, parse_args
 from tinytron.training.startup import run_folder
 
@@ -31,7 +31,6 @@ matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 
 PROMPTS = ("def read_lines(path):\n", "class Stack:\n", "import os\n")
-EOT = "<|endoftext|>"
 SAMPLE_TOKENS = 120
 
 
@@ -55,27 +54,21 @@ def read_losses(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return losses
 
 
-def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
-    """The bytes each token id stands for; end-of-text stands for none.
-
-    Byte-level BPE writes bytes as characters: printable Latin-1 as itself, the others as 256, 257, ... in order.
-    """
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in plain]
-    byte_of = {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
-    names = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
-    return [b"" if name == EOT else bytes(byte_of[c] for c in name) for name in names]
+def read_bits_per_byte(folder: Path) -> float | None:
+    """The last validation's bits per byte from log.jsonl; ``None`` if it has none."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    found = [record["bits_per_byte"] for record in records if record["stage"] == "val" and "bits_per_byte" in record]
+    return found[-1] if found else None
 
 
-def predicted_bytes(tokenizer: Tokenizer, shards: list[Path], seq_len: int) -> tuple[int, bytes]:
-    """How many targets validation has, and the bytes they stand for."""
-    meaning, count, text = token_bytes(tokenizer), 0, []
+def held_out_text(tokenizer: TextTokenizer, shards: list[Path], seq_len: int) -> bytes:
+    """The text of the targets of validation: of every shard all tokens but the first, in whole samples."""
+    texts = []
     for shard in shards:
         tokens = open_shard(shard)
         used = (len(tokens) - 1) // seq_len * seq_len
-        count += used
-        text += [meaning[t] for t in tokens[1 : used + 1].tolist()]
-    return count, b"".join(text)
+        texts.append(tokenizer.decode(tokens[1 : used + 1].tolist()))
+    return "".join(texts).encode()
 
 
 def draw(losses: dict[str, list[tuple[int, float]]], gzip_loss: float, xz_loss: float, path: Path) -> None:
@@ -94,13 +87,13 @@ def draw(losses: dict[str, list[tuple[int, float]]], gzip_loss: float, xz_loss: 
     figure.savefig(path, dpi=120)
 
 
-def print_samples(files: CheckpointFiles, tokenizer: Any) -> None:
+def print_samples(files: CheckpointFiles, found: RunTokenizer) -> None:
     """A continuation of each of ``PROMPTS`` by the trained model, on the best device."""
     model, _ = load_model(files.model, "cuda" if torch.cuda.is_available() else "cpu")
-    eot = tokenizer.token_to_id(EOT)
-    prompts = [[eot, *tokenizer.encode(prompt).ids] for prompt in PROMPTS]
-    options = SamplingOptions(max_new_tokens=SAMPLE_TOKENS, temperature=0.7, top_k=50, stop_tokens=(eot,))
-    for sample in complete(model, prompts, options, decode=tokenizer.decode).samples:
+    prompts = [found.prompt_ids(prompt) for prompt in PROMPTS]
+    stop = () if found.end is None else (found.end,)
+    options = SamplingOptions(max_new_tokens=SAMPLE_TOKENS, temperature=0.7, top_k=50, stop_tokens=stop)
+    for sample in complete(model, prompts, options, decode=found.tokenizer.decode).samples:
         print(f"\n--- sample ---\n{PROMPTS[sample.prompt]}{sample.text}")
 
 
@@ -108,22 +101,23 @@ def main() -> None:
     """Report on the run that the command line describes."""
     config = build_config(parse_args())
     files = finished_run(config)
-    data = Path(config.data.dataset_path or "")
-    tokenizer = Tokenizer.from_file(str(data / "tokenizer.json"))
-    print_samples(files, tokenizer)
+    found = find_tokenizer(config.data.dataset_path)
+    print_samples(files, found)
 
     losses = read_losses(files.folder)
-    if not losses["val"]:
-        print("\nno validation loss in log.txt (--no-do_val): nothing to compare with gzip and xz")
+    model_bits = read_bits_per_byte(files.folder)
+    if not losses["val"] or model_bits is None:
+        print("\nno validation loss in the logs (--no-do_val): nothing to compare with gzip and xz")
         return
-    count, text = predicted_bytes(tokenizer, find_shards(str(data), "val"), config.train.seq_len)
+    shards = find_shards(str(config.data.dataset_path), "val")
+    text = held_out_text(found.tokenizer, shards, config.train.seq_len)
     val_loss = losses["val"][-1][1]
     bits = {
-        "this model": val_loss * count / math.log(2) / len(text),
+        "this model": model_bits,
         "gzip -9": 8 * len(gzip.compress(text, 9)) / len(text),
         "xz -9": 8 * len(lzma.compress(text, preset=9)) / len(text),
     }
-    to_nats = math.log(2) * len(text) / count
+    to_nats = val_loss / model_bits  # of one token; the bytes per token are in it
     draw(losses, bits["gzip -9"] * to_nats, bits["xz -9"] * to_nats, files.folder / "loss.png")
     print(f"\nvalidation loss after {files.step} steps: {val_loss:.4f} nats per token")
     print(f"the same {len(text):,} held-out bytes in bits per byte (less is better):")

@@ -26,9 +26,9 @@ from tests.helpers.stopping import run_until, whole
 from tinytron.checkpoint.__main__ import main
 from tinytron.checkpoint.files import CheckpointFiles, checksum
 from tinytron.checkpoint.load import load_weights, read_file
-from tinytron.checkpoint.lock import lock_folder
 from tinytron.checkpoint.tools import covered
 from tinytron.model import GPT
+from tinytron.utils.lock import lock_folder
 
 Pools = Callable[[int], Ranks]
 FLAGS: tuple[object, ...] = ("--max_steps", 4, "--save_every_steps", 1, "--do_val", "--val_every_steps", 2)

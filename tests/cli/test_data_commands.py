@@ -22,17 +22,17 @@ def command(*words: object) -> str:
 def test_two_commands_from_text_to_training(tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"document {n}: " + "to be or not to be, " * (n % 7 + 1)}) for n in range(200)]
     (tmp_path / "texts.jsonl").write_text("\n".join(lines))
-    tokenise = (
+    tokenize = (
         "scripts/tokenize_dataset.py",
         "--dataset_path",
         tmp_path / "texts.jsonl",
         "--output_dir",
         tmp_path / "out",
     )
-    tokenise = (*tokenise, "--train_bpe", 300, "--val_fraction", 0.1, "--num_proc", 2)
-    assert "train with: python pretrain_debug.py --dataset_path" in command(*tokenise)
+    tokenize = (*tokenize, "--train_bpe", 300, "--val_fraction", 0.1, "--num_proc", 2)
+    assert "train with: python pretrain_debug.py --dataset_path" in command(*tokenize)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    again = command(*tokenise)
+    again = command(*tokenize)
     assert again == f"{tmp_path / 'out'} is there already: nothing to do\n"
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
     flags = [flag for flag in TINY if flag != "--use_mock_data"]

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("tokenizers")
 
-from tests.helpers.corpus import EOT, Naive, make_texts, make_tokenizer, tokenise, write_jsonl
+from tests.helpers.corpus import EOT, Naive, make_texts, make_tokenizer, tokenize, write_jsonl
 from tests.helpers.runs import ROOT
 from tinytron.data.__main__ import main
 from tinytron.data.formats import open_shard, write_shard
@@ -27,7 +27,7 @@ TEXTS = make_texts(30)
 def folder(tmp_path: Path) -> Path:
     make_tokenizer(tmp_path / "tokenizer.json")
     path = write_jsonl(tmp_path / "c.jsonl", TEXTS)
-    tokenise(path, tmp_path / "tokenizer.json", tmp_path / "out", "--val_fraction", 0.2)
+    tokenize(path, tmp_path / "tokenizer.json", tmp_path / "out", "--val_fraction", 0.2)
     return tmp_path / "out"
 
 
@@ -61,7 +61,7 @@ def test_info_of_shards_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_what_is_whole_is_verified(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for position, file_format in (("prepend", "timl"), ("append", "llmc")):
         flags = ("--overwrite", "--eot_position", position, "--file_format", file_format, "--val_fraction", 0.2)
-        tokenise(folder.parent / "c.jsonl", folder.parent / "tokenizer.json", folder, *flags)
+        tokenize(folder.parent / "c.jsonl", folder.parent / "tokenizer.json", folder, *flags)
         assert main(["verify", str(folder)]) == 0
         assert capsys.readouterr().out == "ok: 3 shards\n"
 
@@ -143,7 +143,7 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.slow
-def test_it_is_a_program_and_so_is_the_tokeniser(tmp_path: Path) -> None:
+def test_it_is_a_program_and_so_is_the_tokenizer_pipeline(tmp_path: Path) -> None:
     make_tokenizer(tmp_path / "tokenizer.json")
     write_jsonl(tmp_path / "c.jsonl", TEXTS)
 

@@ -53,7 +53,7 @@ def _write(folder: Path, facts: object) -> None:
     [
         ({"format": "other"}, r'is no manifest of token shards \("format": "tinytron tokens"\); remove it'),
         ({"version": 2}, "version 2, only version 1 is known; update tinytron"),
-        ({"shards": None}, r"manifest.json is damaged \(.*\); tokenise again with --overwrite"),
+        ({"shards": None}, r"manifest.json is damaged \(.*\); tokenize again with --overwrite"),
         ({"shards": [{"name": "x"}]}, r"is damaged \('tokens'\)"),
         ({"documents": [1]}, r"is damaged \(documents is list\)"),
         ({"tokenizer": {}}, r"is damaged \('kind'\)"),

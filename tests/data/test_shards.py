@@ -236,7 +236,7 @@ def test_a_shard_that_is_not_as_its_manifest_says_is_refused(tmp_path: Path) -> 
     ):
         open_shards(paths)
     write_shard(paths[1], range(5), np.uint32)  # as many bytes, another type
-    with pytest.raises(DataError, match=r"train_1\.bin: 5 tokens, but manifest\.json says 10; tokenise again"):
+    with pytest.raises(DataError, match=r"train_1\.bin: 5 tokens, but manifest\.json says 10; tokenize again"):
         TokenShardDataset(open_shards(paths), 3, 100)[4]
 
 

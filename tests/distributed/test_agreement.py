@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.helpers.ranks import Ranks
-from tinytron.distributed.agreement import together, together_long
+from tinytron.distributed.agreement import require_same, together, together_long
 from tinytron.errors import ConfigError, DataError, TinytronError
 
 Pools = Callable[[int], Ranks]
@@ -77,6 +77,42 @@ def _slow_on_rank_1(fail: bool) -> str:
 @pytest.mark.parametrize("fail", [False, True])
 def test_together_long_outlives_the_timeout_of_collectives(ranks: Pools, fail: bool) -> None:
     assert ranks(2).run(_slow_on_rank_1, fail) == (["no shards"] * 2 if fail else ["result 0", "result 1"])
+
+
+def _fail_on_rank_1() -> str:
+    """Rank 0 would work for longer than a test may take."""
+
+    def action() -> None:
+        if dist.get_rank() == 0:
+            time.sleep(30)
+        raise ConfigError("HF_MAX_SAMPLES is wrong here")
+
+    try:
+        together_long(action, _world())
+    except TinytronError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def test_together_long_does_not_wait_once_a_rank_has_failed(ranks: Pools) -> None:
+    start = time.monotonic()
+    assert ranks(2).run(_fail_on_rank_1) == ["ConfigError: HF_MAX_SAMPLES is wrong here"] * 2
+    assert time.monotonic() - start < 20
+
+
+def _same(alike: bool) -> str:
+    try:
+        require_same(("shard", 1 if alike else dist.get_rank()), _world(), "the nodes differ; copy the shards")
+    except DataError as error:
+        return str(error)
+    return "the same"
+
+
+@WORLDS
+def test_values_that_differ_between_ranks_are_an_error_on_all(ranks: Pools, world: int) -> None:
+    assert ranks(world).run(_same, True) == ["the same"] * world
+    if world > 1:
+        assert ranks(world).run(_same, False) == ["the nodes differ; copy the shards"] * world
 
 
 def _subgroup_agreement() -> str:

@@ -13,8 +13,6 @@ import torch
 from tests.helpers.corpus import EOT, make_texts, make_tokenizer
 from tests.inference.models import logits_of, make_model
 from tinytron.data import Batch
-from tinytron.data.run_tokenizer import RunTokenizer, find_tokenizer
-from tinytron.data.tokenizers import from_file
 from tinytron.errors import ConfigError, DataError
 from tinytron.evaluation.choices import (
     Item,
@@ -28,6 +26,8 @@ from tinytron.evaluation.choices import (
 )
 from tinytron.model import GPT
 from tinytron.model.modules.loss import LossSums
+from tinytron.text.run_tokenizer import RunTokenizer, find_tokenizer
+from tinytron.text.tokenizers import from_file
 
 pytest.importorskip("tokenizers")
 

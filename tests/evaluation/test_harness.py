@@ -19,13 +19,13 @@ from tests.evaluation.test_choices import make_items
 from tests.helpers.corpus import EOT, make_tokenizer
 from tests.inference.models import greedy, logits_of, make_model
 from tests.inference.test_command import write_config
-from tinytron.data.run_tokenizer import RunTokenizer
-from tinytron.data.tokenizers import from_file
 from tinytron.errors import ConfigError
 from tinytron.evaluation.__main__ import main
 from tinytron.evaluation.choices import encode_pair
 from tinytron.evaluation.harness import Answers, harness_model
 from tinytron.model import GPT
+from tinytron.text.run_tokenizer import RunTokenizer
+from tinytron.text.tokenizers import from_file
 
 pytest.importorskip("tokenizers")
 Instance = namedtuple("Instance", ["args"])

@@ -1,4 +1,4 @@
-"""Texts, tokenizers and a tokeniser too simple to be wrong, for tests of the real one."""
+"""Texts, tokenizers and a pipeline too simple to be wrong, for tests of the real one."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import json
 import multiprocessing
 import os
 import random
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tinytron.data.formats import open_shard
-from tinytron.data.text.options import TokenizeOptions, parse_options
-from tinytron.data.text.tokenize import Outcome, tokenize_dataset
-from tinytron.data.text.worker_pool import WORKER
+from tinytron.text.options import TokenizeOptions, parse_options
+from tinytron.text.sources import FileSource
+from tinytron.text.tokenize import Outcome, tokenize_dataset
+from tinytron.text.worker_pool import WORKER
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests fork; before the first use
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, here or in a process started from here
@@ -42,7 +44,7 @@ def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
 
 def make_tokenizer(path: Path, special: tuple[str, ...] = (EOT,)) -> Path:
     """A tokenizer.json of 400 tokens, whose template adds the first special token, and which cuts texts off: what
-    tokenising must not do."""
+    tokenizing must not do."""
     import tokenizers
 
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -80,11 +82,20 @@ class Naive:
     def documents(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each."""
         made = [self.tokenizer.encode(text, add_special_tokens=False).ids for text in texts if text]
+        if self.position == "none":
+            return made
         return [[self.eot, *ids] if self.position == "prepend" else [*ids, self.eot] for ids in made]
 
     def tokens(self, texts: list[str]) -> list[int]:
         """All in a row."""
         return [token for ids in self.documents(texts) for token in ids]
+
+
+def read_texts(files: Iterable[Path], text_key: str = "text", option: str = "the text key") -> Iterator[str]:
+    """The documents of ``files``, one after another."""
+    source = FileSource(list(files), text_key, option)
+    for chunk in source.chunks(1024):
+        yield from source.read(chunk)
 
 
 def options(path: object, tokenizer: object, out: Path, *flags: object) -> TokenizeOptions:
@@ -94,7 +105,7 @@ def options(path: object, tokenizer: object, out: Path, *flags: object) -> Token
     return parse_options([str(word) for word in (*argv, "--chunksize", 7, *flags)])
 
 
-def tokenise(path: object, tokenizer: object, out: Path, *flags: object, **more: Any) -> Outcome:
+def tokenize(path: object, tokenizer: object, out: Path, *flags: object, **more: Any) -> Outcome:
     """``tokenize_dataset`` with ``options``."""
     return tokenize_dataset(options(path, tokenizer, out, *flags), **more)
 

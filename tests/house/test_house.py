@@ -17,7 +17,7 @@ PACKAGE = ROOT / "tinytron"
 FLOORS = (
     ("errors", "utils"),
     ("distributed", "kernels"),
-    ("model", "data", "optim", "metrics"),
+    ("model", "data", "text", "optim", "metrics"),
     ("checkpoint", "interop", "inference", "evaluation", "planner"),
     ("training",),
     ("cli",),
@@ -83,6 +83,12 @@ def test_every_package_has_a_floor() -> None:
     names = {p.stem if p.suffix else p.name for p in PACKAGE.iterdir() if p.name not in ("__init__.py", "__pycache__")}
     assert names <= {name for floor in FLOORS for name in floor}
     assert (_floor("tinytron.errors"), _floor("tinytron.cli.entry"), _floor("tinytron")) == (0, 5, 0)
+
+
+def test_data_does_not_import_text() -> None:
+    """They share a floor: text makes shards and may know their format; training reads them without text."""
+    for path, tree in _parsed(sorted((PACKAGE / "data").rglob("*.py"))):
+        assert not any(name.startswith("tinytron.text") for name in _imports(tree)), _name(path)
 
 
 def test_sizes() -> None:

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.corpus import EOT, make_texts, make_tokenizer, tokenise, write_jsonl
+from tests.helpers.corpus import EOT, make_texts, make_tokenizer, tokenize, write_jsonl
 from tests.helpers.runs import ROOT
 from tests.inference.models import greedy, make_model
 from tinytron.checkpoint import load_model
 from tinytron.checkpoint.model import model_config_of
-from tinytron.data.run_tokenizer import find_tokenizer, shard_folders, tokenizer_of_run
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.inference.generate import main
 from tinytron.model import GPT
+from tinytron.text.run_tokenizer import find_tokenizer, tokenizer_of_run, tokenizers_of_data
 
 pytest.importorskip("tokenizers")
 PROMPT = "the quick brown"
@@ -32,7 +32,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``run``: a run folder with weights of two steps; ``data``: its token shards, with tokenizer and manifest."""
     root = tmp_path_factory.mktemp("made")
     make_tokenizer(root / "tokenizer.json")
-    tokenise(write_jsonl(root / "texts.jsonl", make_texts(20)), root / "tokenizer.json", root / "data")
+    tokenize(write_jsonl(root / "texts.jsonl", make_texts(20)), root / "tokenizer.json", root / "data")
     model = make_model("some windows", torch.float32, vocab_size=420, block_size=24)
     (root / "run").mkdir()
     for step in (5, 20):
@@ -162,7 +162,7 @@ def test_where_the_tokenizer_is_found(made: Path, tmp_path: Path) -> None:
         assert (found.end, found.prepend) == (end, True)
     sources = [{"name": "only", "path": data, "weight": 1}, {"name": "bare", "path": str(tmp_path), "weight": 1}]
     (tmp_path / "mixture.json").write_text(json.dumps({"sources": sources}))
-    assert shard_folders(str(tmp_path / "mixture.json")) == {"only": made / "data", "bare": tmp_path}
+    assert tokenizers_of_data(str(tmp_path / "mixture.json")).folders == (made / "data", tmp_path)
     assert find_tokenizer(str(tmp_path / "mixture.json")).end == end
     assert find_tokenizer(None, made / "tokenizer.json").prepend is False
     assert find_tokenizer(None, made).tokenizer.name == str(made / "tokenizer.json")
@@ -182,7 +182,7 @@ def test_the_end_of_text_where_no_manifest_tells(made: Path, tmp_path: Path) -> 
 
 def test_documents_that_end_with_the_end_of_text(made: Path, tmp_path: Path) -> None:
     text = write_jsonl(tmp_path / "texts.jsonl", make_texts(5))
-    tokenise(text, made / "tokenizer.json", tmp_path / "data", "--eot_position", "append")
+    tokenize(text, made / "tokenizer.json", tmp_path / "data", "--eot_position", "append")
     found = find_tokenizer(str(tmp_path / "data"))
     assert found.prompt_ids(PROMPT) == [int(i) for i in found.tokenizer.encode([PROMPT])[0]]
     assert found.prompt_ids("") == [found.end]
@@ -218,7 +218,7 @@ def test_the_tokenizer_a_manifest_names(made: Path, tmp_path: Path, monkeypatch:
     asked: list[str] = []
     for kind, loader in (("encoding_name", "from_tiktoken"), ("tokenizer_name", "from_hub")):
         path.write_text(json.dumps(manifest | {"tokenizer": manifest["tokenizer"] | {"kind": kind, "name": kind}}))
-        monkeypatch.setattr(f"tinytron.data.run_tokenizer.{loader}", lambda name: asked.append(name))
+        monkeypatch.setattr(f"tinytron.text.run_tokenizer.{loader}", lambda name: asked.append(name))
         find_tokenizer(str(tmp_path / "data"))
     assert asked == ["encoding_name", "tokenizer_name"]
 

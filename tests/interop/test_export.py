@@ -179,7 +179,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("text")
     texts = corpus.write_jsonl(folder / "texts.jsonl", corpus.make_texts(80))
     tokenizer = corpus.make_tokenizer(folder / "tokenizer.json")
-    corpus.tokenise(texts, tokenizer, folder / "shards", "--val_fraction", 0.3)
+    corpus.tokenize(texts, tokenizer, folder / "shards", "--val_fraction", 0.3)
     return folder / "shards", tokenizer
 
 

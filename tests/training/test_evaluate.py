@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.evaluation.test_choices import make_items
-from tests.helpers.corpus import EOT, Naive, make_texts, make_tokenizer, tokenise, tokens_of, write_jsonl
+from tests.helpers.corpus import EOT, Naive, make_texts, make_tokenizer, tokenize, tokens_of, write_jsonl
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import Run, train, user_error
 from tinytron.checkpoint import load_model
@@ -34,7 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_tokenizer(root / "tokenizer.json")
     for seed, name in enumerate(("web", "code")):
         texts = write_jsonl(root / f"{name}.jsonl", make_texts(120, seed=seed))
-        tokenise(texts, root / "tokenizer.json", root / name, "--val_fraction", 0.2, "--num_tokens_per_file", 100000)
+        tokenize(texts, root / "tokenizer.json", root / name, "--val_fraction", 0.2, "--num_tokens_per_file", 100000)
     for name, count in (("sky", 9), ("sea", 14)):
         lines = [{"context": i.context, "choices": i.choices, "answer": i.answer} for i in make_items(count)]
         (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))

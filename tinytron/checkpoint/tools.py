@@ -26,12 +26,12 @@ from tinytron.checkpoint.files import (
     verify,
 )
 from tinytron.checkpoint.load import read_file, read_meta
-from tinytron.checkpoint.lock import lock_folder
 from tinytron.checkpoint.optimizer_state import MAIN, read_states, state_of, stored_states
 from tinytron.checkpoint.report import states_by_parameter
 from tinytron.checkpoint.save import superfluous
 from tinytron.checkpoint.sharded import FlatRanges
 from tinytron.errors import CheckpointError, ConfigError
+from tinytron.utils.lock import lock_folder
 from tinytron.utils.training import write_atomically
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tinytron.data.documents import require_package
 from tinytron.data.formats import open_shard, read_header
 from tinytron.data.manifest import TOKENIZER, Manifest, ShardFacts, read_manifest
 from tinytron.errors import ConfigError, DataError
+from tinytron.utils.optional import require_package
 from tinytron.utils.training import sha256_of
 
 SHOWN_CHARS = 200
@@ -44,15 +44,17 @@ def describe(folder: Path) -> list[str]:
         lines.append("manifest   none")
     else:
         facts = manifest.tokenizer
-        where = "before" if facts.eot_position == "prepend" else "behind"
+        side = "before" if facts.eot_position == "prepend" else "after"
+        end = "no token between documents"
+        if facts.eot_id is not None:
+            end = f"{facts.eot_token} ({facts.eot_id}) {side} every document"
         lines += [
-            f"tokenizer  --{facts.kind} {facts.name}: {facts.vocab_size:,} ids; {facts.eot_token} ({facts.eot_id}) {where} "
-            "every document",
+            f"tokenizer  --{facts.kind} {facts.name}: {facts.vocab_size:,} ids; {end}",
             f"source     {manifest.source.get('path')}",
             f"made by    {manifest.command}",
         ]
         if not manifest.complete:
-            lines.append("complete   no: the same command, without --max_file_index, goes on")
+            lines.append("complete   no: the same command, without --max_file_index, continues")
     by_split: dict[str, list[Path]] = {}
     for path in files:
         by_split.setdefault(path.name.rpartition("_")[0], []).append(path)
@@ -139,6 +141,8 @@ def _sidecar_problems(path: Path, tokens: Tokens, shard: ShardFacts, manifest: M
         yield f"{path}: {len(starts)} documents, but the manifest says {shard.documents}"
     if len(starts) and (starts[0] < 0 or (np.diff(starts) <= 0).any() or starts[-1] >= len(tokens)):
         yield f"{path}: places of documents that do not rise, or lie outside the shard"
+        return
+    if manifest.tokenizer.eot_id is None:
         return
     ends = starts if manifest.tokenizer.eot_position == "prepend" else starts[starts > 0] - 1
     if (tokens[ends] != manifest.tokenizer.eot_id).any():

@@ -17,15 +17,15 @@ FORMAT, VERSION = "tinytron tokens", 1
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """Which tokenizer made the ids: ``kind`` is the flag that named it, ``sha256`` that of tokenizer.json or of the
-    serialised vocabulary, ``eot_position`` ``prepend`` or ``append``."""
+    """The tokenizer that made the ids: ``kind`` is the flag that named it, ``sha256`` that of tokenizer.json or of the
+    serialized vocabulary. ``eot_position`` is ``prepend``, ``append`` or, without a token between documents, ``none``."""
 
     kind: str
     name: str
     sha256: str
     vocab_size: int
-    eot_id: int
-    eot_token: str
+    eot_id: int | None
+    eot_token: str | None
     eot_position: str
 
 
@@ -45,7 +45,8 @@ class Manifest:
 
     ``source`` tells the path, configuration, split, text key and local files, ``options`` whatever else decides the
     tokens, ``command`` makes the same again. ``documents`` and ``tokens`` count by split, and ``empty`` the documents
-    without text, which are left out. Not ``complete``: made with ``--max_file_index``, and can be gone on with.
+    that were left out, without text or shorter than ``--min_chars``. Not ``complete``: made with ``--max_file_index``, and
+    can be continued.
     """
 
     dtype: str
@@ -84,7 +85,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); tokenise again with --overwrite, or remove it") from error
+        raise DataError(f"{path} cannot be read ({error}); tokenize again with --overwrite, or remove it") from error
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise DataError(
             f'{path} is no manifest of token shards ("format": "{FORMAT}"); remove it, or use another folder'
@@ -96,7 +97,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         shards = [_typed(ShardFacts, shard) for shard in facts.pop("shards")]
         manifest: Manifest = _typed(Manifest, {**facts, "tokenizer": tokenizer, "shards": shards})
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is damaged ({error}); tokenise again with --overwrite") from error
+        raise DataError(f"{path} is damaged ({error}); tokenize again with --overwrite") from error
     return manifest
 
 

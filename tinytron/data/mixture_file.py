@@ -73,7 +73,7 @@ def read_mixture(path: str | Path) -> Mixture:
         stages = _stages(check, top["stages"], list(given))
     else:
         keys = [f"sources[{number}].weight" for number in range(len(sources))]
-        stages = [Stage(None, _normalised(check, list(given.values()), keys))]
+        stages = [Stage(None, _normalized(check, list(given.values()), keys))]
     return Mixture(str(path), tuple(sources), tuple(stages))
 
 
@@ -117,14 +117,14 @@ def _stages(check: _Checker, value: Any, names: list[str]) -> list[Stage]:
         ]
         if not any(weights):
             check.fail(f"{key}.weights uses no source; give one a weight, such as {names[0]!r}: 1")
-        stages.append(Stage(tokens, _normalised(check, weights, keys)))
+        stages.append(Stage(tokens, _normalized(check, weights, keys)))
     for number, name in enumerate(names):
         if not any(stage.weights[number] for stage in stages):
             check.fail(f"sources[{number}]: {name!r} has a weight in no stage; give it one, or take the source out")
     return stages
 
 
-def _normalised(check: _Checker, weights: list[Fraction], keys: list[str]) -> tuple[Fraction, ...]:
+def _normalized(check: _Checker, weights: list[Fraction], keys: list[str]) -> tuple[Fraction, ...]:
     """Weights that sum to 1. Raises: ConfigError for one so small that a block could do without the source."""
     total = sum(weights, Fraction(0))
     for weight, key in zip(weights, keys, strict=True):

@@ -3,7 +3,7 @@
 train_000000.bin       the tokens (formats.py)
 train_000000.docs      where documents begin, in tokens: uint32 in a timl v1 file; else the end-of-text token tells
 train_000000.weights   how much each token counts as a target: float32 in a timl v1 file; optional
-manifest.json          what the tokeniser knows about the folder (manifest.py); optional
+manifest.json          tokenizer, documents and hashes of the folder (manifest.py); optional
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Shard:
         """The token ids, read-only, ``[count]``."""
         tokens = np.asarray(open_shard(self.path, self.headerless))  # a plain array: slices of np.memmap are slow
         if len(tokens) != self.count:
-            raise DataError(f"{self.path}: {len(tokens)} tokens, but manifest.json says {self.count}; tokenise again")
+            raise DataError(f"{self.path}: {len(tokens)} tokens, but manifest.json says {self.count}; tokenize again")
         return tokens
 
     @cached_property
@@ -162,9 +162,12 @@ def open_shards(paths: Sequence[Path], headerless: str | None = None, eot: EndOf
         if (size := path.stat().st_size) != expected:
             raise DataError(
                 f"{path}: {size} bytes, but with the {facts.tokens} tokens of its {MANIFEST} it has {expected}: it is "
-                "truncated or another file; tokenise again, or remove the manifest"
+                "truncated or another file; tokenize again, or remove the manifest"
             )
         written = manifest.tokenizer
-        position: Any = written.eot_position
-        shards.append(Shard(path, headerless, eot or EndOfText(written.eot_id, position), facts, written.vocab_size))
+        separator = eot
+        if separator is None and written.eot_id is not None:
+            position: Any = written.eot_position
+            separator = EndOfText(written.eot_id, position)
+        shards.append(Shard(path, headerless, separator, facts, written.vocab_size))
     return shards

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
 import torch.distributed as dist
 
-from tinytron.errors import TinytronError
+from tinytron.errors import DataError, TinytronError
 
 T = TypeVar("T")
 
@@ -36,11 +37,28 @@ def together(action: Callable[[], T], group: dist.ProcessGroup) -> T:
 
 def together_long(action: Callable[[], T], group: dist.ProcessGroup) -> T:
     """``together`` for an ``action`` that may take longer than a collective's timeout, such as a download: it runs in a
-    thread, while the ranks tell each other every second that they are alive."""
-    with ThreadPoolExecutor(1) as pool:
-        job, all_done = pool.submit(action), [False]
-        while not all(all_done):
-            wait([job], timeout=1.0)
-            all_done = [False] * dist.get_world_size(group)
-            dist.all_gather_object(all_done, job.done(), group=group)
-    return together(job.result, group)
+    thread, while the ranks tell each other every second that they are alive. Once it has failed on one rank, no rank
+    waits for the others'. Collective."""
+    job: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            job.set_result(action())
+        except BaseException as error:  # raised again in the calling thread
+            job.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()  # daemon: an action that was given up does not keep the process
+    states = [(False, False)] * dist.get_world_size(group)
+    while not (all(done for done, _ in states) or any(failed for _, failed in states)):
+        wait([job], timeout=1.0)
+        done = job.done()
+        dist.all_gather_object(states, (done, done and job.exception() is not None), group=group)
+    return together(lambda: job.result() if job.done() else None, group)  # type: ignore[return-value]
+
+
+def require_same(value: object, group: dist.ProcessGroup, message: str) -> None:
+    """Raise a DataError with ``message`` on every rank if ``value`` is not the same on all. Collective."""
+    values: list[object] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    if any(other != values[0] for other in values):
+        raise DataError(message)

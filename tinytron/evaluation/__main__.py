@@ -14,11 +14,11 @@ import torch
 from tinytron.checkpoint import load_model
 from tinytron.checkpoint.model import weights_at
 from tinytron.data import Batch
-from tinytron.data.run_tokenizer import tokenizer_of_run
 from tinytron.errors import ConfigError, TinytronError
 from tinytron.evaluation.choices import encode_items, log_probs, read_items, summarise
 from tinytron.inference.generate import device_of
 from tinytron.model.modules.loss import LossSums
+from tinytron.text.run_tokenizer import tokenizer_of_run
 from tinytron.utils.flags import Parser, parse_strictly, whole_number
 from tinytron.utils.training import DTYPES, write_atomically
 

@@ -12,10 +12,10 @@ from typing import TextIO
 import torch
 
 from tinytron.checkpoint import load_model
-from tinytron.data.run_tokenizer import RunTokenizer, tokenizer_of_run
 from tinytron.errors import ConfigError
 from tinytron.inference.engine import Generation, Piece, complete
 from tinytron.inference.sampler import SamplingOptions
+from tinytron.text.run_tokenizer import RunTokenizer, tokenizer_of_run
 from tinytron.utils.flags import Parser, parse_strictly, whole_number
 from tinytron.utils.tools import status_of
 from tinytron.utils.training import DTYPES

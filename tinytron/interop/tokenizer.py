@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinytron.data.manifest import TOKENIZER, read_manifest
-from tinytron.data.run_tokenizer import shard_folders
+from tinytron.data.manifest import TOKENIZER
 from tinytron.errors import ConfigError, DataError
+from tinytron.text.run_tokenizer import tokenizers_of_data
 
 # What transformers may look for in a folder; ``vocab.json`` and ``merges.txt`` make old tokenizers.
 _FILES = (
@@ -61,15 +61,14 @@ def tokenizer_of_data(dataset_path: str | None, vocab_size: int) -> TokenizerFil
     Raises: ConfigError if it has ids that the model does not.
     """
     try:
-        folders = [folder for folder in shard_folders(dataset_path).values() if folder.is_dir()]
-        manifests = [manifest for folder in folders if (manifest := read_manifest(folder)) is not None]
-    except (ConfigError, DataError):  # gone or damaged: of no importance for the weights
+        found = tokenizers_of_data(dataset_path)
+        facts = found.facts()
+    except (ConfigError, DataError):  # the weights do not depend on data that is gone or damaged
         return TokenizerFiles(())
-    files = tuple(path for folder in folders if (path := folder / TOKENIZER).is_file())[:1]
+    files = found.files[:1]
     _check(files, vocab_size, f"the tokenizer of {dataset_path}")
-    if not manifests:
+    if facts is None:
         return TokenizerFiles(files)
-    facts = manifests[0].tokenizer
     return TokenizerFiles(files, facts.eot_id, facts.eot_token, begins=facts.eot_position == "prepend")
 
 

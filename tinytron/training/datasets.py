@@ -23,11 +23,10 @@ from tinytron.data.mixture import MixtureOrder
 from tinytron.data.mixture_file import read_mixture
 from tinytron.data.order import Order, ShuffledEpochs
 from tinytron.data.pack_files import make_pack_files
-from tinytron.data.prepare import require_same
 from tinytron.data.remote import fetch_shards, local_dataset_path
 from tinytron.data.shards import EndOfText, find_shards, open_shards
 from tinytron.data.streams import StreamLoader, ValStreamLoader
-from tinytron.distributed.agreement import together, together_long
+from tinytron.distributed.agreement import require_same, together, together_long
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import ConfigError
 from tinytron.training.config import Config

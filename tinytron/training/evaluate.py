@@ -11,12 +11,12 @@ import torch.nn as nn
 from torch.utils.data import Dataset
 
 from tinytron.data import Batch
-from tinytron.data.run_tokenizer import find_tokenizer
-from tinytron.data.token_bytes import token_bytes_of_data
 from tinytron.distributed.agreement import together
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.evaluation.choices import Item, Row, encode_items, log_probs, read_items, summarise
 from tinytron.model.modules.loss import LossSums
+from tinytron.text.run_tokenizer import find_tokenizer
+from tinytron.text.token_bytes import token_bytes_of_data
 from tinytron.training import datasets
 from tinytron.training.config import Config
 

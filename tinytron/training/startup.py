@@ -19,7 +19,6 @@ import torch.nn as nn
 import tinytron
 from tinytron.checkpoint import CheckpointFiles, complete_checkpoints, find_checkpoints
 from tinytron.checkpoint.files import bytes_of, leftovers, remove_leftovers
-from tinytron.checkpoint.lock import lock_folder
 from tinytron.checkpoint.mirror import Mirror
 from tinytron.distributed.agreement import together, together_long
 from tinytron.distributed.collectives import sum_over
@@ -31,6 +30,7 @@ from tinytron.interop import load_pretrained
 from tinytron.model import GPT
 from tinytron.training.config import DTYPES, Config
 from tinytron.training.derive import accumulation_steps
+from tinytron.utils.lock import lock_folder
 from tinytron.utils.matmul import onednn_keeps_fp32, use_onednn
 from tinytron.utils.profile import measured_matmul_rate, peak_flops
 from tinytron.utils.remote import is_remote, local_folder

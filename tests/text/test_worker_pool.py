@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.corpus import workers as live_workers
-from tinytron.data.text.worker_pool import ROOM, WorkerPool
 from tinytron.errors import ConfigError, DataError
+from tinytron.text.worker_pool import ROOM, WorkerPool
 
 
 @dataclass(frozen=True)

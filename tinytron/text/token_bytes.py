@@ -1,5 +1,5 @@
-"""How many bytes of text each token id stands for: with it a loss per token becomes one per byte, which models with
-different tokenizers share."""
+"""The number of bytes of text that each token id stands for. It turns a loss per token into one per byte, which compares
+models with different tokenizers."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from tinytron.data.manifest import TOKENIZER
-from tinytron.data.run_tokenizer import shard_folders
 from tinytron.errors import DataError
+from tinytron.text.run_tokenizer import tokenizers_of_data
 
 _SPACE = "\u2581"  # how SentencePiece writes a space
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
-def token_bytes(serialised: bytes) -> list[int] | None:
+def token_bytes(serialized: bytes) -> list[int] | None:
     """The bytes of every id of a tokenizer.json, special tokens 0; ``None`` for a tokenizer whose tokens do not say which
     bytes they are (WordPiece, say). Read without the ``tokenizers`` package.
 
     A space that SentencePiece puts before a text is counted, though the text has none. Raises: ValueError if the content
     is no tokenizer.
     """
-    file = json.loads(serialised)
+    file = json.loads(serialized)
     try:
         vocabulary = file["model"]["vocab"]
         parts = list(_decoders(file.get("decoder")))
@@ -58,17 +57,16 @@ def _decoders(decoder: Any) -> Iterator[dict[str, Any]]:
 
 
 def token_bytes_of_data(dataset_path: str | None) -> list[int] | None:
-    """``token_bytes`` of the one tokenizer.json beside all shards of ``--dataset_path``; ``None`` if there is none, or not
+    """``token_bytes`` of the one tokenizer.json next to all shards of ``--dataset_path``; ``None`` if there is none, or not
     the same one everywhere. Raises: DataError for a damaged one."""
-    files = [folder / TOKENIZER for folder in shard_folders(dataset_path).values()]
-    if not files or not all(file.is_file() for file in files):
-        return None
+    found = tokenizers_of_data(dataset_path)
+    files = found.files
     contents = {file.read_bytes() for file in files}
-    if len(contents) > 1:
+    if len(contents) != 1 or len(files) < len(found.folders):
         return None
     try:
         return token_bytes(contents.pop())
     except ValueError as error:
         raise DataError(
-            f"{files[0]} is no tokenizer ({error}); tokenise again with --overwrite, or remove it"
+            f"{files[0]} is no tokenizer ({error}); tokenize again with --overwrite, or remove it"
         ) from error

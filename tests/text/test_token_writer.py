@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.corpus import starts_of, tokens_of
-from tinytron.data.text.token_writer import SplitWriter
+from tinytron.text.token_writer import SplitWriter
 
 UINT16 = np.dtype("<u2")
 

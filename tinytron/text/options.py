@@ -1,4 +1,4 @@
-"""The options of the tokeniser; its command line is made from them."""
+"""The options of the tokenizer pipeline; its command line is made from them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from tinytron.data.formats import MAX_TOKENS
-from tinytron.data.tokenizers import SMALLEST_BPE, Kind
 from tinytron.errors import ConfigError
+from tinytron.text.selection import DocumentRule
+from tinytron.text.tokenizers import SMALLEST_BPE, Kind
 from tinytron.utils.flags import Flag, Parser, add_flag, config_fields, parse_strictly
 
 TOKENIZERS: tuple[Kind, ...] = ("tokenizer_name", "encoding_name", "tokenizer_path", "train_bpe")
@@ -51,20 +52,36 @@ class TokenizeOptions:
         Flag("token that separates documents; default: the tokenizer's own, or a known one such as <eot>"),
     ] = None
     eot_position: Annotated[
-        Literal["prepend", "append"], Flag("that token goes before (prepend) or behind (append) every document")
+        Literal["prepend", "append", "none"],
+        Flag("put that token before (prepend) or after (append) every document, or nowhere"),
     ] = "prepend"
+
+    min_chars: Annotated[
+        int, Flag("leave out documents with fewer characters, without the white space around them")
+    ] = 0
+    max_samples: Annotated[int | None, Flag("take this many documents; default: all")] = None
+    shuffle_buffer: Annotated[
+        int, Flag("shuffle the documents through a buffer of this many; 0: keep their order", unit="documents")
+    ] = 0
+    seed: Annotated[int, Flag("seed of --shuffle_buffer")] = 0
 
     output_dir: Annotated[str | None, Flag("where the shards go; default: data/<name of the data>", identity=False)] = (
         None
     )
+    split_name: Annotated[str | None, Flag("train or val, for the names of the files; default: --dataset_split")] = None
     token_dtype: Annotated[Literal["uint16", "uint32"], Flag("type of a token; uint16 up to 65536 of them")] = "uint16"
     file_format: Annotated[Literal["timl", "llmc"], Flag("header of the shards; llmc: as llm.c reads them")] = "timl"
     num_tokens_per_file: Annotated[int, Flag("size of every shard but the last", unit="tokens")] = 2**27
     val_fraction: Annotated[
         float, Flag("part of the documents that goes to val_*.bin, chosen by a hash of their text")
     ] = 0.0
+    val_path: Annotated[
+        str | None, Flag("file, folder or pattern of text whose documents go to val_*.bin, all of them")
+    ] = None
     min_file_index: Annotated[int, Flag("do not write the shards before this one", identity=False)] = 0
-    max_file_index: Annotated[int | None, Flag("stop after this shard; a later call can go on", identity=False)] = None
+    max_file_index: Annotated[int | None, Flag("stop after this shard; a later call can continue", identity=False)] = (
+        None
+    )
     overwrite: Annotated[bool, Flag("remove the shards that are in the output folder first", identity=False)] = False
 
     num_proc: Annotated[
@@ -82,8 +99,19 @@ class TokenizeOptions:
         if self.file_format == "llmc" and self.token_dtype != "uint16":
             raise ConfigError(f"--file_format llmc knows no --token_dtype {self.token_dtype}; use --file_format timl")
         self._check_numbers()
-        if self.val_fraction and self.split == "val":
-            raise ConfigError("--val_fraction makes val_*.bin, and so does --dataset_split val; leave one out")
+        self._check_splits()
+
+    def _check_splits(self) -> None:
+        if self.eot_position == "none" and self.eot_token is not None:
+            raise ConfigError(f"--eot_token {self.eot_token} goes with --eot_position prepend or append, not none")
+        makers = {"--val_fraction": self.val_fraction, "--val_path": self.val_path}
+        makers["--dataset_split val"] = self.split == "val"
+        given = [name for name, value in makers.items() if value]
+        if len(given) > 1:
+            raise ConfigError(f"{given[0]} makes val_*.bin, and so does {given[1]}; leave one out")
+        if self.val_path is not None and self.selects:
+            name = "--max_samples" if self.max_samples else "--shuffle_buffer"
+            raise ConfigError(f"{name} does not go with --val_path; use --val_fraction, or leave one out")
 
     def _check_numbers(self) -> None:
         last = MAX_TOKENS if self.max_file_index is None else self.max_file_index
@@ -96,6 +124,9 @@ class TokenizeOptions:
             ("train_bpe", self.train_bpe, SMALLEST_BPE, 2**31, 4096),
             ("train_bpe_bytes", self.train_bpe_bytes, 1, 2**63, 10**8),
             ("val_fraction", self.val_fraction, 0, 0.5, 0.01),
+            ("min_chars", self.min_chars, 0, 2**31, 50),
+            ("max_samples", self.max_samples, 1, 2**63, 100_000),
+            ("shuffle_buffer", self.shuffle_buffer, 0, 2**31, 10_000),
         ]
         for name, value, least, most, good in rules:
             if value is not None and not least <= value <= most:
@@ -107,9 +138,19 @@ class TokenizeOptions:
         return next(name for name in TOKENIZERS if getattr(self, name) is not None)
 
     @property
+    def selects(self) -> bool:
+        """Whether documents are shuffled or counted, which one process does in their order."""
+        return self.shuffle_buffer > 1 or self.max_samples is not None
+
+    @property
     def split(self) -> str:
-        """What the files are named by: ``--dataset_split``, with ``_`` for what does not belong in a file name."""
-        return re.sub(r"[^A-Za-z0-9.-]+", "_", self.dataset_split).strip("_") or "train"
+        """The beginning of the files' names, with ``_`` for characters that do not belong there."""
+        return re.sub(r"[^A-Za-z0-9.-]+", "_", self.split_name or self.dataset_split).strip("_") or "train"
+
+    @property
+    def rule(self) -> DocumentRule:
+        """Which documents are tokenized, and into which split."""
+        return DocumentRule(self.split, self.val_fraction, self.min_chars)
 
     @property
     def dtype(self) -> np.dtype[Any]:

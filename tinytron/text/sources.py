@@ -3,46 +3,55 @@
 one process: ``source.chunks(...)`` -> Chunk, Chunk, ... (places in files, found without reading texts where possible)
 any process: ``source.read(chunk)`` -> the chunk's texts
 
-A chunk knows the place behind it, from which ``chunks`` goes on in a later run. How documents are cut into chunks changes
+A chunk knows the place after it, from which ``chunks`` continues in a later run. How documents are cut into chunks changes
 neither them nor their order.
 """
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from tinytron.data.documents import SUFFIXES, as_data_error, find_text_files, require_package, text_of
-from tinytron.data.prepare import file_states
-from tinytron.data.text.parts import Part, Place, find_parts, read_part
-from tinytron.errors import ConfigError
+from tinytron.errors import ConfigError, DataError
+from tinytron.text.parts import LINE_SUFFIXES, Part, Place, find_parts, read_part, text_of
+from tinytron.utils.optional import as_data_error, require_package
 
+PROSE = (".txt", ".text", ".md", ".rst", ".tex", ".html")
+CODE = (
+    *(".py", ".pyx", ".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".cu", ".cuh", ".cs", ".java", ".kt", ".scala", ".go"),
+    *(".rs", ".js", ".jsx", ".ts", ".tsx", ".css", ".php", ".rb", ".pl", ".lua", ".swift", ".jl", ".r", ".hs", ".ml"),
+    *(".ex", ".erl", ".clj", ".sh", ".sql", ".f90", ".cmake", ".yaml", ".yml", ".toml"),
+)
+SUFFIXES = (*PROSE, *CODE, *LINE_SUFFIXES, ".parquet")
 CHUNK_BYTES = 2**24  # about the most that one chunk holds
 START = Place()
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some parts, the place behind them, and how much of the source (in its unit) lies before that."""
+    """Some parts, the place after them, and how much of the source (in its unit) comes before that place; whether all of
+    its documents are ``held_out`` for validation."""
 
     parts: list[Part]
     after: Place
     done: int
+    held_out: bool = False
 
 
-class Source(Protocol):
+class TextSource(Protocol):
     """A corpus. Picklable, so that workers can read chunks."""
 
     def size(self) -> tuple[int | None, str]:
         """How large the source is, if that is known, and its unit: ``B`` or ``row``."""
 
-    def facts(self) -> dict[str, Any]:
-        """What names it, and tells whether it has changed: plain JSON values."""
+    def identity(self) -> dict[str, Any]:
+        """Plain JSON values that name the source and tell whether it has changed."""
 
     def chunks(self, chunksize: int, start: Place = START) -> Iterator[Chunk]:
-        """What lies behind ``start``, about ``chunksize`` documents at a time. Raises: DataError."""
+        """The documents after ``start``, about ``chunksize`` at a time. Raises: DataError."""
 
     def read(self, chunk: Chunk) -> Iterator[str]:
         """The texts of a chunk. Raises: DataError naming file and line or row."""
@@ -51,51 +60,51 @@ class Source(Protocol):
 @dataclass(frozen=True)
 class FileSource:
     """Local files: the ``text_key`` of each row of JSON lines and parquet files; any other file is one document, or
-    several if it is long. ``option`` names what sets the text key; ``path`` is what the user called the files."""
+    several if it is long. ``option`` names the flag of the text key; ``path`` is what the user called the files, and
+    ``val_path`` the files after the first ``num_training``, which are held out."""
 
     files: list[Path]
     text_key: str = "text"
     option: str = "the text key"
     path: str = ""
+    val_path: str | None = None
+    num_training: int | None = None
 
     def size(self) -> tuple[int | None, str]:
         """The bytes of all files."""
         return sum(path.stat().st_size for path in self.files), "B"
 
-    def facts(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """Path, size and time of every file."""
         states = [{"path": path, "bytes": size, "modified": time} for path, size, time in file_states(self.files)]
-        return {"path": self.path, "text_key": self.text_key, "files": states}
+        known = {"path": self.path, "text_key": self.text_key, "files": states}
+        return known if self.val_path is None else known | {"val_path": self.val_path}
 
     def chunks(self, chunksize: int, start: Place = START) -> Iterator[Chunk]:
-        """See ``Source``."""
-        parts: list[Part] = []
-        documents = size = 0
+        """See ``TextSource``."""
         with as_data_error("the source"):
             sizes = [path.stat().st_size for path in self.files]
-        for number in range(start.file, len(self.files)):
-            place, before = start if number == start.file else Place(number), sum(sizes[:number])
-            for found in find_parts(self.files[number], place, chunksize, self.text_key, self.option):
-                parts.append(found.part)
-                documents, size = documents + found.documents, size + found.bytes
-                if documents >= chunksize or size >= CHUNK_BYTES:
-                    yield Chunk(parts, found.after, before + found.position)
-                    parts, documents, size = [], 0, 0
-        if parts:
-            yield Chunk(parts, Place(len(self.files)), sum(sizes))
+        first_held_out = len(self.files) if self.num_training is None else self.num_training
+        for held_out, numbers in ((False, range(first_held_out)), (True, range(first_held_out, len(self.files)))):
+            parts: list[Part] = []
+            documents = size = 0
+            for number in range(max(numbers.start, start.file), numbers.stop):
+                place = start if number == start.file else Place(number)
+                before = sum(sizes[:number])
+                for found in find_parts(self.files[number], place, chunksize, self.text_key, self.option):
+                    parts.append(found.part)
+                    documents += found.documents
+                    size += found.bytes
+                    if documents >= chunksize or size >= CHUNK_BYTES:
+                        yield Chunk(parts, found.after, before + found.position, held_out)
+                        parts, documents, size = [], 0, 0
+            if parts:
+                yield Chunk(parts, Place(numbers.stop), sum(sizes[: numbers.stop]), held_out)
 
     def read(self, chunk: Chunk) -> Iterator[str]:
-        """See ``Source``."""
+        """See ``TextSource``."""
         for part in chunk.parts:
             yield from read_part(part, self.text_key, self.option)
-
-
-def read_texts(files: Iterable[Path], text_key: str = "text", option: str = "the text key") -> Iterator[str]:
-    """The documents of ``files``, one after another. Raises: DataError naming file and line, and ``option``, which sets
-    the text key."""
-    source = FileSource(list(files), text_key, option)
-    for chunk in source.chunks(1024):
-        yield from source.read(chunk)
 
 
 @dataclass
@@ -122,14 +131,14 @@ class HubSource:
         """The number of rows, unless it is streamed."""
         return (None if self.streaming else len(self._load())), "row"
 
-    def facts(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """Its names; of a local folder the files too."""
         states = [{"path": p, "bytes": size, "modified": time} for p, size, time in file_states([Path(self.path)])]
         names = {"path": self.path, "config": self.config, "split": self.split, "text_key": self.text_key}
         return names | {"files": states}
 
     def chunks(self, chunksize: int, start: Place = START) -> Iterator[Chunk]:
-        """See ``Source``."""
+        """See ``TextSource``."""
         rows = self._load()
         with as_data_error(self.where):
             if self.streaming:
@@ -152,7 +161,7 @@ class HubSource:
             yield Chunk([Part(self.where, first=first, data=texts)], Place(at=done), done)
 
     def read(self, chunk: Chunk) -> Iterator[str]:
-        """See ``Source``."""
+        """See ``TextSource``."""
         for part in chunk.parts:
             if isinstance(part.data, list):
                 yield from part.data
@@ -185,24 +194,75 @@ class HubSource:
 
 
 def open_source(
-    path: str, *, config: str | None, split: str, text_key: str, streaming: bool, cache_dir: str | None
-) -> Source:
+    path: str,
+    *,
+    config: str | None,
+    split: str,
+    text_key: str,
+    streaming: bool,
+    cache_dir: str | None,
+    val_path: str | None = None,
+) -> TextSource:
     """Local files if ``path`` is a file, a pattern or a folder; the ``datasets`` package for a folder that it saved, a
-    folder with a ``config``, and any other name. Raises: DataError for a path without text; ConfigError for a file with
-    a ``config``."""
-    place, option = Path(path), "--dataset_text_key"
-    hub = HubSource(path, config, split, text_key, option, streaming, cache_dir)
-    if place.is_dir() and (config or _is_saved(path)):
-        return hub
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or any(c in path for c in "*?[")
-    if not place.exists() and not looks_local and not path.endswith(SUFFIXES):
-        return hub
-    if config:
+    folder with a ``config``, and any other name. The local files of ``val_path`` are held out.
+
+    Raises: DataError for a path without text; ConfigError for a file with a ``config``, and for ``val_path`` with a data
+    set of the ``datasets`` package.
+    """
+    option = "--dataset_text_key"
+    if _is_local(path, config):
+        if config:
+            raise ConfigError(
+                f"--dataset_name {config} is of data sets on the hub, and --dataset_path {path} is a file; leave it out"
+            )
+        files = find_text_files(path)
+        if val_path is None:
+            return FileSource(files, text_key, option, path)
+        held_out = find_text_files(val_path, "--val_path")
+        return FileSource([*files, *held_out], text_key, option, path, val_path, len(files))
+    if val_path is not None:
         raise ConfigError(
-            f"--dataset_name {config} is of data sets on the hub, and --dataset_path {path} is a file; leave it out"
+            f"--val_path {val_path} goes with local files; of a data set on the hub use --val_fraction 0.01"
         )
-    return FileSource(find_text_files(path), text_key, option, path)
+    return HubSource(path, config, split, text_key, option, streaming, cache_dir)
+
+
+def _is_local(path: str, config: str | None) -> bool:
+    """Whether ``path`` is read here, and not by the ``datasets`` package."""
+    place = Path(path)
+    if place.is_dir():
+        return not config and not _is_saved(path)
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or any(c in path for c in "*?[")
+    return place.exists() or looks_local or path.endswith(SUFFIXES)
 
 
 def _is_saved(path: str) -> bool:
     return any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def find_text_files(path: str, option: str = "--dataset_path") -> list[Path]:
+    """The readable files below the folder ``path`` (hidden ones left out), those a pattern matches, or the one file;
+    sorted. Raises: DataError naming ``option`` if there is none."""
+    place = Path(path)
+    if place.is_dir():
+        found = [p for p in place.rglob("*") if not any(part.startswith(".") for part in p.relative_to(place).parts)]
+    else:
+        found = [Path(p) for p in glob.glob(path)] or [place]
+    if not any(p.exists() for p in [place, *found]):
+        raise DataError(f"{option} {path}: there is no such file or folder")
+    files = sorted(p for p in found if p.name.endswith(SUFFIXES) and p.is_file())
+    if not files:
+        raise DataError(
+            f"{option} {path} has no token shards (train_*.bin) and no text; give a file, or a folder with files, "
+            f"that end in {', '.join(LINE_SUFFIXES)}, .parquet, .txt, .md, .py or a similar suffix of prose or code"
+        )
+    return files
+
+
+def file_states(paths: Iterable[Path]) -> list[list[Any]]:
+    """Path, size and modification time of the files among ``paths`` and of all files below folders among them; a path
+    that does not exist (a name on the hub) adds nothing. Raises: OSError."""
+    files = [
+        file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*"))) if file.is_file()
+    ]
+    return [[str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns] for file in files]

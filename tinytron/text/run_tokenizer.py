@@ -1,21 +1,21 @@
-"""The tokenizer that a run's data was made with, found beside its token shards."""
+"""The tokenizer of a run's data, found next to its token shards."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinytron.data.manifest import TOKENIZER, read_manifest
+from tinytron.data.manifest import TOKENIZER, TokenizerFacts, read_manifest
 from tinytron.data.mixture_file import read_mixture
 from tinytron.data.remote import local_dataset_path
-from tinytron.data.tokenizers import TextTokenizer, from_file, from_hub, from_tiktoken
 from tinytron.errors import ConfigError
+from tinytron.text.tokenizers import TextTokenizer, from_file, from_hub, from_tiktoken
 from tinytron.utils.remote import is_remote
 
 
 @dataclass(frozen=True)
 class RunTokenizer:
-    """A tokenizer and how documents are told apart: ``end`` is the id of the end-of-text token, if there is one;
+    """A tokenizer and how documents are separated: ``end`` is the id of the end-of-text token, if there is one;
     ``prepend`` says that texts begin with it."""
 
     tokenizer: TextTokenizer
@@ -23,8 +23,8 @@ class RunTokenizer:
     prepend: bool
 
     def prompt_ids(self, text: str) -> list[int]:
-        """The ids of a text as the model has seen texts: behind the end-of-text token where they begin with it, and an
-        empty one behind it anyway. Raises: ConfigError for an empty text if there is no such token."""
+        """The ids of a text as the model has seen texts: after the end-of-text token where they begin with it, and always
+        for an empty text. Raises: ConfigError for an empty text if there is no such token."""
         ids = [int(number) for number in self.tokenizer.encode([text])[0]]
         if self.end is not None and (self.prepend or not ids):
             return [self.end, *ids]
@@ -43,15 +43,32 @@ class RunTokenizer:
             )
 
 
-def shard_folders(dataset_path: str | None) -> dict[str, Path]:
-    """The local folders of token shards behind ``--dataset_path``: those of a mixture by the names of its sources, a single
-    one under ``""``. Raises: ConfigError for a damaged mixture file."""
+@dataclass(frozen=True)
+class DataTokenizers:
+    """The tokenizer of each of the ``folders`` of token shards that a run reads."""
+
+    folders: tuple[Path, ...]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The tokenizer.json of every folder that has one."""
+        return tuple(path for folder in self.folders if (path := folder / TOKENIZER).is_file())
+
+    def facts(self) -> TokenizerFacts | None:
+        """The record of the tokenizer in the first manifest, if there is one. Raises: DataError for a damaged manifest."""
+        manifests = (read_manifest(folder) for folder in self.folders)
+        return next((manifest.tokenizer for manifest in manifests if manifest is not None), None)
+
+
+def tokenizers_of_data(dataset_path: str | None) -> DataTokenizers:
+    """The tokenizers next to the local token shards of ``--dataset_path``: of all sources of a mixture, in their order.
+    Raises: ConfigError for a damaged mixture file."""
     if dataset_path is None:
-        return {}
+        return DataTokenizers(())
     if dataset_path.endswith(".json"):
         mixture = read_mixture(Path(dataset_path.removeprefix("file://")))
-        return {source.name: _folder(source.path) for source in mixture.sources}
-    return {"": _folder(dataset_path)}
+        return DataTokenizers(tuple(_folder(source.path) for source in mixture.sources))
+    return DataTokenizers((_folder(dataset_path),))
 
 
 def _folder(path: str) -> Path:
@@ -66,19 +83,16 @@ def find_tokenizer(
     eot_position: str = "prepend",
     option: str = "--tokenizer",
 ) -> RunTokenizer:
-    """The tokenizer in the file (or folder) ``given``, else that of the run's data: ``tokenizer.json`` beside its shards,
-    or what its manifest names. ``eot_id`` and ``eot_position`` are those of the run's configuration, where no manifest is.
+    """The tokenizer in the file (or folder) ``given``, else that of the run's data: the first ``tokenizer.json`` next to
+    its shards, or the one that its manifest names. ``eot_id`` and ``eot_position`` are those of the run's configuration,
+    used where there is no manifest.
 
     Raises: ConfigError if there is none, naming ``option``, which gives one; DataError if it cannot be read.
     """
-    folders = list(shard_folders(dataset_path).values())
-    manifests = [(folder, read_manifest(folder)) for folder in folders]
-    facts = next((manifest.tokenizer for _, manifest in manifests if manifest is not None), None)
-    file = None
+    found = tokenizers_of_data(dataset_path)
+    facts, file = found.facts(), next(iter(found.files), None)
     if given is not None:
         file = given / TOKENIZER if given.is_dir() else given
-    else:
-        file = next((folder / TOKENIZER for folder in folders if (folder / TOKENIZER).is_file()), None)
     if file is not None:
         tokenizer = from_file(file)
     elif facts is not None and facts.kind == "encoding_name":
@@ -86,7 +100,11 @@ def find_tokenizer(
     elif facts is not None and facts.kind == "tokenizer_name":
         tokenizer = from_hub(facts.name)
     else:
-        where = f"{folders[0]} has no {TOKENIZER}" if folders else "the run's data (mock data, or your own) names none"
+        where = (
+            f"{found.folders[0]} has no {TOKENIZER}"
+            if found.folders
+            else "the run's data (mock data, or your own) names none"
+        )
         raise ConfigError(f"no tokenizer: {where}; give {option} path/to/{TOKENIZER}")
     if facts is not None:
         return RunTokenizer(tokenizer, facts.eot_id, facts.eot_position == "prepend")
@@ -96,7 +114,7 @@ def find_tokenizer(
         _, end = tokenizer.end_of_text()
     except ConfigError:
         return RunTokenizer(tokenizer, None, False)
-    return RunTokenizer(tokenizer, end, bool(folders) and eot_position == "prepend")
+    return RunTokenizer(tokenizer, end, bool(found.folders) and eot_position == "prepend")
 
 
 def tokenizer_of_run(config: dict[str, dict[str, object]], given: Path | None = None) -> RunTokenizer:

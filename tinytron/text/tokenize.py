@@ -1,27 +1,25 @@
-"""Text to token shards, by many processes, in one order, and to be gone on with after an interruption.
+"""Text to token shards: by many processes, in one order, and resumable after any interruption.
 
 source -> chunks -> workers (read, split off validation, encode) -> in order -> shards and sidecars -> manifest.json
 
-Whenever shards have been finished, and when it is asked to stop, a state file takes down the place in the source, what is
-not yet in a shard, and what all of this is made from. Until the manifest is there, the same call goes on from that file.
+Whenever shards have been finished, and when it is asked to stop, the pipeline writes a state file: the place in the source,
+the tokens that are in no shard yet, and what all of this is made from. Until the manifest is there, the same call continues
+from that file.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from tinytron.data import tokenizers
-from tinytron.data.documents import whole_characters
 from tinytron.data.manifest import (
     MANIFEST,
     TOKENIZER,
@@ -31,15 +29,18 @@ from tinytron.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from tinytron.data.prepare import locked
-from tinytron.data.text.chunk_encoder import VAL, ChunkEncoder, Encoded, is_held_out
-from tinytron.data.text.options import TokenizeOptions
-from tinytron.data.text.sources import START, Source, open_source
-from tinytron.data.text.state import STATE, Recipe, State, difference, read_state, write_state
-from tinytron.data.text.token_writer import SplitWriter, shard_name
-from tinytron.data.text.worker_pool import WorkerPool
-from tinytron.data.tokenizers import TextTokenizer
+from tinytron.data.shards import open_shards
 from tinytron.errors import ConfigError, DataError
+from tinytron.text import tokenizers
+from tinytron.text.chunk_encoder import ChunkEncoder, Encoded, whole_characters
+from tinytron.text.options import TokenizeOptions
+from tinytron.text.selection import VAL, SelectedSource
+from tinytron.text.sources import START, TextSource, open_source
+from tinytron.text.state import STATE, Recipe, State, difference, read_state, recipe_in, recipe_of, write_state
+from tinytron.text.token_writer import SplitWriter, shard_name
+from tinytron.text.tokenizers import TextTokenizer
+from tinytron.text.worker_pool import WorkerPool
+from tinytron.utils.lock import wait_for_lock
 from tinytron.utils.signals import StopRequest
 from tinytron.utils.training import write_atomically
 
@@ -49,7 +50,7 @@ OURS = re.compile(r".+_\d{6}\.(bin|docs)(\.tmp)?")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How it ended: the ``manifest``, or the signal that stopped it; ``fresh`` if this call did anything."""
+    """The ``manifest``, or the signal that stopped the call; ``fresh`` if this call did anything."""
 
     folder: Path
     manifest: Manifest | None
@@ -61,13 +62,50 @@ def tokenize_dataset(
     options: TokenizeOptions,
     stop: StopRequest | None = None,
     say: Callable[[str], object] = lambda text: print(text, file=sys.stderr, flush=True),
+    *,
+    tokenizer: TextTokenizer | None = None,
+    repair: bool = False,
 ) -> Outcome:
-    """Write ``options.folder``, unless it is there already; go on with what an earlier call has begun. ``say`` gets what
-    is to be known on the way.
+    """Write ``options.folder``, unless it is there already, or continue what an earlier call has begun. ``say`` gets
+    progress messages; ``tokenizer`` is that of the options, if it is loaded already; with ``repair`` a finished folder is
+    made again if its shards are not those of its manifest.
 
     Raises: ConfigError and DataError for options that do not fit each other, the source or what is in the folder; DataError
     if the folder cannot be written.
     """
+    source = source_of(options)
+    if tokenizer is None and not options.train_bpe:
+        tokenizer = load_tokenizer(options)
+    if tokenizer is not None:
+        tokenizer_facts(tokenizer, options)  # raises for a tokenizer that does not fit before anything is written
+    try:
+        options.folder.mkdir(parents=True, exist_ok=True)
+        with wait_for_lock(options.folder / LOCK, say):
+            damaged = repair and (options.folder / MANIFEST).exists() and finished(options.folder) is None
+            if options.overwrite or damaged:
+                _clear(options.folder)
+            return _Run(options, source, stop or StopRequest(), say).run(tokenizer)
+    except OSError as error:
+        raise DataError(
+            f"--output_dir {options.folder} cannot be written ({error.strerror or error}); use a disk with space. "
+            "The same call continues where it was"
+        ) from error
+
+
+def finished(folder: Path) -> Manifest | None:
+    """The manifest of a folder whose tokenization is complete and whose shards are those that the manifest names, in the
+    right sizes; else ``None``."""
+    with contextlib.suppress(DataError, OSError):
+        manifest = read_manifest(folder)
+        if manifest is not None and manifest.complete:
+            names = sorted(shard.name for shard in manifest.shards)
+            open_shards([folder / name for name in names])
+            return manifest if names == sorted(path.name for path in folder.glob("*.bin")) else None
+    return None
+
+
+def source_of(options: TokenizeOptions) -> TextSource:
+    """The documents that the options name. Raises: ConfigError, DataError."""
     source = open_source(
         options.dataset_path,
         config=options.dataset_name,
@@ -75,19 +113,11 @@ def tokenize_dataset(
         text_key=options.dataset_text_key,
         streaming=options.streaming,
         cache_dir=options.cache_dir,
+        val_path=options.val_path,
     )
-    tokenizer = None if options.train_bpe else load_tokenizer(options)
-    if tokenizer is not None:
-        tokenizer_facts(tokenizer, options)  # a tokenizer that does not fit is told before anything is written
-    try:
-        options.folder.mkdir(parents=True, exist_ok=True)
-        with locked(options.folder / LOCK):
-            return _Run(options, source, stop or StopRequest(), say).run(tokenizer)
-    except OSError as error:
-        raise DataError(
-            f"--output_dir {options.folder} cannot be written ({error.strerror or error}); use a disk with space. "
-            "The same call goes on where it was"
-        ) from error
+    if not options.selects:
+        return source
+    return SelectedSource(source, options.rule, options.max_samples, options.shuffle_buffer, options.seed)
 
 
 def load_tokenizer(options: TokenizeOptions) -> TextTokenizer:
@@ -101,8 +131,8 @@ def load_tokenizer(options: TokenizeOptions) -> TextTokenizer:
 
 
 def tokenizer_facts(tokenizer: TextTokenizer, options: TokenizeOptions) -> TokenizerFacts:
-    """What the manifest says of it. Raises: ConfigError if its ids do not fit the type of the tokens, or it has no
-    end-of-text token."""
+    """The manifest's record of ``tokenizer``. Raises: ConfigError if its ids do not fit the type of the tokens, or if it
+    lacks the end-of-text token."""
     largest = int(np.iinfo(options.dtype).max)
     if tokenizer.vocab_size > largest + 1:
         advice = "use --token_dtype uint32" + (" --file_format timl" if options.file_format == "llmc" else "")
@@ -110,7 +140,9 @@ def tokenizer_facts(tokenizer: TextTokenizer, options: TokenizeOptions) -> Token
             f"--{tokenizer.kind} {tokenizer.name} has ids up to {tokenizer.vocab_size - 1}, and --token_dtype "
             f"{options.token_dtype} ends at {largest}; {advice}"
         )
-    token, number = tokenizer.end_of_text(options.eot_token)
+    token = number = None
+    if options.eot_position != "none":
+        token, number = tokenizer.end_of_text(options.eot_token)
     made = (tokenizer.kind, tokenizer.name, tokenizer.sha256, tokenizer.vocab_size)
     return TokenizerFacts(*made, eot_id=number, eot_token=token, eot_position=options.eot_position)
 
@@ -119,21 +151,19 @@ class _Run:
     """One call, with the folder's lock held."""
 
     def __init__(
-        self, options: TokenizeOptions, source: Source, stop: StopRequest, say: Callable[[str], object]
+        self, options: TokenizeOptions, source: TextSource, stop: StopRequest, say: Callable[[str], object]
     ) -> None:
         self.options, self.source, self.stop, self.say = options, source, stop, say
         self.folder, self.split = options.folder, options.split
         fixed = (options.dtype, options.file_format, options.num_tokens_per_file)
         self.main = SplitWriter(self.folder, self.split, *fixed, options.min_file_index, options.max_file_index)
         self.writers = {self.split: self.main}
-        if options.val_fraction:
+        if options.val_fraction or options.val_path is not None:
             self.writers[VAL] = SplitWriter(self.folder, VAL, *fixed)
         self.place, self.done, self.empty = START, 0, 0
 
     def run(self, tokenizer: TextTokenizer | None) -> Outcome:
-        """Begin, go on, or find it done."""
-        if self.options.overwrite:
-            self._clear()
+        """Begin, continue, or find the folder finished."""
         state, manifest = read_state(self.folder), read_manifest(self.folder)
         begun = state is not None or manifest is not None
         if not begun and any(OURS.fullmatch(path.name) for path in self.folder.iterdir()):
@@ -143,8 +173,8 @@ class _Run:
         if tokenizer is None:
             tokenizer = self._trained(begun)
         facts = tokenizer_facts(tokenizer, self.options)
-        recipe = self._recipe(facts)
-        for there in (state.recipe if state else None, _recipe_of(manifest) if manifest else None):
+        recipe = recipe_of(self.options, self.source, facts)
+        for there in (state.recipe if state else None, recipe_in(manifest) if manifest else None):
             self._require_same(recipe, there)
         if manifest is not None and manifest.complete:
             return self._found(manifest)
@@ -160,41 +190,23 @@ class _Run:
 
     # What is there.
 
-    def _clear(self) -> None:
-        for path in self.folder.iterdir():
-            if OURS.fullmatch(path.name) or path.name.removesuffix(".tmp") in (MANIFEST, STATE, TOKENIZER):
-                path.unlink()
-
     def _trained(self, begun: bool) -> TextTokenizer:
-        """The tokenizer that the folder has, or one that is trained now."""
+        """The tokenizer that the folder has, or a new one."""
         path, size = self.folder / TOKENIZER, self.options.train_bpe
         assert size is not None, "there is no other tokenizer"
         if not begun:
             self.say(f"training a tokenizer of {size} tokens on {self.options.train_bpe_bytes:,} bytes")
-            texts = tokenizers.first_bytes(self._training_texts(), self.options.train_bpe_bytes)
+            training = (text for text, split in self._documents() if split == self.split)
+            texts = tokenizers.first_bytes(training, self.options.train_bpe_bytes)
             trained = tokenizers.train_bpe(texts, size).to_str().encode()
             write_atomically(path, lambda file: file.write(trained))
         return tokenizers.from_file(path, "train_bpe", str(size))
 
-    def _training_texts(self) -> Iterable[str]:
+    def _documents(self) -> Iterator[tuple[str, str | None]]:
+        """Every text and its split."""
         for chunk in self.source.chunks(self.options.chunksize):
             for text in map(whole_characters, self.source.read(chunk)):
-                if not is_held_out(text.encode(), self.options.val_fraction):
-                    yield text
-
-    def _recipe(self, facts: TokenizerFacts) -> Recipe:
-        options = self.options
-        others: dict[str, Any] = {"num_tokens_per_file": options.num_tokens_per_file}
-        others |= {"val_fraction": options.val_fraction}
-        if options.train_bpe:
-            others |= {"train_bpe_bytes": options.train_bpe_bytes}
-        return {
-            "source": self.source.facts() | {"split": options.dataset_split},
-            "tokenizer": dataclasses.asdict(facts),
-            "dtype": options.token_dtype,
-            "file_format": options.file_format,
-            "options": others,
-        }
+                yield text, self.options.rule.split_of(text, chunk.held_out)
 
     def _require_same(self, recipe: Recipe, there: Recipe | None) -> None:
         if there is not None and (text := difference(recipe, there)) is not None:
@@ -222,7 +234,7 @@ class _Run:
         self._require_files(set(names), 1 + max((int(n[-10:-4]) for n in names), default=-1))
         for name in (shard.name for shard in manifest.shards):
             if not (self.folder / name).is_file():
-                raise DataError(f"{self.folder / name} is gone; tokenise again with --overwrite")
+                raise DataError(f"{self.folder / name} is gone; tokenize again with --overwrite")
         if manifest.complete:
             (self.folder / STATE).unlink(missing_ok=True)
         return Outcome(self.folder, manifest, fresh=False)
@@ -230,25 +242,24 @@ class _Run:
     # Work.
 
     def _begin(self, tokenizer: TextTokenizer, recipe: Recipe) -> None:
-        self.source.size()  # a source that cannot be loaded says so here
+        self.source.size()  # a source that cannot be loaded raises here
         (self.folder / MANIFEST).unlink(missing_ok=True)
-        if tokenizer.serialised:
-            write_atomically(self.folder / TOKENIZER, lambda file: file.write(tokenizer.serialised))
+        if tokenizer.serialized:
+            write_atomically(self.folder / TOKENIZER, lambda file: file.write(tokenizer.serialized))
         if self.place == START:
             self._save(recipe)
         else:
-            self.say(f"going on behind {sum(len(w.shards) for w in self.writers.values())} finished shards")
+            self.say(f"continuing after {sum(len(w.shards) for w in self.writers.values())} finished shards")
         if (index := self.main.index) < self.options.min_file_index:
             dropped = f"{index} to {self.options.min_file_index - 1}"
-            self.say(f"files {dropped} are tokenised and dropped: {self.folder} does not say where they end")
+            self.say(f"files {dropped} are tokenized and dropped: {self.folder} does not say where they end")
 
     def _save(self, recipe: Recipe) -> None:
         write_state(self.folder, recipe, self.writers, self.place, self.done, self.empty)
 
     def _tokenize(self, tokenizer: TextTokenizer, facts: TokenizerFacts, recipe: Recipe) -> None:
         work = ChunkEncoder(
-            *(self.source, tokenizer.encode, facts.eot_id, facts.eot_position, self.options.dtype, self.split),
-            self.options.val_fraction,
+            self.source, tokenizer.encode, facts.eot_id, facts.eot_position, self.options.dtype, self.options.rule
         )
         self._write_full(recipe)  # what an earlier call was told not to write yet
         if self.main.done:
@@ -271,7 +282,7 @@ class _Run:
             self._save(recipe)
 
     def _finish(self, facts: TokenizerFacts, recipe: Recipe) -> Manifest:
-        """Write what fills no shard, and the manifest; without an end of the source keep the state."""
+        """Write the tokens that do not fill a shard, and the manifest; keep the state unless the source has ended."""
         complete, shards = not self.main.done, list[ShardFacts]()
         documents, tokens = dict[str, int](), dict[str, int]()
         for split, writer in self.writers.items():
@@ -281,14 +292,14 @@ class _Run:
             tokens[split] = sum(shard.tokens for shard in mine)
             shards += mine
         if self.options.min_file_index and not documents[self.split]:
-            self._clear()
+            _clear(self.folder)
             last = self.main.index if self.main.held else self.main.index - 1
             raise DataError(
                 f"--min_file_index {self.options.min_file_index}: the data ends in file {last}; use a smaller one"
             )
         if not shards:
-            self._clear()
-            raise DataError(f"--dataset_path {self.options.dataset_path} has no document with text; use another")
+            _clear(self.folder)
+            raise self._nothing_kept()
         manifest = Manifest(
             dtype=self.options.token_dtype,
             file_format=self.options.file_format,
@@ -307,17 +318,29 @@ class _Run:
             (self.folder / STATE).unlink(missing_ok=True)
         return manifest
 
+    def _nothing_kept(self) -> DataError:
+        """The error of a source without a document to tokenize; looks for the length of the longest."""
+        path, least = self.options.dataset_path, self.options.min_chars
+        sizes = [len(text.strip()) for text, _ in self._documents()]
+        if not least or not any(sizes):
+            return DataError(f"--dataset_path {path} has no document with text; use another")
+        return DataError(
+            f"--dataset_path {path}: none of {len(sizes)} documents has --min_chars {least} characters; use --min_chars "
+            f"{max(sizes)} or less"
+        )
 
-def _recipe_of(manifest: Manifest) -> Recipe:
-    facts = dataclasses.asdict(manifest)
-    return {name: facts[name] for name in ("source", "tokenizer", "dtype", "file_format", "options")}
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if OURS.fullmatch(path.name) or path.name.removesuffix(".tmp") in (MANIFEST, STATE, TOKENIZER):
+            path.unlink()
 
 
 class _Progress:
     """The bar on stderr: share done and time left where the size is known, documents and tokens per second of this
     call."""
 
-    def __init__(self, source: Source, done: int) -> None:
+    def __init__(self, source: TextSource, done: int) -> None:
         total, unit = source.size()
         often = 0.2 if sys.stderr.isatty() else 10.0
         self.bar = tqdm(total=total, initial=done, unit=unit, unit_scale=True, mininterval=often, file=sys.stderr)

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.helpers.corpus import EOT, Naive, make_texts, make_tokenizer, tokenise, tokens_of, write_jsonl
+from tests.helpers.corpus import EOT, Naive, make_texts, make_tokenizer, tokenize, tokens_of, write_jsonl
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 tiktoken = pytest.importorskip("tiktoken")
 
-from tinytron.data.tokenizers import (  # noqa: E402
+from tinytron.errors import ConfigError, DataError  # noqa: E402
+from tinytron.text.tokenizers import (  # noqa: E402
     BPE_END,
     encode_documents,
     first_bytes,
@@ -27,7 +28,6 @@ from tinytron.data.tokenizers import (  # noqa: E402
     from_tiktoken,
     train_bpe,
 )
-from tinytron.errors import ConfigError, DataError  # noqa: E402
 
 TEXTS = make_texts(20)
 PLUGIN = """
@@ -76,8 +76,8 @@ def test_files_and_folders_give_plain_ids_also_in_another_process(made: Path) ->
         assert _ids(tokenizer.encode, TEXTS) == expected
         assert _ids(pickle.loads(pickle.dumps(tokenizer.encode)), TEXTS) == expected
         assert tokenizer.vocab_size == naive.tokenizer.get_vocab_size()
-        assert tokenizer.sha256 == hashlib.sha256(tokenizer.serialised).hexdigest()
-    assert from_file(made / "tokenizer.json").serialised == (made / "tokenizer.json").read_bytes()
+        assert tokenizer.sha256 == hashlib.sha256(tokenizer.serialized).hexdigest()
+    assert from_file(made / "tokenizer.json").serialized == (made / "tokenizer.json").read_bytes()
 
 
 def test_a_tokenizer_in_python_gives_plain_ids(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_tokenizer_in_python_gives_plain_ids(tmp_path: Path) -> None:
         def _convert_token_to_id(self, token: str) -> int:
             return self.get_vocab().get(token, 0)
 
-    from tinytron.data.tokenizers import _Slow
+    from tinytron.text.tokenizers import _Slow
 
     assert _ids(_Slow(Letters()), ["abz", "b"]) == [[0, 1, 25], [1]]
 
@@ -126,7 +126,7 @@ def test_tiktoken(made: Path, tmp_path: Path) -> None:
     assert tokenizer.token_id("no such token") is None
     for workers in (0, 2):  # a worker loads the plugin too
         out = tmp_path / str(workers)
-        tokenise(made / "c.jsonl", None, out, "--encoding_name", "tiny_of_the_tests", "--num_proc", workers)
+        tokenize(made / "c.jsonl", None, out, "--encoding_name", "tiny_of_the_tests", "--num_proc", workers)
         expected = [[300, *tiktoken.get_encoding("tiny_of_the_tests").encode_ordinary(text)] for text in TEXTS]
         assert tokens_of(out) == [token for ids in expected for token in ids]
         assert not (out / "tokenizer.json").exists()

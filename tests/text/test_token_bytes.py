@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from tests.helpers.corpus import EOT, make_texts, make_tokenizer
-from tinytron.data.run_tokenizer import TOKENIZER
-from tinytron.data.token_bytes import token_bytes, token_bytes_of_data
 from tinytron.errors import DataError
+from tinytron.text.run_tokenizer import TOKENIZER
+from tinytron.text.token_bytes import token_bytes, token_bytes_of_data
 
 tokenizers = pytest.importorskip("tokenizers")
 TEXTS = [text.replace(EOT, "") for text in make_texts(30)]
@@ -90,6 +90,6 @@ def test_the_tokenizer_of_all_shards(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "[]", '{"model": {}}', '{"model": {"vocab": {}}, "decoder": 3}'])
 def test_a_damaged_tokenizer(content: str, tmp_path: Path) -> None:
     (tmp_path / TOKENIZER).write_text(content)
-    with pytest.raises(DataError, match=r"tokenizer.json is no tokenizer \(.*\); tokenise again with --overwrite"):
+    with pytest.raises(DataError, match=r"tokenizer.json is no tokenizer \(.*\); tokenize again with --overwrite"):
         token_bytes_of_data(str(tmp_path))
     shutil.rmtree(tmp_path)

@@ -13,20 +13,21 @@ pytest.importorskip("tokenizers")
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 
+
 from tests.helpers.corpus import (  # noqa: E402
     Naive,
     contents,
     make_texts,
     make_tokenizer,
     starts_of,
-    tokenise,
+    tokenize,
     tokens_of,
     write_jsonl,
 )
 from tinytron.data.formats import open_shard  # noqa: E402
 from tinytron.data.manifest import read_manifest  # noqa: E402
-from tinytron.data.prepare import file_states  # noqa: E402
-from tinytron.data.text import parts  # noqa: E402
+from tinytron.text import parts  # noqa: E402
+from tinytron.text.sources import file_states  # noqa: E402
 
 TEXTS = make_texts(60)
 
@@ -40,7 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_tokens_documents_and_manifest_are_those_of_a_plain_loop(made: Path, tmp_path: Path) -> None:
-    outcome = tokenise(made / "c.jsonl", made / "tokenizer.json", tmp_path)
+    outcome = tokenize(made / "c.jsonl", made / "tokenizer.json", tmp_path)
     expected = Naive(made / "tokenizer.json").documents(TEXTS)
     row = [token for ids in expected for token in ids]
     assert tokens_of(tmp_path) == row
@@ -69,11 +70,11 @@ def test_tokens_documents_and_manifest_are_those_of_a_plain_loop(made: Path, tmp
 def test_the_command_of_the_manifest_makes_the_same_again(made: Path, tmp_path: Path) -> None:
     import shlex
 
-    from tinytron.data.text.options import parse_options
-    from tinytron.data.text.tokenize import tokenize_dataset
+    from tinytron.text.options import parse_options
+    from tinytron.text.tokenize import tokenize_dataset
 
     flags = ("--val_fraction", 0.2, "--eot_position", "append", "--token_dtype", "uint32")
-    manifest = tokenise(made / "c.jsonl", made / "tokenizer.json", tmp_path / "a", *flags).manifest
+    manifest = tokenize(made / "c.jsonl", made / "tokenizer.json", tmp_path / "a", *flags).manifest
     assert manifest is not None
     words = shlex.split(manifest.command)
     assert words[:2] == ["python", "scripts/tokenize_dataset.py"]
@@ -87,8 +88,8 @@ def test_any_number_of_workers_and_any_chunk_size_write_the_same_files(
 ) -> None:
     flags = ("--val_fraction", 0.2, "--chunksize", chunksize)
     for count in (0, 1, 2, 3) if chunksize == 7 else (0, 2):
-        tokenise(made / "c.jsonl", made / "tokenizer.json", tmp_path / str(count), *flags, "--num_proc", count)
-    tokenise(made / "c.jsonl", made / "tokenizer.json", tmp_path / "other", *flags[:2], "--chunksize", 11)
+        tokenize(made / "c.jsonl", made / "tokenizer.json", tmp_path / str(count), *flags, "--num_proc", count)
+    tokenize(made / "c.jsonl", made / "tokenizer.json", tmp_path / "other", *flags[:2], "--chunksize", 11)
     folders = [contents(folder) for folder in tmp_path.iterdir()]
     assert all(folder == folders[0] for folder in folders)
     assert {"train_000001.bin", "train_000001.docs", "val_000000.bin", "manifest.json"} <= set(folders[0])
@@ -128,17 +129,17 @@ def test_every_kind_of_input_gives_the_same_tokens(made: Path, tmp_path: Path, m
     for kind, path in _inputs(tmp_path).items():
         for workers in (0, 2):
             out = tmp_path / f"{kind}_{workers}"
-            tokenise(path, made / "tokenizer.json", out, "--num_proc", workers)
+            tokenize(path, made / "tokenizer.json", out, "--num_proc", workers)
             assert tokens_of(out) == expected, (kind, workers)
     monkeypatch.setattr(parts, "GROUP_BYTES", 100)  # so that large row groups are read by the main process
     monkeypatch.setattr(parts, "BLOCK_BYTES", 100)
     for kind in ("c.parquet", "one_group.parquet", "c.jsonl.gz", "many"):
-        tokenise(tmp_path / kind, made / "tokenizer.json", tmp_path / f"small_{kind}")
+        tokenize(tmp_path / kind, made / "tokenizer.json", tmp_path / f"small_{kind}")
         assert tokens_of(tmp_path / f"small_{kind}") == expected, kind
 
 
 def test_the_end_of_text_token_goes_before_or_behind(made: Path, tmp_path: Path) -> None:
-    tokenise(made / "c.jsonl", made / "tokenizer.json", tmp_path, "--eot_position", "append")
+    tokenize(made / "c.jsonl", made / "tokenizer.json", tmp_path, "--eot_position", "append")
     expected = Naive(made / "tokenizer.json", "append").documents(TEXTS)
     assert tokens_of(tmp_path) == [token for ids in expected for token in ids]
     assert starts_of(tmp_path) == np.cumsum([0, *map(len, expected[:-1])]).tolist()
@@ -147,7 +148,7 @@ def test_the_end_of_text_token_goes_before_or_behind(made: Path, tmp_path: Path)
 def test_documents_longer_than_shards_run_on_through_them(made: Path, tmp_path: Path) -> None:
     texts = [TEXTS[0], " ".join(TEXTS), TEXTS[3]]
     path = write_jsonl(tmp_path / "long.jsonl", texts)
-    tokenise(path, made / "tokenizer.json", tmp_path / "out")
+    tokenize(path, made / "tokenizer.json", tmp_path / "out")
     expected = Naive(made / "tokenizer.json").documents(texts)
     assert len(expected[1]) > 3 * 500
     assert tokens_of(tmp_path / "out") == [token for ids in expected for token in ids]
@@ -160,7 +161,7 @@ def test_documents_longer_than_shards_run_on_through_them(made: Path, tmp_path: 
 def test_documents_without_text_are_left_out_and_counted(made: Path, tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl"
     path.write_text('{"text": ""}\n{"text": "one"}\n{"text": null}\n{"text": "a\\ud800b"}\n')
-    manifest = tokenise(path, made / "tokenizer.json", tmp_path / "out").manifest
+    manifest = tokenize(path, made / "tokenizer.json", tmp_path / "out").manifest
     assert manifest is not None
     assert (manifest.documents, manifest.empty) == ({"train": 2}, 2)
     assert tokens_of(tmp_path / "out") == Naive(made / "tokenizer.json").tokens(["one", "a?b"])
@@ -169,7 +170,7 @@ def test_documents_without_text_are_left_out_and_counted(made: Path, tmp_path: P
 def test_validation_is_chosen_by_the_text_alone(made: Path, tmp_path: Path) -> None:
     copies = [*TEXTS, *reversed(TEXTS)]
     write_jsonl(tmp_path / "c.jsonl", copies)
-    tokenise(tmp_path / "c.jsonl", made / "tokenizer.json", tmp_path / "out", "--val_fraction", 0.2)
+    tokenize(tmp_path / "c.jsonl", made / "tokenizer.json", tmp_path / "out", "--val_fraction", 0.2)
     naive = Naive(made / "tokenizer.json")
     train, val = (_documents(tmp_path / "out", split) for split in ("train", "val"))
     assert not set(train) & set(val)
@@ -185,10 +186,10 @@ def _documents(folder: Path, split: str) -> list[tuple[int, ...]]:
 
 def test_uint32_and_the_format_of_llm_c(made: Path, tmp_path: Path) -> None:
     expected = Naive(made / "tokenizer.json").tokens(TEXTS)
-    tokenise(made / "c.jsonl", made / "tokenizer.json", tmp_path / "wide", "--token_dtype", "uint32")
+    tokenize(made / "c.jsonl", made / "tokenizer.json", tmp_path / "wide", "--token_dtype", "uint32")
     assert tokens_of(tmp_path / "wide") == expected
     assert open_shard(tmp_path / "wide" / "train_000000.bin").dtype == np.uint32
-    tokenise(made / "c.jsonl", made / "tokenizer.json", tmp_path / "llmc", "--file_format", "llmc")
+    tokenize(made / "c.jsonl", made / "tokenizer.json", tmp_path / "llmc", "--file_format", "llmc")
     raw = (tmp_path / "llmc" / "train_000001.bin").read_bytes()
     assert np.frombuffer(raw, "<i4", 256).tolist() == [20240520, 1, 500, *[0] * 253]
     assert np.frombuffer(raw, "<u2", offset=1024).tolist() == expected[500:1000]
@@ -196,15 +197,15 @@ def test_uint32_and_the_format_of_llm_c(made: Path, tmp_path: Path) -> None:
 
 
 def test_files_are_named_by_the_split_as_given(made: Path, tmp_path: Path) -> None:
-    tokenise(made / "c.jsonl", made / "tokenizer.json", tmp_path, "--dataset_split", "validation")
+    tokenize(made / "c.jsonl", made / "tokenizer.json", tmp_path, "--dataset_split", "validation")
     assert (tmp_path / "validation_000000.bin").exists()
 
 
 def test_a_finished_folder_is_left_alone(made: Path, tmp_path: Path) -> None:
     flags = (made / "c.jsonl", made / "tokenizer.json", tmp_path)
-    assert tokenise(*flags).fresh
+    assert tokenize(*flags).fresh
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    again = tokenise(*flags, "--num_proc", 2, "--chunksize", 3)
+    again = tokenize(*flags, "--num_proc", 2, "--chunksize", 3)
     assert not again.fresh
     assert again.manifest == read_manifest(tmp_path)
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -213,9 +214,9 @@ def test_a_finished_folder_is_left_alone(made: Path, tmp_path: Path) -> None:
 
 def test_overwriting_removes_what_was_there_and_nothing_else(made: Path, tmp_path: Path) -> None:
     flags = (made / "c.jsonl", made / "tokenizer.json", tmp_path)
-    tokenise(*flags, "--num_tokens_per_file", 100)
+    tokenize(*flags, "--num_tokens_per_file", 100)
     (tmp_path / "notes.txt").write_text("mine")
-    tokenise(*flags, "--overwrite")
+    tokenize(*flags, "--overwrite")
     assert tokens_of(tmp_path) == Naive(made / "tokenizer.json").tokens(TEXTS)
     assert (tmp_path / "notes.txt").exists()
 
@@ -223,17 +224,17 @@ def test_overwriting_removes_what_was_there_and_nothing_else(made: Path, tmp_pat
 def test_the_own_tokenizer_is_trained_once_without_validation_texts(made: Path, tmp_path: Path) -> None:
     import tokenizers
 
-    from tinytron.data.text.chunk_encoder import is_held_out
-    from tinytron.data.tokenizers import train_bpe
+    from tinytron.text.selection import is_held_out
+    from tinytron.text.tokenizers import train_bpe
 
     flags = (made / "c.jsonl", None, tmp_path / "a", "--train_bpe", 300, "--val_fraction", 0.3)
-    tokenise(*flags)
+    tokenize(*flags)
     texts = [text for text in TEXTS if not is_held_out(text.encode(), 0.3)]
     assert 10 < len(texts) < 55
     trained = train_bpe(texts, 300)
     assert (tmp_path / "a" / "tokenizer.json").read_text() == trained.to_str()
     assert tokens_of(tmp_path / "a") == Naive(tmp_path / "a" / "tokenizer.json").tokens(texts)
-    assert not tokenise(*flags).fresh
+    assert not tokenize(*flags).fresh
     assert tokenizers.Tokenizer.from_file(str(tmp_path / "a" / "tokenizer.json")).get_vocab_size() == 300
-    tokenise(*flags[:2], tmp_path / "b", "--train_bpe", 300, "--train_bpe_bytes", 1000)
+    tokenize(*flags[:2], tmp_path / "b", "--train_bpe", 300, "--train_bpe_bytes", 1000)
     assert contents(tmp_path / "a")["tokenizer.json"] != contents(tmp_path / "b")["tokenizer.json"]

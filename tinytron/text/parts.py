@@ -21,9 +21,11 @@ from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
-from tinytron.data.documents import LINE_SUFFIXES, as_data_error, require_package, text_of
 from tinytron.errors import DataError
+from tinytron.utils.optional import as_data_error, require_package
 
+# Each line a JSON object; the compressed .json files of large corpora are that too.
+LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 PIECE_BYTES = 2**20  # a longer text file becomes several documents, cut at a line end
 BLOCK_BYTES = 2**22  # of a file of lines, at a time
 GROUP_BYTES = 2**26  # a larger row group is read by the one process and not by many
@@ -95,8 +97,22 @@ def _bytes_of(part: Part) -> bytes:
         file.seek(part.start)
         content = file.read(part.stop - part.start)
     if len(content) != part.stop - part.start:
-        raise DataError(f"{part.path} has become shorter while it was read; leave it alone until it is tokenised")
+        raise DataError(f"{part.path} has become shorter while it was read; leave it alone until it is tokenized")
     return content
+
+
+def text_of(row: Any, text_key: str, where: str, option: str = "the text key") -> str:
+    """``row[text_key]``; a null is an empty text. Raises: DataError that starts with ``where`` for a row without one."""
+    if not isinstance(row, dict):
+        raise DataError(f"{where} is {type(row).__name__}, not an object with keys")
+    if text_key not in row:
+        keys = ", ".join(map(str, row)) or "no key at all"
+        raise DataError(f"{where} has no key {text_key!r}; set {option} to one that it has: {keys}")
+    text = row[text_key]
+    if not isinstance(text, str | None):
+        kind = type(text).__name__
+        raise DataError(f"{where}: {text_key!r} is {kind}, not text; set {option} to another key")
+    return text or ""
 
 
 # Lines.

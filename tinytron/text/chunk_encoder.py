@@ -1,29 +1,30 @@
-"""A chunk of documents to token ids: what a worker process of the tokeniser does."""
+"""A chunk of documents to token ids: the work of one process of the pool."""
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tinytron.data.documents import BATCH_CHARS, as_data_error, whole_characters
-from tinytron.data.text.sources import Chunk, Source
-from tinytron.data.tokenizers import Encode, encode_documents
+from tinytron.text.selection import VAL, DocumentRule
+from tinytron.text.sources import Chunk, TextSource
+from tinytron.text.tokenizers import Encode, encode_documents
+from tinytron.utils.optional import as_data_error
 
-VAL = "val"
+BATCH_CHARS = 2**20  # tokenized at a time
 
 
-def is_held_out(text: bytes, fraction: float) -> bool:
-    """Whether a document is for validation: a matter of its text alone, so that copies of it go the same way."""
-    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") < fraction * 2**64
+def whole_characters(text: str) -> str:
+    """``text`` with ``?`` for half of a surrogate pair, which JSON can spell but is not a character: tokenizers refuse
+    it."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A chunk's tokens and document lengths by split, and its number of empty documents."""
+    """A chunk's tokens and document lengths by split, and the number of documents that were left out."""
 
     splits: dict[str, tuple[npt.NDArray[Any], npt.NDArray[np.uint32]]]
     empty: int
@@ -31,21 +32,19 @@ class Encoded:
 
 @dataclass(frozen=True)
 class ChunkEncoder:
-    """What a worker does with a chunk. ``val_fraction`` of the documents go to the split ``val``, the others to
-    ``split``; those without text nowhere."""
+    """Reads a chunk, gives each document its split by ``rule``, and encodes them."""
 
-    source: Source
+    source: TextSource
     encode: Encode
-    eot_id: int
+    eot_id: int | None
     eot_position: str
     dtype: np.dtype[Any]
-    split: str
-    val_fraction: float
+    rule: DocumentRule
 
     def __call__(self, chunk: Chunk) -> Encoded:
         """Raises: DataError naming file and line or row."""
-        waiting: dict[str, list[str]] = {self.split: [], VAL: []}
-        made: dict[str, list[tuple[npt.NDArray[Any], npt.NDArray[np.uint32]]]] = {self.split: [], VAL: []}
+        waiting: dict[str, list[str]] = {self.rule.split: [], VAL: []}
+        made: dict[str, list[tuple[npt.NDArray[Any], npt.NDArray[np.uint32]]]] = {self.rule.split: [], VAL: []}
         chars = empty = 0
 
         def flush() -> None:
@@ -56,12 +55,12 @@ class ChunkEncoder:
                     texts.clear()
 
         for text in self.source.read(chunk):
-            if not text:
+            text = whole_characters(text)
+            split = self.rule.split_of(text, chunk.held_out)
+            if split is None:
                 empty += 1
                 continue
-            text = whole_characters(text)
-            held_out = self.val_fraction and is_held_out(text.encode(), self.val_fraction)
-            waiting[VAL if held_out else self.split].append(text)
+            waiting[split].append(text)
             chars += len(text)
             if chars >= BATCH_CHARS:
                 flush()

@@ -1,7 +1,8 @@
-"""How far a tokenisation has come, in one file; and what it is made from, so that nothing else goes on with it."""
+"""The progress of a tokenization, in one file, with what it is made from, so that nothing else continues it."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -9,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinytron.data.text.sources import START, Place
-from tinytron.data.text.token_writer import SplitWriter
+from tinytron.data.manifest import Manifest, TokenizerFacts
 from tinytron.errors import DataError
+from tinytron.text.options import TokenizeOptions
+from tinytron.text.sources import START, Place, TextSource
+from tinytron.text.token_writer import SplitWriter
 from tinytron.utils.training import write_atomically
 
 STATE = "tokenize.state"
@@ -22,7 +25,7 @@ Recipe = dict[str, Any]
 @dataclass(frozen=True)
 class State:
     """A state as it was read: the ``recipe``, the place in the source, how much of it is done (in its unit), the number
-    of empty documents, and what the writers of the splits had."""
+    of documents left out, and what the writers of the splits had."""
 
     recipe: Recipe
     place: Place
@@ -70,6 +73,40 @@ def read_state(folder: Path) -> State | None:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error}); start again with --overwrite") from error
+
+
+def recipe_of(options: TokenizeOptions, source: TextSource, tokenizer: TokenizerFacts) -> Recipe:
+    """All that decides the tokens, in plain JSON values. Raises: OSError if source files cannot be looked at."""
+    others: dict[str, Any] = {"num_tokens_per_file": options.num_tokens_per_file, "val_fraction": options.val_fraction}
+    if options.train_bpe:
+        others["train_bpe_bytes"] = options.train_bpe_bytes
+    # Only options that are in use: folders of versions without them stay valid.
+    if options.split_name is not None:
+        others["split_name"] = options.split_name
+    if options.min_chars:
+        others["min_chars"] = options.min_chars
+    if options.max_samples is not None:
+        others["max_samples"] = options.max_samples
+    if options.shuffle_buffer > 1:
+        others |= {"shuffle_buffer": options.shuffle_buffer, "seed": options.seed}
+    return {
+        "source": source.identity() | {"split": options.dataset_split},
+        "tokenizer": dataclasses.asdict(tokenizer),
+        "dtype": options.token_dtype,
+        "file_format": options.file_format,
+        "options": others,
+    }
+
+
+def recipe_in(manifest: Manifest) -> Recipe:
+    """The recipe of finished shards."""
+    facts = dataclasses.asdict(manifest)
+    return {name: facts[name] for name in ("source", "tokenizer", "dtype", "file_format", "options")}
+
+
+def recipe_hash(recipe: Mapping[str, Any]) -> str:
+    """Sixteen hexadecimal digits that name the folder of what ``recipe`` (plain JSON values) makes."""
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
 
 
 # Where the name of the flag is not the last part of the key.

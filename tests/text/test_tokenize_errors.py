@@ -1,9 +1,11 @@
-"""Every mistake of a user of the tokeniser is one line, and leaves nothing that looks finished."""
+"""Every mistake of a user of the pipeline is one line, and leaves nothing that looks finished."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
+import multiprocessing
 import os
 import signal
 import threading
@@ -17,12 +19,13 @@ pytest.importorskip("tokenizers")
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 
-from tests.helpers.corpus import contents, make_texts, make_tokenizer, options, tokenise, workers, write_jsonl  # noqa: E402
+from tests.helpers.corpus import contents, make_texts, make_tokenizer, options, tokenize, workers, write_jsonl  # noqa: E402
 from tinytron.data.formats import write_shard  # noqa: E402
-from tinytron.data.text import token_writer  # noqa: E402
-from tinytron.data.text.options import parse_options  # noqa: E402
-from tinytron.data.text.tokenize import LOCK, tokenize_dataset  # noqa: E402
-from tinytron.errors import ConfigError, DataError, TinytronError  # noqa: E402
+from tinytron.errors import ConfigError, DataError  # noqa: E402
+from tinytron.text import token_writer  # noqa: E402
+from tinytron.text.options import parse_options  # noqa: E402
+from tinytron.text.tokenize import LOCK, tokenize_dataset  # noqa: E402
+from tinytron.utils.lock import wait_for_lock  # noqa: E402
 
 TEXTS = make_texts(30)
 
@@ -61,6 +64,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--max_file_index -1", "--max_file_index -1 must be in 0..999999"),
         ("--train_bpe 256", "--train_bpe 256 must be in 257.."),
         ("--train_bpe_bytes 0", "--train_bpe_bytes 0 must be in 1.."),
+        ("--min_chars -1", "--min_chars -1 must be in 0..2147483648; use --min_chars 50"),
+        ("--max_samples 0", "--max_samples 0 must be in 1.."),
+        ("--shuffle_buffer -1", "--shuffle_buffer -1 must be in 0..2147483648; use --shuffle_buffer 10000"),
         ("--val_fraction 0.6", "--val_fraction 0.6 must be in 0..0.5; use --val_fraction 0.01"),
         ("--val_fraction 0.1 --dataset_split val", "--val_fraction makes val_.*, and so does --dataset_split val"),
         (
@@ -73,7 +79,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_options_that_break_a_rule(flags: str, message: str) -> None:
-    if flags.startswith(("--num", "--chunk", "--m", "--tr", "--val", "--tok", "--file", "--str", "--no")):
+    if flags.startswith(("--num", "--chunk", "--m", "--tr", "--val", "--tok", "--file", "--str", "--no", "--shuf")):
         given = "" if "--train_bpe 256" in flags else "--train_bpe 300 "
         flags = f"--dataset_path x {given}{flags}"
     with pytest.raises(ConfigError, match=f"^{message}"):
@@ -113,18 +119,18 @@ def test_a_vocabulary_that_does_not_fit(made: Path, tmp_path: Path) -> None:
         r"--tokenizer_path .*large.json has ids up to 65536, and --token_dtype uint16 ends at 65535; use --token_dtype"
     )
     with pytest.raises(ConfigError, match=message):
-        tokenise(made / "c.jsonl", tmp_path / "large.json", tmp_path / "out")
+        tokenize(made / "c.jsonl", tmp_path / "large.json", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    tokenise(made / "c.jsonl", tmp_path / "large.json", tmp_path / "out", "--token_dtype", "uint32")
+    tokenize(made / "c.jsonl", tmp_path / "large.json", tmp_path / "out", "--token_dtype", "uint32")
 
 
 def test_an_end_of_text_token_that_there_is_not(made: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"--eot_token <eot> is no token of .*; use --eot_token with one of <\|endoftext"
     ):
-        tokenise(made / "c.jsonl", made / "tokenizer.json", tmp_path / "out", "--eot_token", "<eot>")
+        tokenize(made / "c.jsonl", made / "tokenizer.json", tmp_path / "out", "--eot_token", "<eot>")
     with pytest.raises(ConfigError, match="there is no known end-of-text token in"):
-        tokenise(made / "c.jsonl", made / "endless.json", tmp_path / "out")
+        tokenize(made / "c.jsonl", made / "endless.json", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -158,7 +164,7 @@ def test_a_broken_source_is_one_error(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
-        tokenise(tmp_path / name, made / "tokenizer.json", tmp_path / "out", "--num_proc", num_proc)
+        tokenize(tmp_path / name, made / "tokenizer.json", tmp_path / "out", "--num_proc", num_proc)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert not workers()
@@ -167,10 +173,10 @@ def test_a_broken_source_is_one_error(
 def test_rows_of_parquet_files_are_named(made: Path, tmp_path: Path) -> None:
     parquet.write_table(pyarrow.Table.from_pylist([{"body": "x"}]), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"a.parquet: row 1 has no key 'text'; set --dataset_text_key to .*: body"):
-        tokenise(tmp_path / "a.parquet", made / "tokenizer.json", tmp_path / "out")
+        tokenize(tmp_path / "a.parquet", made / "tokenizer.json", tmp_path / "out")
     parquet.write_table(pyarrow.Table.from_pylist([{"body": 1}] * 5), tmp_path / "a.parquet", row_group_size=2)
     with pytest.raises(DataError, match=r"a.parquet: row 1: 'body' is int, not text"):
-        tokenise(
+        tokenize(
             tmp_path / "a.parquet",
             made / "tokenizer.json",
             tmp_path / "out",
@@ -182,11 +188,11 @@ def test_rows_of_parquet_files_are_named(made: Path, tmp_path: Path) -> None:
 
 def test_a_source_that_there_is_not(made: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"--dataset_path .*/gone: there is no such file or folder"):
-        tokenise(tmp_path / "gone", made / "tokenizer.json", tmp_path / "out")
+        tokenize(tmp_path / "gone", made / "tokenizer.json", tmp_path / "out")
     with pytest.raises(
         ConfigError, match=r"--dataset_name x is of data sets on the hub, and --dataset_path .* is a file"
     ):
-        tokenise(made / "c.jsonl", made / "tokenizer.json", tmp_path / "out", "--dataset_name", "x")
+        tokenize(made / "c.jsonl", made / "tokenizer.json", tmp_path / "out", "--dataset_name", "x")
 
 
 def test_a_killed_worker_is_one_error_and_the_next_call_goes_on(made: Path, tmp_path: Path) -> None:
@@ -202,10 +208,10 @@ def test_a_killed_worker_is_one_error_and_the_next_call_goes_on(made: Path, tmp_
     thread = threading.Thread(target=kill)
     thread.start()
     with pytest.raises(DataError, match=r"worker process \d+ was killed \(exit code -9\)"):
-        tokenise(*flags)
+        tokenize(*flags)
     thread.join()
-    tokenise(*flags, say=lambda _: None)
-    tokenise(*flags[:2], tmp_path / "whole", *size)
+    tokenize(*flags, say=lambda _: None)
+    tokenize(*flags[:2], tmp_path / "whole", *size)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -233,7 +239,7 @@ def test_other_options_are_refused(made: Path, tmp_path: Path, flags: Any, messa
     write_jsonl(source, TEXTS)
     tokenizer.write_bytes((made / "tokenizer.json").read_bytes())
     base = (source, tokenizer, out, "--num_tokens_per_file", 300)
-    tokenise(*base, *(() if finished else ("--max_file_index", 0)))
+    tokenize(*base, *(() if finished else ("--max_file_index", 0)))
     before = contents(out)
     given: list[Any] = [*base]
     if flags == "source":
@@ -247,43 +253,43 @@ def test_other_options_are_refused(made: Path, tmp_path: Path, flags: Any, messa
     with pytest.raises(
         ConfigError, match=f"was made from other options: .*{message}.*; use another folder, or --overwrite"
     ):
-        tokenise(*given)
+        tokenize(*given)
     assert contents(out) == before
-    tokenise(*given, "--overwrite") if flags != ("--dataset_text_key", "id") else None
+    tokenize(*given, "--overwrite") if flags != ("--dataset_text_key", "id") else None
 
 
 def test_shards_of_others_are_not_touched(made: Path, tmp_path: Path) -> None:
     write_shard(tmp_path / "train_000000.bin", [1, 2])
     with pytest.raises(DataError, match="holds shards that were not made here; use another folder, or --overwrite"):
-        tokenise(made / "c.jsonl", made / "tokenizer.json", tmp_path)
+        tokenize(made / "c.jsonl", made / "tokenizer.json", tmp_path)
     assert {"train_000000.bin"} == set(contents(tmp_path))
-    tokenise(made / "c.jsonl", made / "tokenizer.json", tmp_path, "--overwrite")
+    tokenize(made / "c.jsonl", made / "tokenizer.json", tmp_path, "--overwrite")
 
 
 def test_a_damaged_state_or_a_shard_that_is_gone(made: Path, tmp_path: Path) -> None:
     flags = (made / "c.jsonl", made / "tokenizer.json", tmp_path, "--num_tokens_per_file", 300)
-    tokenise(*flags, "--max_file_index", 1)
+    tokenize(*flags, "--max_file_index", 1)
     state = tmp_path / "tokenize.state"
     whole = state.read_bytes()
     for damaged in (whole[:-1], b"{}\n", b"\xff"):
         state.write_bytes(damaged)
         with pytest.raises(DataError, match=r"tokenize.state is damaged \(.*\); start again with --overwrite"):
-            tokenise(*flags)
+            tokenize(*flags)
     state.write_bytes(whole)
     (tmp_path / "train_000001.bin").rename(tmp_path / "elsewhere")
-    with pytest.raises(DataError, match=r"train_000001.bin is gone; tokenise again with --overwrite"):
-        tokenise(*flags, say=lambda _: None)
+    with pytest.raises(DataError, match=r"train_000001.bin is gone; tokenize again with --overwrite"):
+        tokenize(*flags, say=lambda _: None)
     (tmp_path / "elsewhere").rename(tmp_path / "train_000001.bin")
-    tokenise(*flags, say=lambda _: None)
+    tokenize(*flags, say=lambda _: None)
     (tmp_path / "train_000001.bin").unlink()
-    with pytest.raises(DataError, match=r"train_000001.bin is gone; tokenise again with --overwrite"):
-        tokenise(*flags)
+    with pytest.raises(DataError, match=r"train_000001.bin is gone; tokenize again with --overwrite"):
+        tokenize(*flags)
 
 
 def test_a_folder_that_cannot_be_written(made: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"--output_dir .*file/out cannot be written \(Not a directory\); use a disk"):
-        tokenise(made / "c.jsonl", made / "tokenizer.json", tmp_path / "file" / "out")
+        tokenize(made / "c.jsonl", made / "tokenizer.json", tmp_path / "file" / "out")
 
 
 def test_a_full_disk_is_one_error_and_the_next_call_goes_on(
@@ -301,33 +307,42 @@ def test_a_full_disk_is_one_error_and_the_next_call_goes_on(
 
     monkeypatch.setattr(token_writer, "write_shard", full)
     with pytest.raises(
-        DataError, match=r"cannot be written \(No space left on device\).*The same call goes on where it was"
+        DataError, match=r"cannot be written \(No space left on device\).*The same call continues where it was"
     ):
-        tokenise(*flags)
-    tokenise(*flags, say=lambda _: None)
-    tokenise(*flags[:2], tmp_path / "whole", *flags[3:])
+        tokenize(*flags)
+    tokenize(*flags, say=lambda _: None)
+    tokenize(*flags[:2], tmp_path / "whole", *flags[3:])
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_two_at_once_take_turns(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from tinytron.data.prepare import locked
-
-    tmp_path.joinpath("out").mkdir()
-    results: list[object] = []
+def test_two_at_once_take_turns(made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
 
     def run() -> None:
-        try:
-            results.append(tokenize_dataset(options(made / "c.jsonl", made / "tokenizer.json", tmp_path / "out")).fresh)
-        except TinytronError as error:
-            results.append(error)
+        fresh = tokenize_dataset(options(made / "c.jsonl", made / "tokenizer.json", out)).fresh
+        (tmp_path / f"{os.getpid()}.{fresh}").touch()
 
-    threads = [threading.Thread(target=run) for _ in range(2)]
-    with locked(tmp_path / "out" / LOCK):
-        for thread in threads:
-            thread.start()
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=run) for _ in range(2)]
+    with wait_for_lock(out / LOCK, print):
+        for process in processes:
+            process.start()
         time.sleep(0.3)
-        assert not list((tmp_path / "out").glob("*.bin"))
-    for thread in threads:
-        thread.join()
-    assert sorted(map(str, results)) == ["False", "True"]
-    assert f"waiting for another process that prepares {tmp_path / 'out'}" in capsys.readouterr().out
+        assert not list(out.glob("*.bin"))
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert sorted(path.suffix for path in tmp_path.glob("*.*")) == [".False", ".True"]
+    assert f"waiting for another process that prepares {out}" in capfd.readouterr().err
+
+
+def test_a_file_system_without_locks_is_a_data_error(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lockf(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with pytest.raises(DataError, match="No locks available"):
+        tokenize(made / "c.jsonl", made / "tokenizer.json", tmp_path / "out")

@@ -112,7 +112,7 @@ class SplitWriter:
         self.index, self.shards = facts["index"], [ShardFacts(**shard) for shard in facts["shards"]]
         for shard in self.shards:
             if not (self.folder / shard.name).is_file():
-                raise DataError(f"{self.folder / shard.name} is gone; tokenise again with --overwrite")
+                raise DataError(f"{self.folder / shard.name} is gone; tokenize again with --overwrite")
         cut = facts["tokens"] * self.dtype.itemsize
         stop = cut + facts["starts"] * 8
         self.pending = [np.frombuffer(content[:cut], self.dtype)]

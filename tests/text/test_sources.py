@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.corpus import Naive, make_texts, make_tokenizer, tokenise, tokens_of, write_jsonl
+from tests.helpers.corpus import Naive, make_texts, make_tokenizer, read_texts, tokenize, tokens_of, write_jsonl
 
 datasets = pytest.importorskip("datasets")
 pyarrow = pytest.importorskip("pyarrow")
 
-from tinytron.data import documents  # noqa: E402
 from tinytron.data.manifest import read_manifest  # noqa: E402
-from tinytron.data.text import parts, sources  # noqa: E402
 from tinytron.errors import DataError  # noqa: E402
+from tinytron.text import parts, sources  # noqa: E402
 
 TEXTS = make_texts(40)
 
@@ -54,7 +53,7 @@ def test_data_sets(
     made: Path, tmp_path: Path, path: str, flags: tuple[str, ...], texts: list[str], workers: int, streaming: bool
 ) -> None:
     more = ("--num_proc", workers, "--streaming", streaming, "--cache_dir", tmp_path / "cache", "--chunksize", 4)
-    tokenise(made / path, made / "tokenizer.json", tmp_path / "out", *flags, *more)
+    tokenize(made / path, made / "tokenizer.json", tmp_path / "out", *flags, *more)
     split = flags[-1] if "--dataset_split" in flags else "train"
     assert tokens_of(tmp_path / "out", split) == Naive(made / "tokenizer.json").tokens(texts)
     manifest = read_manifest(tmp_path / "out")
@@ -85,11 +84,11 @@ def test_what_is_wrong_with_them(made: Path, tmp_path: Path) -> None:
         with pytest.raises(
             DataError, match=f"^{where} train: row 1 has no key 'body'; set --dataset_text_key to .*text"
         ):
-            tokenise(*flags, "--dataset_text_key", "body")
+            tokenize(*flags, "--dataset_text_key", "body")
         with pytest.raises(DataError, match=f"^{where} train: row 1: 'id' is int, not text"):
-            tokenise(*flags, "--dataset_text_key", "id", "--overwrite")
+            tokenize(*flags, "--dataset_text_key", "id", "--overwrite")
         with pytest.raises(DataError, match=rf"^{where} nothing: .*; check the names and the network, or give a local"):
-            tokenise(*flags, "--dataset_split", "nothing", "--overwrite")
+            tokenize(*flags, "--dataset_split", "nothing", "--overwrite")
 
 
 @pytest.mark.parametrize(
@@ -129,7 +128,7 @@ def test_long_texts_are_cut_at_line_ends_and_never_in_a_character(
     monkeypatch.setattr(parts, "PIECE_BYTES", 10)
     text = "🙂" * 20 + "\nab\r\n" + "é" * 31 + "\n\n" + "x" * 9
     (tmp_path / "a.txt").write_bytes(text.encode())
-    pieces = list(sources.read_texts([tmp_path / "a.txt"]))
+    pieces = list(read_texts([tmp_path / "a.txt"]))
     assert "".join(pieces) == text.replace("\r\n", "\n")
     assert len(pieces) > 5
     assert all(piece for piece in pieces)
@@ -175,10 +174,10 @@ def test_a_packed_file_that_was_cut_off_is_no_shorter_corpus(tmp_path: Path, suf
     for content, whole in ((packed, 2000), (packed * 2, 4000), (packed[:-100], 0), (packed + packed[:-100], 0)):
         cut.write_bytes(content)
         if whole:
-            assert len(list(sources.read_texts([cut]))) == whole
+            assert len(list(read_texts([cut]))) == whole
         else:
             with pytest.raises(DataError, match=f"a.jsonl{suffix}: .*"):
-                list(sources.read_texts([cut]))
+                list(read_texts([cut]))
 
 
 def test_a_file_that_becomes_shorter_is_noticed(tmp_path: Path) -> None:
@@ -193,4 +192,88 @@ def test_a_file_that_becomes_shorter_is_noticed(tmp_path: Path) -> None:
 def test_packed_lines_and_code_are_found(tmp_path: Path) -> None:
     for name in ("a.jsonl.zst", "b.json.gz", "c.rs", "d.json", "e.gz", "f.tar"):
         (tmp_path / name).write_text("x")
-    assert [p.name for p in documents.find_text_files(str(tmp_path))] == ["a.jsonl.zst", "b.json.gz", "c.rs"]
+    assert [p.name for p in sources.find_text_files(str(tmp_path))] == ["a.jsonl.zst", "b.json.gz", "c.rs"]
+
+
+def _rows(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# Files.
+
+
+def test_a_folder_gives_its_text_files_sorted_and_without_hidden_ones(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/z.md", "a/.hidden.txt", ".git/x.py", "c.PNG", "d.py", "e.jsonl", "f.parquet", "train.bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "folder.txt").mkdir()
+    found = [str(p.relative_to(tmp_path)) for p in sources.find_text_files(str(tmp_path))]
+    assert found == ["a/z.md", "b.txt", "d.py", "e.jsonl", "f.parquet"]
+    assert sources.find_text_files(str(tmp_path / "*.py")) == [tmp_path / "d.py"]
+    assert sources.find_text_files(str(tmp_path / "b.txt")) == [tmp_path / "b.txt"]
+    assert sources.find_text_files(str(tmp_path / ".git")) == [tmp_path / ".git" / "x.py"]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nowhere", "--dataset_path .*nowhere: there is no such file or folder"),
+        ("*.txt", "there is no such file or folder"),
+        (
+            "empty",
+            r"has no token shards \(train_\*.bin\) and no text; .* that end in .jsonl, .* .parquet, .txt, .md, .py or",
+        ),
+        ("image.png", "and no text"),
+    ],
+)
+def test_a_path_without_text_is_an_error(tmp_path: Path, path: str, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "image.png").write_text("x")
+    with pytest.raises(DataError, match=message):
+        sources.find_text_files(str(tmp_path / path))
+
+
+def test_a_text_file_is_one_document_and_a_long_one_is_cut_at_line_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "PIECE_BYTES", 10)
+    (tmp_path / "a.txt").write_text("0123456789")
+    (tmp_path / "b.md").write_text("one\ntwo\nthree\nfour\nfive\nsix")
+    (tmp_path / "c.py").write_text("x" * 25)  # no line end to cut at: the memory is bounded all the same
+    texts = list(read_texts(sources.find_text_files(str(tmp_path))))
+    assert texts == ["0123456789", "one\ntwo\nthree\n", "four\nfive\nsix", "x" * 20, "x" * 5]
+
+
+def test_rows_of_jsonl_files_empty_lines_and_nulls(tmp_path: Path) -> None:
+    path = _rows(tmp_path / "a.jsonl", [{"body": "é", "id": 1}, {"body": None}])
+    path.write_text(path.read_text() + "\n  \n" + '{"body": "last"}')
+    assert list(read_texts([path], "body")) == ["é", "", "last"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl, line 2: Expecting value"),
+        ("a.jsonl", b'{"text": "x"}\n[1]\n', "a.jsonl, line 2 is list, not an object with keys"),
+        ("a.jsonl", b'{"text": 3}\n', "a.jsonl, line 1: 'text' is int, not text; set HF_TEXT_KEY to another key"),
+        ("a.jsonl", b'{"id": 1, "body": ""}\n', "a.jsonl, line 1 has no key 'text'; set HF_TEXT_KEY to .*: id, body"),
+        ("a.jsonl", b"{}\n", "line 1 has no key 'text'; .*: no key at all"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl, line 1: 'utf-8' codec can't decode byte 0xff"),
+        ("a.txt", b"abc\xff", "a.txt: 'utf-8' codec can't decode byte 0xff in position 3"),
+        ("a.parquet", b"abc", "a.parquet: Parquet file size is 3 bytes"),
+    ],
+)
+def test_a_broken_file_is_named_in_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    if name.endswith(".parquet"):
+        pytest.importorskip("datasets")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        list(read_texts([tmp_path / name], "text", "HF_TEXT_KEY"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_goes_away_is_a_data_error(tmp_path: Path) -> None:
+    for suffix in (".txt", ".jsonl"):
+        with pytest.raises(DataError, match="No such file"):
+            list(read_texts([tmp_path / f"gone{suffix}"]))

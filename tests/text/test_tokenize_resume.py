@@ -1,5 +1,5 @@
-"""Interrupted tokenisations: killed at any moment, stopped by a signal, or by --max_file_index, they go on, and end in the
-same bytes."""
+"""Interrupted tokenizations: killed at any moment, stopped by a signal, or by --max_file_index, they continue, and end in
+the same bytes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ import pytest
 pytest.importorskip("tokenizers")
 pytest.importorskip("pyarrow")
 
-from tests.helpers.corpus import contents, make_texts, make_tokenizer, tokenise, tokens_of, write_jsonl
+from tests.helpers.corpus import contents, make_texts, make_tokenizer, tokenize, tokens_of, write_jsonl
 from tests.helpers.runs import ROOT
 from tinytron.data.manifest import read_manifest
-from tinytron.data.text import parts, sources, tokenize
-from tinytron.data.text.chunk_encoder import ChunkEncoder
 from tinytron.errors import ConfigError, DataError
+from tinytron.text import parts, sources
+from tinytron.text.chunk_encoder import ChunkEncoder
+from tinytron.text.state import read_state
 from tinytron.utils import training
 from tinytron.utils.signals import StopRequest
 
@@ -78,23 +79,23 @@ def test_killed_at_every_write_it_goes_on_to_the_same_bytes(
 ) -> None:
     flags = FLAGS if tokenizer else (*FLAGS, "--train_bpe", 300)
     path = made / tokenizer if tokenizer else None
-    tokenise(made / "c.jsonl", path, tmp_path / "whole", *flags)
+    tokenize(made / "c.jsonl", path, tmp_path / "whole", *flags)
     expected, deaths = contents(tmp_path / "whole"), 0
     while True:  # each time from the start, to the next write
         out = tmp_path / str(deaths)
         with monkeypatch.context() as patch:
             patch.setattr(training.os, "replace", _dying_at(deaths, before))
-            status = _in_a_process(lambda out=out: tokenise(made / "c.jsonl", path, out, *flags))  # type: ignore[misc]
+            status = _in_a_process(lambda out=out: tokenize(made / "c.jsonl", path, out, *flags))  # type: ignore[misc]
         if status == 0:
             break
         assert status == -signal.SIGKILL
-        tokenise(made / "c.jsonl", path, out, *flags, say=lambda _: None)
+        tokenize(made / "c.jsonl", path, out, *flags, say=lambda _: None)
         assert contents(out) == expected, deaths
         deaths += 1
     assert deaths >= 12
 
 
-def test_what_is_in_shards_is_not_tokenised_again(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_in_shards_is_not_tokenized_again(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
 
     def counting(self: ChunkEncoder, chunk: Any) -> Any:
@@ -103,7 +104,7 @@ def test_what_is_in_shards_is_not_tokenised_again(made: Path, tmp_path: Path, mo
 
     encode = ChunkEncoder.__call__
     monkeypatch.setattr(ChunkEncoder, "__call__", counting)
-    tokenise(made / "c.jsonl", made / "tokenizer.json", tmp_path / "whole", *FLAGS)
+    tokenize(made / "c.jsonl", made / "tokenizer.json", tmp_path / "whole", *FLAGS)
     whole = read.copy()
     assert len(whole) == len(set(whole)) == 14
 
@@ -118,10 +119,10 @@ def test_what_is_in_shards_is_not_tokenised_again(made: Path, tmp_path: Path, mo
     monkeypatch.setattr(ChunkEncoder, "__call__", failing)
     read[:] = [-1] * 14
     with pytest.raises(Died):
-        tokenise(made / "c.jsonl", made / "tokenizer.json", tmp_path / "out", *FLAGS)
+        tokenize(made / "c.jsonl", made / "tokenizer.json", tmp_path / "out", *FLAGS)
     monkeypatch.setattr(ChunkEncoder, "__call__", counting)
     first = len(read)
-    tokenise(made / "c.jsonl", made / "tokenizer.json", tmp_path / "out", *FLAGS, say=lambda _: None)
+    tokenize(made / "c.jsonl", made / "tokenizer.json", tmp_path / "out", *FLAGS, say=lambda _: None)
     again = read[first:]
     assert again == whole[-len(again) :]
     assert 8 <= len(again) < 12  # only the chunks behind the last finished shard
@@ -129,7 +130,7 @@ def test_what_is_in_shards_is_not_tokenised_again(made: Path, tmp_path: Path, mo
 
 
 def test_asked_to_stop_it_keeps_what_it_has(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenise(made / "c.jsonl", made / "tokenizer.json", tmp_path / "whole", *FLAGS)
+    tokenize(made / "c.jsonl", made / "tokenizer.json", tmp_path / "whole", *FLAGS)
     encode, number = ChunkEncoder.__call__, 0
 
     def stopping(self: ChunkEncoder, chunk: Any) -> Any:
@@ -144,7 +145,7 @@ def test_asked_to_stop_it_keeps_what_it_has(made: Path, tmp_path: Path, monkeypa
     for _ in range(8):
         stop = StopRequest()
         flags = (made / "c.jsonl", made / "tokenizer.json", tmp_path / "out", *FLAGS)
-        ends.append(tokenise(*flags, stop=stop, say=lambda _: None))
+        ends.append(tokenize(*flags, stop=stop, say=lambda _: None))
         if ends[-1].manifest is not None:
             break
         assert ends[-1].received == signal.SIGTERM
@@ -198,20 +199,20 @@ class _Stopped(StopRequest):
 
 def test_max_file_index_stops_there_and_a_later_call_goes_on(made: Path, tmp_path: Path) -> None:
     args = (made / "c.jsonl", made / "tokenizer.json")
-    tokenise(*args, tmp_path / "whole", *FLAGS, "--chunksize", 100)
+    tokenize(*args, tmp_path / "whole", *FLAGS, "--chunksize", 100)
     out, said = tmp_path / "out", list[str]()
-    first = tokenise(*args, out, *FLAGS, "--chunksize", 100, "--max_file_index", 1).manifest
+    first = tokenize(*args, out, *FLAGS, "--chunksize", 100, "--max_file_index", 1).manifest
     assert first is not None
     assert not first.complete
     assert [shard.name for shard in first.shards] == ["train_000000.bin", "train_000001.bin", "val_000000.bin"]
     assert {shard.name: shard.sha256 for shard in first.shards}.items() <= contents(out).items()
-    assert not tokenise(*args, out, *FLAGS, "--max_file_index", 1).fresh
-    tokenise(*args, out, *FLAGS, "--max_file_index", 2, say=said.append)
+    assert not tokenize(*args, out, *FLAGS, "--max_file_index", 1).fresh
+    tokenize(*args, out, *FLAGS, "--max_file_index", 2, say=said.append)
     assert sorted(p.name for p in out.glob("train*.bin")) == [f"train_{i:06d}.bin" for i in range(3)]
-    assert said == ["going on behind 2 finished shards"]
-    status = _in_a_process(lambda: tokenise(*args, out, *FLAGS, stop=_Stopped(), say=said.append))
+    assert said == ["continuing after 2 finished shards"]
+    status = _in_a_process(lambda: tokenize(*args, out, *FLAGS, stop=_Stopped(), say=said.append))
     assert (status, read_manifest(out)) == (0, None)  # what it says of val_*.bin is no longer so
-    last = tokenise(*args, out, *FLAGS, say=said.append)
+    last = tokenize(*args, out, *FLAGS, say=said.append)
     assert last.manifest is not None
     assert last.manifest.complete
     assert contents(out) == contents(tmp_path / "whole")
@@ -219,11 +220,11 @@ def test_max_file_index_stops_there_and_a_later_call_goes_on(made: Path, tmp_pat
 
 def test_min_file_index_leaves_out_the_files_before(made: Path, tmp_path: Path) -> None:
     args, said = (made / "c.jsonl", made / "tokenizer.json"), list[str]()
-    tokenise(*args, tmp_path / "whole", *FLAGS)
+    tokenize(*args, tmp_path / "whole", *FLAGS)
     out = tmp_path / "out"
-    manifest = tokenise(*args, out, *FLAGS, "--min_file_index", 2, say=said.append).manifest
+    manifest = tokenize(*args, out, *FLAGS, "--min_file_index", 2, say=said.append).manifest
     assert manifest is not None
-    assert said == [f"files 0 to 1 are tokenised and dropped: {out} does not say where they end"]
+    assert said == [f"files 0 to 1 are tokenized and dropped: {out} does not say where they end"]
     names = [shard.name for shard in manifest.shards_of("train")]
     assert names[0] == "train_000002.bin"
     assert sorted(p.name for p in out.glob("train_*.bin")) == names
@@ -231,18 +232,18 @@ def test_min_file_index_leaves_out_the_files_before(made: Path, tmp_path: Path) 
     assert {name: here[name] for name in here if name != "manifest.json"}.items() <= whole.items()
     assert manifest.documents["train"] == sum(shard.documents for shard in manifest.shards_of("train"))
     with pytest.raises(ConfigError, match=r"--min_file_index 0: an earlier call left file 0 out of .*; use another"):
-        tokenise(*args, out, *FLAGS)
+        tokenize(*args, out, *FLAGS)
     with pytest.raises(DataError, match=r"--min_file_index 99: the data ends in file [0-9]+; use a smaller one"):
-        tokenise(*args, tmp_path / "far", *FLAGS, "--min_file_index", 99, say=said.append)
+        tokenize(*args, tmp_path / "far", *FLAGS, "--min_file_index", 99, say=said.append)
     assert contents(tmp_path / "far") == {}
 
 
 def test_min_file_index_skips_what_the_state_knows(made: Path, tmp_path: Path) -> None:
     args, out, said = (made / "c.jsonl", made / "tokenizer.json"), tmp_path / "out", list[str]()
-    tokenise(*args, out, *FLAGS, "--max_file_index", 1)
-    tokenise(*args, out, *FLAGS, "--min_file_index", 2, say=said.append)
-    tokenise(*args, tmp_path / "whole", *FLAGS)
-    assert said == ["going on behind 2 finished shards"]
+    tokenize(*args, out, *FLAGS, "--max_file_index", 1)
+    tokenize(*args, out, *FLAGS, "--min_file_index", 2, say=said.append)
+    tokenize(*args, tmp_path / "whole", *FLAGS)
+    assert said == ["continuing after 2 finished shards"]
     assert tokens_of(out) == tokens_of(tmp_path / "whole")
 
 
@@ -277,7 +278,7 @@ def _workers_of(process: int) -> list[int]:
 
 @pytest.mark.slow
 def test_kill_9_at_random_moments(corpus: Path, tmp_path: Path) -> None:
-    tokenise(corpus, corpus / "tokenizer.json", tmp_path / "whole", "--num_tokens_per_file", 2**13)
+    tokenize(corpus, corpus / "tokenizer.json", tmp_path / "whole", "--num_tokens_per_file", 2**13)
     chance, kills = random.Random(int(time.time())), 0
     for _ in range(40):
         running = _start(corpus, tmp_path / "out", "--num_proc", 2, "--chunksize", 5)
@@ -309,7 +310,7 @@ def test_a_signal_stops_it_cleanly(corpus: Path, tmp_path: Path, number: signal.
     running.send_signal(number)
     out, err = running.communicate(timeout=60)
     assert running.returncode == 128 + number, err
-    assert f"stopped by {number.name}; the same command goes on where it was" in err
+    assert f"stopped by {number.name}; the same command continues where it was" in err
     assert "Traceback" not in err
     assert out == ""
-    assert tokenize.read_state(tmp_path) is not None
+    assert read_state(tmp_path) is not None

@@ -1,7 +1,7 @@
 """Tokenizers of every kind behind one face: from the hub, a tokenizer.json file, tiktoken, or trained here.
 
-What they share: token ids of plain texts, without the special tokens that a template adds around them; text that spells a
-special token stays text, so that no document can hold an end-of-text token.
+All of them give the token ids of plain texts, without the special tokens that a template adds around them. Text that spells
+a special token stays text, so that no document can contain an end-of-text token.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from tinytron.data.documents import as_data_error, require_package
 from tinytron.errors import ConfigError
+from tinytron.utils.optional import as_data_error, require_package
 
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<eot>")  # where a tokenizer names none
 BPE_END = END_TOKENS[0]
@@ -38,7 +38,7 @@ class TextTokenizer:
     """A loaded tokenizer.
 
     ``vocab_size`` is one more than its largest id; ``specials`` are the ids of its special tokens and ``end`` its own
-    end-of-text token, if it names one; ``token_id`` finds the id of any token; ``serialised`` is its tokenizer.json, or
+    end-of-text token, if it names one; ``token_id`` finds the id of any token; ``serialized`` is its tokenizer.json, or
     empty where there is no such thing; ``sha256`` is that of the vocabulary. ``decode`` gives the text of ids, without
     special tokens.
     """
@@ -50,7 +50,7 @@ class TextTokenizer:
     end: str | None
     specials: dict[str, int]
     token_id: Callable[[str], int | None]
-    serialised: bytes
+    serialized: bytes
     sha256: str
     decode: Callable[[list[int]], str]
 
@@ -64,7 +64,7 @@ class TextTokenizer:
         rule = (
             f"--eot_token {wanted} is no token of" if wanted is not None else "there is no known end-of-text token in"
         )
-        advice = f"use --eot_token with one of {', '.join(candidates[:8])}" if candidates else "use another tokenizer"
+        advice = f"use --eot_token with one of {', '.join(candidates[:8])}" if candidates else "use --eot_position none"
         raise ConfigError(f"{rule} --{self.kind} {self.name}; {advice}")
 
     def _has(self, token: str) -> bool:
@@ -187,13 +187,13 @@ def from_tiktoken(name: str) -> TextTokenizer:
     )
 
 
-def _of_backend(kind: Kind, name: str, tokenizer: Any, serialised: bytes, end: str | None) -> TextTokenizer:
+def _of_backend(kind: Kind, name: str, tokenizer: Any, serialized: bytes, end: str | None) -> TextTokenizer:
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     added = tokenizer.get_added_tokens_decoder()
     specials = {token.content: number for number, token in sorted(added.items()) if token.special}
-    sha256, size = hashlib.sha256(serialised).hexdigest(), 1 + max(vocabulary.values(), default=-1)
+    sha256, size = hashlib.sha256(serialized).hexdigest(), 1 + max(vocabulary.values(), default=-1)
     encode = _Fast(_plain(tokenizer))
-    return TextTokenizer(kind, name, encode, size, end, specials, vocabulary.get, serialised, sha256, tokenizer.decode)
+    return TextTokenizer(kind, name, encode, size, end, specials, vocabulary.get, serialized, sha256, tokenizer.decode)
 
 
 # Training.
@@ -230,13 +230,18 @@ def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
 
 
 def encode_documents(
-    texts: list[str], encode: Encode, eot: int, position: str, dtype: np.dtype[Any]
+    texts: list[str], encode: Encode, eot: int | None, position: str, dtype: np.dtype[Any]
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint32]]:
-    """The documents' token ids in a row, ``eot`` before (``prepend``) or behind (``append``) each, and their lengths, with
-    that token. Shapes: [tokens] of ``dtype``, [documents]."""
-    separator = np.array([eot], dtype)
+    """The documents' token ids in a row, ``eot`` before (``prepend``) or after (``append``) each unless it is ``None``, and
+    their lengths, including that token. Without it, documents of no tokens are left out. Shapes: [tokens] of ``dtype``,
+    [documents]."""
     ids = [np.asarray(made, dtype) for made in encode(texts)]
-    lengths = np.array([len(made) + 1 for made in ids], np.uint32)
-    pairs = (((separator, made) if position == "prepend" else (made, separator)) for made in ids)
-    row = [array for pair in pairs for array in pair]
+    if eot is None:
+        row = [made for made in ids if len(made)]
+        lengths = np.array([len(made) for made in row], np.uint32)
+    else:
+        separator = np.array([eot], dtype)
+        pairs = (((separator, made) if position == "prepend" else (made, separator)) for made in ids)
+        row = [array for pair in pairs for array in pair]
+        lengths = np.array([len(made) + 1 for made in ids], np.uint32)
     return (np.concatenate(row) if row else np.empty(0, dtype)), lengths

@@ -1,0 +1,147 @@
+"""The quickstart's first and last part: shards made once with the right files held out, and a report in bits per byte."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+pytest.importorskip("tokenizers")
+
+from tests.helpers.corpus import Naive, contents, make_texts, tokens_of
+from tests.helpers.runs import ROOT, TINY
+from tinytron.errors import DataError
+from tinytron.text.tokenize import finished
+
+FLAGS = {"num_layer": 1}
+
+
+@pytest.fixture
+def quickstart(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """scripts/quickstart/prepare.py, which counts in ``calls`` how often it chose a model."""
+    spec = importlib.util.spec_from_file_location("quickstart_prepare", ROOT / "scripts" / "quickstart" / "prepare.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.calls = 0
+
+    def choose(train_tokens: int, vocab_size: int) -> dict[str, Any]:
+        module.calls += 1
+        return {**FLAGS, "train_tokens": train_tokens, "vocab_size": vocab_size, "call": module.calls}
+
+    monkeypatch.setattr(module, "choose_model", choose)
+    found: ModuleType = module
+    return found
+
+
+def _write(folder: Path, count: int) -> list[Path]:
+    """``count`` files of text, and one that is not text."""
+    folder.mkdir()
+    each = 160 // count + 3  # in all more than the least that the quickstart takes
+    texts = make_texts(count * each, longest=400)
+    for number in range(count):
+        (folder / f"{number:03d}.txt").write_text("\n".join(texts[number * each : number * each + each]))
+    (folder / "picture.png").write_bytes(b"\x89PNG\xff")
+    return sorted(folder.iterdir())
+
+
+@pytest.mark.parametrize("count", [50, 3])
+def test_the_shards_are_the_documents_of_the_split(quickstart: Any, tmp_path: Path, count: int) -> None:
+    files, folder = _write(tmp_path / "texts", count), tmp_path / "out"
+    flags = quickstart.prepare(folder, files, 300, "texts")
+    documents = list(quickstart.read_documents(files))
+    assert len(documents) == count
+    train, held_out = quickstart.split(documents)
+    whole = sorted(text for _, text in documents)
+    if count == 50:  # whole files, about a 20th of the text
+        assert sorted(train + held_out) == whole
+        assert 1 < len(held_out) < 6
+    else:  # the end of each
+        assert sorted(a + b for a, b in zip(train, held_out, strict=True)) == whole
+    naive = Naive(folder / "tokenizer.json")
+    assert tokens_of(folder) == naive.tokens(train)
+    assert tokens_of(folder, "val") == naive.tokens(held_out)
+    assert flags == {**FLAGS, "train_tokens": len(tokens_of(folder)), "vocab_size": 300, "call": 1}
+
+
+def test_a_second_call_finds_everything_done_and_damage_is_repaired(quickstart: Any, tmp_path: Path) -> None:
+    files, folder = _write(tmp_path / "texts", 45), tmp_path / "out"
+    first = quickstart.prepare(folder, files, 300, "texts")
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert quickstart.prepare(folder, files, 300, "texts") == first
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    whole = contents(folder)
+    (folder / "val_000000.bin").unlink()
+    assert quickstart.prepare(folder, files, 300, "texts")["call"] == 2
+    assert finished(folder) is not None
+    changed = {name for name, content in contents(folder).items() if content != whole[name]}
+    assert changed == {"prepared.json"}
+
+
+def test_an_interrupted_call_is_continued(quickstart: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, folder = _write(tmp_path / "texts", 45), tmp_path / "out"
+    tokenize = quickstart.tokenize_dataset
+
+    def dying(*args: object, **kwargs: Any) -> None:
+        tokenize(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quickstart, "tokenize_dataset", dying)
+        with pytest.raises(KeyboardInterrupt):
+            quickstart.prepare(folder, files, 300, "texts")
+    assert not (folder / "prepared.json").exists()
+    shard = (folder / "train_000000.bin").stat().st_mtime_ns
+    quickstart.prepare(folder, files, 300, "texts")
+    assert (folder / "train_000000.bin").stat().st_mtime_ns == shard
+
+
+def test_a_folder_of_an_earlier_version_is_used_as_it_is(quickstart: Any, tmp_path: Path) -> None:
+    (tmp_path / "prepared.json").write_text(json.dumps({"flags": {"num_layer": 9}, "shards": {"train_000000.bin": 3}}))
+    assert quickstart.prepare(tmp_path, [], 300, "texts") == {"num_layer": 9}
+
+
+def test_too_little_text(quickstart: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("short")
+    with pytest.raises(DataError, match=r"DATA=a.txt holds 5 bytes of UTF-8 text; give at least 100,000 to learn from"):
+        quickstart.prepare(tmp_path / "out", [tmp_path / "a.txt"], 300, "a.txt")
+
+
+@pytest.mark.slow
+def test_the_report_is_in_bits_per_byte(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+
+    def run(*words: object) -> str:
+        command = [sys.executable, *map(str, words)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    _write(tmp_path / "texts", 45)
+    prepare = ("scripts/quickstart/prepare.py", "--data", tmp_path / "texts", "--out", tmp_path, "--vocab_size", 300)
+    printed = shlex.split(run(*prepare))
+    flags = [*(flag for flag in TINY if flag != "--use_mock_data"), "--vocab_size", 300, "--max_steps", 4]
+    path = Path(printed[printed.index("--dataset_path") + 1])
+    flags += ["--dataset_path", path, "--do_val", "--log_dir", tmp_path / "log"]
+    run("pretrain_debug.py", *flags)
+    report = run("scripts/quickstart/report.py", *flags)
+    (folder,) = (tmp_path / "log").iterdir()
+    loss = float((folder / "log.txt").read_text().splitlines()[-1].split()[-1])
+    tokens = tokens_of(path, "val")
+    count = (len(tokens) - 1) // 12 * 12
+    text = Naive(path / "tokenizer.json").tokenizer.decode(tokens[1 : count + 1]).encode()
+    assert f"validation loss after 4 steps: {loss:.4f} nats per token" in report
+    assert f"the same {len(text):,} held-out bytes in bits per byte" in report
+    (line,) = (line for line in report.splitlines() if "this model" in line)
+    assert float(line.split()[-1]) == pytest.approx(loss * count / math.log(2) / len(text), abs=2e-3)
+    assert report.count("--- sample ---") == 3
+    assert (folder / "loss.png").stat().st_size > 1000

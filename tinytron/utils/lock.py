@@ -1,0 +1,62 @@
+"""Locks on folders. A lock belongs to a process: the kernel releases it when the process ends, however it ends.
+
+The locks are POSIX record locks (``lockf``), which a forked child does not inherit: a loader worker that outlives its
+killed run holds nothing. They do not keep threads of one process apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import platform
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from tinytron.errors import ConfigError
+
+
+def lock_folder(folder: Path, remedy: str) -> IO[str]:
+    """Refuse to share ``folder``: keep others out until the result is closed or this process ends.
+
+    A file system without locks locks nothing. Raises: ConfigError if another process holds the lock, naming its host and
+    process, and ``remedy``, what the user can do.
+    """
+    file = open(folder / ".lock", "a+")  # noqa: SIM115  # stays open: the lock lives as long as the file
+    try:
+        taken = not _try_lock(file)
+    except OSError:
+        return file  # this file system has no locks
+    if taken:
+        file.seek(0)
+        holder = file.read().strip() or "another run"
+        file.close()
+        raise ConfigError(f"run folder {folder} is in use by {holder}; {remedy}")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
+
+
+@contextlib.contextmanager
+def wait_for_lock(path: Path, say: Callable[[str], object]) -> Iterator[None]:
+    """Take turns: hold the lock of the file ``path`` and so of its folder, after waiting for the process that has it,
+    which ``say`` is told. Raises: OSError, also from a file system without locks."""
+    with open(path, "a") as file:
+        if not _try_lock(file):
+            say(f"waiting for another process that prepares {path.parent}")
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
+
+
+def _try_lock(file: IO[str]) -> bool:
+    """Take the lock unless another process has it. Raises: OSError from a file system without locks."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        raise
+    return True

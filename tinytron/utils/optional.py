@@ -1,0 +1,34 @@
+"""Optional packages, and one-line errors for what goes wrong inside them."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+from tinytron.errors import ConfigError, DataError, TinytronError
+
+
+def require_package(name: str) -> Any:
+    """Import an optional package. Raises: ConfigError with the command that installs it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f'the package {name.partition(".")[0]} is needed ({error}); run: pip install "tinytron[data]"'
+        ) from error
+
+
+@contextlib.contextmanager
+def as_data_error(where: str, advice: str = "") -> Iterator[None]:
+    """Turn any exception of other people's code into a one-line DataError that starts with ``where`` and ends in
+    ``advice``."""
+    try:
+        yield
+    except TinytronError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        shown = text if len(text) <= 300 else text[:297] + "..."
+        raise DataError(f"{where}: {shown.rstrip('.') or type(error).__name__}{advice and f'; {advice}'}") from error
