@@ -113,7 +113,7 @@ class Ours(Training):
         self.model.before_use = parameter_gate(self.optimizer, self.model)
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        with onednn() if self.onednn else contextlib.nullcontext():  # as startup.py has it, here for this variant alone
+        with onednn() if self.onednn else contextlib.nullcontext():  # as world.py has it, here for this variant alone
             return self._step(tokens)
 
     def _step(self, tokens: torch.Tensor) -> torch.Tensor:

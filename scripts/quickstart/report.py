@@ -25,7 +25,7 @@ from tinytron.data.shards import find_shards
 from tinytron.errors import CheckpointError
 from tinytron.inference import SamplingOptions, complete
 from tinytron.training import Config, build_config, parse_args
-from tinytron.training.startup import run_folder
+from tinytron.training.run.folder import run_folder
 
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt

@@ -19,7 +19,7 @@ from tinytron.checkpoint import Retention, complete_checkpoints, save
 from tinytron.checkpoint.files import CheckpointFiles
 from tinytron.checkpoint.load import read_file
 from tinytron.training import Trainer
-from tinytron.training.startup import run_folder
+from tinytron.training.run.folder import run_folder
 
 Pools = Callable[[int], Ranks]
 FLAGS: tuple[object, ...] = ("--max_steps", 6, "--save_every_steps", 2, "--log_every", 1)

@@ -19,8 +19,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tinytron.checkpoint.files import checksum, damaged
+from tinytron.checkpoint.host_buffers import HostBuffers
 from tinytron.checkpoint.sharded import FlatLoadPlanner, FlatRange, FlatSavePlanner
-from tinytron.checkpoint.snapshot import HostBuffers
 from tinytron.distributed.collectives import together
 from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer
 from tinytron.distributed.zero1.flat_buffer import Piece

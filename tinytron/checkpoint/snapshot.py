@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,26 +10,12 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from tinytron.checkpoint.files import CheckpointFiles
+from tinytron.checkpoint.host_buffers import HostBuffers
+from tinytron.checkpoint.meta import CheckpointMeta
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import specs_of
 from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer
 from tinytron.utils.training import rng_state
-
-
-class HostBuffers:
-    """Host memory for copies, kept from save to save: new memory is slower to write than to copy (pinned for GPUs, whose
-    copies it makes asynchronous). It costs as much as a checkpoint holds of this rank."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, torch.Tensor] = {}
-
-    def copy(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy of ``tensor`` that is valid until the next copy under the same key; on a GPU once it is synchronised."""
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._buffers[key] = buffer
-        return buffer.copy_(tensor.detach(), non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -40,7 +26,7 @@ class Snapshot:
     files: CheckpointFiles
     weights: dict[str, torch.Tensor]
     states: dict[str, Any]
-    record: dict[str, Any]
+    meta: CheckpointMeta
     rng: dict[str, Any]
 
 
@@ -48,21 +34,22 @@ def take_snapshot(
     files: CheckpointFiles,
     model: nn.Module,
     optimizer: DistributedOptimizer,
-    meta: dict[str, Any],
+    meta: CheckpointMeta,
     state: ParallelState,
     buffers: HostBuffers,
 ) -> Snapshot:
-    """Copy out what ``files`` will hold; ``meta`` is added to its record. Collective. All the device is waited for."""
+    """Copy what ``files`` will hold, and complete ``meta`` with what only the copies tell. Collective; the host waits for
+    the device."""
     from tinytron.checkpoint.optimizer_state import owned_states  # torch's DCP takes a second to import
 
     weights = consolidated_weights(model, state, buffers)
     states = owned_states(optimizer, buffers)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     shapes = {spec.name: list(spec.shape) for spec in specs_of(model) if spec.name in trained}
-    record = {**meta, "step": files.step, "counters": optimizer.counters(), "parameters": shapes}
+    meta = replace(meta, step=files.step, counters=optimizer.counters(), parameters=shapes)
     if state.device.type == "cuda":
         torch.cuda.synchronize(state.device)  # the copies above were only queued
-    return Snapshot(files, weights, states, record, rng_state())
+    return Snapshot(files, weights, states, meta, rng_state())
 
 
 def consolidated_weights(model: nn.Module, state: ParallelState, buffers: HostBuffers) -> dict[str, torch.Tensor]:

@@ -31,8 +31,8 @@ from tinytron.distributed.collectives import together, together_long
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import ConfigError
 from tinytron.training.config import Config
-from tinytron.training.derive import TrainingInfo
-from tinytron.training.startup import data_position, first_on_node
+from tinytron.training.derive import TrainingInfo, data_position
+from tinytron.training.world import first_on_node
 from tinytron.utils.remote import is_remote
 
 MOCK_VAL_OFFSET = 10**9

@@ -74,3 +74,9 @@ def derive(config: Config, layout: ParallelLayout, num_samples: int | None) -> T
         profile_window=(first, last),
         notes=tuple(notes),
     )
+
+
+def data_position(config: Config, step: int) -> dict[str, int]:
+    """Where a run is in its data after ``step`` steps, in steps, samples and tokens: the order follows from these alone."""
+    samples = step * config.train.total_batch_size // config.train.seq_len
+    return {"step": step, "samples": samples, "tokens": step * config.train.total_batch_size}

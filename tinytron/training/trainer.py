@@ -12,15 +12,10 @@ import torch
 import torch.nn as nn
 from torch.utils.data import Dataset
 
-from tinytron.checkpoint import (
-    CheckpointFiles,
-    Mirror,
-    first_undamaged,
-    load_checkpoint,
-)
+from tinytron.checkpoint import CheckpointFiles
+from tinytron.checkpoint.meta import FORMAT_VERSION, CheckpointMeta
 from tinytron.data import Batch, GlobalBatchSampler
 from tinytron.distributed import DistributedOptimizer
-from tinytron.distributed.collectives import together
 from tinytron.distributed.param_spec import specs_of
 from tinytron.distributed.topology import describe_topology
 from tinytron.errors import ConfigError
@@ -28,7 +23,7 @@ from tinytron.evaluation import validate
 from tinytron.metrics import Progress, Report, RunLog, SourceLosses, StepWindow, TrainClock, load_statistics
 from tinytron.model import GPT
 from tinytron.model.modules.loss import LossSums
-from tinytron.training import datasets, evaluate, startup
+from tinytron.training import datasets, evaluate
 from tinytron.training.build import (
     build_model,
     build_optimizer,
@@ -39,15 +34,18 @@ from tinytron.training.build import (
     parameter_gate,
 )
 from tinytron.training.config import Config
-from tinytron.training.derive import TrainingInfo, derive
+from tinytron.training.derive import TrainingInfo, data_position, derive
 from tinytron.training.exports import build_exports
 from tinytron.training.feed import Feed, count_targets
 from tinytron.training.guards import Guards
+from tinytron.training.run.folder import RunFolder
+from tinytron.training.run.resume import resume
+from tinytron.training.world import RankAttributes, join_world, measure_peak
 from tinytron.utils.model import train_flops_per_token
 from tinytron.utils.profile import build_profiler
 
 
-class Trainer:
+class Trainer(RankAttributes):
     """Pre-trains a model as ``config`` says. Construction is collective over all processes; so is ``train``.
 
     For subclasses (all set before ``train``): ``state`` (layout and groups), ``device``, ``dp_group/rank/world_size``,
@@ -59,7 +57,6 @@ class Trainer:
 
     train_dataset: Dataset[Any] | None = None
     val_dataset: Dataset[Any] | None = None
-    mirror: Mirror | None = None  # of a remote log_dir
     train_loader: Iterable[Any] | None = None
     val_loader: Iterable[Any] | None = None
     train_sampler: GlobalBatchSampler | None = None  # of a map-style train_dataset
@@ -87,11 +84,7 @@ class Trainer:
 
     def _init_distributed(self, config: Config) -> None:
         """Join the process group, choose the device, build every parallel group."""
-        self.state = startup.join_world(config)
-        self.device, self.master_process = self.state.device, self.state.is_master
-        self.dp_group, self.sp_group = self.state.groups["dp"], self.state.groups["sep"]
-        self.dp_rank, self.dp_world_size = self.state.group_rank("dp"), self.state.layout.dp
-        self.sp_rank, self.sp_world_size = self.state.group_rank("sep"), self.state.layout.sep
+        self.state = join_world(config)
 
     def _init_dataset(self, config: Config) -> None:
         """Set ``train_dataset`` and, if there is one, ``val_dataset``: map-style or iterable, items ``{input_ids, labels}``
@@ -114,12 +107,14 @@ class Trainer:
 
     def _init_logging(self, config: Config) -> None:
         """Make the run's folder; ``config.json`` follows once it is clear that the run goes on in it."""
-        self.log_dir: Path = startup.prepare_run_folder(config, self.state)
-        self._lock = startup.lock_run_folder(self.log_dir, self.state)
-        self.mirror = startup.open_mirror(config, self.state)
+        self.folder = RunFolder(config, self.state)
         self.run_log = RunLog(self.log_dir)
-        self._say(f"run folder: {self.log_dir}" + (f", copied to {self.mirror.remote.url}" if self.mirror else ""))
-        self._say(*startup.remove_leftovers_of_saves(config, self.log_dir, self.state))
+        self._say(*self.folder.notes)
+
+    @property
+    def log_dir(self) -> Path:
+        """The run's folder."""
+        return self.folder.path
 
     def _init_profiler(self, config: Config) -> contextlib.AbstractContextManager[Any]:
         """A profiler with a ``step`` method, or a context of ``None``."""
@@ -155,7 +150,7 @@ class Trainer:
             self._say(f"already trained: {self.step} of {last} steps are done")
             self._saver.close(self._say)
             return
-        self._peak_flops, lines = startup.measure_peak(self.config, self.state)
+        self._peak_flops, lines = measure_peak(self.config, self.state)
         for line in lines:
             self._say(line)
         self._clock.lap()  # training time starts now
@@ -176,8 +171,7 @@ class Trainer:
             self.optimizer.finish_gather()
             with self._guards.paused():
                 self._saver.close(self._say, wait=not self._guards.ends)
-                if self.mirror is not None and self.master_process:
-                    self.mirror.push_logs()
+                self.folder.push_logs()
             self._guards.leave(self.step, self._say)
 
     def train_step(self, microbatches: list[Batch]) -> None:
@@ -217,17 +211,19 @@ class Trainer:
     def save(self) -> CheckpointFiles:
         """Save a checkpoint of the current step; inside ``train`` it is written while training goes on. Collective."""
         val_step, val_loss = self._validated
-        record = {
-            **self._record,
-            "data": self._data_identity(self.step),
-            "data_position": startup.data_position(self.config, self.step),
-            "val_loss": val_loss if val_step == self.step else None,
-            "guard": self._guards.state_dict(),
-        }
+        meta = CheckpointMeta(
+            format=FORMAT_VERSION,
+            run=self.folder.description,
+            identity=self.config.identity(),
+            data=self._data_identity(self.step),
+            data_position=data_position(self.config, self.step),
+            val_loss=val_loss if val_step == self.step else None,
+            guard=self._guards.state_dict(),
+        )
         with self._clock.paused(), self._guards.paused():
             self.optimizer.finish_gather()
             wait = not (self._in_loop and self.config.ckpt.async_save)
-            messages = self._saver.save(self.step, record, wait=wait)
+            messages = self._saver.save(self.step, meta, wait=wait)
         self._say(*messages)
         return CheckpointFiles(self.log_dir, self.step)
 
@@ -284,31 +280,20 @@ class Trainer:
 
     def _resume_from_checkpoint(self) -> None:
         """Load the newest undamaged checkpoint of the run's folder, else of ``--resume_path``, if there is one."""
-        world = self.state.groups["world"]
-        found = together(lambda: startup.checkpoints_to_resume(self.config, self.log_dir), world)
         source = self.train_loader if self.train_dataset is None else self.train_dataset
         self._data_identity = datasets.identity_of(self.config, source)
-        if found:
-            files, meta = first_undamaged(found, world, self._say)
-            data = self._data_identity(files.step)
-            differences = startup.check_continues(self.config, meta, data, str(files.meta))
-            load_checkpoint(files, meta, self.raw_model, self.optimizer, self.state)
-            self._guards.load_state_dict(meta.get("guard"))
-            self.step = files.step
-            self._say(f"resuming after step {self.step} from {files.model}")
-            for difference in differences:
-                self._say(f"changed since the checkpoint: {difference}")
-        elif (name := self.config.ckpt.init_from) is not None:
-            startup.load_initial_weights(name, self.raw_model, self.optimizer, self.state)
-            self._say(f"starting from the weights of {name}")
-        description = startup.describe_run(self.config, self.state.layout)
-        self._record = startup.run_record(self.config, description)
-        startup.write_description(self.config, self.state, description, self.mirror)
+        parts = (self.raw_model, self.optimizer, self.state)
+        found = resume(self.config, self.log_dir, *parts, self._data_identity, self._say)
+        if found is not None:
+            assert found.step is not None, "check_continues refuses metadata that is not ours"
+            self._guards.load_state_dict(found.guard)
+            self.step = found.step
+        self.folder.write_description()
         if self.master_process:
             self.run_log.keep_until(self.step)
 
     def _init_metrics(self) -> None:
-        last, run = self.training_info.max_steps, (self.raw_model, self.log_dir, self.state, self.mirror)
+        last, run = self.training_info.max_steps, (self.raw_model, self.log_dir, self.state, self.folder.mirror)
         exports = build_exports(self.config, *run, resumed=self.step, last=last, say=self._say)
         self._saver = build_saver(self.config.ckpt, self.optimizer, *run, exports)
         self._validated, self._in_loop = (0, 0.0), False  # step and loss
