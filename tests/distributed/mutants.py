@@ -9,7 +9,8 @@ from tests.helpers.parity import EXPERTS, Case
 from tests.naive.training import Recipe
 
 TRAINER = "tinytron.training.trainer:Trainer."
-STEP, ATTACH, METRICS = TRAINER + "train_step", TRAINER + "_attach_optimizer", TRAINER + "_init_metrics"
+STEP, ATTACH = TRAINER + "train_step", TRAINER + "_attach_optimizer"
+REPORTER = "tinytron.training.run.reporter:Reporter.__init__"
 COUNT, PREPARE = "tinytron.training.feed:count_targets", "tinytron.training.feed:Feed.prepare"
 FLUSH = "tinytron.metrics.window:StepWindow.flush"
 COLLECTIVES = "tinytron.distributed.collectives:"
@@ -100,7 +101,7 @@ MUTANTS = {
     **_mutants(
         "sep",
         ("targets summed over dp", STEP, 'self.state.groups["world"]', 'self.state.groups["dp"]'),
-        ("loss summed over dp", METRICS, 'self.state.groups["world"]', 'self.state.groups["dp"]'),
+        ("loss summed over dp", REPORTER, 'state.groups["world"]', 'state.groups["dp"]'),
         ("dense gradients summed over dp", ATTACH, DENSE, '"dense": self.dp_group'),
         ("dense gradients summed over sep", ATTACH, DENSE, '"dense": self.sp_group'),
         ("exchange without its adjoint", EXCHANGE_BACK, ADJOINT, "grad.clone()"),

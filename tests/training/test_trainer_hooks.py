@@ -93,7 +93,7 @@ class _PlainLoop(Trainer):
             t.grad = grad
         norm = nn.utils.clip_grad_norm_(self.twin, self.config.train.grad_clip_value)
         self.adamw.step()
-        self._window.add(self.step + 1, self._lr_scheduler(self.step), {"loss": loss.detach()}, norm)
+        self.reporter.window.add(self.step + 1, self._lr_scheduler(self.step), {"loss": loss.detach()}, norm)
 
 
 def test_the_documented_optimizer_is_torchs_own(ranks: Pools, tmp_path: Path) -> None:

@@ -32,11 +32,6 @@ class ValResult(NamedTuple):
             known["sources"] = {name: source.fields() for name, source in self.sources.items()}
         return {"loss": self.loss, "perplexity": perplexity(self.loss), "tokens": self.tokens, **known}
 
-    def shown(self) -> str:
-        """The result in a line for people."""
-        bits = "" if self.bits_per_byte is None else f" ({self.bits_per_byte:.4f} bits per byte)"
-        return f"val loss {self.loss:.4f}{bits} over {self.tokens:,} tokens"
-
 
 @torch.no_grad()
 def validate(

@@ -76,11 +76,3 @@ class Measures:
             result = summarise(task.items, task.rows, scores)
             entries.append({"step": step, "stage": "eval", "task": task.name, **result})
         return entries
-
-
-def shown(entry: dict[str, Any]) -> str:
-    """A result in a line for people."""
-    return (
-        f"step {entry['step']} | {entry['task']}: accuracy {entry['accuracy']:.4f} ± {entry['accuracy_stderr']:.4f} "
-        f"({entry['accuracy_per_byte']:.4f} per byte) over {entry['items']} items"
-    )

@@ -20,7 +20,9 @@ from tinytron.distributed.param_spec import specs_of
 from tinytron.distributed.topology import describe_topology
 from tinytron.errors import ConfigError
 from tinytron.evaluation import validate
-from tinytron.metrics import Progress, Report, RunLog, SourceLosses, StepWindow, TrainClock, load_statistics
+from tinytron.metrics import SourceLosses, load_statistics
+from tinytron.metrics.routing import keep_traces_until
+from tinytron.metrics.sinks import SINKS, RunInfo
 from tinytron.model import GPT
 from tinytron.model.modules.loss import LossSums
 from tinytron.training import datasets, evaluate
@@ -39,6 +41,7 @@ from tinytron.training.exports import build_exports
 from tinytron.training.feed import Feed, count_targets
 from tinytron.training.guards import Guards
 from tinytron.training.run.folder import RunFolder
+from tinytron.training.run.reporter import Metric, Reporter
 from tinytron.training.run.resume import resume
 from tinytron.training.world import RankAttributes, join_world, measure_peak
 from tinytron.utils.model import train_flops_per_token
@@ -68,14 +71,14 @@ class Trainer(RankAttributes):
     def __init__(self, config: Config) -> None:
         self.config, self.step = config, 0  # step counts completed optimizer steps
         self.one_step_results: dict[str, float] = {}
-        self._clock, self._progress = TrainClock(), Progress(0, 0, enabled=False)  # those of train() are made there
         self._init_distributed(config)  # -> state, device
+        self._init_reporter()  # -> reporter: from here on there is something to print with
         self._init_dataset(config)  # -> train_dataset, val_dataset
         self._init_loaders(config)  # -> training_info, samplers, loaders
         self._init_model(config)  # -> raw_model, model
         self._init_optimizer(config)  # -> raw_optimizer, optimizer
         self._attach_optimizer()
-        self._init_logging(config)  # -> log_dir, run_log
+        self._init_logging(config)  # -> log_dir
         self._guards = Guards(config, self.state, self.log_dir, self.optimizer, self.raw_model)
         self._resume_from_checkpoint()  # -> step, and all of the above as it was
         self._init_metrics()
@@ -85,6 +88,10 @@ class Trainer(RankAttributes):
     def _init_distributed(self, config: Config) -> None:
         """Join the process group, choose the device, build every parallel group."""
         self.state = join_world(config)
+
+    def _init_reporter(self) -> None:
+        """Set ``reporter``, with the sinks that records and messages go to."""
+        self.reporter = Reporter(self.state, [sink() for sink in SINKS.values()])
 
     def _init_dataset(self, config: Config) -> None:
         """Set ``train_dataset`` and, if there is one, ``val_dataset``: map-style or iterable, items ``{input_ids, labels}``
@@ -108,7 +115,6 @@ class Trainer(RankAttributes):
     def _init_logging(self, config: Config) -> None:
         """Make the run's folder; ``config.json`` follows once it is clear that the run goes on in it."""
         self.folder = RunFolder(config, self.state)
-        self.run_log = RunLog(self.log_dir)
         self._say(*self.folder.notes)
 
     @property
@@ -150,12 +156,12 @@ class Trainer(RankAttributes):
             self._say(f"already trained: {self.step} of {last} steps are done")
             self._saver.close(self._say)
             return
-        self._peak_flops, lines = measure_peak(self.config, self.state)
-        for line in lines:
-            self._say(line)
-        self._clock.lap()  # training time starts now
+        peak, lines = measure_peak(self.config, self.state)
+        self._say(*lines)
+        flops = train_flops_per_token(self.config.model, self.config.train.seq_len)
+        self.reporter.begin_training(flops_per_token=flops, peak_flops=peak)
         self._in_loop = True
-        with contextlib.closing(self._progress), self._guards.active(), self._init_profiler(self.config) as profiler:
+        with contextlib.closing(self.reporter), self._guards.active(), self._init_profiler(self.config) as profiler:
             for microbatches in self._microbatches():
                 self.train_step(microbatches)
                 self.step += 1
@@ -193,19 +199,18 @@ class Trainer(RankAttributes):
         grad_norm = self.optimizer.step(max_norm=self.config.train.grad_clip_value, reject=reject)
         self.optimizer.zero_grad()
         self._end_step()
-        self._window.add(self.step + 1, lr, parts, grad_norm)
+        self.reporter.window.add(self.step + 1, lr, parts, grad_norm)
 
     def eval(self) -> float:
         """Validate the current weights, log the result and return it, in nats per token. Collective."""
         assert self.val_loader is not None, "no validation data: set val_dataset or pass --do_val"
-        with self._clock.paused(), self._guards.paused():
+        with self.reporter.clock.paused(), self._guards.paused():
             batches = self._feed.once(self.val_loader, **self._feeding(self.val_dataset, self._own_val_loader))
             names = getattr(self.val_dataset, "names", [])
             result = validate(self.model, self._loss, batches, self.state, names, self._measures.text_bytes_V)
         self.one_step_results["val_loss"] = result.loss
         self._validated = (self.step, result.loss)
-        self._write_log([{"step": self.step, "stage": "val", **result.fields()}])
-        self._say(f"step {self.step} | {result.shown()}")
+        self.reporter.write([{"step": self.step, "stage": "val", **result.fields()}])
         return result.loss
 
     def save(self) -> CheckpointFiles:
@@ -220,7 +225,7 @@ class Trainer(RankAttributes):
             val_loss=val_loss if val_step == self.step else None,
             guard=self._guards.state_dict(),
         )
-        with self._clock.paused(), self._guards.paused():
+        with self.reporter.clock.paused(), self._guards.paused():
             self.optimizer.finish_gather()
             wait = not (self._in_loop and self.config.ckpt.async_save)
             messages = self._saver.save(self.step, meta, wait=wait)
@@ -289,19 +294,31 @@ class Trainer(RankAttributes):
             self._guards.load_state_dict(found.guard)
             self.step = found.step
         self.folder.write_description()
-        if self.master_process:
-            self.run_log.keep_until(self.step)
 
     def _init_metrics(self) -> None:
         last, run = self.training_info.max_steps, (self.raw_model, self.log_dir, self.state, self.folder.mirror)
         exports = build_exports(self.config, *run, resumed=self.step, last=last, say=self._say)
         self._saver = build_saver(self.config.ckpt, self.optimizer, *run, exports)
         self._validated, self._in_loop = (0, 0.0), False  # step and loss
-        self._progress = Progress(last, self.step, enabled=self.master_process)
-        self._window = StepWindow(self.state.groups["world"])
         self._sources = SourceLosses(getattr(self.train_dataset, "names", []), self.state)
-        self._logged_step, self._clock = self.step, TrainClock()
-        self._routing = build_routing(self.config, self.raw_model, self.state, self.log_dir)
+        self.reporter.metrics += self._metrics()
+        if self.master_process:
+            keep_traces_until(self.log_dir, self.step)
+        batch = self.config.train.total_batch_size
+        self.reporter.start(RunInfo(self.log_dir, self.config.as_dict(), self.step, last, batch))
+
+    def _metrics(self) -> list[Metric]:
+        """What the log says of a report's last step beside its losses."""
+        found: list[Metric] = []
+        if isinstance(self.raw_model, GPT) and self.raw_model.moe_layers:
+            model, layers = self.raw_model, self.config.model.moe_layers
+            found.append(lambda step: {"expert_load": load_statistics(model.take_load(), layers)})
+        if self._sources.names:
+            config, dataset = self.config, self.train_dataset
+            found.append(lambda step: self._sources.record(datasets.seen_tokens(config, dataset, step)))
+        if (routing := build_routing(self.config, self.raw_model, self.state, self.log_dir)) is not None:
+            found.append(routing.record)
+        return found
 
     def _microbatches(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches of one optimizer step at a time, from the current step on, without end."""
@@ -322,7 +339,7 @@ class Trainer(RankAttributes):
 
     def _maybe_log(self) -> None:
         """Write and show the steps since the last report; also before validation and saving, to keep lines in order."""
-        self._progress.advance(self.step)
+        self.reporter.advance(self.step)
         train, ckpt = self.config.train, self.config.ckpt
         validates = self._validates and self._due(train.val_every_steps)
         answers = self._measures.tasks and self._due(train.eval_every)
@@ -330,36 +347,16 @@ class Trainer(RankAttributes):
         ends = self._guards.ends
         if not (self.step == 1 or self._due(self.config.logging.log_every) or validates or answers or saves or ends):
             return
-        records = self._window.flush()  # the host waits for the device here
-        self._guards.after_report()
-        report = Report(
-            records,
-            skipped=int(self.optimizer.skipped_steps),
-            seconds=self._clock.lap(),
-            tokens=(self.step - self._logged_step) * train.total_batch_size,
-            flops_per_token=train_flops_per_token(self.config.model, train.seq_len),
-            peak_flops=self._peak_flops,
-        )
-        self._logged_step = self.step
-        self.one_step_results |= report.results
-        if isinstance(self.raw_model, GPT) and self.raw_model.moe_layers:
-            report.add_expert_load(load_statistics(self.raw_model.take_load(), self.config.model.moe_layers))
-        if self._sources.names:
-            report.add_sources(self._sources.flush(), datasets.seen_tokens(self.config, self.train_dataset, self.step))
-        if self._routing is not None:
-            with self._clock.paused():
-                report.add_router_margin(self._routing.report(self.step))
-        self._write_log(report.entries)
-        self._progress.report(self.step, report.shown)
+        self.one_step_results |= self.reporter.report(self.step, self.optimizer.skipped_steps)
+        self._guards.after_report()  # the host has waited for the device
 
     def _maybe_evaluate(self) -> None:
         if self._validates and self._due(self.config.train.val_every_steps) and not self._guards.ends:
             self.eval()
         if self._measures.tasks and self._due(self.config.train.eval_every) and not self._guards.ends:
-            with self._clock.paused(), self._guards.paused():
+            with self.reporter.clock.paused(), self._guards.paused():
                 entries = self._measures.answer(self.step, self.model, self._loss)
-            self._write_log(entries)
-            self._say(*map(evaluate.shown, entries))
+            self.reporter.write(entries)
 
     @property
     def _saves(self) -> bool:
@@ -370,13 +367,5 @@ class Trainer(RankAttributes):
         if self._saves and (self._due(self.config.ckpt.save_every_steps) or self._guards.ends):
             self.save()
 
-    def _write_log(self, entries: list[dict[str, Any]]) -> None:
-        if self.master_process and (refused := self.run_log.write(entries)):
-            self._say(f"error: {refused}")
-
     def _say(self, *texts: str) -> None:
-        for text in texts:
-            if self._progress.enabled:
-                self._progress.message(text)
-            elif self.master_process:
-                print(text, flush=True)
+        self.reporter.say(*texts)
