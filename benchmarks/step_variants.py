@@ -28,9 +28,9 @@ from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import specs_of
 from tinytron.model import GPT, ModelConfig
 from tinytron.model.modules.recompute import Recompute
+from tinytron.training.batch_preparer import count_targets
 from tinytron.training.build import build_model, build_optimizer, optimizer_options, parameter_gate
 from tinytron.training.config import Config, OptimConfig, TrainingConfig
-from tinytron.training.feed import count_targets
 from tinytron.utils.matmul import onednn, onednn_keeps_fp32
 
 LR, BETAS, EPS, DECAY, MAX_NORM = 1e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
@@ -117,7 +117,8 @@ class Ours(Training):
             return self._step(tokens)
 
     def _step(self, tokens: torch.Tensor) -> torch.Tensor:
-        targets, (batch,) = count_targets([Batch(*shifted(tokens))], self.state.groups["world"])
+        batch = Batch(*shifted(tokens))
+        targets, _ = count_targets([batch], self.state.groups["world"])
         with self.optimizer.accumulate(last=True):
             losses = self.model(batch.input_ids, batch.labels)
             self.optimizer.scale(losses.objective / targets).backward()

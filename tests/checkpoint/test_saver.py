@@ -38,8 +38,8 @@ def _late(log_dir: Path, *flags: object) -> Run:
         assert released.wait(60), "nobody waited for this save"
         write(*args)
 
-    finish = trainer._saver.finish
-    trainer._saver.finish = lambda: (released.set(), finish())[1]  # type: ignore[method-assign]
+    finish = trainer.saver.checkpoints.finish
+    trainer.saver.checkpoints.finish = lambda: (released.set(), finish())[1]  # type: ignore[method-assign]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(save, "write_checkpoint", held)
         trainer.train()

@@ -161,7 +161,7 @@ STEP = """
 import sys, torch, warnings
 from tinytron.training import Trainer, build_config, parse_args
 trainer = Trainer(build_config(parse_args(sys.argv[2:])))
-steps = trainer._microbatches()
+steps = trainer.data.steps(trainer.step)
 first, second = next(steps), next(steps)
 trainer.train_step(first)
 torch.cuda.synchronize()

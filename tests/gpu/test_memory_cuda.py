@@ -24,7 +24,7 @@ MEASURE = """
 import json, sys, torch
 from tinytron.training import Trainer, build_config, parse_args
 trainer = Trainer(build_config(parse_args(sys.argv[1:])))
-steps = trainer._microbatches()
+steps = trainer.data.steps(trainer.step)
 for _ in range(2):
     trainer.train_step(next(steps))
 torch.cuda.synchronize()

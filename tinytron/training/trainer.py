@@ -4,7 +4,7 @@ objective; what happens after a step stands in ``train``."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +13,38 @@ import torch.nn as nn
 from torch.utils.data import Dataset
 
 from tinytron.checkpoint import CheckpointFiles
-from tinytron.checkpoint.meta import FORMAT_VERSION, CheckpointMeta
 from tinytron.data import Batch, GlobalBatchSampler
 from tinytron.distributed import DistributedOptimizer
 from tinytron.distributed.param_spec import specs_of
 from tinytron.distributed.topology import describe_topology
-from tinytron.errors import ConfigError
-from tinytron.evaluation import validate
-from tinytron.metrics import SourceLosses, load_statistics
+from tinytron.metrics import SourceLosses
 from tinytron.metrics.routing import keep_traces_until
 from tinytron.metrics.sinks import SINKS, RunInfo
 from tinytron.model import GPT
 from tinytron.model.modules.loss import LossSums
-from tinytron.training import datasets, evaluate
+from tinytron.training import datasets
+from tinytron.training.batch_preparer import count_targets, scale_weights
 from tinytron.training.build import (
+    build_metrics,
     build_model,
     build_optimizer,
-    build_routing,
-    build_saver,
+    build_profiler,
     build_schedule,
+    describe_run_size,
     optimizer_options,
     parameter_gate,
 )
 from tinytron.training.config import Config
-from tinytron.training.derive import TrainingInfo, data_position, derive
-from tinytron.training.exports import build_exports
-from tinytron.training.feed import Feed, count_targets
-from tinytron.training.guards import Guards
+from tinytron.training.derive import TrainingInfo
+from tinytron.training.evals import TrainingEvals
+from tinytron.training.pipeline import DataPipeline
 from tinytron.training.run.folder import RunFolder
-from tinytron.training.run.reporter import Metric, Reporter
+from tinytron.training.run.guards import Guards
+from tinytron.training.run.reporter import Reporter
 from tinytron.training.run.resume import resume
+from tinytron.training.run.saver import RunSaver
 from tinytron.training.world import RankAttributes, join_world, measure_peak
 from tinytron.utils.model import train_flops_per_token
-from tinytron.utils.profile import build_profiler
 
 
 class Trainer(RankAttributes):
@@ -54,6 +53,7 @@ class Trainer(RankAttributes):
     For subclasses (all set before ``train``): ``state`` (layout and groups), ``device``, ``dp_group/rank/world_size``,
     ``sp_group/rank/world_size``, ``master_process``, ``train_dataset/sampler/loader``, ``val_dataset/loader``,
     ``raw_model``, ``model``, ``raw_optimizer``, ``optimizer``, ``training_info``, ``log_dir``, ``one_step_results``.
+    The parts of a run, each made by one ``_init_*``: ``reporter``, ``data``, ``evals``, ``folder``, ``guards``, ``saver``.
 
     Raises: ConfigError, DataError or CheckpointError, the same on every rank, before any step.
     """
@@ -65,31 +65,32 @@ class Trainer(RankAttributes):
     train_sampler: GlobalBatchSampler | None = None  # of a map-style train_dataset
     raw_model: nn.Module
     model: nn.Module
-    raw_optimizer: torch.optim.Optimizer
     optimizer: DistributedOptimizer
 
     def __init__(self, config: Config) -> None:
         self.config, self.step = config, 0  # step counts completed optimizer steps
         self.one_step_results: dict[str, float] = {}
         self._init_distributed(config)  # -> state, device
-        self._init_reporter()  # -> reporter: from here on there is something to print with
+        self._init_reporter(config)  # -> reporter: from here on there is something to print with
         self._init_dataset(config)  # -> train_dataset, val_dataset
-        self._init_loaders(config)  # -> training_info, samplers, loaders
+        self._init_pipeline(config)  # -> data: training_info, sampler, loaders
+        self._init_evals(config)  # -> evals
         self._init_model(config)  # -> raw_model, model
-        self._init_optimizer(config)  # -> raw_optimizer, optimizer
+        self._init_optimizer(config)  # -> optimizer
         self._attach_optimizer()
-        self._init_logging(config)  # -> log_dir
-        self._guards = Guards(config, self.state, self.log_dir, self.optimizer, self.raw_model)
+        self._init_logging(config)  # -> folder, log_dir
+        self._init_guards(config)  # -> guards
         self._resume_from_checkpoint()  # -> step, and all of the above as it was
-        self._init_metrics()
+        self._init_saver(config)  # -> saver
+        self._init_metrics(config)  # starts the reporter
 
     # The parts of a run: override any of these.
 
     def _init_distributed(self, config: Config) -> None:
-        """Join the process group, choose the device, build every parallel group."""
+        """Join the process group, choose the device, build every parallel group: set ``state``."""
         self.state = join_world(config)
 
-    def _init_reporter(self) -> None:
+    def _init_reporter(self, config: Config) -> None:
         """Set ``reporter``, with the sinks that records and messages go to."""
         self.reporter = Reporter(self.state, [sink() for sink in SINKS.values()])
 
@@ -101,9 +102,24 @@ class Trainer(RankAttributes):
             self._say("no --dataset_path given: training on mock data (random tokens: the loss stays near ln V)")
         self.train_dataset, self.val_dataset = datasets.builtin_datasets(config, self.state)
 
+    def _init_pipeline(self, config: Config) -> None:
+        """Set ``data``, which makes what ``_init_dataset`` left unset: validation split, sampler, loaders, step counts."""
+        names = ("train_dataset", "val_dataset", "train_loader", "val_loader")
+        self.data = DataPipeline(config, self.state, **{name: getattr(self, name) for name in names})
+        self.train_dataset, self.train_loader = self.data.train.dataset, self.data.train.loader
+        if self.data.val is not None:
+            self.val_dataset, self.val_loader = self.data.val.dataset, self.data.val.loader
+        self.train_sampler = self.data.sampler
+        self._say(*self.data.notes)
+        self._schedule = build_schedule(config.optim, self.training_info)
+
+    def _init_evals(self, config: Config) -> None:
+        """Set ``evals``, which validates and answers tasks during training."""
+        self.evals = TrainingEvals(config, self.state, self.data.val)
+
     def _init_model(self, config: Config) -> None:
         """Set ``raw_model``, which owns the parameters and maps ``(input_ids, labels)`` to ``LossSums``, and ``model``,
-        what ``_loss`` calls."""
+        which ``_loss`` calls."""
         self.raw_model = self.model = build_model(config, self.state)
 
     def _init_optimizer(self, config: Config) -> None:
@@ -113,26 +129,36 @@ class Trainer(RankAttributes):
         )
 
     def _init_logging(self, config: Config) -> None:
-        """Make the run's folder; ``config.json`` follows once it is clear that the run goes on in it."""
+        """Set ``folder``, the run's folder; ``config.json`` follows once it is clear that the run continues in it."""
         self.folder = RunFolder(config, self.state)
         self._say(*self.folder.notes)
 
-    @property
-    def log_dir(self) -> Path:
-        """The run's folder."""
-        return self.folder.path
+    def _init_guards(self, config: Config) -> None:
+        """Set ``guards``: signals, spikes, replicas and stalls."""
+        self.guards = Guards(config, self.state, self.log_dir, self.optimizer, self.raw_model)
+
+    def _init_saver(self, config: Config) -> None:
+        """Set ``saver``, which writes checkpoints and exports."""
+        parts = (self.folder, self.raw_model, self.optimizer, self.data, self.guards)
+        self.saver = RunSaver(config, self.state, *parts, resumed=self.step, say=self._say)
+
+    def _init_metrics(self, config: Config) -> None:
+        """Say what is logged next to the losses, and open the sinks."""
+        self._sources = SourceLosses(self.data.train.sources, self.state)
+        self.reporter.metrics += build_metrics(
+            config, self.raw_model, self.state, self.log_dir, self._sources, self.data.seen_tokens
+        )
+        if self.master_process:
+            keep_traces_until(self.log_dir, self.step)
+        length, batch = self.training_info.max_steps, config.train.total_batch_size
+        self.reporter.start(RunInfo(self.log_dir, config.as_dict(), self.step, length, batch))
 
     def _init_profiler(self, config: Config) -> contextlib.AbstractContextManager[Any]:
         """A profiler with a ``step`` method, or a context of ``None``."""
         if not config.train.use_profiler:
             return contextlib.nullcontext()
         trace = self.log_dir / f"rank{self.state.rank}_trace.json"
-        first, last = self.training_info.profile_window
-        if last <= self.step:
-            self._say(f"not profiling: steps {first} to {last} are done already")
-            return contextlib.nullcontext()
-        self._say(f"profiling steps {max(first, self.step + 1)} to {last}: {trace}")
-        return build_profiler(max(1, first - self.step), last - self.step, trace)  # counted from here on
+        return build_profiler(self.training_info.profile_window, self.step, trace, self._say)
 
     def _lr_scheduler(self, step: int) -> float:
         """The learning rate of optimizer step ``step``, counted from 0."""
@@ -154,38 +180,38 @@ class Trainer(RankAttributes):
         last = self.training_info.max_steps
         if self.step >= last:
             self._say(f"already trained: {self.step} of {last} steps are done")
-            self._saver.close(self._say)
+            self.saver.close(self._say)
             return
         peak, lines = measure_peak(self.config, self.state)
         self._say(*lines)
         flops = train_flops_per_token(self.config.model, self.config.train.seq_len)
         self.reporter.begin_training(flops_per_token=flops, peak_flops=peak)
-        self._in_loop = True
-        with contextlib.closing(self.reporter), self._guards.active(), self._init_profiler(self.config) as profiler:
-            for microbatches in self._microbatches():
-                self.train_step(microbatches)
-                self.step += 1
-                self._guards.after_step(self.step, last=self.step >= last)
-                self._maybe_log()
-                self._maybe_evaluate()
-                self._maybe_save()
-                if profiler is not None:
-                    profiler.step()
-                if self.step >= last or self._guards.ends:
-                    break
-            self._in_loop = False
+        with contextlib.closing(self.reporter), self.guards.active(), self._init_profiler(self.config) as profiler:
+            with self.saver.in_background():
+                for microbatches in self.data.steps(self.step):
+                    self.train_step(microbatches)
+                    self.step += 1
+                    self.guards.after_step(self.step, last=self.step >= last)
+                    self._maybe_log()
+                    self._maybe_evaluate()
+                    self._maybe_save()
+                    if profiler is not None:
+                        profiler.step()
+                    if self.step >= last or self.guards.ends:
+                        break
             self.optimizer.finish_gather()
-            with self._guards.paused():
-                self._saver.close(self._say, wait=not self._guards.ends)
+            with self.guards.paused():
+                self.saver.close(self._say, wait=not self.guards.ends)
                 self.folder.push_logs()
-            self._guards.leave(self.step, self._say)
+            self.guards.leave(self.step, self._say)
 
     def train_step(self, microbatches: list[Batch]) -> None:
         """One optimizer step on this rank's part of the global batch. Collective; the host waits for no result."""
         lr = self._lr_scheduler(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
-        targets, microbatches = count_targets(microbatches, self.state.groups["world"])  # for the one division
+        targets, weight_scale = count_targets(microbatches, self.state.groups["world"])  # for the one division
+        microbatches = scale_weights(microbatches, weight_scale)
         sums: dict[str, torch.Tensor] = {}
         for i, batch in enumerate(microbatches):
             with self.optimizer.accumulate(last=i == len(microbatches) - 1):
@@ -195,7 +221,7 @@ class Trainer(RankAttributes):
             for name, value in {"loss": losses.token, **losses.aux}.items():
                 sums[name] = sums[name] + value if i else value
         parts = {name: value / targets for name, value in sums.items()}
-        reject = self._guards.spikes.judge(self.step + 1, parts["loss"])
+        reject = self.guards.spikes.judge(self.step + 1, parts["loss"])
         grad_norm = self.optimizer.step(max_norm=self.config.train.grad_clip_value, reject=reject)
         self.optimizer.zero_grad()
         self._end_step()
@@ -203,34 +229,19 @@ class Trainer(RankAttributes):
 
     def eval(self) -> float:
         """Validate the current weights, log the result and return it, in nats per token. Collective."""
-        assert self.val_loader is not None, "no validation data: set val_dataset or pass --do_val"
-        with self.reporter.clock.paused(), self._guards.paused():
-            batches = self._feed.once(self.val_loader, **self._feeding(self.val_dataset, self._own_val_loader))
-            names = getattr(self.val_dataset, "names", [])
-            result = validate(self.model, self._loss, batches, self.state, names, self._measures.text_bytes_V)
-        self.one_step_results["val_loss"] = result.loss
-        self._validated = (self.step, result.loss)
-        self.reporter.write([{"step": self.step, "stage": "val", **result.fields()}])
-        return result.loss
+        with self.reporter.clock.paused(), self.guards.paused():
+            loss, record = self.evals.validate(self.step, self.model, self._loss, self.data.validation())
+        self.one_step_results["val_loss"] = loss
+        self.reporter.write([record])
+        return loss
 
     def save(self) -> CheckpointFiles:
         """Save a checkpoint of the current step; inside ``train`` it is written while training goes on. Collective."""
-        val_step, val_loss = self._validated
-        meta = CheckpointMeta(
-            format=FORMAT_VERSION,
-            run=self.folder.description,
-            identity=self.config.identity(),
-            data=self._data_identity(self.step),
-            data_position=data_position(self.config, self.step),
-            val_loss=val_loss if val_step == self.step else None,
-            guard=self._guards.state_dict(),
-        )
-        with self.reporter.clock.paused(), self._guards.paused():
+        with self.reporter.clock.paused(), self.guards.paused():
             self.optimizer.finish_gather()
-            wait = not (self._in_loop and self.config.ckpt.async_save)
-            messages = self._saver.save(self.step, meta, wait=wait)
+            messages = self.saver.save(self.step, self.evals.loss_of(self.step))
         self._say(*messages)
-        return CheckpointFiles(self.log_dir, self.step)
+        return self.saver.files(self.step)
 
     def _end_step(self) -> None:
         if isinstance(self.raw_model, GPT):
@@ -238,35 +249,25 @@ class Trainer(RankAttributes):
 
     # Details.
 
-    def _init_loaders(self, config: Config) -> None:
-        """Complete what ``_init_dataset`` left unset: validation split, sampler, loaders; and derive step counts."""
-        self._feed = Feed(config, self.state)
-        self._validates = config.train.do_val and not config.train.debug
-        self._own_train_loader, self._own_val_loader = self.train_loader is None, self.val_loader is None
-        rate = config.train.split_rate
-        if self.train_dataset is None and self.train_loader is None:
-            raise ConfigError("_init_dataset set no train_dataset; set self.train_dataset, or self.train_loader")
-        if self.val_dataset is None and self.val_loader is None and (self._validates or rate is not None):
-            rate = rate if rate is not None else 0.99
-            if self._validates or rate < 1.0:
-                self.train_dataset, self.val_dataset = datasets.split_off_validation(self.train_dataset, rate)
-        epoch = datasets.epoch_size(config, self.train_dataset, self.train_loader)
-        self.training_info: TrainingInfo = derive(config, self.state.layout, epoch)
-        self._say(*self.training_info.notes)
-        if self.train_loader is None:
-            made = datasets.make_train_loader(config, self.state, self.training_info, self.train_dataset)
-            self.train_sampler, self.train_loader = made
-        if self.val_loader is None and self.val_dataset is not None:
-            self.val_loader = datasets.make_val_loader(config, self.state, self.val_dataset)
-        self._say(*datasets.describe(self.train_dataset, self.training_info))
-        self._schedule = build_schedule(config.optim, self.training_info)
-        self._measures: evaluate.Measures = evaluate.Measures(config, self.state, self.val_dataset)
+    @property
+    def training_info(self) -> TrainingInfo:
+        """Steps and accumulation, as they follow from flags, processes and data."""
+        return self.data.info
+
+    @property
+    def log_dir(self) -> Path:
+        """The run's folder."""
+        return self.folder.path
+
+    @property
+    def raw_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer that ``optimizer`` wraps."""
+        return self.optimizer.inner
 
     def _attach_optimizer(self) -> None:
         """Wrap a plain torch optimizer, and tell the wrapper the parameters' names and groups."""
         if not isinstance(self.optimizer, DistributedOptimizer):
             self.optimizer = DistributedOptimizer(optimizer=self.optimizer, process_group=self.dp_group)
-        self.raw_optimizer = self.optimizer.inner
         made = self.state.groups
         groups = {"dense": made["world"], "expert": made["edp"], "ep": made["ep"]}
         options = optimizer_options(self.config, self.raw_model)
@@ -275,96 +276,52 @@ class Trainer(RankAttributes):
             self.raw_model.before_use = parameter_gate(self.optimizer, self.raw_model)
         if self.config.parallel.print_topology:
             self._say(describe_topology(self.state.layout, self.optimizer))
-        count = sum(spec.numel for spec in specs_of(self.raw_model))  # of all experts, wherever they are
-        info, world = self.training_info, self.state.layout.world_size
-        self._say(
-            f"{count / 1e6:.2f}M parameters in {self.config.train.precision} on {world} x {self.device.type} | "
-            f"{info.max_steps} steps of {self.config.train.total_batch_size:,} tokens, "
-            f"{info.grad_accum_steps} micro-batches each"
-        )
+        self._say(describe_run_size(self.config, self.raw_model, self.state, self.training_info))
 
     def _resume_from_checkpoint(self) -> None:
         """Load the newest undamaged checkpoint of the run's folder, else of ``--resume_path``, if there is one."""
-        source = self.train_loader if self.train_dataset is None else self.train_dataset
-        self._data_identity = datasets.identity_of(self.config, source)
         parts = (self.raw_model, self.optimizer, self.state)
-        found = resume(self.config, self.log_dir, *parts, self._data_identity, self._say)
+        found = resume(self.config, self.log_dir, *parts, self.data.identity, self._say)
         if found is not None:
             assert found.step is not None, "check_continues refuses metadata that is not ours"
-            self._guards.load_state_dict(found.guard)
+            self.guards.load_state_dict(found.guard)
             self.step = found.step
         self.folder.write_description()
-
-    def _init_metrics(self) -> None:
-        last, run = self.training_info.max_steps, (self.raw_model, self.log_dir, self.state, self.folder.mirror)
-        exports = build_exports(self.config, *run, resumed=self.step, last=last, say=self._say)
-        self._saver = build_saver(self.config.ckpt, self.optimizer, *run, exports)
-        self._validated, self._in_loop = (0, 0.0), False  # step and loss
-        self._sources = SourceLosses(getattr(self.train_dataset, "names", []), self.state)
-        self.reporter.metrics += self._metrics()
-        if self.master_process:
-            keep_traces_until(self.log_dir, self.step)
-        batch = self.config.train.total_batch_size
-        self.reporter.start(RunInfo(self.log_dir, self.config.as_dict(), self.step, last, batch))
-
-    def _metrics(self) -> list[Metric]:
-        """What the log says of a report's last step beside its losses."""
-        found: list[Metric] = []
-        if isinstance(self.raw_model, GPT) and self.raw_model.moe_layers:
-            model, layers = self.raw_model, self.config.model.moe_layers
-            found.append(lambda step: {"expert_load": load_statistics(model.take_load(), layers)})
-        if self._sources.names:
-            config, dataset = self.config, self.train_dataset
-            found.append(lambda step: self._sources.record(datasets.seen_tokens(config, dataset, step)))
-        if (routing := build_routing(self.config, self.raw_model, self.state, self.log_dir)) is not None:
-            found.append(routing.record)
-        return found
-
-    def _microbatches(self) -> Iterator[list[Batch]]:
-        """This rank's micro-batches of one optimizer step at a time, from the current step on, without end."""
-        assert self.train_loader is not None, "made by _init_loaders"
-        skip = 0
-        if self._own_train_loader:
-            (self.train_sampler or self.train_loader).start_step = self.step  # type: ignore[union-attr]
-        else:
-            skip = self.step  # a foreign loader can only be read again up to where it was
-        options = self._feeding(self.train_dataset, self._own_train_loader)
-        return self._feed.steps(self.train_loader, self.training_info.grad_accum_steps, skip_steps=skip, **options)
-
-    def _feeding(self, dataset: Dataset[Any] | None, own_loader: bool) -> dict[str, bool]:
-        return {"trusted": own_loader and datasets.checks_its_tokens(dataset), "own": own_loader}
 
     def _due(self, every: int) -> bool:
         return self.step == self.training_info.max_steps or (every > 0 and self.step % every == 0)
 
+    @property
+    def _validates_now(self) -> bool:
+        return self.data.validates and self._due(self.config.train.val_every_steps) and not self.guards.ends
+
+    @property
+    def _answers_now(self) -> bool:
+        return bool(self.evals.tasks) and self._due(self.config.train.eval_every) and not self.guards.ends
+
+    @property
+    def _saves_now(self) -> bool:
+        return self.saver.enabled and (self._due(self.config.ckpt.save_every_steps) or self.guards.ends)
+
     def _maybe_log(self) -> None:
         """Write and show the steps since the last report; also before validation and saving, to keep lines in order."""
         self.reporter.advance(self.step)
-        train, ckpt = self.config.train, self.config.ckpt
-        validates = self._validates and self._due(train.val_every_steps)
-        answers = self._measures.tasks and self._due(train.eval_every)
-        saves = self._saves and self._due(ckpt.save_every_steps)
-        ends = self._guards.ends
-        if not (self.step == 1 or self._due(self.config.logging.log_every) or validates or answers or saves or ends):
-            return
-        self.one_step_results |= self.reporter.report(self.step, self.optimizer.skipped_steps)
-        self._guards.after_report()  # the host has waited for the device
+        follows = self._validates_now or self._answers_now or self._saves_now or self.guards.ends
+        if self.step == 1 or self._due(self.config.logging.log_every) or follows:
+            self.one_step_results |= self.reporter.report(self.step, self.optimizer.skipped_steps)
+            self.guards.after_report()  # the host has waited for the device
 
     def _maybe_evaluate(self) -> None:
-        if self._validates and self._due(self.config.train.val_every_steps) and not self._guards.ends:
+        if self._validates_now:
             self.eval()
-        if self._measures.tasks and self._due(self.config.train.eval_every) and not self._guards.ends:
-            with self.reporter.clock.paused(), self._guards.paused():
-                entries = self._measures.answer(self.step, self.model, self._loss)
-            self.reporter.write(entries)
-
-    @property
-    def _saves(self) -> bool:
-        return self.config.ckpt.do_save and not self.config.train.debug
+        if self._answers_now:
+            with self.reporter.clock.paused(), self.guards.paused():
+                records = self.evals.answer(self.step, self.model, self._loss)
+            self.reporter.write(records)
 
     def _maybe_save(self) -> None:
-        self._say(*self._saver.report())
-        if self._saves and (self._due(self.config.ckpt.save_every_steps) or self._guards.ends):
+        self._say(*self.saver.report())
+        if self._saves_now:
             self.save()
 
     def _say(self, *texts: str) -> None:
