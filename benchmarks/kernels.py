@@ -18,9 +18,10 @@ from rounds import copy_rate, median_ms
 
 from tinytron.distributed.expert_parallel import comm
 from tinytron.model.modules import loss
-from tinytron.model.modules.loss import IGNORE_INDEX, fused_linear_cross_entropy
+from tinytron.model.modules.loss import fused_linear_cross_entropy
 from tinytron.optim.muon import orthogonalize
 from tinytron.utils.profile import measured_matmul_rate
+from tinytron.utils.sequences import IGNORE_INDEX
 from tinytron.utils.training import DTYPES
 
 EXPERTS, TOP_K = 32, 4

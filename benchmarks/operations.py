@@ -24,13 +24,14 @@ from step_time import MODELS, model_config, release
 from tinytron.errors import ConfigError
 from tinytron.kernels.tiled_attention import tiled_attention
 from tinytron.model import ModelConfig
-from tinytron.model.modules.attn import UNMASKED, Backend, Documents, attend, check_backend, documents_of, visible
+from tinytron.model.modules.attn import UNMASKED, Backend, attend, check_backend, visible
 from tinytron.model.modules.emb import RotaryEmbedding, rotate
 from tinytron.model.modules.loss import fused_linear_cross_entropy
 from tinytron.model.modules.mlp import gated
 from tinytron.model.modules.norm import RMSNorm
 from tinytron.utils.matmul import onednn_keeps_fp32, use_onednn
 from tinytron.utils.profile import measured_matmul_rate
+from tinytron.utils.sequences import Documents, documents_of
 from tinytron.utils.training import DTYPES
 
 Run = Callable[[], object]

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from tinytron.model import GPT, ModelConfig
-from tinytron.model.modules.attn import Backend, Documents, attend, documents_of
+from tinytron.model.modules.attn import Backend, attend
 from tinytron.model.modules.loss import LossSums, fused_linear_cross_entropy
 from tinytron.utils.profile import peak_flops
+from tinytron.utils.sequences import Documents, documents_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from tests.gpu.test_cuda import CONFIG
 from tinytron.distributed import DistributedOptimizer
 from tinytron.model import GPT
-from tinytron.model.modules.attn import Backend, Documents
+from tinytron.model.modules.attn import Backend
 from tinytron.model.modules.loss import LossSums
+from tinytron.utils.sequences import Documents
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -16,7 +16,8 @@ from tests.gpu.test_cuda import TINY
 from tinytron.kernels import liger
 from tinytron.kernels.liger import check_liger
 from tinytron.model.modules.cut_loss import check_cut_cross_entropy, cut_linear_cross_entropy
-from tinytron.model.modules.loss import IGNORE_INDEX, fused_linear_cross_entropy
+from tinytron.model.modules.loss import fused_linear_cross_entropy
+from tinytron.utils.sequences import IGNORE_INDEX
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -16,8 +16,9 @@ import torch
 from tests.gpu.test_cuda import TINY, step_of
 from tests.helpers.expert_rows import combine, dispatch
 from tinytron.distributed.expert_parallel import comm
-from tinytron.model.modules.loss import IGNORE_INDEX, fused_linear_cross_entropy
+from tinytron.model.modules.loss import fused_linear_cross_entropy
 from tinytron.optim.muon import orthogonalize
+from tinytron.utils.sequences import IGNORE_INDEX
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

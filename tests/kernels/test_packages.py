@@ -21,9 +21,10 @@ from tinytron.kernels.liger import check_liger
 from tinytron.kernels.packages import check_triton
 from tinytron.model import GPT, ModelConfig
 from tinytron.model.modules.cut_loss import check_cut_cross_entropy, cut_linear_cross_entropy
-from tinytron.model.modules.loss import IGNORE_INDEX, LossSums, fused_linear_cross_entropy
+from tinytron.model.modules.loss import LossSums, fused_linear_cross_entropy
 from tinytron.training import Trainer, build
 from tinytron.training.dry_run import dry_run
+from tinytron.utils.sequences import IGNORE_INDEX
 
 Pools = Callable[[int], Ranks]
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")

@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tinytron.kernels import tiled_attention as tiling
 from tinytron.kernels.tiled_attention import can_tile, tiled_attention
 from tinytron.model import GPT, ModelConfig
-from tinytron.model.modules.attn import Backend, Documents, attend, visible
+from tinytron.model.modules.attn import Backend, attend, visible
 from tinytron.model.modules.recompute import Recompute
 from tinytron.utils import matmul
+from tinytron.utils.sequences import Documents
 
 H = 4
 HEADS = [(4, 4), (4, 2), (3, 1)]  # MHA, GQA, MQA

@@ -12,7 +12,8 @@ from tests.helpers.triton_interpreter import interpreted, near
 from tinytron.model import GPT, ModelConfig
 from tinytron.model.modules import loss as eager
 from tinytron.model.modules.cut_loss import cut_linear_cross_entropy
-from tinytron.model.modules.loss import IGNORE_INDEX, LossSums, fused_linear_cross_entropy
+from tinytron.model.modules.loss import LossSums, fused_linear_cross_entropy
+from tinytron.utils.sequences import IGNORE_INDEX
 
 triton_loss = interpreted("triton_loss")
 

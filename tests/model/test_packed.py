@@ -14,8 +14,8 @@ import torch
 from tests.helpers.models import redrawn
 from tests.model.test_gpt import SIZES, CountOps, assert_same_gradients, gradients, sums
 from tinytron.model import GPT, ModelConfig
-from tinytron.model.modules.attn import Backend, attend, documents_of
-from tinytron.model.modules.loss import IGNORE_INDEX
+from tinytron.model.modules.attn import Backend, attend
+from tinytron.utils.sequences import IGNORE_INDEX, documents_of
 
 S = 12
 ROWS = [[5, 3, 4], [12], [1, 1, 10], [2, 9, 1]]  # lengths of documents

@@ -16,7 +16,8 @@ from tests.model import test_options, test_packed
 from tests.model.test_attn import HEADS, LENGTHS, gradients, make_qkv, of_lengths
 from tests.model.test_gpt import SIZES, CountOps, make_batch, make_model, sums
 from tinytron.errors import ConfigError
-from tinytron.model.modules.attn import Documents, attend, check_backend
+from tinytron.model.modules.attn import attend, check_backend
+from tinytron.utils.sequences import Documents
 
 VARLEN = "--attn_backend varlen"
 

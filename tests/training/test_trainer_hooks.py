@@ -16,8 +16,9 @@ from tests.helpers.ranks import Ranks
 from tests.helpers.runs import TINY, config_of, losses, train, user_error
 from tinytron.data import Batch, MockDataset
 from tinytron.distributed import DistributedOptimizer
-from tinytron.model.modules.loss import IGNORE_INDEX, LossSums
+from tinytron.model.modules.loss import LossSums
 from tinytron.training import Config, Trainer
+from tinytron.utils.sequences import IGNORE_INDEX
 
 Pools = Callable[[int], Ranks]
 WORLDS = pytest.mark.parametrize("world", [1, 2, 4])

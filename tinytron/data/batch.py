@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tinytron.errors import DataError
-from tinytron.model.modules.attn import Documents
-from tinytron.model.modules.loss import IGNORE_INDEX
+from tinytron.utils.sequences import IGNORE_INDEX, Documents
 
 # What a sample may say of each of its tokens, and the type it has in a batch.
 FIELDS = {

@@ -20,7 +20,7 @@ from tinytron.data.mixture import MixtureOrder
 from tinytron.data.pack_files import PackFile
 from tinytron.data.shards import Shard
 from tinytron.errors import DataError
-from tinytron.model.modules.loss import IGNORE_INDEX
+from tinytron.utils.sequences import IGNORE_INDEX
 
 Piece = tuple[int, int]  # first token, and number of training pairs (token, next token)
 

@@ -11,7 +11,8 @@ import torch
 from tinytron.data.batch import Batch
 from tinytron.distributed.collectives import sum_over
 from tinytron.distributed.parallel_state import ParallelState
-from tinytron.model.modules.loss import IGNORE_INDEX, LossSums
+from tinytron.model.modules.loss import LossSums
+from tinytron.utils.sequences import IGNORE_INDEX
 
 
 def perplexity(loss: float) -> float:

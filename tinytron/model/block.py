@@ -9,13 +9,14 @@ import torch.nn.functional as F
 
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.model.config import ModelConfig
-from tinytron.model.modules.attn import Attention, Backend, Documents, LayerCache
+from tinytron.model.modules.attn import Attention, Backend, LayerCache
 from tinytron.model.modules.compiled import CompilesMethods
 from tinytron.model.modules.emb import Rotation
 from tinytron.model.modules.mlp import GELU, SwiGLU, make_mlp
 from tinytron.model.modules.moe import MoE, MoEStats
 from tinytron.model.modules.norm import make_norm
 from tinytron.model.modules.recompute import Recompute, recomputed
+from tinytron.utils.sequences import Documents
 
 
 class Block(CompilesMethods):

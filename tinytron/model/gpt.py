@@ -17,7 +17,7 @@ from tinytron.distributed.param_spec import Kind, ParamSpec
 from tinytron.errors import ConfigError
 from tinytron.model.block import Block, ParallelBlock
 from tinytron.model.config import ModelConfig
-from tinytron.model.modules.attn import UNMASKED, Backend, Documents, LayerCache, visible
+from tinytron.model.modules.attn import UNMASKED, Backend, LayerCache, visible
 from tinytron.model.modules.cut_loss import cut_linear_cross_entropy
 from tinytron.model.modules.emb import RotaryEmbedding, TokenEmbedding
 from tinytron.model.modules.linear import PackedLinear, ResidualLinear
@@ -27,6 +27,7 @@ from tinytron.model.modules.moe import Choice, Experts, MoE, MoEStats, Router
 from tinytron.model.modules.norm import LayerNorm, RMSNorm, make_norm
 from tinytron.model.modules.recompute import Recompute
 from tinytron.model.modules.rope import rotary_frequencies
+from tinytron.utils.sequences import Documents
 
 
 class Recorded(NamedTuple):

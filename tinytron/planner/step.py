@@ -8,12 +8,13 @@ import torch
 
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.model import GPT, ModelConfig
-from tinytron.model.modules.attn import UNMASKED, Attention, Backend, Documents
+from tinytron.model.modules.attn import UNMASKED, Attention, Backend
 from tinytron.model.modules.loss import LossSums
 from tinytron.model.modules.moe import ROW_STEP
 from tinytron.model.modules.recompute import Recompute
 from tinytron.planner.ledger import Ledger
 from tinytron.planner.pretend import DeviceKind, EvenExperts, Pretending, PretendState, with_fake_memory
+from tinytron.utils.sequences import Documents
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,10 +17,9 @@ from tinytron.distributed.collectives import sum_over
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.sequence_parallel.ulysses import cut_sequence
 from tinytron.errors import DataError
-from tinytron.model.modules.attn import documents_of
-from tinytron.model.modules.loss import IGNORE_INDEX
 from tinytron.training.config import Config
 from tinytron.training.datasets import LoadedData
+from tinytron.utils.sequences import IGNORE_INDEX, documents_of
 
 
 class BatchPreparer:

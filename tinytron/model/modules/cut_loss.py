@@ -8,7 +8,8 @@ import importlib
 import torch
 
 from tinytron.kernels.packages import check_package
-from tinytron.model.modules.loss import IGNORE_INDEX, LossSums
+from tinytron.model.modules.loss import LossSums
+from tinytron.utils.sequences import IGNORE_INDEX
 
 
 def check_cut_cross_entropy(device: torch.device) -> None:

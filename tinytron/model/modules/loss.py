@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-IGNORE_INDEX = -100
+from tinytron.utils.sequences import IGNORE_INDEX
 
 
 class LossSums(NamedTuple):
