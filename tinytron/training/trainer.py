@@ -4,9 +4,9 @@ objective; what happens after a step stands in ``train``."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -38,6 +38,7 @@ from tinytron.training.config import Config
 from tinytron.training.derive import TrainingInfo
 from tinytron.training.evals import TrainingEvals
 from tinytron.training.pipeline import DataPipeline
+from tinytron.training.run.exports import check_exportable
 from tinytron.training.run.folder import RunFolder
 from tinytron.training.run.guards import Guards
 from tinytron.training.run.reporter import Reporter
@@ -58,6 +59,7 @@ class Trainer(RankAttributes):
     Raises: ConfigError, DataError or CheckpointError, the same on every rank, before any step.
     """
 
+    sections: ClassVar[Mapping[str, type]] = {}  # further sections of the configuration: name -> dataclass of flags
     train_dataset: Dataset[Any] | None = None
     val_dataset: Dataset[Any] | None = None
     train_loader: Iterable[Any] | None = None
@@ -68,6 +70,8 @@ class Trainer(RankAttributes):
     optimizer: DistributedOptimizer
 
     def __init__(self, config: Config) -> None:
+        config = config.with_sections(self.sections)
+        check_exportable(config)
         self.config, self.step = config, 0  # step counts completed optimizer steps
         self.one_step_results: dict[str, float] = {}
         self._init_distributed(config)  # -> state, device

@@ -12,7 +12,7 @@ from tinytron.checkpoint import CheckpointFiles, Mirror
 from tinytron.distributed.collectives import together_long
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import ConfigError, first_line
-from tinytron.interop import HubUploader
+from tinytron.interop import HubUploader, check_repository, write_architecture
 from tinytron.interop.export import export
 from tinytron.interop.folder import remove_leftovers
 from tinytron.interop.tokenizer import tokenizer_of_data
@@ -20,6 +20,20 @@ from tinytron.model import GPT
 from tinytron.training.config import Config
 
 FOLDER = "export"  # in the run's folder
+
+
+def check_exportable(config: Config) -> None:
+    """Raises: ConfigError if ``--export_every`` cannot express this architecture, or ``--hub_model_id`` is no name on the
+    hub. For when a run is built: it tries all families of models."""
+    ckpt = config.ckpt
+    if ckpt.hub_model_id is not None:
+        check_repository(ckpt.hub_model_id)
+    if not ckpt.export_every:
+        return
+    try:
+        write_architecture(config.model)
+    except ConfigError as error:
+        raise ConfigError(f"--export_every {ckpt.export_every}: {error}") from error
 
 
 class Exports:

@@ -90,7 +90,7 @@ def check_continues(config: Config, meta: CheckpointMeta, fingerprint: str, sour
     if meta.format != FORMAT_VERSION:
         raise CheckpointError(f"{source}: format {meta.format}, this version reads format {FORMAT_VERSION}")
     # An option that came after the checkpoint was written was at its default.
-    mine, theirs = config.identity(), {**Config().identity(), **meta.identity}
+    mine, theirs = config.identity(), {**config.default_identity(), **meta.identity}
     differing = [k for k in sorted(mine.keys() | theirs.keys()) if mine.get(k) != theirs.get(k)]
     differences = [f"{k}: {theirs.get(k)} in the checkpoint, {mine.get(k)} now" for k in differing]
     fixed = [text for k, text in zip(differing, differences, strict=True) if k.startswith(_FIXED_ON_RESUME)]

@@ -1,0 +1,128 @@
+"""The configuration of a run: its sections by name, what identifies the run, and a check that everything fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tinytron.model.config import ModelConfig
+from tinytron.training.checks import check
+from tinytron.training.sections import (
+    SECTIONS,
+    CkptConfig,
+    DataConfig,
+    LoggingConfig,
+    OptimConfig,
+    ParallelConfig,
+    SeedConfig,
+    TrainingConfig,
+)
+from tinytron.utils.flags import check_bounds, config_fields
+from tinytron.utils.training import DTYPES
+
+__all__ = [
+    "DTYPES",
+    "SECTIONS",
+    "CkptConfig",
+    "Config",
+    "DataConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "SeedConfig",
+    "TrainingConfig",
+    "all_sections",
+]
+
+
+def all_sections(further: Mapping[str, type]) -> dict[str, type]:
+    """The built-in sections and ``further`` ones, by name: dataclasses whose fields carry a ``Flag``. Raises: TypeError if
+    a section's or a flag's name is taken, or a field has no flag."""
+    sections: dict[str, type] = dict(SECTIONS)
+    owners: dict[str, str] = {}
+    for name, cls in further.items():
+        if name in sections or name in {f.name for f in dataclasses.fields(Config)}:
+            raise TypeError(f"a section {name} exists already; give {cls.__name__} another name")
+        sections[name] = cls
+    for name, cls in sections.items():
+        for info in config_fields(cls):
+            if info.name in owners:
+                raise TypeError(f"--{info.name} is an option of {owners[info.name]}; rename it in {name}")
+            owners[info.name] = name
+    return sections
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All options, by section. ``further`` are sections that a trainer or a script adds; they are attributes, too:
+    ``Config(further={"dpo": DpoConfig()}).dpo``.
+
+    Raises: ConfigError for values that are wrong in themselves or together, whatever the world size.
+    """
+
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    seed: SeedConfig = field(default_factory=SeedConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainingConfig = field(default_factory=TrainingConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ckpt: CkptConfig = field(default_factory=CkptConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    further: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        all_sections({name: type(section) for name, section in self.further.items()})
+        for name, section in self.further.items():
+            object.__setattr__(self, name, section)
+        for _, section in self:
+            check_bounds(section)
+        check(**{name: self[name] for name in SECTIONS})
+
+    def __getitem__(self, name: str) -> Any:
+        """The section ``name``."""
+        return self.further[name] if name in self.further else getattr(self, name)
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        """Name and value of every section."""
+        names = [f.name for f in dataclasses.fields(self) if f.name != "further"]
+        return ((name, self[name]) for name in [*names, *self.further])
+
+    @classmethod
+    def of(cls, sections: Mapping[str, Any]) -> Config:
+        """From all sections by name, built-in and further ones."""
+        builtin = {name: section for name, section in sections.items() if name in SECTIONS}
+        return cls(**builtin, further={name: section for name, section in sections.items() if name not in SECTIONS})
+
+    def with_sections(self, further: Mapping[str, type]) -> Config:
+        """The same with the default of those sections that are missing."""
+        missing = {name: cls() for name, cls in further.items() if name not in self.further}
+        return dataclasses.replace(self, further={**self.further, **missing}) if missing else self
+
+    def as_dict(self) -> dict[str, Any]:
+        """Nested plain values, as saved with every run."""
+        return {name: dataclasses.asdict(section) for name, section in self}
+
+    def identity(self) -> dict[str, Any]:
+        """The values that make this run what it is: not layout, micro-batch, paths, intervals and step limits."""
+        return {f"{name}.{info}": getattr(section, info) for name, section in self for info in _identity(type(section))}
+
+    def default_identity(self) -> dict[str, Any]:
+        """``identity`` with the default of every option."""
+        return {f"{name}.{info}": value for name, section in self for info, value in _identity(type(section)).items()}
+
+    def config_hash(self) -> str:
+        """Eight hexadecimal digits of ``identity``; with ``exp_name`` the name of the run's folder. Values that are the
+        defaults do not count, so that an option that a later version adds does not rename the runs of this one."""
+        defaults = self.default_identity()
+        text = json.dumps({k: v for k, v in self.identity().items() if v != defaults[k]}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _identity(cls: type) -> dict[str, Any]:
+    """The options of a section that are part of the identity, with their defaults."""
+    return {info.name: info.default for info in config_fields(cls) if info.flag.identity}
