@@ -58,16 +58,16 @@ def _mutants(case: str, *changes: tuple[str, str, str, str]) -> dict[str, tuple[
 MUTANTS = {
     **_mutants(
         "dense",
-        ("targets not summed over ranks", COUNT, "sum_over(counts, group)", "counts"),
-        ("targets of one micro-batch", COUNT, "for b in microbatches]).sum(0)", "for b in microbatches])[0]"),
-        ("gradients not divided by targets", STEP, "losses.objective / targets", "losses.objective"),
+        ("targets not summed over ranks", COUNT, "sum_over(torch.stack(rows).sum(0), group)", "torch.stack(rows).sum(0)"),
+        ("targets of one micro-batch", COUNT, "torch.stack(rows).sum(0)", "rows[0]"),
+        ("gradients not divided by targets", STEP, "losses.objective / divisor", "losses.objective"),
         (
             "gradients divided by micro-batches too",
             STEP,
-            "losses.objective / targets",
-            "losses.objective / targets / len(microbatches)",
+            "losses.objective / divisor",
+            "losses.objective / divisor / len(microbatches)",
         ),
-        ("loss not divided by targets", STEP, "name: value / targets", "name: value"),
+        ("loss not divided by targets", STEP, "name: value / divisor", "name: value"),
         ("loss of the last micro-batch only", STEP, "sums[name] + value if i else value", "value"),
         ("loss not summed over ranks", FLUSH, PARTS, "torch.stack(self._parts)"),
         ("gradients not zeroed", BUFFER + "release_grads", "self._release_grad(param)", "pass"),

@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.metrics.sinks.files import json_line, keep_lines
-from tinytron.model.gpt import GPT, Recorded
+from tinytron.model.gpt import Recorded
+from tinytron.model.protocols import HasExperts
 
 ROUTES = "routes_rank{}.jsonl"  # by rank, in the run's folder
 THRESHOLDS = ("1e-3", "1e-4", "1e-5")
@@ -31,7 +32,7 @@ class RoutingReport:
     """
 
     def __init__(
-        self, model: GPT, state: ParallelState, folder: Path, micro_batches: int, *, margins: bool, trace: bool
+        self, model: HasExperts, state: ParallelState, folder: Path, micro_batches: int, *, margins: bool, trace: bool
     ) -> None:
         self._model, self._state, self._micro_batches = model, state, micro_batches
         self._margins, self._path = margins, folder / ROUTES.format(state.rank) if trace else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tinytron.data import Batch
-from tinytron.data.batch import as_batch
+from tinytron.data.batch import FIELDS, as_batch
 from tinytron.data.prefetch import prefetched
 from tinytron.distributed.collectives import sum_over
 from tinytron.distributed.parallel_state import ParallelState
@@ -59,11 +59,12 @@ class BatchPreparer:
             check_batch(batch, self._seq_len, self._vocab_size)
         documents = None if batch.positions is None else documents_of(batch.positions)
         rank, size = self._state.group_rank("sep"), self._state.layout.sep
-        per_token = ("input_ids", "labels", "weights", "positions")
-        parts = {name: cut_sequence(t, rank, size) for name in per_token if (t := getattr(batch, name)) is not None}
+        whole = {name: t for name in FIELDS if (t := getattr(batch, name)) is not None} | dict(batch.extras)
+        of_tokens = batch.input_ids.shape  # [B, S]; only extras may have another shape
+        parts = {name: cut_sequence(t, rank, size) if t.shape[:2] == of_tokens else t for name, t in whole.items()}
         if self._pin:
             parts = {name: part if part.is_pinned() else part.pin_memory() for name, part in parts.items()}
-        return batch._replace(**parts, documents=documents)
+        return Batch.of(parts)._replace(documents=documents, sources=batch.sources)
 
 
 def _endless(loader: Iterable[Any], skip: int) -> Iterator[Any]:
@@ -78,25 +79,30 @@ def _endless(loader: Iterable[Any], skip: int) -> Iterator[Any]:
             raise DataError("train_loader gave no batch; it must give this rank's micro-batches on every pass")
 
 
-class TargetCount(NamedTuple):
-    """Sums over the global batch of a step, on the device: ``targets``, its valid targets (int64, at least 1), is what the
-    loss is divided by; ``weight_scale`` makes the weights of the targets sum up to their number."""
+class BatchCount(NamedTuple):
+    """Sums over the global batch of a step, on the device: ``divisor`` (int64, at least 1) is what the loss is divided by;
+    ``weight_scale`` makes the weights of the valid targets sum up to their number."""
 
-    targets: torch.Tensor
+    divisor: torch.Tensor
     weight_scale: torch.Tensor
 
 
-def count_targets(microbatches: list[Batch], group: dist.ProcessGroup) -> TargetCount:
-    """The count of a global batch, from this rank's micro-batches. Collective over ``group``."""
-    counts = torch.stack([torch.stack([b.targets().double(), b.target_weight()]) for b in microbatches]).sum(0)
-    targets, weight = sum_over(counts, group)
+def count_targets(
+    microbatches: list[Batch],
+    group: dist.ProcessGroup,
+    normalizer: Callable[[Batch], torch.Tensor] = Batch.targets,
+) -> BatchCount:
+    """The count of a global batch, from this rank's micro-batches; ``normalizer`` gives what one adds to the divisor, a
+    whole number on the device (default: its valid targets). Collective over ``group``."""
+    rows = [torch.stack([normalizer(b).double(), b.targets().double(), b.target_weight()]) for b in microbatches]
+    divisor, targets, weight = sum_over(torch.stack(rows).sum(0), group)
     scale = torch.where(weight > 0, targets / weight, 0.0).float()
-    return TargetCount(targets.long().clamp(min=1), scale)
+    return BatchCount(divisor.long().clamp(min=1), scale)
 
 
 def scale_weights(microbatches: list[Batch], scale: torch.Tensor) -> list[Batch]:
-    """The micro-batches with the weights of their targets, if they have any, times ``scale``. With that of ``TargetCount``
-    the one division by the targets gives the weighted mean, and auxiliary losses keep their scale."""
+    """The micro-batches with the weights of their targets, if they have any, times ``scale``. With that of ``BatchCount``
+    the one division gives the weighted mean, and auxiliary losses keep their scale."""
     return [b if b.weights is None else b._replace(weights=b.weights * scale) for b in microbatches]
 
 

@@ -23,6 +23,7 @@ from tinytron.metrics import RoutingReport, SourceLosses, load_statistics
 from tinytron.model import GPT
 from tinytron.model.modules.attn import check_backend
 from tinytron.model.modules.cut_loss import check_cut_cross_entropy
+from tinytron.model.protocols import HasExperts, WaitsForParameters
 from tinytron.optim import Muon, Schedule, parameter_groups
 from tinytron.training.config import DTYPES, Config, OptimConfig, TrainingConfig
 from tinytron.training.derive import TrainingInfo, accumulation_steps
@@ -129,7 +130,7 @@ def optimizer_options(config: Config, model: nn.Module) -> Options:
         shard=parallel.use_distributed_optimizer,
         bucket_size_mb=parallel.bucket_size_mb,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather and isinstance(model, GPT),
+        overlap_param_gather=parallel.overlap_param_gather and isinstance(model, WaitsForParameters),
         reduce_dtype=torch.bfloat16 if parallel.grad_reduce_dtype == "bf16" else None,
         grad_as_view=parallel.ddp_gradient_as_bucket_view,
         allow_unused=parallel.ddp_find_unused_parameters,
@@ -151,7 +152,7 @@ def build_routing(config: Config, model: nn.Module, state: ParallelState, folder
     margins, trace = config.logging.moe_router_debug, config.logging.moe_route_trace
     if not (margins or trace):
         return None
-    if not (isinstance(model, GPT) and model.moe_layers):
+    if not (isinstance(model, HasExperts) and model.moe_layers):
         flag = "moe_router_debug" if margins else "moe_route_trace"
         raise ConfigError(
             f"--{flag} needs the expert layers of our GPT, and this {type(model).__name__} has none; "
@@ -170,9 +171,9 @@ def build_metrics(
 ) -> list[Metric]:
     """What the log says of a report's last step next to its losses: load and margins of experts, losses of sources."""
     found: list[Metric] = []
-    if isinstance(model, GPT) and model.moe_layers:
-        gpt, layers = model, config.model.moe_layers
-        found.append(lambda step: {"expert_load": load_statistics(gpt.take_load(), layers)})
+    if isinstance(model, HasExperts) and model.moe_layers:
+        experts: HasExperts = model
+        found.append(lambda step: {"expert_load": load_statistics(experts.take_load(), experts.config.moe_layers)})
     if sources.names:
         found.append(lambda step: sources.record(seen_tokens(step)))
     if (routing := build_routing(config, model, state, folder)) is not None:

@@ -63,10 +63,15 @@ class TrainingEvals:
         return [Task(name, items, encode_items(items, tokenizer, train.seq_len)) for name, items in files]
 
     def validate(
-        self, step: int, model: nn.Module, loss: Callable[[Batch], LossSums], batches: Iterable[Batch]
+        self,
+        step: int,
+        model: nn.Module,
+        loss: Callable[[Batch], LossSums],
+        normalizer: Callable[[Batch], torch.Tensor],
+        batches: Iterable[Batch],
     ) -> tuple[float, dict[str, Any]]:
         """The loss of ``step``'s weights, in nats per token, and the record for the log. Collective."""
-        result = validate(model, loss, batches, self._state, self._sources, self.text_bytes_V)
+        result = validate(model, loss, batches, self._state, self._sources, self.text_bytes_V, normalizer=normalizer)
         self._last = step, result.loss
         return result.loss, {"step": step, "stage": "val", **result.fields()}
 

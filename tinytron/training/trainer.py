@@ -20,8 +20,8 @@ from tinytron.distributed.topology import describe_topology
 from tinytron.metrics import SourceLosses
 from tinytron.metrics.routing import keep_traces_until
 from tinytron.metrics.sinks import SINKS, RunInfo
-from tinytron.model import GPT
 from tinytron.model.modules.loss import LossSums
+from tinytron.model.protocols import EndsSteps, WaitsForParameters
 from tinytron.training import datasets
 from tinytron.training.batch_preparer import count_targets, scale_weights
 from tinytron.training.build import (
@@ -169,9 +169,16 @@ class Trainer(RankAttributes):
         return self._schedule(step)
 
     def _loss(self, batch: Batch) -> LossSums:
-        """Loss *sums* over this rank's valid targets; ``train_step`` divides by the global batch's target count."""
+        """Loss *sums* over this rank's part of a micro-batch; ``train_step`` divides them by what ``_normalizer`` counts in
+        the global batch. ``batch.extras`` are further keys of the data."""
         losses: LossSums = self.model(batch.input_ids, batch.labels, **batch.model_inputs())
         return losses
+
+    def _normalizer(self, batch: Batch) -> torch.Tensor:
+        """What this rank's part of a micro-batch adds to the number that the loss is divided by: a whole number, on the
+        device; default: its valid targets. It is summed over all ranks, so what each of ``sp_group`` would count again
+        counts on one of them only; rows that fill up validation have no valid label and must not count."""
+        return batch.targets()
 
     # The loop.
 
@@ -214,17 +221,18 @@ class Trainer(RankAttributes):
         lr = self._lr_scheduler(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
-        targets, weight_scale = count_targets(microbatches, self.state.groups["world"])  # for the one division
+        world = self.state.groups["world"]
+        divisor, weight_scale = count_targets(microbatches, world, self._normalizer)  # for the one division
         microbatches = scale_weights(microbatches, weight_scale)
         sums: dict[str, torch.Tensor] = {}
         for i, batch in enumerate(microbatches):
             with self.optimizer.accumulate(last=i == len(microbatches) - 1):
                 losses = self._loss(batch)
-                self.optimizer.scale(losses.objective / targets).backward()
+                self.optimizer.scale(losses.objective / divisor).backward()
             self._sources.add(batch, losses)
             for name, value in {"loss": losses.token, **losses.aux}.items():
                 sums[name] = sums[name] + value if i else value
-        parts = {name: value / targets for name, value in sums.items()}
+        parts = {name: value / divisor for name, value in sums.items()}
         reject = self.guards.spikes.judge(self.step + 1, parts["loss"])
         grad_norm = self.optimizer.step(max_norm=self.config.train.grad_clip_value, reject=reject)
         self.optimizer.zero_grad()
@@ -234,7 +242,8 @@ class Trainer(RankAttributes):
     def eval(self) -> float:
         """Validate the current weights, log the result and return it, in nats per token. Collective."""
         with self.reporter.clock.paused(), self.guards.paused():
-            loss, record = self.evals.validate(self.step, self.model, self._loss, self.data.validation())
+            objective = (self.model, self._loss, self._normalizer)
+            loss, record = self.evals.validate(self.step, *objective, self.data.validation())
         self.one_step_results["val_loss"] = loss
         self.reporter.write([record])
         return loss
@@ -248,7 +257,7 @@ class Trainer(RankAttributes):
         return self.saver.files(self.step)
 
     def _end_step(self) -> None:
-        if isinstance(self.raw_model, GPT):
+        if isinstance(self.raw_model, EndsSteps):
             self.raw_model.end_step(self.optimizer.last_skipped)
 
     # Details.
@@ -276,7 +285,7 @@ class Trainer(RankAttributes):
         groups = {"dense": made["world"], "expert": made["edp"], "ep": made["ep"]}
         options = optimizer_options(self.config, self.raw_model)
         self.optimizer.attach(self.raw_model, specs_of(self.raw_model), groups, options)
-        if isinstance(self.raw_model, GPT):
+        if isinstance(self.raw_model, WaitsForParameters):
             self.raw_model.before_use = parameter_gate(self.optimizer, self.raw_model)
         if self.config.parallel.print_topology:
             self._say(describe_topology(self.state.layout, self.optimizer))

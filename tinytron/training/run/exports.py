@@ -16,7 +16,7 @@ from tinytron.interop import HubUploader, check_repository, write_architecture
 from tinytron.interop.export import export
 from tinytron.interop.folder import remove_leftovers
 from tinytron.interop.tokenizer import tokenizer_of_data
-from tinytron.model import GPT
+from tinytron.model.protocols import require_gpt
 from tinytron.training.config import Config
 
 FOLDER = "export"  # in the run's folder
@@ -120,16 +120,12 @@ def build_exports(
     ckpt, world = config.ckpt, state.groups["world"]
     if not ckpt.export_every or config.train.debug:
         return None
-    if not isinstance(model, GPT):
-        raise ConfigError(
-            f"--export_every {ckpt.export_every} exports our GPT, and this is a {type(model).__name__}; "
-            "use --export_every 0"
-        )
+    gpt = require_gpt(model, f"--export_every {ckpt.export_every} exports", "use --export_every 0")
 
     def build() -> Exports | None:
         if not state.is_master:
             return None
-        tokenizer_of_data(config.data.dataset_path, model.config.vocab_size)
+        tokenizer_of_data(config.data.dataset_path, gpt.config.vocab_size)
         exports, files = Exports(config, run_folder, last, mirror), CheckpointFiles(run_folder, resumed)
         for note in exports.catch_up(files if files.complete else None):
             say(note)

@@ -18,9 +18,9 @@ from tinytron.checkpoint.meta import FORMAT_VERSION, CheckpointMeta
 from tinytron.distributed.collectives import together, together_long
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer
-from tinytron.errors import CheckpointError, ConfigError
+from tinytron.errors import CheckpointError
 from tinytron.interop import load_pretrained
-from tinytron.model import GPT
+from tinytron.model.protocols import require_gpt
 from tinytron.training.config import Config
 
 # A checkpoint continues only where these are the same; other differences are the user's choice and are printed.
@@ -72,11 +72,7 @@ def load_initial_weights(name: str, model: nn.Module, optimizer: DistributedOpti
     rank if they cannot be had, or do not fit the model."""
 
     def load() -> None:
-        if not isinstance(model, GPT):
-            raise ConfigError(
-                f"--init_from {name} fills our GPT, and this is a {type(model).__name__}; load it yourself"
-            )
-        load_pretrained(model, name)
+        load_pretrained(require_gpt(model, f"--init_from {name} fills", "load it yourself"), name)
 
     together_long(load, state.groups["world"])  # may be fetched from the hub first
     optimizer.refresh_shards()
