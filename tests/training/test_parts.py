@@ -111,7 +111,7 @@ def _save_by_hand(log_dir: Path) -> tuple[list[str], str]:
     groups = {"dense": state.groups["world"], "expert": state.groups["edp"], "ep": state.groups["ep"]}
     optimizer = DistributedOptimizer(torch.optim.AdamW(model.parameters()), state.groups["dp"])
     optimizer.attach(model, specs_of(model), groups, optimizer_options(config, model))
-    folder.write_description()
+    folder.begin(0)
     data, guards = (
         DataPipeline(config, state, train_dataset=mock()),
         Guards(config, state, folder.path, optimizer, model),

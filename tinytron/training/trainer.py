@@ -18,7 +18,6 @@ from tinytron.distributed import DistributedOptimizer
 from tinytron.distributed.param_spec import specs_of
 from tinytron.distributed.topology import describe_topology
 from tinytron.metrics import SourceLosses
-from tinytron.metrics.routing import keep_traces_until
 from tinytron.metrics.sinks import SINKS, RunInfo
 from tinytron.model.modules.loss import LossSums
 from tinytron.model.protocols import EndsSteps, WaitsForParameters
@@ -35,7 +34,7 @@ from tinytron.training.build import (
     parameter_gate,
 )
 from tinytron.training.config import Config
-from tinytron.training.derive import TrainingInfo
+from tinytron.training.derive import Due, TrainingInfo
 from tinytron.training.evals import TrainingEvals
 from tinytron.training.pipeline import DataPipeline
 from tinytron.training.run.exports import check_exportable
@@ -44,8 +43,7 @@ from tinytron.training.run.guards import Guards
 from tinytron.training.run.reporter import Reporter
 from tinytron.training.run.resume import resume
 from tinytron.training.run.saver import RunSaver
-from tinytron.training.world import RankAttributes, join_world, measure_peak
-from tinytron.utils.model import train_flops_per_token
+from tinytron.training.world import RankAttributes, join_world
 
 
 class Trainer(RankAttributes):
@@ -115,6 +113,7 @@ class Trainer(RankAttributes):
             self.val_dataset, self.val_loader = self.data.val.dataset, self.data.val.loader
         self.train_sampler = self.data.sampler
         self._say(*self.data.notes)
+        self.due = Due(config, self.training_info.max_steps)
         self._schedule = build_schedule(config.optim, self.training_info)
 
     def _init_evals(self, config: Config) -> None:
@@ -152,8 +151,6 @@ class Trainer(RankAttributes):
         self.reporter.metrics += build_metrics(
             config, self.raw_model, self.state, self.log_dir, self._sources, self.data.seen_tokens
         )
-        if self.master_process:
-            keep_traces_until(self.log_dir, self.step)
         length, batch = self.training_info.max_steps, config.train.total_batch_size
         self.reporter.start(RunInfo(self.log_dir, config.as_dict(), self.step, length, batch))
 
@@ -193,10 +190,7 @@ class Trainer(RankAttributes):
             self._say(f"already trained: {self.step} of {last} steps are done")
             self.saver.close(self._say)
             return
-        peak, lines = measure_peak(self.config, self.state)
-        self._say(*lines)
-        flops = train_flops_per_token(self.config.model, self.config.train.seq_len)
-        self.reporter.begin_training(flops_per_token=flops, peak_flops=peak)
+        self.reporter.begin_training(self.config)
         with contextlib.closing(self.reporter), self.guards.active(), self._init_profiler(self.config) as profiler:
             with self.saver.in_background():
                 for microbatches in self.data.steps(self.step):
@@ -299,42 +293,25 @@ class Trainer(RankAttributes):
             assert found.step is not None, "check_continues refuses metadata that is not ours"
             self.guards.load_state_dict(found.guard)
             self.step = found.step
-        self.folder.write_description()
-
-    def _due(self, every: int) -> bool:
-        return self.step == self.training_info.max_steps or (every > 0 and self.step % every == 0)
-
-    @property
-    def _validates_now(self) -> bool:
-        return self.data.validates and self._due(self.config.train.val_every_steps) and not self.guards.ends
-
-    @property
-    def _answers_now(self) -> bool:
-        return bool(self.evals.tasks) and self._due(self.config.train.eval_every) and not self.guards.ends
-
-    @property
-    def _saves_now(self) -> bool:
-        return self.saver.enabled and (self._due(self.config.ckpt.save_every_steps) or self.guards.ends)
+        self.folder.begin(self.step)
 
     def _maybe_log(self) -> None:
-        """Write and show the steps since the last report; also before validation and saving, to keep lines in order."""
         self.reporter.advance(self.step)
-        follows = self._validates_now or self._answers_now or self._saves_now or self.guards.ends
-        if self.step == 1 or self._due(self.config.logging.log_every) or follows:
+        if self.due.report(self.step) or self.guards.ends:
             self.one_step_results |= self.reporter.report(self.step, self.optimizer.skipped_steps)
             self.guards.after_report()  # the host has waited for the device
 
     def _maybe_evaluate(self) -> None:
-        if self._validates_now:
+        if self.due.validation(self.step) and not self.guards.ends:
             self.eval()
-        if self._answers_now:
+        if self.due.tasks(self.step) and not self.guards.ends:
             with self.reporter.clock.paused(), self.guards.paused():
                 records = self.evals.answer(self.step, self.model, self._loss)
             self.reporter.write(records)
 
     def _maybe_save(self) -> None:
         self._say(*self.saver.report())
-        if self._saves_now:
+        if self.due.save(self.step) or (self.guards.ends and self.saver.enabled):
             self.save()
 
     def _say(self, *texts: str) -> None:

@@ -21,6 +21,7 @@ from tinytron.distributed.collectives import together, together_long
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import ConfigError
+from tinytron.metrics.routing import keep_traces_until
 from tinytron.training.config import Config
 from tinytron.training.world import first_on_node
 from tinytron.utils.remote import is_remote, local_folder
@@ -47,8 +48,9 @@ class RunFolder:
         copied = "" if self.mirror is None else f", copied to {self.mirror.remote.url}"
         self.notes = [f"run folder: {self.path}{copied}", *remove_leftovers_of_saves(config, self.path, state)]
 
-    def write_description(self) -> None:
-        """Write ``config.json``, once it is clear that the run continues in this folder. Collective.
+    def begin(self, step: int) -> None:
+        """Write ``config.json``, once it is clear that the run continues in this folder after ``step``; and drop what
+        routers traced after that, which will be traced again. Collective.
 
         Raises: ConfigError or, for the remote copy, StorageError on every rank: a run whose log folder cannot be written
         does not begin.
@@ -60,6 +62,7 @@ class RunFolder:
             write_atomically(file, lambda out: out.write(text))
             if self.mirror is not None:
                 self.mirror.remote.push(self.path, [file.name])
+            keep_traces_until(self.path, step)
 
         action = (lambda: writable(self._config, write)) if self._state.is_master else (lambda: None)
         together(action, self._state.groups["world"])

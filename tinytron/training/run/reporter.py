@@ -11,6 +11,9 @@ from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import first_line
 from tinytron.metrics import StepWindow, TrainClock
 from tinytron.metrics.sinks import Record, RunInfo, Sink
+from tinytron.training.config import Config
+from tinytron.training.world import measure_peak
+from tinytron.utils.model import train_flops_per_token
 
 # Called with the step at every report, on every rank (so it may be collective): what to add to that step's record.
 Metric = Callable[[int], Record]
@@ -58,9 +61,11 @@ class Reporter:
         together(start_sinks, self._state.groups["world"])
         self._tokens_per_step, self._reported = run.tokens_per_step, run.first_step
 
-    def begin_training(self, *, flops_per_token: float, peak_flops: float) -> None:
-        """Training time starts now; the numbers are for MFU, ``peak_flops`` per second of all ranks together."""
-        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+    def begin_training(self, config: Config) -> None:
+        """Measure how fast all ranks multiply, for MFU; training time starts then. Collective."""
+        self._peak_flops, lines = measure_peak(config, self._state)
+        self._flops_per_token = train_flops_per_token(config.model, config.train.seq_len)
+        self.say(*lines)
         self.clock.lap()
 
     def advance(self, step: int) -> None:
