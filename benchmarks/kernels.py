@@ -20,9 +20,10 @@ from tinytron.distributed.expert_parallel import comm
 from tinytron.kernels.choice import LossKernel, TritonKernel
 from tinytron.kernels.cross_entropy import cross_entropy_ as eager_cross_entropy_
 from tinytron.kernels.expert_rows import weighted_sum
-from tinytron.model.modules.loss import IGNORE_INDEX, fused_linear_cross_entropy
+from tinytron.model.modules.loss import fused_linear_cross_entropy
 from tinytron.optim.muon import orthogonalize
 from tinytron.utils.profile import measured_matmul_rate
+from tinytron.utils.sequences import IGNORE_INDEX
 from tinytron.utils.training import DTYPES
 
 EXPERTS, TOP_K = 32, 4

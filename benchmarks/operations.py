@@ -26,7 +26,6 @@ from tinytron.errors import ConfigError
 from tinytron.kernels.attention import UNMASKED, attend
 from tinytron.kernels.attention_tiled import tiled_attention
 from tinytron.kernels.choice import Backend, Kernels, check_device
-from tinytron.kernels.documents import Documents, documents_of, visible
 from tinytron.kernels.rope import rotate
 from tinytron.kernels.swiglu import swiglu
 from tinytron.model import ModelConfig
@@ -35,6 +34,7 @@ from tinytron.model.modules.loss import fused_linear_cross_entropy
 from tinytron.model.modules.norm import RMSNorm
 from tinytron.utils.matmul import onednn_keeps_fp32, use_onednn
 from tinytron.utils.profile import measured_matmul_rate
+from tinytron.utils.sequences import Documents, documents_of, visible
 from tinytron.utils.training import DTYPES
 
 Run = Callable[[], object]

@@ -29,9 +29,9 @@ from tinytron.distributed.param_spec import specs_of
 from tinytron.kernels.choice import Backend
 from tinytron.model import GPT, ModelConfig
 from tinytron.model.modules.recompute import Recompute
+from tinytron.training.batch_preparer import count_targets
 from tinytron.training.build import build_model, build_optimizer, optimizer_options, param_wait_hook
 from tinytron.training.config import Config, OptimConfig, TrainingConfig
-from tinytron.training.feed import count_targets
 from tinytron.utils.matmul import onednn, onednn_keeps_fp32
 
 LR, BETAS, EPS, DECAY, MAX_NORM = 1e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
@@ -113,11 +113,12 @@ class Ours(Training):
         self.model.wait_for_params = param_wait_hook(self.optimizer, self.model)
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        with onednn() if self.onednn else contextlib.nullcontext():  # as startup.py has it, here for this variant alone
+        with onednn() if self.onednn else contextlib.nullcontext():  # as world.py has it, here for this variant alone
             return self._step(tokens)
 
     def _step(self, tokens: torch.Tensor) -> torch.Tensor:
-        targets, (batch,) = count_targets([Batch(*shifted(tokens))], self.state.groups["world"])
+        batch = Batch(*shifted(tokens))
+        targets, _ = count_targets([batch], self.state.groups["world"])
         with self.optimizer.accumulate(last=True):
             losses = self.model(batch.input_ids, batch.labels)
             self.optimizer.scale(losses.objective / targets).backward()

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from tinytron.cli import entry
 from tinytron.errors import DataError
-from tinytron.metrics.run_log import ROUTES
+from tinytron.metrics.routing import ROUTES
 
 
 class Place(NamedTuple):

@@ -20,7 +20,7 @@ from tests.helpers.runs import config_of
 from tinytron.data import write_shard
 from tinytron.data.formats import open_shard
 from tinytron.errors import TinytronError
-from tinytron.metrics import Progress
+from tinytron.training.run.reporter import Reporter
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, here or in a process started from here
 tokenizers = pytest.importorskip("tokenizers")
@@ -92,9 +92,9 @@ def _init_dataset(flags: tuple[object, ...], variables: dict[str, str], hidden: 
     mine = {name: value.replace("RANK", str(dist.get_rank())) for name, value in variables.items()}
     environment = mock.patch.dict(os.environ, {"LOCAL_RANK": str(dist.get_rank()), **mine})
     trainer = pretrain_example.ExampleTrainer.__new__(pretrain_example.ExampleTrainer)
-    trainer._progress = Progress(0, 0, enabled=False)
     config = config_of(*MODEL, *(str(flag).replace("RANK", str(dist.get_rank())) for flag in flags))
     trainer._init_distributed(config)
+    trainer.reporter = Reporter(trainer.state, [])
     with modules, environment:
         try:
             trainer._init_dataset(config)

@@ -25,7 +25,7 @@ from tinytron.inference import SamplingOptions, complete
 from tinytron.text.run_tokenizer import RunTokenizer, find_tokenizer
 from tinytron.text.tokenizers import TextTokenizer
 from tinytron.training import Config, build_config, parse_args
-from tinytron.training.startup import run_folder
+from tinytron.training.run.folder import run_folder
 
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt

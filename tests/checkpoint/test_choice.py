@@ -12,10 +12,11 @@ import pytest
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import config_of, losses, train, user_error
 from tests.helpers.stopping import run_until
+from tinytron.checkpoint.meta import FORMAT_VERSION, CheckpointMeta
 from tinytron.data import write_shard
 from tinytron.errors import CheckpointError
 from tinytron.training import Trainer
-from tinytron.training.startup import FORMAT_VERSION, check_continues
+from tinytron.training.run.resume import check_continues
 
 Pools = Callable[[int], Ranks]
 FLAGS: tuple[object, ...] = ("--max_steps", 4, "--save_every_steps", 2, "--lr_schedule", "constant")
@@ -139,7 +140,7 @@ def test_another_learning_rate_is_the_users_choice(ranks: Pools, tmp_path: Path,
 def test_a_checkpoint_from_before_an_option_had_it_at_its_default() -> None:
     config = config_of("--qk_norm", "--packing", "best_fit")
     identity = {k: v for k, v in config.identity().items() if k not in ("model.qk_norm", "data.packing", "model.bias")}
-    meta = {"format": FORMAT_VERSION, "identity": identity, "data": "x"}
+    meta = CheckpointMeta(format=FORMAT_VERSION, identity=identity, data="x")
     with pytest.raises(CheckpointError, match=r"different run \(model.qk_norm: False in the checkpoint, True now\)"):
         check_continues(config, meta, "x", "old")
     config = config_of("--packing", "best_fit")

@@ -52,7 +52,7 @@ CUTS = {
     "before anything": ("together(lambda: _clear(files)", "die()\n    together(lambda: _clear(files)"),
     "before the model": ("sums = together(", "die()\n    sums = together("),
     "before the states": ("sums |= ", "die()\n    sums |= "),
-    "before the metadata": ("record = {", "die()\n    record = {"),
+    "before the metadata": ("meta = replace(", "die()\n    meta = replace("),
 }
 
 
@@ -221,12 +221,12 @@ def test_one_flipped_bit_is_noticed_and_the_checkpoint_before_is_used(
 
 def test_every_flipped_bit_of_the_metadata_is_noticed_or_changes_nothing(two: Path) -> None:
     path = CheckpointFiles(_run_folder(two), 4).meta
-    content, expected = path.read_bytes(), plain(read_meta(path))
+    content, expected = path.read_bytes(), plain(read_meta(path).as_dict())
     noticed = 0
     for place in range(0, len(content), 41):
         path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
         try:
-            assert plain(read_meta(path)) == expected
+            assert plain(read_meta(path).as_dict()) == expected
         except CheckpointError:
             noticed += 1
     path.write_bytes(content)

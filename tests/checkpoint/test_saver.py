@@ -19,7 +19,7 @@ from tinytron.checkpoint import Retention, complete_checkpoints, save
 from tinytron.checkpoint.files import CheckpointFiles
 from tinytron.checkpoint.load import read_file
 from tinytron.training import Trainer
-from tinytron.training.startup import run_folder
+from tinytron.training.run.folder import run_folder
 
 Pools = Callable[[int], Ranks]
 FLAGS: tuple[object, ...] = ("--max_steps", 6, "--save_every_steps", 2, "--log_every", 1)
@@ -38,8 +38,8 @@ def _late(log_dir: Path, *flags: object) -> Run:
         assert released.wait(60), "nobody waited for this save"
         write(*args)
 
-    finish = trainer._saver.finish
-    trainer._saver.finish = lambda: (released.set(), finish())[1]  # type: ignore[method-assign]
+    finish = trainer.saver.checkpoints.finish
+    trainer.saver.checkpoints.finish = lambda: (released.set(), finish())[1]  # type: ignore[method-assign]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(save, "write_checkpoint", held)
         trainer.train()

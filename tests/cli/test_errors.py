@@ -12,7 +12,7 @@ from tests.helpers.forked import Case, Result, run_cases
 from tests.helpers.runs import ROOT, TINY, config_of, run
 from tinytron.data import write_shard
 from tinytron.errors import ConfigError
-from tinytron.training import startup
+from tinytron.training.world import join_world
 
 SHARDS = ("--no-use_mock_data", "--dataset_path")
 SHORT = ("--max_steps", "1")
@@ -210,7 +210,7 @@ def test_layouts_are_checked_before_process_groups_are_made(monkeypatch: pytest.
     monkeypatch.setattr("torch.distributed.init_process_group", _would_join)
     wrong = LAYOUTS[name]
     with pytest.raises(ConfigError) as caught:
-        startup.join_world(config_of(*TINY, *wrong.flags))
+        join_world(config_of(*TINY, *wrong.flags))
     for part in wrong.says:
         assert part in str(caught.value)
 

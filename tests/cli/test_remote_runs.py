@@ -126,7 +126,7 @@ class T(Trainer):
     def _maybe_save(self):
         super()._maybe_save()
         if self.step == 2:
-            self._saver.finish()
+            self.saver.checkpoints.finish()
             pathlib.Path("at_two").touch()
             while not pathlib.Path("stopped").exists():
                 time.sleep(0.05)

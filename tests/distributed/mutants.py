@@ -9,8 +9,10 @@ from tests.helpers.parity import EXPERTS, Case
 from tests.naive.training import Recipe
 
 TRAINER = "tinytron.training.trainer:Trainer."
-STEP, METRICS = TRAINER + "train_step", TRAINER + "_init_metrics"
-COUNT, PREPARE = "tinytron.training.feed:count_targets", "tinytron.training.feed:Feed.prepare"
+STEP = TRAINER + "train_step"
+REPORTER = "tinytron.training.run.reporter:Reporter.__init__"
+PREPARER = "tinytron.training.batch_preparer:"
+COUNT, PREPARE = PREPARER + "count_targets", PREPARER + "BatchPreparer.prepare"
 FLUSH = "tinytron.metrics.window:StepWindow.flush"
 COLLECTIVES = "tinytron.distributed.collectives:"
 SUMMED, SENT = COLLECTIVES + "SummedExchange.wait", COLLECTIVES + "SummedExchange.start"
@@ -63,16 +65,16 @@ def _mutants(case: str, *changes: tuple[str, str, str, str]) -> dict[str, tuple[
 MUTANTS = {
     **_mutants(
         "dense",
-        ("targets not summed over ranks", COUNT, "sum_over(counts, group)", "counts"),
-        ("targets of one micro-batch", COUNT, "for b in microbatches]).sum(0)", "for b in microbatches])[0]"),
-        ("gradients not divided by targets", STEP, "losses.objective / targets", "losses.objective"),
+        ("targets not summed over ranks", COUNT, "sum_over(torch.stack(rows).sum(0), group)", "torch.stack(rows).sum(0)"),
+        ("targets of one micro-batch", COUNT, "torch.stack(rows).sum(0)", "rows[0]"),
+        ("gradients not divided by targets", STEP, "losses.objective / divisor", "losses.objective"),
         (
             "gradients divided by micro-batches too",
             STEP,
-            "losses.objective / targets",
-            "losses.objective / targets / len(microbatches)",
+            "losses.objective / divisor",
+            "losses.objective / divisor / len(microbatches)",
         ),
-        ("loss not divided by targets", STEP, "name: value / targets", "name: value"),
+        ("loss not divided by targets", STEP, "name: value / divisor", "name: value"),
         ("loss of the last micro-batch only", STEP, "sums[name] + value if i else value", "value"),
         ("loss not summed over ranks", FLUSH, PARTS, "torch.stack(self._parts)"),
         ("gradients not zeroed", BUFFER + "release_grads", "self._release_grad(param)", "pass"),
@@ -107,7 +109,7 @@ MUTANTS = {
     **_mutants(
         "sep",
         ("targets summed over dp", STEP, 'self.state.groups["world"]', 'self.state.groups["dp"]'),
-        ("loss summed over dp", METRICS, 'self.state.groups["world"]', 'self.state.groups["dp"]'),
+        ("loss summed over dp", REPORTER, 'state.groups["world"]', 'state.groups["dp"]'),
         ("dense gradients summed over dp", OWNERSHIP, GROUP, DENSE_OVER % "dp"),
         ("dense gradients summed over sep", OWNERSHIP, GROUP, DENSE_OVER % "sep"),
         ("exchange without its adjoint", EXCHANGE_BACK, ADJOINT, "grad.clone()"),

@@ -17,9 +17,9 @@ from tests.helpers.ranks import Ranks
 from tinytron.distributed import ParallelLayout, ParallelState
 from tinytron.distributed.sequence_parallel.ulysses import cut_sequence
 from tinytron.kernels.choice import Backend, Kernels
-from tinytron.kernels.documents import documents_of
 from tinytron.model import GPT, ModelConfig
-from tinytron.model.modules.loss import IGNORE_INDEX, LossSums
+from tinytron.model.modules.loss import LossSums
+from tinytron.utils.sequences import IGNORE_INDEX, documents_of
 
 Pools = Callable[[int], Ranks]
 S, VOCAB = 16, 29

@@ -14,10 +14,10 @@ from tests.helpers.ranks import Ranks
 from tests.helpers.rope import frequencies
 from tinytron.distributed import ParallelLayout, ParallelState
 from tinytron.distributed.sequence_parallel.ulysses import HeadPlan, cut_sequence, head_to_seq, seq_to_head
-from tinytron.kernels.documents import Documents
 from tinytron.model import ModelConfig
 from tinytron.model.modules.attn import Attention
 from tinytron.model.modules.emb import RotaryEmbedding
+from tinytron.utils.sequences import Documents
 
 Pools = Callable[[int], Ranks]
 B, S, H = 3, 16, 4

@@ -9,9 +9,9 @@ from tests.gpu.device import DEVICE, GPU_TEST, no_host_waits, relative_error, si
 from tests.gpu.test_model_cuda import CONFIG
 from tinytron.kernels.attention import attend
 from tinytron.kernels.choice import Backend, Kernels
-from tinytron.kernels.documents import Documents, documents_of
 from tinytron.model import GPT
 from tinytron.model.modules.loss import LossSums
+from tinytron.utils.sequences import Documents, documents_of
 
 pytestmark = GPU_TEST
 

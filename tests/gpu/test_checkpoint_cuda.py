@@ -13,7 +13,8 @@ from tests.gpu.device import DEVICE, GPU_TEST, only_a_gpu_shows
 from tests.gpu.trained import EXPERTS, SMALL
 from tests.helpers.runs import config_of, read_logs
 from tinytron.checkpoint.snapshot import HostBuffers
-from tinytron.training import Trainer, startup
+from tinytron.training import Trainer
+from tinytron.training.run import reporter
 
 pytestmark = GPU_TEST
 # Saved in a thread while step 3 runs; the schedule does not depend on where a run ends.
@@ -31,7 +32,7 @@ RUN: tuple[object, ...] = (
 
 @pytest.fixture(autouse=True)
 def _no_measured_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(startup, "measure_peak", lambda config, state: (1e12, []))  # half a second a run
+    monkeypatch.setattr(reporter, "measure_peak", lambda config, state: (1e12, []))  # half a second a run
 
 
 def trained_until(last: int, log_dir: Path, *flags: object) -> tuple[Path, dict[int, tuple[float, float]]]:

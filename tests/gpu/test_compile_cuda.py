@@ -13,9 +13,9 @@ from tests.gpu.device import DEVICE, GPU_TEST, matmul_precision, no_host_waits, 
 from tests.gpu.test_attention_cuda import LENGTHS
 from tests.gpu.test_model_cuda import CONFIGS, B, S
 from tests.gpu.trained import stepped, trained
-from tinytron.kernels.documents import Documents
 from tinytron.model import GPT
 from tinytron.model.modules.loss import LossSums
+from tinytron.utils.sequences import Documents
 
 pytestmark = GPU_TEST
 

@@ -34,7 +34,7 @@ def test_batches_are_pinned_before_they_are_sent(tmp_path: Path) -> None:
     _shards(tmp_path / "data")
     trainer = _trainer(tmp_path, "--document_mask")
     assert trainer.train_loader is not None
-    batch = trainer._feed.prepare(next(iter(trainer.train_loader)), trusted=True)
+    batch = trainer.data.preparer.prepare(next(iter(trainer.train_loader)), trusted=True)
     sent = batch.to(trainer.device)
     assert sent.documents is not None
     assert {t.device.type for t in (sent.input_ids, sent.labels, sent.documents.cu_seqlens)} == {DEVICE.type}

@@ -14,9 +14,9 @@ from tests.gpu.device import DEVICE, GPU_TEST, REHEARSING, relative_error, sized
 from tests.gpu.test_model_cuda import CONFIG
 from tinytron.distributed import DistributedOptimizer
 from tinytron.kernels.choice import Backend, Kernels
-from tinytron.kernels.documents import Documents
 from tinytron.model import GPT
 from tinytron.model.modules.loss import LossSums
+from tinytron.utils.sequences import Documents
 
 pytestmark = GPU_TEST
 

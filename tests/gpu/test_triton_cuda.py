@@ -15,8 +15,9 @@ from tests.gpu.trained import EXPERTS, stepped, trained
 from tests.helpers.expert_rows import combine, dispatch
 from tests.helpers.triton_interpreter import interpreted
 from tinytron.distributed.expert_parallel import comm
-from tinytron.model.modules.loss import IGNORE_INDEX, fused_linear_cross_entropy
+from tinytron.model.modules.loss import fused_linear_cross_entropy
 from tinytron.optim.muon import orthogonalize
+from tinytron.utils.sequences import IGNORE_INDEX
 
 pytestmark = GPU_TEST
 

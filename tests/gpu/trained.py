@@ -34,15 +34,15 @@ class Stepped(Trainer):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._batches = self._microbatches()
-        self._keep(self._window.add)
+        self._batches = self.data.steps(self.step)
+        self._keep(self.reporter.window.add)
 
     def _keep(self, add: Callable[..., None]) -> None:
         def kept(step: int, lr: float, parts: dict[str, torch.Tensor], grad_norm: torch.Tensor) -> None:
             self.kept.append((parts["loss"], grad_norm))
             add(step, lr, parts, grad_norm)
 
-        self._window.add = kept  # type: ignore[method-assign]
+        self.reporter.window.add = kept  # type: ignore[method-assign]
 
     def next_batches(self) -> list[Batch]:
         """The micro-batches of the next step, on the device."""

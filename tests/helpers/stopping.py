@@ -26,7 +26,7 @@ class StoppingTrainer(Trainer):
     def _maybe_save(self) -> None:
         super()._maybe_save()
         if self.step == self.stop_after:
-            self._saver.finish()
+            self.saver.checkpoints.finish()
             raise Died
 
 

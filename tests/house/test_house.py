@@ -24,7 +24,7 @@ FLOORS = (
 )
 SCRIPT_FLOOR = len(FLOORS) - 1
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
-READS_ENVIRONMENT = ("cli/", "training/startup.py", "utils/training.py", "utils/remote.py")
+READS_ENVIRONMENT = ("cli/", "training/world.py", "utils/training.py", "utils/remote.py")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -61,7 +61,7 @@ def _imports(tree: ast.AST) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            # `from tinytron.training import startup` may name a module
+            # `from tinytron.training import world` may name a module
             yield from (
                 [f"tinytron.{a.name}" for a in node.names] if node.module == "tinytron" else [node.module or ""]
             )

@@ -13,10 +13,10 @@ from tinytron.kernels import attention_tiled as tiling
 from tinytron.kernels.attention import attend
 from tinytron.kernels.attention_tiled import can_tile, tiled_attention
 from tinytron.kernels.choice import Backend, Kernels
-from tinytron.kernels.documents import Documents, visible
 from tinytron.model import GPT, ModelConfig
 from tinytron.model.modules.recompute import Recompute
 from tinytron.utils import matmul
+from tinytron.utils.sequences import Documents, visible
 
 H = 4
 HEADS = [(4, 4), (4, 2), (3, 1)]  # MHA, GQA, MQA

@@ -12,7 +12,8 @@ from tests.helpers.triton_interpreter import interpreted, near
 from tinytron.kernels import cross_entropy as eager
 from tinytron.kernels.choice import Kernels, LossKernel
 from tinytron.model import GPT, ModelConfig
-from tinytron.model.modules.loss import IGNORE_INDEX, LossSums, fused_linear_cross_entropy
+from tinytron.model.modules.loss import LossSums, fused_linear_cross_entropy
+from tinytron.utils.sequences import IGNORE_INDEX
 
 cross_entropy_triton = interpreted("cross_entropy_triton")
 

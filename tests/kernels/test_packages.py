@@ -19,9 +19,10 @@ from tinytron.errors import ConfigError
 from tinytron.kernels.choice import Kernels, check_device
 from tinytron.kernels.rms_norm import rms_norm
 from tinytron.model import GPT, ModelConfig
-from tinytron.model.modules.loss import IGNORE_INDEX, LossSums, fused_linear_cross_entropy
+from tinytron.model.modules.loss import LossSums, fused_linear_cross_entropy
 from tinytron.training import Trainer, build
 from tinytron.training.dry_run import dry_run
+from tinytron.utils.sequences import IGNORE_INDEX
 
 Pools = Callable[[int], Ranks]
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")

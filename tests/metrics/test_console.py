@@ -1,4 +1,4 @@
-"""What a person sees: plain lines without a terminal, nothing from other ranks."""
+"""What a person sees: plain lines without a terminal, else a bar; and which numbers of a record."""
 
 from __future__ import annotations
 
@@ -6,10 +6,20 @@ import io
 import re
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tinytron.metrics import Progress
+from tinytron.metrics.sinks import Console, RunInfo
+from tinytron.metrics.sinks.console import shown, train_values
+
+
+def console(max_steps: int, first_step: int) -> Console:
+    """The console of a run that goes on after ``first_step``."""
+    made = Console()
+    made.open(RunInfo(Path(), {}, first_step, max_steps, tokens_per_step=96))
+    return made
 
 
 @pytest.fixture
@@ -21,10 +31,10 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_a_report_is_one_line_with_the_time_left(capsys: pytest.CaptureFixture[str], now: list[float]) -> None:
-    progress = Progress(1000, 100, enabled=True)
+    progress = console(1000, 100)
     now[0] += 30  # for 20 steps: 1.5 s each, 880 are left
     progress.advance(120)
-    progress.report(120, {"loss": "2.5000", "lr": "1.00e-03"})
+    progress.show(120, {"loss": "2.5000", "lr": "1.00e-03"})
     progress.close()
     assert capsys.readouterr().out == "step  120/1000 | loss 2.5000 | lr 1.00e-03 | ETA 22:00\n"
 
@@ -35,29 +45,20 @@ def test_a_report_is_one_line_with_the_time_left(capsys: pytest.CaptureFixture[s
 def test_the_time_left_is_readable(
     capsys: pytest.CaptureFixture[str], now: list[float], seconds: float, shown: str
 ) -> None:
-    progress = Progress(2, 0, enabled=True)
+    progress = console(2, 0)
     now[0] += seconds
-    progress.report(1, {})
+    progress.show(1, {})
     assert capsys.readouterr().out.endswith(f"ETA {shown}\n")
 
 
 def test_a_report_before_the_first_step_does_not_divide_by_zero(capsys: pytest.CaptureFixture[str]) -> None:
-    Progress(10, 4, enabled=True).report(4, {"loss": "1"})
+    console(10, 4).show(4, {"loss": "1"})
     assert re.fullmatch(r"step  4/10 \| loss 1 \| ETA 00:00\n", capsys.readouterr().out)
 
 
 def test_messages_are_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    Progress(10, 0, enabled=True).message("saved")
+    console(10, 0).say("saved")
     assert capsys.readouterr().out == "saved\n"
-
-
-def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(10, 0, enabled=False)
-    progress.advance(3)
-    progress.report(3, {"loss": "1"})
-    progress.message("saved")
-    progress.close()
-    assert capsys.readouterr() == ("", "")
 
 
 def test_a_terminal_gets_a_bar_and_messages_above_it(
@@ -69,16 +70,45 @@ def test_a_terminal_gets_a_bar_and_messages_above_it(
 
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    progress = Progress(10, 4, enabled=True)
+    progress = console(10, 4)
     progress.advance(7)
-    progress.report(7, {"loss": "2.5"})
-    progress.message("saved")
+    progress.show(7, {"loss": "2.5"})
+    progress.say("saved")
     progress.close()
-    shown = terminal.getvalue()
-    assert "7/10" in shown
-    assert "loss=2.5" in shown
+    bar = terminal.getvalue()
+    assert "7/10" in bar
+    assert "loss=2.5" in bar
     assert capsys.readouterr().out.strip() == "saved"
-    silent = Progress(10, 4, enabled=False)
-    silent.advance(5)
-    silent.close()
-    assert terminal.getvalue() == shown
+
+
+def record(step: int, **more: Any) -> dict[str, Any]:
+    values = {"loss": 2.5, "lr": 1e-3, "grad_norm": 0.25, "tokens_per_second": 4800.0, "mfu": 0.5, "skipped_steps": 0}
+    return {"step": step, "stage": "train", **values, **more}
+
+
+def test_a_report_shows_its_last_step_and_every_result(capsys: pytest.CaptureFixture[str], now: list[float]) -> None:
+    made = console(9, 0)
+    made.write([record(1), record(2)])
+    val = {"loss": 2.0, "perplexity": 7.4, "tokens": 1234}
+    made.write([{"step": 2, "stage": "val", **val}, {"step": 2, "stage": "val", **val, "bits_per_byte": 1.5}])
+    assert capsys.readouterr().out.splitlines() == [
+        "step 2/9 | loss 2.5000 | lr 1.00e-03 | grad norm 0.250 | ms 20 | tok/s 4,800 | MFU 50.0% | ETA 00:00",
+        "step 2 | val loss 2.0000 over 1,234 tokens",
+        "step 2 | val loss 2.0000 (1.5000 bits per byte) over 1,234 tokens",
+    ]
+
+
+def test_what_is_rare_is_shown_when_it_is_there() -> None:
+    layers = [{"max_violation": 0.5}, {"max_violation": 1.25}]
+    margins = [{"min": 1e-3}, {"min": 1e-5}]
+    values = train_values(record(1, skipped_steps=3, expert_load=layers, router_margin=margins), 96)
+    assert {name: values[name] for name in ("skipped", "max load", "min margin")} == {
+        "skipped": "3", "max load": "2.25x", "min margin": "1.0e-05",
+    }  # fmt: skip
+    assert not {"skipped", "max load", "min margin"} & train_values(record(1), 96).keys()
+
+
+def test_a_task_is_one_line() -> None:
+    scores = {"accuracy": 0.5, "accuracy_stderr": 0.125, "accuracy_per_byte": 0.25, "items": 16}
+    line = shown({"step": 3, "stage": "eval", "task": "sky", **scores})
+    assert line == "sky: accuracy 0.5000 ± 0.1250 (0.2500 per byte) over 16 items"

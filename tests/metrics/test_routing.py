@@ -20,8 +20,9 @@ from tests.model.test_gpt import gradients, make_batch, sums
 from tests.model.test_moe_gpt import MOE, VARIANTS, K, MoETwin, make_model
 from tinytron.data import GlobalBatchSampler, MockDataset, ShuffledEpochs
 from tinytron.errors import DataError
-from tinytron.metrics.routing import margin_statistics, weight_entropy
-from tinytron.metrics.run_log import RunLog, json_line
+from tinytron.metrics.routing import keep_traces_until, margin_statistics, weight_entropy
+from tinytron.metrics.sinks import Console
+from tinytron.metrics.sinks.files import json_line
 from tinytron.model import GPT, ModelConfig
 from tinytron.model.modules.moe import Router
 from tinytron.training import Config, Trainer
@@ -232,13 +233,15 @@ def test_a_resumed_run_has_every_line_once(ranks: Pools, tmp_path: Path) -> None
 class Reporting(Trainer):
     """Tells what was recorded, and what the console showed last."""
 
-    def _init_metrics(self) -> None:
-        super()._init_metrics()
+    def _init_reporter(self) -> None:
+        super()._init_reporter()
         self.shown: dict[str, str] = {}
-        self._progress.report = lambda step, values: self.shown.update(values)  # type: ignore[method-assign]
+        shows = type("Shows", (Console,), {"show": lambda _, step, values: self.shown.update(values)})
+        self.reporter.add(shows())
 
     def report(self) -> Any:
-        return self.raw_model.recorded is not None, self._routing is not None, self.shown.get("min margin")
+        records = any(layer.router.record for layer in self.raw_model.moe_layers)
+        return self.raw_model.recorded is not None, records, self.shown.get("min margin")
 
 
 @pytest.mark.parametrize(
@@ -340,10 +343,10 @@ def test_the_script_tells_by_its_exit_status(tmp_path: Path) -> None:
 
 def test_only_common_places_are_compared(tmp_path: Path) -> None:
     one, other = trace(tmp_path / "one"), trace(tmp_path / "other")
-    RunLog(other).keep_until(1)
+    keep_traces_until(other, 1)
     lines, count = compare_routes.compare(*map(compare_routes.read_routes, (one, other)))
     assert (lines[0], count) == ("8 decisions compared; in one run only: 8", 0)
-    RunLog(other).keep_until(0)
+    keep_traces_until(other, 0)
     with pytest.raises(DataError, match="is in both traces"):
         compare_routes.compare(*map(compare_routes.read_routes, (one, other)))
 

@@ -16,10 +16,10 @@ from tests.helpers.rope import frequencies
 from tinytron.errors import ConfigError
 from tinytron.kernels.attention import attend, one_per_query_head
 from tinytron.kernels.choice import Backend, Kernels, check_device
-from tinytron.kernels.documents import Documents, documents_of
 from tinytron.model.config import ModelConfig
 from tinytron.model.modules.attn import Attention
 from tinytron.model.modules.emb import RotaryEmbedding
+from tinytron.utils.sequences import Documents, documents_of
 
 B, S, H = 2, 7, 4
 HEADS = [(4, 4), (4, 2), (4, 1), (6, 3)]  # MHA, GQA, MQA

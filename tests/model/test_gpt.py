@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.helpers.models import redrawn
 from tinytron.errors import ConfigError
 from tinytron.kernels.choice import Backend, Kernels
-from tinytron.kernels.documents import Documents
 from tinytron.model import GPT, ModelConfig
-from tinytron.model.modules.loss import IGNORE_INDEX, LossSums
+from tinytron.model.modules.loss import LossSums
+from tinytron.utils.sequences import IGNORE_INDEX, Documents
 
 B, S = 2, 9
 SIZES: dict[str, Any] = {

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tinytron.model.modules.loss import IGNORE_INDEX, fused_linear_cross_entropy
+from tinytron.model.modules.loss import fused_linear_cross_entropy
+from tinytron.utils.sequences import IGNORE_INDEX
 
 T, D, V = 37, 16, 53
 

@@ -15,9 +15,9 @@ from tests.helpers.models import redrawn
 from tests.model.test_gpt import PACKED, SIZES, B, S, Twin, assert_same_gradients, gradients, make_batch, sums
 from tinytron.kernels.attention import attend
 from tinytron.kernels.choice import Backend, Kernels
-from tinytron.kernels.documents import documents_of
 from tinytron.model import GPT, ModelConfig
 from tinytron.model.modules.norm import LayerNorm
+from tinytron.utils.sequences import documents_of
 
 GPT2: dict[str, Any] = {
     "norm_type": "layer", "mlp_type": "gelu_tanh", "position_type": "learned", "bias": True, "num_key_value_heads": 4,

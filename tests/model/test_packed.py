@@ -15,9 +15,8 @@ from tests.helpers.models import redrawn
 from tests.model.test_gpt import SIZES, CountOps, assert_same_gradients, gradients, sums
 from tinytron.kernels.attention import attend
 from tinytron.kernels.choice import Backend, Kernels
-from tinytron.kernels.documents import documents_of
 from tinytron.model import GPT, ModelConfig
-from tinytron.model.modules.loss import IGNORE_INDEX
+from tinytron.utils.sequences import IGNORE_INDEX, documents_of
 
 S = 12
 ROWS = [[5, 3, 4], [12], [1, 1, 10], [2, 9, 1]]  # lengths of documents

@@ -18,7 +18,7 @@ from tests.model.test_gpt import SIZES, CountOps, make_batch, make_model, sums
 from tinytron.errors import ConfigError
 from tinytron.kernels.attention import attend
 from tinytron.kernels.choice import Kernels, check_device
-from tinytron.kernels.documents import Documents
+from tinytron.utils.sequences import Documents
 
 VARLEN = "--attn_backend varlen"
 

@@ -33,7 +33,7 @@ def measured_step(log_dir: Path, *flags: object) -> tuple[int, int]:
     """Bytes alive after the (last) forward and at the fullest moment of one ``train_step``, beside what was alive before.
     A job for the pool."""
     trainer = _Marked(config_of("--log_dir", log_dir, "--debug", "--use_mock_data", *flags))
-    steps = trainer._microbatches()
+    steps = trainer.data.steps(trainer.step)
     trainer.train_step(next(steps))
     microbatches = next(steps)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:

@@ -10,8 +10,8 @@ from torch.utils.data import TensorDataset
 
 from tinytron.data import Batch, MockDataset
 from tinytron.errors import ConfigError, DataError
+from tinytron.training.batch_preparer import check_batch
 from tinytron.training.datasets import fingerprint, split_off_validation
-from tinytron.training.feed import check_batch
 
 
 def numbers(count: int) -> TensorDataset:

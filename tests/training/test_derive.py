@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.helpers.runs import config_of
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.errors import ConfigError
 from tinytron.training.config import Config, OptimConfig, TrainingConfig
-from tinytron.training.derive import TrainingInfo, derive
+from tinytron.training.derive import Due, TrainingInfo, derive
 
 S = 16
 
@@ -145,3 +146,21 @@ def test_the_profile_window_moves_into_the_run(max_steps: int, window: tuple[int
 def test_without_the_profiler_its_window_is_nobodys_business() -> None:
     info = derived(config(max_steps=3))
     assert (info.profile_window, info.notes) == ((15, 20), ())
+
+
+def due(*flags: object) -> dict[str, list[int]]:
+    """The steps of a run of 7 after which each action is due."""
+    found = Due(config_of(*flags), 7)
+    actions = {"validation": found.validation, "tasks": found.tasks, "save": found.save, "report": found.report}
+    return {name: [step for step in range(1, 8) if action(step)] for name, action in actions.items()}
+
+
+def test_recurring_actions_are_due_at_their_interval_and_at_the_end() -> None:
+    flags = ("--do_val", "--val_every_steps", 2, "--save_every_steps", 3, "--log_every", 5)
+    assert due(*flags) == {"validation": [2, 4, 6, 7], "tasks": [], "save": [3, 6, 7], "report": [1, 2, 3, 4, 5, 6, 7]}
+    flags = ("--no-do_save", "--eval_tasks", "sky.jsonl", "--eval_every", 4, "--log_every", 100)
+    assert due(*flags) == {"validation": [], "tasks": [4, 7], "save": [], "report": [1, 4, 7]}
+    assert due("--do_val", "--val_every_steps", 0, "--save_every_steps", 0)["report"] == [1, 7]
+    assert due("--debug", "--do_val", "--eval_tasks", "a.jsonl", "--log_every", 3) == {
+        "validation": [], "tasks": [], "save": [], "report": [1, 3, 6, 7],
+    }  # fmt: skip

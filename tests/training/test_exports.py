@@ -17,7 +17,7 @@ from tinytron.errors import ConfigError
 from tinytron.interop.weights import HFWeights
 from tinytron.model.modules.loss import LossSums, fused_linear_cross_entropy
 from tinytron.training import Config, Trainer
-from tinytron.training import exports as exporting
+from tinytron.training.run import exports as exporting
 
 Pools = Callable[[int], Ranks]
 RUN: tuple[object, ...] = ("--save_every_steps", 1, "--export_every", 2, "--max_steps", 5, "--keep_last", 1)

@@ -30,7 +30,7 @@ class Signalled(Trainer):
     def train_step(self, microbatches: list[Batch]) -> None:
         if self.step + 1 == self.during and self.state.rank == self.state.layout.world_size - 1:
             signal.raise_signal(signal.SIGUSR1)
-            while not self._guards._request.received:
+            while not self.guards._request.received:
                 time.sleep(0.001)
         super().train_step(microbatches)
 
@@ -46,7 +46,7 @@ def _stopped(during: int, log_dir: Path, *flags: object) -> tuple[int, Any, list
         trainer.train()
     except SystemExit as end:
         status = end.code
-    assert trainer._guards._agreement._work is None  # nothing is left on its way
+    assert trainer.guards._agreement._work is None  # nothing is left on its way
     trainer.state.groups["world"].barrier().wait()
     return trainer.step, status, sorted(p.name for p in trainer.log_dir.glob("*.pt")), said[-1]
 

@@ -14,7 +14,7 @@ from tests.helpers.ranks import Ranks
 from tests.helpers.runs import TINY, config_of, train
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.parallel_state import ParallelState
-from tinytron.training import Trainer, startup
+from tinytron.training import Trainer, world
 from tinytron.utils import profile
 
 Pools = Callable[[int], Ranks]
@@ -27,7 +27,7 @@ EQUAL: Rates = SLOW | {torch.bfloat16: 195e9}
 
 def _patched(rates: Rates) -> pytest.MonkeyPatch:
     patch = pytest.MonkeyPatch()
-    for module in (profile, startup):
+    for module in (profile, world):
         patch.setattr(module, "measured_matmul_rate", lambda device, dtype, seconds=0.3: rates[dtype])
     return patch
 
@@ -37,7 +37,7 @@ def _measured(rates: Rates, precision: str) -> tuple[float, list[str]]:
     patch = _patched(rates)
     try:
         state = ParallelState.create(ParallelLayout(torch.distributed.get_world_size()), torch.device("cpu"))
-        return startup.measure_peak(config_of(*TINY, "--precision", precision), state)
+        return world.measure_peak(config_of(*TINY, "--precision", precision), state)
     finally:
         patch.undo()
 
@@ -55,7 +55,7 @@ def _measured(rates: Rates, precision: str) -> tuple[float, list[str]]:
 )
 def test_the_rates_of_all_ranks_are_compared(ranks: Pools, rates: Rates, precision: str, says: str | None) -> None:
     for total, lines in ranks(2).run(_measured, rates, precision):
-        dtype = startup.DTYPES[precision]
+        dtype = world.DTYPES[precision]
         assert total == pytest.approx(2 * rates[dtype])
         assert lines[0].startswith("peak matmul rate for MFU: ")
         if says is None:

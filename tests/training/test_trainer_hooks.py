@@ -16,8 +16,9 @@ from tests.helpers.ranks import Ranks
 from tests.helpers.runs import TINY, config_of, losses, train, user_error
 from tinytron.data import Batch, MockDataset
 from tinytron.distributed import DistributedOptimizer
-from tinytron.model.modules.loss import IGNORE_INDEX, LossSums
+from tinytron.model.modules.loss import LossSums
 from tinytron.training import Config, Trainer
+from tinytron.utils.sequences import IGNORE_INDEX
 
 Pools = Callable[[int], Ranks]
 WORLDS = pytest.mark.parametrize("world", [1, 2, 4])
@@ -93,7 +94,7 @@ class _PlainLoop(Trainer):
             t.grad = grad
         norm = nn.utils.clip_grad_norm_(self.twin, self.config.train.grad_clip_value)
         self.adamw.step()
-        self._window.add(self.step + 1, self._lr_scheduler(self.step), {"loss": loss.detach()}, norm)
+        self.reporter.window.add(self.step + 1, self._lr_scheduler(self.step), {"loss": loss.detach()}, norm)
 
 
 def test_the_documented_optimizer_is_torchs_own(ranks: Pools, tmp_path: Path) -> None:

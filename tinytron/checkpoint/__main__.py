@@ -10,7 +10,7 @@ from pathlib import Path
 from tinytron.checkpoint import report, tools
 from tinytron.checkpoint.files import CheckpointFiles, Retention, checkpoint_of, leftovers, newest_checkpoint
 from tinytron.errors import CheckpointError, ConfigError
-from tinytron.metrics.run_log import json_line
+from tinytron.metrics.sinks.files import json_line
 from tinytron.utils.flags import Parser
 from tinytron.utils.tools import run_tool
 

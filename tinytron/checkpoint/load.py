@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from tinytron.checkpoint.files import CheckpointFiles, damaged, verify
+from tinytron.checkpoint.meta import CheckpointMeta
 from tinytron.distributed.agreement import together
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import specs_of
@@ -35,7 +36,7 @@ def read_file(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     return content
 
 
-def read_meta(path: Path) -> dict[str, Any]:
+def read_meta(path: Path) -> CheckpointMeta:
     """The metadata of a checkpoint. It vouches for the other files, so its own checksums, those of a zip archive, which
     ``torch.load`` takes on trust, are compared first. Raises: CheckpointError if it is missing or damaged."""
     try:
@@ -45,12 +46,12 @@ def read_meta(path: Path) -> dict[str, Any]:
         raise damaged(path, error) from error
     if broken is not None:
         raise damaged(path, f"the checksum of its part {broken} is wrong")
-    return read_file(path)
+    return CheckpointMeta.from_dict(read_file(path))
 
 
 def first_undamaged(
     found: Sequence[CheckpointFiles], group: dist.ProcessGroup, warn: Callable[[str], None]
-) -> tuple[CheckpointFiles, dict[str, Any]]:
+) -> tuple[CheckpointFiles, CheckpointMeta]:
     """The first of ``found`` whose files are what was written, and its metadata; ``warn`` hears of those passed over.
     Collective.
 
@@ -69,21 +70,20 @@ def first_undamaged(
     )
 
 
-def read_verified(files: CheckpointFiles, group: dist.ProcessGroup) -> dict[str, Any]:
+def read_verified(files: CheckpointFiles, group: dist.ProcessGroup) -> CheckpointMeta:
     """The metadata of a checkpoint whose files all are what was written; each rank reads a part of them. Collective.
 
     Raises: CheckpointError on every rank, naming the first file that is not.
     """
     meta = together(lambda: read_meta(files.meta), group)
-    sums = meta.get("files", {})
-    mine = sorted(sums)[dist.get_rank(group) :: dist.get_world_size(group)]
-    together(lambda: verify(files.folder, sums, mine), group)
+    mine = sorted(meta.files)[dist.get_rank(group) :: dist.get_world_size(group)]
+    together(lambda: verify(files.folder, meta.files, mine), group)
     return meta
 
 
 def load_checkpoint(
     files: CheckpointFiles,
-    meta: dict[str, Any],
+    meta: CheckpointMeta,
     model: nn.Module,
     optimizer: DistributedOptimizer,
     state: ParallelState,
@@ -100,10 +100,10 @@ def load_checkpoint(
     together(lambda: load_weights(model, read_file(files.model), str(files.model), state), world)
     optimizer.refresh_shards()
     load_optimizer_state(optimizer, files.optimizer, world)
-    optimizer.load_counters(meta["counters"])
+    optimizer.load_counters(meta.counters)
     rank = dist.get_rank(world)
-    if rank < len(meta["rng"]):
-        set_rng_state(meta["rng"][rank])
+    if rank < len(meta.rng):
+        set_rng_state(meta.rng[rank])
 
 
 def load_weights(

@@ -14,6 +14,7 @@ import torch
 
 from tinytron.checkpoint.files import CheckpointFiles, bytes_of, leftovers
 from tinytron.checkpoint.load import read_file, read_meta
+from tinytron.checkpoint.meta import CheckpointMeta
 from tinytron.checkpoint.optimizer_state import state_of, stored_states
 from tinytron.errors import CheckpointError
 
@@ -38,20 +39,20 @@ class Summary:
 def summarize(files: CheckpointFiles) -> Summary:
     """What can be said of a checkpoint in whatever condition."""
     missing = [path.name for path in files.parts if not path.exists()]
-    status, meta = "complete" if files.complete else "incomplete", {}
+    status, meta = "complete" if files.complete else "incomplete", CheckpointMeta()
     if missing:
         status += f": {', '.join(missing)} missing"
     try:
         meta = read_meta(files.meta)
     except CheckpointError as error:
         status = status if files.meta.name in missing else f"unreadable: {error}"
-    parameters = sum(math.prod(shape) for shape in meta.get("parameters", {}).values()) or None
+    parameters = sum(math.prod(shape) for shape in meta.parameters.values()) or None
     total = bytes_of(files.parts)
     return Summary(
         step=files.step,
         status=status,
-        tokens=meta.get("data_position", {}).get("tokens"),
-        val_loss=meta.get("val_loss"),
+        tokens=meta.data_position.get("tokens"),
+        val_loss=meta.val_loss,
         bytes_weights=bytes_of([files.model]),
         bytes_states=bytes_of([files.optimizer]),
         bytes_total=total,
@@ -60,7 +61,7 @@ def summarize(files: CheckpointFiles) -> Summary:
         saved=time.strftime("%Y-%m-%d %H:%M", time.localtime(files.meta.stat().st_mtime))
         if files.meta.exists()
         else None,
-        world_size=meta.get("run", {}).get("world_size"),
+        world_size=meta.run.get("world_size"),
     )
 
 
@@ -73,17 +74,16 @@ def folder_report(folder: Path, found: Sequence[CheckpointFiles]) -> dict[str, A
 def checkpoint_report(files: CheckpointFiles) -> dict[str, Any]:
     """Everything about one checkpoint. Raises: CheckpointError if a part is missing or cannot be read."""
     meta = read_meta(files.meta)
-    run = meta.get("run", {})
-    config = run.get("config", {})
+    run, config = meta.run, meta.run.get("config", {})
     parallel = config.get("parallel", {})
     return {
         "folder": str(files.folder),
         **asdict(summarize(files)),
-        "format": meta.get("format"),
+        "format": meta.format,
         "git": run.get("git"),
         "versions": run.get("versions", {}),
         "command": run.get("command", []),
-        "data": meta.get("data"),
+        "data": meta.data,
         "optimizer": config.get("optim", {}).get("optimizer"),
         "precision": config.get("train", {}).get("precision"),
         "layout": {key: parallel.get(key) for key in ("sep_size", "ep_size", "use_distributed_optimizer")},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ import torch.nn as nn
 from tinytron.checkpoint.files import CheckpointFiles, Retention, checksum, complete_checkpoints
 from tinytron.checkpoint.host_buffers import HostBuffers
 from tinytron.checkpoint.load import read_meta
+from tinytron.checkpoint.meta import CheckpointMeta
 from tinytron.checkpoint.mirror import Mirror
 from tinytron.checkpoint.snapshot import Snapshot, take_snapshot
 from tinytron.distributed.agreement import together
@@ -41,12 +42,9 @@ def write_checkpoint(snapshot: Snapshot, group: dist.ProcessGroup, mirror: Mirro
     sums |= write_optimizer_state(snapshot.states, files.optimizer, group)
     of_ranks: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(of_ranks, (sums, snapshot.rng), group=group)
-    record = {
-        **snapshot.record,
-        "files": {name: value for sums, _ in of_ranks for name, value in sums.items()},
-        "rng": [rng for _, rng in of_ranks],
-    }
-    together(lambda: _commit(files, record) if rank == 0 else None, group)
+    checksums = {name: value for sums, _ in of_ranks for name, value in sums.items()}
+    meta = replace(snapshot.meta, files=checksums, rng=[rng for _, rng in of_ranks])
+    together(lambda: _commit(files, meta) if rank == 0 else None, group)
     if mirror is not None:
         _copy(files, mirror, group)
 
@@ -73,10 +71,10 @@ def _write_model(snapshot: Snapshot) -> dict[str, Any]:
     return {path.name: checksum(path)}
 
 
-def _commit(files: CheckpointFiles, record: dict[str, Any]) -> None:
+def _commit(files: CheckpointFiles, meta: CheckpointMeta) -> None:
     sync_folder(files.optimizer)
     sync_folder(files.folder)
-    write_atomically(files.meta, lambda file: torch.save(record, file))
+    write_atomically(files.meta, lambda file: torch.save(meta.as_dict(), file))
 
 
 def superfluous(folder: Path, retention: Retention) -> list[CheckpointFiles]:
@@ -96,10 +94,9 @@ def prune(folder: Path, retention: Retention) -> list[CheckpointFiles]:
 
 def _val_loss(files: CheckpointFiles) -> float | None:
     try:
-        loss: float | None = read_meta(files.meta).get("val_loss")
+        return read_meta(files.meta).val_loss
     except CheckpointError:  # damaged: certainly not the best
         return None
-    return loss
 
 
 class Consumer(Protocol):
@@ -148,9 +145,9 @@ class CheckpointSaver:
         self._thread: threading.Thread | None = None
         self.failed: str | None = None  # why the last save that ended is not on disk
 
-    def save(self, step: int, meta: dict[str, Any], *, wait: bool = False) -> list[str]:
+    def save(self, step: int, meta: CheckpointMeta, *, wait: bool = False) -> list[str]:
         """Start saving ``step`` (waiting for an earlier save first), or with ``wait`` save it; returns what there is to
-        report. Collective. ``meta``: plain types, for the metadata."""
+        report. Collective. ``meta`` holds what the run knows."""
         messages = self.finish()
         if self._group is None:
             self._group = dist.new_group(backend="gloo")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn as nn
 
 from tinytron.checkpoint.files import CheckpointFiles
 from tinytron.checkpoint.host_buffers import HostBuffers
+from tinytron.checkpoint.meta import CheckpointMeta
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import specs_of
 from tinytron.distributed.sharding import Sharding
@@ -26,7 +27,7 @@ class Snapshot:
     files: CheckpointFiles
     weights: dict[str, torch.Tensor]
     states: dict[str, Any]
-    record: dict[str, Any]
+    meta: CheckpointMeta
     rng: dict[str, Any]
 
 
@@ -34,21 +35,22 @@ def take_snapshot(
     files: CheckpointFiles,
     model: nn.Module,
     optimizer: DistributedOptimizer,
-    meta: dict[str, Any],
+    meta: CheckpointMeta,
     state: ParallelState,
     buffers: HostBuffers,
 ) -> Snapshot:
-    """Copy out what ``files`` will hold; ``meta`` is added to its record. Collective. All the device is waited for."""
+    """Copy what ``files`` will hold, and complete ``meta`` with what only the copies tell. Collective; the host waits for
+    the device."""
     from tinytron.checkpoint.optimizer_state import owned_states  # torch's DCP takes a second to import
 
     weights = consolidated_weights(model, state, buffers)
     states = owned_states(optimizer, buffers)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     shapes = {spec.name: list(spec.shape) for spec in specs_of(model) if spec.name in trained}
-    record = {**meta, "step": files.step, "counters": optimizer.counters(), "parameters": shapes}
+    meta = replace(meta, step=files.step, counters=optimizer.counters(), parameters=shapes)
     if state.device.type == "cuda":
         torch.cuda.synchronize(state.device)  # the copies above were only queued
-    return Snapshot(files, weights, states, record, rng_state())
+    return Snapshot(files, weights, states, meta, rng_state())
 
 
 def consolidated_weights(model: nn.Module, state: ParallelState, buffers: HostBuffers) -> dict[str, torch.Tensor]:

@@ -52,17 +52,16 @@ def problems(files: CheckpointFiles) -> list[str]:
         meta = read_meta(files.meta)
     except CheckpointError as error:
         return [str(error)]
-    sums = meta.get("files", {})
     parts = [files.model, files.optimizer / ".metadata", *sorted(files.optimizer.glob("*.distcp"))]
     names = [str(path.relative_to(files.folder)) for path in parts]
-    found = [f"{files.folder / name} has no checksum in {files.meta.name}" for name in names if name not in sums]
-    for name in sorted(sums):
+    found = [f"{files.folder / name} has no checksum in {files.meta.name}" for name in names if name not in meta.files]
+    for name in sorted(meta.files):
         try:
-            verify(files.folder, sums, [name])
+            verify(files.folder, meta.files, [name])
         except CheckpointError as error:
             found.append(str(error))
     try:
-        return found or _uncovered(files, meta.get("parameters", {}))
+        return found or _uncovered(files, meta.parameters)
     except CheckpointError as error:
         return [str(error)]
 
@@ -107,7 +106,9 @@ def consolidate(files: CheckpointFiles, out: Path | None = None) -> Path:
         "step": files.step,
         "model": {},
         "optimizer": {},
-        "meta": {key: value for key, value in meta.items() if key not in ("files", "rng")},  # of the other files
+        "meta": {
+            key: value for key, value in meta.as_dict().items() if key not in ("files", "rng")
+        },  # of the other files
     }
     wanted: dict[str, FlatRanges] = {}
     states, places = states_by_parameter(files), dict[int, torch.Tensor]()

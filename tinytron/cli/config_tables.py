@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import get_args
+from types import MappingProxyType
 
-from tinytron.training.config import SECTIONS
+from tinytron.training.config import all_sections
 from tinytron.utils.flags import FieldInfo, config_fields
 
 README = Path(__file__).parents[2] / "README.md"
 _MARKED = re.compile(r"(<!-- configuration tables: begin -->\n).*(<!-- configuration tables: end -->)", re.DOTALL)
 
 
-def tables() -> str:
-    """One Markdown table per section; a star marks what is part of the run's identity."""
+def tables(sections: Mapping[str, type] = MappingProxyType({})) -> str:
+    """One Markdown table per section, the built-in ones and further ``sections``; a star marks what is part of the run's
+    identity."""
     parts = []
-    for section, cls in SECTIONS.items():
+    for section, cls in all_sections(sections).items():
         title = (cls.__doc__ or "").split("\n")[0].split(" Raises:")[0].rstrip(".")
         parts.append(f"**{section}** ({title.lower()})\n\n| flag | default | meaning |\n|---|---|---|\n")
         parts += [_row(info) for info in config_fields(cls)]
@@ -27,7 +29,7 @@ def tables() -> str:
 def _row(info: FieldInfo) -> str:
     name = f"--[no-]{info.name}" if info.type is bool else f"--{info.name}"
     default = (" ".join(str(v) for v in info.default) or "()") if isinstance(info.default, tuple) else str(info.default)
-    choices = f" ({', '.join(str(c) for c in get_args(info.type))})" if info.choices else ""
+    choices = f" ({', '.join(map(str, info.choices))})" if info.choices else ""
     star = "\\*" if info.flag.identity else ""
     return f"| `{name}`{star} | `{default}` | {info.flag.text}{choices} |\n"
 

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tinytron.errors import DataError
-from tinytron.kernels.documents import Documents
-from tinytron.model.modules.loss import IGNORE_INDEX
+from tinytron.utils.sequences import IGNORE_INDEX, Documents
 
 # What a sample may say of each of its tokens, and the type it has in a batch.
 FIELDS = {
@@ -19,6 +18,8 @@ FIELDS = {
     "positions": torch.int64,
 }
 REQUIRED = ("input_ids", "labels")
+_OURS = ("documents", "sources", "extras")  # fields of a batch that no sample gives
+_NONE: Mapping[str, torch.Tensor] = {}  # not a MappingProxyType: loaders' processes pickle batches
 
 
 class Batch(NamedTuple):
@@ -28,6 +29,8 @@ class Batch(NamedTuple):
     ``positions``: int64 ``[B, S]``, from 0 at the start of every document (and row): then tokens attend to their own
     document only. ``documents``: the same in another form, of whole rows; made from the positions when a batch is used.
     ``sources``: which source of a mixture each row is from, int64 ``[B]``.
+    ``extras``: what else the samples have, by name, ``[B, ...]``, for a ``_loss`` of the user's own. Under sequence
+    parallelism those of shape ``[B, S, ...]`` are cut like the ids; the others are whole on every rank.
     """
 
     input_ids: torch.Tensor
@@ -36,11 +39,13 @@ class Batch(NamedTuple):
     positions: torch.Tensor | None = None
     documents: Documents | None = None
     sources: torch.Tensor | None = None
+    extras: Mapping[str, torch.Tensor] = _NONE
 
     @classmethod
-    def of(cls, fields: Mapping[str, Any]) -> Batch:
-        """From a dict by names."""
-        return cls(**fields)
+    def of(cls, fields: Mapping[str, torch.Tensor]) -> Batch:
+        """From tensors by name: those of ``FIELDS`` in their type, all others as ``extras``."""
+        known: dict[str, Any] = {name: fields[name].to(dtype) for name, dtype in FIELDS.items() if name in fields}
+        return cls(**known, extras={name: tensor for name, tensor in fields.items() if name not in FIELDS})
 
     def to(self, device: torch.device) -> Batch:
         """The batch on ``device``; asynchronous from pinned memory."""
@@ -48,7 +53,8 @@ class Batch(NamedTuple):
         if documents is not None:
             documents = documents._replace(cu_seqlens=documents.cu_seqlens.to(device, non_blocking=True))
         tensors = {k: v.to(device, non_blocking=True) for k, v in self._asdict().items() if torch.is_tensor(v)}
-        return self._replace(**tensors, documents=documents)
+        extras = {name: tensor.to(device, non_blocking=True) for name, tensor in self.extras.items()}
+        return self._replace(**tensors, documents=documents, extras=extras)
 
     def targets(self) -> torch.Tensor:
         """Number of valid labels, int64 scalar."""
@@ -60,18 +66,21 @@ class Batch(NamedTuple):
         return (valid if self.weights is None else self.weights * valid).sum(dtype=torch.float64)
 
     def model_inputs(self) -> dict[str, Any]:
-        """What the model is given beside ``input_ids`` and ``labels``: only what there is."""
-        extras = {"positions": self.positions, "documents": self.documents, "weights": self.weights}
-        return {name: value for name, value in extras.items() if value is not None}
+        """What the model is given next to ``input_ids`` and ``labels``: only what there is, and no ``extras``."""
+        optional = {"positions": self.positions, "documents": self.documents, "weights": self.weights}
+        return {name: value for name, value in optional.items() if value is not None}
 
 
 def as_batch(item: Any) -> Batch:
-    """What a loader of the user's own gave: a ``Batch``, a dict with ``input_ids`` and ``labels`` (and ``weights`` and
-    ``positions`` if there are any), or the first two in a row. Raises: DataError for anything else."""
+    """A ``Batch`` from what a loader of the user's own gave: a ``Batch``, a dict with ``input_ids`` and ``labels`` (and
+    ``weights``, ``positions`` and extras if there are any), or the first two in a row. Raises: DataError for anything
+    else."""
     if isinstance(item, Batch):
         return item
+    extras: dict[str, torch.Tensor] = {}
     if isinstance(item, dict):
         given = {name: item[name] for name in FIELDS if item.get(name) is not None}
+        extras = _extras(item)
     else:
         is_pair = isinstance(item, (list, tuple)) and len(item) == len(REQUIRED)
         given = dict(zip(REQUIRED, item, strict=True)) if is_pair else {}
@@ -81,7 +90,32 @@ def as_batch(item: Any) -> Batch:
             "a loader must give input_ids and labels, integer tensors [B, S]: a dict, a pair, or a data.Batch (a dict may "
             "also have weights and positions, of the same shape)"
         )
-    return Batch.of({name: tensor.to(FIELDS[name]) for name, tensor in given.items()})
+    rows = len(given["input_ids"])
+    if uneven := [name for name, tensor in extras.items() if not tensor.ndim or len(tensor) != rows]:
+        shape = list(extras[uneven[0]].shape)
+        raise DataError(
+            f"a loader gave {uneven[0]} of shape {shape} with {rows} sequences; give one row for each, or leave it out"
+        )
+    return Batch.of({**given, **extras})
+
+
+def _extras(item: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """What ``item`` has next to ``FIELDS``, as tensors; ``None`` counts as not given. Raises: DataError for what cannot
+    travel in a batch."""
+    extras = {}
+    for name, value in item.items():
+        if name in FIELDS or value is None:
+            continue
+        if name in _OURS:
+            raise DataError(f"the data has a key {name}, which means something else in a batch; rename it")
+        try:
+            extras[name] = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(
+                f"the data has a key {name} whose value ({type(value).__name__}) is not a tensor; give numbers, or leave "
+                "it out"
+            ) from error
+    return extras
 
 
 def as_sample(item: Any) -> dict[str, torch.Tensor]:
@@ -89,7 +123,8 @@ def as_sample(item: Any) -> dict[str, torch.Tensor]:
     if isinstance(item, dict):
         if missing := set(REQUIRED) - item.keys():
             raise DataError(f"a dataset item has keys {sorted(item)} but lacks {sorted(missing)}")
-        return {name: torch.as_tensor(item[name]) for name in FIELDS if item.get(name) is not None}
+        known = {name: torch.as_tensor(item[name]) for name in FIELDS if item.get(name) is not None}
+        return {**known, **_extras(item)}
     tokens = torch.as_tensor(item)
     if tokens.ndim != 1:
         raise DataError(
@@ -104,16 +139,21 @@ def collate(items: Batch | Sequence[Any]) -> Batch:
     if isinstance(items, Batch):
         return items
     samples = [as_sample(item) for item in items]
-    lengths = {len(tensor) for sample in samples for tensor in sample.values()}
+    lengths = {len(tensor) for sample in samples for name, tensor in sample.items() if name in FIELDS}
     if len(lengths) != 1:
         raise DataError(
             f"the input_ids and labels of a micro-batch have different lengths {sorted(lengths)}; cut or pad them alike"
         )
-    if len(fields := {tuple(sample) for sample in samples}) != 1:
+    if len(fields := {tuple(sorted(sample)) for sample in samples}) != 1:
         raise DataError(
             f"the samples of a micro-batch have different keys: {sorted(map(list, fields))}; give all the same"
         )
-    return Batch.of({k: torch.stack([s[k] for s in samples]).to(FIELDS[k]) for k in samples[0]})
+    for name in samples[0]:
+        if len(shapes := {tuple(sample[name].shape) for sample in samples}) != 1:
+            raise DataError(
+                f"the samples of a micro-batch have {name} of different shapes {sorted(map(list, shapes))}; pad them alike"
+            )
+    return Batch.of({name: torch.stack([sample[name] for sample in samples]) for name in samples[0]})
 
 
 def masked(batch: Batch, rows: Sequence[int]) -> Batch:

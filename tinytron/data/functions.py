@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from tinytron.data.formats import TOKEN_DTYPES, WEIGHT_DTYPES, open_shard, open_weights, read_header
 from tinytron.errors import ConfigError, DataError
-from tinytron.model.modules.loss import IGNORE_INDEX
+from tinytron.utils.sequences import IGNORE_INDEX
 
 DataLoaderFn = Callable[[str, int, int], Iterator[dict[str, torch.Tensor]]]
 _LARGEST_ID = 2**31 - 1  # of the int32 that ids are given in

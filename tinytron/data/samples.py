@@ -15,12 +15,12 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
-from tinytron.data.batch import Batch
+from tinytron.data.batch import FIELDS, Batch
 from tinytron.data.mixture import MixtureOrder
 from tinytron.data.pack_files import PackFile
 from tinytron.data.shards import Shard
 from tinytron.errors import DataError
-from tinytron.model.modules.loss import IGNORE_INDEX
+from tinytron.utils.sequences import IGNORE_INDEX
 
 Piece = tuple[int, int]  # first token, and number of training pairs (token, next token)
 
@@ -87,7 +87,7 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         batch = self.__getitems__([range(len(self))[index]])
-        return {name: rows[0] for name, rows in batch._asdict().items() if rows is not None}
+        return {name: rows[0] for name in FIELDS if (rows := getattr(batch, name)) is not None}
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """The samples ``indices``, one under the other; read straight into the batch."""

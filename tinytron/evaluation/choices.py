@@ -25,8 +25,9 @@ from tinytron.distributed.collectives import sum_over
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.sequence_parallel.ulysses import cut_sequence
 from tinytron.errors import ConfigError, DataError
-from tinytron.model.modules.loss import IGNORE_INDEX, LossSums
+from tinytron.model.modules.loss import LossSums
 from tinytron.text.run_tokenizer import RunTokenizer
+from tinytron.utils.sequences import IGNORE_INDEX
 
 ROUNDING = 16  # row lengths are multiples of it: few shapes, and whole parts for sequence-parallel ranks
 FORM = '{"context": "text", "choices": ["text", "text"], "answer": 0}'

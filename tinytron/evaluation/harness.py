@@ -18,8 +18,8 @@ from tinytron.errors import ConfigError
 from tinytron.evaluation.choices import Row, batch_of, encode_pair, padded_length, plan_batches
 from tinytron.inference import SamplingOptions, complete
 from tinytron.model import GPT
-from tinytron.model.modules.loss import IGNORE_INDEX
 from tinytron.text.run_tokenizer import RunTokenizer, tokenizer_of_run
+from tinytron.utils.sequences import IGNORE_INDEX
 
 
 class Request(Protocol):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 
 from tinytron.data import Batch
@@ -17,25 +19,22 @@ from tinytron.model.modules.loss import LossSums
 
 
 class ValResult(NamedTuple):
-    """``loss`` in nats per token over ``tokens`` targets (weighted, if they have weights); ``bits_per_byte`` (not
-    weighted), if it is known which bytes tokens stand for; of a mixture also the same for every source."""
+    """``loss`` in nats per token over ``tokens`` targets (weighted, if they have weights), or per what the objective
+    counts instead; ``bits_per_byte`` (not weighted), if it is known which bytes tokens stand for; of a mixture also the
+    same for every source; ``aux``: the objective's auxiliary values by name, divided like the loss."""
 
     loss: float
     tokens: int
     sources: dict[str, SourceLoss]
     bits_per_byte: float | None = None
+    aux: Mapping[str, float] = MappingProxyType({})
 
     def fields(self) -> dict[str, Any]:
         """What the log keeps."""
         known: dict[str, Any] = {} if self.bits_per_byte is None else {"bits_per_byte": self.bits_per_byte}
         if self.sources:
             known["sources"] = {name: source.fields() for name, source in self.sources.items()}
-        return {"loss": self.loss, "perplexity": perplexity(self.loss), "tokens": self.tokens, **known}
-
-    def shown(self) -> str:
-        """The result in a line for people."""
-        bits = "" if self.bits_per_byte is None else f" ({self.bits_per_byte:.4f} bits per byte)"
-        return f"val loss {self.loss:.4f}{bits} over {self.tokens:,} tokens"
+        return {"loss": self.loss, "perplexity": perplexity(self.loss), "tokens": self.tokens, **known, **self.aux}
 
 
 @torch.no_grad()
@@ -46,27 +45,47 @@ def validate(
     state: ParallelState,
     sources: Sequence[str] = (),
     token_bytes_V: torch.Tensor | None = None,
+    *,
+    normalizer: Callable[[Batch], torch.Tensor] = Batch.targets,
 ) -> ValResult:
-    """Sum ``loss`` over this rank's ``batches`` (on the device) and over the ranks. Collective over the world.
+    """Sum ``loss`` over this rank's ``batches`` (on the device) and over the ranks, and divide by the sum of what
+    ``normalizer`` counts (default: valid targets). Collective over the world.
 
     ``token_bytes_V``, int64 ``[V]``: the bytes of every token id. A token without bytes (end of text) adds loss only.
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(5, dtype=torch.float64, device=state.device)
+    sums = torch.zeros(6, dtype=torch.float64, device=state.device)
+    aux: dict[str, torch.Tensor] = {}
     by_source = SourceLosses(sources, state, token_bytes_V)
     for batch in batches:
         losses = loss(batch)
         plain = losses.token if losses.per_token is None else losses.per_token.sum(dtype=torch.float64)
         size = batch.targets() * 0 if token_bytes_V is None else bytes_of_labels(batch.labels, token_bytes_V).sum()
-        counts = (batch.target_weight(), batch.targets().double(), plain.double(), size.double())
-        sums += torch.stack([losses.token.double(), *counts])
+        counts = (normalizer(batch), batch.target_weight(), batch.targets(), plain, size)
+        sums += torch.stack([losses.token.double(), *(count.double() for count in counts)])
+        for name, value in losses.aux.items():
+            aux[name] = aux.get(name, 0.0) + value.double()
         by_source.add(batch, losses)
     model.train(was_training)
-    nats, weight, tokens, plain_nats, text_bytes = sum_over(sums, state.groups["world"]).tolist()
+    nats, count, weight, tokens, plain_nats, text_bytes = sum_over(sums, state.groups["world"]).tolist()
     return ValResult(
-        nats / weight if weight else 0.0,
+        nats / weight * (tokens / count) if weight and count else 0.0,
         int(tokens),
         by_source.flush() if sources else {},
         bits_per_byte(plain_nats, text_bytes),
+        {name: value / max(count, 1.0) for name, value in _sum_by_name(aux, state).items()},
     )
+
+
+def _sum_by_name(values: Mapping[str, torch.Tensor], state: ParallelState) -> dict[str, float]:
+    """The values of all ranks together. Collective. A rank to which a loader gave no batch has none, so the ranks first
+    agree on the names."""
+    world = state.groups["world"]
+    of_ranks: list[Any] = [None] * dist.get_world_size(world)
+    dist.all_gather_object(of_ranks, list(values), group=world)
+    if not (names := list(dict.fromkeys(name for mine in of_ranks for name in mine))):
+        return {}
+    zero = torch.zeros((), dtype=torch.float64, device=state.device)
+    sums = sum_over(torch.stack([values.get(name, zero) for name in names]), world)
+    return dict(zip(names, sums.tolist(), strict=True))

@@ -14,7 +14,7 @@ from tinytron.utils.model import count_parameters
 
 def run_config(own: OwnModel, section: str) -> dict[str, Any]:
     """A section of the configuration that a checkpoint's run had; empty if nothing is known of it."""
-    found: dict[str, Any] = own.meta.get("run", {}).get("config", {}).get(section, {})
+    found: dict[str, Any] = own.meta.run.get("config", {}).get(section, {})
     return found
 
 
@@ -33,12 +33,12 @@ def model_card(own: OwnModel, family: Family, dtype: torch.dtype, name: str) -> 
         ("longest sequence", f"{config.block_size} tokens"),
         ("vocabulary", config.vocab_size),
     ]
-    if "step" in meta:
-        rows.append(("optimizer steps", f"{meta['step']:,}"))
-    if (tokens := meta.get("data_position", {}).get("tokens")) is not None:
+    if meta.step is not None:
+        rows.append(("optimizer steps", f"{meta.step:,}"))
+    if (tokens := meta.data_position.get("tokens")) is not None:
         rows.append(("training tokens", f"{tokens:,}"))
-    if meta.get("val_loss") is not None:
-        rows.append(("validation loss", f"{meta['val_loss']:.4f} nats per token"))
+    if meta.val_loss is not None:
+        rows.append(("validation loss", f"{meta.val_loss:.4f} nats per token"))
     if optim and train:
         rows.append(("optimizer", f"{optim.get('optimizer')}, peak learning rate {optim.get('max_lr')}"))
         rows.append(("global batch", f"{train.get('total_batch_size'):,} tokens"))

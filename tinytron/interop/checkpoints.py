@@ -9,6 +9,7 @@ import torch
 
 from tinytron.checkpoint.files import CheckpointFiles, checkpoint_of, verify
 from tinytron.checkpoint.load import read_file, read_meta
+from tinytron.checkpoint.meta import CheckpointMeta
 from tinytron.checkpoint.model import model_config_of, weights_at
 from tinytron.errors import CheckpointError
 from tinytron.interop.weights import read_json
@@ -22,7 +23,7 @@ class OwnModel(NamedTuple):
 
     file: Path
     config: ModelConfig
-    meta: dict[str, Any]
+    meta: CheckpointMeta
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The whole ``state_dict``, read where it is used. Raises: CheckpointError if the file is damaged."""
@@ -57,16 +58,16 @@ def own_model(path: Path) -> OwnModel:
 
 def _of_checkpoint(files: CheckpointFiles) -> OwnModel:
     meta = read_meta(files.meta)
-    verify(files.folder, meta.get("files", {}), [files.model.name] if files.model.name in meta.get("files", {}) else [])
-    return OwnModel(files.model, _architecture(meta.get("run"), files.meta), meta)
+    verify(files.folder, meta.files, [files.model.name] if files.model.name in meta.files else [])
+    return OwnModel(files.model, _architecture(meta.run, files.meta), meta)
 
 
 def _of_file(path: Path) -> OwnModel:
     meta = read_file(path, mmap=True).get("meta")
     if isinstance(meta, dict):  # of a consolidated file
-        return OwnModel(path, _architecture(meta.get("run"), path), meta)
+        return OwnModel(path, _architecture(meta.get("run"), path), CheckpointMeta.from_dict(meta))
     description = path.with_name(DESCRIPTION)
-    return OwnModel(path, _architecture(read_json(description), description), {})
+    return OwnModel(path, _architecture(read_json(description), description), CheckpointMeta())
 
 
 def _architecture(run: Any, source: Path) -> ModelConfig:

@@ -1,20 +1,14 @@
 """Floor 2: what is measured, and where it is shown and kept."""
 
 from tinytron.metrics.clock import TrainClock
-from tinytron.metrics.console import Progress
 from tinytron.metrics.expert_load import load_statistics
-from tinytron.metrics.report import Report
 from tinytron.metrics.routing import RoutingReport
-from tinytron.metrics.run_log import RunLog
 from tinytron.metrics.sources import SourceLosses
 from tinytron.metrics.spikes import SpikeDetector
 from tinytron.metrics.window import StepRecord, StepWindow
 
 __all__ = [
-    "Progress",
-    "Report",
     "RoutingReport",
-    "RunLog",
     "SourceLosses",
     "SpikeDetector",
     "StepRecord",

@@ -6,6 +6,7 @@ a sequence, T = B s its tokens, k choices per token, N tokens of all ranks.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import torch
 import torch.distributed as dist
 
 from tinytron.distributed.parallel_state import ParallelState
-from tinytron.metrics.run_log import ROUTES, json_line
-from tinytron.model.gpt import GPT, Recorded
+from tinytron.metrics.sinks.files import json_line, keep_lines
+from tinytron.model.gpt import Recorded
+from tinytron.model.protocols import HasExperts
 
+ROUTES = "routes_rank{}.jsonl"  # by rank, in the run's folder
 THRESHOLDS = ("1e-3", "1e-4", "1e-5")
 
 
@@ -29,7 +32,7 @@ class RoutingReport:
     """
 
     def __init__(
-        self, model: GPT, state: ParallelState, folder: Path, micro_batches: int, *, margins: bool, trace: bool
+        self, model: HasExperts, state: ParallelState, folder: Path, micro_batches: int, *, margins: bool, trace: bool
     ) -> None:
         self._model, self._state, self._micro_batches = model, state, micro_batches
         self._margins, self._path = margins, folder / ROUTES.format(state.rank) if trace else None
@@ -54,6 +57,11 @@ class RoutingReport:
         layers = zip(self._layers, np.concatenate(parts, axis=2), strict=True)
         return [{"layer": layer, **margin_statistics(*values_2N)} for layer, values_2N in layers]
 
+    def record(self, step: int) -> dict[str, Any]:
+        """``report`` as the log keeps it; nothing unless margins are asked for. Collective."""
+        margins = self.report(step)
+        return {"router_margin": margins} if margins else {}
+
     def _write(self, path: Path, step: int, recorded: Recorded) -> None:
         B, s = recorded.input_ids_Bs.shape
         dp_rank, sep_rank = (self._state.group_rank(axis) for axis in ("dp", "sep"))
@@ -68,6 +76,12 @@ class RoutingReport:
                     place = {"row": first_row + t // s, "position": sep_rank * s + t % s, "token": token}
                     decision = {"experts": experts, "weights": weights, "margin": margin}
                     file.write(json_line({"step": step, "layer": layer, **place, **decision}))
+
+
+def keep_traces_until(folder: Path, step: int) -> None:
+    """Drop the lines after ``step`` from the traces of all ranks, of which there may have been more than now."""
+    for path in folder.glob(ROUTES.format("*")):
+        keep_lines(path, lambda line: json.loads(line)["step"] <= step)
 
 
 def margin_statistics(margin_N: np.ndarray[Any, Any], entropy_N: np.ndarray[Any, Any]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,8 @@ import torch
 from tinytron.data.batch import Batch
 from tinytron.distributed.collectives import sum_over
 from tinytron.distributed.parallel_state import ParallelState
-from tinytron.model.modules.loss import IGNORE_INDEX, LossSums
+from tinytron.model.modules.loss import LossSums
+from tinytron.utils.sequences import IGNORE_INDEX
 
 
 def perplexity(loss: float) -> float:
@@ -69,3 +70,8 @@ class SourceLosses:
         self._sums.zero_()
         counted = zip(self.names, nats, targets, sizes, strict=True)
         return {name: SourceLoss(total / count, int(count), int(size)) for name, total, count, size in counted if count}
+
+    def record(self, seen: Mapping[str, int]) -> dict[str, Any]:
+        """What the log keeps of every source since the last call, and how many tokens of it were ``seen`` since the start.
+        Collective."""
+        return {"sources": {n: {**loss.fields(), "tokens_seen": seen.get(n)} for n, loss in self.flush().items()}}

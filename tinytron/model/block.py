@@ -21,7 +21,6 @@ import torch.nn.functional as F
 
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.kernels.choice import DEFAULT, Kernels
-from tinytron.kernels.documents import Documents
 from tinytron.kernels.rope import Rotation
 from tinytron.model.config import ModelConfig
 from tinytron.model.modules.attn import Attention, LayerCache
@@ -30,6 +29,7 @@ from tinytron.model.modules.mlp import GELU, SwiGLU, make_mlp
 from tinytron.model.modules.moe import MoE, MoEStats
 from tinytron.model.modules.norm import make_norm
 from tinytron.model.modules.recompute import Recompute, recomputed
+from tinytron.utils.sequences import Documents
 
 
 class Block(CompilesMethods):

@@ -8,27 +8,31 @@ from typing import Annotated, Literal
 
 from tinytron.distributed.layout import divisors
 from tinytron.errors import ConfigError
-from tinytron.utils.flags import Flag
+from tinytron.utils.flags import Flag, check_bounds
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Sizes and options of a GPT. Raises: ConfigError if they contradict each other."""
 
-    block_size: Annotated[int, Flag("longest sequence the model accepts", "tokens")] = 4096
-    vocab_size: Annotated[int, Flag("number of token ids")] = 50304
-    num_layer: Annotated[int, Flag("number of transformer blocks")] = 32
-    num_attention_heads: Annotated[int, Flag("query heads")] = 128
-    num_key_value_heads: Annotated[int, Flag("key and value heads, each shared by a group of query heads (GQA)")] = 8
-    hidden_size: Annotated[int, Flag("width of the residual stream")] = 1024
-    intermediate_size: Annotated[int, Flag("width of the feed-forward layer")] = 4096
+    block_size: Annotated[int, Flag("longest sequence the model accepts", "tokens", at_least=1)] = 4096
+    vocab_size: Annotated[int, Flag("number of token ids", at_least=1)] = 50304
+    num_layer: Annotated[int, Flag("number of transformer blocks", at_least=1)] = 32
+    num_attention_heads: Annotated[int, Flag("query heads", at_least=1)] = 128
+    num_key_value_heads: Annotated[
+        int, Flag("key and value heads, each shared by a group of query heads (GQA)", at_least=1)
+    ] = 8
+    hidden_size: Annotated[int, Flag("width of the residual stream", at_least=1)] = 1024
+    intermediate_size: Annotated[int, Flag("width of the feed-forward layer", at_least=1)] = 4096
     head_dim: Annotated[int | None, Flag("width of one head; default hidden_size / num_attention_heads")] = None
     mlp_type: Annotated[
         Literal["swiglu", "gelu", "gelu_tanh"],
         Flag("feed-forward layer: gated by SiLU, or two matrices with GELU between them, exact or by tanh"),
     ] = "swiglu"
     norm_type: Annotated[Literal["rms", "layer"], Flag("RMSNorm, or LayerNorm with a bias")] = "rms"
-    norm_eps: Annotated[float, Flag("added to the mean square or variance in the norms")] = 1e-6
+    norm_eps: Annotated[
+        float, Flag("added to the mean square or variance in the norms", above=0, below=math.inf, works=1e-6)
+    ] = 1e-6
     parallel_residual: Annotated[
         bool, Flag("attention and feed-forward layer of a block read the same input, each through its own norm")
     ] = False
@@ -40,7 +44,9 @@ class ModelConfig:
     position_type: Annotated[
         Literal["rotary", "learned"], Flag("queries and keys turned by position, or a table of block_size vectors")
     ] = "rotary"
-    rope_theta: Annotated[float, Flag("base of the rotary position frequencies")] = 10000.0
+    rope_theta: Annotated[
+        float, Flag("base of the rotary position frequencies", above=0, below=math.inf, works=10000.0)
+    ] = 10000.0
     rotary_fraction: Annotated[float, Flag("leading part of every head that is turned", "0 to 1")] = 1.0
     rope_scaling: Annotated[
         Literal["none", "linear", "llama3", "yarn"],
@@ -57,35 +63,58 @@ class ModelConfig:
     rope_attention_factor: Annotated[
         float | None, Flag("yarn: queries and keys are multiplied by it; default 0.1 ln(rope_scaling_factor) + 1")
     ] = None
-    sliding_window: Annotated[int, Flag("a token attends to so many, itself included; 0: all", "tokens")] = 0
+    sliding_window: Annotated[
+        int, Flag("a token attends to so many, itself included; 0: all", "tokens", at_least=0, below=math.inf, works=0)
+    ] = 0
     sliding_window_layers: Annotated[
         tuple[int, ...], Flag("layers, from 0, that sliding_window is for; none: all")
     ] = ()
-    dropout: Annotated[float, Flag("dropout on embeddings, attention weights and block outputs", "probability")] = 0.0
+    dropout: Annotated[
+        float,
+        Flag(
+            "dropout on embeddings, attention weights and block outputs", "probability", at_least=0, below=1, works=0.1
+        ),
+    ] = 0.0
     init_std: Annotated[
-        float, Flag("standard deviation of the initial weights; residual outputs get init_std / sqrt(2 num_layer)")
+        float,
+        Flag(
+            "standard deviation of the initial weights; residual outputs get init_std / sqrt(2 num_layer)",
+            above=0,
+            below=math.inf,
+            works=0.013,
+        ),
     ] = 0.013
     tied_lm_head: Annotated[bool, Flag("the output head shares the token embedding's weight")] = True
     use_moe: Annotated[bool, Flag("mixture-of-experts feed-forward layers")] = False
-    num_experts: Annotated[int, Flag("experts per layer")] = 128
-    num_experts_per_tok: Annotated[int, Flag("experts that each token is sent to")] = 8
-    moe_intermediate_size: Annotated[int, Flag("width of one expert")] = 256
-    num_shared_experts: Annotated[int, Flag("experts that every token passes, beside the chosen ones")] = 0
-    first_k_dense: Annotated[int, Flag("leading layers that keep the dense feed-forward")] = 0
+    num_experts: Annotated[int, Flag("experts per layer", at_least=1)] = 128
+    num_experts_per_tok: Annotated[int, Flag("experts that each token is sent to", at_least=1)] = 8
+    moe_intermediate_size: Annotated[int, Flag("width of one expert", at_least=1)] = 256
+    num_shared_experts: Annotated[
+        int, Flag("experts that every token passes, beside the chosen ones", at_least=0, below=math.inf, works=0)
+    ] = 0
+    first_k_dense: Annotated[
+        int, Flag("leading layers that keep the dense feed-forward", at_least=0, below=math.inf, works=0)
+    ] = 0
     dense_layers: Annotated[tuple[int, ...], Flag("more layers, from 0, that keep the dense feed-forward")] = ()
     moe_router_score: Annotated[
         Literal["softmax", "sigmoid"], Flag("how router logits become scores; the choice is by score")
     ] = "softmax"
     norm_topk_prob: Annotated[bool, Flag("the chosen scores are divided by their sum")] = True
-    moe_aux_loss_coef: Annotated[float, Flag("weight of the load-balance loss, summed over layers")] = 0.01
+    moe_aux_loss_coef: Annotated[
+        float, Flag("weight of the load-balance loss, summed over layers", at_least=0, below=math.inf, works=0)
+    ] = 0.01
     moe_aux_loss_scope: Annotated[
         Literal["sequence", "batch"], Flag("balance over each sequence, or over the micro-batch of all ranks")
     ] = "sequence"
-    moe_z_loss_coef: Annotated[float, Flag("weight of the squared log-sum of the router's logits")] = 0.0
-    moe_bias_update_rate: Annotated[float, Flag("step of the loss-free balancing bias; 0: no bias")] = 0.0
+    moe_z_loss_coef: Annotated[
+        float, Flag("weight of the squared log-sum of the router's logits", at_least=0, below=math.inf, works=0)
+    ] = 0.0
+    moe_bias_update_rate: Annotated[
+        float, Flag("step of the loss-free balancing bias; 0: no bias", at_least=0, below=math.inf, works=0)
+    ] = 0.0
 
     def __post_init__(self) -> None:
-        _check_ranges(self)
+        check_bounds(self)
         _check_heads(self)
         if self.position_type == "rotary":
             _check_rotation(self)
@@ -138,24 +167,6 @@ class ModelConfig:
     def has_mlp_bias(self) -> bool:
         """Whether the feed-forward layer's projections have biases."""
         return self.bias or self.mlp_bias
-
-
-def _check_ranges(config: ModelConfig) -> None:
-    """Rules on single values."""
-    sizes = ["block_size", "vocab_size", "num_layer", "num_attention_heads", "num_key_value_heads", "hidden_size"]
-    sizes += ["intermediate_size", "num_experts", "num_experts_per_tok", "moe_intermediate_size"]
-    for name in sizes:
-        if getattr(config, name) < 1:
-            raise ConfigError(f"--{name} {getattr(config, name)} must be at least 1")
-    if not 0.0 <= config.dropout < 1.0:
-        raise ConfigError(f"--dropout {config.dropout} must be in [0, 1); use 0.1")
-    for name, works in (("init_std", 0.013), ("norm_eps", 1e-6), ("rope_theta", 10000.0)):
-        if not 0 < getattr(config, name) < math.inf:
-            raise ConfigError(f"--{name} {getattr(config, name)} must be positive; use {works}")
-    amounts = ["sliding_window", "num_shared_experts", "first_k_dense"]
-    for name in (*amounts, "moe_aux_loss_coef", "moe_z_loss_coef", "moe_bias_update_rate"):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise ConfigError(f"--{name} {getattr(config, name)} must be at least 0; use 0")
 
 
 def _check_heads(config: ModelConfig) -> None:

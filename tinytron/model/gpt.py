@@ -17,7 +17,6 @@ from tinytron.distributed.sharding import Box, box_of, whole_shape
 from tinytron.errors import ConfigError
 from tinytron.kernels.attention import UNMASKED
 from tinytron.kernels.choice import DEFAULT, Kernels
-from tinytron.kernels.documents import Documents, visible
 from tinytron.model.block import Block, ParallelBlock
 from tinytron.model.config import ModelConfig
 from tinytron.model.modules.attn import LayerCache
@@ -28,6 +27,7 @@ from tinytron.model.modules.moe import Choice, Experts, MoE, MoEStats, Router
 from tinytron.model.modules.norm import LayerNorm, RMSNorm, make_norm
 from tinytron.model.modules.recompute import Recompute
 from tinytron.model.modules.rope import rotary_frequencies
+from tinytron.utils.sequences import Documents, visible
 
 
 class Recorded(NamedTuple):

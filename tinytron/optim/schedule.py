@@ -3,46 +3,62 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
-ScheduleName = Literal["cosine", "constant", "wsd"]
-DecayShape = Literal["linear", "cosine", "sqrt"]
+# What is left of the way down to min_lr when the part ``done`` of it, 0 to 1, is over.
+DECAY_SHAPES: dict[str, Callable[[float], float]] = {
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "sqrt": lambda done: 1 - math.sqrt(done),
+}
 
 
 @dataclass(frozen=True)
 class Schedule:
     """``schedule(t)`` is the rate of optimizer step t, counted from 0; micro-batches do not count.
 
-    Warm-up: ``max_lr * (t + 1) / warmup_steps``. Then ``cosine``: a half wave to exactly ``min_lr`` at the last step;
-    ``constant``: ``max_lr``; ``wsd`` (warm-up, stable, decay; arXiv:2404.06395, section 4): ``max_lr``, and over the last
-    ``decay_fraction`` of the steps down to exactly ``min_lr`` in ``decay_shape``.
+    Warm-up: ``max_lr * (t + 1) / warmup_steps``. Then the function ``name`` of ``SCHEDULES``.
     """
 
-    name: ScheduleName
+    name: str
     max_lr: float
     min_lr: float
     warmup_steps: int
     max_steps: int
     decay_fraction: float = 0.1
-    decay_shape: DecayShape = "cosine"
+    decay_shape: str = "cosine"
 
     def __call__(self, step: int) -> float:
         if step < self.warmup_steps:
             return self.max_lr * (step + 1) / self.warmup_steps
-        if self.name == "constant":
-            return self.max_lr
-        start = self.warmup_steps
-        if self.name == "wsd":
-            start = max(start, self.max_steps - max(1, round(self.decay_fraction * self.max_steps)))
+        return SCHEDULES[self.name](self, step)
+
+    def decayed(self, step: int, start: int, shape: str) -> float:
+        """The rate on the way from ``max_lr`` at ``start`` down to exactly ``min_lr`` at the last step."""
         last = self.max_steps - 1
         if step >= last:
             return self.min_lr
         done = (step - start) / (last - start) if step > start else 0.0
-        shape = self.decay_shape if self.name == "wsd" else "cosine"
-        remaining = {
-            "linear": 1 - done,
-            "cosine": (1 + math.cos(math.pi * done)) / 2,
-            "sqrt": 1 - math.sqrt(done),
-        }[shape]
-        return self.min_lr + (self.max_lr - self.min_lr) * remaining
+        return self.min_lr + (self.max_lr - self.min_lr) * DECAY_SHAPES[shape](done)
+
+
+def _cosine(schedule: Schedule, step: int) -> float:
+    """A half wave from the warm-up to the last step."""
+    return schedule.decayed(step, schedule.warmup_steps, "cosine")
+
+
+def _constant(schedule: Schedule, step: int) -> float:
+    return schedule.max_lr
+
+
+def _wsd(schedule: Schedule, step: int) -> float:
+    """Warm-up, stable, decay (arXiv:2404.06395, section 4): ``max_lr``, and down over the last ``decay_fraction`` of the
+    steps in ``decay_shape``."""
+    decay_steps = max(1, round(schedule.decay_fraction * schedule.max_steps))
+    start = max(schedule.warmup_steps, schedule.max_steps - decay_steps)
+    return schedule.decayed(step, start, schedule.decay_shape)
+
+
+# The rate after the warm-up, by name. A new schedule is a function and a line here.
+SCHEDULES: dict[str, Callable[[Schedule, int], float]] = {"cosine": _cosine, "constant": _constant, "wsd": _wsd}

@@ -9,7 +9,6 @@ import torch
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.kernels.attention import UNMASKED
 from tinytron.kernels.choice import Backend, Kernels
-from tinytron.kernels.documents import Documents
 from tinytron.kernels.grouped_gemm import ROW_STEP
 from tinytron.model import GPT, ModelConfig
 from tinytron.model.modules.attn import Attention
@@ -17,6 +16,7 @@ from tinytron.model.modules.loss import LossSums
 from tinytron.model.modules.recompute import Recompute
 from tinytron.planner.ledger import Ledger
 from tinytron.planner.pretend import DeviceKind, EvenExperts, Pretending, PretendState, with_fake_memory
+from tinytron.utils.sequences import Documents
 
 
 @dataclass(frozen=True, kw_only=True)

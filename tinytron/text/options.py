@@ -18,7 +18,7 @@ from tinytron.data.formats import MAX_TOKENS
 from tinytron.errors import ConfigError
 from tinytron.text.selection import DocumentRule
 from tinytron.text.tokenizers import SMALLEST_BPE, Kind
-from tinytron.utils.flags import Flag, Parser, add_flag, config_fields, parse_strictly
+from tinytron.utils.flags import Flag, Parser, add_flag, check_bounds, config_fields, parse_strictly
 
 TOKENIZERS: tuple[Kind, ...] = ("tokenizer_name", "encoding_name", "tokenizer_path", "train_bpe")
 
@@ -45,8 +45,25 @@ class TokenizeOptions:
     tokenizer_name: Annotated[str | None, Flag("tokenizer: name on the hub or folder")] = None
     encoding_name: Annotated[str | None, Flag("tokenizer: encoding of tiktoken, such as gpt2")] = None
     tokenizer_path: Annotated[str | None, Flag("tokenizer: a tokenizer.json file")] = None
-    train_bpe: Annotated[int | None, Flag("tokenizer: train byte-level BPE with a vocabulary of this size")] = None
-    train_bpe_bytes: Annotated[int, Flag("text to train it on, from the start of the data", unit="bytes")] = 10**8
+    train_bpe: Annotated[
+        int | None,
+        Flag(
+            "tokenizer: train byte-level BPE with a vocabulary of this size",
+            at_least=SMALLEST_BPE,
+            at_most=2**31,
+            works="--train_bpe 4096",
+        ),
+    ] = None
+    train_bpe_bytes: Annotated[
+        int,
+        Flag(
+            "text to train it on, from the start of the data",
+            unit="bytes",
+            at_least=1,
+            at_most=2**63,
+            works="--train_bpe_bytes 100000000",
+        ),
+    ] = 10**8
     eot_token: Annotated[
         str | None,
         Flag("token that separates documents; default: the tokenizer's own, or a known one such as <eot>"),
@@ -57,11 +74,27 @@ class TokenizeOptions:
     ] = "prepend"
 
     min_chars: Annotated[
-        int, Flag("leave out documents with fewer characters, without the white space around them")
+        int,
+        Flag(
+            "leave out documents with fewer characters, without the white space around them",
+            at_least=0,
+            at_most=2**31,
+            works="--min_chars 50",
+        ),
     ] = 0
-    max_samples: Annotated[int | None, Flag("take this many documents; default: all")] = None
+    max_samples: Annotated[
+        int | None,
+        Flag("take this many documents; default: all", at_least=1, at_most=2**63, works="--max_samples 100000"),
+    ] = None
     shuffle_buffer: Annotated[
-        int, Flag("shuffle the documents through a buffer of this many; 0: keep their order", unit="documents")
+        int,
+        Flag(
+            "shuffle the documents through a buffer of this many; 0: keep their order",
+            unit="documents",
+            at_least=0,
+            at_most=2**31,
+            works="--shuffle_buffer 10000",
+        ),
     ] = 0
     seed: Annotated[int, Flag("seed of --shuffle_buffer")] = 0
 
@@ -71,23 +104,71 @@ class TokenizeOptions:
     split_name: Annotated[str | None, Flag("train or val, for the names of the files; default: --dataset_split")] = None
     token_dtype: Annotated[Literal["uint16", "uint32"], Flag("type of a token; uint16 up to 65536 of them")] = "uint16"
     file_format: Annotated[Literal["timl", "llmc"], Flag("header of the shards; llmc: as llm.c reads them")] = "timl"
-    num_tokens_per_file: Annotated[int, Flag("size of every shard but the last", unit="tokens")] = 2**27
+    num_tokens_per_file: Annotated[
+        int,
+        Flag(
+            "size of every shard but the last",
+            unit="tokens",
+            at_least=1,
+            at_most=MAX_TOKENS,
+            works="--num_tokens_per_file 2**27",
+        ),
+    ] = 2**27
     val_fraction: Annotated[
-        float, Flag("part of the documents that goes to val_*.bin, chosen by a hash of their text")
+        float,
+        Flag(
+            "part of the documents that goes to val_*.bin, chosen by a hash of their text",
+            at_least=0,
+            at_most=0.5,
+            works="--val_fraction 0.01",
+        ),
     ] = 0.0
     val_path: Annotated[
         str | None, Flag("file, folder or pattern of text whose documents go to val_*.bin, all of them")
     ] = None
-    min_file_index: Annotated[int, Flag("do not write the shards before this one", identity=False)] = 0
-    max_file_index: Annotated[int | None, Flag("stop after this shard; a later call can continue", identity=False)] = (
-        None
-    )
+    min_file_index: Annotated[
+        int,
+        Flag(
+            "do not write the shards before this one",
+            identity=False,
+            at_least=0,
+            at_most=999_999,
+            works="--min_file_index 0",
+        ),
+    ] = 0
+    max_file_index: Annotated[
+        int | None,
+        Flag(
+            "stop after this shard; a later call can go on",
+            identity=False,
+            at_least=0,
+            at_most=999_999,
+            works="--max_file_index 0",
+        ),
+    ] = None
     overwrite: Annotated[bool, Flag("remove the shards that are in the output folder first", identity=False)] = False
 
     num_proc: Annotated[
-        int | None, Flag("worker processes, 0: none; default: one less than there are cores", identity=False)
+        int | None,
+        Flag(
+            "worker processes, 0: none; default: one less than there are cores",
+            identity=False,
+            at_least=0,
+            at_most=4096,
+            works="--num_proc 1",
+        ),
     ] = None
-    chunksize: Annotated[int, Flag("given to a worker at a time, about", unit="documents", identity=False)] = 4096
+    chunksize: Annotated[
+        int,
+        Flag(
+            "given to a worker at a time, about",
+            unit="documents",
+            identity=False,
+            at_least=1,
+            at_most=2**31,
+            works="--chunksize 4096",
+        ),
+    ] = 4096
 
     def __post_init__(self) -> None:
         if not self.dataset_path:
@@ -98,7 +179,11 @@ class TokenizeOptions:
             raise ConfigError(f"{found}; give one of {', '.join(f'--{name}' for name in TOKENIZERS)}")
         if self.file_format == "llmc" and self.token_dtype != "uint16":
             raise ConfigError(f"--file_format llmc knows no --token_dtype {self.token_dtype}; use --file_format timl")
-        self._check_numbers()
+        check_bounds(self)
+        if self.max_file_index is not None and self.min_file_index > self.max_file_index:
+            raise ConfigError(
+                f"--min_file_index {self.min_file_index} must be in 0..{self.max_file_index}; use --min_file_index 0"
+            )
         self._check_splits()
 
     def _check_splits(self) -> None:
@@ -112,25 +197,6 @@ class TokenizeOptions:
         if self.val_path is not None and self.selects:
             name = "--max_samples" if self.max_samples else "--shuffle_buffer"
             raise ConfigError(f"{name} does not go with --val_path; use --val_fraction, or leave one out")
-
-    def _check_numbers(self) -> None:
-        last = MAX_TOKENS if self.max_file_index is None else self.max_file_index
-        rules: list[tuple[str, float | None, float, float, object]] = [
-            ("num_tokens_per_file", self.num_tokens_per_file, 1, MAX_TOKENS, "2**27"),
-            ("chunksize", self.chunksize, 1, 2**31, 4096),
-            ("num_proc", self.num_proc, 0, 4096, "1"),
-            ("max_file_index", self.max_file_index, 0, 999_999, 0),
-            ("min_file_index", self.min_file_index, 0, min(last, 999_999), 0),
-            ("train_bpe", self.train_bpe, SMALLEST_BPE, 2**31, 4096),
-            ("train_bpe_bytes", self.train_bpe_bytes, 1, 2**63, 10**8),
-            ("val_fraction", self.val_fraction, 0, 0.5, 0.01),
-            ("min_chars", self.min_chars, 0, 2**31, 50),
-            ("max_samples", self.max_samples, 1, 2**63, 100_000),
-            ("shuffle_buffer", self.shuffle_buffer, 0, 2**31, 10_000),
-        ]
-        for name, value, least, most, good in rules:
-            if value is not None and not least <= value <= most:
-                raise ConfigError(f"--{name} {value} must be in {least}..{most}; use --{name} {good}")
 
     @property
     def kind(self) -> Kind:

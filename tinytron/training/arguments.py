@@ -1,40 +1,47 @@
-"""The command line, generated from the dataclasses in config.py."""
+"""The command line, generated from the sections of the configuration."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from tinytron.interop import model_options
-from tinytron.training.config import SECTIONS, Config
+from tinytron.training.config import Config, all_sections
+from tinytron.training.run.exports import check_exportable
 from tinytron.utils.flags import Parser, add_flag, config_fields, parse_strictly
 
+NONE: Mapping[str, type] = MappingProxyType({})
 
-def build_parser(description: str = "Pre-train a GPT.") -> argparse.ArgumentParser:
-    """One flag per configuration field, grouped by section; booleans as ``--flag`` and ``--no-flag``."""
+
+def build_parser(description: str = "Pre-train a GPT.", sections: Mapping[str, type] = NONE) -> argparse.ArgumentParser:
+    """One flag per configuration field, grouped by section, of the built-in ``sections`` and further ones; booleans as
+    ``--flag`` and ``--no-flag``."""
     parser = Parser(
         usage="%(prog)s [--flag value ...]",
         description=description,
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    for section, cls in SECTIONS.items():
+    for section, cls in all_sections(sections).items():
         group = parser.add_argument_group(section, (cls.__doc__ or "").split(" Raises:")[0])
         for info in config_fields(cls):
             add_flag(group, info)
     return parser
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse ``argv`` (default: the command line); ``given`` of the result are the flags that stand there. Raises:
-    ConfigError for unknown flags, naming the nearest known one, and for values of the wrong type."""
-    parser = build_parser()
+def parse_args(argv: Sequence[str] | None = None, sections: Mapping[str, type] = NONE) -> argparse.Namespace:
+    """Parse ``argv`` (default: the command line), with the flags of further ``sections`` such as ``MyTrainer.sections``;
+    ``given`` of the result are the flags that stand there. Raises: ConfigError for unknown flags, naming the nearest known
+    one, and for values of the wrong type."""
+    parser = build_parser(sections=sections)
     args = parse_strictly(parser, argv)
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     args.given = frozenset(vars(parse_strictly(parser, argv)))
+    args.sections = sections
     return args
 
 
@@ -42,12 +49,15 @@ def build_config(args: argparse.Namespace) -> Config:
     """The frozen configuration; with ``--init_from`` the architecture is that of the weights, which flags of ``args.given``
     must not contradict. Raises: ConfigError for values that break a rule."""
     values: dict[str, dict[str, Any]] = {}
-    for section, cls in SECTIONS.items():
+    sections = all_sections(args.sections)
+    for section, cls in sections.items():
         found = {info.name: getattr(args, info.name) for info in config_fields(cls)}
         values[section] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
     if args.init_from is not None:
         values["model"] = model_options(args.init_from, values["model"], args.given & values["model"].keys())
-    return Config(**{section: cls(**values[section]) for section, cls in SECTIONS.items()})
+    config = Config.of({section: cls(**values[section]) for section, cls in sections.items()})
+    check_exportable(config)
+    return config
 
 
 def show_config(config: Config) -> str:

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
 
-from tinytron.checkpoint import CheckpointSaver, Mirror, Retention
 from tinytron.distributed import DistributedOptimizer
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import specs_of
 from tinytron.distributed.zero1.distributed_optimizer import Options
 from tinytron.errors import ConfigError
 from tinytron.kernels.choice import check_device
-from tinytron.metrics import RoutingReport
+from tinytron.metrics import RoutingReport, SourceLosses, load_statistics
 from tinytron.model import GPT
+from tinytron.model.protocols import HasExperts, WaitsForParameters
 from tinytron.optim import Muon, Schedule, parameter_groups
-from tinytron.training.config import DTYPES, CkptConfig, Config, OptimConfig
+from tinytron.training.config import DTYPES, Config, OptimConfig
 from tinytron.training.derive import TrainingInfo, accumulation_steps
-from tinytron.training.exports import Exports
+from tinytron.training.run.reporter import Metric
+from tinytron.utils import profile
 
 
 def build_model(config: Config, state: ParallelState) -> GPT:
@@ -99,20 +102,6 @@ def build_schedule(optim: OptimConfig, info: TrainingInfo) -> Schedule:
     )
 
 
-def build_saver(
-    ckpt: CkptConfig,
-    optimizer: DistributedOptimizer,
-    model: nn.Module,
-    folder: Path,
-    state: ParallelState,
-    mirror: Mirror | None,
-    exports: Exports | None,
-) -> CheckpointSaver:
-    """What writes the run's checkpoints, and deletes those that are not to be kept."""
-    retention = Retention(ckpt.keep_last, ckpt.keep_every, ckpt.keep_best)
-    return CheckpointSaver(folder, model, optimizer, state, retention=retention, mirror=mirror, consumer=exports)
-
-
 def optimizer_options(config: Config, model: nn.Module) -> Options:
     """How the wrapper works, from the flags. A foreign model's forward waits for no parameters: no background gather."""
     parallel = config.parallel
@@ -120,7 +109,7 @@ def optimizer_options(config: Config, model: nn.Module) -> Options:
         shard=parallel.use_distributed_optimizer,
         bucket_size_mb=parallel.bucket_size_mb,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather and isinstance(model, GPT),
+        overlap_param_gather=parallel.overlap_param_gather and isinstance(model, WaitsForParameters),
         reduce_dtype=torch.bfloat16 if parallel.grad_reduce_dtype == "bf16" else None,
         grad_as_view=parallel.ddp_gradient_as_bucket_view,
         allow_unused=parallel.ddp_find_unused_parameters,
@@ -142,10 +131,52 @@ def build_routing(config: Config, model: nn.Module, state: ParallelState, folder
     margins, trace = config.logging.moe_router_debug, config.logging.moe_route_trace
     if not (margins or trace):
         return None
-    if not (isinstance(model, GPT) and model.moe_layers):
+    if not (isinstance(model, HasExperts) and model.moe_layers):
         flag = "moe_router_debug" if margins else "moe_route_trace"
         raise ConfigError(
             f"--{flag} needs the expert layers of our GPT, and this {type(model).__name__} has none; "
             f"use --use_moe, or --no-{flag}"
         )
     return RoutingReport(model, state, folder, accumulation_steps(config, state.layout), margins=margins, trace=trace)
+
+
+def build_metrics(
+    config: Config,
+    model: nn.Module,
+    state: ParallelState,
+    folder: Path,
+    sources: SourceLosses,
+    seen_tokens: Callable[[int], dict[str, int]],
+) -> list[Metric]:
+    """What the log says of a report's last step next to its losses: load and margins of experts, losses of sources."""
+    found: list[Metric] = []
+    if isinstance(model, HasExperts) and model.moe_layers:
+        experts: HasExperts = model
+        found.append(lambda step: {"expert_load": load_statistics(experts.take_load(), experts.config.moe_layers)})
+    if sources.names:
+        found.append(lambda step: sources.record(seen_tokens(step)))
+    if (routing := build_routing(config, model, state, folder)) is not None:
+        found.append(routing.record)
+    return found
+
+
+def build_profiler(
+    window: tuple[int, int], step: int, trace: Path, say: Callable[[str], None]
+) -> AbstractContextManager[Any]:
+    """The profiler of the steps ``window`` (first and last, from 1) for a run that continues after ``step``; a context of
+    ``None`` if they are done already."""
+    first, last = window
+    if last <= step:
+        say(f"not profiling: steps {first} to {last} are done already")
+        return contextlib.nullcontext()
+    say(f"profiling steps {max(first, step + 1)} to {last}: {trace}")
+    return profile.build_profiler(max(1, first - step), last - step, trace)  # counted from here on
+
+
+def describe_run_size(config: Config, model: nn.Module, state: ParallelState, info: TrainingInfo) -> str:
+    """A line about what is trained, where and for how long."""
+    count = sum(spec.numel for spec in specs_of(model))  # of all experts, wherever they are
+    return (
+        f"{count / 1e6:.2f}M parameters in {config.train.precision} on {state.layout.world_size} x {state.device.type} | "
+        f"{info.max_steps} steps of {config.train.total_batch_size:,} tokens, {info.grad_accum_steps} micro-batches each"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,11 +31,31 @@ from tinytron.distributed.agreement import require_same, together, together_long
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import ConfigError
 from tinytron.training.config import Config
-from tinytron.training.derive import TrainingInfo
-from tinytron.training.startup import data_position, first_on_node
+from tinytron.training.derive import TrainingInfo, data_position
+from tinytron.training.world import first_on_node
 from tinytron.utils.remote import is_remote
 
 MOCK_VAL_OFFSET = 10**9
+
+
+@dataclass(frozen=True)
+class LoadedData:
+    """A loader of this rank's micro-batches, the dataset it reads if that is known, and whether the loader is one of
+    ``ours``: those follow the global order of samples and may be read by a thread."""
+
+    loader: Iterable[Any]
+    dataset: Dataset[Any] | None
+    ours: bool
+
+    @property
+    def trusted(self) -> bool:
+        """True if the dataset itself checks lengths and token ids."""
+        return self.ours and checks_its_tokens(self.dataset)
+
+    @property
+    def sources(self) -> list[str]:
+        """The names of a mixture's sources, else none."""
+        return list(getattr(self.dataset, "names", []))
 
 
 def builtin_datasets(config: Config, state: ParallelState) -> tuple[Dataset[Any], Dataset[Any] | None]:
@@ -197,7 +218,7 @@ def make_train_loader(
         "dp_rank": state.group_rank("dp"),
         "dp_size": state.layout.dp,
     }
-    assert dataset is not None, "_init_loaders refuses to go on without data"
+    assert dataset is not None, "DataPipeline refuses to go on without data"
     if not is_map_style(dataset):
         return None, StreamLoader(cast(Iterable[Any], dataset), **share)
     sampler = GlobalBatchSampler(order_of(config, dataset), **share)

@@ -23,6 +23,37 @@ class TrainingInfo:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Due:
+    """Which recurring actions of a run are due after a step (counted from 1); all of them are after the ``last`` one."""
+
+    config: Config
+    last: int
+
+    def validation(self, step: int) -> bool:
+        """Validation (``--do_val``)."""
+        return self._runs(self.config.train.do_val) and self._every(self.config.train.val_every_steps, step)
+
+    def tasks(self, step: int) -> bool:
+        """Answers to ``--eval_tasks``."""
+        return self._runs(bool(self.config.train.eval_tasks)) and self._every(self.config.train.eval_every, step)
+
+    def save(self, step: int) -> bool:
+        """A checkpoint (``--do_save``)."""
+        return self._runs(self.config.ckpt.do_save) and self._every(self.config.ckpt.save_every_steps, step)
+
+    def report(self, step: int) -> bool:
+        """A report; also before validation, tasks and saving, to keep the log's lines in order."""
+        follows = self.validation(step) or self.tasks(step) or self.save(step)
+        return step == 1 or self._every(self.config.logging.log_every, step) or follows
+
+    def _runs(self, wanted: bool) -> bool:
+        return wanted and not self.config.train.debug
+
+    def _every(self, interval: int, step: int) -> bool:
+        return step == self.last or (interval > 0 and step % interval == 0)
+
+
 def accumulation_steps(config: Config, layout: ParallelLayout) -> int:
     """Micro-batches of one optimizer step. Raises: ConfigError if the global batch does not divide over the ranks."""
     train = config.train
@@ -74,3 +105,9 @@ def derive(config: Config, layout: ParallelLayout, num_samples: int | None) -> T
         profile_window=(first, last),
         notes=tuple(notes),
     )
+
+
+def data_position(config: Config, step: int) -> dict[str, int]:
+    """Where a run is in its data after ``step`` steps, in steps, samples and tokens: the order follows from these alone."""
+    samples = step * config.train.total_batch_size // config.train.seq_len
+    return {"step": step, "samples": samples, "tokens": step * config.train.total_batch_size}

@@ -10,10 +10,10 @@ from tinytron.planner.memory import MemoryPlan, plan_memory
 from tinytron.planner.pretend import DeviceKind
 from tinytron.planner.report import describe
 from tinytron.planner.step import Workload, meta_model
-from tinytron.training import startup
 from tinytron.training.build import muon_options, optimizer_groups, optimizer_options
 from tinytron.training.config import DTYPES, Config
 from tinytron.training.derive import accumulation_steps
+from tinytron.training.world import place_in_world
 
 
 def workload(config: Config, layout: ParallelLayout) -> Workload:
@@ -52,7 +52,7 @@ def dry_run(config: Config) -> None:
 
     Raises: ConfigError as the run would.
     """
-    rank, launched, _ = startup.place_in_world()
+    rank, launched, _ = place_in_world()
     if rank > 0:
         return
     plan, work, layout = plan_run(config, config.logging.dry_run_world_size or launched)

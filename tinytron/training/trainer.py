@@ -4,94 +4,97 @@ objective; what happens after a step stands in ``train``."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
 from torch.utils.data import Dataset
 
-from tinytron.checkpoint import (
-    CheckpointFiles,
-    Mirror,
-    first_undamaged,
-    load_checkpoint,
-)
+from tinytron.checkpoint import CheckpointFiles
 from tinytron.data import Batch, GlobalBatchSampler
 from tinytron.distributed import DistributedOptimizer
-from tinytron.distributed.agreement import together
 from tinytron.distributed.param_spec import specs_of
 from tinytron.distributed.topology import describe_topology
-from tinytron.errors import ConfigError
-from tinytron.evaluation import validate
-from tinytron.metrics import Progress, Report, RunLog, SourceLosses, StepWindow, TrainClock, load_statistics
-from tinytron.model import GPT
+from tinytron.metrics import SourceLosses
+from tinytron.metrics.sinks import SINKS, RunInfo
 from tinytron.model.modules.loss import LossSums
-from tinytron.training import datasets, evaluate, startup
+from tinytron.model.protocols import EndsSteps, WaitsForParameters
+from tinytron.training import datasets
+from tinytron.training.batch_preparer import count_targets, scale_weights
 from tinytron.training.build import (
+    build_metrics,
     build_model,
     build_optimizer,
-    build_routing,
-    build_saver,
+    build_profiler,
     build_schedule,
+    describe_run_size,
     optimizer_options,
     param_wait_hook,
 )
 from tinytron.training.config import Config
-from tinytron.training.derive import TrainingInfo, derive
-from tinytron.training.exports import build_exports
-from tinytron.training.feed import Feed, count_targets
-from tinytron.training.guards import Guards
-from tinytron.utils.model import train_flops_per_token
-from tinytron.utils.profile import build_profiler
+from tinytron.training.derive import Due, TrainingInfo
+from tinytron.training.evals import TrainingEvals
+from tinytron.training.pipeline import DataPipeline
+from tinytron.training.run.exports import check_exportable
+from tinytron.training.run.folder import RunFolder
+from tinytron.training.run.guards import Guards
+from tinytron.training.run.reporter import Reporter
+from tinytron.training.run.resume import resume
+from tinytron.training.run.saver import RunSaver
+from tinytron.training.world import RankAttributes, join_world
 
 
-class Trainer:
+class Trainer(RankAttributes):
     """Pre-trains a model as ``config`` says. Construction is collective over all processes; so is ``train``.
 
     For subclasses (all set before ``train``): ``state`` (layout and groups), ``device``, ``dp_group/rank/world_size``,
     ``sp_group/rank/world_size``, ``master_process``, ``train_dataset/sampler/loader``, ``val_dataset/loader``,
     ``raw_model``, ``model``, ``raw_optimizer``, ``optimizer``, ``training_info``, ``log_dir``, ``one_step_results``.
+    The parts of a run, each made by one ``_init_*``: ``reporter``, ``data``, ``evals``, ``folder``, ``guards``, ``saver``.
 
     Raises: ConfigError, DataError or CheckpointError, the same on every rank, before any step.
     """
 
+    sections: ClassVar[Mapping[str, type]] = {}  # further sections of the configuration: name -> dataclass of flags
     train_dataset: Dataset[Any] | None = None
     val_dataset: Dataset[Any] | None = None
-    mirror: Mirror | None = None  # of a remote log_dir
     train_loader: Iterable[Any] | None = None
     val_loader: Iterable[Any] | None = None
     train_sampler: GlobalBatchSampler | None = None  # of a map-style train_dataset
     raw_model: nn.Module
     model: nn.Module
-    raw_optimizer: torch.optim.Optimizer
     optimizer: DistributedOptimizer
 
     def __init__(self, config: Config) -> None:
+        config = config.with_sections(self.sections)
+        check_exportable(config)
         self.config, self.step = config, 0  # step counts completed optimizer steps
         self.one_step_results: dict[str, float] = {}
-        self._clock, self._progress = TrainClock(), Progress(0, 0, enabled=False)  # those of train() are made there
         self._init_distributed(config)  # -> state, device
+        self._init_reporter(config)  # -> reporter: from here on there is something to print with
         self._init_dataset(config)  # -> train_dataset, val_dataset
-        self._init_loaders(config)  # -> training_info, samplers, loaders
+        self._init_pipeline(config)  # -> data: training_info, sampler, loaders
+        self._init_evals(config)  # -> evals
         self._init_model(config)  # -> raw_model, model
-        self._init_optimizer(config)  # -> raw_optimizer, optimizer
+        self._init_optimizer(config)  # -> optimizer
         self._attach_optimizer()
-        self._init_logging(config)  # -> log_dir, run_log
-        self._guards = Guards(config, self.state, self.log_dir, self.optimizer)
+        self._init_logging(config)  # -> folder, log_dir
+        self._init_guards(config)  # -> guards
         self._resume_from_checkpoint()  # -> step, and all of the above as it was
-        self._init_metrics()
+        self._init_saver(config)  # -> saver
+        self._init_metrics(config)  # starts the reporter
 
     # The parts of a run: override any of these.
 
     def _init_distributed(self, config: Config) -> None:
-        """Join the process group, choose the device, build every parallel group."""
-        self.state = startup.join_world(config)
-        self.device, self.master_process = self.state.device, self.state.is_master
-        self.dp_group, self.sp_group = self.state.groups["dp"], self.state.groups["sep"]
-        self.dp_rank, self.dp_world_size = self.state.group_rank("dp"), self.state.layout.dp
-        self.sp_rank, self.sp_world_size = self.state.group_rank("sep"), self.state.layout.sep
+        """Join the process group, choose the device, build every parallel group: set ``state``."""
+        self.state = join_world(config)
+
+    def _init_reporter(self, config: Config) -> None:
+        """Set ``reporter``, with the sinks that records and messages go to."""
+        self.reporter = Reporter(self.state, [sink() for sink in SINKS.values()])
 
     def _init_dataset(self, config: Config) -> None:
         """Set ``train_dataset`` and, if there is one, ``val_dataset``: map-style or iterable, items ``{input_ids, labels}``
@@ -101,9 +104,25 @@ class Trainer:
             self._say("no --dataset_path given: training on mock data (random tokens: the loss stays near ln V)")
         self.train_dataset, self.val_dataset = datasets.builtin_datasets(config, self.state)
 
+    def _init_pipeline(self, config: Config) -> None:
+        """Set ``data``, which makes what ``_init_dataset`` left unset: validation split, sampler, loaders, step counts."""
+        names = ("train_dataset", "val_dataset", "train_loader", "val_loader")
+        self.data = DataPipeline(config, self.state, **{name: getattr(self, name) for name in names})
+        self.train_dataset, self.train_loader = self.data.train.dataset, self.data.train.loader
+        if self.data.val is not None:
+            self.val_dataset, self.val_loader = self.data.val.dataset, self.data.val.loader
+        self.train_sampler = self.data.sampler
+        self._say(*self.data.notes)
+        self.due = Due(config, self.training_info.max_steps)
+        self._schedule = build_schedule(config.optim, self.training_info)
+
+    def _init_evals(self, config: Config) -> None:
+        """Set ``evals``, which validates and answers tasks during training."""
+        self.evals = TrainingEvals(config, self.state, self.data.val)
+
     def _init_model(self, config: Config) -> None:
         """Set ``raw_model``, which owns the parameters and maps ``(input_ids, labels)`` to ``LossSums``, and ``model``,
-        what ``_loss`` calls."""
+        which ``_loss`` calls."""
         self.raw_model = self.model = build_model(config, self.state)
 
     def _init_optimizer(self, config: Config) -> None:
@@ -113,34 +132,50 @@ class Trainer:
         )
 
     def _init_logging(self, config: Config) -> None:
-        """Make the run's folder; ``config.json`` follows once it is clear that the run goes on in it."""
-        self.log_dir: Path = startup.prepare_run_folder(config, self.state)
-        self._lock = startup.lock_run_folder(self.log_dir, self.state)
-        self.mirror = startup.open_mirror(config, self.state)
-        self.run_log = RunLog(self.log_dir)
-        self._say(f"run folder: {self.log_dir}" + (f", copied to {self.mirror.remote.url}" if self.mirror else ""))
-        self._say(*startup.remove_leftovers_of_saves(config, self.log_dir, self.state))
+        """Set ``folder``, the run's folder; ``config.json`` follows once it is clear that the run continues in it."""
+        self.folder = RunFolder(config, self.state)
+        self._say(*self.folder.notes)
+
+    def _init_guards(self, config: Config) -> None:
+        """Set ``guards``: signals, spikes, replicas and stalls."""
+        self.guards = Guards(config, self.state, self.log_dir, self.optimizer, self.raw_model)
+
+    def _init_saver(self, config: Config) -> None:
+        """Set ``saver``, which writes checkpoints and exports."""
+        parts = (self.folder, self.raw_model, self.optimizer, self.data, self.guards)
+        self.saver = RunSaver(config, self.state, *parts, resumed=self.step, say=self._say)
+
+    def _init_metrics(self, config: Config) -> None:
+        """Say what is logged next to the losses, and open the sinks."""
+        self._sources = SourceLosses(self.data.train.sources, self.state)
+        self.reporter.metrics += build_metrics(
+            config, self.raw_model, self.state, self.log_dir, self._sources, self.data.seen_tokens
+        )
+        length, batch = self.training_info.max_steps, config.train.total_batch_size
+        self.reporter.start(RunInfo(self.log_dir, config.as_dict(), self.step, length, batch))
 
     def _init_profiler(self, config: Config) -> contextlib.AbstractContextManager[Any]:
         """A profiler with a ``step`` method, or a context of ``None``."""
         if not config.train.use_profiler:
             return contextlib.nullcontext()
         trace = self.log_dir / f"rank{self.state.rank}_trace.json"
-        first, last = self.training_info.profile_window
-        if last <= self.step:
-            self._say(f"not profiling: steps {first} to {last} are done already")
-            return contextlib.nullcontext()
-        self._say(f"profiling steps {max(first, self.step + 1)} to {last}: {trace}")
-        return build_profiler(max(1, first - self.step), last - self.step, trace)  # counted from here on
+        return build_profiler(self.training_info.profile_window, self.step, trace, self._say)
 
     def _lr_scheduler(self, step: int) -> float:
         """The learning rate of optimizer step ``step``, counted from 0."""
         return self._schedule(step)
 
     def _loss(self, batch: Batch) -> LossSums:
-        """Loss *sums* over this rank's valid targets; ``train_step`` divides by the global batch's target count."""
+        """Loss *sums* over this rank's part of a micro-batch; ``train_step`` divides them by what ``_normalizer`` counts in
+        the global batch. ``batch.extras`` are further keys of the data."""
         losses: LossSums = self.model(batch.input_ids, batch.labels, **batch.model_inputs())
         return losses
+
+    def _normalizer(self, batch: Batch) -> torch.Tensor:
+        """What this rank's part of a micro-batch adds to the number that the loss is divided by: a whole number, on the
+        device; default: its valid targets. It is summed over all ranks, so what each of ``sp_group`` would count again
+        counts on one of them only; rows that fill up validation have no valid label and must not count."""
+        return batch.targets()
 
     # The loop.
 
@@ -153,113 +188,88 @@ class Trainer:
         last = self.training_info.max_steps
         if self.step >= last:
             self._say(f"already trained: {self.step} of {last} steps are done")
-            self._saver.close(self._say)
+            self.saver.close(self._say)
             return
-        self._peak_flops, lines = startup.measure_peak(self.config, self.state)
-        for line in lines:
-            self._say(line)
-        self._clock.lap()  # training time starts now
-        self._in_loop = True
-        with contextlib.closing(self._progress), self._guards.active(), self._init_profiler(self.config) as profiler:
-            for microbatches in self._microbatches():
-                self.train_step(microbatches)
-                self.step += 1
-                self._guards.after_step(self.step, last=self.step >= last)
-                self._maybe_log()
-                self._maybe_evaluate()
-                self._maybe_save()
-                if profiler is not None:
-                    profiler.step()
-                if self.step >= last or self._guards.ends:
-                    break
-            self._in_loop = False
+        self.reporter.begin_training(self.config)
+        with contextlib.closing(self.reporter), self.guards.active(), self._init_profiler(self.config) as profiler:
+            with self.saver.in_background():
+                for microbatches in self.data.steps(self.step):
+                    self.train_step(microbatches)
+                    self.step += 1
+                    self.guards.after_step(self.step, last=self.step >= last)
+                    self._maybe_log()
+                    self._maybe_evaluate()
+                    self._maybe_save()
+                    if profiler is not None:
+                        profiler.step()
+                    if self.step >= last or self.guards.ends:
+                        break
             self.optimizer.finish_gather()
-            with self._guards.paused():
-                self._saver.close(self._say, wait=not self._guards.ends)
-                if self.mirror is not None and self.master_process:
-                    self.mirror.push_logs()
-            self._guards.leave(self.step, self._say)
+            with self.guards.paused():
+                self.saver.close(self._say, wait=not self.guards.ends)
+                self.folder.push_logs()
+            self.guards.leave(self.step, self._say)
 
     def train_step(self, microbatches: list[Batch]) -> None:
         """One optimizer step on this rank's part of the global batch. Collective; the host waits for no result."""
         lr = self._lr_scheduler(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
-        targets, microbatches = count_targets(microbatches, self.state.groups["world"])  # for the one division
+        world = self.state.groups["world"]
+        divisor, weight_scale = count_targets(microbatches, world, self._normalizer)  # for the one division
+        microbatches = scale_weights(microbatches, weight_scale)
         sums: dict[str, torch.Tensor] = {}
         for i, batch in enumerate(microbatches):
             with self.optimizer.accumulate(last=i == len(microbatches) - 1):
                 losses = self._loss(batch)
-                self.optimizer.scale(losses.objective / targets).backward()
+                self.optimizer.scale(losses.objective / divisor).backward()
             self._sources.add(batch, losses)
             for name, value in {"loss": losses.token, **losses.aux}.items():
                 sums[name] = sums[name] + value if i else value
-        parts = {name: value / targets for name, value in sums.items()}
-        reject = self._guards.spikes.judge(self.step + 1, parts["loss"])
+        parts = {name: value / divisor for name, value in sums.items()}
+        reject = self.guards.spikes.judge(self.step + 1, parts["loss"])
         grad_norm = self.optimizer.step(max_norm=self.config.train.grad_clip_value, reject=reject)
         self.optimizer.zero_grad()
         self._end_step()
-        self._window.add(self.step + 1, lr, parts, grad_norm)
+        self.reporter.window.add(self.step + 1, lr, parts, grad_norm)
 
     def eval(self) -> float:
         """Validate the current weights, log the result and return it, in nats per token. Collective."""
-        assert self.val_loader is not None, "no validation data: set val_dataset or pass --do_val"
-        with self._clock.paused(), self._guards.paused():
-            batches = self._feed.once(self.val_loader, **self._feeding(self.val_dataset, self._own_val_loader))
-            names = getattr(self.val_dataset, "names", [])
-            result = validate(self.model, self._loss, batches, self.state, names, self._measures.text_bytes_V)
-        self.one_step_results["val_loss"] = result.loss
-        self._validated = (self.step, result.loss)
-        self._write_log([{"step": self.step, "stage": "val", **result.fields()}])
-        self._say(f"step {self.step} | {result.shown()}")
-        return result.loss
+        with self.reporter.clock.paused(), self.guards.paused():
+            objective = (self.model, self._loss, self._normalizer)
+            loss, record = self.evals.validate(self.step, *objective, self.data.validation())
+        self.one_step_results["val_loss"] = loss
+        self.reporter.write([record])
+        return loss
 
     def save(self) -> CheckpointFiles:
         """Save a checkpoint of the current step; inside ``train`` it is written while training goes on. Collective."""
-        val_step, val_loss = self._validated
-        record = {
-            **self._record,
-            "data": self._data_identity(self.step),
-            "data_position": startup.data_position(self.config, self.step),
-            "val_loss": val_loss if val_step == self.step else None,
-            "guard": self._guards.state_dict(),
-        }
-        with self._clock.paused(), self._guards.paused():
+        with self.reporter.clock.paused(), self.guards.paused():
             self.optimizer.finish_gather()
-            wait = not (self._in_loop and self.config.ckpt.async_save)
-            messages = self._saver.save(self.step, record, wait=wait)
+            messages = self.saver.save(self.step, self.evals.loss_of(self.step))
         self._say(*messages)
-        return CheckpointFiles(self.log_dir, self.step)
+        return self.saver.files(self.step)
 
     def _end_step(self) -> None:
-        if isinstance(self.raw_model, GPT):
+        if isinstance(self.raw_model, EndsSteps):
             self.raw_model.end_step(self.optimizer.last_skipped)
 
     # Details.
 
-    def _init_loaders(self, config: Config) -> None:
-        """Complete what ``_init_dataset`` left unset: validation split, sampler, loaders; and derive step counts."""
-        self._feed = Feed(config, self.state)
-        self._validates = config.train.do_val and not config.train.debug
-        self._own_train_loader, self._own_val_loader = self.train_loader is None, self.val_loader is None
-        rate = config.train.split_rate
-        if self.train_dataset is None and self.train_loader is None:
-            raise ConfigError("_init_dataset set no train_dataset; set self.train_dataset, or self.train_loader")
-        if self.val_dataset is None and self.val_loader is None and (self._validates or rate is not None):
-            rate = rate if rate is not None else 0.99
-            if self._validates or rate < 1.0:
-                self.train_dataset, self.val_dataset = datasets.split_off_validation(self.train_dataset, rate)
-        epoch = datasets.epoch_size(config, self.train_dataset, self.train_loader)
-        self.training_info: TrainingInfo = derive(config, self.state.layout, epoch)
-        self._say(*self.training_info.notes)
-        if self.train_loader is None:
-            made = datasets.make_train_loader(config, self.state, self.training_info, self.train_dataset)
-            self.train_sampler, self.train_loader = made
-        if self.val_loader is None and self.val_dataset is not None:
-            self.val_loader = datasets.make_val_loader(config, self.state, self.val_dataset)
-        self._say(*datasets.describe(self.train_dataset, self.training_info))
-        self._schedule = build_schedule(config.optim, self.training_info)
-        self._measures: evaluate.Measures = evaluate.Measures(config, self.state, self.val_dataset)
+    @property
+    def training_info(self) -> TrainingInfo:
+        """Steps and accumulation, as they follow from flags, processes and data."""
+        return self.data.info
+
+    @property
+    def log_dir(self) -> Path:
+        """The run's folder."""
+        return self.folder.path
+
+    @property
+    def raw_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer that ``optimizer`` wraps."""
+        return self.optimizer.inner
 
     def _attach_optimizer(self) -> None:
         """Wrap a plain torch optimizer, and tell the wrapper the parameters' names and groups."""
@@ -268,128 +278,40 @@ class Trainer:
         self.raw_optimizer = self.optimizer.inner
         options = optimizer_options(self.config, self.raw_model)
         self.optimizer.attach(self.raw_model, specs_of(self.raw_model), self.state, options)
-        if isinstance(self.raw_model, GPT):
+        if isinstance(self.raw_model, WaitsForParameters):
             self.raw_model.wait_for_params = param_wait_hook(self.optimizer, self.raw_model)
         if self.config.parallel.print_topology:
             self._say(describe_topology(self.state.layout, self.optimizer))
-        count = sum(spec.numel for spec in specs_of(self.raw_model))  # of all experts, wherever they are
-        info, world = self.training_info, self.state.layout.world_size
-        self._say(
-            f"{count / 1e6:.2f}M parameters in {self.config.train.precision} on {world} x {self.device.type} | "
-            f"{info.max_steps} steps of {self.config.train.total_batch_size:,} tokens, "
-            f"{info.grad_accum_steps} micro-batches each"
-        )
+        self._say(describe_run_size(self.config, self.raw_model, self.state, self.training_info))
 
     def _resume_from_checkpoint(self) -> None:
         """Load the newest undamaged checkpoint of the run's folder, else of ``--resume_path``, if there is one."""
-        world = self.state.groups["world"]
-        found = together(lambda: startup.checkpoints_to_resume(self.config, self.log_dir), world)
-        source = self.train_loader if self.train_dataset is None else self.train_dataset
-        self._data_identity = datasets.identity_of(self.config, source)
-        if found:
-            files, meta = first_undamaged(found, world, self._say)
-            data = self._data_identity(files.step)
-            differences = startup.check_continues(self.config, meta, data, str(files.meta))
-            load_checkpoint(files, meta, self.raw_model, self.optimizer, self.state)
-            self._guards.load_state_dict(meta.get("guard"))
-            self.step = files.step
-            self._say(f"resuming after step {self.step} from {files.model}")
-            for difference in differences:
-                self._say(f"changed since the checkpoint: {difference}")
-        elif (name := self.config.ckpt.init_from) is not None:
-            startup.load_initial_weights(name, self.raw_model, self.optimizer, self.state)
-            self._say(f"starting from the weights of {name}")
-        description = startup.describe_run(self.config, self.state.layout)
-        self._record = startup.run_record(self.config, description)
-        startup.write_description(self.config, self.state, description, self.mirror)
-        if self.master_process:
-            self.run_log.keep_until(self.step)
-
-    def _init_metrics(self) -> None:
-        last, run = self.training_info.max_steps, (self.raw_model, self.log_dir, self.state, self.mirror)
-        exports = build_exports(self.config, *run, resumed=self.step, last=last, say=self._say)
-        self._saver = build_saver(self.config.ckpt, self.optimizer, *run, exports)
-        self._validated, self._in_loop = (0, 0.0), False  # step and loss
-        self._progress = Progress(last, self.step, enabled=self.master_process)
-        self._window = StepWindow(self.state.groups["world"])
-        self._sources = SourceLosses(getattr(self.train_dataset, "names", []), self.state)
-        self._logged_step, self._clock = self.step, TrainClock()
-        self._routing = build_routing(self.config, self.raw_model, self.state, self.log_dir)
-
-    def _microbatches(self) -> Iterator[list[Batch]]:
-        """This rank's micro-batches of one optimizer step at a time, from the current step on, without end."""
-        assert self.train_loader is not None, "made by _init_loaders"
-        skip = 0
-        if self._own_train_loader:
-            (self.train_sampler or self.train_loader).start_step = self.step  # type: ignore[union-attr]
-        else:
-            skip = self.step  # a foreign loader can only be read again up to where it was
-        options = self._feeding(self.train_dataset, self._own_train_loader)
-        return self._feed.steps(self.train_loader, self.training_info.grad_accum_steps, skip_steps=skip, **options)
-
-    def _feeding(self, dataset: Dataset[Any] | None, own_loader: bool) -> dict[str, bool]:
-        return {"trusted": own_loader and datasets.checks_its_tokens(dataset), "own": own_loader}
-
-    def _due(self, every: int) -> bool:
-        return self.step == self.training_info.max_steps or (every > 0 and self.step % every == 0)
+        parts = (self.raw_model, self.optimizer, self.state)
+        found = resume(self.config, self.log_dir, *parts, self.data.identity, self._say)
+        if found is not None:
+            assert found.step is not None, "check_continues refuses metadata that is not ours"
+            self.guards.load_state_dict(found.guard)
+            self.step = found.step
+        self.folder.begin(self.step)
 
     def _maybe_log(self) -> None:
-        """Write and show the steps since the last report; also before validation and saving, to keep lines in order."""
-        self._progress.advance(self.step)
-        train, ckpt = self.config.train, self.config.ckpt
-        validates = self._validates and self._due(train.val_every_steps)
-        answers = self._measures.tasks and self._due(train.eval_every)
-        saves = self._saves and self._due(ckpt.save_every_steps)
-        ends = self._guards.ends
-        if not (self.step == 1 or self._due(self.config.logging.log_every) or validates or answers or saves or ends):
-            return
-        records = self._window.flush()  # the host waits for the device here
-        self._guards.after_report()
-        report = Report(
-            records,
-            skipped=int(self.optimizer.skipped_steps),
-            seconds=self._clock.lap(),
-            tokens=(self.step - self._logged_step) * train.total_batch_size,
-            flops_per_token=train_flops_per_token(self.config.model, train.seq_len),
-            peak_flops=self._peak_flops,
-        )
-        self._logged_step = self.step
-        self.one_step_results |= report.results
-        if isinstance(self.raw_model, GPT) and self.raw_model.moe_layers:
-            report.add_expert_load(load_statistics(self.raw_model.take_load(), self.config.model.moe_layers))
-        if self._sources.names:
-            report.add_sources(self._sources.flush(), datasets.seen_tokens(self.config, self.train_dataset, self.step))
-        if self._routing is not None:
-            with self._clock.paused():
-                report.add_router_margin(self._routing.report(self.step))
-        self._write_log(report.entries)
-        self._progress.report(self.step, report.shown)
+        self.reporter.advance(self.step)
+        if self.due.report(self.step) or self.guards.ends:
+            self.one_step_results |= self.reporter.report(self.step, self.optimizer.skipped_steps)
+            self.guards.after_report()  # the host has waited for the device
 
     def _maybe_evaluate(self) -> None:
-        if self._validates and self._due(self.config.train.val_every_steps) and not self._guards.ends:
+        if self.due.validation(self.step) and not self.guards.ends:
             self.eval()
-        if self._measures.tasks and self._due(self.config.train.eval_every) and not self._guards.ends:
-            with self._clock.paused(), self._guards.paused():
-                entries = self._measures.answer(self.step, self.model, self._loss)
-            self._write_log(entries)
-            self._say(*map(evaluate.shown, entries))
-
-    @property
-    def _saves(self) -> bool:
-        return self.config.ckpt.do_save and not self.config.train.debug
+        if self.due.tasks(self.step) and not self.guards.ends:
+            with self.reporter.clock.paused(), self.guards.paused():
+                records = self.evals.answer(self.step, self.model, self._loss)
+            self.reporter.write(records)
 
     def _maybe_save(self) -> None:
-        self._say(*self._saver.report())
-        if self._saves and (self._due(self.config.ckpt.save_every_steps) or self._guards.ends):
+        self._say(*self.saver.report())
+        if self.due.save(self.step) or (self.guards.ends and self.saver.enabled):
             self.save()
 
-    def _write_log(self, entries: list[dict[str, Any]]) -> None:
-        if self.master_process and (refused := self.run_log.write(entries)):
-            self._say(f"error: {refused}")
-
     def _say(self, *texts: str) -> None:
-        for text in texts:
-            if self._progress.enabled:
-                self._progress.message(text)
-            elif self.master_process:
-                print(text, flush=True)
+        self.reporter.say(*texts)

@@ -1,5 +1,5 @@
-"""What a configuration field says about itself beside its type and default: the command line is made from it; and the
-parser of all command lines."""
+"""What a configuration field says about itself next to its type and default: help, bounds, choices. The command line is
+made from that, and values are checked by it; and the parser of all command lines."""
 
 from __future__ import annotations
 
@@ -7,31 +7,63 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import math
 import types
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from tinytron.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Flag:
-    """Metadata of one configuration field, put beside its type as ``Annotated[int, Flag("help", unit="tokens")]``.
+    """Metadata of one configuration field, next to its type: ``Annotated[int, Flag("help", "tokens", at_least=1)]``.
 
     ``identity`` says whether the value is part of what the run *is* (and so of the config hash that names its
-    folder) or only of how it is executed (layout, paths, intervals, limits).
+    folder) or only of how it is executed (layout, paths, intervals, limits). The bounds hold for numbers that are not
+    ``None``, and NaN keeps none; ``works`` is a value that the error proposes, ``rule`` says the bounds in other words.
+    ``choices`` are the allowed values, where the type is not a ``Literal`` of them: usually a table's keys.
     """
 
     help: str
     unit: str = ""
     identity: bool = True
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    works: object = None
+    rule: str = ""
+    choices: tuple[str, ...] | None = None
 
     @property
     def text(self) -> str:
         """The help text with its unit."""
         return f"{self.help} [{self.unit}]" if self.unit else self.help
+
+    def allows(self, value: Any) -> bool:
+        """True if ``value`` is within the bounds."""
+        return (
+            (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+    @property
+    def bounds(self) -> str:
+        """The bounds in words, as an error says them after "must be"; an infinite one goes without saying."""
+        if self.rule:
+            return self.rule
+        if self.at_least is not None and self.at_most is not None:
+            return f"in {self.at_least}..{self.at_most}"
+        ends_at = self.at_most if self.below in (None, math.inf) else self.below
+        if ends_at is None:
+            return "positive" if self.above == 0 else f"at least {self.at_least}"
+        low = f"[{self.at_least}" if self.above is None else f"({self.above}"
+        return f"in {low}, {ends_at}" + ("]" if self.at_most is not None else ")")
 
 
 @dataclass(frozen=True)
@@ -46,7 +78,9 @@ class FieldInfo:
 
     @property
     def choices(self) -> tuple[Any, ...] | None:
-        """The allowed values of a ``Literal`` field, else ``None``."""
+        """The allowed values of a ``Literal`` field, or those that its flag names, else ``None``."""
+        if self.flag.choices is not None:
+            return self.flag.choices
         return typing.get_args(self.type) if typing.get_origin(self.type) is typing.Literal else None
 
 
@@ -56,6 +90,11 @@ def config_fields(cls: type) -> tuple[FieldInfo, ...]:
 
     Raises: TypeError if a field carries no ``Flag`` (then it would have no help text).
     """
+    return _config_fields(cast(Any, cls))  # mypy takes classes of frozen instances for unhashable
+
+
+@functools.cache
+def _config_fields(cls: type) -> tuple[FieldInfo, ...]:
     hints = typing.get_type_hints(cls, include_extras=True)
     infos = []
     for field in dataclasses.fields(cls):
@@ -71,6 +110,20 @@ def config_fields(cls: type) -> tuple[FieldInfo, ...]:
             (bare,) = (m for m in members if m is not type(None))
         infos.append(FieldInfo(field.name, bare, optional, field.default, flags[0]))
     return tuple(infos)
+
+
+def check_bounds(section: Any) -> None:
+    """Compare every field of the dataclass instance ``section`` with the bounds and choices of its flag. Raises:
+    ConfigError for the first value that breaks them, with a value that works where the flag names one."""
+    for info in config_fields(type(section)):
+        value, flag = getattr(section, info.name), info.flag
+        if value is None and info.optional:
+            continue
+        if info.choices is not None and value not in info.choices:
+            raise ConfigError(f"--{info.name} {value} must be one of {', '.join(map(str, info.choices))}")
+        if not flag.allows(value):
+            works = "" if flag.works is None else f"; use {flag.works}"
+            raise ConfigError(f"--{info.name} {value} must be {flag.bounds}{works}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -15,11 +15,11 @@ from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.sequence_parallel.ulysses import HeadPlan, head_to_seq, seq_to_head
 from tinytron.kernels.attention import attend
 from tinytron.kernels.choice import DEFAULT, Kernels
-from tinytron.kernels.documents import Documents
 from tinytron.kernels.rope import Rotation, rotate
 from tinytron.model.config import ModelConfig
 from tinytron.model.modules.linear import PackedLinear, ResidualLinear
 from tinytron.model.modules.norm import make_norm
+from tinytron.utils.sequences import Documents
 
 
 class LayerCache(Protocol):

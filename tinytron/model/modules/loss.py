@@ -10,8 +10,7 @@ import torch
 
 from tinytron.kernels.choice import LossKernel
 from tinytron.kernels.cross_entropy import linear_cross_entropy
-
-IGNORE_INDEX = -100
+from tinytron.utils.sequences import IGNORE_INDEX
 
 
 class LossSums(NamedTuple):

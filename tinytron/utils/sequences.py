@@ -1,4 +1,4 @@
-"""Which tokens see which: documents packed into rows, sliding windows, and the mask of both.
+"""Rows of tokens, as data, kernels and model see them: which labels count, where documents begin, which tokens see which.
 
 Letters: B batch, S sequence.
 """
@@ -9,14 +9,15 @@ from typing import NamedTuple
 
 import torch
 
+IGNORE_INDEX = -100  # a label that is no target
+
 
 class Documents(NamedTuple):
     """Where documents begin in the flattened batch: tokens of different documents do not see each other.
 
-    ``cu_seqlens`` is int32 ``[n_documents + 1]``, from 0 to B * S, ascending, with every row's start
-    among its values (a document never spans two rows); ``max_len`` is the longest document in tokens.
-    ``mask`` ``[B, 1, S, S]`` is what backends without boundaries of their own add to the scores: 0 where
-    a query (row) may see a key (column), else -inf.
+    ``cu_seqlens`` is int32 ``[n_documents + 1]``, from 0 to B * S, ascending, with every row's start among its values
+    (a document never spans two rows); ``max_len`` is the longest document in tokens. ``mask`` ``[B, 1, S, S]`` is what
+    backends without boundaries of their own add to the scores: 0 where a query (row) may see a key (column), else -inf.
     """
 
     cu_seqlens: torch.Tensor
@@ -24,9 +25,8 @@ class Documents(NamedTuple):
     mask: torch.Tensor | None = None
 
     def with_mask(self, B: int, S: int, dtype: torch.dtype, window: int = 0) -> Documents:
-        """With the mask, made unless there is one: once for all layers of one ``window`` (0: none). In
-        the queries' ``dtype``: a mask of bools is converted in every layer, and every layer keeps its
-        copy for the backward pass."""
+        """With the mask, made unless there is one: once for all layers of one ``window`` (0: none). In the queries'
+        ``dtype``: a mask of bools is converted in every layer, and every layer keeps its copy for the backward pass."""
         if self.mask is not None:
             return self
         token = torch.arange(B * S, dtype=torch.int32, device=self.cu_seqlens.device)
@@ -39,11 +39,8 @@ class Documents(NamedTuple):
 
 
 def documents_of(positions_BS: torch.Tensor) -> Documents:
-    """The documents of rows whose positions begin at 0 at every document's start, and so at every row's.
-
-    ``positions_BS`` are those of whole sequences (before they are cut among ranks), on the host, which
-    counts in them.
-    """
+    """The documents of rows whose positions begin at 0 at every document's start, and so at every row's. ``positions_BS``
+    are those of whole sequences (before they are cut among ranks) and on the host, which counts in them."""
     starts_BS = positions_BS == 0
     assert bool(starts_BS[:, 0].all()), "positions must begin at 0 in every row"
     end = torch.tensor([starts_BS.numel()])

@@ -12,14 +12,28 @@ from tinytron.checkpoint import CheckpointFiles, Mirror
 from tinytron.distributed.agreement import together_long
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import ConfigError, first_line
-from tinytron.interop import HubUploader
+from tinytron.interop import HubUploader, check_repository, write_architecture
 from tinytron.interop.export import export
 from tinytron.interop.folder import remove_leftovers
 from tinytron.interop.tokenizer import tokenizer_of_data
-from tinytron.model import GPT
+from tinytron.model.protocols import require_gpt
 from tinytron.training.config import Config
 
 FOLDER = "export"  # in the run's folder
+
+
+def check_exportable(config: Config) -> None:
+    """Raises: ConfigError if ``--export_every`` cannot express this architecture, or ``--hub_model_id`` is no name on the
+    hub. For when a run is built: it tries all families of models."""
+    ckpt = config.ckpt
+    if ckpt.hub_model_id is not None:
+        check_repository(ckpt.hub_model_id)
+    if not ckpt.export_every:
+        return
+    try:
+        write_architecture(config.model)
+    except ConfigError as error:
+        raise ConfigError(f"--export_every {ckpt.export_every}: {error}") from error
 
 
 class Exports:
@@ -106,16 +120,12 @@ def build_exports(
     ckpt, world = config.ckpt, state.groups["world"]
     if not ckpt.export_every or config.train.debug:
         return None
-    if not isinstance(model, GPT):
-        raise ConfigError(
-            f"--export_every {ckpt.export_every} exports our GPT, and this is a {type(model).__name__}; "
-            "use --export_every 0"
-        )
+    gpt = require_gpt(model, f"--export_every {ckpt.export_every} exports", "use --export_every 0")
 
     def build() -> Exports | None:
         if not state.is_master:
             return None
-        tokenizer_of_data(config.data.dataset_path, model.config.vocab_size)
+        tokenizer_of_data(config.data.dataset_path, gpt.config.vocab_size)
         exports, files = Exports(config, run_folder, last, mirror), CheckpointFiles(run_folder, resumed)
         for note in exports.catch_up(files if files.complete else None):
             say(note)

@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from tinytron.distributed import DistributedOptimizer
+from tinytron.distributed.collectives import Waitable
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.replicas import check_replicas
 from tinytron.errors import TrainingError
 from tinytron.metrics import SpikeDetector
 from tinytron.training.config import Config
-from tinytron.training.stop import StopAgreement
 from tinytron.utils.signals import StopRequest
 from tinytron.utils.watchdog import Watchdog
 
@@ -88,3 +91,30 @@ class Guards:
         """Go on from what ``state_dict`` returned; a run that had no guard leaves nothing to go on from."""
         if state and self.config.train.spike_sigma:
             self.spikes.load_state_dict(state)
+
+
+class StopAgreement:
+    """A stop that all ranks agree on, although a signal may reach only one of them, and each at another moment: in each
+    step every rank says whether it was asked to stop, and learns in the next one whether any rank was.
+
+    The exchange runs in the background, on the host: neither host nor device waits for it, except for a rank that is more
+    than a step ahead. It has a process group of its own, so that it does not wait behind others. Collective over the
+    world, like ``poll``.
+    """
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo")
+        self._flag = torch.zeros((), dtype=torch.int32)
+        self._work: Waitable | None = None
+
+    def poll(self, received: int, *, last: bool) -> int:
+        """Once per step: tell that this rank ``received`` a signal (0: none), and return the largest number that any rank
+        told in the step before. ``last``: there is no next step, so nothing is told any more."""
+        agreed = 0
+        if self._work is not None:
+            self._work.wait()
+            agreed, self._work = int(self._flag), None
+        if agreed == 0 and not last:
+            self._flag.fill_(received)
+            self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return agreed

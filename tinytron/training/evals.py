@@ -1,24 +1,24 @@
-"""What a run is measured by beside its loss: bits per byte of validation, and tasks on the current weights."""
+"""Evaluations during training: loss on validation data, and tasks, with the current weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
-from torch.utils.data import Dataset
 
 from tinytron.data import Batch
 from tinytron.distributed.agreement import together
 from tinytron.distributed.parallel_state import ParallelState
+from tinytron.evaluation import validate
 from tinytron.evaluation.choices import Item, Row, encode_items, log_probs, read_items, summarise
 from tinytron.model.modules.loss import LossSums
 from tinytron.text.run_tokenizer import find_tokenizer
 from tinytron.text.token_bytes import token_bytes_of_data
-from tinytron.training import datasets
 from tinytron.training.config import Config
+from tinytron.training.datasets import LoadedData, checks_its_tokens
 
 
 class Task(NamedTuple):
@@ -29,19 +29,22 @@ class Task(NamedTuple):
     rows: list[Row]
 
 
-class Measures:
-    """``text_bytes_V``: the bytes of every token id, int64 on the device, if ``dataset`` (validation) is of token shards
-    with a tokenizer.json beside them that tells; ``tasks``: those of ``--eval_tasks``, none in a trial run.
+class TrainingEvals:
+    """Validates on ``val`` and answers the tasks of ``--eval_tasks`` (none in a trial run). Construction is collective.
 
-    Collective. Raises: DataError or ConfigError on every rank for a damaged tokenizer.json, for task files that are not of
-    the form, and for tasks without a tokenizer that fits the model.
+    ``text_bytes_V`` is the number of bytes of every token id, int64 on the device, if ``val`` is of token shards with a
+    tokenizer.json next to them; then validation also gives bits per byte. Raises: DataError or ConfigError on every rank
+    for a damaged tokenizer.json, for malformed task files, and for tasks without a tokenizer that fits the model.
     """
 
-    def __init__(self, config: Config, state: ParallelState, dataset: Dataset[Any] | None) -> None:
+    def __init__(self, config: Config, state: ParallelState, val: LoadedData | None) -> None:
         self._config, self._state = config, state
+        self._sources = [] if val is None else val.sources
+        self._last: tuple[int, float] | None = None  # step and loss of the last validation
         self._path = None if config.data.use_mock_data else config.data.dataset_path
         group = state.groups["world"]
-        found = together(self._token_bytes, group) if datasets.checks_its_tokens(dataset) else None
+        checks = val is not None and checks_its_tokens(val.dataset)
+        found = together(self._token_bytes, group) if checks else None
         size = config.model.vocab_size
         self.text_bytes_V = None if found is None else torch.tensor((found + [0] * size)[:size], device=state.device)
         self.tasks: list[Task] = []
@@ -58,6 +61,23 @@ class Measures:
         tokenizer.check(self._config.model.vocab_size)
         files = [(path.stem, read_items(path)) for path in map(Path, train.eval_tasks)]
         return [Task(name, items, encode_items(items, tokenizer, train.seq_len)) for name, items in files]
+
+    def validate(
+        self,
+        step: int,
+        model: nn.Module,
+        loss: Callable[[Batch], LossSums],
+        normalizer: Callable[[Batch], torch.Tensor],
+        batches: Iterable[Batch],
+    ) -> tuple[float, dict[str, Any]]:
+        """The loss of ``step``'s weights, in nats per token, and the record for the log. Collective."""
+        result = validate(model, loss, batches, self._state, self._sources, self.text_bytes_V, normalizer=normalizer)
+        self._last = step, result.loss
+        return result.loss, {"step": step, "stage": "val", **result.fields()}
+
+    def loss_of(self, step: int) -> float | None:
+        """The validation loss of ``step``'s weights, if that was the last validation."""
+        return self._last[1] if self._last is not None and self._last[0] == step else None
 
     def answer(self, step: int, model: nn.Module, loss: Callable[[Batch], LossSums]) -> list[dict[str, Any]]:
         """The accuracies of every task, as the log keeps them. Collective. A batch has the tokens of a micro-batch of one
@@ -76,11 +96,3 @@ class Measures:
             result = summarise(task.items, task.rows, scores)
             entries.append({"step": step, "stage": "eval", "task": task.name, **result})
         return entries
-
-
-def shown(entry: dict[str, Any]) -> str:
-    """A result in a line for people."""
-    return (
-        f"step {entry['step']} | {entry['task']}: accuracy {entry['accuracy']:.4f} ± {entry['accuracy_stderr']:.4f} "
-        f"({entry['accuracy_per_byte']:.4f} per byte) over {entry['items']} items"
-    )

@@ -3,68 +3,68 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from tinytron.data import Batch
-from tinytron.data.batch import as_batch
+from tinytron.data.batch import FIELDS, as_batch
 from tinytron.data.prefetch import prefetched
 from tinytron.distributed.collectives import sum_over
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.sequence_parallel.ulysses import cut_sequence
 from tinytron.errors import DataError
-from tinytron.kernels.documents import documents_of
-from tinytron.model.modules.loss import IGNORE_INDEX
 from tinytron.training.config import Config
+from tinytron.training.datasets import LoadedData
+from tinytron.utils.sequences import IGNORE_INDEX, documents_of
 
 
-class Feed:
-    """Prepares batches on the host, a thread ahead of the training step where the loader is our ``own``, and moves them
-    over. ``trusted``: the data set itself checks lengths and token ids."""
+class BatchPreparer:
+    """Prepares batches on the host, a thread ahead of the training step where the loader is one of ours, and moves them
+    to the device."""
 
     def __init__(self, config: Config, state: ParallelState) -> None:
         self._state, self._data = state, config.data
         self._seq_len, self._vocab_size = config.train.seq_len, config.model.vocab_size
         self._pin = config.data.pin_memory and state.device.type == "cuda"
 
-    def steps(
-        self, loader: Iterable[Any], per_step: int, *, skip_steps: int = 0, trusted: bool = False, own: bool = False
-    ) -> Iterator[list[Batch]]:
-        """The micro-batches of one optimizer step at a time, until the loader ends. One that is not our ``own`` is read
-        again then, and its first ``skip_steps`` steps are passed over. Raises: DataError for unfit batches."""
-        batches = loader if own else _endless(loader, skip_steps * per_step)
-        with contextlib.closing(self._prepared(batches, trusted, own)) as ready:
+    def steps(self, data: LoadedData, per_step: int, *, skip_steps: int = 0) -> Iterator[list[Batch]]:
+        """The micro-batches of one optimizer step at a time, until the loader ends. A loader of the user's is read again
+        then, and its first ``skip_steps`` steps are passed over. Raises: DataError for unfit batches."""
+        batches = data.loader if data.ours else _endless(data.loader, skip_steps * per_step)
+        with contextlib.closing(self._prepared(batches, data)) as ready:
             while microbatches := [batch.to(self._state.device) for batch in islice(ready, per_step)]:
                 yield microbatches
 
-    def once(self, loader: Iterable[Any], *, trusted: bool = False, own: bool = False) -> Iterator[Batch]:
-        """Every batch of ``loader`` once. Raises: DataError for unfit batches."""
-        with contextlib.closing(self._prepared(loader, trusted, own)) as ready:
+    def once(self, data: LoadedData) -> Iterator[Batch]:
+        """Every batch of a loader once. Raises: DataError for unfit batches."""
+        with contextlib.closing(self._prepared(data.loader, data)) as ready:
             for batch in ready:
                 yield batch.to(self._state.device)
 
-    def _prepared(self, batches: Iterable[Any], trusted: bool, own: bool) -> Generator[Batch, None, None]:
-        # Worker processes read ahead themselves, and are better not forked from a thread; a loader that is not our own may
-        # mind a thread.
-        depth = self._data.prefetch if own and self._data.num_workers == 0 else 0
-        return prefetched((self.prepare(loaded, trusted) for loaded in batches), depth)
+    def _prepared(self, batches: Iterable[Any], data: LoadedData) -> Generator[Batch, None, None]:
+        # Worker processes read ahead themselves, and are better not forked from a thread; a loader of the user's may mind
+        # a thread.
+        depth = self._data.prefetch if data.ours and self._data.num_workers == 0 else 0
+        return prefetched((self.prepare(loaded, data.trusted) for loaded in batches), depth)
 
     def prepare(self, loaded: Any, trusted: bool = False) -> Batch:
-        """This rank's part of a loaded micro-batch's sequences, on the host. Raises: DataError for unfit samples."""
+        """This rank's part of a loaded micro-batch's sequences, on the host; ``trusted``: the dataset itself has checked
+        lengths and token ids. Raises: DataError for unfit samples."""
         batch = as_batch(loaded)
         if not trusted:
             check_batch(batch, self._seq_len, self._vocab_size)
         documents = None if batch.positions is None else documents_of(batch.positions)
         rank, size = self._state.group_rank("sep"), self._state.layout.sep
-        per_token = ("input_ids", "labels", "weights", "positions")
-        parts = {name: cut_sequence(t, rank, size) for name in per_token if (t := getattr(batch, name)) is not None}
+        whole = {name: t for name in FIELDS if (t := getattr(batch, name)) is not None} | dict(batch.extras)
+        of_tokens = batch.input_ids.shape  # [B, S]; only extras may have another shape
+        parts = {name: cut_sequence(t, rank, size) if t.shape[:2] == of_tokens else t for name, t in whole.items()}
         if self._pin:
             parts = {name: part if part.is_pinned() else part.pin_memory() for name, part in parts.items()}
-        return batch._replace(**parts, documents=documents)
+        return Batch.of(parts)._replace(documents=documents, sources=batch.sources)
 
 
 def _endless(loader: Iterable[Any], skip: int) -> Iterator[Any]:
@@ -79,15 +79,31 @@ def _endless(loader: Iterable[Any], skip: int) -> Iterator[Any]:
             raise DataError("train_loader gave no batch; it must give this rank's micro-batches on every pass")
 
 
-def count_targets(microbatches: list[Batch], group: dist.ProcessGroup) -> tuple[torch.Tensor, list[Batch]]:
-    """The number of valid targets of the global batch (at least 1), and the micro-batches with their weights scaled to sum
-    up to it: dividing by this one number then gives the weighted mean, and auxiliary losses keep their scale. Collective.
-    """
-    counts = torch.stack([torch.stack([b.targets().double(), b.target_weight()]) for b in microbatches]).sum(0)
-    targets, weight = sum_over(counts, group)  # the one division (see Trainer._loss)
+class BatchCount(NamedTuple):
+    """Sums over the global batch of a step, on the device: ``divisor`` (int64, at least 1) is what the loss is divided by;
+    ``weight_scale`` makes the weights of the valid targets sum up to their number."""
+
+    divisor: torch.Tensor
+    weight_scale: torch.Tensor
+
+
+def count_targets(
+    microbatches: list[Batch],
+    group: dist.ProcessGroup,
+    normalizer: Callable[[Batch], torch.Tensor] = Batch.targets,
+) -> BatchCount:
+    """The count of a global batch, from this rank's micro-batches; ``normalizer`` gives what one adds to the divisor, a
+    whole number on the device (default: its valid targets). Collective over ``group``."""
+    rows = [torch.stack([normalizer(b).double(), b.targets().double(), b.target_weight()]) for b in microbatches]
+    divisor, targets, weight = sum_over(torch.stack(rows).sum(0), group)
     scale = torch.where(weight > 0, targets / weight, 0.0).float()
-    scaled = [b if b.weights is None else b._replace(weights=b.weights * scale) for b in microbatches]
-    return targets.long().clamp(min=1), scaled
+    return BatchCount(divisor.long().clamp(min=1), scale)
+
+
+def scale_weights(microbatches: list[Batch], scale: torch.Tensor) -> list[Batch]:
+    """The micro-batches with the weights of their targets, if they have any, times ``scale``. With that of ``BatchCount``
+    the one division gives the weighted mean, and auxiliary losses keep their scale."""
+    return [b if b.weights is None else b._replace(weights=b.weights * scale) for b in microbatches]
 
 
 def check_batch(batch: Batch, seq_len: int, vocab_size: int) -> None:

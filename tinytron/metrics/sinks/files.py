@@ -1,0 +1,113 @@
+"""The two log files of a run: ``log.txt`` for reading and comparing, ``log.jsonl`` with everything."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tinytron.errors import StorageError
+from tinytron.metrics.sinks.base import Record, RunInfo, Sink
+from tinytron.utils.training import write_atomically
+
+
+class LogFile(Sink):
+    """A file of lines in the run's folder. Subclasses say its name, a record's line, and the step of a line."""
+
+    name: str
+    path: Path
+
+    def open(self, run: RunInfo) -> None:
+        self.path = run.folder / self.name
+
+    def resume(self, step: int) -> None:
+        """Drop the lines after ``step``, and a line cut short by a crash."""
+        keep_lines(self.path, lambda line: self.step_of(line) <= step)
+
+    def write(self, records: Sequence[Record]) -> None:
+        """Raises: StorageError if the system refuses."""
+        try:
+            _append(self.path, "".join(map(self.line, records)))
+        except OSError as error:
+            raise StorageError(f"{self.path} cannot be written ({error.strerror})") from error
+
+    def line(self, record: Record) -> str:
+        """The record as a line with its end, or nothing."""
+        raise NotImplementedError
+
+    def step_of(self, line: bytes) -> int:
+        """The step of a line. Raises: ValueError if it is not whole."""
+        raise NotImplementedError
+
+
+class TextLog(LogFile):
+    """Lines ``<step> train <loss>`` and ``<step> val <loss>``, with ten significant digits: enough to compare runs."""
+
+    name = "log.txt"
+
+    def line(self, record: Record) -> str:
+        """Empty for records without a loss (eval)."""
+        return f"{record['step']} {record['stage']} {record['loss']:#.10g}\n" if "loss" in record else ""
+
+    def step_of(self, line: bytes) -> int:
+        step, _, _ = line.split()
+        return int(step)
+
+
+class JsonLog(LogFile):
+    """One JSON object per record."""
+
+    name = "log.jsonl"
+
+    def line(self, record: Record) -> str:
+        return json_line(record)
+
+    def step_of(self, line: bytes) -> int:
+        return int(json.loads(line)["step"])
+
+
+def _append(path: Path, lines: str) -> None:
+    """All of ``lines``, or none: a full disk may have taken a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it during the run
+    with open(path, "ab", buffering=0) as file:
+        before = file.tell()
+        content = memoryview(lines.encode())
+        try:
+            while content:
+                content = content[file.write(content) :]
+        except OSError:
+            file.truncate(before)
+            raise
+
+
+def json_line(entry: Record) -> str:
+    """``entry`` as one line. JSON has no NaN or infinity: those become text, at any depth."""
+    return json.dumps(_finite(entry)) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def keep_lines(path: Path, wanted: Callable[[bytes], bool]) -> None:
+    """Drop the other lines of a file, if it is there, and those that are not whole: ``wanted`` may raise ValueError."""
+    if path.exists():
+        write_atomically(path, lambda file: file.writelines(_kept_lines(path, wanted)))
+
+
+def _kept_lines(path: Path, wanted: Callable[[bytes], bool]) -> Iterator[bytes]:
+    """One at a time: a route trace can be larger than memory."""
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                keep = line.endswith(b"\n") and wanted(line)
+            except ValueError:  # not a whole line: the process was killed while writing it
+                continue
+            if keep:
+                yield line

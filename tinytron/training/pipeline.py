@@ -1,0 +1,83 @@
+"""The data of a run: datasets, validation split, sampler, loaders, and micro-batches on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from tinytron.data import Batch
+from tinytron.distributed.parallel_state import ParallelState
+from tinytron.errors import ConfigError
+from tinytron.training import datasets
+from tinytron.training.batch_preparer import BatchPreparer
+from tinytron.training.config import Config
+from tinytron.training.datasets import LoadedData
+from tinytron.training.derive import TrainingInfo, derive
+
+
+class DataPipeline:
+    """Gives this rank's micro-batches by step, from datasets or from loaders of the user's own; what is missing is made.
+
+    ``train`` and ``val`` (``None`` without validation data) are the loaders and what is known of them, ``sampler`` is that
+    of a map-style training set, ``info`` are the step counts, ``validates`` says whether the run validates, ``notes`` is
+    what there is to print. Raises: ConfigError or DataError, the same on every rank, for data that does not fit.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        state: ParallelState,
+        *,
+        train_dataset: Dataset[Any] | None = None,
+        val_dataset: Dataset[Any] | None = None,
+        train_loader: Iterable[Any] | None = None,
+        val_loader: Iterable[Any] | None = None,
+    ) -> None:
+        self.config, self.preparer = config, BatchPreparer(config, state)
+        self.validates = config.train.do_val and not config.train.debug
+        if train_dataset is None and train_loader is None:
+            raise ConfigError("_init_dataset set no train_dataset; set self.train_dataset, or self.train_loader")
+        if val_dataset is None and val_loader is None:
+            train_dataset, val_dataset = self._split(train_dataset)
+        epoch = datasets.epoch_size(config, train_dataset, train_loader)
+        self.info: TrainingInfo = derive(config, state.layout, epoch)
+        self.sampler = None
+        ours = train_loader is None
+        if train_loader is None:
+            self.sampler, train_loader = datasets.make_train_loader(config, state, self.info, train_dataset)
+        self.train = LoadedData(train_loader, train_dataset, ours)
+        self.val: LoadedData | None = None
+        if val_loader is not None:
+            self.val = LoadedData(val_loader, val_dataset, ours=False)
+        elif val_dataset is not None:
+            self.val = LoadedData(datasets.make_val_loader(config, state, val_dataset), val_dataset, ours=True)
+        self.notes = [*self.info.notes, *datasets.describe(train_dataset, self.info)]
+        # From a step to what identifies the data before it.
+        self.identity = datasets.identity_of(config, train_loader if train_dataset is None else train_dataset)
+
+    def _split(self, dataset: Dataset[Any] | None) -> tuple[Dataset[Any] | None, Dataset[Any] | None]:
+        """Training and validation part of a dataset without validation data, as the flags say."""
+        rate = self.config.train.split_rate
+        if not self.validates and (rate is None or rate == 1.0):
+            return dataset, None
+        return datasets.split_off_validation(dataset, 0.99 if rate is None else rate)
+
+    def steps(self, first: int) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of one optimizer step at a time, from step ``first`` (counted from 0) on."""
+        skip = 0
+        if self.train.ours:
+            (self.sampler or self.train.loader).start_step = first  # type: ignore[union-attr]
+        else:
+            skip = first  # a loader of the user's can only be read again up to there
+        return self.preparer.steps(self.train, self.info.grad_accum_steps, skip_steps=skip)
+
+    def validation(self) -> Iterator[Batch]:
+        """This rank's batches of the validation data, each once."""
+        assert self.val is not None, "no validation data: set val_dataset or pass --do_val"
+        return self.preparer.once(self.val)
+
+    def seen_tokens(self, step: int) -> dict[str, int]:
+        """Tokens of every source of a mixture in the first ``step`` steps; empty without a mixture."""
+        return datasets.seen_tokens(self.config, self.train.dataset, step)

@@ -1,0 +1,193 @@
+"""The folder of a run: its path and lock, its remote copy, and the description of the run in it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import numpy as np
+import torch
+
+import tinytron
+from tinytron.checkpoint.files import bytes_of, leftovers, remove_leftovers
+from tinytron.checkpoint.mirror import Mirror
+from tinytron.distributed.agreement import together, together_long
+from tinytron.distributed.layout import ParallelLayout
+from tinytron.distributed.parallel_state import ParallelState
+from tinytron.errors import ConfigError
+from tinytron.metrics.routing import keep_traces_until
+from tinytron.training.config import Config
+from tinytron.training.world import first_on_node
+from tinytron.utils.lock import lock_folder
+from tinytron.utils.remote import is_remote, local_folder
+from tinytron.utils.training import write_atomically
+
+T = TypeVar("T")
+_REMEDY = "wait for it or stop it, or use another --exp_name"  # when the run folder is in use
+
+
+class RunFolder:
+    """The folder of this run, locked against other runs until the master's process ends. Construction is collective.
+
+    ``path`` is the folder, ``mirror`` its remote copy if the log folder is a URL, ``description`` what ``config.json`` and
+    every checkpoint say about the run, ``notes`` what there is to print. Raises: ConfigError or StorageError on every rank
+    if the folder cannot be written, is in use, or is not the same for all.
+    """
+
+    def __init__(self, config: Config, state: ParallelState) -> None:
+        self._config, self._state = config, state
+        self.path = prepare_run_folder(config, state)
+        self._lock = lock_run_folder(self.path, state)
+        self.mirror = open_mirror(config, state)
+        self.description = describe_run(config, state.layout)
+        copied = "" if self.mirror is None else f", copied to {self.mirror.remote.url}"
+        self.notes = [f"run folder: {self.path}{copied}", *remove_leftovers_of_saves(config, self.path, state)]
+
+    def begin(self, step: int) -> None:
+        """Write ``config.json``, once it is clear that the run continues in this folder after ``step``; and drop what
+        routers traced after that, which will be traced again. Collective.
+
+        Raises: ConfigError or, for the remote copy, StorageError on every rank: a run whose log folder cannot be written
+        does not begin.
+        """
+        text = json.dumps(self.description, indent=2).encode()
+        file = self.path / "config.json"
+
+        def write() -> None:
+            write_atomically(file, lambda out: out.write(text))
+            if self.mirror is not None:
+                self.mirror.remote.push(self.path, [file.name])
+            keep_traces_until(self.path, step)
+
+        action = (lambda: writable(self._config, write)) if self._state.is_master else (lambda: None)
+        together(action, self._state.groups["world"])
+
+    def push_logs(self) -> None:
+        """Complete the log files of the remote copy, if there is one."""
+        if self.mirror is not None and self._state.is_master:
+            self.mirror.push_logs()
+
+
+def run_folder(config: Config) -> Path:
+    """``<log_dir>/<exp_name>_<config_hash>``; where it is staged, if the log folder is remote."""
+    return local_folder(config.logging.log_dir) / _run_name(config)
+
+
+def _run_name(config: Config) -> str:
+    return f"{config.logging.exp_name}_{config.config_hash()}"
+
+
+def open_mirror(config: Config, state: ParallelState) -> Mirror | None:
+    """The remote copy of the run's folder, if the log folder is remote; what it has and the local folder lacks is fetched.
+    Collective, once the folder is prepared.
+
+    With ``--no-resume`` a run that is there is moved aside. Raises: ConfigError or StorageError on every rank if the
+    storage cannot be used.
+    """
+    log_dir = config.logging.log_dir
+    if not is_remote(log_dir):
+        return None
+    url, world = f"{log_dir.rstrip('/')}/{_run_name(config)}", state.groups["world"]
+    mirror = together(lambda: Mirror(run_folder(config), url, state, first_on_node()), world)
+    if not config.ckpt.resume:
+        together_long(lambda: mirror.set_aside() if state.is_master else None, world)
+    elif not config.train.debug:
+        mirror.restore()
+    return mirror
+
+
+def prepare_run_folder(config: Config, state: ParallelState) -> Path:
+    """Create the run's folder. Collective.
+
+    With ``--no-resume`` a folder that holds a run is moved aside (``.1``, ``.2``, ...), never overwritten. A remote one is
+    staged on each node. Raises: ConfigError on every rank if the folder cannot be written, or is not the same for all.
+    """
+    folder, world = run_folder(config), state.groups["world"]
+    seal, staged = folder / ".shared", is_remote(config.logging.log_dir)
+
+    def create() -> None:
+        # Only the master has a log; the other nodes of a staged run have parts of checkpoints.
+        if not config.ckpt.resume and (folder if staged else folder / "log.txt").exists():
+            lock_folder(folder, _REMEDY).close()  # not from under a living run
+            number = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
+            folder.rename(folder.with_name(f"{folder.name}.{number}"))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(seal, lambda file: file.write(b""))
+
+    def see() -> None:
+        if not seal.exists():
+            raise ConfigError(
+                f"--log_dir {config.logging.log_dir} is not the same folder on all nodes: process {state.rank} does not "
+                f"see what process 0 wrote to {folder}; use a folder that all nodes share"
+            )
+
+    creates = first_on_node() if staged else state.is_master
+    together(lambda: writable(config, create) if creates else None, world)
+    together(see, world)
+    together(lambda: seal.unlink() if creates else None, world)
+    return folder
+
+
+def lock_run_folder(folder: Path, state: ParallelState) -> IO[str] | None:
+    """Keep other runs out of ``folder`` until the result is closed or the master's process ends, however it ends.
+    Collective.
+
+    Raises: ConfigError on every rank if a living run holds the folder, naming its host and process.
+    """
+    return together(lambda: lock_folder(folder, _REMEDY) if state.is_master else None, state.groups["world"])
+
+
+def remove_leftovers_of_saves(config: Config, folder: Path, state: ParallelState) -> list[str]:
+    """Delete what earlier, killed processes left half saved in ``folder``, whose lock is held; returns what there is to
+    print. Collective. Raises: ConfigError on every rank if the system refuses."""
+
+    def remove() -> list[str]:
+        size = bytes_of(leftovers(folder))
+        names = [path.name for path in remove_leftovers(folder)]
+        return [f"removed what interrupted saves left: {', '.join(names)} ({size:,} bytes)"] if names else []
+
+    return together(lambda: writable(config, remove) if state.is_master else [], state.groups["world"])
+
+
+def writable(config: Config, action: Callable[[], T]) -> T:
+    """The result of ``action``, which writes below the log folder. Raises: ConfigError if the system refuses."""
+    try:
+        return action()
+    except OSError as error:
+        raise ConfigError(
+            f"--log_dir {config.logging.log_dir} cannot be written ({error.strerror}: {error.filename}); "
+            "use a folder you may write to, such as --log_dir ./log/"
+        ) from error
+
+
+def describe_run(config: Config, layout: ParallelLayout) -> dict[str, Any]:
+    """Configuration, layout, code revision and versions."""
+    return {
+        "config": config.as_dict(),
+        "config_hash": config.config_hash(),
+        "world_size": layout.world_size,
+        "command": sys.argv,
+        "git": git_revision(),
+        "versions": {
+            "tinytron": tinytron.__version__,
+            "torch": str(torch.__version__),  # a str subclass that weights_only loading refuses
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+            "cuda": torch.version.cuda,
+        },
+    }
+
+
+def git_revision() -> str | None:
+    """Commit of the code, with ``-dirty`` if files differ from it; ``None`` outside a git checkout."""
+    command = ["git", "-C", str(Path(tinytron.__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip() or None

@@ -1,0 +1,112 @@
+"""What is measured of a run's steps, and given to its sinks: the trainer's one place to log and to print."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from tinytron.distributed.agreement import together
+from tinytron.distributed.parallel_state import ParallelState
+from tinytron.errors import first_line
+from tinytron.metrics import StepWindow, TrainClock
+from tinytron.metrics.sinks import Record, RunInfo, Sink
+from tinytron.training.config import Config
+from tinytron.training.world import measure_peak
+from tinytron.utils.model import train_flops_per_token
+
+# Called with the step at every report, on every rank (so it may be collective): what to add to that step's record.
+Metric = Callable[[int], Record]
+
+
+class Reporter:
+    """Collects the results of steps on the device, and at every report writes them to the ``sinks``, on the master.
+
+    What a sink refuses waits in memory for the next call; what it raises is printed, and the run goes on. ``metrics`` are
+    further numbers for the record of a report's last step. ``clock`` measures training; evaluating and saving pause it.
+    """
+
+    def __init__(self, state: ParallelState, sinks: Iterable[Sink]) -> None:
+        self._state = state
+        self._pending: list[tuple[Sink, list[Record]]] = []
+        self.metrics: list[Metric] = []
+        self.clock, self.window = TrainClock(), StepWindow(state.groups["world"])
+        self._tokens_per_step = self._reported = 0
+        self._flops_per_token = self._peak_flops = 1.0
+        for sink in sinks:
+            self.add(sink)
+
+    def add(self, sink: Sink) -> None:
+        """One more sink, before ``start``; on other ranks than the master it is not used."""
+        if self._state.is_master:
+            self._pending.append((sink, []))
+
+    def say(self, *texts: str) -> None:
+        """Print messages, on the master."""
+        for sink, _ in self._pending:
+            for text in texts:
+                sink.say(text)
+
+    def start(self, run: RunInfo) -> None:
+        """Open the sinks for a run that starts, or continues, after ``run.first_step``. Collective.
+
+        Raises: whatever a sink's ``open`` and ``resume`` raise, on every rank if it is a TinytronError.
+        """
+
+        def start_sinks() -> None:
+            for sink, _ in self._pending:
+                sink.open(run)
+                sink.resume(run.first_step)
+
+        together(start_sinks, self._state.groups["world"])
+        self._tokens_per_step, self._reported = run.tokens_per_step, run.first_step
+
+    def begin_training(self, config: Config) -> None:
+        """Measure how fast all ranks multiply, for MFU; training time starts then. Collective."""
+        self._peak_flops, lines = measure_peak(config, self._state)
+        self._flops_per_token = train_flops_per_token(config.model, config.train.seq_len)
+        self.say(*lines)
+        self.clock.lap()
+
+    def advance(self, step: int) -> None:
+        """Step ``step`` is complete."""
+        for sink, _ in self._pending:
+            sink.advance(step)
+
+    def report(self, step: int, skipped: torch.Tensor) -> dict[str, float]:
+        """Write the records of the steps since the last report, up to ``step``; returns the last one's numbers.
+        Collective; the host waits for the device.
+
+        ``skipped`` is the number of steps that the optimizer skipped, on the device.
+        """
+        records = self.window.flush()
+        seconds = self.clock.lap()
+        rate = (step - self._reported) * self._tokens_per_step / seconds
+        self._reported = step
+        speed = {"tokens_per_second": rate, "mfu": rate * self._flops_per_token / self._peak_flops}
+        extra: Record = {**speed, "skipped_steps": int(skipped)}
+        entries: list[Record] = [{**record.fields(), "stage": "train", **extra} for record in records]
+        with self.clock.paused():
+            for metric in self.metrics:
+                entries[-1] |= metric(step)
+            self.write(entries)
+        return {**records[-1].fields(), "seconds": seconds / len(records), **speed}
+
+    def write(self, records: Sequence[Record]) -> None:
+        """Give records to all sinks, each with what it refused before."""
+        for sink, pending in self._pending:
+            pending.extend(records)
+            try:
+                sink.write(tuple(pending))
+            except Exception as error:  # a log is not worth a run
+                self.say(f"error: {first_line(error)}; its lines wait for the next report")
+            else:
+                pending.clear()
+
+    def close(self) -> None:
+        """Training ended: close the sinks."""
+        for sink, _ in self._pending:
+            try:
+                sink.close()
+            except Exception as error:
+                self.say(f"error: {first_line(error)}")

@@ -1,0 +1,101 @@
+"""What a run goes on from: one of its checkpoints, another run's, or weights to begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.nn as nn
+
+from tinytron.checkpoint import (
+    CheckpointFiles,
+    complete_checkpoints,
+    find_checkpoints,
+    first_undamaged,
+    load_checkpoint,
+)
+from tinytron.checkpoint.meta import FORMAT_VERSION, CheckpointMeta
+from tinytron.distributed.agreement import together, together_long
+from tinytron.distributed.parallel_state import ParallelState
+from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer
+from tinytron.errors import CheckpointError
+from tinytron.interop import load_pretrained
+from tinytron.model.protocols import require_gpt
+from tinytron.training.config import Config
+
+# A checkpoint continues only where these are the same; other differences are the user's choice and are printed.
+_FIXED_ON_RESUME = ("model.", "train.total_batch_size", "train.seq_len", "seed.seed")
+
+
+def resume(
+    config: Config,
+    folder: Path,
+    model: nn.Module,
+    optimizer: DistributedOptimizer,
+    state: ParallelState,
+    data_identity: Callable[[int], str],
+    say: Callable[[str], None],
+) -> CheckpointMeta | None:
+    """Load the newest undamaged checkpoint of the run's ``folder``, else of ``--resume_path``, and return its record; if
+    there is none, the weights of ``--init_from``, and ``None``. Collective.
+
+    ``data_identity`` says by step what identifies the data before it. Raises: CheckpointError or ConfigError on every rank
+    if what is there is damaged or of another run.
+    """
+    world = state.groups["world"]
+    found = together(lambda: checkpoints_to_resume(config, folder), world)
+    if found:
+        files, meta = first_undamaged(found, world, say)
+        differences = check_continues(config, meta, data_identity(files.step), str(files.meta))
+        load_checkpoint(files, meta, model, optimizer, state)
+        say(f"resuming after step {files.step} from {files.model}")
+        for difference in differences:
+            say(f"changed since the checkpoint: {difference}")
+        return meta
+    if (name := config.ckpt.init_from) is not None:
+        load_initial_weights(name, model, optimizer, state)
+        say(f"starting from the weights of {name}")
+    return None
+
+
+def checkpoints_to_resume(config: Config, folder: Path) -> list[CheckpointFiles]:
+    """The checkpoints of the run's ``folder``, newest first, or else what ``--resume_path`` names: a requeued job with
+    that flag continues where it got to. Raises: CheckpointError if ``--resume_path`` names none."""
+    own = complete_checkpoints(folder) if config.ckpt.resume and not config.train.debug else []
+    if own or config.ckpt.resume_path is None:
+        return own
+    return find_checkpoints(config.ckpt.resume_path)
+
+
+def load_initial_weights(name: str, model: nn.Module, optimizer: DistributedOptimizer, state: ParallelState) -> None:
+    """Begin with the weights that ``--init_from name`` names. Collective. Raises: ConfigError or CheckpointError on every
+    rank if they cannot be had, or do not fit the model."""
+
+    def load() -> None:
+        load_pretrained(require_gpt(model, f"--init_from {name} fills", "load it yourself"), name)
+
+    together_long(load, state.groups["world"])  # may be fetched from the hub first
+    optimizer.refresh_shards()
+
+
+def check_continues(config: Config, meta: CheckpointMeta, fingerprint: str, source: str) -> list[str]:
+    """Compare a checkpoint's run with ``config``, which is to continue it; returns the allowed differences, as text.
+
+    Raises: CheckpointError for another format, model, batch, sequence length, seed or data set.
+    """
+    if meta.format != FORMAT_VERSION:
+        raise CheckpointError(f"{source}: format {meta.format}, this version reads format {FORMAT_VERSION}")
+    # An option that came after the checkpoint was written was at its default.
+    mine, theirs = config.identity(), {**config.default_identity(), **meta.identity}
+    differing = [k for k in sorted(mine.keys() | theirs.keys()) if mine.get(k) != theirs.get(k)]
+    differences = [f"{k}: {theirs.get(k)} in the checkpoint, {mine.get(k)} now" for k in differing]
+    fixed = [text for k, text in zip(differing, differences, strict=True) if k.startswith(_FIXED_ON_RESUME)]
+    if fixed:
+        shown = "; ".join(fixed[:3])
+        raise CheckpointError(f"{source} is of a different run ({shown}); use the flags it was trained with")
+    if meta.data != fingerprint:
+        raise CheckpointError(
+            f"{source} was trained on other data ({meta.data}, now {fingerprint}); use the same data (and the same "
+            "--do_val and --split_rate, if validation data is split off), or another --exp_name to start a new run"
+        )
+    return differences

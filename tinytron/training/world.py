@@ -1,0 +1,156 @@
+"""Joining the world: the launcher's environment, the process group, the device, and how fast all ranks multiply."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from tinytron.distributed.agreement import together
+from tinytron.distributed.collectives import sum_over
+from tinytron.distributed.layout import ParallelLayout
+from tinytron.distributed.parallel_state import ParallelState
+from tinytron.errors import ConfigError, first_line
+from tinytron.training.config import DTYPES, Config
+from tinytron.training.derive import accumulation_steps
+from tinytron.utils.matmul import onednn_keeps_fp32, use_onednn
+from tinytron.utils.profile import measured_matmul_rate, peak_flops
+from tinytron.utils.training import seed_all, use_deterministic_kernels
+
+
+class RankAttributes:
+    """Shorthands for a rank's place in the world, as subclasses of the trainer use them: all follow from ``state``."""
+
+    state: ParallelState
+
+    @property
+    def device(self) -> torch.device:
+        """The device that this process computes on."""
+        return self.state.device
+
+    @property
+    def master_process(self) -> bool:
+        """True on rank 0, which prints, logs and writes what is written once."""
+        return self.state.is_master
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup:
+        """The ranks that read other sequences at the same place of theirs."""
+        return self.state.groups["dp"]
+
+    @property
+    def dp_rank(self) -> int:
+        """This rank's number in ``dp_group``."""
+        return self.state.group_rank("dp")
+
+    @property
+    def dp_world_size(self) -> int:
+        """The size of ``dp_group``."""
+        return self.state.layout.dp
+
+    @property
+    def sp_group(self) -> dist.ProcessGroup:
+        """The ranks that share each sequence (``--sep_size``)."""
+        return self.state.groups["sep"]
+
+    @property
+    def sp_rank(self) -> int:
+        """This rank's number in ``sp_group``."""
+        return self.state.group_rank("sep")
+
+    @property
+    def sp_world_size(self) -> int:
+        """The size of ``sp_group``."""
+        return self.state.layout.sep
+
+
+def join_world(config: Config) -> ParallelState:
+    """Read the launcher's environment (none: one process), initialize the process group and build the parallel groups.
+
+    Raises: ConfigError, before any rank waits, for a broken environment, a layout or batch that does not fit the number
+    of processes, or more processes than GPUs.
+    """
+    rank, world_size, local_rank = place_in_world()
+    joined = dist.is_initialized()  # a caller (a notebook, a test) may have done it
+    if joined:
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+    layout = ParallelLayout(world_size, config.parallel.sep_size, config.parallel.ep_size)
+    accumulation_steps(config, layout)  # checked before any rank waits for another
+    device = torch.device("cpu")
+    if torch.cuda.is_available() and config.parallel.backend != "gloo":
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"process {local_rank} of this node has no GPU: there are {torch.cuda.device_count()}; "
+                f"use --nproc_per_node {torch.cuda.device_count()}, or NUM_GPUS=0 for CPU processes"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    elif config.parallel.backend == "nccl":
+        raise ConfigError("--backend nccl needs a GPU, and this machine has none; use --backend gloo or auto")
+    if not joined:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            try:
+                dist.init_process_group(backend, config.parallel.init_method, rank=rank, world_size=world_size)
+            except (ValueError, RuntimeError) as error:
+                raise ConfigError(
+                    f"rank {rank} cannot join the others by --init_method {config.parallel.init_method} "
+                    f"({first_line(error)}); launch with torchrun, which sets MASTER_ADDR and MASTER_PORT"
+                ) from error
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    seed_all(config.seed.seed + rank)
+    if config.seed.deterministic:
+        use_deterministic_kernels()
+    torch.set_float32_matmul_precision("highest" if config.train.disable_tf32 else "high")
+    if device.type == "cpu" and not config.train.disable_tf32 and onednn_keeps_fp32():
+        use_onednn()
+    state = ParallelState.create(layout, device)
+    # Barrier: a rank that fails after this point cannot tear down connections its peers are still opening.
+    together(lambda: None, state.groups["world"])
+    return state
+
+
+def place_in_world() -> tuple[int, int, int]:
+    """Rank, world size and local rank from the launcher's environment; without one: the only process."""
+    values = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    for name in values:
+        text = os.environ.get(name, str(values[name]))
+        if not text.isdecimal():
+            raise ConfigError(f"environment variable {name}={text!r} must be a whole number; torchrun sets it")
+        values[name] = int(text)
+    given, missing = ("RANK", "WORLD_SIZE") if "RANK" in os.environ else ("WORLD_SIZE", "RANK")
+    if given in os.environ and missing not in os.environ:
+        raise ConfigError(
+            f"environment variable {given} is set but {missing} is not; launch with torchrun, or unset {given}"
+        )
+    if values["RANK"] >= values["WORLD_SIZE"]:
+        raise ConfigError(
+            f"environment variable RANK={values['RANK']} must be below WORLD_SIZE={values['WORLD_SIZE']}; "
+            "torchrun sets both"
+        )
+    return values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"]
+
+
+def first_on_node() -> bool:
+    """True in the process that fetches and makes files for all of its node."""
+    return place_in_world()[2] == 0
+
+
+def measure_peak(config: Config, state: ParallelState) -> tuple[float, list[str]]:
+    """Peak matmul rate of all ranks together, in FLOP/s, and lines to print: on CPUs also one if fp32 is faster than the 16
+    bits of ``--precision``. Collective."""
+    precision, world = config.train.precision, state.groups["world"]
+    peak, source = peak_flops(state.device, DTYPES[precision])
+    total = float(sum_over(torch.tensor(peak, device=state.device), world))
+    lines = [f"peak matmul rate for MFU: {total / 1e12:.3g} TFLOP/s ({source})"]
+    if state.device.type == "cpu" and precision in ("bf16", "fp16"):
+        wide = measured_matmul_rate(state.device, torch.float32, seconds=0.1)
+        wide = float(sum_over(torch.tensor(wide), world))
+        if wide > 1.1 * total:  # closer is noise
+            lines.append(
+                f"{precision} is slow on this CPU: matrix products run at {total / 1e9:.3g} GFLOP/s, in fp32 at "
+                f"{wide / 1e9:.3g} GFLOP/s; --precision fp32 would be faster (as a new run: a run keeps its precision)"
+            )
+    return total, lines
