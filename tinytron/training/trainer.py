@@ -138,7 +138,7 @@ class Trainer(RankAttributes):
 
     def _init_guards(self, config: Config) -> None:
         """Set ``guards``: signals, spikes, replicas and stalls."""
-        self.guards = Guards(config, self.state, self.log_dir, self.optimizer, self.raw_model)
+        self.guards = Guards(config, self.state, self.log_dir, self.optimizer)
 
     def _init_saver(self, config: Config) -> None:
         """Set ``saver``, which writes checkpoints and exports."""
@@ -275,7 +275,6 @@ class Trainer(RankAttributes):
         """Wrap a plain torch optimizer, and tell the wrapper the parameters' names and groups."""
         if not isinstance(self.optimizer, DistributedOptimizer):
             self.optimizer = DistributedOptimizer(optimizer=self.optimizer, process_group=self.dp_group)
-        self.raw_optimizer = self.optimizer.inner
         options = optimizer_options(self.config, self.raw_model)
         self.optimizer.attach(self.raw_model, specs_of(self.raw_model), self.state, options)
         if isinstance(self.raw_model, WaitsForParameters):
