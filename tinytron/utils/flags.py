@@ -50,12 +50,16 @@ class FieldInfo:
         return typing.get_args(self.type) if typing.get_origin(self.type) is typing.Literal else None
 
 
-@functools.cache  # resolving annotations takes 5 ms a class, and a run asks for them some 70 times
 def config_fields(cls: type) -> tuple[FieldInfo, ...]:
     """Every field of the dataclass ``cls`` in declaration order.
 
     Raises: TypeError if a field carries no ``Flag`` (then it would have no help text).
     """
+    return _resolved_fields(cls)
+
+
+@functools.cache  # resolving annotations takes 5 ms a class, and a run asks for them some 70 times
+def _resolved_fields(cls: Any) -> tuple[FieldInfo, ...]:
     hints = typing.get_type_hints(cls, include_extras=True)
     infos = []
     for field in dataclasses.fields(cls):
