@@ -28,6 +28,7 @@ RUN: tuple[object, ...] = (
     "constant",
     "--async_save",
 )
+SCALE = 1024.0  # of fp16 losses
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +39,8 @@ def _no_measured_peak(monkeypatch: pytest.MonkeyPatch) -> None:
 def trained_until(last: int, log_dir: Path, *flags: object) -> tuple[Path, dict[int, tuple[float, float]]]:
     """Train to step ``last``, from the newest checkpoint if there is one: the run's folder; losses and norms by step."""
     trainer = Trainer(config_of(*RUN, "--log_dir", log_dir, "--max_steps", last, *flags))
+    if not trainer.step and trainer.config.train.precision == "fp16":
+        trainer.optimizer.loss_scale.fill_(SCALE)  # not the one that every run begins with
     trainer.train()
     dist.destroy_process_group()
     assert trainer.step == last
@@ -72,6 +75,9 @@ def test_a_resumed_run_is_bit_identical(flags: str, tmp_path: Path) -> None:
     mine, theirs = saved(broken, 4), saved(unbroken, 4)
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], weight) for name, weight in theirs.items())
+    mine, theirs = (torch.load(folder / "00004_meta.pt", weights_only=True) for folder in (broken, unbroken))
+    assert mine["counters"] == theirs["counters"]
+    assert mine["counters"]["scale"] == (SCALE if "fp16" in flags else 1.0)
 
 
 @pytest.mark.parametrize(

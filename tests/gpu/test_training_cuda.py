@@ -124,7 +124,7 @@ def test_an_fp16_overflow_is_skipped_on_the_device(tmp_path: Path) -> None:
     assert mine.losses[:1] + mine.losses[2:] == pytest.approx(theirs.losses, rel=3e-3)
     assert mine.norms[:1] + mine.norms[2:] == pytest.approx(theirs.norms, rel=5e-2)
     for name, weight in theirs.weights.items():
-        assert relative_error(mine.weights[name], weight) < 5e-2, name
+        assert relative_error(mine.weights[name], weight) < 2e-2, name
 
 
 def test_the_fp16_scale_falls_until_it_fits(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 from tinytron.errors import ConfigError
 
@@ -84,17 +84,16 @@ class FieldInfo:
         return typing.get_args(self.type) if typing.get_origin(self.type) is typing.Literal else None
 
 
-@functools.cache  # resolving annotations takes 5 ms a class, and a run asks for them some 70 times
 def config_fields(cls: type) -> tuple[FieldInfo, ...]:
     """Every field of the dataclass ``cls`` in declaration order.
 
     Raises: TypeError if a field carries no ``Flag`` (then it would have no help text).
     """
-    return _config_fields(cast(Any, cls))  # mypy takes classes of frozen instances for unhashable
+    return _resolved_fields(cls)
 
 
-@functools.cache
-def _config_fields(cls: type) -> tuple[FieldInfo, ...]:
+@functools.cache  # resolving annotations takes 5 ms a class, and a run asks for them some 70 times
+def _resolved_fields(cls: Any) -> tuple[FieldInfo, ...]:
     hints = typing.get_type_hints(cls, include_extras=True)
     infos = []
     for field in dataclasses.fields(cls):
