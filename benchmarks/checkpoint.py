@@ -27,6 +27,7 @@ import torch.multiprocessing as mp
 from zero1 import SEQ_LEN, SIZES, Ours, run_ranks
 
 from tinytron.checkpoint import CheckpointSaver
+from tinytron.checkpoint.meta import CheckpointMeta
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.model import ModelConfig
@@ -57,7 +58,7 @@ def ways(ours: Ours, state: ParallelState) -> list[Way]:
 
     def our_start(folder: Path, wait: bool) -> CheckpointSaver:
         saver.folder = folder
-        saver.save(1, {}, wait=wait)
+        saver.save(1, CheckpointMeta(), wait=wait)
         return saver
 
     def torch_start(folder: Path) -> None:

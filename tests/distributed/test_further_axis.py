@@ -20,6 +20,7 @@ from tests.helpers.ranks import Ranks
 from tinytron.checkpoint.files import CheckpointFiles
 from tinytron.checkpoint.host_buffers import HostBuffers
 from tinytron.checkpoint.load import load_checkpoint, read_meta
+from tinytron.checkpoint.meta import CheckpointMeta
 from tinytron.checkpoint.save import write_checkpoint
 from tinytron.checkpoint.snapshot import take_snapshot
 from tinytron.checkpoint.tools import consolidate, problems
@@ -146,7 +147,7 @@ def _save(folder: Path, sep: int, tp: int) -> None:
     toy, optimizer, state = _made(sep, tp, {})
     _trained(toy, optimizer, state, 0, 2)
     optimizer.finish_gather()
-    snapshot = take_snapshot(CheckpointFiles(folder, 2), toy, optimizer, {}, state, HostBuffers())
+    snapshot = take_snapshot(CheckpointFiles(folder, 2), toy, optimizer, CheckpointMeta(), state, HostBuffers())
     write_checkpoint(snapshot, state.groups["world"])
 
 

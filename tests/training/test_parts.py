@@ -108,13 +108,12 @@ def _save_by_hand(log_dir: Path) -> tuple[list[str], str]:
     config = config_of(*TINY, "--log_dir", log_dir, "--keep_best", "--no-async_save")
     state = join_world(config)
     folder, model = RunFolder(config, state), Line()
-    groups = {"dense": state.groups["world"], "expert": state.groups["edp"], "ep": state.groups["ep"]}
     optimizer = DistributedOptimizer(torch.optim.AdamW(model.parameters()), state.groups["dp"])
-    optimizer.attach(model, specs_of(model), groups, optimizer_options(config, model))
+    optimizer.attach(model, specs_of(model), state, optimizer_options(config, model))
     folder.begin(0)
     data, guards = (
         DataPipeline(config, state, train_dataset=mock()),
-        Guards(config, state, folder.path, optimizer, model),
+        Guards(config, state, folder.path, optimizer),
     )
     said: list[str] = []
     saver = RunSaver(config, state, folder, model, optimizer, data, guards, resumed=0, say=said.append)

@@ -37,7 +37,7 @@ class Dicts(Dataset[Any]):
         row = self.tokens[index]
         forms = {
             "dict": {"input_ids": torch.tensor(row[:-1]), "labels": torch.tensor(row[1:])},
-            "dict of lists, with more": {"input_ids": row[:-1].tolist(), "labels": row[1:].tolist(), "text": "hello"},
+            "dict of lists, with more": {"input_ids": row[:-1].tolist(), "labels": row[1:].tolist(), "index": index},
             "tensor row": torch.tensor(row, dtype=torch.int32),
             "array row": row,
             "list row": row.tolist(),

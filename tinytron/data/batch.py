@@ -18,7 +18,7 @@ FIELDS = {
     "positions": torch.int64,
 }
 REQUIRED = ("input_ids", "labels")
-_OURS = ("documents", "sources", "extras")  # fields of a batch that no sample gives
+_OURS = ("documents", "sources", "extras", "filling")  # fields of a batch that no sample gives
 _NONE: Mapping[str, torch.Tensor] = {}  # not a MappingProxyType: loaders' processes pickle batches
 
 
@@ -31,6 +31,7 @@ class Batch(NamedTuple):
     ``sources``: which source of a mixture each row is from, int64 ``[B]``.
     ``extras``: what else the samples have, by name, ``[B, ...]``, for a ``_loss`` of the user's own. Under sequence
     parallelism those of shape ``[B, S, ...]`` are cut like the ids; the others are whole on every rank.
+    ``filling``: how many of the rows are copies without a label, which fill up the last batch of validation.
     """
 
     input_ids: torch.Tensor
@@ -40,6 +41,7 @@ class Batch(NamedTuple):
     documents: Documents | None = None
     sources: torch.Tensor | None = None
     extras: Mapping[str, torch.Tensor] = _NONE
+    filling: int = 0
 
     @classmethod
     def of(cls, fields: Mapping[str, torch.Tensor]) -> Batch:
@@ -80,7 +82,7 @@ def as_batch(item: Any) -> Batch:
     extras: dict[str, torch.Tensor] = {}
     if isinstance(item, dict):
         given = {name: item[name] for name in FIELDS if item.get(name) is not None}
-        extras = _extras(item)
+        extras = _extras(item) if given.keys() >= set(REQUIRED) else {}
     else:
         is_pair = isinstance(item, (list, tuple)) and len(item) == len(REQUIRED)
         given = dict(zip(REQUIRED, item, strict=True)) if is_pair else {}
@@ -157,9 +159,9 @@ def collate(items: Batch | Sequence[Any]) -> Batch:
 
 
 def masked(batch: Batch, rows: Sequence[int]) -> Batch:
-    """The batch with no label of ``rows`` counting."""
+    """The batch with ``rows`` as filling: none of their labels counts."""
     if not rows:
         return batch
     labels = batch.labels.clone()
     labels[list(rows)] = IGNORE_INDEX
-    return batch._replace(labels=labels)
+    return batch._replace(labels=labels, filling=len(rows))
