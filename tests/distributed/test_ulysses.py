@@ -14,6 +14,7 @@ from tests.helpers.ranks import Ranks
 from tests.helpers.rope import frequencies
 from tinytron.distributed import ParallelLayout, ParallelState
 from tinytron.distributed.sequence_parallel.ulysses import HeadPlan, cut_sequence, head_to_seq, seq_to_head
+from tinytron.kernels.choice import Kernels
 from tinytron.model import ModelConfig
 from tinytron.model.modules.attn import Attention
 from tinytron.model.modules.emb import RotaryEmbedding
@@ -86,7 +87,7 @@ def _attention(heads: int, kv_heads: int, kind: str, backend: Any, qk_norm: bool
     rope = RotaryEmbedding(frequencies(H, 10000.0), S, torch.float64)
     modules = []
     for its in (state, None):
-        module = Attention(config, backend, its).double()
+        module = Attention(config, Kernels(attention=backend), its).double()
         for i, weight in enumerate(module.parameters()):
             weight.data = 0.5 * _random(*weight.shape, seed=10 + i)
         modules.append(module)
@@ -123,7 +124,7 @@ def _fp32(kv_heads: int) -> None:
     config = ModelConfig(hidden_size=8, num_attention_heads=4, num_key_value_heads=kv_heads, head_dim=H, block_size=S)
     state = ParallelState.create(ParallelLayout(world, sep=world), torch.device("cpu"))
     rope = RotaryEmbedding(frequencies(H, 10000.0), S, torch.float32)
-    one, many = Attention(config), Attention(config, "sdpa", state)
+    one, many = Attention(config), Attention(config, Kernels(attention="sdpa"), state)
     for i, (a, b) in enumerate(zip(one.parameters(), many.parameters(), strict=True)):
         a.data = 0.5 * _random(*a.shape, seed=i).float()
         b.data = a.data.clone()

@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from tests.helpers.runs import config_of
 from tinytron.checkpoint.files import CheckpointFiles
 from tinytron.checkpoint.host_buffers import HostBuffers
+from tinytron.checkpoint.meta import CheckpointMeta
 from tinytron.checkpoint.snapshot import take_snapshot
 from tinytron.data import Batch
 from tinytron.model.modules.loss import LossSums
@@ -80,7 +81,7 @@ def held_bytes(log_dir: Path, *flags: object) -> dict[str, Any]:
     mains = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for b in buffers for t in b._mains}
     host = HostBuffers()
     files = CheckpointFiles(trainer.log_dir, 1)
-    snapshot = take_snapshot(files, trainer.raw_model, optimizer, {}, trainer.state, host)
+    snapshot = take_snapshot(files, trainer.raw_model, optimizer, CheckpointMeta(), trainer.state, host)
     return {
         "parameters": sum(b.param_data.untyped_storage().nbytes() for b in buffers),
         "gradients": sum(b.grad_data.untyped_storage().nbytes() for b in buffers)

@@ -132,7 +132,7 @@ def split_off_validation(dataset: Dataset[Any] | None, split_rate: float) -> tup
         kind = "an own train_loader" if dataset is None else type(dataset).__name__
         raise ConfigError(
             f"--do_val and --split_rate {split_rate} need validation data, and {kind} cannot be split; set val_dataset "
-            "(of token shards: tokenise with --val_fraction 0.005), or drop them"
+            "(of token shards: tokenize with --val_fraction 0.005), or drop them"
         )
     count = size_of(dataset)
     first_val = round(count * split_rate)
