@@ -301,7 +301,7 @@ NETWORK = "check the names and the network, or give a local file or folder"
         ("nowhere", (), {}, "nowhere: there is no such file or folder"),
         ("repo/data", (), {"HF_TEXT_KEY": "x"}, "test-00000-of-00001.parquet: row 1 has no key 'x'; set HF_TEXT_KEY"),
         ("bare", (), {}, "has no token shards (train_*.bin) and no text; give a file, or a folder with files, that end in"),
-        (None, (), {}, "DataError: HF_DATASET_REPO=HuggingFaceFW/fineweb-edu HF_DATASET_NAME= HF_SPLIT=train: Couldn't "),
+        (None, (), {}, "DataError: HF_DATASET_REPO=HuggingFaceFW/fineweb-edu HF_SPLIT=train: Couldn't "),
         (None, (), {}, NETWORK),
         (None, (), {"HF_DATASET_REPO": "repo", "HF_SPLIT": "dev"}, "HF_SPLIT=dev: Bad split: dev. Available splits: ['"),
         (None, (), {"HF_DATASET_REPO": "repo", "HF_DATASET_NAME": "x"}, "BuilderConfig 'x' not found. Available: ['def"),

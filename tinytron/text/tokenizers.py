@@ -61,11 +61,12 @@ class TextTokenizer:
         for token in (wanted,) if wanted is not None else (self.end, *END_TOKENS):
             if token is not None and (number := self.token_id(token)) is not None:
                 return token, number
-        rule = (
-            f"--eot_token {wanted} is no token of" if wanted is not None else "there is no known end-of-text token in"
-        )
-        advice = f"use --eot_token with one of {', '.join(candidates[:8])}" if candidates else "use --eot_position none"
-        raise ConfigError(f"{rule} --{self.kind} {self.name}; {advice}")
+        rule, advice = "there is no known end-of-text token in", ["--eot_position none"]
+        if wanted is not None:
+            rule, advice = f"--eot_token {wanted} is no token of", []
+        if candidates:
+            advice.insert(0, f"--eot_token with one of {', '.join(candidates[:8])}")
+        raise ConfigError(f"{rule} --{self.kind} {self.name}; use {', or '.join(advice) or 'another tokenizer'}")
 
     def _has(self, token: str) -> bool:
         return self.token_id(token) is not None
