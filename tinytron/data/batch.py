@@ -54,7 +54,9 @@ class Batch(NamedTuple):
         documents = self.documents
         if documents is not None:
             documents = documents._replace(cu_seqlens=documents.cu_seqlens.to(device, non_blocking=True))
-        tensors = {k: v.to(device, non_blocking=True) for k, v in self._asdict().items() if torch.is_tensor(v)}
+        tensors: dict[str, Any] = {
+            k: v.to(device, non_blocking=True) for k, v in self._asdict().items() if torch.is_tensor(v)
+        }
         extras = {name: tensor.to(device, non_blocking=True) for name, tensor in self.extras.items()}
         return self._replace(**tensors, documents=documents, extras=extras)
 
