@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import shutil
 import statistics
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from tinytron.training import Trainer, build_config, parse_args
 
 ROOT = Path(__file__).resolve().parents[2]
 WARM_UP = 4  # steps that are not measured
+PLAIN_SAVE_AT = (7, 8)  # steps before which torch.save is timed, while nothing is written in the background
 SAVE_AT = (10, 20)  # steps before which a checkpoint is saved
 WAITS_AT = 6  # the step in which waits are counted
 
@@ -46,8 +49,10 @@ class Timed(Trainer):
             self._began = now = time.perf_counter()
         elif self.step > WARM_UP:
             self.gaps.append(now - self._left)
+        if self.step in PLAIN_SAVE_AT:
+            self.plain_saves.append(self._seconds(self._save_plainly))
         if self.step in SAVE_AT:
-            self._time_saves()
+            self.stalls.append(self._seconds(self.save))
         if self.step == WAITS_AT:
             self.waits = self._counted_waits(microbatches)
         else:
@@ -66,18 +71,18 @@ class Timed(Trainer):
                 super().train_step(microbatches)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        return sum("synchronizing" in str(one.message) for one in caught)
+        return sum("called a synchronizing CUDA operation" in str(one.message) for one in caught)
 
-    def _time_saves(self) -> None:
-        """One save of ours, in the background, and one of the same tensors by torch.save."""
+    def _seconds(self, action: Callable[[], object]) -> float:
         torch.cuda.synchronize()
         start = time.perf_counter()
-        self.save()
-        self.stalls.append(time.perf_counter() - start)
-        start = time.perf_counter()
+        action()
+        return time.perf_counter() - start
+
+    def _save_plainly(self) -> None:
+        """What torch.save does with the same tensors."""
         state = {"model": self.raw_model.state_dict(), "optimizer": self.raw_optimizer.state_dict()}
         torch.save(state, self.log_dir / "plain.pt")
-        self.plain_saves.append(time.perf_counter() - start)
 
 
 def measure_loop(context: Context) -> None:
@@ -105,6 +110,9 @@ def measure_loop(context: Context) -> None:
         f"training up for {stall:.3f} s, torch.save for {plain:.3f} s"
     )
     dist.destroy_process_group()
+    del trainer
+    gc.collect()
+    torch.cuda.empty_cache()  # the next measurement is another process on the same GPU
     for path in (context.out / "log", data):
         shutil.rmtree(path)
 

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, NoReturn
 
@@ -28,20 +28,24 @@ def preload() -> None:
 
 
 def end_with_the_parent() -> None:
-    """In a new child on Linux: end when the driver is killed, so that nothing disturbs the next call."""
+    """In a new child on Linux: end when the driver is killed. What the child has started ends with ``kill_marked``."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
 
 
 class Forked:
-    """``python -m module arguments`` in a fork, with the part of subprocess.Popen's interface that Pool uses."""
+    """``python -m module arguments`` in a fork, with the part of subprocess.Popen's interface that Pool uses. ``variables``
+    are added to the environment."""
 
-    def __init__(self, module: str, arguments: Sequence[str], cwd: Path, log: IO[bytes]) -> None:
+    def __init__(
+        self, module: str, arguments: Sequence[str], cwd: Path, log: IO[bytes], variables: Mapping[str, str]
+    ) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         self.returncode: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
+            os.environ.update(variables)
             _run(module, arguments, cwd, log)
 
     def poll(self) -> int | None:

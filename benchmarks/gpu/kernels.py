@@ -6,9 +6,9 @@ import argparse
 import gc
 import importlib.util
 
-import kernels
 import torch
 
+from benchmarks import kernels
 from gpu.part import Context, run
 from gpu.stand_in import interpreter_problem
 from tinytron.utils.profile import matmul_rates

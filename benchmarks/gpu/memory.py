@@ -84,14 +84,14 @@ def main(context: Context, _: argparse.Namespace) -> None:
         distance = (
             max(abs(plan.resident / held - 1), abs(plan.peak / peak - 1)) if held > 0 and peak > 0 else float("nan")
         )
-        worst = max(worst, distance)
+        worst = worst if distance <= worst else distance  # a NaN stays
         shown = [f"{size / 2**20:,.0f}" for size in (held, plan.resident, peak, plan.peak)]
         lines.append(f"| {name} | {' | '.join(shown)} | {distance:.1%} |")
         context.result.figure("memory.worst_error", worst)
         context.result.figure(f"memory.{name.replace(' ', '_')}.peak_bytes", peak)
     context.result.table(lines)
     context.result.note(f"the plan is within {worst:.1%} of {len(lines) - 2} measured runs")
-    if any(context.result.problems.values()):
+    if len(lines) == 2 or any(context.result.problems.values()):
         raise SystemExit(1)
 
 

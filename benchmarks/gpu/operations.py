@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-import operations
 import torch
 from step_time import model_config
 
+from benchmarks import operations
 from gpu.kernels import ceilings
 from gpu.part import Context, run
 from tinytron.utils.training import DTYPES

@@ -44,14 +44,14 @@ PARTS = (
     Part("real_run", "train, validate, save, resume, export through the launch script", "gpu.real_run", (), 75),
     Part("memory", "--dry_run predicts the measured peaks", "gpu.memory", (), 60),
     _tests("rest", "data, generation and optional packages", 40),
-    _speed("dense128", "step time of 0.25B with heads of 128 beside transformers and plain torch", 100),
-    _speed("experts", "step time of the experts model beside transformers' grouped one", 90),
-    _speed("large", "step time of 1B beside transformers and plain torch", 120),
-    Part("kernels", "each Triton kernel beside its twin and its compiled twin", "gpu.kernels", (), 60, alone=True),
+    _speed("dense128", "step time of 0.25B with heads of 128 next to transformers and plain torch", 100),
     Part(
         "operations", "the ways to attend, and each operation against its floor", "gpu.operations", (), 40, alone=True
     ),
-    Part("costs", "waits, loader share, checkpoint stall, time to first step", "gpu.costs", (), 75, alone=True),
+    Part("kernels", "each Triton kernel next to its twin and its compiled twin", "gpu.kernels", (), 100, alone=True),
+    Part("costs", "host waits, loader share, checkpoint stall, time to first step", "gpu.costs", (), 75, alone=True),
+    _speed("experts", "step time of the experts model next to transformers' grouped one", 90),
     _speed("options", "what varlen, Triton kernels and recomputation change at 0.25B", 90),
-    _speed("dense64", "step time of 0.25B with heads of 64 beside transformers and plain torch", 90),
+    _speed("large", "step time of 1B next to transformers and plain torch", 120),
+    _speed("dense64", "step time of 0.25B with heads of 64 next to transformers and plain torch", 90),
 )

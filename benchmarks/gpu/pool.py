@@ -21,6 +21,7 @@ from gpu.parts import Part
 
 VERDICT = "verdict.json"
 WORKING = ".working"  # what a part writes before it has a verdict
+MARK = "TINYTRON_GPU_PART"  # names a part's folder in the environment of all of its processes
 LEFT_OUT_STATUS = 75  # exit status of a part that cannot run here, for lack of a package
 _GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
 
@@ -59,7 +60,8 @@ class Pool:
         self._end = end
         self._workers = max(1, min(4, (os.cpu_count() or 1) // (1 if rehearsing else 3)))
         self._running: list[Running] = []
-        shutil.rmtree(folder / WORKING, ignore_errors=True)  # of a call that was killed
+        kill_marked(folder / WORKING)  # what a killed call has left behind
+        shutil.rmtree(folder / WORKING, ignore_errors=True)
 
     def left(self) -> float:
         """Seconds that this call still has."""
@@ -77,10 +79,11 @@ class Pool:
         arguments = [*part.arguments, "--out", str(out), "--others", str(self._folder)]
         process: subprocess.Popen[bytes] | Forked
         if self._rehearsing:
-            process = Forked(part.module, [*arguments, "--rehearse"], self._root, log)
+            process = Forked(part.module, [*arguments, "--rehearse"], self._root, log, {MARK: str(out)})
         else:
             process = subprocess.Popen(
-                [sys.executable, "-m", part.module, *arguments], cwd=self._root, stdin=subprocess.DEVNULL,
+                [sys.executable, "-m", part.module, *arguments], cwd=self._root, env={**os.environ, MARK: str(out)},
+                stdin=subprocess.DEVNULL,
                 stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=end_with_the_parent,
             )  # fmt: skip
         now = time.monotonic()
@@ -95,8 +98,7 @@ class Pool:
     def stop(self) -> None:
         """End all parts that run, without verdicts."""
         for running in self._running:
-            _end(running.process)
-            running.log.close()
+            self._finish(running)
         self._running.clear()
 
     def _watch(self) -> None:
@@ -107,12 +109,16 @@ class Pool:
                 continue
             self._running.remove(running)
             cut = code is None
-            _end(running.process)  # and what it left behind
-            running.log.close()
+            self._finish(running)  # and what it left behind
             if cut and running.deadline >= self._end:
                 print(f"{running.part.name}: no time left; the next call repeats it", flush=True)
             else:
                 self._publish(running, code, now - running.started)
+
+    def _finish(self, running: Running) -> None:
+        _end(running.process)
+        kill_marked(self._folder / WORKING / running.part.name)
+        running.log.close()
 
     def _publish(self, running: Running, code: int | None, seconds: float) -> None:
         """Move the part's folder to its place, with its verdict. ``code``: the exit status, ``None`` for a part that was
@@ -140,6 +146,17 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             process.wait(_GRACE_SECONDS)
         except (subprocess.TimeoutExpired, TimeoutError):
             continue
+
+
+def kill_marked(place: Path) -> None:
+    """End every process that works for a part in ``place`` or below it. Launchers give their workers sessions of their
+    own, so the environment tells, which all of a part's processes inherit (Linux)."""
+    mark = f"{MARK}={place}".encode()
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            values = entry.read_bytes().split(b"\0")
+            if any(value == mark or value.startswith(mark + b"/") for value in values):
+                os.kill(int(entry.parent.name), signal.SIGKILL)
 
 
 def revision(root: Path) -> str:

@@ -40,6 +40,7 @@ ENVIRONMENT = "environment"  # the part on which all others rest
 MACHINE = "machine.json"
 LOCK = ".lock"
 TABLE = "table.md"
+LOCK_TRIES = 40  # four a second
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -89,10 +90,8 @@ def open_folder(folder: Path, rehearsal: bool) -> IO[str]:
         raise ConfigError(
             f"--out {folder} cannot be written ({error.strerror}); use a folder you may write to"
         ) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ConfigError(f"--out {folder}: another call works in it; wait for it, or use another --out") from None
+    if not _locked(lock):
+        raise ConfigError(f"--out {folder} is in use by another call; wait for it, or use another --out")
     here, path = machine(rehearsal), folder / MACHINE
     if path.exists():
         there = json.loads(path.read_text())
@@ -115,6 +114,17 @@ REHEARSAL_VARIABLES = {
     "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
     "TINYTRON_REHEARSE_GPU": "1", "NUM_GPUS": "0",
 }  # fmt: skip
+
+
+def _locked(lock: IO[str]) -> bool:
+    """Whether the lock could be had. Parts of a call that was just killed may hold it for a moment longer."""
+    for _ in range(LOCK_TRIES):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            time.sleep(0.25)
+    return False
 
 
 @contextlib.contextmanager
@@ -142,6 +152,9 @@ def run_parts(parts: Sequence[Part], pool: Pool, folder: Path, rehearsing: bool)
             print(f"the time is used up before {part.name}", flush=True)
             break
         if is_settled(folder, part):
+            continue
+        if not rehearsing and pool.left() < part.expected / 2:
+            print(f"{part.name}: left for the next call, {pool.left():.0f} s are too short", flush=True)
             continue
         alone = part.name == ENVIRONMENT or (part.alone and not rehearsing)
         if alone:
@@ -179,7 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         total = sum(part.expected for part in listed.PARTS)
         print(f"{'all':<18} {total:>4} s  one after the other; tests run beside each other")
         return 0
-    folder = (args.out or Path("log", "rehearsal" if args.rehearse else "gpu")).resolve()
+    default = ROOT / "log" / ("rehearsal" if args.rehearse else "gpu")
+    folder = Path(os.environ.get("CALLED_FROM", "."), args.out or default).resolve()
     if args.table:
         if not (folder / MACHINE).exists():
             raise ConfigError(f"--out {folder} holds no results; run without --table first")

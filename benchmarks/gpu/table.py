@@ -15,6 +15,7 @@ from gpu.pool import VERDICT, WORKING, Verdict
 from gpu.targets import TARGETS, Target
 
 MAX_LINES = 60
+MAX_WRONG_OF_PART = 3  # or one part, in which the GPU broke down, would hide the others
 MAX_WRONG = 20  # lines on what is wrong; the rest is counted
 WIDTH = 150
 
@@ -64,9 +65,11 @@ def figures_of(found: list[Outcome]) -> dict[str, float]:
 def wrong_lines(found: list[Outcome]) -> Iterator[str]:
     """A line for every check that failed, and for every part that did."""
     for outcome in found:
-        for name, problem in outcome.problems.items():
-            if problem:
-                yield _cut(f"WRONG    {outcome.name}: {name}: {problem}")
+        wrong = [f"{name}: {problem}" for name, problem in outcome.problems.items() if problem]
+        for text in wrong[:MAX_WRONG_OF_PART]:
+            yield _cut(f"WRONG    {outcome.name}: {text}")
+        if len(wrong) > MAX_WRONG_OF_PART:
+            yield f"WRONG    {outcome.name}: {len(wrong) - MAX_WRONG_OF_PART} more checks, see its log.txt"
         if outcome.verdict == Verdict.FAILED and not any(outcome.problems.values()):
             yield f"FAILED   {outcome.name}: see {outcome.name}/log.txt; once mended: --again {outcome.name}"
         if outcome.verdict == Verdict.TIMED_OUT:
@@ -74,10 +77,14 @@ def wrong_lines(found: list[Outcome]) -> Iterator[str]:
 
 
 def left_out_lines(found: list[Outcome]) -> Iterator[str]:
-    """A line for every part that could not run here."""
+    """A line for every part that could not run here, and for what other parts had to leave out."""
     for outcome in found:
         if outcome.verdict == Verdict.LEFT_OUT:
             yield _cut(f"LEFT OUT {outcome.name}: {outcome.notes[-1] if outcome.notes else 'see its log'}")
+            continue
+        for note in outcome.notes:
+            if note.startswith("left out: "):
+                yield _cut(f"LEFT OUT {outcome.name}: {note.removeprefix('left out: ')}; then --again {outcome.name}")
 
 
 def _cut(text: str) -> str:
@@ -134,7 +141,7 @@ def report_lines(folder: Path) -> list[str]:
         missed, met = [], [f"{count} of {len(TARGETS)} targets have a figure; a rehearsal's figures mean nothing"]
     lines += [*missed, *left_out_lines(found)]
     if waiting:
-        lines.append(f"NOT RUN  {', '.join(waiting)}: call again to run them")
+        lines.append(_cut(f"NOT RUN  call again for {', '.join(waiting)}"))
     if targets_not_run:
         lines.append(_cut(f"NOT RUN  targets: {', '.join(targets_not_run)}"))
     lines += [*met, *part_lines(found)]

@@ -35,7 +35,7 @@ TARGETS = (
     Target("speed.dense64.over_transformers", "0.25B, heads of 64: speed over transformers, compiled", 1.2),
     Target("speed.large.over_transformers", "1B: speed over transformers, compiled", 1.2),
     Target("speed.experts.over_transformers", "experts: speed over transformers' grouped ones", 1.5),
-    Target("memory.worst_error", "--dry_run: distance of planned from measured peaks", 0.05, at_most=True, form=".1%"),
+    Target("memory.worst_error", "--dry_run: distance from measured memory", 0.05, at_most=True, form=".1%"),
     Target("costs.host_waits", "host waits in a dense training step", 0, at_most=True, form=".0f"),
-    *(Target(f"kernels.{name}.gain", f"Triton kernel {name} over its best twin", 1.1) for name in TRITON),
+    *(Target(f"kernels.{name}.gain", f"{name} by Triton over its best twin", 1.1) for name in TRITON),
 )

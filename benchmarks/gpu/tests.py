@@ -24,6 +24,9 @@ FILES = {
 }
 
 
+BROKEN = ("illegal memory access", "device-side assert")
+
+
 class Recorder:
     """A pytest plugin that keeps the outcome of every test: right, skipped, or the last line of what is wrong."""
 
@@ -37,7 +40,10 @@ class Recorder:
         name = report.nodeid.split("::", 1)[-1]
         if report.failed:
             crash = getattr(report.longrepr, "reprcrash", None)
-            self._result.check(name, getattr(crash, "message", None) or str(report.longrepr).splitlines()[-1])
+            message = getattr(crash, "message", None) or str(report.longrepr).splitlines()[-1]
+            self._result.check(name, message)
+            if any(text in message for text in BROKEN):
+                raise SystemExit(1)  # the GPU refuses everything from here on in this process
         elif report.skipped:
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
             self.skipped.append(reason.removeprefix("Skipped: "))

@@ -143,10 +143,10 @@ def test_the_next_call_continues(tmp_path: Path) -> None:
     driver = Driver(tmp_path, *(fake(f"part{i}", "middle", alone=True) for i in range(6)))
     code, printed, _ = driver.call("--rehearse", "--minutes", 1.2 / 60)
     assert code == 0
-    assert "NOT RUN  part" in printed
+    assert "NOT RUN  call again for part" in printed
     code, printed, _ = driver.call("--rehearse")
     assert code == 0
-    assert "NOT RUN  part" not in printed
+    assert "NOT RUN  call again for part" not in printed
     assert all(driver.verdict(f"part{i}") == "done" for i in range(6))
 
 
@@ -215,7 +215,7 @@ def test_a_folder_is_for_one_call_and_one_machine(tmp_path: Path) -> None:
         code, _, err = driver.call("--rehearse")
     assert (code, err) == (
         2,
-        f"error: --out {driver.folder}: another call works in it; wait for it, or use another --out\n",
+        f"error: --out {driver.folder} is in use by another call; wait for it, or use another --out\n",
     )
     (tmp_path / "file").write_text("")
     driver.folder = tmp_path / "file"
@@ -298,7 +298,51 @@ def test_the_table_is_short(gpu: Any, tmp_path: Path) -> None:
     lines = table.report_lines(tmp_path)
     assert len(lines) <= 60
     assert max(map(len, lines[1:])) <= 150
+    assert sum("check" in line for line in lines) > 10, "one part must not hide the others"
     assert "more" in lines[21]
+
+
+@pytest.fixture
+def real_run(gpu: Any, tmp_path: Path) -> Any:
+    return importlib.import_module("gpu.real_run")
+
+
+def curve(steps: int, shift: float = 0.0) -> dict[str, dict[int, float]]:
+    return {"train": {i: 8.3 - 5 * (i - 1) / steps + shift for i in range(1, steps + 1)}, "val": {steps: 3.4 + shift}}
+
+
+def problems_of(real_run: Any, folder: Path, losses: Any) -> set[str]:
+    result = real_run.Result(folder)
+    record = folder / "record.json"
+    record.write_text(json.dumps({"precision": "fp32", **curve(10)}))
+    real_run.check_losses(result, losses, 10, 4096, 2.0)
+    real_run.compare_with_record(result, losses, record)
+    return {name for name, problem in result.problems.items() if problem}
+
+
+def test_a_wrong_loss_curve_is_wrong(real_run: Any, tmp_path: Path) -> None:
+    near = "the losses are those recorded on a CPU"
+    assert problems_of(real_run, tmp_path, curve(10)) == set()
+    assert problems_of(real_run, tmp_path, curve(10, shift=0.15)) == {near}
+    hole, flat, nan = curve(10), curve(10), curve(10)
+    del hole["train"][5]
+    flat["train"] |= dict.fromkeys(range(2, 11), 8.3)
+    nan["val"][10] = float("nan")
+    assert problems_of(real_run, tmp_path, hole) == {near, "every step is logged"}
+    assert problems_of(real_run, tmp_path, flat) == {near, "the model learns"}
+    assert problems_of(real_run, tmp_path, nan) == {near}
+    assert "the first loss is ln V" in problems_of(real_run, tmp_path, curve(10, shift=-1.0))
+
+
+def test_the_record_is_whole(real_run: Any, tmp_path: Path) -> None:
+    recorded = json.loads(real_run.RECORD.read_text())
+    steps = importlib.import_module("gpu.sizes").FULL.train_steps
+    assert [int(step) for step in recorded["train"]] == list(range(1, steps + 1))
+    assert [int(step) for step in recorded["val"]] == [steps // 2, steps]
+    assert recorded["precision"] == "fp32"
+    result = real_run.Result(tmp_path)
+    real_run.compare_with_record(result, recorded | {"val": {}}, tmp_path / "none.json")
+    assert "none.json is missing" in next(iter(result.problems.values()))
 
 
 def test_sizes_fit_the_gpu(gpu: Any) -> None:
