@@ -233,8 +233,8 @@ def test_a_resumed_run_has_every_line_once(ranks: Pools, tmp_path: Path) -> None
 class Reporting(Trainer):
     """Tells what was recorded, and what the console showed last."""
 
-    def _init_reporter(self) -> None:
-        super()._init_reporter()
+    def _init_reporter(self, config: Config) -> None:
+        super()._init_reporter(config)
         self.shown: dict[str, str] = {}
         shows = type("Shows", (Console,), {"show": lambda _, step, values: self.shown.update(values)})
         self.reporter.add(shows())
