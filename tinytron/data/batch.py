@@ -18,7 +18,7 @@ FIELDS = {
     "positions": torch.int64,
 }
 REQUIRED = ("input_ids", "labels")
-_OURS = ("documents", "sources", "extras")  # fields of a batch that no sample gives
+_OURS = ("documents", "sources", "extras", "filling")  # fields of a batch that no sample gives
 _NONE: Mapping[str, torch.Tensor] = {}  # not a MappingProxyType: loaders' processes pickle batches
 
 
@@ -31,6 +31,7 @@ class Batch(NamedTuple):
     ``sources``: which source of a mixture each row is from, int64 ``[B]``.
     ``extras``: what else the samples have, by name, ``[B, ...]``, for a ``_loss`` of the user's own. Under sequence
     parallelism those of shape ``[B, S, ...]`` are cut like the ids; the others are whole on every rank.
+    ``filling``: how many of the rows are copies without a label, which fill up the last batch of validation.
     """
 
     input_ids: torch.Tensor
@@ -40,6 +41,7 @@ class Batch(NamedTuple):
     documents: Documents | None = None
     sources: torch.Tensor | None = None
     extras: Mapping[str, torch.Tensor] = _NONE
+    filling: int = 0
 
     @classmethod
     def of(cls, fields: Mapping[str, torch.Tensor]) -> Batch:
@@ -52,7 +54,9 @@ class Batch(NamedTuple):
         documents = self.documents
         if documents is not None:
             documents = documents._replace(cu_seqlens=documents.cu_seqlens.to(device, non_blocking=True))
-        tensors = {k: v.to(device, non_blocking=True) for k, v in self._asdict().items() if torch.is_tensor(v)}
+        tensors: dict[str, Any] = {
+            k: v.to(device, non_blocking=True) for k, v in self._asdict().items() if torch.is_tensor(v)
+        }
         extras = {name: tensor.to(device, non_blocking=True) for name, tensor in self.extras.items()}
         return self._replace(**tensors, documents=documents, extras=extras)
 
@@ -157,9 +161,9 @@ def collate(items: Batch | Sequence[Any]) -> Batch:
 
 
 def masked(batch: Batch, rows: Sequence[int]) -> Batch:
-    """The batch with no label of ``rows`` counting."""
+    """The batch with ``rows`` as filling: none of their labels counts."""
     if not rows:
         return batch
     labels = batch.labels.clone()
     labels[list(rows)] = IGNORE_INDEX
-    return batch._replace(labels=labels)
+    return batch._replace(labels=labels, filling=len(rows))

@@ -64,8 +64,9 @@ def validate(
         size = batch.targets() * 0 if token_bytes_V is None else bytes_of_labels(batch.labels, token_bytes_V).sum()
         counts = (normalizer(batch), batch.target_weight(), batch.targets(), plain, size)
         sums += torch.stack([losses.token.double(), *(count.double() for count in counts)])
+        real = 1 - batch.filling / len(batch.labels)  # a model counts filling, too, such as the balance of its experts
         for name, value in losses.aux.items():
-            aux[name] = aux.get(name, 0.0) + value.double()
+            aux[name] = aux.get(name, 0.0) + value.double() * real
         by_source.add(batch, losses)
     model.train(was_training)
     nats, count, weight, tokens, plain_nats, text_bytes = sum_over(sums, state.groups["world"]).tolist()

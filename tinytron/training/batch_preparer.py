@@ -64,7 +64,8 @@ class BatchPreparer:
         parts = {name: cut_sequence(t, rank, size) if t.shape[:2] == of_tokens else t for name, t in whole.items()}
         if self._pin:
             parts = {name: part if part.is_pinned() else part.pin_memory() for name, part in parts.items()}
-        return Batch.of(parts)._replace(documents=documents, sources=batch.sources)
+        known: dict[str, Any] = {name: parts.pop(name) for name in FIELDS if name in parts}
+        return batch._replace(**known, extras=parts, documents=documents)
 
 
 def _endless(loader: Iterable[Any], skip: int) -> Iterator[Any]:
