@@ -13,6 +13,7 @@ from tests.gpu.device import DEVICE, GPU_TEST, matmul_precision, no_host_waits, 
 from tests.gpu.test_attention_cuda import LENGTHS
 from tests.gpu.test_model_cuda import CONFIGS, B, S
 from tests.gpu.trained import stepped, trained
+from tinytron.kernels.choice import Kernels
 from tinytron.model import GPT
 from tinytron.model.modules.loss import LossSums
 from tinytron.utils.sequences import Documents
@@ -54,7 +55,7 @@ def _step(model: GPT, seed: int, documents: Documents | None) -> tuple[torch.Ten
 def test_losses_and_gradients(name: str, dtype: torch.dtype, tolerance: float, recompute: Any, backend: Any) -> None:
     """Two batches, the second through the graphs of the first. In bf16 the compiler rounds less often."""
     config = replace(CONFIGS[name], num_layer=1)
-    options: dict[str, Any] = {"dtype": dtype, "device": DEVICE, "attn_backend": backend}
+    options: dict[str, Any] = {"dtype": dtype, "device": DEVICE, "kernels": Kernels(attention=backend)}
     eager, compiled = GPT(config, **options), GPT(config, recompute=recompute, **options)
     compiled.compile_blocks()
     documents = None
