@@ -113,7 +113,9 @@ def test_the_end_of_text_token(made: Path) -> None:
         ConfigError, match=rf"--eot_token <eot> is no token of --tokenizer_path {name}; .* of <\|endoftext\|>, <stop>$"
     ):
         file.end_of_text("<eot>")
-    with pytest.raises(ConfigError, match=r"no known end-of-text token in --tokenizer_path .*; use --eot_position none"):
+    with pytest.raises(
+        ConfigError, match=r"no known end-of-text token in --tokenizer_path .*; use --eot_position none"
+    ):
         from_file(made / "endless.json").end_of_text()
 
 
