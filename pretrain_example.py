@@ -84,7 +84,7 @@ def number(name: str, default: int, highest: int | None = None) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """All that decides the tokens."""
+    """Everything that decides the tokens."""
 
     files: list[Path]  # none: the dataset on the hub
     seed: int
@@ -148,7 +148,7 @@ class Recipe:
 
 
 def plan(config: Config) -> tuple[Recipe, Path]:
-    """What to make, and in which folder."""
+    """The recipe, and the folder of its shards."""
     path = config.data.dataset_path
     recipe = Recipe(files=find_text_files(path) if path else [], seed=config.seed.seed)
     cache = os.environ.get("HF_CACHE_DIR") or "./data/prepared"

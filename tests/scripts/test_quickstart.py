@@ -129,7 +129,15 @@ def test_the_report_is_in_bits_per_byte(tmp_path: Path) -> None:
     _write(tmp_path / "texts", 45)
     prepare = ("scripts/quickstart/prepare.py", "--data", tmp_path / "texts", "--out", tmp_path, "--vocab_size", 300)
     printed = shlex.split(run(*prepare))
-    flags = [*(flag for flag in TINY if flag != "--use_mock_data"), "--vocab_size", 300, "--max_steps", 4]
+    flags = [
+        *(flag for flag in TINY if flag != "--use_mock_data"),
+        "--vocab_size",
+        300,
+        "--block_size",
+        256,
+        "--max_steps",
+        4,
+    ]
     path = Path(printed[printed.index("--dataset_path") + 1])
     flags += ["--dataset_path", path, "--do_val", "--log_dir", tmp_path / "log"]
     run("pretrain_debug.py", *flags)

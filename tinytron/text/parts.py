@@ -53,7 +53,7 @@ class Part:
 
 
 class Found(NamedTuple):
-    """A part; the place behind it; its number of documents, about its bytes in memory, and the bytes of the file up to
+    """A part; the place after it; its number of documents, about its bytes in memory, and the bytes of the file up to
     its end."""
 
     part: Part
@@ -64,7 +64,7 @@ class Found(NamedTuple):
 
 
 def find_parts(path: Path, place: Place, limit: int, text_key: str, option: str) -> Iterator[Found]:
-    """The parts of a file behind ``place``, of ``limit`` documents at most except for whole row groups. Raises:
+    """The parts of a file after ``place``, of ``limit`` documents at most except for whole row groups. Raises:
     DataError naming the file, and ``option``, which sets the text key."""
     with as_data_error(str(path)):
         if path.name.endswith(LINE_SUFFIXES):
@@ -239,17 +239,17 @@ def _find_groups(path: Path, place: Place, limit: int, text_key: str, option: st
                     at = Place(place.file, group, skipped)
                     batches = file.iter_batches(limit, [group], [text_key])
                     for part, done in _texts_of_group(batches, str(path), row, skipped, text_key, option):
-                        behind = at._replace(passed=done) if done < rows else after
+                        end = at._replace(passed=done) if done < rows else after
                         texts = part.data or []
                         chars = sum(len(text) for text in texts if isinstance(text, str))
-                        yield Found(part, behind, len(texts), chars, size * (row + done) // meta.num_rows)
+                        yield Found(part, end, len(texts), chars, size * (row + done) // meta.num_rows)
             row += rows
 
 
 def _texts_of_group(
     batches: Any, path: str, before: int, skipped: int, text_key: str, option: str
 ) -> Iterator[tuple[Part, int]]:
-    """The texts of a row group behind its first ``skipped``, and how many of its rows are then done; ``before`` rows lie
+    """The texts of a row group after its first ``skipped``, and how many of its rows are then done; ``before`` rows come
     before it in the file."""
     done = 0
     for batch in batches:

@@ -172,7 +172,7 @@ class HubSource:
                 yield text_of({self.text_key: text}, self.text_key, f"{self.where}: row {row}", self.option)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A stream is read by one process; the rows of a loaded data set lie in files that others map as well.
+        # One process reads a stream; other processes map the files of a loaded data set.
         return self.__dict__ | ({"loaded": None} if self.streaming else {})
 
     def _load(self) -> Any:

@@ -121,7 +121,7 @@ FLAGS = {
 
 
 def difference(wanted: Recipe, there: Recipe) -> str | None:
-    """What is different, in words: ``--token_dtype uint32, where the folder has uint16``; ``None`` if nothing is."""
+    """The first difference, in words: ``--token_dtype uint32, where the folder has uint16``; ``None`` if nothing is."""
     for name, (mine, other) in _leaves(wanted, there):
         if mine == other:
             continue

@@ -20,7 +20,7 @@ def token_bytes(serialized: bytes) -> list[int] | None:
     bytes they are (WordPiece, say). Read without the ``tokenizers`` package.
 
     A space that SentencePiece puts before a text is counted, though the text has none. Raises: ValueError if the content
-    is no tokenizer.
+    is not a tokenizer.
     """
     file = json.loads(serialized)
     try:

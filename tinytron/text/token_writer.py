@@ -1,7 +1,7 @@
-"""Tokens of documents into shards of equal size, with what is not yet written carried over from run to run.
+"""Tokens of documents into shards of equal size; tokens that are not yet in a shard are carried over from run to run.
 
-Beside ``<split>_<index>.bin`` lies ``<split>_<index>.docs``, a timl v1 file of uint32: where documents begin in that shard,
-in tokens.
+Next to ``<split>_<index>.bin`` is ``<split>_<index>.docs``, a timl v1 file of uint32: the tokens of that shard at which
+documents begin.
 """
 
 from __future__ import annotations
@@ -97,18 +97,18 @@ class SplitWriter:
         write_shard(path, tokens, self.dtype, self.file_format)
         return ShardFacts(path.name, len(tokens), len(starts), sha256_of(path))
 
-    # What a later run needs.
+    # State for a later run.
 
     def state(self) -> tuple[dict[str, Any], bytes]:
-        """Plain values, and the pending tokens and starts behind one another."""
+        """Plain values, and the pending tokens followed by the starts."""
         tokens, starts = self._joined()
         facts = {"index": self.index, "shards": [dataclasses.asdict(shard) for shard in self.shards]}
         facts |= {"tokens": len(tokens), "starts": len(starts)}
         return facts, tokens.tobytes() + starts.tobytes()
 
     def restore(self, facts: dict[str, Any], content: bytes) -> int:
-        """Go on from what ``state`` gave, of which ``content`` begins with the bytes; returns how many these are. Raises:
-        DataError if a shard has gone that is said to be there."""
+        """Continue from a ``state()``, whose bytes ``content`` begins with; returns their number. Raises: DataError if a
+        shard of it is gone."""
         self.index, self.shards = facts["index"], [ShardFacts(**shard) for shard in facts["shards"]]
         for shard in self.shards:
             if not (self.folder / shard.name).is_file():

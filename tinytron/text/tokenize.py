@@ -188,7 +188,7 @@ class _Run:
             return Outcome(self.folder, None, self.stop.received)
         return Outcome(self.folder, self._finish(facts, recipe))
 
-    # What is there.
+    # The folder as it is.
 
     def _trained(self, begun: bool) -> TextTokenizer:
         """The tokenizer that the folder has, or a new one."""
@@ -220,7 +220,7 @@ class _Run:
         self._require_files({shard.name for shard in self.main.shards}, self.main.index)
 
     def _require_files(self, names: set[str], stop: int) -> None:
-        """Refuse to call a folder done or begun whose first files an earlier call was told to leave out."""
+        """Refuse a folder whose first files an earlier call left out by ``--min_file_index``."""
         last = self.options.max_file_index
         for index in range(self.options.min_file_index, stop if last is None else min(stop, last + 1)):
             if shard_name(self.split, index) not in names:
@@ -261,7 +261,7 @@ class _Run:
         work = ChunkEncoder(
             self.source, tokenizer.encode, facts.eot_id, facts.eot_position, self.options.dtype, self.options.rule
         )
-        self._write_full(recipe)  # what an earlier call was told not to write yet
+        self._write_full(recipe)  # shards that an earlier ``--max_file_index`` held back
         if self.main.done:
             return
         with WorkerPool(work, self.options.workers) as pool, _Progress(self.source, self.done) as progress:

@@ -1,4 +1,4 @@
-"""Tokenizers of every kind behind one face: from the hub, a tokenizer.json file, tiktoken, or trained here.
+"""Tokenizers of every kind with one interface: from the hub, a tokenizer.json file, tiktoken, or trained here.
 
 All of them give the token ids of plain texts, without the special tokens that a template adds around them. Text that spells
 a special token stays text, so that no document can contain an end-of-text token.
@@ -116,23 +116,16 @@ def _plain(tokenizer: Any) -> Any:
 # Loading.
 
 
-def load_hub_tokenizer(
-    name: str, cache_dir: str | None = None, trust_remote_code: bool = False, option: str = "--tokenizer_name "
-) -> Any:
-    """What ``transformers`` loads for a name on the hub, a local folder or a tokenizer.json file. Raises: DataError that
-    starts with ``option``; ConfigError without the package."""
-    transformers = require_package("transformers")
-    with as_data_error(f"{option}{name}", "give a hub name, a local folder or a tokenizer.json file"):
-        if Path(name).is_file():
-            return transformers.PreTrainedTokenizerFast(tokenizer_file=name)
-        return transformers.AutoTokenizer.from_pretrained(
-            name, cache_dir=cache_dir, trust_remote_code=trust_remote_code
-        )
-
-
 def from_hub(name: str, cache_dir: str | None = None, trust_remote_code: bool = False) -> TextTokenizer:
-    """A tokenizer of the Hugging Face hub, or of a local folder. Raises: as ``load_hub_tokenizer``."""
-    tokenizer = load_hub_tokenizer(name, cache_dir, trust_remote_code)
+    """A tokenizer of the Hugging Face hub, of a local folder or of a tokenizer.json file. Raises: DataError; ConfigError
+    without the package."""
+    transformers = require_package("transformers")
+    with as_data_error(f"--tokenizer_name {name}", "give a hub name, a local folder or a tokenizer.json file"):
+        if Path(name).is_file():
+            tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=name)
+        else:
+            options: dict[str, Any] = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
     if getattr(tokenizer, "is_fast", False):
         backend = tokenizer.backend_tokenizer
         return _of_backend("tokenizer_name", name, backend, backend.to_str().encode(), tokenizer.eos_token)

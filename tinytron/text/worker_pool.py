@@ -153,7 +153,7 @@ def _serve(pipe: Connection) -> None:
     """A worker process: until the pipe closes."""
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole job; the main process decides
         signal.signal(number, signal.SIG_IGN)
-    # One thread each. Not os.environ: what reads these is no Python.
+    # One thread per worker. putenv, because native libraries (not Python) read these.
     os.putenv("TOKENIZERS_PARALLELISM", "false")
     os.putenv("RAYON_NUM_THREADS", "1")
     with contextlib.suppress(EOFError, OSError):
