@@ -14,7 +14,7 @@ import torch
 from tests.interop import families
 from tests.interop.families import MODELS, batch, save, their_loss
 from tinytron.interop.architectures import facts, read_architecture, write_architecture
-from tinytron.interop.hf import FAMILIES, Family
+from tinytron.interop.families import FAMILIES, Family
 from tinytron.interop.load import architecture_of, load_hf, load_pretrained, parts_of
 from tinytron.interop.weights import HFWeights
 from tinytron.model import GPT, ModelConfig

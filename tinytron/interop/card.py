@@ -8,7 +8,7 @@ import torch
 
 import tinytron
 from tinytron.interop.checkpoints import OwnModel
-from tinytron.interop.hf import Family
+from tinytron.interop.families import Family
 from tinytron.utils.model import count_parameters
 
 

@@ -16,8 +16,8 @@ from tinytron.errors import ConfigError
 from tinytron.interop.architectures import write_architecture
 from tinytron.interop.card import model_card, run_config
 from tinytron.interop.checkpoints import OwnModel, own_model
+from tinytron.interop.families import Family
 from tinytron.interop.folder import check_new, new_folder
-from tinytron.interop.hf import Family
 from tinytron.interop.load import expected_shapes
 from tinytron.interop.safetensors import write_safetensors
 from tinytron.interop.tokenizer import TokenizerFiles, given_tokenizer, tokenizer_of_data

@@ -15,7 +15,7 @@ from tinytron.distributed.sharding import Box, box_of
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.interop.architectures import facts, read_architecture
 from tinytron.interop.checkpoints import is_own, own_model
-from tinytron.interop.hf import Family, Part
+from tinytron.interop.families import Family, Part
 from tinytron.interop.hub import model_folder
 from tinytron.interop.weights import HFWeights, read_json
 from tinytron.model import GPT, ModelConfig
