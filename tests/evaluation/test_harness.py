@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.cli.test_generate import write_config
 from tests.evaluation.test_choices import make_items
 from tests.helpers.corpus import EOT, make_tokenizer
 from tests.inference.models import greedy, logits_of, make_model
-from tests.cli.test_generate import write_config
 from tinytron.cli.main import main
 from tinytron.errors import ConfigError
 from tinytron.evaluation.choices import encode_pair
