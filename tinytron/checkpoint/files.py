@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -195,7 +196,7 @@ class Retention:
         kept = set(steps[-newest:])
         if self.keep_every:
             kept |= {step for step in steps if step % self.keep_every == 0}
-        known = {step: loss for step, loss in losses.items() if loss is not None}
+        known = {step: loss for step, loss in losses.items() if loss is not None and not math.isnan(loss)}
         if self.keep_best and known:
             kept.add(min(known, key=lambda step: (known[step], step)))
         return [step for step in steps if step not in kept]

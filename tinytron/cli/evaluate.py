@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tinytron.checkpoint.model import weights_at
 from tinytron.data import Batch
 from tinytron.errors import ConfigError
 from tinytron.evaluation.choices import encode_items, log_probs, read_items, summarise
+from tinytron.inference.engine import not_finite
 from tinytron.model.modules.loss import LossSums
 from tinytron.text.run_tokenizer import tokenizer_of_run
 from tinytron.utils.flags import Parser, parse_strictly, whole_number
@@ -60,6 +62,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for name, items in tasks.items():
         rows = encode_items(items, tokenizer, longest)
         scores = log_probs(model, loss, rows, longest=longest, tokens_per_batch=args.batch_tokens, device=device)
+        if not all(map(math.isfinite, scores)):
+            raise not_finite(f"scores of the task {name}", next(model.parameters()).dtype)
         results[name] = found = summarise(items, rows, scores)
         print(
             f"{name}: accuracy {found['accuracy']:.4f} ± {found['accuracy_stderr']:.4f}, per token "

@@ -15,6 +15,7 @@ from tinytron.inference.engine import Generation, Piece, complete
 from tinytron.inference.sampler import SamplingOptions
 from tinytron.text.run_tokenizer import RunTokenizer, tokenizer_of_run
 from tinytron.utils.flags import Parser, parse_strictly, whole_number
+from tinytron.utils.texts import numbered_lines, whole_characters
 from tinytron.utils.training import DTYPES, device_of
 
 
@@ -64,15 +65,14 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         prompts += _prompts_of(args.prompts_file)
     if not prompts:
         raise ConfigError('no prompt given; use --prompt "Once upon a time", or --prompt "" to start afresh')
-    return prompts
+    return [whole_characters(prompt) for prompt in prompts]
 
 
 def _prompts_of(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        numbered = list(numbered_lines(path.read_bytes()))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--prompts_file {path} cannot be read ({error}); give a text file") from error
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if path.suffix != ".jsonl":
         return [line for _, line in numbered]
     prompts = []

@@ -1,9 +1,9 @@
 """Multiple choice: which of several continuations of a context is the likeliest.
 
 A task file has a line per item: ``{"context": "The sky is", "choices": [" blue", " made of cheese"], "answer": 0}``.
-Context and choice are tokenised together, as the model has seen texts; white space at the context's end belongs to the
-choice then, because tokenizers put it there. As many tokens as the context has by itself are the context, the rest is
-scored.
+Context and choice are tokenized together, as the model has seen texts; white space at the context's end belongs to the
+choice then, because tokenizers put it there. The tokens after those of the context are scored. Where a token would span the
+border, both are tokenized apart, so that what is scored is always the choice, whole and alone.
 
 items -> rows (an item and choice each) -> batches that do not depend on the number of ranks -> sums of log-probabilities
 """
@@ -28,6 +28,7 @@ from tinytron.errors import ConfigError, DataError
 from tinytron.model.modules.loss import LossSums
 from tinytron.text.run_tokenizer import RunTokenizer
 from tinytron.utils.sequences import IGNORE_INDEX
+from tinytron.utils.texts import numbered_lines, whole_characters
 
 ROUNDING = 16  # row lengths are multiples of it: few shapes, and whole parts for sequence-parallel ranks
 FORM = '{"context": "text", "choices": ["text", "text"], "answer": 0}'
@@ -58,10 +59,10 @@ class Row:
 def read_items(path: Path) -> list[Item]:
     """The items of a task file. Raises: DataError naming the line that is not of the form."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = list(numbered_lines(path.read_bytes()))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the task file {path} cannot be read ({error}); give lines of the form {FORM}") from error
-    items = [_item(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    items = [_item(line, f"{path}: line {number}") for number, line in lines]
     if not items:
         raise DataError(f"the task file {path} is empty; give lines of the form {FORM}")
     return items
@@ -78,7 +79,7 @@ def _item(line: str, where: str) -> Item:
         raise DataError(f"{where} needs a text as context and at least two texts, none empty, as choices, as in {FORM}")
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise DataError(f"{where}: answer {answer!r} must be the number of a choice, 0 to {len(choices) - 1}")
-    return Item(context, tuple(choices), answer)
+    return Item(whole_characters(context), tuple(map(whole_characters, choices)), answer)
 
 
 def encode_pair(context: str, continuation: str, tokenizer: RunTokenizer) -> tuple[list[int], int]:
@@ -88,9 +89,9 @@ def encode_pair(context: str, continuation: str, tokenizer: RunTokenizer) -> tup
     continuation = context[len(kept) :] + continuation
     before = tokenizer.prompt_ids(kept)
     behind_end = 1 if tokenizer.end is not None and before[0] == tokenizer.end else 0
-    whole = before[:behind_end] + [int(i) for i in tokenizer.tokenizer.encode([kept + continuation])[0]]
-    if len(whole) <= len(before):  # the last token of the context swallowed the continuation
-        whole = before + [int(i) for i in tokenizer.tokenizer.encode([continuation])[0]]
+    whole = before[:behind_end] + tokenizer.ids(kept + continuation)
+    if whole[: len(before)] != before or len(whole) == len(before):  # a token spans the border
+        whole = before + tokenizer.ids(continuation)
     return whole, len(before)
 
 
@@ -210,7 +211,7 @@ def score_rows(
 
 def summarise(items: Sequence[Item], rows: Sequence[Row], scores: Sequence[float]) -> dict[str, Any]:
     """Accuracies with their standard errors: by the choices' log-probabilities as they are, per token and per byte. Of
-    equal ones the first counts."""
+    equal ones the first counts. All are NaN if a log-probability is: no choice is the likeliest then."""
     result: dict[str, Any] = {"items": len(items)}
     for name in SCORES:
         best: dict[int, tuple[float, int]] = {}
@@ -219,7 +220,8 @@ def summarise(items: Sequence[Item], rows: Sequence[Row], scores: Sequence[float
             value = score / units[name]
             if row.question not in best or value > best[row.question][0]:
                 best[row.question] = value, row.choice
-        accuracy = sum(best[n][1] == item.answer for n, item in enumerate(items)) / len(items)
+        right = sum(best[n][1] == item.answer for n, item in enumerate(items)) / len(items)
+        accuracy = math.nan if any(map(math.isnan, scores)) else right
         result[name] = accuracy
         result[f"{name}_stderr"] = math.sqrt(accuracy * (1 - accuracy) / max(1, len(items) - 1))
     return result

@@ -19,6 +19,7 @@ from tinytron.data import Batch
 from tinytron.errors import ConfigError
 from tinytron.evaluation.choices import Row, encode_pair, score_rows
 from tinytron.inference import SamplingOptions, complete
+from tinytron.inference.engine import not_finite
 from tinytron.model import GPT
 from tinytron.text.run_tokenizer import RunTokenizer, tokenizer_of_run
 from tinytron.utils.sequences import IGNORE_INDEX
@@ -85,7 +86,7 @@ class Answers:
         parts = []
         for number, request in enumerate(requests):
             end = self.tokenizer.end
-            ids = [int(i) for i in self.tokenizer.tokenizer.encode([request.args[0]])[0]]
+            ids = self.tokenizer.ids(request.args[0])
             ids = ids if end is None else [end, *ids]
             parts.append(list(self._windows(number, ids, 1)))
         return [score for score, _ in self._sums(parts)]
@@ -110,6 +111,8 @@ class Answers:
             device=self.model.lm_head.weight.device,
             columns=2,
         )
+        if not bool(scores_R2.isfinite().all()):
+            raise not_finite("scores", self.model.lm_head.weight.dtype)
         sums, greedy = [0.0] * len(parts), [True] * len(parts)
         for row, (log_prob, misses) in zip(rows, scores_R2.tolist(), strict=True):
             sums[row.question] += log_prob

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from tinytron.errors import ConfigError
+from tinytron.errors import CheckpointError, ConfigError, TinytronError
 from tinytron.inference.kv_cache import KVCache
 from tinytron.inference.sampler import SamplingOptions, next_tokens
 from tinytron.inference.text import Decode, TextStream
@@ -201,7 +201,10 @@ def _continue(
     prefilled = False
     for step in range(limit):
         chosen = next_tokens(logits, options, uniform[:, step])
-        tokens = chosen.tolist()  # the host waits here
+        usable = torch.isfinite(logits.amax(-1))
+        tokens = torch.where(usable, chosen, -1).tolist()  # the host waits here
+        if min(tokens) < 0:
+            raise not_finite("logits", weight.dtype)
         now = time.perf_counter()
         if prefilled:
             result.decode_seconds, result.decode_tokens = (
@@ -221,6 +224,17 @@ def _continue(
             rows, chosen, uniform = [rows[place] for place in alive], chosen[alive], uniform[alive]
             cache.keep(alive)
         logits = _logits(model, cache, chosen.unsqueeze(1), vocab_size)
+
+
+def not_finite(what: str, dtype: torch.dtype) -> TinytronError:
+    """The error for a model whose ``what`` are NaN or infinite, with weights of ``dtype``."""
+    if dtype == torch.float16:
+        return ConfigError(
+            f"the model's {what} are NaN or infinite in fp16, whose numbers end at 65504; use --dtype fp32"
+        )
+    return CheckpointError(
+        f"the model's {what} are NaN or infinite: its weights are, or they diverged; use an earlier checkpoint"
+    )
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 
 from tinytron.checkpoint.load import load_weights
 from tinytron.checkpoint.model import SavedModel, saved_model
-from tinytron.errors import ConfigError
+from tinytron.errors import CheckpointError, ConfigError
 from tinytron.interop.architectures import write_architecture
 from tinytron.interop.card import model_card
 from tinytron.interop.families import Family, Part
@@ -22,6 +22,7 @@ from tinytron.interop.safetensors import write_safetensors
 from tinytron.interop.tokenizer import TokenizerFiles, given_tokenizer, tokenizer_of_data
 from tinytron.interop.weights import SAFETENSORS
 from tinytron.model import GPT
+from tinytron.utils.training import DTYPES
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,9 @@ def _write_weights(out: Path, parts: Mapping[str, Part], dtype: torch.dtype, max
     """Write ``parts`` in files of at most ``max_shard_size`` bytes; returns the number of files, and the bytes in all."""
 
     def tensor(name: str) -> torch.Tensor:
-        return parts[name].view.reshape(parts[name].shape)
+        value = parts[name].view.reshape(parts[name].shape)
+        _check_finite(name, value, dtype)
+        return value
 
     sizes = {name: math.prod(part.shape) * dtype.itemsize for name, part in parts.items()}
     shards = _shards(sizes, max_shard_size)
@@ -103,6 +106,21 @@ def _write_weights(out: Path, parts: Mapping[str, Part], dtype: torch.dtype, max
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
         (out / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=2))
     return len(shards), sum(sizes.values())
+
+
+def _check_finite(name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raises: ConfigError for numbers that ``dtype`` has not; CheckpointError for NaN or infinite ones."""
+    if value.numel() == 0:
+        return
+    largest = value.abs().amax()
+    if not bool(largest.isfinite()):
+        raise CheckpointError(f"{name} holds NaN or infinite weights; export an earlier checkpoint")
+    if not bool(largest.to(dtype).isfinite()):
+        name_of = {kind: text for text, kind in DTYPES.items()}
+        raise ConfigError(
+            f"--dtype {name_of[dtype]} ends at {torch.finfo(dtype).max:g}, and {name} has {float(largest):g}; "
+            "use --dtype bf16"
+        )
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

@@ -17,7 +17,7 @@ from tinytron.utils.sequences import IGNORE_INDEX
 
 def perplexity(loss: float) -> float:
     """The exponential of a loss in nats per token; infinite where a float cannot hold it."""
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.inf if loss >= 700 else math.exp(loss)
 
 
 def bits_per_byte(nats: float, text_bytes: float) -> float | None:

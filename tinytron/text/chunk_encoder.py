@@ -12,14 +12,9 @@ from tinytron.text.selection import VAL, DocumentRule
 from tinytron.text.sources import Chunk, TextSource
 from tinytron.text.tokenizers import Encode, encode_documents
 from tinytron.utils.optional import as_data_error
+from tinytron.utils.texts import whole_characters
 
 BATCH_CHARS = 2**20  # tokenized at a time
-
-
-def whole_characters(text: str) -> str:
-    """``text`` with ``?`` for half of a surrogate pair, which JSON can spell but is not a character: tokenizers refuse
-    it."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 @dataclass(frozen=True)

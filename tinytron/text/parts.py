@@ -23,6 +23,7 @@ import numpy as np
 
 from tinytron.errors import DataError
 from tinytron.utils.optional import as_data_error, require_package
+from tinytron.utils.texts import without_bom
 
 # Each line a JSON object; the compressed .json files of large corpora are that too.
 LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
@@ -88,8 +89,9 @@ def read_part(part: Part, text_key: str, option: str) -> Iterator[str]:
                 yield text_of({text_key: text}, text_key, f"{part.path}: row {row}", option)
     else:
         with as_data_error(part.path):
+            content = _bytes_of(part) if part.start else without_bom(_bytes_of(part))
             # Line ends as Python reads them: \n, whatever the file has.
-            yield io.TextIOWrapper(io.BytesIO(_bytes_of(part)), encoding="utf-8").read()
+            yield io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()
 
 
 def _bytes_of(part: Part) -> bytes:
@@ -171,6 +173,7 @@ def _read_lines(part: Part, text_key: str, option: str) -> Iterator[str]:
     with as_data_error(part.path):
         content = part.data if isinstance(part.data, bytes) else _bytes_of(part)
     for number, line in enumerate(content.split(b"\n"), part.first):
+        line = without_bom(line)  # joined files have one in the middle, too
         if not line or line.isspace():
             continue
         try:

@@ -11,6 +11,7 @@ from tinytron.data.remote import local_dataset_path
 from tinytron.errors import ConfigError
 from tinytron.text.tokenizers import TextTokenizer, from_file, from_hub, from_tiktoken
 from tinytron.utils.remote import is_remote
+from tinytron.utils.texts import whole_characters
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,14 @@ class RunTokenizer:
     end: int | None
     prepend: bool
 
+    def ids(self, text: str) -> list[int]:
+        """The ids of a text from whatever source, with ``?`` for what is no character."""
+        return [int(number) for number in self.tokenizer.encode([whole_characters(text)])[0]]
+
     def prompt_ids(self, text: str) -> list[int]:
         """The ids of a text as the model has seen texts: after the end-of-text token where they begin with it, and always
         for an empty text. Raises: ConfigError for an empty text if there is no such token."""
-        ids = [int(number) for number in self.tokenizer.encode([text])[0]]
+        ids = self.ids(text)
         if self.end is not None and (self.prepend or not ids):
             return [self.end, *ids]
         if not ids:

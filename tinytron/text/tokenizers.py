@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from tinytron.errors import ConfigError
 from tinytron.utils.optional import as_data_error, require_package
+from tinytron.utils.texts import without_bom
 
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<eot>")  # where a tokenizer names none
 BPE_END = END_TOKENS[0]
@@ -143,7 +144,7 @@ def from_file(path: Path, kind: Kind = "tokenizer_path", name: str | None = None
     """The tokenizer of a tokenizer.json file. Raises: DataError; ConfigError without the package."""
     tokenizers = require_package("tokenizers")
     with as_data_error(f"--{kind} {path}", "give a tokenizer.json file"):
-        content = path.read_bytes()
+        content = without_bom(path.read_bytes())
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
     return _of_backend(kind, str(path) if name is None else name, tokenizer, content, None)
 
