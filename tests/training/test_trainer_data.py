@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import losses, train, user_error
-from tinytron.data import Batch
+from tinytron.data import Batch, MockDataset
 from tinytron.training import Config, Trainer
 
 Pools = Callable[[int], Ranks]
@@ -163,6 +163,20 @@ class LargeTokensInValidation(_BrokenData):
         self.val_dataset = _Broken(LargeTokens.items, 4)
 
 
+class _OverwrittenMock(MockDataset):
+    """Writes its labels into the tokens that they share with the ids."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        sample = super().__getitem__(index)
+        sample["labels"][:-1] = -100
+        return sample
+
+
+class SubclassOfOurs(Trainer):
+    def _init_dataset(self, config: Config) -> None:
+        self.train_dataset = _OverwrittenMock(32, 12, 61, seed=0)
+
+
 class TooLong(_BrokenData):
     items = (torch.arange(40),)
 
@@ -189,6 +203,7 @@ class NoLength(_BrokenData):
         (LargeTokens, "DataError: the dataset gave token id 62, outside 0..60; set --vocab_size to the tokenizer's"),
         (NegativeTokens, "DataError: the dataset gave token id -100, outside 0..60"),
         (LargeTokensInValidation, "DataError: the dataset gave token id 62, outside 0..60"),
+        (SubclassOfOurs, "DataError: the dataset gave token id -100, outside 0..60"),
         (TooLong, "DataError: the dataset gave samples of 39 tokens, but --seq_len is 12; make them alike"),
         (NoLength, "DataError: Sequence has no __len__; give it one, or make it a torch.utils.data.IterableDataset"),
     ],
