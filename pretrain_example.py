@@ -28,7 +28,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tinytron.cli import entry
+from tinytron.cli import entry, pretrain
 from tinytron.data.manifest import read_manifest
 from tinytron.distributed.agreement import require_same, together, together_long
 from tinytron.errors import ConfigError, DataError, TinytronError
@@ -36,9 +36,7 @@ from tinytron.text.options import TokenizeOptions
 from tinytron.text.sources import file_states, find_text_files
 from tinytron.text.state import recipe_hash
 from tinytron.text.tokenize import finished, load_tokenizer, tokenize_dataset
-from tinytron.training import Config, Trainer, build_config, parse_args
-from tinytron.training.arguments import show_config
-from tinytron.training.dry_run import dry_run
+from tinytron.training import Config, Trainer
 
 MARKER = "prepared.json"  # in folders of earlier versions, which have no manifest
 
@@ -204,17 +202,5 @@ def check_vocabulary(needed: int, recipe: Recipe, config: Config) -> None:
         )
 
 
-def main() -> None:
-    """Flags -> configuration -> trainer -> training, as in pretrain_debug.py."""
-    config = build_config(parse_args())
-    if config.logging.print_config:
-        print(show_config(config))
-        return
-    if config.logging.dry_run:
-        dry_run(config)
-        return
-    ExampleTrainer(config).train()
-
-
 if __name__ == "__main__":
-    entry.run(main)
+    entry.run(lambda: pretrain.main(trainer=ExampleTrainer))

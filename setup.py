@@ -18,6 +18,7 @@ setup(
     license="MIT",
     packages=find_packages(include=["tinytron", "tinytron.*"]),
     python_requires=">=3.10",
+    entry_points={"console_scripts": ["tinytron = tinytron.cli.main:run"]},
     install_requires=["torch>=2.11", "numpy", "tqdm"],
     extras_require={
         "quickstart": QUICKSTART,

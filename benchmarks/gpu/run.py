@@ -31,9 +31,9 @@ from gpu.forked import preload
 from gpu.parts import Part
 from gpu.pool import Pool, Verdict, read_verdict, write_json
 from gpu.table import report_lines, something_is_wrong
+from tinytron.cli.entry import status_of
 from tinytron.errors import ConfigError
 from tinytron.utils.flags import Parser, nearest
-from tinytron.utils.tools import status_of
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = "environment"  # the part on which all others rest

@@ -24,7 +24,7 @@ import sys
 sys.path[:0] = [{here!r}, {benchmarks!r}, {root!r}]
 from gpu import forked, parts, pool, run
 from gpu.parts import Part
-from tinytron.utils.tools import status_of
+from tinytron.cli.entry import status_of
 parts.PARTS = tuple(Part(*row) for row in {rows!r})
 Part.limit = property(lambda part: part.expected)
 forked.NEEDED = forked.PEERS = ()

@@ -1,4 +1,4 @@
-"""``python -m tinytron.checkpoint``: what it shows is there, what it calls damaged is, what it deletes was to go."""
+"""``tinytron checkpoint``: what it shows is there, what it calls damaged is, what it deletes was to go."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import ROOT, TINY, config_of
 from tests.helpers.stopping import run_until, whole
-from tinytron.checkpoint.__main__ import main
 from tinytron.checkpoint.files import CheckpointFiles, checksum
 from tinytron.checkpoint.load import load_weights, read_file
 from tinytron.checkpoint.tools import covered
+from tinytron.cli.main import main
 from tinytron.model import GPT
 from tinytron.utils.lock import lock_folder
 
@@ -87,7 +87,7 @@ def test_inspect_has_a_line_per_checkpoint_and_leftover(run: Path, capsys: pytes
     (run / "00002_meta.pt").write_bytes(b"nothing")
     (run / "00003_meta.pt").unlink()
     (run / "00009_model.pt.tmp").write_bytes(b"half")
-    assert main(["inspect", str(run)]) == 0
+    assert main(["checkpoint", "inspect", str(run)]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
     assert lines["1"].endswith("incomplete: 00001_model.pt missing")
     assert "unreadable: " in lines["2"]
@@ -97,7 +97,7 @@ def test_inspect_has_a_line_per_checkpoint_and_leftover(run: Path, capsys: pytes
     assert {"00003_model.pt", "00003_opt", "00009_model.pt.tmp"} <= lines.keys()
     assert "3" not in lines
 
-    assert main(["inspect", "--json", str(run)]) == 0
+    assert main(["checkpoint", "inspect", "--json", str(run)]) == 0
     told = json.loads(capsys.readouterr().out)
     by_step = {checkpoint["step"]: checkpoint for checkpoint in told["checkpoints"]}
     parts = [run / "00004_model.pt", run / "00004_meta.pt", *(run / "00004_opt").iterdir()]
@@ -111,7 +111,7 @@ def test_inspect_has_a_line_per_checkpoint_and_leftover(run: Path, capsys: pytes
 
 @pytest.mark.parametrize("part", ["00004_model.pt", "00004_meta.pt", "00004_opt"])
 def test_inspect_tells_all_of_one_checkpoint(saved: Path, part: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", "--json", str(saved / part)]) == 0
+    assert main(["checkpoint", "inspect", "--json", str(saved / part)]) == 0
     told = json.loads(capsys.readouterr().out)
     tensors = {tensor["name"]: tensor for tensor in told["tensors"]}
     model = GPT(config_of(*TINY, *EXPERTS).model)
@@ -125,7 +125,7 @@ def test_inspect_tells_all_of_one_checkpoint(saved: Path, part: str, capsys: pyt
     states = ("main", "momentum_buffer", "second_moment")
     assert tensors["blocks.1.mlp.experts.down_proj"]["states"] == dict.fromkeys(states, "float32")
 
-    assert main(["inspect", str(saved / part)]) == 0
+    assert main(["checkpoint", "inspect", str(saved / part)]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "blocks.*.mlp.experts.down_proj 2 4x16x8 bfloat16 main momentum_buffer second_moment (float32)" in text
     assert f"{len(tensors)} tensors, {told['parameters']:,} parameters" in text
@@ -136,7 +136,7 @@ def test_inspect_tells_all_of_one_checkpoint(saved: Path, part: str, capsys: pyt
 
 
 def test_verify_passes_what_was_written(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", str(saved)]) == 0
+    assert main(["checkpoint", "verify", str(saved)]) == 0
     assert capsys.readouterr().out == "".join(f"checkpoint {step}: ok\n" for step in (1, 2, 3, 4))
 
 
@@ -148,17 +148,17 @@ def test_verify_names_the_damaged_file(
     path = run / f"00002{file}"
     damage(path)
     whole_folder = file != "_meta.pt" or damage is _flip  # without metadata it is no checkpoint of the folder
-    assert main(["verify", str(run if whole_folder else run / "00002_model.pt")]) == 1
+    assert main(["checkpoint", "verify", str(run if whole_folder else run / "00002_model.pt")]) == 1
     bad = [line for line in capsys.readouterr().out.splitlines() if not line.endswith(": ok")]
     assert len(bad) == 1
     assert bad[0].startswith(f"checkpoint 2: {path} cannot be read (")
-    assert main(["verify", str(run / "00003_opt")]) == 0
+    assert main(["checkpoint", "verify", str(run / "00003_opt")]) == 0
 
 
 def test_verify_names_every_damaged_file(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("00004_model.pt", "00004_opt/__0_0.distcp"):
         _flip(run / name)
-    assert main(["verify", str(run / "00004_meta.pt")]) == 1
+    assert main(["checkpoint", "verify", str(run / "00004_meta.pt")]) == 1
     said = capsys.readouterr().out
     assert "00004_model.pt cannot be read" in said
     assert "00004_opt/__0_0.distcp cannot be read" in said
@@ -179,7 +179,7 @@ def test_verify_wants_every_element_of_every_parameter(run: Path, capsys: pytest
     for step, change in ((1, lose_half), (2, lose_sums), (3, misshape)):
         files = CheckpointFiles(run, step)
         _forge(files, change, files.optimizer / ".metadata" if change is lose_half else None)
-    assert main(["verify", str(run)]) == 1
+    assert main(["checkpoint", "verify", str(run)]) == 1
     first, second, third, last = capsys.readouterr().out.splitlines()
     assert f"{run / '00001_opt'} has 512 of the 976 elements of wte.weight/exp_avg" in first
     assert f"{run / '00001_opt'} lacks final_norm.weight" in first
@@ -214,7 +214,7 @@ def test_consolidated_tensors_are_those_of_the_trainer(
     flags = ("--max_steps", 2, *RECIPES[recipe])
     results = ranks(2).run(run_until, tmp_path / "log", 0, *flags)
     folder, expected = results[0].folder, whole(results)
-    assert main(["consolidate", str(folder)]) == 0
+    assert main(["checkpoint", "consolidate", str(folder)]) == 0
     path = folder / "00002_consolidated.pt"
     assert capsys.readouterr().out == f"wrote {path}, {path.stat().st_size:,} bytes\n"
     assert not list(folder.glob("*.tmp"))
@@ -242,7 +242,7 @@ def test_consolidated_tensors_are_those_of_the_trainer(
 
 def test_consolidate_writes_where_it_is_told(saved: Path, tmp_path: Path) -> None:
     before = _contents(saved)
-    assert main(["consolidate", str(saved / "00003_opt"), "--out", str(tmp_path / "x.pt")]) == 0
+    assert main(["checkpoint", "consolidate", str(saved / "00003_opt"), "--out", str(tmp_path / "x.pt")]) == 0
     assert read_file(tmp_path / "x.pt")["step"] == 3
     assert _contents(saved) == before
 
@@ -253,7 +253,7 @@ def test_consolidate_needs_room(run: Path, capsys: pytest.CaptureFixture[str]) -
     for limit in (1000, 20_000):  # for a tensor; for the file
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
-            assert main(["consolidate", str(run)]) == 2
+            assert main(["checkpoint", "consolidate", str(run)]) == 2
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert capsys.readouterr().err == "error: [Errno 27] File too large\n"
@@ -272,7 +272,7 @@ def test_consolidate_refuses_states_of_another_model(
 ) -> None:
     files = CheckpointFiles(run, 4)
     _forge(files, change, files.model)
-    assert main(["consolidate", str(run)]) == 2
+    assert main(["checkpoint", "consolidate", str(run)]) == 2
     assert capsys.readouterr().err == f"error: {run / '00004_opt'} cannot be read ({expected})\n"
 
 
@@ -295,10 +295,10 @@ def test_prune_deletes_what_is_not_to_be_kept(
     (run / "00002_model.pt.tmp").write_bytes(b"half")
     shutil.copytree(run / "00001_opt", run / "00007_opt")
     before = _contents(run)
-    assert main(["prune", str(run), *flags, "--dry_run"]) == 0
+    assert main(["checkpoint", "prune", str(run), *flags, "--dry_run"]) == 0
     announced = capsys.readouterr().out
     assert _contents(run) == before
-    assert main(["prune", str(run), *flags]) == 0
+    assert main(["checkpoint", "prune", str(run), *flags]) == 0
     said = capsys.readouterr().out
     after = _contents(run)
     assert {int(name[:5]) for name in after if name[0] == "0"} == set(kept)
@@ -328,19 +328,19 @@ def test_prune_is_refused_while_a_run_holds_the_folder(
 ) -> None:
     before = _contents(run)
     (holder,) = ranks(1).run(_hold, run)
-    assert main(["prune", str(run), "--keep_last", "1", *dry]) == 2
+    assert main(["checkpoint", "prune", str(run), "--keep_last", "1", *dry]) == 2
     ranks(1).run(_release)
     said = capsys.readouterr().err
     assert said.startswith(f"error: run folder {run} is in use by process {holder} on ")
     assert said.endswith("; stop it, or let it prune with --keep_last\n")
     assert _contents(run) == before
-    assert main(["prune", str(run), "--keep_last", "1", *dry]) == 0
+    assert main(["checkpoint", "prune", str(run), "--keep_last", "1", *dry]) == 0
 
 
 def test_prune_keeps_all_while_the_newest_is_damaged(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _flip(run / "00004_opt/__1_0.distcp")
     before = _contents(run)
-    assert main(["prune", str(run), "--keep_last", "1"]) == 2
+    assert main(["checkpoint", "prune", str(run), "--keep_last", "1"]) == 2
     assert "; nothing is deleted while the newest checkpoint is damaged" in capsys.readouterr().err
     assert _contents(run) == before
 
@@ -386,7 +386,7 @@ def test_an_error_is_one_line(
     for step in (2, 3):
         (run / f"0000{step}_model.pt").write_bytes(b"nothing")
     fill = lambda text: text.replace("RUN", str(run)).replace("EMPTY", str(empty))  # noqa: E731
-    assert main([fill(argument) for argument in arguments]) == 2
+    assert main(["checkpoint", *map(fill, arguments)]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: {fill(expected)}")
     assert said.count("\n") == 1
@@ -395,7 +395,7 @@ def test_an_error_is_one_line(
 def test_the_command_ends_with_the_status(run: Path) -> None:
     _flip(run / "00002_model.pt")
     arguments = [("verify", run / "00004_opt"), ("verify", run), ("verify", run / "nothing"), ("prune", "--help")]
-    command = [sys.executable, "-m", "tinytron.checkpoint"]
+    command = [sys.executable, "-m", "tinytron", "checkpoint"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     started = [
         subprocess.Popen([*command, *a], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""python -m tinytron.data: what a folder holds, and everything that can be wrong with it."""
+"""``tinytron data``: what a folder holds, and everything that can be wrong with it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytest.importorskip("tokenizers")
 
 from tests.helpers.corpus import EOT, Naive, make_texts, make_tokenizer, tokenize, write_jsonl
 from tests.helpers.runs import ROOT
-from tinytron.data.__main__ import main
+from tinytron.cli.main import main
 from tinytron.data.formats import open_shard, write_shard
 from tinytron.data.manifest import ShardFacts, read_manifest, write_manifest
 from tinytron.utils.training import sha256_of
@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_info(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["info", str(folder)]) == 0
+    assert main(["data", "info", str(folder)]) == 0
     manifest = read_manifest(folder)
     assert manifest is not None
     out = capsys.readouterr().out
@@ -53,7 +53,7 @@ def test_info(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_info_of_shards_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_shard(tmp_path / "fineweb_train_000001.bin", range(5), file_format="llmc")
-    assert main(["info", str(tmp_path)]) == 0
+    assert main(["data", "info", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "format     llmc, uint16\nmanifest   none\nfineweb_train 5 tokens, 1 shards\n" in out
 
@@ -62,7 +62,7 @@ def test_what_is_whole_is_verified(folder: Path, capsys: pytest.CaptureFixture[s
     for position, file_format in (("prepend", "timl"), ("append", "llmc")):
         flags = ("--overwrite", "--eot_position", position, "--file_format", file_format, "--val_fraction", 0.2)
         tokenize(folder.parent / "c.jsonl", folder.parent / "tokenizer.json", folder, *flags)
-        assert main(["verify", str(folder)]) == 0
+        assert main(["data", "verify", str(folder)]) == 0
         assert capsys.readouterr().out == "ok: 3 shards\n"
 
 
@@ -120,7 +120,7 @@ def test_every_damage_is_a_line(
     folder: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object], message: str
 ) -> None:
     damage(folder)
-    assert main(["verify", str(folder)]) == 1
+    assert main(["data", "verify", str(folder)]) == 1
     assert message in capsys.readouterr().out
 
 
@@ -136,9 +136,9 @@ def _starts(folder: Path, change: Callable[[list[int]], list[int]]) -> None:
 
 
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", str(tmp_path)]) == 2
+    assert main(["data", "verify", str(tmp_path)]) == 2
     assert "holds no token shards (*.bin); give a folder that tokenize_dataset.py wrote" in capsys.readouterr().err
-    assert main(["inform", str(tmp_path)]) == 2
+    assert main(["data", "inform", str(tmp_path)]) == 2
     assert "invalid choice" in capsys.readouterr().err
 
 
@@ -164,7 +164,7 @@ def test_it_is_a_program_and_so_is_the_tokenizer_pipeline(tmp_path: Path) -> Non
     assert done.returncode == 2
     assert done.stderr.endswith("error: unknown argument --token_dtyp; did you mean --token_dtype?; see --help\n")
     assert "--min_file_index" in run("scripts/tokenize_dataset.py", "--help").stdout
-    assert run("-m", "tinytron.data", "verify", tmp_path / "out").stdout == "ok: 1 shards\n"
+    assert run("-m", "tinytron", "data", "verify", tmp_path / "out").stdout == "ok: 1 shards\n"
 
 
 def test_the_shard_facts_of_a_split(folder: Path) -> None:

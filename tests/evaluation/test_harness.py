@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests.cli.test_generate import write_config
 from tests.evaluation.test_choices import make_items
 from tests.helpers.corpus import EOT, make_tokenizer
 from tests.inference.models import greedy, logits_of, make_model
-from tests.inference.test_command import write_config
+from tinytron.cli.main import main
 from tinytron.errors import ConfigError
-from tinytron.evaluation.__main__ import main
 from tinytron.evaluation.choices import encode_pair
 from tinytron.evaluation.harness import Answers, harness_model
 from tinytron.model import GPT
@@ -182,7 +182,8 @@ def test_the_harness_itself_gives_our_accuracy(tmp_path: Path) -> None:
     }
     toy = task.ConfigurableTask(config={"task": "toy", "output_type": "multiple_choice", **shared, **choices})
     found = lm_eval.simple_evaluate(model=harness_model(tmp_path, tokenizer=file), tasks=[toy], bootstrap_iters=0)
-    assert main(["--checkpoint", str(tmp_path), "--tasks", str(tmp_path / "toy.jsonl"), "--tokenizer", str(file)]) == 0
+    flags = ["--checkpoint", tmp_path, "--tasks", tmp_path / "toy.jsonl", "--tokenizer", file]
+    assert main(["evaluate", *map(str, flags)]) == 0
     ours = json.loads((tmp_path / "results.json").read_text())["results"]["toy"]["accuracy"]
     assert found["results"]["toy"]["acc,none"] == ours
     assert 0 < ours < 1

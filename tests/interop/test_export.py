@@ -16,10 +16,11 @@ from tests.helpers.runs import TINY, config_of, read_logs
 from tests.interop.families import MODELS, batch, save
 from tinytron.checkpoint import complete_checkpoints
 from tinytron.checkpoint.tools import consolidate
+from tinytron.cli.export import byte_count
+from tinytron.cli.main import main
 from tinytron.data.shards import open_shard
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.interop import export as exporting
-from tinytron.interop.__main__ import byte_count, main
 from tinytron.interop.export import export
 from tinytron.interop.importing import import_model
 from tinytron.interop.tokenizer import tokenizer_of_data

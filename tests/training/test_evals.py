@@ -15,7 +15,7 @@ from tests.helpers.corpus import EOT, Naive, make_texts, make_tokenizer, tokeniz
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import Run, train, user_error
 from tinytron.checkpoint import load_model
-from tinytron.evaluation.__main__ import main
+from tinytron.cli.main import main
 from tinytron.training import Trainer
 
 pytest.importorskip("tokenizers")
@@ -129,7 +129,8 @@ def test_they_are_those_of_the_command_on_the_checkpoint(
     run = run_of(ranks, 2, made / "web", tmp_path, *flags)
     (entry,) = stages(run, "eval")  # only after the last step
     assert entry["step"] == 4
-    assert main(["--checkpoint", str(run.folder), "--tasks", str(made / "sky.jsonl"), "--batch_tokens", "100"]) == 0
+    flags = ["--checkpoint", run.folder, "--tasks", made / "sky.jsonl", "--batch_tokens", 100]
+    assert main(["evaluate", *map(str, flags)]) == 0
     written = json.loads((run.folder / "results.json").read_text())
     assert written["results"]["sky"] == {k: v for k, v in entry.items() if k not in ("step", "stage", "task")}
     assert written["checkpoint"] == str(run.folder / "00004_model.pt")
@@ -199,6 +200,6 @@ def test_a_given_tokenizer_is_used(ranks: Pools, made: Path, tmp_path: Path) -> 
 def test_what_the_command_refuses(
     made: Path, words: tuple[object, ...], text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(made / "sky.jsonl") if word == "SKY" else str(word) for word in words]) == 2
+    assert main(["evaluate", *(str(made / "sky.jsonl") if word == "SKY" else str(word) for word in words)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert text in line

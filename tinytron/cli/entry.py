@@ -1,46 +1,79 @@
-"""How an entry script ends: user errors as one line and status 2, and the process group always taken down."""
+"""How every command and script ends: with one line and status 2 after a user's error, with 130 after Ctrl-C, with 141 when
+its reader has gone, and with the process group taken down."""
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
 from collections.abc import Callable
 
-import torch.distributed as dist
-
 from tinytron.errors import TinytronError
 
 _GRACE_SECONDS = 5.0
+_USER_ERROR = 2
+_INTERRUPTED = 130  # 128 + SIGINT
+_READER_GONE = 141  # 128 + SIGPIPE
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call ``main``; on a ``TinytronError`` print ``error: ...`` and exit with status 2, without a traceback."""
+def run(command: Callable[[], int | None]) -> None:
+    """Call ``command`` and end the process unless its status (see ``status_of``) is 0."""
     try:
-        main()
-    except TinytronError as error:
-        # All ranks raise the same error. Local rank 0 says it; the others give the launcher time to stop them.
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(_GRACE_SECONDS)
-        sys.stdout.flush()
-        print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
-        os._exit(2)  # not sys.exit: a peer may be inside a collective, and taking the group down would wait for it
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        os._exit(130)
+        status = status_of(command)
     except SystemExit as end:
         if not end.code:  # a run that was asked to stop, and has saved
             _leave_the_others()
         raise
+    if status in (_USER_ERROR, _INTERRUPTED):
+        os._exit(status)  # not sys.exit: a peer may be inside a collective, and taking the group down would wait for it
     _leave_the_others()
+    if status:
+        sys.exit(status)
 
 
-def _leave_the_others() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def status_of(command: Callable[[], int | None]) -> int:
+    """The exit status of ``command``: what it returns (None: 0), or that of the error or interruption it ended in, which is
+    then said in one line. An ``OSError`` counts as the user's if it names a file or if the disk is full."""
+    try:
+        status = command()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _READER_GONE
+    except TinytronError as error:
+        return _said(_last_line(error))
+    except OSError as error:
+        if error.filename is None and error.errno not in _DISK_FULL:
+            raise
+        return _said(str(error))
+    except KeyboardInterrupt:
+        sys.stdout.flush()
+        print("interrupted", file=sys.stderr, flush=True)
+        return _INTERRUPTED
+    return status or 0
 
 
-def _one_line(error: TinytronError) -> str:
+def _said(text: str) -> int:
+    # All ranks raise the same error. Local rank 0 says it; the others give the launcher time to stop them.
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(_GRACE_SECONDS)
+    sys.stdout.flush()
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    return _USER_ERROR
+
+
+def _last_line(error: TinytronError) -> str:
     """The message; a data loader's worker process wraps it in its traceback, of which it is the last line."""
     last = str(error).strip().splitlines()[-1]
     return last.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
+
+
+def _leave_the_others() -> None:
+    if "torch.distributed" not in sys.modules:  # a command that never needed it
+        return
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

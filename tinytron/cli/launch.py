@@ -1,4 +1,4 @@
-"""torchrun, without its traceback: ``python -m tinytron.cli.launch [torchrun options] script.py [arguments]``.
+"""``tinytron launch [torchrun options] script.py [arguments]``: torchrun, without its traceback.
 
 The same options, agents and environment as ``torchrun``. A worker that fails has said why, so only its exit status is
 passed on; one that a signal killed could not, so that is said here. SIGTERM and SIGUSR1 are passed on to the workers,
@@ -60,8 +60,9 @@ class _Forwarder:
             raise SignalException(f"got {self.received.name}", self.received)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Launch the workers and exit with the first failed one's status."""
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Launch the workers and exit with the first failed one's status. ``prog`` is not used: the help is
+    torchrun's."""
     args = torchrun.parse_args(sys.argv[1:] if argv is None else argv)
     # What torchrun would set to 1, with a warning, for more than one worker.
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads_per_worker(args)))

@@ -49,7 +49,7 @@ pipeline_tag: text-generation
 ---
 # {name}
 
-Trained with Tinytron {tinytron.__version__}, written by `python -m tinytron.interop export`.
+Trained with Tinytron {tinytron.__version__}, written by `tinytron export`.
 
 | | |
 |---|---|

@@ -249,9 +249,10 @@ class TokenizeOptions:
         return shlex.join(words)
 
 
-def build_parser(description: str | None = None) -> argparse.ArgumentParser:
-    """One flag per option."""
+def build_parser(description: str | None = None, prog: str | None = None) -> argparse.ArgumentParser:
+    """One flag per option. ``prog`` is the command's name (default: that of the script)."""
     parser = Parser(
+        prog=prog,
         usage="%(prog)s --dataset_path PATH --tokenizer_name NAME [--flag value ...]",
         description=description,
         allow_abbrev=False,
@@ -269,7 +270,9 @@ def _with_default(info: Any) -> str:
     return f"{info.flag.help} ({shown})" if shown != "" else info.flag.help
 
 
-def parse_options(argv: Sequence[str] | None = None, description: str | None = None) -> TokenizeOptions:
+def parse_options(
+    argv: Sequence[str] | None = None, description: str | None = None, prog: str | None = None
+) -> TokenizeOptions:
     """The options of ``argv`` (default: the command line). Raises: ConfigError for unknown flags, naming the nearest, and
     for values that break a rule."""
-    return TokenizeOptions(**vars(parse_strictly(build_parser(description), argv)))
+    return TokenizeOptions(**vars(parse_strictly(build_parser(description, prog), argv)))

@@ -16,12 +16,13 @@ from tinytron.utils.flags import Parser, add_flag, config_fields, parse_strictly
 NONE: Mapping[str, type] = MappingProxyType({})
 
 
-def build_parser(description: str = "Pre-train a GPT.", sections: Mapping[str, type] = NONE) -> argparse.ArgumentParser:
+def build_parser(sections: Mapping[str, type] = NONE, prog: str | None = None) -> argparse.ArgumentParser:
     """One flag per configuration field, grouped by section, of the built-in ``sections`` and further ones; booleans as
-    ``--flag`` and ``--no-flag``."""
+    ``--flag`` and ``--no-flag``. ``prog`` is the command's name (default: that of the script)."""
     parser = Parser(
+        prog=prog,
         usage="%(prog)s [--flag value ...]",
-        description=description,
+        description="Pre-train a GPT.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -32,11 +33,13 @@ def build_parser(description: str = "Pre-train a GPT.", sections: Mapping[str, t
     return parser
 
 
-def parse_args(argv: Sequence[str] | None = None, sections: Mapping[str, type] = NONE) -> argparse.Namespace:
+def parse_args(
+    argv: Sequence[str] | None = None, sections: Mapping[str, type] = NONE, prog: str | None = None
+) -> argparse.Namespace:
     """Parse ``argv`` (default: the command line), with the flags of further ``sections`` such as ``MyTrainer.sections``;
     ``given`` of the result are the flags that stand there. Raises: ConfigError for unknown flags, naming the nearest known
     one, and for values of the wrong type."""
-    parser = build_parser(sections=sections)
+    parser = build_parser(sections, prog)
     args = parse_strictly(parser, argv)
     for action in parser._actions:
         action.default = argparse.SUPPRESS

@@ -143,9 +143,20 @@ def parse_strictly(parser: argparse.ArgumentParser, argv: Sequence[str] | None =
     and for values of the wrong type."""
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
+        known = _options(parser)
         raise ConfigError(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], known)}; see --help")
     return args
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    """The spellings of all flags, those of subcommands included."""
+    found: list[str] = []
+    for action in parser._actions:
+        found += action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                found += _options(command)
+    return found
 
 
 def add_flag(group: argparse._ActionsContainer, info: FieldInfo) -> None:

@@ -1,4 +1,4 @@
-"""Seeds, random states and file writes that either happen whole or not at all."""
+"""Precisions, devices, seeds, random states, and file writes that either happen whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,21 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+from tinytron.errors import ConfigError
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device to compute on. Raises: ConfigError for one that is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name} cannot be used ({str(error).splitlines()[0]}); use cpu") from error
+    return device
 
 
 def seed_all(seed: int) -> None:

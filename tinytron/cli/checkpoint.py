@@ -1,9 +1,8 @@
-"""Tools for checkpoints: ``python -m tinytron.checkpoint inspect|verify|consolidate|prune PATH``."""
+"""``tinytron checkpoint inspect|verify|consolidate|prune PATH``: tools for checkpoints."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,15 +10,12 @@ from tinytron.checkpoint import report, tools
 from tinytron.checkpoint.files import CheckpointFiles, Retention, checkpoint_of, leftovers, newest_checkpoint
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.metrics.sinks.files import json_line
-from tinytron.utils.flags import Parser
-from tinytron.utils.tools import run_tool
+from tinytron.utils.flags import Parser, parse_strictly
 
 
-def build_parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
     """One subcommand per tool; ``args.tool`` runs it and returns the exit status."""
-    parser = Parser(
-        prog="python -m tinytron.checkpoint", description="Look at checkpoints, check, export and delete them."
-    )
+    parser = Parser(prog=prog, description="Look at checkpoints, check, export and delete them.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     either = "run folder, or a file of one checkpoint such as log/<run>/00100_model.pt"
 
@@ -118,11 +114,8 @@ def _nothing(path: Path) -> CheckpointError:
     return CheckpointError(f"{path} holds no checkpoint; use a run folder such as log/<run>")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the tool that ``arguments`` (default: the command line) name; returns the exit status: 0, 1 (``verify`` found
-    damage), or 2 after an error, which is one line."""
-    return run_tool(build_parser(), arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def main(argv: Sequence[str], prog: str = "tinytron checkpoint") -> int | None:
+    """Run the tool that ``argv`` names; returns 1 if ``verify`` found damage. Raises: TinytronError; OSError."""
+    args = parse_strictly(_parser(prog), argv)
+    status: int | None = args.tool(args)
+    return status

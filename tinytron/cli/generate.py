@@ -1,4 +1,4 @@
-"""Text on the terminal: ``python -m tinytron.inference.generate --checkpoint log/<run> --prompt "Once upon a time"``"""
+"""``tinytron generate --checkpoint log/<run> --prompt "Once upon a time"``: text on the terminal."""
 
 from __future__ import annotations
 
@@ -9,22 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-import torch
-
 from tinytron.checkpoint import load_model
 from tinytron.errors import ConfigError
 from tinytron.inference.engine import Generation, Piece, complete
 from tinytron.inference.sampler import SamplingOptions
 from tinytron.text.run_tokenizer import RunTokenizer, tokenizer_of_run
 from tinytron.utils.flags import Parser, parse_strictly, whole_number
-from tinytron.utils.tools import status_of
-from tinytron.utils.training import DTYPES
+from tinytron.utils.training import DTYPES, device_of
 
 
-def build_parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
     """The flags; defaults of sampling are those of ``SamplingOptions``."""
     parser = Parser(
-        prog="python -m tinytron.inference.generate",
+        prog=prog,
         description="Continue texts with a trained model.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -88,18 +85,6 @@ def _prompts_of(path: Path) -> list[str]:
             raise ConfigError(f'--prompts_file {path}: line {number} is not of the form {{"prompt": "text"}}')
         prompts.append(prompt)
     return prompts
-
-
-def device_of(name: str | None) -> torch.device:
-    """The device to compute on. Raises: ConfigError for one that is not there."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {name} cannot be used ({str(error).splitlines()[0]}); use cpu") from error
-    return device
 
 
 class _Printer:
@@ -175,14 +160,6 @@ def run(args: argparse.Namespace) -> None:
     print(summary(result), file=sys.stderr)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, or 2 after an error, which is one line."""
-    try:
-        return status_of(lambda: run(parse_strictly(build_parser(), arguments)))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def main(argv: Sequence[str], prog: str = "tinytron generate") -> None:
+    """Continue the prompts that ``argv`` names. Raises: TinytronError."""
+    run(parse_strictly(_parser(prog), argv))

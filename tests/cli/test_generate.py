@@ -1,4 +1,4 @@
-"""``python -m tinytron.inference.generate`` and ``load_model``: what they print, where they look, what they refuse."""
+"""``tinytron generate`` and ``load_model``: what they print, where they look, what they refuse."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.helpers.runs import ROOT
 from tests.inference.models import greedy, make_model
 from tinytron.checkpoint import load_model
 from tinytron.checkpoint.model import model_config_of
+from tinytron.cli.main import main
 from tinytron.errors import CheckpointError, ConfigError
-from tinytron.inference.generate import main
 from tinytron.model import GPT
 from tinytron.text.run_tokenizer import find_tokenizer, tokenizer_of_run, tokenizers_of_data
 
@@ -57,7 +57,7 @@ def run(made: Path, tmp_path: Path) -> Path:
 
 
 def output(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[str, str]:
-    status = main([str(word) for word in words])
+    status = main(["generate", *map(str, words)])
     out, err = capsys.readouterr()
     assert status == 0, err
     return out, err
@@ -65,7 +65,7 @@ def output(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[str, str
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     """The one line that an error is."""
-    assert main([str(word) for word in words]) == 2
+    assert main(["generate", *map(str, words)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     (line,) = err.splitlines()
@@ -120,7 +120,7 @@ def test_the_end_of_text_before_the_prompt_can_be_chosen(made: Path, capsys: pyt
 
 
 def test_as_a_program(made: Path) -> None:
-    command = [sys.executable, "-m", "tinytron.inference.generate", "--checkpoint", made / "run", "--prompt", ""]
+    command = [sys.executable, "-m", "tinytron", "generate", "--checkpoint", made / "run", "--prompt", ""]
     done = subprocess.run(
         [*map(str, command), "--max_new_tokens", "3"], cwd=ROOT, capture_output=True, text=True, check=False
     )

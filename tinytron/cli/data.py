@@ -1,20 +1,18 @@
-"""Tools for token shards: ``python -m tinytron.data info|verify PATH``."""
+"""``tinytron data info|verify PATH``: what token shards hold, and whether they are what was written."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from tinytron.data import inspect
-from tinytron.utils.flags import Parser
-from tinytron.utils.tools import run_tool
+from tinytron.utils.flags import Parser, parse_strictly
 
 
-def build_parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
     """One subcommand per tool; ``args.tool`` runs it and returns the exit status."""
-    parser = Parser(prog="python -m tinytron.data", description="Look at folders of token shards, and check them.")
+    parser = Parser(prog=prog, description="Look at folders of token shards, and check them.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("info", help="show what a folder of token shards holds")
     command.add_argument("path", type=Path, metavar="PATH", help="folder with *.bin files")
@@ -40,11 +38,8 @@ def _verify(args: argparse.Namespace) -> int:
     return status
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the tool that ``arguments`` (default: the command line) name; returns the exit status: 0, 1 (``verify`` found
-    damage), or 2 after an error, which is one line."""
-    return run_tool(build_parser(), arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def main(argv: Sequence[str], prog: str = "tinytron data") -> int | None:
+    """Run the tool that ``argv`` names; returns 1 if ``verify`` found damage. Raises: TinytronError; OSError."""
+    args = parse_strictly(_parser(prog), argv)
+    status: int | None = args.tool(args)
+    return status

@@ -1,10 +1,9 @@
-"""Multiple-choice tasks on a trained model: ``python -m tinytron.evaluation --checkpoint log/<run> --tasks FILE.jsonl``"""
+"""``tinytron evaluate --checkpoint log/<run> --tasks FILE.jsonl``: multiple-choice tasks on a trained model."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,17 @@ import torch
 from tinytron.checkpoint import load_model
 from tinytron.checkpoint.model import weights_at
 from tinytron.data import Batch
-from tinytron.errors import ConfigError, TinytronError
+from tinytron.errors import ConfigError
 from tinytron.evaluation.choices import encode_items, log_probs, read_items, summarise
-from tinytron.inference.generate import device_of
 from tinytron.model.modules.loss import LossSums
 from tinytron.text.run_tokenizer import tokenizer_of_run
 from tinytron.utils.flags import Parser, parse_strictly, whole_number
-from tinytron.utils.training import DTYPES, write_atomically
+from tinytron.utils.training import DTYPES, device_of, write_atomically
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = Parser(
-        prog="python -m tinytron.evaluation",
+        prog=prog,
         description="Answer multiple-choice items with a trained model.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -75,15 +72,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return content
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, or 2 after an error, which is one line."""
-    try:
-        run(parse_strictly(build_parser(), arguments))
-    except (TinytronError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def main(argv: Sequence[str], prog: str = "tinytron evaluate") -> None:
+    """Answer the tasks that ``argv`` names, and write the results. Raises: TinytronError; OSError."""
+    run(parse_strictly(_parser(prog), argv))

@@ -1,0 +1,81 @@
+"""The ``tinytron`` command: which subcommands there are. Each is a module of this package with a ``main(argv, prog)`` that
+parses its own flags and returns its exit status; only the one that was asked for is imported."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
+
+from tinytron import __version__
+from tinytron.cli import entry
+from tinytron.errors import ConfigError
+from tinytron.utils.flags import nearest
+
+
+class Command(NamedTuple):
+    """A subcommand: the module of tinytron.cli that it lives in, and its line of help."""
+
+    module: str
+    help: str
+
+
+COMMANDS: Mapping[str, Command] = MappingProxyType(
+    {
+        "tokenize": Command("tokenize", "turn text into token shards"),
+        "data": Command("data", "show and check token shards"),
+        "plan": Command("plan", "say what a training run would need, without starting it"),
+        "pretrain": Command("pretrain", "train a model on token shards or mock data"),
+        "launch": Command("launch", "start a script on several processes, as torchrun does"),
+        "checkpoint": Command("checkpoint", "show, check, consolidate and delete checkpoints"),
+        "generate": Command("generate", "continue texts with a trained model"),
+        "evaluate": Command("evaluate", "answer multiple-choice tasks with a trained model"),
+        "export": Command("export", "write a trained model as a Hugging Face folder"),
+        "import": Command("import_model", "turn a Hugging Face model into a folder for --init_from"),
+    }
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the subcommand that ``argv`` (default: the command line) names. Returns the exit status (see ``cli.entry``)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return entry.status_of(lambda: _dispatch(words))
+
+
+def run() -> None:
+    """The console script: ``main``, and the end of the process."""
+    words = sys.argv[1:]
+    entry.run(lambda: _dispatch(words))
+
+
+def _dispatch(words: list[str]) -> int | None:
+    name = words[0] if words else "--help"
+    if name in ("-h", "--help"):
+        print(_help())
+        return 0
+    if name == "--version":
+        print(f"tinytron {__version__}")
+        return 0
+    if name not in COMMANDS:
+        raise ConfigError(f"unknown command {name}{nearest(name, COMMANDS)}; see tinytron --help")
+    module = importlib.import_module(f"tinytron.cli.{COMMANDS[name].module}")
+    status: int | None = module.main(words[1:], prog=f"tinytron {name}")
+    return status
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: tinytron COMMAND [--flag value ...]",
+            "",
+            "Pre-train GPT-style language models.",
+            "",
+            *lines,
+            "",
+            "tinytron COMMAND --help lists the flags of a command.",
+        ]
+    )
