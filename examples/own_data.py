@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from tinytron.cli import entry
-from tinytron.training import Config, Trainer, build_config, parse_args
+from tinytron.cli import entry, pretrain
+from tinytron.training import Config, Trainer
 
 
 class FileBytes(Dataset[torch.Tensor]):
@@ -34,4 +34,4 @@ class MyTrainer(Trainer):
 
 
 if __name__ == "__main__":
-    entry.run(lambda: MyTrainer(build_config(parse_args())).train())
+    entry.run(lambda: pretrain.main(trainer=MyTrainer))

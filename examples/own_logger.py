@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from tinytron.cli import entry
+from tinytron.cli import entry, pretrain
 from tinytron.metrics.sinks import Record, RunInfo, Sink
 from tinytron.metrics.sinks.files import keep_lines
-from tinytron.training import Config, Trainer, build_config, parse_args
+from tinytron.training import Config, Trainer
 from tinytron.utils.flags import Flag
 
 
@@ -45,4 +45,4 @@ class MyTrainer(Trainer):
 
 
 if __name__ == "__main__":
-    entry.run(lambda: MyTrainer(build_config(parse_args(sections=MyTrainer.sections))).train())
+    entry.run(lambda: pretrain.main(trainer=MyTrainer))

@@ -4,10 +4,10 @@
 
 import torch
 
-from tinytron.cli import entry
+from tinytron.cli import entry, pretrain
 from tinytron.data import Batch, MockDataset
 from tinytron.model.modules.loss import LossSums
-from tinytron.training import Config, Trainer, build_config, parse_args
+from tinytron.training import Config, Trainer
 
 
 class Answers(MockDataset):
@@ -37,4 +37,4 @@ class MyTrainer(Trainer):
 
 
 if __name__ == "__main__":
-    entry.run(lambda: MyTrainer(build_config(parse_args())).train())
+    entry.run(lambda: pretrain.main(trainer=MyTrainer))

@@ -6,9 +6,9 @@
 import torch
 import torch.nn as nn
 
-from tinytron.cli import entry
+from tinytron.cli import entry, pretrain
 from tinytron.model.modules.loss import LossSums, fused_linear_cross_entropy
-from tinytron.training import Config, Trainer, build_config, parse_args
+from tinytron.training import Config, Trainer
 
 
 class GRUModel(nn.Module):
@@ -38,4 +38,4 @@ class MyTrainer(Trainer):
 
 
 if __name__ == "__main__":
-    entry.run(lambda: MyTrainer(build_config(parse_args())).train())
+    entry.run(lambda: pretrain.main(trainer=MyTrainer))

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from tinytron.cli import entry
+from tinytron.cli import entry, pretrain
 from tinytron.distributed import DistributedOptimizer
-from tinytron.training import Config, Trainer, build_config, parse_args
+from tinytron.training import Config, Trainer
 from tinytron.training.build import optimizer_groups
 
 
@@ -38,4 +38,4 @@ class MyTrainer(Trainer):
 
 
 if __name__ == "__main__":
-    entry.run(lambda: MyTrainer(build_config(parse_args())).train())
+    entry.run(lambda: pretrain.main(trainer=MyTrainer))
