@@ -22,7 +22,7 @@ import torch
 import transformers
 
 from tinytron.model import GPT, ModelConfig
-from tinytron.training.config import DTYPES
+from tinytron.utils.training import DTYPES
 
 BATCH, SEQ_LEN, VOCAB = 4, 512, 8192
 LAYERS, WIDTH, HEADS, KV_HEADS, EXPERTS, TOP_K, EXPERT_WIDTH = 6, 256, 4, 2, 8, 2, 512

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from tinytron.interop.hf import FAMILIES
+from tinytron.interop.families import FAMILIES
 from tinytron.model import GPT, ModelConfig
 
 Weights = Mapping[str, torch.Tensor]

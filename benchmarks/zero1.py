@@ -36,7 +36,7 @@ from tinytron.distributed import DistributedOptimizer, ParallelLayout, ParallelS
 from tinytron.distributed.param_spec import specs_of
 from tinytron.model import GPT, ModelConfig
 from tinytron.training.build import param_wait_hook
-from tinytron.training.config import DTYPES
+from tinytron.utils.training import DTYPES
 
 SIZES: dict[str, dict[str, int]] = {
     "10m": {"num_layer": 6, "hidden_size": 320, "num_attention_heads": 5, "intermediate_size": 896, "vocab_size": 8192},

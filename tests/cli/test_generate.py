@@ -263,7 +263,7 @@ def test_weights_that_are_not_there(run: Path, tmp_path: Path) -> None:
     (run / "config.json").write_text(json.dumps({"config": config | {"model": config["model"] | {"num_layer": 2}}}))
     assert "is of a different model" in told(run)
     (run / "config.json").write_text(json.dumps({"config": {"model": 3}}))
-    assert "is no run's configuration (it has no section model); copy it" in told(run)
+    assert "does not describe a model (it has no config.model); use what a run wrote" in told(run)
     (run / "config.json").unlink()
     assert "needs its run's config.json beside it, which is not there; copy both" in told(run)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +34,17 @@ def read_file(path: Path, *, mmap: bool = False) -> dict[str, Any]:
         raise damaged(path, error) from error
     if not isinstance(content, dict):
         raise damaged(path, f"it holds a {type(content).__name__}, not a dict")
+    return content
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises: CheckpointError if the file is missing or holds something else."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
     return content
 
 

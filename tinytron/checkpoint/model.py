@@ -1,43 +1,86 @@
-"""A trained model by itself, in one process: weights and the configuration that stands beside them."""
+"""Saved models of Tinytron's own: a run's, one of its checkpoints, a consolidated file, or what an import wrote."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from tinytron.checkpoint.files import checkpoint_of, newest_checkpoint
-from tinytron.checkpoint.load import load_weights, read_file
+from tinytron.checkpoint.files import checkpoint_of, newest_checkpoint, verify
+from tinytron.checkpoint.load import load_weights, read_file, read_json, read_meta
+from tinytron.checkpoint.meta import CheckpointMeta
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.model import GPT, ModelConfig
 
-CONFIG = "config.json"
+CONFIG = "config.json"  # describes a run, or an imported model; next to its weights
+
+
+class SavedModel(NamedTuple):
+    """A file of weights, their architecture, and the record of their checkpoint (empty for an imported model)."""
+
+    file: Path
+    config: ModelConfig
+    meta: CheckpointMeta
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The whole ``state_dict``, read where it is used. Raises: CheckpointError if the file is damaged."""
+        return read_weights(self.file, mmap=True)
+
+    def section(self, name: str) -> dict[str, Any]:
+        """A section of the configuration that the checkpoint's run had; empty if nothing is known of it."""
+        found: dict[str, Any] = self.meta.run.get("config", {}).get(name, {})
+        return found
+
+
+def is_saved_model(path: Path) -> bool:
+    """Whether ``path`` is Tinytron's: a file of weights, or the folder of a run or an import."""
+    if path.is_file():
+        return path.suffix == ".pt"
+    if not path.is_dir():
+        return False
+    try:
+        return "config" in read_json(path / CONFIG)
+    except CheckpointError:
+        return any(path.glob("*_model.pt"))
+
+
+def saved_model(path: Path) -> SavedModel:
+    """The newest model of a folder, or that of a weights file, compared with the checksums of its checkpoint.
+
+    The checkpoint's own record describes it; weights without one are described by ``config.json`` next to them. Raises:
+    CheckpointError if there are no weights or no description, or they are not what was written.
+    """
+    file = weights_at(path)
+    files = checkpoint_of(file)
+    if files is not None and files.meta.is_file():
+        meta = read_meta(files.meta)
+        verify(files.folder, meta.files, [file.name] if file.name in meta.files else [])
+        return SavedModel(file, model_config_of(_sections(meta.run, files.meta), files.meta), meta)
+    consolidated = read_file(file, mmap=True).get("meta")
+    if isinstance(consolidated, dict):
+        sections = _sections(consolidated.get("run"), file)
+        return SavedModel(file, model_config_of(sections, file), CheckpointMeta.from_dict(consolidated))
+    return SavedModel(file, model_config_of(_sections_beside(file), file.with_name(CONFIG)), CheckpointMeta())
 
 
 def load_model(
     path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[GPT, dict[str, Any]]:
     """The model of a run folder's newest checkpoint, or of one weights file in it (``00100_model.pt``, or what
-    ``consolidate`` writes), ready to evaluate; and the run's configuration by section, from ``config.json`` beside it.
+    ``consolidate`` writes), ready to evaluate; and the run's configuration by section, from ``config.json`` next to it.
 
     ``dtype`` None is that of the file. Raises: CheckpointError if there are no weights, no configuration, or they do not
-    fit each other.
+    fit each other. Checksums are not compared: that reads every file twice.
     """
-    weights_file = weights_at(Path(path))
-    config = run_config(weights_file)
-    content = read_file(weights_file)
-    weights = content["model"] if isinstance(content.get("model"), dict) else content
-    if not isinstance(embedding := weights.get("wte.weight"), torch.Tensor):
-        raise CheckpointError(
-            f"{weights_file} holds no weights of a GPT (no wte.weight); use a file like 00100_model.pt"
-        )
-    model_config = model_config_of(config, weights_file.with_name(CONFIG))
-    model = GPT(model_config, dtype=dtype or embedding.dtype, device=device, seed=None)
-    load_weights(model, weights, str(weights_file))
-    return model.eval(), config
+    file = weights_at(Path(path))
+    sections = _sections_beside(file)
+    weights = read_weights(file)
+    config = model_config_of(sections, file.with_name(CONFIG))
+    model = GPT(config, dtype=dtype or weights["wte.weight"].dtype, device=device, seed=None)
+    load_weights(model, weights, str(file))
+    return model.eval(), sections
 
 
 def weights_at(path: Path) -> Path:
@@ -60,22 +103,32 @@ def weights_at(path: Path) -> Path:
     return max(kept, key=lambda files: files.step).model
 
 
-def run_config(weights_file: Path) -> dict[str, Any]:
-    """The configuration in ``config.json`` beside a weights file, by section. Raises: CheckpointError."""
-    path = weights_file.with_name(CONFIG)
-    try:
-        config = json.loads(path.read_bytes())["config"]
-        if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
-            raise ValueError("it has no section model")
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{weights_file} needs its run's {CONFIG} beside it, which is not there; copy both"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} is no run's configuration ({error}); copy it from the run folder again"
-        ) from error
-    return config
+def read_weights(file: Path, *, mmap: bool = False) -> dict[str, torch.Tensor]:
+    """The ``state_dict`` in a weights file, with ``mmap`` read where it is used. Raises: CheckpointError if the file is
+    damaged or holds something else."""
+    content = read_file(file, mmap=mmap)
+    inner = content.get("model")  # of a consolidated file
+    weights: dict[str, torch.Tensor] = inner if isinstance(inner, dict) else content
+    if "wte.weight" not in weights:
+        raise CheckpointError(f"{file} holds no weights of a GPT (no wte.weight); use a file like 00100_model.pt")
+    if wrong := [name for name, value in weights.items() if not isinstance(value, torch.Tensor)]:
+        raise CheckpointError(f"{file} holds {wrong[0]}, which is no tensor")
+    return weights
+
+
+def _sections_beside(file: Path) -> dict[str, Any]:
+    path = file.with_name(CONFIG)
+    if not path.is_file():
+        raise CheckpointError(f"{file} needs its run's {CONFIG} beside it, which is not there; copy both")
+    return _sections(read_json(path), path)
+
+
+def _sections(description: Any, source: Path) -> dict[str, Any]:
+    """The configuration by section, out of what ``source`` says about a run."""
+    sections = description.get("config") if isinstance(description, dict) else None
+    if not isinstance(sections, dict) or not isinstance(sections.get("model"), dict):
+        raise CheckpointError(f"{source} does not describe a model (it has no config.model); use what a run wrote")
+    return sections
 
 
 def model_config_of(config: dict[str, Any], source: Path | str) -> ModelConfig:

@@ -15,7 +15,7 @@ _GRACE_SECONDS = 5.0
 _USER_ERROR = 2
 _INTERRUPTED = 130  # 128 + SIGINT
 _READER_GONE = 141  # 128 + SIGPIPE
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of writing, which name no file
 
 
 def run(command: Callable[[], int | None]) -> None:

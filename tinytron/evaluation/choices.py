@@ -139,7 +139,6 @@ def batch_of(rows: Sequence[Row], columns: int) -> Batch:
     return Batch(ids_BS, labels_BS)
 
 
-@torch.no_grad()
 def log_probs(
     model: nn.Module,
     loss: Callable[[Batch], LossSums],
@@ -150,34 +149,63 @@ def log_probs(
     device: torch.device,
     state: ParallelState | None = None,
 ) -> list[float]:
-    """The log-probability of every row's continuation, in nats: the same batches whoever computes them. With ``state`` its
-    data-parallel ranks share them, and all ranks get all results. Collective over the world.
+    """The log-probability of every row's continuation, in nats; batches and ranks as in ``score_rows``.
 
     Raises: ConfigError on every rank for a ``loss`` that does not give the loss of every token.
+    """
+
+    def score(batch: Batch) -> torch.Tensor:
+        nats = loss(batch).per_token
+        if nats is None:
+            raise ConfigError("tasks need the loss of every token, and this model gives none; set LossSums.per_token")
+        return -nats.view_as(batch.labels).sum(1, dtype=torch.float64, keepdim=True)
+
+    sums_R1 = score_rows(
+        model, score, rows, longest=longest, tokens_per_batch=tokens_per_batch, device=device, state=state
+    )
+    values: list[float] = sums_R1.squeeze(1).tolist()
+    return values
+
+
+@torch.no_grad()
+def score_rows(
+    model: nn.Module,
+    score: Callable[[Batch], torch.Tensor],
+    rows: Sequence[Row],
+    *,
+    longest: int,
+    tokens_per_batch: int,
+    device: torch.device,
+    state: ParallelState | None = None,
+    columns: int = 1,
+) -> torch.Tensor:
+    """What ``score`` gives for every row, fp64 ``[rows, columns]``, with ``model`` in evaluation mode. ``score`` gets
+    batches on ``device`` and returns sums over each row's labels, fp64 ``[B, columns]``.
+
+    The batches are the same on every layout. With ``state`` its data-parallel ranks share them, sequence-parallel ranks
+    see their part of each row, and all ranks get all results. Collective over the world.
     """
     share, part = (state.layout.dp, state.group_rank("dp")) if state else (1, 0)
     was_training = model.training
     model.eval()
-    sums_R = torch.zeros(len(rows), dtype=torch.float64, device=device)
+    sums_RC = torch.zeros(len(rows), columns, dtype=torch.float64, device=device)
     batches = plan_batches(rows, tokens_per_batch, longest)
-    for first in range(0, len(batches), share):
-        own = first + part < len(batches)
-        numbers = batches[first + part] if own else batches[0]  # nobody may miss a collective inside the model
-        batch = batch_of([rows[n] for n in numbers], padded_length(rows[numbers[0]], longest))
-        if state is not None:
-            rank, size = state.group_rank("sep"), state.layout.sep
-            batch = Batch(cut_sequence(batch.input_ids, rank, size), cut_sequence(batch.labels, rank, size))
-        losses = loss(batch.to(device))
-        if losses.per_token is None:
-            model.train(was_training)
-            raise ConfigError("tasks need the loss of every token, and this model gives none; set LossSums.per_token")
-        if own:
-            sums_R[numbers] -= losses.per_token.view_as(batch.labels).sum(1, dtype=torch.float64)
-    model.train(was_training)
+    try:
+        for first in range(0, len(batches), share):
+            own = first + part < len(batches)
+            numbers = batches[first + part] if own else batches[0]  # every rank takes part in the model's collectives
+            batch = batch_of([rows[n] for n in numbers], padded_length(rows[numbers[0]], longest))
+            if state is not None:
+                rank, size = state.group_rank("sep"), state.layout.sep
+                batch = Batch(cut_sequence(batch.input_ids, rank, size), cut_sequence(batch.labels, rank, size))
+            scores_BC = score(batch.to(device))
+            if own:
+                sums_RC[numbers] += scores_BC
+    finally:
+        model.train(was_training)
     if state is not None:
-        sum_over(sums_R, state.groups["world"])
-    values: list[float] = sums_R.tolist()
-    return values
+        sum_over(sums_RC, state.groups["world"])
+    return sums_RC
 
 
 def summarise(items: Sequence[Item], rows: Sequence[Row], scores: Sequence[float]) -> dict[str, Any]:

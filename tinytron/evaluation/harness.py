@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Iterator, Sequence
@@ -14,8 +15,9 @@ from typing import Any, Protocol
 import torch
 
 from tinytron.checkpoint import load_model
+from tinytron.data import Batch
 from tinytron.errors import ConfigError
-from tinytron.evaluation.choices import Row, batch_of, encode_pair, padded_length, plan_batches
+from tinytron.evaluation.choices import Row, encode_pair, score_rows
 from tinytron.inference import SamplingOptions, complete
 from tinytron.model import GPT
 from tinytron.text.run_tokenizer import RunTokenizer, tokenizer_of_run
@@ -99,11 +101,19 @@ class Answers:
     def _sums(self, parts: list[list[Row]]) -> list[tuple[float, bool]]:
         """Per request the sum of its rows' log-probabilities, and whether all their tokens are the likeliest."""
         rows = [row for own in parts for row in own]
-        scores = score_rows(self.model, rows, self.batch_tokens)
+        scores_R2 = score_rows(
+            self.model,
+            functools.partial(_score, self.model),
+            rows,
+            longest=self.longest,
+            tokens_per_batch=self.batch_tokens,
+            device=self.model.lm_head.weight.device,
+            columns=2,
+        )
         sums, greedy = [0.0] * len(parts), [True] * len(parts)
-        for row, (score, likeliest) in zip(rows, scores, strict=True):
-            sums[row.question] += score
-            greedy[row.question] &= likeliest
+        for row, (log_prob, misses) in zip(rows, scores_R2.tolist(), strict=True):
+            sums[row.question] += log_prob
+            greedy[row.question] &= misses == 0
         return list(zip(sums, greedy, strict=True))
 
     def generate_until(self, requests: Sequence[Request]) -> list[str]:
@@ -133,20 +143,16 @@ class Answers:
         return texts
 
 
-@torch.no_grad()
-def score_rows(model: GPT, rows: Sequence[Row], batch_tokens: int) -> list[tuple[float, bool]]:
-    """Log-probability in nats of every row's scored tokens, and whether each is the likeliest there."""
-    found: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
-    longest, device = model.config.block_size, model.lm_head.weight.device
-    model.eval()
-    for numbers in plan_batches(rows, batch_tokens, longest):
-        batch = batch_of([rows[n] for n in numbers], padded_length(rows[numbers[0]], longest)).to(device)
-        hidden_BSD, _ = model.hidden_states(batch.input_ids)
-        for number, hidden_SD, labels_S in zip(numbers, hidden_BSD, batch.labels, strict=True):
-            scored = labels_S != IGNORE_INDEX  # only their logits are made
-            logits_tV, labels_t = model.lm_head(hidden_SD[scored]), labels_S[scored]
-            wide = torch.promote_types(logits_tV.dtype, torch.float32)
-            log_prob_t = logits_tV.to(wide).log_softmax(-1).gather(1, labels_t.unsqueeze(1))
-            likeliest = bool((logits_tV.argmax(-1) == labels_t).all())
-            found[number] = float(log_prob_t.sum(dtype=torch.float64)), likeliest
-    return found
+def _score(model: GPT, batch: Batch) -> torch.Tensor:
+    """For every row the log-probability of its labels in nats, and how many of them are not the likeliest token, ``[B,
+    2]``."""
+    hidden_BSD, _ = model.hidden_states(batch.input_ids)
+    found = []
+    for hidden_SD, labels_S in zip(hidden_BSD, batch.labels, strict=True):
+        scored_S = labels_S != IGNORE_INDEX  # the logits of other places are not computed
+        logits_tV, labels_t = model.lm_head(hidden_SD[scored_S]), labels_S[scored_S]
+        wide = torch.promote_types(logits_tV.dtype, torch.float32)
+        log_prob_t1 = logits_tV.to(wide).log_softmax(-1).gather(1, labels_t.unsqueeze(1))
+        misses_t = logits_tV.argmax(-1) != labels_t
+        found.append(torch.stack([log_prob_t1.sum(dtype=torch.float64), misses_t.sum().double()]))
+    return torch.stack(found)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from tinytron.errors import ConfigError
-from tinytron.interop.hf import FAMILIES, Family
-from tinytron.interop.reading import READERS
+from tinytron.interop.families import FAMILIES, Family
 from tinytron.interop.settings import Settings
-from tinytron.interop.writing import WRITERS
 from tinytron.model.config import ModelConfig
 
 
@@ -21,31 +19,33 @@ def read_architecture(values: dict[str, Any], source: str) -> tuple[Family, Mode
     model_type = settings.take("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise settings.wrong("model_type", model_type, f"known are {', '.join(FAMILIES)}")
-    options = READERS[model_type](settings)
+    family = FAMILIES[model_type]
+    options = family.read(settings)
     settings.finish(model_type)
     try:
-        return FAMILIES[model_type], ModelConfig(**options)
+        return family, ModelConfig(**options)
     except ConfigError as error:
         raise ConfigError(f"{source} describes no model that Tinytron can build: {error}") from error
 
 
 def write_architecture(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
     """The family that can express ``config``, and its config.json, in the keys that old and new versions of transformers
-    read. Raises: ConfigError naming the options that the nearest family does not have."""
+    read. Raises: ConfigError naming the options that the nearest family does not have.
+
+    Every family writes ``config`` in its own keys, and what it wrote is read back as any config.json is. The first whose
+    reading has the same ``facts`` is the one. So no option is lost silently, and no table says who can express what.
+    """
     lacking: dict[str, list[str]] = {}
-    wanted = facts(config) | {"moe_bias_update_rate": config.moe_bias_update_rate if config.use_moe else 0.0}
-    for model_type, write in WRITERS.items():
-        family = FAMILIES[model_type]
-        values = {"model_type": model_type, "architectures": [family.architecture], **write(config)}
+    for family in FAMILIES.values():
+        values = {"model_type": family.model_type, "architectures": [family.architecture], **family.write(config)}
         try:
             _, read = read_architecture(values, "config.json")
-        except ConfigError:  # without what it cannot say it is no model
+        except ConfigError:  # the part that this family can express is not a model
             continue
-        got = facts(read) | {"moe_bias_update_rate": 0.0}
-        different = [key for key in wanted.keys() | got.keys() if wanted.get(key) != got.get(key)]
+        different = _differences(config, read)
         if not different:
             return family, values
-        lacking[model_type] = sorted(different)
+        lacking[family.model_type] = different
     if not lacking:
         raise ConfigError(
             "no Hugging Face family has this architecture, nor one near it; keep the weights as a checkpoint"
@@ -56,6 +56,14 @@ def write_architecture(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
         f"no Hugging Face family has this architecture; the nearest, {nearest}, lacks {shown}; "
         "keep the weights as a checkpoint, or train without"
     )
+
+
+def _differences(config: ModelConfig, read: ModelConfig) -> list[str]:
+    """The facts of ``config`` that are others in ``read``, which was written for it. A router's bias for balance is one
+    here: no family has it."""
+    wanted = facts(config) | {"moe_bias_update_rate": config.moe_bias_update_rate if config.use_moe else 0.0}
+    got = facts(read) | {"moe_bias_update_rate": 0.0}
+    return sorted(key for key in wanted.keys() | got.keys() if wanted.get(key) != got.get(key))
 
 
 def _show(config: ModelConfig, key: str) -> list[str]:

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 import tinytron
-from tinytron.interop.checkpoints import OwnModel
-from tinytron.interop.hf import Family
+from tinytron.checkpoint.model import SavedModel
+from tinytron.interop.families import Family
 from tinytron.utils.model import count_parameters
 
 
-def run_config(own: OwnModel, section: str) -> dict[str, Any]:
-    """A section of the configuration that a checkpoint's run had; empty if nothing is known of it."""
-    found: dict[str, Any] = own.meta.run.get("config", {}).get(section, {})
-    return found
-
-
-def model_card(own: OwnModel, family: Family, dtype: torch.dtype, name: str) -> str:
+def model_card(saved: SavedModel, family: Family, dtype: torch.dtype, name: str) -> str:
     """README.md of the folder: facts only."""
-    config, meta = own.config, own.meta
+    config, meta = saved.config, saved.meta
     count = count_parameters(config)
-    optim, train = run_config(own, "optim"), run_config(own, "train")
+    optim, train = saved.section("optim"), saved.section("train")
     rows: list[tuple[str, object]] = [
         ("architecture", family.architecture),
         ("parameters", f"{count.total:,}" + (f" ({count.active:,} per token)" if config.use_moe else "")),

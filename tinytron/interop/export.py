@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,16 @@ from typing import Any
 import torch
 
 from tinytron.checkpoint.load import load_weights
+from tinytron.checkpoint.model import SavedModel, saved_model
 from tinytron.errors import ConfigError
 from tinytron.interop.architectures import write_architecture
-from tinytron.interop.card import model_card, run_config
-from tinytron.interop.checkpoints import OwnModel, own_model
+from tinytron.interop.card import model_card
+from tinytron.interop.families import Family, Part
 from tinytron.interop.folder import check_new, new_folder
-from tinytron.interop.hf import Family
-from tinytron.interop.load import expected_shapes
 from tinytron.interop.safetensors import write_safetensors
 from tinytron.interop.tokenizer import TokenizerFiles, given_tokenizer, tokenizer_of_data
 from tinytron.interop.weights import SAFETENSORS
-from tinytron.model import GPT, ModelConfig
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+from tinytron.model import GPT
 
 
 @dataclass(frozen=True)
@@ -58,55 +55,54 @@ def export(
         check_new(out)
     if max_shard_size < 1:
         raise ConfigError(f"--max_shard_size {max_shard_size} must be at least 1; use 5GB")
-    own = own_model(checkpoint)
-    family, settings = write_architecture(own.config)
-    weights = own.weights()
-    _check(weights, own)
+    saved = saved_model(checkpoint)
+    family, settings = write_architecture(saved.config)
+    weights = saved.weights()
+    parts = _parts(family, saved, weights)
     if tokenizer is None:
-        found = tokenizer_of_data(run_config(own, "data").get("dataset_path"), own.config.vocab_size)
+        found = tokenizer_of_data(saved.section("data").get("dataset_path"), saved.config.vocab_size)
     else:
-        found = given_tokenizer(tokenizer, own.config.vocab_size)
+        found = given_tokenizer(tokenizer, saved.config.vocab_size)
     dtype = dtype or weights["wte.weight"].dtype
     with new_folder(out, replace=replace) as folder:
-        made = _write_weights(folder, family, own.config, weights, dtype, max_shard_size)
+        files, size = _write_weights(folder, parts, dtype, max_shard_size)
         _write_settings(folder, settings, dtype, found)
-        found.write(folder, own.config.block_size)
-        (folder / "README.md").write_text(model_card(own, family, dtype, name or out.name))
-    return made
+        found.write(folder, saved.config.block_size)
+        (folder / "README.md").write_text(model_card(saved, family, dtype, name or out.name))
+    return Exported(family, len(parts), files, size)
 
 
-def _check(weights: Mapping[str, torch.Tensor], own: OwnModel) -> None:
-    """Whether ``weights`` are those of the architecture; raises before anything is written."""
-    empty = GPT(own.config, device="meta", seed=None)
-    load_weights(empty, {n: torch.empty_like(w, device="meta") for n, w in weights.items()}, str(own.file))
+def _parts(family: Family, saved: SavedModel, weights: Mapping[str, torch.Tensor]) -> dict[str, Part]:
+    """The family's tensors by name, as views of ``weights``. Raises before anything is written: CheckpointError unless
+    the weights fit the architecture, ConfigError for a weight that no family has."""
+    empty = GPT(saved.config, device="meta", seed=None)
+    load_weights(empty, {n: torch.empty_like(w, device="meta") for n, w in weights.items()}, str(saved.file))
     biases = [name for name, weight in weights.items() if name.endswith("router.bias") and bool(weight.any())]
     if biases:
         raise ConfigError(
             f"{biases[0]} is not zero (--moe_bias_update_rate), and no Hugging Face family has such a bias; "
             "keep the weights as a checkpoint"
         )
+    specs = empty.param_specs()
+    return {part.name: part for spec in specs for part in family.parts(spec, weights[spec.name], saved.config)}
 
 
-def _write_weights(
-    out: Path,
-    family: Family,
-    config: ModelConfig,
-    weights: Mapping[str, torch.Tensor],
-    dtype: torch.dtype,
-    max_shard_size: int,
-) -> Exported:
-    shapes = expected_shapes(family, config)
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+def _write_weights(out: Path, parts: Mapping[str, Part], dtype: torch.dtype, max_shard_size: int) -> tuple[int, int]:
+    """Write ``parts`` in files of at most ``max_shard_size`` bytes; returns the number of files, and the bytes in all."""
+
+    def tensor(name: str) -> torch.Tensor:
+        return parts[name].view.reshape(parts[name].shape)
+
+    sizes = {name: math.prod(part.shape) * dtype.itemsize for name, part in parts.items()}
     shards = _shards(sizes, max_shard_size)
-    get = _their_tensors(family, config, weights)
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     for name, members in zip([SAFETENSORS] if len(shards) == 1 else names, shards, strict=True):
-        write_safetensors(out / name, {member: shapes[member] for member in members}, dtype, get)
+        write_safetensors(out / name, {member: parts[member].shape for member in members}, dtype, tensor)
     if len(shards) > 1:
         places = {member: name for name, members in zip(names, shards, strict=True) for member in members}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
         (out / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=2))
-    return Exported(family, len(shapes), len(shards), sum(sizes.values()))
+    return len(shards), sum(sizes.values())
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
@@ -120,17 +116,6 @@ def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
         groups[-1].append(name)
         room -= size
     return groups
-
-
-def _their_tensors(
-    family: Family, config: ModelConfig, weights: Mapping[str, torch.Tensor]
-) -> Callable[[str], torch.Tensor]:
-    views = {
-        part.name: (part.view, part.shape)
-        for spec in GPT(config, device="meta", seed=None).param_specs()
-        for part in family.parts(spec, weights[spec.name], config)
-    }
-    return lambda name: views[name][0].reshape(views[name][1])
 
 
 def _write_settings(out: Path, settings: dict[str, Any], dtype: torch.dtype, tokenizer: TokenizerFiles) -> None:

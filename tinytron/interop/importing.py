@@ -10,8 +10,8 @@ import torch
 
 import tinytron
 from tinytron.checkpoint.files import CheckpointFiles
+from tinytron.checkpoint.model import CONFIG, is_saved_model
 from tinytron.errors import ConfigError
-from tinytron.interop.checkpoints import DESCRIPTION, is_own
 from tinytron.interop.folder import check_new, new_folder
 from tinytron.interop.load import architecture_of, load_pretrained
 from tinytron.model import GPT
@@ -25,7 +25,7 @@ def import_model(name: str, out: Path, dtype: torch.dtype) -> GPT:
     refuses.
     """
     check_new(out)
-    if is_own(Path(name)):
+    if is_saved_model(Path(name)):
         raise ConfigError(f"{name} is Tinytron's own already; use it with --init_from")
     model = GPT(architecture_of(name), dtype=dtype, seed=None)
     load_pretrained(model, name)
@@ -33,5 +33,5 @@ def import_model(name: str, out: Path, dtype: torch.dtype) -> GPT:
     description = {"config": config, "source": name, "versions": {"tinytron": tinytron.__version__}}
     with new_folder(out) as folder:
         torch.save(model.state_dict(), CheckpointFiles(folder, 0).model)
-        (folder / DESCRIPTION).write_text(json.dumps(description, indent=2))
+        (folder / CONFIG).write_text(json.dumps(description, indent=2))
     return model

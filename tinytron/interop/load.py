@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from tinytron.checkpoint.load import load_weights
+from tinytron.checkpoint.load import load_weights, read_json
+from tinytron.checkpoint.model import is_saved_model, saved_model
 from tinytron.distributed.sharding import Box, box_of
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.interop.architectures import facts, read_architecture
-from tinytron.interop.checkpoints import is_own, own_model
-from tinytron.interop.hf import Family, Part
+from tinytron.interop.families import Family, Part
 from tinytron.interop.hub import model_folder
-from tinytron.interop.weights import HFWeights, read_json
+from tinytron.interop.weights import HFWeights
 from tinytron.model import GPT, ModelConfig
 
 FLAG = "--init_from"
@@ -31,8 +31,8 @@ _FREE = {
 def architecture_of(name: str) -> ModelConfig:
     """The architecture of the weights that ``--init_from`` names: a folder or file of Tinytron's, a folder of Hugging
     Face's, or a name on its hub. Raises: ConfigError, CheckpointError."""
-    if is_own(Path(name)):
-        return own_model(Path(name)).config
+    if is_saved_model(Path(name)):
+        return saved_model(Path(name)).config
     return _read_config(model_folder(name, weights=False))[1]
 
 
@@ -86,10 +86,10 @@ def load_pretrained(model: GPT, name: str) -> None:
 
     Raises: CheckpointError naming missing, unknown and misshapen tensors; ConfigError if the model is another.
     """
-    if is_own(Path(name)):
-        own = own_model(Path(name))
-        _require_same(model.config, own.config, name)
-        load_weights(model, own.weights(), str(own.file), model.state)
+    if is_saved_model(Path(name)):
+        saved = saved_model(Path(name))
+        _require_same(model.config, saved.config, name)
+        load_weights(model, saved.weights(), str(saved.file), model.state)
         return
     folder = model_folder(name, weights=True)
     family, config = _read_config(folder)

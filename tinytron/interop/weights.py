@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from tinytron.checkpoint.load import read_file
+from tinytron.checkpoint.load import read_file, read_json
 from tinytron.errors import CheckpointError
 from tinytron.interop.safetensors import SafetensorsFile
 
@@ -86,15 +84,4 @@ def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
         content = read_file(path)
     if wrong := [name for name, value in content.items() if not isinstance(value, torch.Tensor)]:
         raise CheckpointError(f"{path} holds {wrong[0]}, which is no tensor")
-    return content
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises: CheckpointError if the file is missing or holds something else."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
     return content

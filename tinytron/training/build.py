@@ -22,10 +22,11 @@ from tinytron.metrics import RoutingReport, SourceLosses, load_statistics
 from tinytron.model import GPT
 from tinytron.model.protocols import HasExperts, WaitsForParameters
 from tinytron.optim import Muon, Schedule, parameter_groups
-from tinytron.training.config import DTYPES, Config, OptimConfig
+from tinytron.training.config import Config, OptimConfig
 from tinytron.training.derive import TrainingInfo, accumulation_steps
 from tinytron.training.run.reporter import Metric
 from tinytron.utils import profile
+from tinytron.utils.training import DTYPES
 
 
 def build_model(config: Config, state: ParallelState) -> GPT:

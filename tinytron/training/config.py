@@ -22,10 +22,8 @@ from tinytron.training.sections import (
     TrainingConfig,
 )
 from tinytron.utils.flags import check_bounds, config_fields
-from tinytron.utils.training import DTYPES
 
 __all__ = [
-    "DTYPES",
     "SECTIONS",
     "CkptConfig",
     "Config",

@@ -11,9 +11,10 @@ from tinytron.planner.pretend import DeviceKind
 from tinytron.planner.report import describe
 from tinytron.planner.step import Workload, meta_model
 from tinytron.training.build import muon_options, optimizer_groups, optimizer_options
-from tinytron.training.config import DTYPES, Config
+from tinytron.training.config import Config
 from tinytron.training.derive import accumulation_steps
 from tinytron.training.world import place_in_world
+from tinytron.utils.training import DTYPES
 
 
 def workload(config: Config, layout: ParallelLayout) -> Workload:

@@ -12,11 +12,11 @@ from tinytron.distributed.collectives import sum_over
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import ConfigError, first_line
-from tinytron.training.config import DTYPES, Config
+from tinytron.training.config import Config
 from tinytron.training.derive import accumulation_steps
 from tinytron.utils.matmul import onednn_keeps_fp32, use_onednn
 from tinytron.utils.profile import measured_matmul_rate, peak_flops
-from tinytron.utils.training import seed_all, use_deterministic_kernels
+from tinytron.utils.training import DTYPES, seed_all, use_deterministic_kernels
 
 
 class RankAttributes:
