@@ -53,6 +53,11 @@ class LoadedData:
         return self.ours and checks_its_tokens(self.dataset)
 
     @property
+    def from_shards(self) -> bool:
+        """True if the dataset reads token shards, or is a subclass of one that does."""
+        return isinstance(whole_of(self.dataset), TokenShardDataset | MixtureDataset)
+
+    @property
     def sources(self) -> list[str]:
         """The names of a mixture's sources, else none."""
         return list(getattr(self.dataset, "names", []))
@@ -201,11 +206,14 @@ def order_of(config: Config, dataset: Dataset[Any]) -> Order:
     return own if own is not None else ShuffledEpochs(size_of(dataset), config.seed.seed)
 
 
+def whole_of(dataset: Dataset[Any] | None) -> Dataset[Any] | None:
+    """The dataset that ``dataset`` is a part of, or itself."""
+    return whole_of(dataset.dataset) if isinstance(dataset, Subset) else dataset
+
+
 def checks_its_tokens(dataset: Dataset[Any] | None) -> bool:
-    """Whether ``dataset`` is one of our own, which refuses token ids outside the vocabulary itself."""
-    if isinstance(dataset, Subset):
-        return checks_its_tokens(dataset.dataset)
-    return isinstance(dataset, TokenShardDataset | MixtureDataset | MockDataset)
+    """True for our own datasets, which refuse token ids outside the vocabulary themselves; a subclass may give others."""
+    return type(whole_of(dataset)) in (TokenShardDataset, MixtureDataset, MockDataset)
 
 
 def make_train_loader(
