@@ -30,7 +30,7 @@ from typing import Any
 
 from tinytron.cli import entry, pretrain
 from tinytron.data.manifest import read_manifest
-from tinytron.distributed.agreement import require_same, together, together_long
+from tinytron.distributed.agreement import agree, agree_slowly, require_same
 from tinytron.errors import ConfigError, DataError, TinytronError
 from tinytron.text.options import TokenizeOptions
 from tinytron.text.sources import file_states, find_text_files
@@ -48,15 +48,15 @@ class ExampleTrainer(Trainer):
         # An override may as well just set self.train_dataset (and self.val_dataset, if there is one): a torch Dataset
         # with a length, whose items are rows of seq_len + 1 token ids or {"input_ids": ..., "labels": ...}.
         path, world = config.data.dataset_path, self.state.groups["world"]
-        builtin = together(lambda: config.data.use_mock_data or has_token_shards(path), world)
+        builtin = agree(lambda: config.data.use_mock_data or has_token_shards(path), world)
         require_same(builtin, world, f"--dataset_path {path} has train_*.bin on some nodes only; copy them to all")
         if builtin:
             return super()._init_dataset(config)
 
-        recipe, folder = together(lambda: plan(config), world)
+        recipe, folder = agree(lambda: plan(config), world)
         leader = os.environ.get("LOCAL_RANK", "0") == "0"
-        together_long(lambda: write_shards(recipe, folder, config) if leader else None, world)
-        facts = together(lambda: facts_of(folder), world)
+        agree_slowly(lambda: write_shards(recipe, folder, config) if leader else None, world)
+        facts = agree(lambda: facts_of(folder), world)
         check_vocabulary(facts["vocab_size"], recipe, config)  # shards of an earlier run may be for a larger model
         self._say(f"{facts['documents']:,} documents, {facts['tokens']:,} tokens: {folder}")
         super()._init_dataset(replace(config, data=replace(config.data, dataset_path=str(folder))))

@@ -41,7 +41,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from tinytron.data import (
     GlobalBatchSampler,
     MixtureDataset,
-    Reading,
+    SampleOptions,
     ShuffledEpochs,
     TokenShardDataset,
     build_train_loader,
@@ -162,9 +162,9 @@ def our_candidates(folder: Path, shards: Sequence[Shard], seq_len: int) -> list[
     """One process of ours in its variants."""
     count = MICRO_BATCH * seq_len
     plain = TokenShardDataset(shards, seq_len, VOCAB)
-    masked = TokenShardDataset(shards, seq_len, VOCAB, Reading(document_mask=True))
+    masked = TokenShardDataset(shards, seq_len, VOCAB, SampleOptions(document_mask=True))
     make_pack_files(shards, seq_len)
-    packed = TokenShardDataset(shards, seq_len, VOCAB, Reading(document_mask=True, packing="best_fit"))
+    packed = TokenShardDataset(shards, seq_len, VOCAB, SampleOptions(document_mask=True, packing="best_fit"))
     halves = {"a": shards[: SHARDS // 2], "b": shards[SHARDS // 2 :]}
     sources = {name: TokenShardDataset(half, seq_len, VOCAB) for name, half in halves.items()}
     path = folder / "mixture.json"

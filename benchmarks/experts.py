@@ -23,7 +23,7 @@ import torch.multiprocessing as mp
 from rounds import WARM_UP, median_ms
 
 from tinytron.distributed import ParallelLayout, ParallelState
-from tinytron.distributed.expert_parallel.comm import Routes, bring_home, dispatch
+from tinytron.distributed.expert_parallel.comm import DispatchPlan, combine, dispatch
 from tinytron.model import ModelConfig
 from tinytron.model.modules.mlp import SwiGLU
 from tinytron.model.modules.moe import Experts, MoE
@@ -48,9 +48,9 @@ class Looped(Experts):
 class Waiting(MoE):
     """The shared expert after the exchange instead of during it."""
 
-    def _mixture(self, x_BsD: torch.Tensor, weight_Tk: torch.Tensor, routes: Routes) -> torch.Tensor:
-        rows_QD = self.experts(dispatch(x_BsD.flatten(0, 1), routes, self.group).arrive(), routes.rows_e, routes.counts)
-        rows_RD = bring_home(rows_QD, routes, self.group)
+    def _mixture(self, x_BsD: torch.Tensor, weight_Tk: torch.Tensor, routes: DispatchPlan) -> torch.Tensor:
+        rows_QD = self.experts(dispatch(x_BsD.flatten(0, 1), routes, self.group).wait(), routes.rows_e, routes.counts)
+        rows_RD = combine(rows_QD, routes, self.group)
         return self._sum(rows_RD, weight_Tk, routes.order_R, routes.inverse_R, self._shared_output(x_BsD)).view_as(
             x_BsD
         )

@@ -90,14 +90,14 @@ def loss_operations(device: torch.device, dtype: torch.dtype, tokens: int, D: in
 
 def expert_operations(device: torch.device, dtype: torch.dtype, tokens: int, D: int) -> Iterator[Operation]:
     """Forward and backward of dispatch and of combine on one rank."""
-    routes = comm.plan_routes(torch.rand(tokens, EXPERTS, device=device).topk(TOP_K).indices, EXPERTS, None)
+    routes = comm.plan_dispatch(torch.rand(tokens, EXPERTS, device=device).topk(TOP_K).indices, EXPERTS, None)
     x = torch.randn(tokens, D, device=device).to(dtype).requires_grad_()
     rows = torch.randn(tokens * TOP_K, D, device=device).to(dtype).requires_grad_()
     weight = torch.rand(tokens, TOP_K, device=device).requires_grad_()
     grad_x, grad_rows = torch.randn_like(x), torch.randn_like(rows)
 
     def dispatch(x: torch.Tensor, by: TritonKernel) -> torch.Tensor:
-        return comm.dispatch(x, routes, None, by).arrive()
+        return comm.dispatch(x, routes, None, by).wait()
 
     def combine(rows: torch.Tensor, weight: torch.Tensor, by: TritonKernel) -> torch.Tensor:
         return weighted_sum(rows, weight, routes.order_R, routes.inverse_R, by)

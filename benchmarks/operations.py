@@ -23,7 +23,7 @@ from step_rounds import release
 from step_time import MODELS, model_config
 
 from tinytron.errors import ConfigError
-from tinytron.kernels.attention import UNMASKED, attend
+from tinytron.kernels.attention import VARLEN_BACKENDS, attend
 from tinytron.kernels.attention_tiled import tiled_attention
 from tinytron.kernels.choice import Backend, Kernels, check_device
 from tinytron.kernels.rope import rotate
@@ -151,7 +151,7 @@ def attention_runs(case: Case, packed: bool) -> tuple[dict[str, Run], list[str]]
         try:
             check_device(Kernels(attention=backend), case.device, case.dtype)
             q, k, v = case.qkv()
-            seen = documents if backend in UNMASKED else masked
+            seen = documents if backend in VARLEN_BACKENDS else masked
             run = differentiated(_attending(backend, seen), q, k, v)
             run()  # to see whether it fits
             runs[backend] = run

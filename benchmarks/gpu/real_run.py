@@ -129,7 +129,7 @@ def resume(context: Context, flags: Sequence[str], folder: Path) -> None:
 def export(context: Context, folder: Path, data: Path, val_loss: float, seq_len: int) -> None:
     """Export the last checkpoint, and let transformers compute the validation loss."""
     target = context.out / "export"
-    command = [sys.executable, "-m", "tinytron.interop", "export", "--checkpoint", str(folder), "--out", str(target)]
+    command = [sys.executable, "-m", "tinytron", "export", "--checkpoint", str(folder), "--out", str(target)]
     subprocess.run(command, cwd=ROOT, check=True)
     if importlib.util.find_spec("transformers") is None:
         context.result.note("transformers is missing: the export was not opened")

@@ -49,8 +49,8 @@ def _run_folder(log_dir: Path) -> Path:
 
 SAVE = "tinytron.checkpoint.save:write_checkpoint"
 CUTS = {
-    "before anything": ("together(lambda: _clear(files)", "die()\n    together(lambda: _clear(files)"),
-    "before the model": ("sums = together(", "die()\n    sums = together("),
+    "before anything": ("agree(lambda: _clear(files)", "die()\n    agree(lambda: _clear(files)"),
+    "before the model": ("sums = agree(", "die()\n    sums = agree("),
     "before the states": ("sums |= ", "die()\n    sums |= "),
     "before the metadata": ("meta = replace(", "die()\n    meta = replace("),
 }

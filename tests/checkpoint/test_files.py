@@ -68,7 +68,7 @@ def test_resume_path_may_be_the_folder_or_any_part(tmp_path: Path, name: str) ->
     ("name", "message"),
     [
         ("", "holds no complete checkpoint"),
-        ("missing", "is neither a run folder nor a checkpoint file; use log/<run> or log/<run>/00100_model.pt"),
+        ("missing", "is neither a run folder .*; use log/<run> or log/<run>/00100_model.pt"),
         ("00007_model.pt", "checkpoint 7 is incomplete"),
         ("weights.pt", "is neither a run folder nor a checkpoint file"),
     ],

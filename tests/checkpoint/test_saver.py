@@ -98,7 +98,7 @@ def test_what_is_not_to_be_kept_is_removed(
     st.booleans(),
 )
 def test_the_newest_and_the_named_ones_stay(losses: dict[int, float | None], last: int, every: int, best: bool) -> None:
-    gone = Retention(last, every, best).superfluous(losses)
+    gone = Retention(last, every, best).to_prune(losses)
     kept = losses.keys() - gone
     assert gone == sorted(gone)
     assert set(sorted(losses)[-last:]) <= kept
@@ -106,8 +106,8 @@ def test_the_newest_and_the_named_ones_stay(losses: dict[int, float | None], las
     known = [loss for loss in losses.values() if loss is not None]
     assert not best or not known or min(known) in [losses[step] for step in kept]
     assert len(kept) <= last + (sum(step % every == 0 for step in losses) if every else 0) + best
-    assert Retention(0, every, best).superfluous(losses) == (
-        Retention(1, every, best).superfluous(losses) if every or best else []
+    assert Retention(0, every, best).to_prune(losses) == (
+        Retention(1, every, best).to_prune(losses) if every or best else []
     )
 
 

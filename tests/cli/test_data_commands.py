@@ -42,4 +42,4 @@ def test_two_commands_from_text_to_training(tmp_path: Path) -> None:
     log, records = read_logs(run)
     assert [line.split()[:2] for line in log.splitlines()] == [["1", "train"], ["2", "train"], ["2", "val"]]
     assert 4 < records[-1]["loss"] < 7  # ln 300 is 5.7
-    assert command("-m", "tinytron.data", "verify", tmp_path / "out").startswith("ok: ")
+    assert command("-m", "tinytron", "data", "verify", tmp_path / "out").startswith("ok: ")

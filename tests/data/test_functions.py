@@ -161,7 +161,7 @@ ASKING: dict[str, Callable[[str], object]] = {
 
 @pytest.mark.parametrize("name", ASKING)
 def test_a_pattern_without_files(tmp_path: Path, name: str) -> None:
-    text = rf"the pattern '{tmp_path}/train_\*\.bin' matches no file; use one such as 'shards/train_\*\.bin'"
+    text = rf"the pattern '{tmp_path}/train_\*\.bin' matches no file; .*'shards/train_\*\.bin'"
     with pytest.raises(DataError, match=text):
         ASKING[name](f"{tmp_path}/train_*.bin")
 

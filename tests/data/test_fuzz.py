@@ -19,7 +19,7 @@ from tinytron.data import TokenShardDataset, read_header
 from tinytron.data.formats import open_shard, open_weights
 from tinytron.data.functions import data_loader, get_num_tokens
 from tinytron.data.pack_files import PackFile, make_pack_files
-from tinytron.data.samples import Reading
+from tinytron.data.samples import SampleOptions
 from tinytron.data.shards import Shard
 from tinytron.errors import DataError
 
@@ -288,7 +288,7 @@ BESIDE = {
 
 def read_beside(path: Path) -> list[dict[str, list[Any]]]:
     """The two samples of the nine tokens, with all that the files beside them say."""
-    dataset = TokenShardDataset([Shard(path)], 4, VOCAB, Reading(document_mask=True))
+    dataset = TokenShardDataset([Shard(path)], 4, VOCAB, SampleOptions(document_mask=True))
     return [{name: row.tolist() for name, row in dataset[i].items()} for i in range(len(dataset))]
 
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tinytron.data import EndOfText, MixtureDataset, Reading, Shard, TokenShardDataset, write_shard
+from tinytron.data import EndOfText, MixtureDataset, SampleOptions, Shard, TokenShardDataset, write_shard
 from tinytron.data.formats import write_weights
 from tinytron.data.pack_files import PackFile, make_pack_files
 from tinytron.errors import DataError
@@ -71,7 +71,7 @@ def test_windows_know_their_documents(
     if len(tokens) <= seq_len:
         return
     (tmp_path / "train_000000.docs").unlink(missing_ok=True)
-    reading = Reading(document_mask=True, cross_document_loss=cross)
+    reading = SampleOptions(document_mask=True, cross_document_loss=cross)
     dataset = TokenShardDataset([write(tmp_path, texts, docs=docs)], seq_len, VOCAB, reading)
     assert all_rows(dataset) == naive_rows(tokens, seq_len, cross)
 
@@ -81,7 +81,7 @@ def test_an_end_of_text_token_may_stand_after_its_document(tmp_path: Path) -> No
     shard = Shard(tmp_path / "train_0.bin", eot=EndOfText(EOT, "append"))
     assert shard.starts_between(0, 9).tolist() == [3, 5, 6]
     assert [shard.starts_between(n, n + 1).tolist() for n in (2, 3, 6, 8)] == [[], [3], [6], []]
-    dataset = TokenShardDataset([shard], 8, VOCAB, Reading(document_mask=True, cross_document_loss=False))
+    dataset = TokenShardDataset([shard], 8, VOCAB, SampleOptions(document_mask=True, cross_document_loss=False))
     assert all_rows(dataset) == {
         "input_ids": [[1, 2, EOT, 3, EOT, EOT, 4, 5]],
         "labels": [[2, EOT, -100, EOT, -100, -100, 5, 6]],
@@ -102,7 +102,7 @@ def test_packed_rows_hold_every_training_pair_once(
         return
     shard = write(tmp_path, texts, docs=docs)
     make_pack_files([shard], seq_len)
-    reading = Reading(document_mask=True, cross_document_loss=cross, packing="best_fit")
+    reading = SampleOptions(document_mask=True, cross_document_loss=cross, packing="best_fit")
     rows = all_rows(TokenShardDataset([shard], seq_len, VOCAB, reading))
     pairs, pieces = [], []
     for inputs, labels, positions in zip(*rows.values(), strict=True):
@@ -166,7 +166,7 @@ def test_documents_need_something_that_tells_them(tmp_path: Path) -> None:
     write(tmp_path, documents([5, 6]), docs=False)
     shard = Shard(tmp_path / "train_000000.bin")
     TokenShardDataset([shard], 4, VOCAB)
-    for reading in (Reading(document_mask=True), Reading(cross_document_loss=False)):
+    for reading in (SampleOptions(document_mask=True), SampleOptions(cross_document_loss=False)):
         with pytest.raises(DataError, match=r"no train_000000\.docs, no manifest\.json.*give --eot_id"):
             TokenShardDataset([shard], 4, VOCAB, reading)
 
@@ -176,7 +176,7 @@ def test_damaged_document_offsets_are_refused(tmp_path: Path, starts: list[int])
     shard = write(tmp_path, documents([5, 6]))
     write_shard(tmp_path / "train_000000.docs", starts, np.uint32)
     with pytest.raises(DataError, match=r"train_000000\.docs: the offsets do not ascend within the 11 tokens"):
-        TokenShardDataset([shard], 4, VOCAB, Reading(document_mask=True))
+        TokenShardDataset([shard], 4, VOCAB, SampleOptions(document_mask=True))
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
@@ -184,7 +184,7 @@ def test_what_was_in_the_memory_of_a_batch_is_gone(tmp_path: Path, packing: Any)
     shard = write(tmp_path, documents([3, 5, 5, 4, 2, 6, 3]))
     write_weights(tmp_path / "train_000000.weights", np.arange(28, dtype=np.float32))
     make_pack_files([shard], 8)
-    dataset = TokenShardDataset([shard], 8, VOCAB, Reading(document_mask=True, packing=packing))
+    dataset = TokenShardDataset([shard], 8, VOCAB, SampleOptions(document_mask=True, packing=packing))
     for index in range(len(dataset)):
         rows = {name: np.full((1, 8), 9999, row.numpy().dtype) for name, row in dataset[index].items()}
         dataset.read(index, rows, 0)
@@ -201,7 +201,7 @@ def test_weights_belong_to_targets(tmp_path: Path, packing: Any) -> None:
     write_weights(tmp_path / "train_0.weights", [token / 2 for token in tokens])
     shard = Shard(tmp_path / "train_0.bin")
     make_pack_files([shard], 5)
-    rows = all_rows(TokenShardDataset([shard], 5, VOCAB, Reading(packing=packing)))
+    rows = all_rows(TokenShardDataset([shard], 5, VOCAB, SampleOptions(packing=packing)))
     for labels, weights in zip(rows["labels"], rows["weights"], strict=True):
         assert weights == [label / 2 if label != -100 else 0 for label in labels]
 
@@ -229,7 +229,7 @@ def test_weights_are_finite_and_not_negative(tmp_path: Path, weight: float) -> N
 
 
 def test_samples_travel_to_other_processes_without_their_tokens(tmp_path: Path) -> None:
-    dataset = TokenShardDataset([write(tmp_path, documents([9_000]))], 4, VOCAB, Reading(document_mask=True))
+    dataset = TokenShardDataset([write(tmp_path, documents([9_000]))], 4, VOCAB, SampleOptions(document_mask=True))
     before = all_rows(dataset)
     packed = pickle.dumps(dataset)
     assert len(packed) < 3000

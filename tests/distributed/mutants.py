@@ -86,7 +86,7 @@ MUTANTS = {
         ("exchanged gradients not summed", SUMMED, SUM, "pass"),
         ("exchanged gradients averaged", SUMMED, SUM, "self.own_N.add_(part).div_(2)"),
         ("gradients not exchanged", SENT, "_exchange([*zip(self.peers, self._sent, self._parts, strict=True)], self.group)",
-         "_Together([part.copy_(own) for part, own in zip(self._parts, self._sent)][:0])"),
+         "_WorkGroup([part.copy_(own) for part, own in zip(self._parts, self._sent)][:0])"),
         ("no all-gather", BUFFER + "start_param_gather",
          "start_all_gather(self._whole(self.param_data, bucket), own, self.own.group)", "None"),
         ("reduced after every micro-batch", OPTIMIZER + "accumulate", "self._launching = last", "self._launching = True"),

@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.helpers.ranks import Ranks
-from tinytron.distributed.agreement import require_same, together, together_long
+from tinytron.distributed.agreement import agree, agree_slowly, require_same
 from tinytron.errors import ConfigError, DataError, TinytronError
 
 Pools = Callable[[int], Ranks]
@@ -30,7 +30,7 @@ def _caught(failing: dict[int, Exception]) -> tuple[str, str]:
         return f"result {dist.get_rank()}"
 
     try:
-        return "result", together(action, _world())
+        return "result", agree(action, _world())
     except TinytronError as error:
         return type(error).__name__, str(error)
 
@@ -69,7 +69,7 @@ def _slow_on_rank_1(fail: bool) -> str:
         return f"result {dist.get_rank()}"
 
     try:
-        return together_long(action, group)
+        return agree_slowly(action, group)
     except TinytronError as error:
         return str(error)
 
@@ -88,7 +88,7 @@ def _fail_on_rank_1() -> str:
         raise ConfigError("HF_MAX_SAMPLES is wrong here")
 
     try:
-        together_long(action, _world())
+        agree_slowly(action, _world())
     except TinytronError as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
@@ -126,7 +126,7 @@ def _subgroup_agreement() -> str:
             raise ConfigError("rank 1 of the pair")
 
     with pytest.raises(ConfigError, match="rank 1 of the pair"):
-        together(action, pair)
+        agree(action, pair)
     return "agreed"
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from tests.helpers.expert_rows import combine, dispatch
 from tests.helpers.ranks import Ranks
-from tinytron.distributed.expert_parallel.comm import plan_routes
+from tinytron.distributed.expert_parallel.comm import plan_dispatch
 
 Pools = Callable[[int], Ranks]
 E, D = 8, 5
@@ -54,7 +54,7 @@ def _there_and_back(kind: str, top_k: int, grouped: bool) -> dict[str, Any]:
     T = len(expert_Tk)
     x = torch.randn(T, D, generator=random, dtype=torch.float64).requires_grad_()
     weight = torch.rand(T, top_k, generator=random, dtype=torch.float64).requires_grad_()
-    routes = plan_routes(expert_Tk, E, group)
+    routes = plan_dispatch(expert_Tk, E, group)
     assert sum(routes.send) == T * top_k
     assert sum(routes.recv) == sum(routes.counts) == int(routes.rows_e.sum())
     rows = dispatch(x, routes, group)
@@ -98,7 +98,7 @@ def _rows_of_one_expert() -> list[list[float]]:
     rank, world = dist.get_rank(), dist.get_world_size()
     x = torch.tensor([[100.0 * rank + t] for t in range(4)])
     expert_Tk = torch.tensor([[1], [0], [1], [0]]) if world == 2 else torch.tensor([[t] for t in (3, 0, 3, 1)])
-    rows = dispatch(x, plan_routes(expert_Tk, world, dist.group.WORLD), dist.group.WORLD)
+    rows = dispatch(x, plan_dispatch(expert_Tk, world, dist.group.WORLD), dist.group.WORLD)
     return rows.tolist()
 
 
@@ -114,7 +114,7 @@ def _bf16_sums_in_fp32() -> list[float]:
     """Weights are fp32: 1 + 2^-9 + 2^-9 would stay 1 if the products were added in bf16."""
     x = torch.ones(3, D, dtype=torch.bfloat16)
     expert_Tk = torch.tensor([[0, 3, 5]] * 3)
-    routes = plan_routes(expert_Tk, E, dist.group.WORLD)
+    routes = plan_dispatch(expert_Tk, E, dist.group.WORLD)
     weight = torch.tensor([[1.0, 2.0**-8, 2.0**-8]] * 3)
     out = combine(dispatch(x, routes, dist.group.WORLD), weight, routes, dist.group.WORLD)
     assert out.dtype == torch.bfloat16

@@ -40,15 +40,15 @@ def _step(model: GPT, sep: int) -> None:
 def _events(recompute: Any) -> list[str]:
     """What happens in one layer, in order; ``(`` and ``)`` start and end an exchange that work may hide."""
     events: list[str] = []
-    real_depart, real_land = Exchange.depart, Exchange.land
+    real_start, real_wait = Exchange.start_exchange, Exchange.wait
 
-    def depart(*args: Any) -> torch.Tensor:
+    def start(*args: Any) -> torch.Tensor:
         events.append("(")
-        return real_depart(*args)
+        return real_start(*args)
 
-    def land(exchange: Exchange) -> None:
+    def wait(exchange: Exchange) -> None:
         events.append(")")
-        real_land(exchange)
+        real_wait(exchange)
 
     def watch(module: torch.nn.Module, name: str) -> None:
         module.register_forward_hook(lambda *_: events.append(name))
@@ -59,11 +59,11 @@ def _events(recompute: Any) -> list[str]:
     for module in layer.modules():
         if isinstance(module, (SwiGLU, Experts)):
             watch(module, "shared" if isinstance(module, SwiGLU) else "experts")
-    Exchange.depart, Exchange.land = depart, land  # type: ignore[method-assign]
+    Exchange.start_exchange, Exchange.wait = start, wait  # type: ignore[method-assign]
     try:
         _step(model, 1)
     finally:
-        Exchange.depart, Exchange.land = real_depart, real_land  # type: ignore[method-assign]
+        Exchange.start_exchange, Exchange.wait = real_start, real_wait  # type: ignore[method-assign]
     return events
 
 

@@ -11,7 +11,7 @@ from tests.helpers.ranks import Ranks
 from tests.helpers.runs import TINY, config_of
 from tinytron.distributed import DistributedOptimizer, ParallelLayout, ParallelState, replicas
 from tinytron.distributed.param_spec import specs_of
-from tinytron.distributed.replicas import check_replicas, hash_bits, odd_ones
+from tinytron.distributed.replicas import check_replicas, hash_bits, minority
 from tinytron.errors import TinytronError
 from tinytron.model import GPT
 
@@ -57,7 +57,7 @@ def test_every_bit_and_every_place_counts(monkeypatch: pytest.MonkeyPatch, dtype
     ],
 )
 def test_the_majority_is_right(group: list[int], hashes: list[int], says: str) -> None:
-    assert odd_ones(group, hashes) == says
+    assert minority(group, hashes) == says
 
 
 def _damage(name: str, rank: int, dtype: torch.dtype, ep: int, fill: float | None) -> str:

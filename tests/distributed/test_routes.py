@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.helpers.expert_rows import combine, dispatch
-from tinytron.distributed.expert_parallel.comm import plan_routes
+from tinytron.distributed.expert_parallel.comm import plan_dispatch
 
 T, K, E, D = 7, 3, 5, 4
 GENERATOR = torch.Generator()
@@ -33,7 +33,7 @@ def normal(*shape: int) -> torch.Tensor:
 
 @CASES
 def test_rows_come_by_expert_and_within_it_in_token_order(choice: list[list[int]]) -> None:
-    routes = plan_routes(torch.tensor(choice), E, None)
+    routes = plan_dispatch(torch.tensor(choice), E, None)
     x = normal(len(choice), D)
     rows = dispatch(x, routes, None)
     assert torch.equal(rows, x[[t for t, _ in rows_of(choice)]])
@@ -45,7 +45,7 @@ def test_rows_come_by_expert_and_within_it_in_token_order(choice: list[list[int]
 
 @CASES
 def test_dispatch_gradient_is_the_sum_over_a_tokens_rows(choice: list[list[int]]) -> None:
-    routes = plan_routes(torch.tensor(choice), E, None)
+    routes = plan_dispatch(torch.tensor(choice), E, None)
     x = normal(len(choice), D)
     cotangent = normal(len(choice) * len(choice[0]), D).detach()
     (grad,) = torch.autograd.grad(dispatch(x, routes, None), x, cotangent)
@@ -57,7 +57,7 @@ def test_dispatch_gradient_is_the_sum_over_a_tokens_rows(choice: list[list[int]]
 
 @CASES
 def test_combine_is_the_weighted_sum_of_a_tokens_rows(choice: list[list[int]]) -> None:
-    routes = plan_routes(torch.tensor(choice), E, None)
+    routes = plan_dispatch(torch.tensor(choice), E, None)
     tokens, k = len(choice), len(choice[0])
     rows, weight = normal(tokens * k, D), normal(tokens, k)
     out = combine(rows, weight, routes, None)
@@ -75,7 +75,7 @@ def test_combine_is_the_weighted_sum_of_a_tokens_rows(choice: list[list[int]]) -
 @CASES
 def test_there_and_back_is_the_identity(choice: list[list[int]]) -> None:
     """With one-hot weights whichever choice is taken, and then the gradient is the cotangent itself."""
-    routes = plan_routes(torch.tensor(choice), E, None)
+    routes = plan_dispatch(torch.tensor(choice), E, None)
     x, (tokens, k) = normal(len(choice), D), (len(choice), len(choice[0]))
     cotangent = normal(tokens, D + 1)[:, 1:].detach()
     for taken in range(k):
@@ -90,7 +90,7 @@ def test_there_and_back_is_the_identity(choice: list[list[int]]) -> None:
 @CASES
 def test_each_row_sees_its_own_expert(choice: list[list[int]]) -> None:
     """Expert e multiplies by e + 1: the outcome tells who did the work."""
-    routes = plan_routes(torch.tensor(choice), E, None)
+    routes = plan_dispatch(torch.tensor(choice), E, None)
     x, weight = normal(len(choice), D), normal(len(choice), len(choice[0]))
     factor = torch.repeat_interleave(torch.arange(1.0, E + 1).double(), routes.rows_e)
     out = combine(dispatch(x, routes, None) * factor[:, None], weight, routes, None)
@@ -100,7 +100,7 @@ def test_each_row_sees_its_own_expert(choice: list[list[int]]) -> None:
 
 
 def test_numerical_gradients() -> None:
-    routes = plan_routes(torch.tensor(CHOICES["skew"]), E, None)
+    routes = plan_dispatch(torch.tensor(CHOICES["skew"]), E, None)
 
     def through(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return combine(dispatch(x, routes, None).sin(), weight, routes, None)
@@ -109,7 +109,7 @@ def test_numerical_gradients() -> None:
 
 
 def test_a_gradient_may_lie_anyhow() -> None:
-    routes = plan_routes(torch.tensor(CHOICES["skew"]), E, None)
+    routes = plan_dispatch(torch.tensor(CHOICES["skew"]), E, None)
     rows, weight = normal(T * K, D), normal(T, K)
     cotangent = normal(D, T).detach()
     found = [
@@ -122,7 +122,7 @@ def test_a_gradient_may_lie_anyhow() -> None:
 def test_sums_of_16_bit_rows_are_in_the_precision_of_the_weights() -> None:
     """256 and seven ones: in bf16 each addition would lose its one; in fp32 there is one rounding, at the end."""
     k = 8
-    routes = plan_routes(torch.arange(k).view(1, k), k, None)
+    routes = plan_dispatch(torch.arange(k).view(1, k), k, None)
     rows = torch.tensor([[256.0], *[[1.0]] * (k - 1)], dtype=torch.bfloat16)
     out = combine(rows, torch.ones(1, k), routes, None)
     assert out.dtype == torch.bfloat16
@@ -135,7 +135,7 @@ def test_sums_of_16_bit_rows_are_in_the_precision_of_the_weights() -> None:
 
 
 def test_weights_are_not_rounded_to_the_rows_precision() -> None:
-    routes = plan_routes(torch.tensor([[0, 1]]), 2, None)
+    routes = plan_dispatch(torch.tensor([[0, 1]]), 2, None)
     weight = torch.tensor([[1 + 2**-12, -1.0]])
     out = combine(torch.ones(2, 1, dtype=torch.bfloat16), weight, routes, None)
     assert out.tolist() == [[2**-12]]  # in bf16 the first weight would be 1

@@ -135,7 +135,7 @@ def test_loss_takes_less_memory_than_its_twin() -> None:
 def test_experts_rows(T: int, k: int, D: int, dtype: torch.dtype) -> None:
     torch.manual_seed(T)
     x, rows, weight = normal(T, D, dtype=dtype), normal(T * k, D, dtype=dtype), torch.rand(T, k, device=DEVICE)
-    routes = comm.plan_routes(torch.rand(T, 32, device=DEVICE).topk(k).indices, 32, None)
+    routes = comm.plan_dispatch(torch.rand(T, 32, device=DEVICE).topk(k).indices, 32, None)
     grad = normal(T, D, dtype=dtype)
 
     def run(by_triton: bool = True, wide: bool = False) -> list[torch.Tensor]:

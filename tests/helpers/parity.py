@@ -21,7 +21,7 @@ from tinytron.data import GlobalBatchSampler, ShuffledEpochs
 from tinytron.distributed import DistributedOptimizer
 from tinytron.distributed.param_spec import specs_of
 from tinytron.distributed.sharding import box_of
-from tinytron.distributed.zero1.flat_buffer import Piece
+from tinytron.distributed.zero1.flat_buffer import OwnedSlice
 from tinytron.model import GPT
 from tinytron.optim import parameter_groups
 from tinytron.training import Config, Trainer
@@ -167,7 +167,7 @@ def owned_gradients(optimizer: DistributedOptimizer) -> Parts:
     return parts
 
 
-def placed(piece: Piece, elements: Any) -> Iterator[tuple[int, Any]]:
+def placed(piece: OwnedSlice, elements: Any) -> Iterator[tuple[int, Any]]:
     """The ``elements`` of ``piece``, range by range, with their places in the flattened global tensor."""
     first = 0
     for offset, length in piece.runs:

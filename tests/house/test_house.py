@@ -23,6 +23,7 @@ FLOORS = (
     ("cli",),
 )
 SCRIPT_FLOOR = len(FLOORS) - 1
+SCRIPTS = ("scripts", "benchmarks", "examples")
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 READS_ENVIRONMENT = ("cli/", "training/world.py", "utils/training.py", "utils/remote.py")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -30,7 +31,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 def _files() -> list[Path]:
     """Library and entry scripts."""
-    scripts = [*ROOT.glob("*.py"), *ROOT.glob("scripts/**/*.py"), *ROOT.glob("benchmarks/**/*.py")]
+    scripts = [*ROOT.glob("*.py"), *(path for room in SCRIPTS for path in ROOT.glob(f"{room}/**/*.py"))]
     return sorted([*PACKAGE.rglob("*.py"), *scripts])
 
 

@@ -319,6 +319,11 @@ def test_a_folder_of_something_else_is_no_model(tmp_path: Path) -> None:
     (run / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(CheckpointError, match=r"config.json does not describe a model \(it has no config.model\)"):
         export(run, tmp_path / "out")
+    (run / "config.json").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"00000_model.pt needs its run's config.json beside it, which is not there"
+    ):
+        export(run, tmp_path / "out")
 
 
 @pytest.mark.parametrize("after", ["weights", "settings"])
@@ -348,6 +353,9 @@ def test_weights_of_another_model_are_not_exported(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", small())
     torch.save(small(hidden_size=32).state_dict(), run / "00000_model.pt")
     with pytest.raises(CheckpointError, match=r"is of a different model \(\d+ differences\)"):
+        export(run, tmp_path / "out")
+    torch.save({"optimizer": {}}, run / "00000_model.pt")
+    with pytest.raises(CheckpointError, match=r"00000_model.pt holds no weights of a GPT \(no wte.weight\)"):
         export(run, tmp_path / "out")
     torch.save({"wte.weight": [1.0]}, run / "00000_model.pt")
     with pytest.raises(CheckpointError, match=r"00000_model.pt holds wte.weight, which is no tensor"):

@@ -13,6 +13,7 @@ import torch
 
 from tests.interop import families
 from tests.interop.families import MODELS, batch, save, their_loss
+from tinytron.interop import families as hf_families
 from tinytron.interop.architectures import facts, read_architecture, write_architecture
 from tinytron.interop.families import FAMILIES, Family
 from tinytron.interop.load import architecture_of, load_hf, load_pretrained, parts_of
@@ -126,6 +127,14 @@ def test_each_tensor_is_read_once_and_into_place(tmp_path: Path) -> None:
     load_hf(mine, weights, FAMILIES["mixtral"], mine.config.vocab_size)
     assert sorted(read) == sorted(weights.shapes)
     assert {name: parameter.data_ptr() for name, parameter in mine.named_parameters()} == places
+
+
+def test_every_family_is_one_file_in_the_list_and_two_rows_of_the_tests() -> None:
+    files = {path.stem for path in Path(hf_families.__file__).parent.glob("*.py")}
+    assert files - {"__init__", "family", "shared"} == set(FAMILIES)
+    for family in FAMILIES.values():
+        names = [family.architecture.removesuffix(end) for end in ("ForCausalLM", "LMHeadModel")]
+        assert sum(prefix in names for prefix, _ in MODELS.values()) >= 2, family.model_type
 
 
 def test_facts_leave_no_option_out() -> None:

@@ -18,13 +18,13 @@ from tinytron.model.modules.moe import MoE, MoEStats
 expert_rows_triton = interpreted("expert_rows_triton")
 
 
-def choices(T: int, k: int, D: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, comm.Routes]:
+def choices(T: int, k: int, D: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, comm.DispatchPlan]:
     """Rows, weights and routes of ``T`` tokens over 7 experts."""
     generator = torch.Generator().manual_seed(T * 100 + k * 10 + D)
     expert_Tk = torch.stack([torch.randperm(7, generator=generator)[:k] for _ in range(T)])
     rows = torch.randn(T * k, D, generator=generator).to(dtype)
     weight = torch.rand(T, k, generator=generator) + 0.1
-    return rows.requires_grad_(), weight.requires_grad_(), comm.plan_routes(expert_Tk, 7, None)
+    return rows.requires_grad_(), weight.requires_grad_(), comm.plan_dispatch(expert_Tk, 7, None)
 
 
 KINDS: tuple[TritonKernel, ...] = ("torch", "triton")

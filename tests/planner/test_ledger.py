@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from tinytron.planner.ledger import Ledger
+from tinytron.planner.ledger import AllocationTracker
 
 
 def test_storages_count_once_until_the_last_view_is_gone() -> None:
-    with Ledger() as ledger:
+    with AllocationTracker() as ledger:
         whole = torch.zeros(100)
         part = whole[:3].view(3, 1)
         assert (ledger.live, ledger.peak) == (400, 400)
@@ -20,7 +20,7 @@ def test_storages_count_once_until_the_last_view_is_gone() -> None:
 
 def test_known_storages_do_not_count() -> None:
     weight = torch.zeros(100)
-    with Ledger([weight]) as ledger:
+    with AllocationTracker([weight]) as ledger:
         _ = weight.view(10, 10).t()
         assert ledger.peak == 0
         weight.add_(1)
@@ -28,7 +28,7 @@ def test_known_storages_do_not_count() -> None:
 
 
 def test_the_peak_has_a_phase() -> None:
-    with Ledger() as ledger:
+    with AllocationTracker() as ledger:
         ledger.phase = "first"
         x = torch.zeros(10)
         ledger.phase = "second"
@@ -42,12 +42,12 @@ def test_the_peak_has_a_phase() -> None:
 def test_kernels_on_a_cpu_copy_operands_of_another_precision() -> None:
     total, part = torch.zeros(100), torch.zeros(100, dtype=torch.bfloat16)
     for on_cpu, copied in ((True, 400), (False, 0)):
-        with Ledger([total, part], on_cpu=on_cpu) as ledger:
+        with AllocationTracker([total, part], on_cpu=on_cpu) as ledger:
             total += part
         assert (ledger.peak, ledger.live) == (copied, 0)
-    with Ledger([total, part], on_cpu=True) as ledger:
+    with AllocationTracker([total, part], on_cpu=True) as ledger:
         _ = total * part
     assert ledger.peak == 400 + 400  # the result is there at the same time
-    with Ledger([total], on_cpu=True) as ledger:
+    with AllocationTracker([total], on_cpu=True) as ledger:
         total += 1.0
     assert ledger.peak == 0

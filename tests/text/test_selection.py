@@ -231,16 +231,14 @@ def test_validation_text_that_cannot_be_used(made: Path, tmp_path: Path) -> None
     with pytest.raises(DataError, match=r"--val_path nowhere: there is no such file or folder"):
         tokenize(*args, "--val_path", "nowhere")
     for flags, message in (
-        (("--val_fraction", 0.1), "--val_fraction makes val_.*, and so does --val_path; leave one out"),
-        (("--dataset_split", "val"), "--val_path makes val_.*, and so does --dataset_split val; leave one out"),
-        (("--max_samples", 3), "--max_samples does not go with --val_path; use --val_fraction, or leave one out"),
-        (("--shuffle_buffer", 3), "--shuffle_buffer does not go with --val_path"),
+        (("--val_fraction", 0.1), "--val_fraction .*val_.* --val_path; leave one out"),
+        (("--dataset_split", "val"), "--val_path .*val_.* --dataset_split val; leave one out"),
+        (("--max_samples", 3), "--max_samples .*--val_path; use --val_fraction"),
+        (("--shuffle_buffer", 3), "--shuffle_buffer .*--val_path"),
     ):
         with pytest.raises(ConfigError, match=message):
             tokenize(*args, "--val_path", made / "c.jsonl", *flags)
-    with pytest.raises(
-        ConfigError, match="--val_path x goes with local files; of a data set on the hub use --val_frac"
-    ):
+    with pytest.raises(ConfigError, match=r"--val_path x .*local files; .*hub use --val_fraction"):
         tokenize("owner/name", *args[1:], "--val_path", "x")
 
 

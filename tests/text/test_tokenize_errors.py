@@ -45,16 +45,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("", "--dataset_path is missing; give a file or folder of text, or a name on the hub"),
+        ("", "--dataset_path is missing; .*file or folder.*hub"),
         (
             "--dataset_path x",
-            "there is no tokenizer; give one of --tokenizer_name, --encoding_name, --tokenizer_path, --tr",
+            ".*tokenizer; .*--tokenizer_name, --encoding_name, --tokenizer_path, --train_bpe",
         ),
-        ("--dataset_path x --train_bpe 300 --encoding_name gpt2", "--encoding_name and --train_bpe are too many; give"),
+        ("--dataset_path x --train_bpe 300 --encoding_name gpt2", "--encoding_name and --train_bpe .*; give"),
         ("--dataset_pat x", "unknown argument --dataset_pat; did you mean --dataset_path?"),
         (
             "--num_tokens_per_file 0",
-            "--num_tokens_per_file 0 must be in 1..2147483647; use --num_tokens_per_file 2\\*\\*27",
+            "--num_tokens_per_file 0 .*1..2147483647; use --num_tokens_per_file 2\\*\\*27",
         ),
         ("--num_tokens_per_file 2**31", "--num_tokens_per_file 2147483648 must be in"),
         ("--num_tokens_per_file 2**x", "argument --num_tokens_per_file: invalid int value: '2\\*\\*x'; see --help"),
@@ -71,10 +71,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--val_fraction 0.1 --dataset_split val", "--val_fraction makes val_.*, and so does --dataset_split val"),
         (
             "--token_dtype uint32 --file_format llmc",
-            "--file_format llmc knows no --token_dtype uint32; use --file_format timl",
+            "--file_format llmc .*--token_dtype uint32; use --file_format timl",
         ),
         ("--token_dtype uint8", "argument --token_dtype: invalid choice: 'uint8'"),
-        ("--streaming maybe", "argument --streaming: maybe is too much; use --streaming true or --streaming false"),
+        ("--streaming maybe", "argument --streaming: maybe .*--streaming true or --streaming false"),
         ("--no-streaming true", "argument --no-streaming: true is too much"),
     ],
 )
@@ -115,9 +115,7 @@ def test_a_vocabulary_that_does_not_fit(made: Path, tmp_path: Path) -> None:
     vocabulary = large["model"]["vocab"]
     vocabulary |= {f"<{i}>": i for i in range(401, 2**16 + 1)}
     (tmp_path / "large.json").write_text(json.dumps(large))
-    message = (
-        r"--tokenizer_path .*large.json has ids up to 65536, and --token_dtype uint16 ends at 65535; use --token_dtype"
-    )
+    message = r"--tokenizer_path .*large.json .*65536.* --token_dtype uint16 .*65535; use --token_dtype uint32"
     with pytest.raises(ConfigError, match=message):
         tokenize(made / "c.jsonl", tmp_path / "large.json", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -125,9 +123,7 @@ def test_a_vocabulary_that_does_not_fit(made: Path, tmp_path: Path) -> None:
 
 
 def test_an_end_of_text_token_that_there_is_not(made: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"--eot_token <eot> is no token of .*; use --eot_token with one of <\|endoftext"
-    ):
+    with pytest.raises(ConfigError, match=r"--eot_token <eot> .*tokenizer.json; use --eot_token .*<\|endoftext"):
         tokenize(made / "c.jsonl", made / "tokenizer.json", tmp_path / "out", "--eot_token", "<eot>")
     with pytest.raises(ConfigError, match="there is no known end-of-text token in"):
         tokenize(made / "c.jsonl", made / "endless.json", tmp_path / "out")
@@ -145,12 +141,12 @@ def test_an_end_of_text_token_that_there_is_not(made: Path, tmp_path: Path) -> N
         (
             "a.jsonl",
             b'{"text": "x"}\n\n{"id": 1}\n',
-            "a.jsonl, line 3 has no key 'text'; set --dataset_text_key to .*: id",
+            "a.jsonl, line 3 .*'text'; set --dataset_text_key to .*: id",
         ),
         (
             "a.jsonl",
             b'{"text": 3}\n',
-            "a.jsonl, line 1: 'text' is int, not text; set --dataset_text_key to another key",
+            "a.jsonl, line 1: 'text' .*int.*; set --dataset_text_key .*another key",
         ),
         ("a.txt", b"abc\xff", "a.txt: 'utf-8' codec can't decode byte 0xff in position 3"),
         ("a.jsonl.gz", b"nothing", "a.jsonl.gz: Not a gzipped file"),
@@ -172,7 +168,7 @@ def test_a_broken_source_is_one_error(
 
 def test_rows_of_parquet_files_are_named(made: Path, tmp_path: Path) -> None:
     parquet.write_table(pyarrow.Table.from_pylist([{"body": "x"}]), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a.parquet: row 1 has no key 'text'; set --dataset_text_key to .*: body"):
+    with pytest.raises(DataError, match=r"a.parquet: row 1 .*'text'; set --dataset_text_key to .*: body"):
         tokenize(tmp_path / "a.parquet", made / "tokenizer.json", tmp_path / "out")
     parquet.write_table(pyarrow.Table.from_pylist([{"body": 1}] * 5), tmp_path / "a.parquet", row_group_size=2)
     with pytest.raises(DataError, match=r"a.parquet: row 1: 'body' is int, not text"):
@@ -260,7 +256,7 @@ def test_other_options_are_refused(made: Path, tmp_path: Path, flags: Any, messa
 
 def test_shards_of_others_are_not_touched(made: Path, tmp_path: Path) -> None:
     write_shard(tmp_path / "train_000000.bin", [1, 2])
-    with pytest.raises(DataError, match="holds shards that were not made here; use another folder, or --overwrite"):
+    with pytest.raises(DataError, match=r"--output_dir .* not made here; .*another folder, or --overwrite"):
         tokenize(made / "c.jsonl", made / "tokenizer.json", tmp_path)
     assert {"train_000000.bin"} == set(contents(tmp_path))
     tokenize(made / "c.jsonl", made / "tokenizer.json", tmp_path, "--overwrite")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.errors import says
 from tinytron.errors import ConfigError
 from tinytron.model.config import ModelConfig
 from tinytron.training.arguments import build_config, parse_args
@@ -102,83 +103,75 @@ def test_amounts_are_numbers(name: str) -> None:
         ),
         (
             "--attn_backend varlen --precision fp32",
-            "--attn_backend varlen computes in bf16 or fp16, not in --precision fp32; use bf16, or --attn_backend sdpa",
+            "--attn_backend varlen ... --precision fp32 ... use bf16 ... --attn_backend sdpa",
             "--attn_backend varlen --precision bf16",
         ),
         (
             "--attn_backend varlen --dropout 0.1",
-            "--dropout 0.1 does not go with --attn_backend varlen, which has none; use --dropout 0, or --attn_backend sdpa",
+            "--dropout 0.1 ... --attn_backend varlen ... --dropout 0 ... --attn_backend sdpa",
             "--attn_backend varlen --dropout 0",
         ),
         (
             "--attn_backend varlen --head_dim 50",
-            "--attn_backend varlen wants --head_dim to be a multiple of 8 up to 256, not 50; use 56, or --attn_backend "
-            "sdpa",
+            "--attn_backend varlen ... --head_dim ... 8 ... 256 ... 50 ... use 56 ... --attn_backend sdpa",
             "--attn_backend varlen --head_dim 56",
         ),
         (
             "--attn_backend varlen --head_dim 264",
-            "--attn_backend varlen wants --head_dim to be a multiple of 8 up to 256, not 264; use 256, or --attn_backend "
-            "sdpa",
+            "--attn_backend varlen ... --head_dim ... 8 ... 256 ... 264 ... use 256 ... --attn_backend sdpa",
             "--attn_backend varlen --head_dim 256",
         ),
         (
             "--use_liger_kernel --precision fp64",
-            "--use_liger_kernel computes in fp32, not in --precision fp64; use fp32, or drop the flag",
+            "--use_liger_kernel ... --precision fp64 ... use fp32 ... drop the flag",
             "--use_liger_kernel --precision fp32",
         ),
         (
             "--use_liger_kernel --use_compile",
-            "--use_liger_kernel and --use_compile both fuse norms and SwiGLU; drop one of them",
+            "--use_liger_kernel ... --use_compile ... drop one ...",
             "--use_liger_kernel",
         ),
         (
             "--use_liger_kernel --norm_type layer --mlp_type gelu",
-            "--use_liger_kernel has nothing for --norm_type layer with --mlp_type gelu; use rms or swiglu, or drop the "
-            "flag",
+            "--use_liger_kernel ... --norm_type layer ... --mlp_type gelu ... use rms or swiglu ... drop the flag",
             "--use_liger_kernel --mlp_type gelu",
         ),
         (
             "--use_triton_kernels --precision fp64",
-            "--use_triton_kernels computes in fp32, not in --precision fp64; use fp32, or drop the flag",
+            "--use_triton_kernels ... --precision fp64 ... use fp32 ... drop the flag",
             "--use_triton_kernels --precision fp32",
         ),
         (
             "--use_triton_kernels --use_cut_cross_entropy",
-            "--use_triton_kernels has nothing to do: --use_cut_cross_entropy computes the loss, --optimizer adam has no "
-            "symmetric products, and there are no experts; drop one of the two flags",
+            "--use_triton_kernels ... --use_cut_cross_entropy ... --optimizer adam ... no experts ... drop one ...",
             "--use_triton_kernels --use_cut_cross_entropy --optimizer muon",
         ),
         (
             "--use_triton_kernels --use_cut_cross_entropy --use_moe --use_compile",
-            "--use_triton_kernels has nothing to do: --use_cut_cross_entropy computes the loss, --optimizer adam has no "
-            "symmetric products, and --use_compile fuses the experts' sums; drop one of the two flags",
+            "--use_triton_kernels ... --use_cut_cross_entropy ... --optimizer adam ... --use_compile ... drop one ...",
             "--use_triton_kernels --use_cut_cross_entropy --use_moe",
         ),
         *(
             (
                 f"--use_cut_cross_entropy --precision {precision}",
-                f"--use_cut_cross_entropy computes in bf16 or fp16, not in --precision {precision}; use bf16, or drop the "
-                "flag",
+                f"--use_cut_cross_entropy ... --precision {precision} ... use bf16 ... drop the flag",
                 "--use_cut_cross_entropy --precision bf16",
             )
             for precision in ("fp32", "fp64")
         ),
         (
             "--use_cut_cross_entropy --z_loss_coef 0.001",
-            "--z_loss_coef 0.001 does not go with --use_cut_cross_entropy, which does not give the log-partition; use 0, "
-            "or drop the flag",
+            "--z_loss_coef 0.001 ... --use_cut_cross_entropy ... use 0 ... drop the flag",
             "--use_cut_cross_entropy --z_loss_coef 0",
         ),
         (
             "--use_cut_cross_entropy --deterministic",
-            "--deterministic does not go with --use_cut_cross_entropy, which adds gradients up in no fixed order; drop one "
-            "of them",
+            "--deterministic ... --use_cut_cross_entropy ... drop one ...",
             "--use_cut_cross_entropy",
         ),
         (
             "--dry_run_world_size 64",
-            "--dry_run_world_size 64 is for --dry_run; add that, or drop it",
+            "--dry_run_world_size 64 ... --dry_run ... drop it",
             "--dry_run_world_size 64 --dry_run",
         ),
         (
@@ -188,12 +181,12 @@ def test_amounts_are_numbers(name: str) -> None:
         ),
         (
             "--total_batch_size 10000",
-            "--total_batch_size 10000 (tokens) must be a multiple of --seq_len 4096; use 8192",
+            "--total_batch_size 10000 ... --seq_len 4096 ... use 8192",
             "--total_batch_size 8192",
         ),
         (
             "--total_batch_size 100",
-            "--total_batch_size 100 (tokens) must be a multiple of --seq_len 4096; use 4096",
+            "--total_batch_size 100 ... --seq_len 4096 ... use 4096",
             "--total_batch_size 4096",
         ),
         (
@@ -229,25 +222,25 @@ def test_amounts_are_numbers(name: str) -> None:
         ),
         (
             "--eval_every 5",
-            "--eval_every 5 needs tasks; use --eval_tasks tasks.jsonl, or drop it",
+            "--eval_every 5 ... --eval_tasks tasks.jsonl ... drop it",
             "--eval_every 5 --eval_tasks tasks.jsonl",
         ),
         (
             "--eval_tokenizer t.json",
-            "--eval_tokenizer t.json needs tasks; use --eval_tasks tasks.jsonl, or drop it",
+            "--eval_tokenizer t.json ... --eval_tasks tasks.jsonl ... drop it",
             "--eval_tokenizer t.json --eval_tasks tasks.jsonl",
         ),
         (
             "--eval_tasks a/sky.jsonl b/sky.jsonl",
-            "--eval_tasks has two files called sky, one name in the log; rename one",
+            "--eval_tasks ... sky ... rename one",
             "--eval_tasks a/sky.jsonl b/sea.jsonl",
         ),
-        ("--exp_name a/b", "--exp_name 'a/b' must be a plain folder name; use gpt", "--exp_name gpt"),
-        ("--exp_name=", "--exp_name '' must be a plain folder name; use gpt", "--exp_name gpt"),
+        ("--exp_name a/b", "--exp_name 'a/b' ... use gpt", "--exp_name gpt"),
+        ("--exp_name=", "--exp_name '' ... use gpt", "--exp_name gpt"),
     ],
 )
 def test_a_broken_rule_is_told_with_a_value_that_works(flags: str, text: str, works: str) -> None:
-    assert refusal(flags) == text
+    assert re.search(says(text), refusal(flags))
     build(works)
 
 
@@ -281,20 +274,21 @@ SEQ = "--seq_len 24 --total_batch_size 48"
 @pytest.mark.parametrize(
     ("flags", "size", "rule", "works"),
     [
-        (f"{HEADS} 4 {SEQ}", 16, "must divide --seq_len 24", [1, 2, 4, 12]),
-        (f"{HEADS} 4 --seq_len 8 --total_batch_size 48", 12, "must divide --seq_len 8", [1, 2, 4]),
-        (f"{HEADS} 4 {SEQ}", 8, "must divide --num_attention_heads 12, {kv} 4", [1, 2, 4, 12]),
-        (f"{HEADS} 4 {SEQ}", 3, "must divide --num_attention_heads 12, {kv} 4", [1, 2, 4, 12]),
-        (f"{HEADS} 4 {SEQ}", 6, "must divide --num_attention_heads 12, {kv} 4", [1, 2, 4, 12]),
-        (f"{HEADS} 6 {SEQ}", 4, "must divide --num_attention_heads 12, {kv} 6", [1, 2, 3, 6, 12]),
-        (f"{HEADS} 1 {SEQ}", 24, "must divide --num_attention_heads 12, {kv} 1", [1, 2, 3, 4, 6, 12]),
-        (f"{HEADS} 4 --seq_len 8 --total_batch_size 48", 8, "must divide --num_attention_heads 12, {kv} 4", [1, 2, 4]),
+        (f"{HEADS} 4 {SEQ}", 16, "--seq_len 24", [1, 2, 4, 12]),
+        (f"{HEADS} 4 --seq_len 8 --total_batch_size 48", 12, "--seq_len 8", [1, 2, 4]),
+        (f"{HEADS} 4 {SEQ}", 8, "{heads} 12 ... {kv} 4", [1, 2, 4, 12]),
+        (f"{HEADS} 4 {SEQ}", 3, "{heads} 12 ... {kv} 4", [1, 2, 4, 12]),
+        (f"{HEADS} 4 {SEQ}", 6, "{heads} 12 ... {kv} 4", [1, 2, 4, 12]),
+        (f"{HEADS} 6 {SEQ}", 4, "{heads} 12 ... {kv} 6", [1, 2, 3, 6, 12]),
+        (f"{HEADS} 1 {SEQ}", 24, "{heads} 12 ... {kv} 1", [1, 2, 3, 4, 6, 12]),
+        (f"{HEADS} 4 --seq_len 8 --total_batch_size 48", 8, "{heads} 12 ... {kv} 4", [1, 2, 4]),
     ],
 )
 def test_a_sequence_group_fits_sequence_and_heads(flags: str, size: int, rule: str, works: list[int]) -> None:
     """Each proposed size keeps both rules, and no size that keeps both is left out."""
-    rule = rule.format(kv="and divide or be a multiple of --num_key_value_heads")
-    assert refusal(f"{flags} --sep_size {size}") == f"--sep_size {size} {rule}; use one of {works}"
+    rule = rule.format(heads="--num_attention_heads", kv="--num_key_value_heads")
+    text = says(f"--sep_size {size} ... {rule} ... use one of {works}")
+    assert re.search(text, refusal(f"{flags} --sep_size {size}"))
     for other in range(1, 26):
         if other in works:
             assert build(f"{flags} --sep_size {other}").parallel.sep_size == other
@@ -305,18 +299,16 @@ def test_a_sequence_group_fits_sequence_and_heads(flags: str, size: int, rule: s
 @pytest.mark.parametrize("flags", ["--ep_size 4", "--sep_size 4", "--sep_size 2 --ep_size 4"])
 def test_experts_divide_over_their_group(flags: str) -> None:
     moe = "--use_moe --num_experts 6 --num_experts_per_tok 2"
-    text = "--ep_size 4 must divide --num_experts 6; use one of [1, 2, 3, 6]"
-    assert refusal(f"{moe} {flags}") == text
+    text = "--ep_size 4 ... --num_experts 6 ... use one of [1, 2, 3, 6]"
+    assert re.search(says(text), refusal(f"{moe} {flags}"))
     for works in (1, 2, 3, 6):
         build(f"{moe} {flags} --ep_size {works}")
     build(f"--num_experts 6 {flags}")  # no experts: of no effect
 
 
 def test_rounded_gradients_need_sharded_optimizer_states() -> None:
-    text = (
-        "--grad_reduce_dtype bf16 needs --use_distributed_optimizer: without it gradients are summed in place; use fp32"
-    )
-    assert refusal("--grad_reduce_dtype bf16 --no-use_distributed_optimizer") == text
+    text = refusal("--grad_reduce_dtype bf16 --no-use_distributed_optimizer")
+    assert re.search(says("--grad_reduce_dtype bf16 ... --use_distributed_optimizer ... use fp32"), text)
     build("--grad_reduce_dtype fp32 --no-use_distributed_optimizer")
     build("--grad_reduce_dtype bf16 --use_distributed_optimizer")
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from tests.helpers.errors import says
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import losses, train, user_error
 from tinytron.data import Batch
@@ -87,21 +88,20 @@ def sample(**more: Any) -> dict[str, Any]:
     [
         (
             [sample(note="a text")],
-            "the data has a key note whose value (str) is not a tensor; give numbers, or leave it out",
+            "... key note ... (str) ... give numbers, or leave it out",
         ),
-        ([sample(words=["a", "b"])], "the data has a key words whose value (list) is not a tensor"),
-        ([sample(documents=1)], "the data has a key documents, which means something else in a batch; rename it"),
+        ([sample(words=["a", "b"])], "... key words ... (list) ..."),
+        ([sample(documents=1)], "... key documents ... rename it"),
         (
             [sample(x=[1]), sample(x=[1, 2])],
-            "the samples of a micro-batch have x of different shapes [[1], [2]]; pad them",
+            "... have x ... [[1], [2]] ... pad them ...",
         ),
-        ([sample(x=1), sample(y=1)], "the samples of a micro-batch have different keys"),
+        ([sample(x=1), sample(y=1)], "... different keys: ..."),
     ],
 )
 def test_what_cannot_travel_is_refused_by_name(items: list[Any], text: str) -> None:
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match=says(text)):
         collate(items)
-    assert str(caught.value).startswith(text)
 
 
 def test_a_loader_gives_extras_for_every_sequence() -> None:
@@ -109,9 +109,7 @@ def test_a_loader_gives_extras_for_every_sequence() -> None:
     batch = as_batch({"input_ids": ids, "labels": ids, "reward": torch.ones(2), "none": None})
     assert set(batch.extras) == {"reward"}
     for wrong in (torch.ones(3), torch.tensor(1.0)):
-        with pytest.raises(
-            DataError, match=r"a loader gave reward of shape \[3?\] with 2 sequences; give one row for each"
-        ):
+        with pytest.raises(DataError, match=r"reward of shape \[3?\] with 2 sequences; .*one row for each"):
             as_batch({"input_ids": ids, "labels": ids, "reward": wrong})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from tests.helpers.errors import says
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import losses, train, user_error
-from tinytron.data import Batch
+from tinytron.data import Batch, MockDataset
 from tinytron.training import Config, Trainer
 
 Pools = Callable[[int], Ranks]
@@ -163,6 +165,20 @@ class LargeTokensInValidation(_BrokenData):
         self.val_dataset = _Broken(LargeTokens.items, 4)
 
 
+class _OverwrittenMock(MockDataset):
+    """Writes its labels into the tokens that they share with the ids."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        sample = super().__getitem__(index)
+        sample["labels"][:-1] = -100
+        return sample
+
+
+class SubclassOfOurs(Trainer):
+    def _init_dataset(self, config: Config) -> None:
+        self.train_dataset = _OverwrittenMock(32, 12, 61, seed=0)
+
+
 class TooLong(_BrokenData):
     items = (torch.arange(40),)
 
@@ -179,18 +195,19 @@ class NoLength(_BrokenData):
 @pytest.mark.parametrize(
     ("cls", "message"),
     [
-        (Empty, "DataError: _Broken is empty"),
-        (WrongKeys, "DataError: a dataset item has keys ['input_ids', 'targets'] but lacks ['labels']"),
-        (DifferentLengths, "DataError: the "),
+        (Empty, "DataError: _Broken is empty ..."),
+        (WrongKeys, "DataError: ... ['input_ids', 'targets'] ... lacks ['labels']"),
+        (DifferentLengths, "DataError: the ..."),
         (
             TwoDimensions,
-            "DataError: a dataset item must be a dict or a row of seq_len + 1 token ids, not shape [2, 13]",
+            "DataError: a dataset item ... seq_len + 1 ... shape [2, 13]",
         ),
-        (LargeTokens, "DataError: the dataset gave token id 62, outside 0..60; set --vocab_size to the tokenizer's"),
-        (NegativeTokens, "DataError: the dataset gave token id -100, outside 0..60"),
-        (LargeTokensInValidation, "DataError: the dataset gave token id 62, outside 0..60"),
-        (TooLong, "DataError: the dataset gave samples of 39 tokens, but --seq_len is 12; make them alike"),
-        (NoLength, "DataError: Sequence has no __len__; give it one, or make it a torch.utils.data.IterableDataset"),
+        (LargeTokens, "DataError: ... token id 62 ... 0..60 ... --vocab_size ..."),
+        (NegativeTokens, "DataError: ... token id -100 ... 0..60 ..."),
+        (LargeTokensInValidation, "DataError: ... token id 62 ... 0..60 ..."),
+        (SubclassOfOurs, "DataError: ... token id -100 ... 0..60 ..."),
+        (TooLong, "DataError: ... 39 tokens ... --seq_len is 12 ..."),
+        (NoLength, "DataError: Sequence ... __len__ ... torch.utils.data.IterableDataset"),
     ],
 )
 def test_data_that_cannot_be_trained_on_is_one_error(
@@ -198,7 +215,7 @@ def test_data_that_cannot_be_trained_on_is_one_error(
 ) -> None:
     flags = ("--do_val",) if cls is LargeTokensInValidation else ()
     for error in ranks(2).run(user_error, cls, tmp_path, *flags):
-        assert error.startswith(message)
+        assert re.search(says(message), error), error
         assert "\n" not in error
 
 

@@ -135,7 +135,7 @@ def test_a_mixture_that_cannot_feed_the_run_is_one_error(ranks: Pools, tmp_path:
 
 @pytest.mark.parametrize("flags", [(), ("--num_workers", 2)])
 def test_a_mixture_may_be_used_up_to_its_last_sample(ranks: Pools, tmp_path: Path, flags: tuple[object, ...]) -> None:
-    """Reading ahead stops there."""
+    """SampleOptions ahead stops there."""
     path = mixture(tmp_path, (("web", 2, {"max_tokens": 288}), ("code", 1, {"max_tokens": 288})))
     run = run_of(ranks, 2, path, tmp_path / "log", *flags)
     assert run.step == 6

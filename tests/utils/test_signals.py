@@ -114,10 +114,10 @@ def test_a_process_that_hangs_in_a_collective_can_be_ended(tmp_path: Path) -> No
 
 HELPER = """
 import os, signal, sys, time
-from tinytron.utils.signals import STOP_SIGNALS, obey_only_the_parent
+from tinytron.utils.signals import STOP_SIGNALS, ignore_group_signals
 reader, writer = os.pipe()
 if not (helper := os.fork()):
-    obey_only_the_parent()
+    ignore_group_signals()
     os.write(writer, b"x")
     time.sleep(60)
 os.read(reader, 1)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tinytron.distributed import collectives
-from tinytron.utils.watchdog import Watchdog, whereabouts
+from tinytron.utils.watchdog import Watchdog, locate_frame
 
 
 class Clocked(Watchdog):
@@ -74,10 +74,10 @@ def test_off_starts_no_thread(tmp_path: Path) -> None:
 
 
 class HereError(Exception):
-    """Carries what ``whereabouts`` says of the place it is raised from."""
+    """Carries what ``locate_frame`` says of the place it is raised from."""
 
     def __init__(self) -> None:
-        super().__init__(whereabouts(sys._getframe(2)))
+        super().__init__(locate_frame(sys._getframe(2)))
 
 
 def _raise(*_: object) -> None:
@@ -100,10 +100,10 @@ def test_it_names_the_collective_and_our_line(monkeypatch: pytest.MonkeyPatch) -
 
 def test_it_names_the_wait() -> None:
     with pytest.raises(HereError) as caught:
-        collectives._Together([Stuck()]).wait()
+        collectives._WorkGroup([Stuck()]).wait()
     place = r"tinytron/distributed/collectives.py:\d+ \(wait\)"
     assert re.fullmatch(f"waits in Work.wait, called at {place}", str(caught.value))
 
 
 def test_it_says_when_it_is_elsewhere() -> None:
-    assert whereabouts(None) == whereabouts(sys._getframe()) == "is outside of Tinytron"
+    assert locate_frame(None) == locate_frame(sys._getframe()) == "is outside of Tinytron"

@@ -187,7 +187,7 @@ class Retention:
     keep_every: int = 0
     keep_best: bool = False
 
-    def superfluous(self, losses: Mapping[int, float | None]) -> list[int]:
+    def to_prune(self, losses: Mapping[int, float | None]) -> list[int]:
         """The steps to delete, oldest first. ``losses``: the validation loss of each complete checkpoint, where known."""
         newest = self.keep_last or int(bool(self.keep_every or self.keep_best))
         if newest == 0:

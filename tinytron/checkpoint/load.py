@@ -14,7 +14,7 @@ import torch.nn as nn
 
 from tinytron.checkpoint.files import CheckpointFiles, damaged, verify
 from tinytron.checkpoint.meta import CheckpointMeta
-from tinytron.distributed.agreement import together
+from tinytron.distributed.agreement import agree
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import specs_of
 from tinytron.distributed.sharding import box_of
@@ -87,9 +87,9 @@ def read_verified(files: CheckpointFiles, group: dist.ProcessGroup) -> Checkpoin
 
     Raises: CheckpointError on every rank, naming the first file that is not.
     """
-    meta = together(lambda: read_meta(files.meta), group)
+    meta = agree(lambda: read_meta(files.meta), group)
     mine = sorted(meta.files)[dist.get_rank(group) :: dist.get_world_size(group)]
-    together(lambda: verify(files.folder, meta.files, mine), group)
+    agree(lambda: verify(files.folder, meta.files, mine), group)
     return meta
 
 
@@ -109,7 +109,7 @@ def load_checkpoint(
     from tinytron.checkpoint.optimizer_state import load_optimizer_state  # torch's DCP takes a second to import
 
     world = state.groups["world"]
-    together(lambda: load_weights(model, read_file(files.model), str(files.model), state), world)
+    agree(lambda: load_weights(model, read_file(files.model), str(files.model), state), world)
     optimizer.refresh_shards()
     load_optimizer_state(optimizer, files.optimizer, world)
     optimizer.load_counters(meta.counters)

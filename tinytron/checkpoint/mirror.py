@@ -13,7 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from tinytron.checkpoint.files import CheckpointFiles, newest_checkpoint
-from tinytron.distributed.agreement import together_long
+from tinytron.distributed.agreement import agree_slowly
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import StorageError, TinytronError
 from tinytron.utils.remote import RemoteFolder
@@ -52,7 +52,7 @@ class Mirror:
         world = self.state.groups["world"]
         firsts = [False] * dist.get_world_size(world)
         dist.all_gather_object(firsts, self.first_on_node, group=world)
-        together_long(lambda: self._restore(several_nodes=sum(firsts) > 1) if self.first_on_node else None, world)
+        agree_slowly(lambda: self._restore(several_nodes=sum(firsts) > 1) if self.first_on_node else None, world)
 
     def push_files(self, names: Iterable[str]) -> None:
         """Copy ``names`` (of a checkpoint all but its metadata), and what is missing from before."""

@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from tinytron.checkpoint.files import checksum, damaged
 from tinytron.checkpoint.host_buffers import HostBuffers
 from tinytron.checkpoint.sharded import FlatLoadPlanner, FlatRanges, FlatSavePlanner
-from tinytron.distributed.agreement import together
+from tinytron.distributed.agreement import agree
 from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer
-from tinytron.distributed.zero1.flat_buffer import Piece
+from tinytron.distributed.zero1.flat_buffer import OwnedSlice
 from tinytron.errors import CheckpointError, first_line
 
 MAIN, SCALAR = "main", "scalar."
@@ -71,7 +71,7 @@ def write_optimizer_state(states: dict[str, FlatRanges], folder: Path, group: di
     return {f"{folder.name}/{path.name}": checksum(path) for path in mine}
 
 
-def _other_size(piece: Piece, value: torch.Tensor) -> FlatRanges:
+def _other_size(piece: OwnedSlice, value: torch.Tensor) -> FlatRanges:
     """The place of a state that is not as large as its parameter, which this rank owns whole (or whole experts of)."""
     box = piece.box.with_matrices(*value.shape[-2:])
     return FlatRanges(box.numel, box.runs(), value.view(-1))
@@ -82,7 +82,7 @@ def load_optimizer_state(optimizer: DistributedOptimizer, folder: Path, group: d
 
     Raises: CheckpointError on every rank if the folder is damaged, lacks a parameter or has it in another size.
     """
-    wanted = together(lambda: _prepare(optimizer, stored_states(folder), folder), group)
+    wanted = agree(lambda: _prepare(optimizer, stored_states(folder), folder), group)
     read_states(wanted, folder, group)
 
 

@@ -19,7 +19,7 @@ from tinytron.checkpoint.load import read_meta
 from tinytron.checkpoint.meta import CheckpointMeta
 from tinytron.checkpoint.mirror import Mirror
 from tinytron.checkpoint.snapshot import Snapshot, take_snapshot
-from tinytron.distributed.agreement import together
+from tinytron.distributed.agreement import agree
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer
 from tinytron.errors import CheckpointError, TinytronError
@@ -37,14 +37,14 @@ def write_checkpoint(snapshot: Snapshot, group: dist.ProcessGroup, mirror: Mirro
 
     files, rank = snapshot.files, dist.get_rank(group)
     staged = mirror is not None and mirror.first_on_node  # each node has a folder of its own
-    together(lambda: _clear(files) if rank == 0 or staged else None, group)
-    sums = together(lambda: _write_model(snapshot) if rank == 0 else {}, group)
+    agree(lambda: _clear(files) if rank == 0 or staged else None, group)
+    sums = agree(lambda: _write_model(snapshot) if rank == 0 else {}, group)
     sums |= write_optimizer_state(snapshot.states, files.optimizer, group)
     of_ranks: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(of_ranks, (sums, snapshot.rng), group=group)
     checksums = {name: value for sums, _ in of_ranks for name, value in sums.items()}
     meta = replace(snapshot.meta, files=checksums, rng=[rng for _, rng in of_ranks])
-    together(lambda: _commit(files, meta) if rank == 0 else None, group)
+    agree(lambda: _commit(files, meta) if rank == 0 else None, group)
     if mirror is not None:
         _copy(files, mirror, group)
 
@@ -53,9 +53,9 @@ def _copy(files: CheckpointFiles, mirror: Mirror, group: dist.ProcessGroup) -> N
     rank = dist.get_rank(group)
     if rank == 0:
         mirror.remove_checkpoint(files.step)
-    together(lambda: None, group)  # nothing is pushed before
+    agree(lambda: None, group)  # nothing is pushed before
     mirror.push_files(files.names_written_by(rank))
-    together(lambda: None, group)  # all have pushed
+    agree(lambda: None, group)  # all have pushed
     if rank == 0:
         mirror.push_commit(files.step)
 
@@ -77,16 +77,16 @@ def _commit(files: CheckpointFiles, meta: CheckpointMeta) -> None:
     write_atomically(files.meta, lambda file: torch.save(meta.as_dict(), file))
 
 
-def superfluous(folder: Path, retention: Retention) -> list[CheckpointFiles]:
+def to_prune(folder: Path, retention: Retention) -> list[CheckpointFiles]:
     """The complete checkpoints of ``folder`` that ``retention`` does not keep, oldest first."""
     found = {files.step: files for files in complete_checkpoints(folder)}
     losses = {step: _val_loss(files) if retention.keep_best else None for step, files in found.items()}
-    return [found[step] for step in retention.superfluous(losses)]
+    return [found[step] for step in retention.to_prune(losses)]
 
 
 def prune(folder: Path, retention: Retention) -> list[CheckpointFiles]:
-    """Delete the ``superfluous`` checkpoints of ``folder``; returns them. Raises: OSError if the system refuses."""
-    gone = superfluous(folder, retention)
+    """Delete the ``to_prune`` checkpoints of ``folder``; returns them. Raises: OSError if the system refuses."""
+    gone = to_prune(folder, retention)
     for files in gone:
         files.remove()
     return gone

@@ -28,7 +28,7 @@ from tinytron.checkpoint.files import (
 from tinytron.checkpoint.load import read_file, read_meta
 from tinytron.checkpoint.optimizer_state import MAIN, read_states, state_of, stored_states
 from tinytron.checkpoint.report import states_by_parameter
-from tinytron.checkpoint.save import superfluous
+from tinytron.checkpoint.save import to_prune
 from tinytron.checkpoint.sharded import FlatRanges
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.utils.lock import lock_folder
@@ -158,7 +158,7 @@ def prune_folder(folder: Path, retention: Retention, *, dry_run: bool = False) -
     before may be all there is), OSError if the system refuses.
     """
     with lock_folder(folder, "stop it, or let it prune with --keep_last"):
-        gone, left = superfluous(folder, retention), leftovers(folder)
+        gone, left = to_prune(folder, retention), leftovers(folder)
         if gone:
             _require_newest(folder)
         paths = [*(part for files in gone for part in files.parts), *left]

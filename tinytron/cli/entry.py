@@ -15,7 +15,7 @@ _GRACE_SECONDS = 5.0
 _USER_ERROR = 2
 _INTERRUPTED = 130  # 128 + SIGINT
 _READER_GONE = 141  # 128 + SIGPIPE
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of writing, which name no file
 
 
 def run(command: Callable[[], int | None]) -> None:
@@ -24,11 +24,11 @@ def run(command: Callable[[], int | None]) -> None:
         status = status_of(command)
     except SystemExit as end:
         if not end.code:  # a run that was asked to stop, and has saved
-            _leave_the_others()
+            _destroy_group()
         raise
     if status in (_USER_ERROR, _INTERRUPTED):
         os._exit(status)  # not sys.exit: a peer may be inside a collective, and taking the group down would wait for it
-    _leave_the_others()
+    _destroy_group()
     if status:
         sys.exit(status)
 
@@ -70,7 +70,7 @@ def _last_line(error: TinytronError) -> str:
     return last.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
 
 
-def _leave_the_others() -> None:
+def _destroy_group() -> None:
     if "torch.distributed" not in sys.modules:  # a command that never needed it
         return
     import torch.distributed as dist

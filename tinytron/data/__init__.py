@@ -5,7 +5,7 @@ from tinytron.data.formats import read_header, write_shard
 from tinytron.data.loader import GlobalBatchSampler, build_train_loader, build_val_loader
 from tinytron.data.mock import MockDataset
 from tinytron.data.order import ShuffledEpochs
-from tinytron.data.samples import MixtureDataset, Reading, TokenShardDataset
+from tinytron.data.samples import MixtureDataset, SampleOptions, TokenShardDataset
 from tinytron.data.shards import EndOfText, Shard, find_shards
 
 __all__ = [
@@ -14,7 +14,7 @@ __all__ = [
     "GlobalBatchSampler",
     "MixtureDataset",
     "MockDataset",
-    "Reading",
+    "SampleOptions",
     "Shard",
     "ShuffledEpochs",
     "TokenShardDataset",

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tinytron.data.batch import Batch, collate, masked
 from tinytron.data.order import Order
 from tinytron.errors import DataError
-from tinytron.utils.signals import obey_only_the_parent
+from tinytron.utils.signals import ignore_group_signals
 
 _AHEAD = 2**14  # positions whose samples are worked out at once: one by one, an order costs more than reading the rows
 
@@ -139,6 +139,6 @@ def _loader(
         num_workers=num_workers,
         pin_memory=pin_memory and torch.cuda.is_available(),
         generator=torch.Generator(),  # or every start would draw from the generator that dropout uses
-        worker_init_fn=obey_only_the_parent,
+        worker_init_fn=ignore_group_signals,
         **options,
     )

@@ -26,7 +26,7 @@ Piece = tuple[int, int]  # first token, and number of training pairs (token, nex
 
 
 @dataclass(frozen=True)
-class Reading:
+class SampleOptions:
     """How tokens become samples. ``document_mask``: tokens attend to their own document, in which positions count from 0;
     ``cross_document_loss``: a document's last token is trained to predict the next one's first; ``packing``: ``concat``
     cuts the token stream every ``seq_len`` tokens, ``best_fit`` fills rows with whole documents."""
@@ -52,9 +52,11 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
     ``vocab_size`` or more.
     """
 
-    def __init__(self, shards: Sequence[Shard], seq_len: int, vocab_size: int, reading: Reading | None = None) -> None:
+    def __init__(
+        self, shards: Sequence[Shard], seq_len: int, vocab_size: int, reading: SampleOptions | None = None
+    ) -> None:
         self.shards, self.seq_len, self.vocab_size = list(shards), seq_len, vocab_size
-        self.reading = reading or Reading()
+        self.reading = reading or SampleOptions()
         packs = self.reading.packing == "best_fit"
         self.packs = [PackFile(shard, seq_len) for shard in self.shards] if packs else []
         if packs:

@@ -14,7 +14,7 @@ from tinytron.errors import DataError, TinytronError
 T = TypeVar("T")
 
 
-def together(action: Callable[[], T], group: dist.ProcessGroup) -> T:
+def agree(action: Callable[[], T], group: dist.ProcessGroup) -> T:
     """Run ``action`` on every rank of ``group``; if it raises a ``TinytronError`` or ``OSError`` anywhere, every rank
     raises the error of the lowest such rank. Collective.
 
@@ -35,8 +35,8 @@ def together(action: Callable[[], T], group: dist.ProcessGroup) -> T:
     return result  # type: ignore[return-value]
 
 
-def together_long(action: Callable[[], T], group: dist.ProcessGroup) -> T:
-    """``together`` for an ``action`` that may take longer than a collective's timeout, such as a download: it runs in a
+def agree_slowly(action: Callable[[], T], group: dist.ProcessGroup) -> T:
+    """``agree`` for an ``action`` that may take longer than a collective's timeout, such as a download: it runs in a
     thread, while the ranks tell each other every second that they are alive. Once it has failed on one rank, no rank
     waits for the others'. Collective."""
     job: Future[T] = Future()
@@ -53,7 +53,7 @@ def together_long(action: Callable[[], T], group: dist.ProcessGroup) -> T:
         wait([job], timeout=1.0)
         done = job.done()
         dist.all_gather_object(states, (done, done and job.exception() is not None), group=group)
-    return together(lambda: job.result() if job.done() else None, group)  # type: ignore[return-value]
+    return agree(lambda: job.result() if job.done() else None, group)  # type: ignore[return-value]
 
 
 def require_same(value: object, group: dist.ProcessGroup, message: str) -> None:

@@ -13,17 +13,17 @@ _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", Non
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class Waitable(Protocol):
+class Work(Protocol):
     """An exchange under way."""
 
     def wait(self) -> Any:
         """Make its results usable by what comes next on this device."""
 
 
-class _Together:
+class _WorkGroup:
     """Several exchanges, waited for as one."""
 
-    def __init__(self, works: Sequence[Waitable]) -> None:
+    def __init__(self, works: Sequence[Work]) -> None:
         self.works = works
 
     def wait(self) -> None:
@@ -46,7 +46,7 @@ class SummedExchange:
         self.peers = [r for r in range(len(self.whole_WN)) if r != dist.get_rank(group)]
         self._parts: list[torch.Tensor] = []
         self._sent: list[torch.Tensor] = []
-        self._work: Waitable = _Together([])
+        self._work: Work = _WorkGroup([])
 
     def start(self) -> SummedExchange:
         """Send this rank's parts, and expect the others' parts of ``own``."""
@@ -65,28 +65,28 @@ class SummedExchange:
             self.own_N += part
 
 
-def _exchange(messages: Sequence[tuple[int, torch.Tensor, torch.Tensor]], group: dist.ProcessGroup) -> Waitable:
+def _exchange(messages: Sequence[tuple[int, torch.Tensor, torch.Tensor]], group: dist.ProcessGroup) -> Work:
     """Start one message to and one from each peer: (its rank in ``group``, what it gets, where its own goes)."""
     operations = []
     for peer, sent, received in messages:
         operations.append(dist.P2POp(dist.isend, sent, group=group, group_peer=peer))
         operations.append(dist.P2POp(dist.irecv, received, group=group, group_peer=peer))
-    return _Together(dist.batch_isend_irecv(operations) if operations else [])
+    return _WorkGroup(dist.batch_isend_irecv(operations) if operations else [])
 
 
-def start_reduce_scatter(own: torch.Tensor, whole: torch.Tensor, group: dist.ProcessGroup) -> Waitable:
+def start_reduce_scatter(own: torch.Tensor, whole: torch.Tensor, group: dist.ProcessGroup) -> Work:
     """Start summing ``whole`` (1-D) over ``group``; ``own``, this rank's range of it, holds the sum once waited for."""
-    work: Waitable = _reduce_scatter(own, whole, op=dist.ReduceOp.SUM, group=group, async_op=True)
+    work: Work = _reduce_scatter(own, whole, op=dist.ReduceOp.SUM, group=group, async_op=True)
     return work
 
 
-def start_all_reduce(whole: torch.Tensor, group: dist.ProcessGroup) -> Waitable:
+def start_all_reduce(whole: torch.Tensor, group: dist.ProcessGroup) -> Work:
     """Start summing ``whole`` in place over ``group``."""
-    work: Waitable = dist.all_reduce(whole, op=dist.ReduceOp.SUM, group=group, async_op=True)
+    work: Work = dist.all_reduce(whole, op=dist.ReduceOp.SUM, group=group, async_op=True)
     return work
 
 
-def start_all_gather(whole: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup) -> Waitable:
+def start_all_gather(whole: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup) -> Work:
     """Start collecting every rank's ``own`` range into ``whole``, of which it is a view.
 
     On gloo by messages, which need no copies of the buffer and take about 2/3 of the time.
@@ -94,7 +94,7 @@ def start_all_gather(whole: torch.Tensor, own: torch.Tensor, group: dist.Process
     if dist.get_backend(group) != "nccl":
         parts = list(enumerate(whole.view(dist.get_world_size(group), -1)))
         return _exchange([(r, own, part) for r, part in parts if r != dist.get_rank(group)], group)
-    work: Waitable = _all_gather(whole, own, group=group, async_op=True)
+    work: Work = _all_gather(whole, own, group=group, async_op=True)
     return work
 
 

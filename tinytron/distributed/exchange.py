@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from tinytron.distributed.collectives import Waitable
+from tinytron.distributed.collectives import Work
 
 
 def all_to_all(
@@ -60,7 +60,7 @@ class Exchange:
 
     def __init__(self, group: dist.ProcessGroup, send: list[int], recv: list[int]) -> None:
         self.group, self.send, self.recv = group, send, recv
-        self._work: Waitable | None = None
+        self._work: Work | None = None
         self._sent: torch.Tensor | None = None
         self.gradient: torch.Tensor | None = None  # on its way back
 
@@ -74,14 +74,14 @@ class Exchange:
         arrived: torch.Tensor = _FinishExchange.apply(arriving, self)
         return arrived
 
-    def depart(self, rows: torch.Tensor, send: list[int], recv: list[int]) -> torch.Tensor:
-        """Start one way; the result is filled once ``land`` was called."""
+    def start_exchange(self, rows: torch.Tensor, send: list[int], recv: list[int]) -> torch.Tensor:
+        """Start one way; the result is filled once ``wait`` has returned."""
         self._sent = rows.contiguous()  # alive until it is gone
         out = rows.new_empty(sum(recv), *rows.shape[1:])
         self._work = dist.all_to_all_single(out, self._sent, recv, send, group=self.group, async_op=True)
         return out
 
-    def land(self) -> None:
+    def wait(self) -> None:
         """Wait for what was started last; on a GPU the stream waits, not the host."""
         if self._work is not None:  # it is where a plan only pretends to send
             self._work.wait()
@@ -92,12 +92,12 @@ class _StartExchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, exchange: Exchange) -> torch.Tensor:
         ctx.exchange = exchange
-        return exchange.depart(rows, exchange.send, exchange.recv)
+        return exchange.start_exchange(rows, exchange.send, exchange.recv)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor, None]:
-        ctx.exchange.land()
+        ctx.exchange.wait()
         gradient, ctx.exchange.gradient = ctx.exchange.gradient, None
         assert gradient is not None, "finish starts its exchange"
         return gradient, None
@@ -107,12 +107,12 @@ class _FinishExchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, arriving: torch.Tensor, exchange: Exchange) -> torch.Tensor:
         ctx.exchange = exchange
-        exchange.land()
+        exchange.wait()
         return arriving.view_as(arriving)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         exchange: Exchange = ctx.exchange
-        exchange.gradient = exchange.depart(grad, exchange.recv, exchange.send)
+        exchange.gradient = exchange.start_exchange(grad, exchange.recv, exchange.send)
         return grad, None  # of the right shape; the real one is on its way

@@ -58,12 +58,12 @@ def check_replicas(step: int, optimizer: DistributedOptimizer, state: ParallelSt
             names = [member.name for member, differing in zip(buffer.members, differs, strict=True) if differing]
             first = f" (first: {names[0]})" if names else ""  # none: it is the padding between them
             raise TrainingError(
-                f"step {step}: the replicas diverged: {odd_ones(group, hashes)} other {kind} parameters{first}; rerun the "
+                f"step {step}: the replicas diverged: {minority(group, hashes)} other {kind} parameters{first}; rerun the "
                 "same command to resume from the last checkpoint, and replace the machine if the same rank recurs"
             )
 
 
-def odd_ones(group: Sequence[int], hashes: Sequence[int]) -> str:
+def minority(group: Sequence[int], hashes: Sequence[int]) -> str:
     """Who differs from whom, up to and including the verb: ``rank 2 holds``, or without a majority who stands where."""
     common, votes = Counter(hashes).most_common(1)[0]
     if 2 * votes > len(group):

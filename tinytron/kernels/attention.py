@@ -16,7 +16,7 @@ from tinytron.kernels.attention_tiled import can_tile, tiled_attention
 from tinytron.kernels.choice import Backend, check_varlen_dropout
 from tinytron.utils.sequences import Documents, rows_as_documents, visible
 
-UNMASKED = frozenset({"flash", "varlen"})  # backends that take documents' boundaries and windows, not masks
+VARLEN_BACKENDS = frozenset({"flash", "varlen"})  # backends that take documents' boundaries and windows, not masks
 # From torch 2.12 on varlen_attn is told that query heads share keys; 2.11 takes them as they are.
 _SHARED_HEADS: dict[str, Any] = {"enable_gqa": True} if TorchVersion(torch.__version__) >= "2.12" else {}
 

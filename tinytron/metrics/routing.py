@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.metrics.sinks.files import json_line, keep_lines
-from tinytron.model.gpt import Recorded
+from tinytron.model.gpt import TracedBatch
 from tinytron.model.protocols import HasExperts
 
 ROUTES = "routes_rank{}.jsonl"  # by rank, in the run's folder
@@ -62,7 +62,7 @@ class RoutingReport:
         margins = self.report(step)
         return {"router_margin": margins} if margins else {}
 
-    def _write(self, path: Path, step: int, recorded: Recorded) -> None:
+    def _write(self, path: Path, step: int, recorded: TracedBatch) -> None:
         B, s = recorded.input_ids_Bs.shape
         dp_rank, sep_rank = (self._state.group_rank(axis) for axis in ("dp", "sep"))
         first_row = (

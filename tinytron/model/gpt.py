@@ -15,7 +15,7 @@ from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import Kind, ParamSpec, Shard
 from tinytron.distributed.sharding import Box, box_of, whole_shape
 from tinytron.errors import ConfigError
-from tinytron.kernels.attention import UNMASKED
+from tinytron.kernels.attention import VARLEN_BACKENDS
 from tinytron.kernels.choice import DEFAULT, Kernels
 from tinytron.model.block import Block, ParallelBlock
 from tinytron.model.config import ModelConfig
@@ -23,18 +23,18 @@ from tinytron.model.modules.attn import LayerCache
 from tinytron.model.modules.emb import RotaryEmbedding, TokenEmbedding
 from tinytron.model.modules.linear import PackedLinear, ResidualLinear
 from tinytron.model.modules.loss import LossSums, fused_linear_cross_entropy
-from tinytron.model.modules.moe import Choice, Experts, MoE, MoEStats, Router
+from tinytron.model.modules.moe import Experts, MoE, MoEStats, Router, RouterTrace
 from tinytron.model.modules.norm import LayerNorm, RMSNorm, make_norm
 from tinytron.model.modules.recompute import Recompute
 from tinytron.model.modules.rope import rotary_frequencies
 from tinytron.utils.sequences import Documents, visible
 
 
-class Recorded(NamedTuple):
+class TracedBatch(NamedTuple):
     """A micro-batch's tokens on this rank, and what each expert layer's router chose for them (``T = B s``, row-major)."""
 
     input_ids_Bs: torch.Tensor
-    choices: list[Choice]
+    choices: list[RouterTrace]
 
 
 class GPT(nn.Module):
@@ -60,7 +60,7 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.z_loss_coef, self.state, self.kernels = config, z_loss_coef, state, kernels
-        self.needs_mask = kernels.attention not in UNMASKED
+        self.needs_mask = kernels.attention not in VARLEN_BACKENDS
         self.layer_windows = [config.window(layer) for layer in range(config.num_layer)]
         self.windows = set(self.layer_windows)
         outer = torch.get_default_dtype()
@@ -87,12 +87,12 @@ class GPT(nn.Module):
             self.lm_head.weight = self.wte.weight
         # Called with a module before its parameters are used; an optimizer that gathers them in the background waits
         # here. (Not a forward hook: torch.compile would trace it.)
-        self.wait_for_params: Callable[[nn.Module], None] = _always_ready
+        self.wait_for_params: Callable[[nn.Module], None] = _no_wait
         self.moe_layers = [block.mlp for block in self.blocks if isinstance(block.mlp, MoE)]
         # Rows per expert layer and expert: of the current optimizer step (this rank), and since the last report (all).
         shape = (len(self.moe_layers), config.num_experts)
         self.step_load, self.load = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
-        self.recorded: Recorded | None = None  # of the last training forward, if the routers record
+        self.recorded: TracedBatch | None = None  # of the last training forward, if the routers record
         for layer in self.moe_layers:
             layer.router.bias.zero_()
         if seed is not None:
@@ -223,7 +223,7 @@ class GPT(nn.Module):
             sums = sums._replace(per_token=sums.per_token.view_as(labels))
         choices = [stats.choice for stats in all_stats if stats.choice is not None]
         if self.training and choices:
-            self.recorded = Recorded(input_ids, choices)
+            self.recorded = TracedBatch(input_ids, choices)
         return self._add_routing_losses(sums, all_stats) if all_stats else sums
 
     def _add_routing_losses(self, sums: LossSums, all_stats: list[MoEStats]) -> LossSums:
@@ -258,7 +258,7 @@ class GPT(nn.Module):
         return load_LE
 
 
-def _always_ready(module: nn.Module) -> None:
+def _no_wait(module: nn.Module) -> None:
     """The gate of a model whose parameters are never on their way."""
 
 

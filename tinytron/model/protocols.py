@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 
 from tinytron.errors import ConfigError
-from tinytron.model.gpt import GPT, Recorded
+from tinytron.model.gpt import GPT, TracedBatch
 
 
 @runtime_checkable
@@ -40,7 +40,7 @@ class HasExperts(Protocol):
 
     config: Any
     moe_layers: Sequence[Any]
-    recorded: Recorded | None
+    recorded: TracedBatch | None
 
     def take_load(self) -> list[list[int]]:
         """Rows that each expert of each expert layer got since the last call, over all ranks."""

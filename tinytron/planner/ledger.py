@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from tinytron.kernels.attention_tiled import PARTS
 
 
-class Ledger(TorchDispatchMode):
+class AllocationTracker(TorchDispatchMode):
     """Counts the storages that operators make inside ``with ledger:``: ``live`` bytes now, ``peak`` at most, and in which
     ``phase`` (a name that the caller sets) the peak was. Storages of ``known`` tensors are there already and do not count.
 

@@ -9,7 +9,7 @@ from typing import Any
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.zero1.distributed_optimizer import Options
 from tinytron.model import GPT
-from tinytron.planner.states import Held, PlannedBuffer, held, muon_working_memory, plan_buffers
+from tinytron.planner.states import PlannedBuffer, ResidentMemory, held, muon_working_memory, plan_buffers
 from tinytron.planner.step import StepMemory, Workload, step_memory
 
 # What cuBLAS keeps on a GPU since Hopper (32 MiB by default, and what CUBLAS_WORKSPACE_CONFIG=:4096:8 asks for).
@@ -24,7 +24,7 @@ class MemoryPlan:
     checkpoint has them, ``saved`` main weights and optimizer states of all ranks; ``library`` is kept by cuBLAS.
     """
 
-    held: Held
+    held: ResidentMemory
     step: StepMemory
     optimizer_step: int
     weights: int

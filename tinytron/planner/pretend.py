@@ -52,7 +52,7 @@ class PretendState(ParallelState):
         return cls(layout, 0, torch.device("cpu"), groups)
 
 
-class Pretending(TorchFunctionMode):
+class FakeDeviceMode(TorchFunctionMode):
     """Inside, fake CPU tensors are treated as if they were on a ``kind`` device.
 
     On a CPU all is left to torch. For a GPU the three operators that keep other tensors there are replaced: attention
@@ -98,8 +98,8 @@ def _dropout_of_cuda(x: torch.Tensor, p: float = 0.5, training: bool = True, inp
     return torch.native_dropout(x, p, True)[0] if training else x
 
 
-class EvenExperts(TorchDispatchMode):
-    """Inside, routers send every expert the same number of rows (``expert_rows`` are what ``plan_routes`` reads on the
+class UniformRoutingMode(TorchDispatchMode):
+    """Inside, routers send every expert the same number of rows (``expert_rows`` are what ``plan_dispatch`` reads on the
     host), and ``grouped_mm`` has shapes in any precision: torch has them for bf16 only, and kernels also for fp32."""
 
     def __init__(self, expert_rows: list[int]) -> None:

@@ -121,7 +121,7 @@ def plan_buffers(
 
 
 @dataclass(frozen=True)
-class Held:
+class ResidentMemory:
     """Bytes that one rank holds between steps; ``exchange`` are buffers for gradients on the wire, ``sent`` those that
     live only until the gradients of a step are summed. ``start`` is the most while the buffers are made, one after the
     other, and the model's own memory is still there. ``snapshot`` is what the first rank copies to host memory for a
@@ -143,7 +143,7 @@ class Held:
         return self.parameters + self.gradients + self.main + self.optimizer + self.exchange
 
 
-def held(buffers: Sequence[PlannedBuffer], layout: ParallelLayout, options: Options, device: str) -> Held:
+def held(buffers: Sequence[PlannedBuffer], layout: ParallelLayout, options: Options, device: str) -> ResidentMemory:
     """The bytes of the rank that holds most; ranks differ where Muon owns whole matrices."""
     states = [[b.state_bytes(shard) for shard in range(b.layout.num_shards)] for b in buffers]
 
@@ -162,7 +162,7 @@ def held(buffers: Sequence[PlannedBuffer], layout: ParallelLayout, options: Opti
     gradients = sum(b.layout.numel * b.main_dtype.itemsize for b in buffers)
     if not options.grad_as_view:  # autograd's own, which are copied into the buffers
         gradients += sum(math.prod(shape) * b.main_dtype.itemsize for b in buffers for shape in b.shapes)
-    return Held(
+    return ResidentMemory(
         rank=rank,
         parameters=sum(b.layout.numel * b.dtype.itemsize for b in buffers),
         gradients=gradients,
@@ -192,7 +192,7 @@ def muon_working_memory(buffers: Sequence[PlannedBuffer], settings: Mapping[str,
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from tinytron.optim import Muon
-    from tinytron.planner.ledger import Ledger
+    from tinytron.planner.ledger import AllocationTracker
 
     most = 0
     kinds = {(shape, b.options["row_blocks"], b.main_dtype) for b in buffers if b.whole_tensors for shape in b.shapes}
@@ -202,7 +202,7 @@ def muon_working_memory(buffers: Sequence[PlannedBuffer], settings: Mapping[str,
             parameter.grad, found = torch.empty(shape, dtype=dtype), torch.zeros(())
             muon = Muon([{"params": [parameter], "kind": "muon", "row_blocks": row_blocks}], lr=1e-3, **settings)
             muon.found_inf = found  # as from the second step on
-            ledger = Ledger([parameter, parameter.grad, found], on_cpu=device == "cpu")
+            ledger = AllocationTracker([parameter, parameter.grad, found], on_cpu=device == "cpu")
             with ledger:
                 muon.step()
             kept = muon_state(shape, settings) * dtype.itemsize

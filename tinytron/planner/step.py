@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 
 from tinytron.distributed.layout import ParallelLayout
-from tinytron.kernels.attention import UNMASKED
+from tinytron.kernels.attention import VARLEN_BACKENDS
 from tinytron.kernels.choice import Backend, Kernels
 from tinytron.kernels.grouped_gemm import ROW_STEP
 from tinytron.model import GPT, ModelConfig
 from tinytron.model.modules.attn import Attention
 from tinytron.model.modules.loss import LossSums
 from tinytron.model.modules.recompute import Recompute
-from tinytron.planner.ledger import Ledger
-from tinytron.planner.pretend import DeviceKind, EvenExperts, Pretending, PretendState, with_fake_memory
+from tinytron.planner.ledger import AllocationTracker
+from tinytron.planner.pretend import DeviceKind, FakeDeviceMode, PretendState, UniformRoutingMode, with_fake_memory
 from tinytron.utils.sequences import Documents
 
 
@@ -53,7 +53,7 @@ class StepMemory:
 def meta_model(config: ModelConfig, work: Workload, layout: ParallelLayout) -> GPT:
     """The model of rank 0 as shapes only. Raises: ConfigError if the heads do not fit the layout."""
     # Kernels for documents keep what torch's flash kernel keeps, and their package need not be there to plan.
-    flash = work.attn_backend in UNMASKED
+    flash = work.attn_backend in VARLEN_BACKENDS
     model = GPT(
         config,
         dtype=work.dtype,
@@ -84,13 +84,13 @@ def step_memory(model: GPT, work: Workload, layout: ParallelLayout) -> StepMemor
         if work.documents:
             positions = torch.zeros(B, s, dtype=torch.int64)
             documents = Documents(torch.zeros(B + 1, dtype=torch.int32), work.seq_len)
-        if work.attn_backend in UNMASKED:
+        if work.attn_backend in VARLEN_BACKENDS:
             documents = None
         inputs = [t for t in (ids_Bs, labels_Bs, positions) if t is not None]
         gradients = _expect_gradients(model, accumulated=work.micro_batches > 1)
-        ledger = Ledger([*owned, *inputs, *gradients, model.step_load], on_cpu=work.device == "cpu")
+        ledger = AllocationTracker([*owned, *inputs, *gradients, model.step_load], on_cpu=work.device == "cpu")
         marks = _mark_blocks(model, ledger)
-        with Pretending(work.device), EvenExperts(_even_rows(model.config, layout, B * s)), ledger:
+        with FakeDeviceMode(work.device), UniformRoutingMode(_even_rows(model.config, layout, B * s)), ledger:
             ledger.phase = "forward"
             sums = model(ids_Bs, labels_Bs, positions, documents)
             assert isinstance(sums, LossSums), "labels were given"
@@ -109,12 +109,12 @@ def step_memory(model: GPT, work: Workload, layout: ParallelLayout) -> StepMemor
 
 
 def _backward(loss: torch.Tensor) -> None:
-    """``loss.backward()``, which would turn ``Pretending`` off inside, where blocks are computed again."""
+    """``loss.backward()``, which would turn ``FakeDeviceMode`` off inside, where blocks are computed again."""
     engine, seed = torch.autograd.Variable._execution_engine, torch.ones_like(loss)
     engine.run_backward((loss,), (seed,), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
-def _mark_blocks(model: GPT, ledger: Ledger) -> list[int]:
+def _mark_blocks(model: GPT, ledger: AllocationTracker) -> list[int]:
     """Filled by the next forward with the living bytes before and after every block, and last those before the loss."""
     marks: list[int] = []
 
@@ -152,7 +152,7 @@ def _forget(parameter: torch.Tensor) -> None:
 
 
 def _even_rows(config: ModelConfig, layout: ParallelLayout, tokens: int) -> list[int]:
-    """What ``plan_routes`` reads if all experts get nearly the same: rows sent to and got from each rank, rows of each
+    """What ``plan_dispatch`` reads if all experts get nearly the same: rows sent to and got from each rank, rows of each
     expert. By turns half a ``ROW_STEP`` more and less: the padding to whole ones is half a step on average."""
     rows = tokens * config.num_experts_per_tok
     ranks, experts = _shares(rows, layout.ep), _shares(rows, config.num_experts // layout.ep)

@@ -14,7 +14,7 @@ from tinytron.data import (
     GlobalBatchSampler,
     MixtureDataset,
     MockDataset,
-    Reading,
+    SampleOptions,
     TokenShardDataset,
     build_train_loader,
     build_val_loader,
@@ -27,7 +27,7 @@ from tinytron.data.pack_files import make_pack_files
 from tinytron.data.remote import fetch_shards, local_dataset_path
 from tinytron.data.shards import EndOfText, find_shards, open_shards
 from tinytron.data.streams import StreamLoader, ValStreamLoader
-from tinytron.distributed.agreement import require_same, together, together_long
+from tinytron.distributed.agreement import agree, agree_slowly, require_same
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import ConfigError
 from tinytron.training.config import Config
@@ -51,6 +51,11 @@ class LoadedData:
     def trusted(self) -> bool:
         """True if the dataset itself checks lengths and token ids."""
         return self.ours and checks_its_tokens(self.dataset)
+
+    @property
+    def from_shards(self) -> bool:
+        """True if the dataset reads token shards, or is a subclass of one that does."""
+        return isinstance(whole_of(self.dataset), TokenShardDataset | MixtureDataset)
 
     @property
     def sources(self) -> list[str]:
@@ -79,7 +84,7 @@ def builtin_datasets(config: Config, state: ParallelState) -> tuple[Dataset[Any]
 
 def _mixture(config: Config, state: ParallelState, path: Path) -> tuple[Dataset[Any], Dataset[Any] | None]:
     world = state.groups["world"]
-    mixture = together(lambda: read_mixture(path), world)
+    mixture = agree(lambda: read_mixture(path), world)
     train: dict[str, TokenShardDataset] = {}
     val: dict[str, TokenShardDataset] = {}
     for source in mixture.sources:
@@ -87,7 +92,7 @@ def _mixture(config: Config, state: ParallelState, path: Path) -> tuple[Dataset[
             if (dataset := _shards(config, state, source.path, split)) is not None:
                 found[source.name] = dataset
     sizes, contents = [len(d) for d in train.values()], [fingerprint(d) for d in train.values()]
-    order = together(lambda: MixtureOrder(mixture, sizes, config.train.seq_len, config.seed.seed, contents), world)
+    order = agree(lambda: MixtureOrder(mixture, sizes, config.train.seq_len, config.seed.seed, contents), world)
     return MixtureDataset(train, order), MixtureDataset(val) if val else None
 
 
@@ -97,11 +102,11 @@ def _shards(config: Config, state: ParallelState, path: str, split: str) -> Toke
     if is_remote(path):
         url = path
         if split == "train":
-            together_long(lambda: fetch_shards(url) if first_on_node() else None, world)
+            agree_slowly(lambda: fetch_shards(url) if first_on_node() else None, world)
         path = local_dataset_path(url)
     path = path.removeprefix("file://")
     eot = None if data.eot_id is None else EndOfText(data.eot_id, data.eot_position)
-    shards = together(lambda: open_shards(find_shards(path, split), data.token_dtype, eot), world)
+    shards = agree(lambda: open_shards(find_shards(path, split), data.token_dtype, eot), world)
     found = [(shard.path.name, shard.count, shard.sha256) for shard in shards]
     require_same(
         found, world, f"--dataset_path {path} has other {split} shards on some nodes; copy the same ones to all"
@@ -110,17 +115,17 @@ def _shards(config: Config, state: ParallelState, path: str, split: str) -> Toke
         return None
     if data.packing == "best_fit":
         mine = shards[state.rank :: state.layout.world_size]
-        together_long(lambda: make_pack_files(mine, seq_len), world)
+        agree_slowly(lambda: make_pack_files(mine, seq_len), world)
         # Nodes that share no folder lack those that ranks of other nodes made.
-        together_long(lambda: make_pack_files(shards, seq_len) if first_on_node() else None, world)
+        agree_slowly(lambda: make_pack_files(shards, seq_len) if first_on_node() else None, world)
 
     def build() -> TokenShardDataset:
-        reading = Reading(data.document_mask, data.cross_document_loss, data.packing)
+        reading = SampleOptions(data.document_mask, data.cross_document_loss, data.packing)
         dataset = TokenShardDataset(shards, seq_len, config.model.vocab_size, reading)
         dataset.check_token_ids(part=state.rank, parts=state.layout.world_size)
         return dataset
 
-    return together(build, world)
+    return agree(build, world)
 
 
 def split_off_validation(dataset: Dataset[Any] | None, split_rate: float) -> tuple[Dataset[Any], Dataset[Any]]:
@@ -201,11 +206,14 @@ def order_of(config: Config, dataset: Dataset[Any]) -> Order:
     return own if own is not None else ShuffledEpochs(size_of(dataset), config.seed.seed)
 
 
+def whole_of(dataset: Dataset[Any] | None) -> Dataset[Any] | None:
+    """The dataset that ``dataset`` is a part of, or itself."""
+    return whole_of(dataset.dataset) if isinstance(dataset, Subset) else dataset
+
+
 def checks_its_tokens(dataset: Dataset[Any] | None) -> bool:
-    """Whether ``dataset`` is one of our own, which refuses token ids outside the vocabulary itself."""
-    if isinstance(dataset, Subset):
-        return checks_its_tokens(dataset.dataset)
-    return isinstance(dataset, TokenShardDataset | MixtureDataset | MockDataset)
+    """True for our own datasets, which refuse token ids outside the vocabulary themselves; a subclass may give others."""
+    return type(whole_of(dataset)) in (TokenShardDataset, MixtureDataset, MockDataset)
 
 
 def make_train_loader(

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from tinytron.data import Batch
-from tinytron.distributed.agreement import together
+from tinytron.distributed.agreement import agree
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.evaluation import validate
 from tinytron.evaluation.choices import Item, Row, encode_items, log_probs, read_items, summarise
@@ -18,7 +18,7 @@ from tinytron.model.modules.loss import LossSums
 from tinytron.text.run_tokenizer import find_tokenizer
 from tinytron.text.token_bytes import token_bytes_of_data
 from tinytron.training.config import Config
-from tinytron.training.datasets import LoadedData, checks_its_tokens
+from tinytron.training.datasets import LoadedData
 
 
 class Task(NamedTuple):
@@ -43,13 +43,12 @@ class TrainingEvals:
         self._last: tuple[int, float] | None = None  # step and loss of the last validation
         self._path = None if config.data.use_mock_data else config.data.dataset_path
         group = state.groups["world"]
-        checks = val is not None and checks_its_tokens(val.dataset)
-        found = together(self._token_bytes, group) if checks else None
+        found = agree(self._token_bytes, group) if val is not None and val.from_shards else None
         size = config.model.vocab_size
         self.text_bytes_V = None if found is None else torch.tensor((found + [0] * size)[:size], device=state.device)
         self.tasks: list[Task] = []
         if config.train.eval_tasks and not config.train.debug:
-            self.tasks = together(self._read_tasks, group)
+            self.tasks = agree(self._read_tasks, group)
 
     def _token_bytes(self) -> list[int] | None:
         return token_bytes_of_data(self._path)

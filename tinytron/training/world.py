@@ -7,7 +7,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from tinytron.distributed.agreement import together
+from tinytron.distributed.agreement import agree
 from tinytron.distributed.collectives import sum_over
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.parallel_state import ParallelState
@@ -108,7 +108,7 @@ def join_world(config: Config) -> ParallelState:
         use_onednn()
     state = ParallelState.create(layout, device)
     # Barrier: a rank that fails after this point cannot tear down connections its peers are still opening.
-    together(lambda: None, state.groups["world"])
+    agree(lambda: None, state.groups["world"])
     return state
 
 

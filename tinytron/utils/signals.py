@@ -72,7 +72,7 @@ def _leave_to_the_thread(number: int, frame: object) -> None:
     """Nothing: but without a handler in Python nobody would write to the socket."""
 
 
-def obey_only_the_parent(*_: object) -> None:
+def ignore_group_signals(*_: object) -> None:
     """In a helper process, such as that of a data loader: let the process it works for decide when to stop.
 
     A signal to a whole job reaches helpers too; a loader without its processes could not go on to the next checkpoint.

@@ -75,7 +75,7 @@ class Watchdog:
             if overdue < 0 or self._pauses:
                 return
             self._deadline, step = float("inf"), self._step  # once per stall: the next beat arms it again
-        place = whereabouts(sys._current_frames().get(thread))
+        place = locate_frame(sys._current_frames().get(thread))
         text = f"rank {self.rank}: no step completed for {self.seconds + overdue:.1f} s, after step {step}; {place}"
         try:
             with open(self.path, "a") as file:
@@ -88,7 +88,7 @@ class Watchdog:
         sys.stderr.flush()
 
 
-def whereabouts(frame: FrameType | None) -> str:
+def locate_frame(frame: FrameType | None) -> str:
     """The collective that ``frame``, the innermost one of a thread, is in, and the innermost line of Tinytron."""
     collective = None
     while frame is not None:

@@ -19,7 +19,7 @@ from tinytron.kernels.choice import TritonKernel
 from tinytron.kernels.expert_rows import copy_to_choices, permute
 
 
-class Routes(NamedTuple):
+class DispatchPlan(NamedTuple):
     """Where this micro-batch's rows go: indices on the device, splits on the host."""
 
     order_R: torch.Tensor  # row of the sorted buffer -> choice (token * k + which choice)
@@ -33,7 +33,7 @@ class Routes(NamedTuple):
     top_k: int
 
 
-def plan_routes(expert_Tk: torch.Tensor, num_experts: int, group: dist.ProcessGroup | None) -> Routes:
+def plan_dispatch(expert_Tk: torch.Tensor, num_experts: int, group: dist.ProcessGroup | None) -> DispatchPlan:
     """Agree with the group on who sends how many rows to whom. Collective; the host waits here, once per layer.
 
     ``expert_Tk``: int64 ``[T, k]``, the experts chosen by each token; ``group`` ``None`` means this process alone. The
@@ -56,17 +56,17 @@ def plan_routes(expert_Tk: torch.Tensor, num_experts: int, group: dist.ProcessGr
     local = torch.arange(arriving_Pe.shape[1], device=chosen_R.device).repeat(size)
     local_Q = torch.repeat_interleave(local, arriving_Pe.flatten(), output_size=sum(recv))
     arrival_Q = torch.argsort(local_Q, stable=True)
-    return Routes(order_R, _inverse(order_R), arrival_Q, _inverse(arrival_Q), rows_e, counts, send, recv, top_k)
+    return DispatchPlan(order_R, _inverse(order_R), arrival_Q, _inverse(arrival_Q), rows_e, counts, send, recv, top_k)
 
 
 class Dispatched(NamedTuple):
     """Rows on their way to the experts."""
 
     rows: torch.Tensor
-    routes: Routes
+    routes: DispatchPlan
     exchange: Exchange | None  # None: there is no other rank
 
-    def arrive(self) -> torch.Tensor:
+    def wait(self) -> torch.Tensor:
         """The rows for this rank's experts, grouped by expert: ``[Q, D]``. Collective, differentiable."""
         if self.exchange is None:
             return self.rows  # sorted by expert already
@@ -75,7 +75,7 @@ class Dispatched(NamedTuple):
 
 
 def dispatch(
-    x_TD: torch.Tensor, routes: Routes, group: dist.ProcessGroup | None, by: TritonKernel = "torch"
+    x_TD: torch.Tensor, routes: DispatchPlan, group: dist.ProcessGroup | None, by: TritonKernel = "torch"
 ) -> Dispatched:
     """Send every token ``[T, D]`` to its experts. What is computed before ``arrive`` hides the exchange,
     in the forward and in the backward pass. Collective, differentiable; ``by`` sums the gradients of a
@@ -87,7 +87,7 @@ def dispatch(
     return Dispatched(exchange.start(rows_RD), routes, exchange)
 
 
-def bring_home(rows_QD: torch.Tensor, routes: Routes, group: dist.ProcessGroup | None) -> torch.Tensor:
+def combine(rows_QD: torch.Tensor, routes: DispatchPlan, group: dist.ProcessGroup | None) -> torch.Tensor:
     """Expert outputs back on the ranks of their tokens, sorted as they were sent: ``[Q, D] -> [R, D]``. Collective,
     differentiable."""
     if group is None or len(routes.send) == 1:

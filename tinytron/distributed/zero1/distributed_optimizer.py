@@ -21,11 +21,11 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from tinytron.distributed.collectives import Waitable
+from tinytron.distributed.collectives import Work
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import ParamSpec
 from tinytron.distributed.sharding import box_of
-from tinytron.distributed.zero1.flat_buffer import FlatBuffer, Member, Ownership, Piece
+from tinytron.distributed.zero1.flat_buffer import BufferParam, FlatBuffer, OwnedSlice, Ownership
 from tinytron.distributed.zero1.grouping import BufferGroup, group_parameters
 from tinytron.distributed.zero1.schedule import Bucket, ParamGather, ReductionSchedule
 from tinytron.errors import ConfigError
@@ -177,7 +177,7 @@ class DistributedOptimizer:
         self._schedule = ReductionSchedule(positions)
         self._gather = ParamGather(self._buffers)
         self._launching = False
-        self._works: list[Waitable] = []
+        self._works: list[Work] = []
 
     def _on_grad_ready(self, bucket: Bucket, member: int) -> None:
         buffer = self._buffers[bucket[0]]
@@ -284,7 +284,7 @@ class DistributedOptimizer:
         """The inner optimizer's groups: set ``group["lr"]`` here, as with any torch optimizer."""
         return self.inner.param_groups
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[OwnedSlice]:
         """Every owned part of every parameter, with its main copy; its optimizer states are in ``inner.state``."""
         for buffer in self.buffers:
             yield from buffer.pieces()
@@ -319,7 +319,7 @@ class DistributedOptimizer:
         }
 
 
-def _members(group: BufferGroup, state: ParallelState) -> list[Member]:
+def _members(group: BufferGroup, state: ParallelState) -> list[BufferParam]:
     """The members of a buffer. Raises: ConfigError if a parameter is not what its spec says."""
     members = []
     for param, spec in zip(group.params, group.specs, strict=True):
@@ -329,7 +329,7 @@ def _members(group: BufferGroup, state: ParallelState) -> list[Member]:
                 f"parameter {spec.name} has the shape {list(param.shape)}, but by its ParamSpec this rank holds "
                 f"{list(box.size)} of {list(spec.shape)}; let param_specs() give the global shape and its shards"
             )
-        members.append(Member(param, spec.name, box))
+        members.append(BufferParam(param, spec.name, box))
     return members
 
 

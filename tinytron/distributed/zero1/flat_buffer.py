@@ -11,7 +11,7 @@ import torch.nn as nn
 
 from tinytron.distributed.collectives import (
     SummedExchange,
-    Waitable,
+    Work,
     start_all_gather,
     start_all_reduce,
     start_reduce_scatter,
@@ -21,7 +21,7 @@ from tinytron.distributed.zero1.buckets import BufferLayout, plan_buffer
 
 
 @dataclass(frozen=True)
-class Member:
+class BufferParam:
     """A parameter of a buffer, and the ``box`` of the global tensor ``name`` that it holds."""
 
     param: nn.Parameter
@@ -45,7 +45,7 @@ class Ownership:
 
 
 @dataclass(frozen=True)
-class Piece:
+class OwnedSlice:
     """The part of tensor ``name`` that this rank owns: of the flattened ``box`` that it holds the elements from ``first``
     on, as many as ``main`` has.
 
@@ -80,7 +80,7 @@ class FlatBuffer:
     """
 
     def __init__(
-        self, members: Sequence[Member], own: Ownership, *, bucket_numel: int, grad_as_view: bool = True
+        self, members: Sequence[BufferParam], own: Ownership, *, bucket_numel: int, grad_as_view: bool = True
     ) -> None:
         self.members, self.own, self.grad_as_view = list(members), own, grad_as_view
         self.params = [m.param for m in members]
@@ -167,7 +167,7 @@ class FlatBuffer:
         for param in self.params:
             self._release_grad(param)
 
-    def reduce_bucket(self, bucket: int) -> Waitable:
+    def reduce_bucket(self, bucket: int) -> Work:
         """Start summing a bucket's gradients over the group; owned ranges hold the sum once the work is waited for."""
         for slot in self.layout.slots:
             if slot.bucket == bucket:
@@ -195,7 +195,7 @@ class FlatBuffer:
         for b in self._bucket_ids():
             self._owned(self.grad_data, b).mul_(factor)
 
-    def start_param_gather(self, bucket: int) -> Waitable | None:
+    def start_param_gather(self, bucket: int) -> Work | None:
         """Start the all-gather that makes a bucket's updated shards the model's parameters on every rank of the group."""
         own = self._owned(self.param_data, bucket)
         if own.dtype != self.main_dtype:
@@ -209,7 +209,7 @@ class FlatBuffer:
         for b in self._bucket_ids():
             self._mains[b].copy_(self._owned(self.param_data, b))
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[OwnedSlice]:
         """What this rank owns, parameter by parameter; the union over all ranks covers each element once."""
         for slot in self.layout.slots:
             member = self.members[slot.index]
@@ -217,4 +217,4 @@ class FlatBuffer:
                 low, high = max(start, slot.start), min(end, slot.end)
                 if bucket == slot.bucket and low < high:
                     main = shard.data.view(-1)[low - start : high - start]
-                    yield Piece(member.name, member.box, low - slot.start, main, shard, low - start)
+                    yield OwnedSlice(member.name, member.box, low - slot.start, main, shard, low - start)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch.nn as nn
 
-from tinytron.distributed.collectives import Waitable
+from tinytron.distributed.collectives import Work
 from tinytron.distributed.zero1.flat_buffer import FlatBuffer
 
 Bucket = tuple[int, int]  # the number of its buffer, and its own in there
@@ -57,7 +57,7 @@ class ParamGather:
 
     def __init__(self, buffers: Sequence[FlatBuffer]) -> None:
         self._buffers = buffers
-        self._works: dict[Bucket, Waitable | None] = {}
+        self._works: dict[Bucket, Work | None] = {}
         self._bucket_of = {
             id(buffer.params[slot.index]): (i, slot.bucket)
             for i, buffer in enumerate(buffers)

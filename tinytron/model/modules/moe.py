@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from tinytron.distributed.collectives import sum_over
-from tinytron.distributed.expert_parallel.comm import Routes, bring_home, dispatch, plan_routes
+from tinytron.distributed.expert_parallel.comm import DispatchPlan, combine, dispatch, plan_dispatch
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.kernels.choice import DEFAULT, Kernels
 from tinytron.kernels.expert_rows import weighted_sum
@@ -27,7 +27,7 @@ from tinytron.model.modules.mlp import SwiGLU
 from tinytron.model.modules.recompute import EXPERT_PARTS, Recompute, recomputed
 
 
-class Choice(NamedTuple):
+class RouterTrace(NamedTuple):
     """A recording router's choice for every token, without gradient; weights and margins in the scores' precision."""
 
     expert_Tk: torch.Tensor  # best first
@@ -41,17 +41,17 @@ class MoEStats(NamedTuple):
     balance: torch.Tensor  # sum over tokens of E * sum_e f_e p_te: 1 per token when the load f is even
     z: torch.Tensor  # sum over tokens of logsumexp(router logits)²
     load_E: torch.Tensor  # rows this rank sent to each expert, int64
-    choice: Choice | None
+    choice: RouterTrace | None
 
 
-class Routing(NamedTuple):
+class RoutingDecision(NamedTuple):
     """The router's decision for each token; scores in fp32 (fp64 for fp64 models)."""
 
     expert_Tk: torch.Tensor
     weight_Tk: torch.Tensor
     prob_TE: torch.Tensor
     logits_TE: torch.Tensor
-    choice: Choice | None
+    choice: RouterTrace | None
 
 
 class Router(CompilesMethods):
@@ -78,7 +78,7 @@ class Router(CompilesMethods):
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         return F.linear(x_TD.to(wide), self.weight.to(wide))
 
-    def choose(self, logits_TE: torch.Tensor) -> Routing:
+    def choose(self, logits_TE: torch.Tensor) -> RoutingDecision:
         """The decision that follows from the logits. It is kept for the backward pass, never made again."""
         score_TE = logits_TE.softmax(-1) if self.score == "softmax" else logits_TE.sigmoid()
         ranked_TE = score_TE.detach() + self.bias
@@ -87,8 +87,8 @@ class Router(CompilesMethods):
         if self.norm_topk:
             weight_Tk = weight_Tk / _positive(weight_Tk.sum(-1, keepdim=True))
         prob_TE = score_TE if self.score == "softmax" else score_TE / _positive(score_TE.sum(-1, keepdim=True))
-        choice = Choice(expert_Tk, weight_Tk.detach(), margin(ranked_TE, expert_Tk)) if self.record else None
-        return Routing(expert_Tk, weight_Tk, prob_TE, logits_TE, choice)
+        choice = RouterTrace(expert_Tk, weight_Tk.detach(), margin(ranked_TE, expert_Tk)) if self.record else None
+        return RoutingDecision(expert_Tk, weight_Tk, prob_TE, logits_TE, choice)
 
 
 def margin(ranked_TE: torch.Tensor, expert_Tk: torch.Tensor) -> torch.Tensor:
@@ -180,7 +180,7 @@ class MoE(CompilesMethods):
 
     def forward(self, x_BsD: torch.Tensor, logits_TE: torch.Tensor) -> tuple[torch.Tensor, MoEStats]:
         routing = self.router.choose(logits_TE)
-        routes = plan_routes(routing.expert_Tk, self.config.num_experts, self.group)
+        routes = plan_dispatch(routing.expert_Tk, self.config.num_experts, self.group)
         out_BsD = recomputed(self.recompute.mixture, self._mixture, x_BsD, routing.weight_Tk, routes)
         return out_BsD, self._stats(routing, x_BsD.shape[0])
 
@@ -190,13 +190,13 @@ class MoE(CompilesMethods):
         self.router.compile_methods("choose")
         self.experts.compile_parts()
 
-    def _mixture(self, x_BsD: torch.Tensor, weight_Tk: torch.Tensor, routes: Routes) -> torch.Tensor:
+    def _mixture(self, x_BsD: torch.Tensor, weight_Tk: torch.Tensor, routes: DispatchPlan) -> torch.Tensor:
         dispatched = dispatch(x_BsD.flatten(0, 1), routes, self.group, self.by)
         shared_BsD = self._shared_output(x_BsD)  # while the rows are on their way
-        rows_QD = dispatched.arrive()
+        rows_QD = dispatched.wait()
         del dispatched  # it holds the rows as they came
         rows_QD = self.experts(rows_QD, routes.rows_e, routes.counts)
-        rows_RD = bring_home(rows_QD, routes, self.group)
+        rows_RD = combine(rows_QD, routes, self.group)
         return self._sum(rows_RD, weight_Tk, routes.order_R, routes.inverse_R, shared_BsD).view_as(x_BsD)
 
     def _shared_output(self, x_BsD: torch.Tensor) -> torch.Tensor | None:
@@ -213,7 +213,7 @@ class MoE(CompilesMethods):
         out_TD = weighted_sum(rows_RD, weight_Tk, order_R, inverse_R, self.by)
         return out_TD if shared_BsD is None else out_TD + shared_BsD.flatten(0, 1)
 
-    def _stats(self, routing: Routing, B: int) -> MoEStats:
+    def _stats(self, routing: RoutingDecision, B: int) -> MoEStats:
         """Balance: Switch Transformer's loss (arXiv:2101.03961, section 2.2) times the tokens it stands for.
 
         It is linear in the probabilities, so each rank adds its own tokens' part and only the loads, which carry no

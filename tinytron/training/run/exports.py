@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.nn as nn
 
 from tinytron.checkpoint import CheckpointFiles, Mirror
-from tinytron.distributed.agreement import together_long
+from tinytron.distributed.agreement import agree_slowly
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import ConfigError, first_line
 from tinytron.interop import HubUploader, check_repository, write_architecture
@@ -131,4 +131,4 @@ def build_exports(
             say(note)
         return exports
 
-    return together_long(build, world)
+    return agree_slowly(build, world)

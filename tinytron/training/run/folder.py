@@ -16,7 +16,7 @@ import torch
 import tinytron
 from tinytron.checkpoint.files import bytes_of, leftovers, remove_leftovers
 from tinytron.checkpoint.mirror import Mirror
-from tinytron.distributed.agreement import together, together_long
+from tinytron.distributed.agreement import agree, agree_slowly
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import ConfigError
@@ -65,7 +65,7 @@ class RunFolder:
             keep_traces_until(self.path, step)
 
         action = (lambda: writable(self._config, write)) if self._state.is_master else (lambda: None)
-        together(action, self._state.groups["world"])
+        agree(action, self._state.groups["world"])
 
     def push_logs(self) -> None:
         """Complete the log files of the remote copy, if there is one."""
@@ -93,9 +93,9 @@ def open_mirror(config: Config, state: ParallelState) -> Mirror | None:
     if not is_remote(log_dir):
         return None
     url, world = f"{log_dir.rstrip('/')}/{_run_name(config)}", state.groups["world"]
-    mirror = together(lambda: Mirror(run_folder(config), url, state, first_on_node()), world)
+    mirror = agree(lambda: Mirror(run_folder(config), url, state, first_on_node()), world)
     if not config.ckpt.resume:
-        together_long(lambda: mirror.set_aside() if state.is_master else None, world)
+        agree_slowly(lambda: mirror.set_aside() if state.is_master else None, world)
     elif not config.train.debug:
         mirror.restore()
     return mirror
@@ -127,9 +127,9 @@ def prepare_run_folder(config: Config, state: ParallelState) -> Path:
             )
 
     creates = first_on_node() if staged else state.is_master
-    together(lambda: writable(config, create) if creates else None, world)
-    together(see, world)
-    together(lambda: seal.unlink() if creates else None, world)
+    agree(lambda: writable(config, create) if creates else None, world)
+    agree(see, world)
+    agree(lambda: seal.unlink() if creates else None, world)
     return folder
 
 
@@ -139,7 +139,7 @@ def lock_run_folder(folder: Path, state: ParallelState) -> IO[str] | None:
 
     Raises: ConfigError on every rank if a living run holds the folder, naming its host and process.
     """
-    return together(lambda: lock_folder(folder, _REMEDY) if state.is_master else None, state.groups["world"])
+    return agree(lambda: lock_folder(folder, _REMEDY) if state.is_master else None, state.groups["world"])
 
 
 def remove_leftovers_of_saves(config: Config, folder: Path, state: ParallelState) -> list[str]:
@@ -151,7 +151,7 @@ def remove_leftovers_of_saves(config: Config, folder: Path, state: ParallelState
         names = [path.name for path in remove_leftovers(folder)]
         return [f"removed what interrupted saves left: {', '.join(names)} ({size:,} bytes)"] if names else []
 
-    return together(lambda: writable(config, remove) if state.is_master else [], state.groups["world"])
+    return agree(lambda: writable(config, remove) if state.is_master else [], state.groups["world"])
 
 
 def writable(config: Config, action: Callable[[], T]) -> T:

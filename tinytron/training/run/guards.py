@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from tinytron.distributed import DistributedOptimizer
-from tinytron.distributed.collectives import Waitable
+from tinytron.distributed.collectives import Work
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.replicas import check_replicas
 from tinytron.errors import TrainingError
@@ -105,7 +105,7 @@ class StopAgreement:
     def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo")
         self._flag = torch.zeros((), dtype=torch.int32)
-        self._work: Waitable | None = None
+        self._work: Work | None = None
 
     def poll(self, received: int, *, last: bool) -> int:
         """Once per step: tell that this rank ``received`` a signal (0: none), and return the largest number that any rank

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from tinytron.distributed.agreement import together
+from tinytron.distributed.agreement import agree
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import first_line
 from tinytron.metrics import StepWindow, TrainClock
@@ -58,7 +58,7 @@ class Reporter:
                 sink.open(run)
                 sink.resume(run.first_step)
 
-        together(start_sinks, self._state.groups["world"])
+        agree(start_sinks, self._state.groups["world"])
         self._tokens_per_step, self._reported = run.tokens_per_step, run.first_step
 
     def begin_training(self, config: Config) -> None:

@@ -15,7 +15,7 @@ from tinytron.checkpoint import (
     load_checkpoint,
 )
 from tinytron.checkpoint.meta import FORMAT_VERSION, CheckpointMeta
-from tinytron.distributed.agreement import together, together_long
+from tinytron.distributed.agreement import agree, agree_slowly
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer
 from tinytron.errors import CheckpointError
@@ -43,7 +43,7 @@ def resume(
     if what is there is damaged or of another run.
     """
     world = state.groups["world"]
-    found = together(lambda: checkpoints_to_resume(config, folder), world)
+    found = agree(lambda: checkpoints_to_resume(config, folder), world)
     if found:
         files, meta = first_undamaged(found, world, say)
         differences = check_continues(config, meta, data_identity(files.step), str(files.meta))
@@ -74,7 +74,7 @@ def load_initial_weights(name: str, model: nn.Module, optimizer: DistributedOpti
     def load() -> None:
         load_pretrained(require_gpt(model, f"--init_from {name} fills", "load it yourself"), name)
 
-    together_long(load, state.groups["world"])  # may be fetched from the hub first
+    agree_slowly(load, state.groups["world"])  # may be fetched from the hub first
     optimizer.refresh_shards()
 
 
