@@ -37,7 +37,6 @@ class StepWindow:
         self._parts: list[torch.Tensor] = []
         self._norms: list[torch.Tensor] = []
         self._names: list[str] = []
-        self._counted: list[str] = []
 
     def add(
         self,
@@ -49,9 +48,11 @@ class StepWindow:
     ) -> None:
         """Keep one step's device scalars. ``parts`` has ``loss`` and any auxiliary terms, always the same; each is summed
         over the ranks of the group, and divided by the sum of its ``counts`` if it has one."""
-        self._names, self._counted = list(parts), list(counts)
+        self._names = list(parts)
         self._steps.append((step, lr))
-        self._parts.append(torch.stack([value.double() for value in (*parts.values(), *counts.values())]))
+        # Zeros where there is no count: the rows of all ranks are alike even if one rank's loss forgot its counts.
+        known = [counts.get(name, torch.zeros_like(value)) for name, value in parts.items()]
+        self._parts.append(torch.stack([value.double() for value in (*parts.values(), *known)]))
         self._norms.append(grad_norm)
 
     def flush(self) -> list[StepRecord]:
@@ -62,9 +63,9 @@ class StepWindow:
         rows = torch.cat([sums, torch.stack(self._norms).double().unsqueeze(1)], dim=1).tolist()
         records = []
         for (step, lr), (*values, norm) in zip(self._steps, rows, strict=True):
-            aux = dict(zip(self._names, values[: len(self._names)], strict=True))
-            for name, count in zip(self._counted, values[len(self._names) :], strict=True):
-                aux[name] /= max(count, 1.0)
+            own, counts = values[: len(self._names)], values[len(self._names) :]
+            means = [value / count if count else value for value, count in zip(own, counts, strict=True)]
+            aux = dict(zip(self._names, means, strict=True))
             records.append(StepRecord(step, aux.pop("loss"), lr, norm, aux))
         self._steps, self._parts, self._norms = [], [], []
         return records

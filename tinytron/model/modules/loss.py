@@ -23,8 +23,8 @@ class LossSums(NamedTuple):
 
     ``counts`` says what a value of ``aux`` is a sum over, by its name, such as the number of tokens
     that were routed: sums and counts of all ranks and micro-batches give the mean. A value without a
-    count is divided like ``token``. In ``objective`` a sum with another count than the targets must be
-    scaled by targets per count (modules/routed.py).
+    count is divided like ``token``; ``_replace`` keeps the counts. In ``objective`` a sum that is not
+    over targets must be scaled by targets per count (modules/routed.py).
     """
 
     objective: torch.Tensor
