@@ -30,6 +30,7 @@ from typing import Any
 
 from tinytron.cli import entry, pretrain
 from tinytron.data.manifest import read_manifest
+from tinytron.data.shards import split_of
 from tinytron.distributed.agreement import agree, agree_slowly, require_same
 from tinytron.errors import ConfigError, DataError, TinytronError
 from tinytron.text.options import TokenizeOptions
@@ -155,7 +156,9 @@ def plan(config: Config) -> tuple[Recipe, Path]:
 
 def has_token_shards(path: str | None) -> bool:
     """Whether the built-in data path can read ``path``."""
-    return bool(path) and (str(path).endswith(".bin") or any(Path(str(path)).glob("train_*.bin")))
+    if not path or path.endswith(".bin"):
+        return bool(path)
+    return any(split_of(file.name) == "train" for file in Path(path).glob("*.bin"))
 
 
 def write_shards(recipe: Recipe, folder: Path, config: Config) -> None:

@@ -195,3 +195,37 @@ def test_files_without_items(tmp_path: Path) -> None:
 def test_the_tokenizer_of_a_run_has_the_right_name_in_errors() -> None:
     with pytest.raises(ConfigError, match=r"give --eval_tokenizer path/to/tokenizer.json"):
         find_tokenizer(None, option="--eval_tokenizer")
+
+
+@pytest.mark.parametrize(
+    "text", ["the quick brown fox jumps over", "naïve dog sleeps 42 days", "says lazy 猫s 🙂 all day"]
+)
+def test_what_is_scored_is_the_choice_at_every_border(tokenizer: RunTokenizer, text: str) -> None:
+    for k in range(1, len(text)):
+        ids, start = encode_pair(text[:k], text[k:], tokenizer)
+        kept = text[:k].rstrip()
+        assert tokenizer.tokenizer.decode(ids[start:]) == text[len(kept) :]
+        assert ids[:start] == tokenizer.prompt_ids(kept)
+
+
+def test_a_score_that_is_no_number_makes_no_accuracy() -> None:
+    items = [Item("a", (" b", " c"), 0), Item("a", (" b", " c"), 1)]
+    rows = [Row(n // 2, n % 2, (1, 2), 1, 2) for n in range(4)]
+    found = summarise(items, rows, [-1.0, math.nan, -3.0, -2.0])
+    assert all(math.isnan(value) for name, value in found.items() if name != "items")
+
+
+def test_a_choices_bytes_are_bytes_and_not_characters(tokenizer: RunTokenizer) -> None:
+    (row, _) = encode_items([Item("the", (" 猫s", " fox"), 0)], tokenizer, 64)
+    assert row.text_bytes == 5
+
+
+def test_a_task_file_with_a_byte_order_mark_odd_separators_and_half_a_character(tmp_path: Path) -> None:
+    item = {"context": "a\u2028b\x85", "choices": [" x\x0c", " y"], "answer": 1}
+    line = json.dumps(item, ensure_ascii=False).encode()
+    other = b'{"context": "\\ud83d", "choices": ["a", "b"], "answer": 0}'
+    (tmp_path / "t.jsonl").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n" + other)
+    assert read_items(tmp_path / "t.jsonl") == [
+        Item("a\u2028b\x85", (" x\x0c", " y"), 1),
+        Item("?", ("a", "b"), 0),
+    ]

@@ -22,6 +22,7 @@ from tinytron.data.shards import Shard
 from tinytron.errors import DataError
 from tinytron.utils.sequences import IGNORE_INDEX
 
+NOTED_SHARE = 0.01  # of tokens that are not used, above which it is said
 Piece = tuple[int, int]  # first token, and number of training pairs (token, next token)
 
 
@@ -65,6 +66,7 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
             counts = [max(0, shard.count - 1) // seq_len for shard in self.shards]
         self.ends = list(accumulate(counts))
         self._counting = np.arange(seq_len)
+        self.passed_over: list[Path] = []  # files beside the shards that belong to no split
         if not len(self):
             sizes = ", ".join(f"{shard.path.name}: {shard.count}" for shard in self.shards[:5])
             raise DataError(
@@ -171,6 +173,15 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
     def describe(self) -> list[str]:
         """What there is to say about the samples beside their number."""
         notes = []
+        if self.passed_over:
+            names = ", ".join(path.name for path in self.passed_over[:5])
+            notes.append(f"passed over, as their names are neither of training nor of validation shards: {names}")
+        unused = 1 - len(self) * self.seq_len / max(1, self.num_tokens)
+        if not self.packs and unused > NOTED_SHARE:
+            notes.append(
+                f"{unused:.0%} of the tokens are not used: what is left of each shard after sequences of {self.seq_len}; "
+                "make fewer, longer shards, or use a shorter --seq_len"
+            )
         if self.packs:
             used = 1 - self.num_tokens / (len(self) * self.seq_len)
             notes.append(
