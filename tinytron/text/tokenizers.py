@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -59,7 +59,8 @@ class TextTokenizer:
         """The token that separates documents, and its id: ``wanted``, or else the tokenizer's own, or else the first of
         ``END_TOKENS`` that it has. Raises: ConfigError naming tokens that it has if that gives none."""
         candidates = list(dict.fromkeys(t for t in (self.end, *END_TOKENS, *self.specials) if t and self._has(t)))
-        for token in (wanted,) if wanted is not None else (self.end, *END_TOKENS):
+        known = sorted(END_TOKENS, key=lambda token: token not in self.specials)  # a word of the vocabulary only last
+        for token in (wanted,) if wanted is not None else (self.end, *known):
             if token is not None and (number := self.token_id(token)) is not None:
                 return token, number
         rule, advice = "there is no known end-of-text token in", ["--eot_position none"]
@@ -187,8 +188,33 @@ def _of_backend(kind: Kind, name: str, tokenizer: Any, serialized: bytes, end: s
     added = tokenizer.get_added_tokens_decoder()
     specials = {token.content: number for number, token in sorted(added.items()) if token.special}
     sha256, size = hashlib.sha256(serialized).hexdigest(), 1 + max(vocabulary.values(), default=-1)
-    encode = _Fast(_plain(tokenizer))
+    encode = _Fast(_plain(_without_special_pieces(tokenizer, {*specials, *END_TOKENS})))
     return TextTokenizer(kind, name, encode, size, end, specials, vocabulary.get, serialized, sha256, tokenizer.decode)
+
+
+def _without_special_pieces(tokenizer: Any, specials: Collection[str]) -> Any:
+    """``tokenizer``, or a copy whose model has no pieces that spell ``specials``, as Unigram, WordLevel and WordPiece do:
+    text that spells one would become its id. The token for unknown text stays."""
+    content = json.loads(tokenizer.to_str())
+    model, vocabulary = content["model"], content["model"].get("vocab") or {}
+    if model.get("type") == "BPE" and not model.get("ignore_merges"):  # merges alone lead to pieces
+        return tokenizer
+    pieces = list(vocabulary) if isinstance(vocabulary, dict) else [piece for piece, _ in vocabulary]
+    unknown = model.get("unk_token") if model.get("unk_id") is None else pieces[model["unk_id"]]
+    hidden = {piece for piece in pieces if piece in specials and piece != unknown}
+    if not hidden:
+        return tokenizer
+
+    def renamed(piece: str) -> str:
+        return f"\ue000{piece}\ue000" if piece in hidden else piece
+
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {renamed(piece): number for piece, number in vocabulary.items()}
+    else:
+        model["vocab"] = [[renamed(piece), score] for piece, score in vocabulary]
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in hidden]
+    content["post_processor"] = None  # it may name them
+    return type(tokenizer).from_str(json.dumps(content))
 
 
 # Training.
