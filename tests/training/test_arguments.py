@@ -108,6 +108,7 @@ OTHER = {
 }
 
 NEEDED = {
+    "seq_len": ["--block_size", "5000"],
     "sliding_window_layers": ["--sliding_window", "8"],
     "hub_model_id": ["--export_every", "5000"],
     "dry_run_world_size": ["--dry_run"],
@@ -242,3 +243,9 @@ def test_the_configuration_is_shown_with_its_hash() -> None:
     shown = json.loads(show_config(config))
     assert shown.pop("config_hash") == config.config_hash()
     assert shown == json.loads(json.dumps(config.as_dict()))
+
+
+def test_the_longest_sequence_is_that_of_training_unless_it_is_given() -> None:
+    assert build_config(parse_args(["--seq_len", "64", "--total_batch_size", "1024"])).model.block_size == 64
+    assert build_config(parse_args(["--seq_len", "64", "--block_size", "96"])).model.block_size == 96
+    assert build_config(parse_args([])).model.block_size == 4096

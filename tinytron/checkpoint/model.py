@@ -132,14 +132,19 @@ def _sections(description: Any, source: Path) -> dict[str, Any]:
 
 
 def model_config_of(config: dict[str, Any], source: Path | str) -> ModelConfig:
-    """The ``ModelConfig`` in a saved configuration; options that came later have their defaults. Raises: CheckpointError
-    naming ``source`` for options that are unknown or contradict each other."""
+    """The ``ModelConfig`` in a saved configuration; options that came later have their defaults. Its ``block_size`` is the
+    length that a model with rotary positions was trained at, if it was trained from the start: behind that it has seen no
+    position. Raises: CheckpointError naming ``source`` for options that are unknown or contradict each other."""
     saved: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in config["model"].items()}
     if unknown := saved.keys() - {f.name for f in dataclasses.fields(ModelConfig)}:
         raise CheckpointError(
             f"{source} has the model option {min(unknown)}, which this version lacks; update tinytron"
         )
     try:
-        return ModelConfig(**saved)
+        found = ModelConfig(**saved)
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{source}: {error}") from error
+    seq_len = config.get("train", {}).get("seq_len")
+    if isinstance(seq_len, int) and found.position_type == "rotary" and not config.get("ckpt", {}).get("init_from"):
+        found = dataclasses.replace(found, block_size=min(found.block_size, seq_len))
+    return found

@@ -15,7 +15,9 @@ from tinytron.utils.flags import Flag, check_bounds
 class ModelConfig:
     """Sizes and options of a GPT. Raises: ConfigError if they contradict each other."""
 
-    block_size: Annotated[int, Flag("longest sequence the model accepts", "tokens", at_least=1)] = 4096
+    block_size: Annotated[int, Flag("longest sequence the model accepts; not given: seq_len", "tokens", at_least=1)] = (
+        4096
+    )
     vocab_size: Annotated[int, Flag("number of token ids", at_least=1)] = 50304
     num_layer: Annotated[int, Flag("number of transformer blocks", at_least=1)] = 32
     num_attention_heads: Annotated[int, Flag("query heads", at_least=1)] = 128

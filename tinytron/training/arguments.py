@@ -49,13 +49,16 @@ def parse_args(
 
 
 def build_config(args: argparse.Namespace) -> Config:
-    """The frozen configuration; with ``--init_from`` the architecture is that of the weights, which flags of ``args.given``
-    must not contradict. Raises: ConfigError for values that break a rule."""
+    """The frozen configuration. ``block_size`` is ``seq_len`` unless it is given: a model cannot use positions that it was
+    not trained at. With ``--init_from`` the architecture is that of the weights, which flags of ``args.given`` must not
+    contradict. Raises: ConfigError for values that break a rule."""
     values: dict[str, dict[str, Any]] = {}
     sections = all_sections(args.sections)
     for section, cls in sections.items():
         found = {info.name: getattr(args, info.name) for info in config_fields(cls)}
         values[section] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+    if args.init_from is None and "block_size" not in args.given:
+        values["model"]["block_size"] = max(1, values["train"]["seq_len"])
     if args.init_from is not None:
         values["model"] = model_options(args.init_from, values["model"], args.given & values["model"].keys())
     config = Config.of({section: cls(**values[section]) for section, cls in sections.items()})
