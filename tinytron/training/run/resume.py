@@ -24,6 +24,11 @@ from tinytron.model.protocols import require_gpt
 from tinytron.training.config import Config
 
 # A checkpoint continues only where these are the same; other differences are the user's choice and are printed.
+_LENGTHS = ("train.max_steps", "train.max_train_tokens", "train.max_epochs")
+_CHANGES_NUMBERS = (
+    *_LENGTHS,
+    *("parallel.grad_reduce_dtype", "train.precision", "train.attn_backend", "train.deterministic", "train.disable_tf32"),
+)
 _FIXED_ON_RESUME = ("model.", "train.total_batch_size", "train.seq_len", "seed.seed")
 
 
@@ -90,6 +95,7 @@ def check_continues(config: Config, meta: CheckpointMeta, fingerprint: str, sour
     differing = [k for k in sorted(mine.keys() | theirs.keys()) if mine.get(k) != theirs.get(k)]
     differences = [f"{k}: {theirs.get(k)} in the checkpoint, {mine.get(k)} now" for k in differing]
     fixed = [text for k, text in zip(differing, differences, strict=True) if k.startswith(_FIXED_ON_RESUME)]
+    differences += _other_differences(config, meta)
     if fixed:
         shown = "; ".join(fixed[:3])
         raise CheckpointError(f"{source} is of a different run ({shown}); use the flags it was trained with")
@@ -99,3 +105,18 @@ def check_continues(config: Config, meta: CheckpointMeta, fingerprint: str, sour
             "--do_val and --split_rate, if validation data is split off), or another --exp_name to start a new run"
         )
     return differences
+
+
+def _other_differences(config: Config, meta: CheckpointMeta) -> list[str]:
+    """What is not part of a run's identity and changes its numbers all the same, as text: lengths, from which the learning
+    rate follows, and precisions."""
+    saved = meta.run.get("config", {})
+    found = []
+    for name in _CHANGES_NUMBERS:
+        section, _, option = name.partition(".")
+        now = getattr(config[section], option)
+        before = saved.get(section, {}).get(option, now)
+        if before != now:
+            why = "; the learning rate follows the new length" if name in _LENGTHS else ""
+            found.append(f"{name}: {before} in the checkpoint, {now} now{why}")
+    return found
