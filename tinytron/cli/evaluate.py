@@ -14,7 +14,7 @@ from tinytron.checkpoint import load_model
 from tinytron.checkpoint.model import weights_at
 from tinytron.data import Batch
 from tinytron.errors import ConfigError
-from tinytron.evaluation.choices import encode_items, log_probs, read_items, summarise
+from tinytron.evaluation.choices import encode_items, log_probs, read_items, summarize
 from tinytron.model.modules.loss import LossSums
 from tinytron.text.run_tokenizer import tokenizer_of_run
 from tinytron.utils.flags import Parser, parse_strictly, whole_number
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for name, items in tasks.items():
         rows = encode_items(items, tokenizer, longest)
         scores = log_probs(model, loss, rows, longest=longest, tokens_per_batch=args.batch_tokens, device=device)
-        results[name] = found = summarise(items, rows, scores)
+        results[name] = found = summarize(items, rows, scores)
         print(
             f"{name}: accuracy {found['accuracy']:.4f} ± {found['accuracy_stderr']:.4f}, per token "
             f"{found['accuracy_per_token']:.4f}, per byte {found['accuracy_per_byte']:.4f} over {found['items']} items"

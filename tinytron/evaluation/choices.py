@@ -1,7 +1,7 @@
 """Multiple choice: which of several continuations of a context is the likeliest.
 
 A task file has a line per item: ``{"context": "The sky is", "choices": [" blue", " made of cheese"], "answer": 0}``.
-Context and choice are tokenised together, as the model has seen texts; white space at the context's end belongs to the
+Context and choice are tokenized together, as the model has seen texts; white space at the context's end belongs to the
 choice then, because tokenizers put it there. As many tokens as the context has by itself are the context, the rest is
 scored.
 
@@ -208,7 +208,7 @@ def score_rows(
     return sums_RC
 
 
-def summarise(items: Sequence[Item], rows: Sequence[Row], scores: Sequence[float]) -> dict[str, Any]:
+def summarize(items: Sequence[Item], rows: Sequence[Row], scores: Sequence[float]) -> dict[str, Any]:
     """Accuracies with their standard errors: by the choices' log-probabilities as they are, per token and per byte. Of
     equal ones the first counts."""
     result: dict[str, Any] = {"items": len(items)}
