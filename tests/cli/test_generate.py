@@ -281,7 +281,10 @@ def test_the_longest_text_is_as_long_as_those_trained_on(run: Path) -> None:
     """With rotary positions the model accepts more, and is bad at it; learned ones have their table."""
     saved = json.loads((run / "config.json").read_text())
     own = saved["config"]["model"]["block_size"]
-    for added, expected in (({"train": {"seq_len": 7}}, 7), ({"train": {"seq_len": 7}, "ckpt": {"init_from": "x"}}, own)):
+    for added, expected in (
+        ({"train": {"seq_len": 7}}, 7),
+        ({"train": {"seq_len": 7}, "ckpt": {"init_from": "x"}}, own),
+    ):
         (run / "config.json").write_text(json.dumps(saved | {"config": saved["config"] | added}))
         model, config = load_model(run)
         assert model.config.block_size == expected

@@ -34,7 +34,7 @@ def items(dataset: TokenShardDataset) -> list[tuple[list[int], list[int]]]:
 
 
 @pytest.mark.parametrize("seq_len", [1, 2, 3, 4, 5, 9])
-def test_neighbours_share_one_token_and_the_remainder_is_dropped(tmp_path: Path, seq_len: int) -> None:
+def test_neighbors_share_one_token_and_the_remainder_is_dropped(tmp_path: Path, seq_len: int) -> None:
     tokens = list(range(100, 110))
     dataset = samples([shard(tmp_path, tokens)], seq_len, 1000)
     found = items(dataset)

@@ -22,7 +22,7 @@ from tinytron.evaluation.choices import (
     log_probs,
     plan_batches,
     read_items,
-    summarise,
+    summarize,
 )
 from tinytron.model import GPT
 from tinytron.model.modules.loss import LossSums
@@ -90,14 +90,14 @@ def test_results_by_hand() -> None:
     items = [Item("", ("a", "bbbb"), 0), Item("", ("a", "bbbb"), 1), Item("", ("a", "bbbb"), 0)]
     shapes = [Row(item, choice, (0,) * (1 + (choice + 1)), 1, (1, 4)[choice]) for item in range(3) for choice in (0, 1)]
     scores = [-1.0, -2.0, -1.5, -2.4, -1.0, -3.0]  # per token -1, -1 | -1.5, -1.2 | -1, -1.5
-    found = summarise(items, shapes, scores)
+    found = summarize(items, shapes, scores)
     assert found["items"] == 3
     assert found["accuracy"] == pytest.approx(2 / 3)
     assert found["accuracy_per_token"] == 1.0  # the first of two equal ones
     assert found["accuracy_per_byte"] == pytest.approx(1 / 3)
     assert found["accuracy_stderr"] == pytest.approx(math.sqrt(2 / 3 * 1 / 3 / 2))
     assert found["accuracy_per_token_stderr"] == 0.0
-    assert summarise(items[:1], shapes[:2], scores[:2])["accuracy_stderr"] == 0.0
+    assert summarize(items[:1], shapes[:2], scores[:2])["accuracy_stderr"] == 0.0
 
 
 def test_a_model_without_the_loss_of_every_token() -> None:
@@ -211,7 +211,7 @@ def test_what_is_scored_is_the_choice_at_every_border(tokenizer: RunTokenizer, t
 def test_a_score_that_is_no_number_makes_no_accuracy() -> None:
     items = [Item("a", (" b", " c"), 0), Item("a", (" b", " c"), 1)]
     rows = [Row(n // 2, n % 2, (1, 2), 1, 2) for n in range(4)]
-    found = summarise(items, rows, [-1.0, math.nan, -3.0, -2.0])
+    found = summarize(items, rows, [-1.0, math.nan, -3.0, -2.0])
     assert all(math.isnan(value) for name, value in found.items() if name != "items")
 
 

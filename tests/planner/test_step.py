@@ -37,7 +37,7 @@ STEPS: dict[str, tuple[int, tuple[object, ...]]] = {
     "fp32, selective": (1, ("--precision", "fp32", "--recompute", "selective")),
     "fp32, full": (1, ("--precision", "fp32", "--recompute", "full")),
     "grouped heads": (1, GQA),
-    "grouped heads, normalised, untied": (1, (*GQA, "--qk_norm", "--no-tied_lm_head")),
+    "grouped heads, normalized, untied": (1, (*GQA, "--qk_norm", "--no-tied_lm_head")),
     "two micro-batches": (1, (*TWICE, "--recompute", "full", "--vocab_size", 8192)),
     "experts": (1, WIDE_EXPERTS),
     "experts, selective": (1, (*WIDE_EXPERTS, "--recompute", "selective")),

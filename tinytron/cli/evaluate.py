@@ -15,7 +15,7 @@ from tinytron.checkpoint import load_model
 from tinytron.checkpoint.model import weights_at
 from tinytron.data import Batch
 from tinytron.errors import ConfigError
-from tinytron.evaluation.choices import encode_items, log_probs, read_items, summarise
+from tinytron.evaluation.choices import encode_items, log_probs, read_items, summarize
 from tinytron.inference.engine import not_finite
 from tinytron.model.modules.loss import LossSums
 from tinytron.text.run_tokenizer import tokenizer_of_run
@@ -27,7 +27,6 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser = Parser(
         prog=prog,
         description="Answer multiple-choice items with a trained model.",
-        allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -64,7 +63,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         scores = log_probs(model, loss, rows, longest=longest, tokens_per_batch=args.batch_tokens, device=device)
         if not all(map(math.isfinite, scores)):
             raise not_finite(f"scores of the task {name}", next(model.parameters()).dtype)
-        results[name] = found = summarise(items, rows, scores)
+        results[name] = found = summarize(items, rows, scores)
         print(
             f"{name}: accuracy {found['accuracy']:.4f} ± {found['accuracy_stderr']:.4f}, per token "
             f"{found['accuracy_per_token']:.4f}, per byte {found['accuracy_per_byte']:.4f} over {found['items']} items"

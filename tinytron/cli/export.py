@@ -15,9 +15,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = Parser(
-        prog=prog, description="Write a checkpoint as a folder that transformers opens.", allow_abbrev=False
-    )
+    parser = Parser(prog=prog, description="Write a checkpoint as a folder that transformers opens.")
     parser.add_argument(
         "--checkpoint",
         type=Path,

@@ -1,4 +1,4 @@
-"""Samples made from token shards: neighbouring windows of a shard, or rows packed with whole documents."""
+"""Samples made from token shards: neighboring windows of a shard, or rows packed with whole documents."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class SampleOptions:
 class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
     """Samples of ``seq_len`` training pairs (a token and the next one), numbered through the shards in the given order.
 
-    ``concat``: sample i of a shard is ``tokens[i*S : i*S + S + 1]``, S = ``seq_len``: neighbours share one token, so
+    ``concat``: sample i of a shard is ``tokens[i*S : i*S + S + 1]``, S = ``seq_len``: neighbors share one token, so
     every token but a shard's first is a target once; the remainder is dropped and no sample crosses shards. ``best_fit``: a
     sample is a row of the shard's packing (packing.py); what is left of a row is token 0, no target.
 

@@ -24,7 +24,6 @@ from tinytron.inference.text import Decode, TextStream
 from tinytron.model import GPT
 
 Finish = Literal["stop", "length"]
-Choose = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # logits [B, V] and uniform numbers [B] -> tokens [B]
 
 
 @dataclass

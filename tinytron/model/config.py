@@ -38,7 +38,7 @@ class ModelConfig:
     parallel_residual: Annotated[
         bool, Flag("attention and feed-forward layer of a block read the same input, each through its own norm")
     ] = False
-    qk_norm: Annotated[bool, Flag("normalise queries and keys per head before the rotation")] = False
+    qk_norm: Annotated[bool, Flag("normalize queries and keys per head before the rotation")] = False
     bias: Annotated[bool, Flag("biases in the attention and feed-forward projections")] = False
     qkv_bias: Annotated[bool, Flag("biases in the query, key and value projections, whatever bias says")] = False
     attention_bias: Annotated[bool, Flag("biases in all projections of the attention, whatever bias says")] = False

@@ -23,7 +23,6 @@ def build_parser(sections: Mapping[str, type] = NONE, prog: str | None = None) -
         prog=prog,
         usage="%(prog)s [--flag value ...]",
         description="Pre-train a GPT.",
-        allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for section, cls in all_sections(sections).items():

@@ -132,7 +132,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises ConfigError instead of printing the usage and exiting."""
+    """Raises ConfigError instead of printing the usage and exiting; flags are spelled out, also those of subcommands."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see --help")

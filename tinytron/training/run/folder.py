@@ -14,12 +14,13 @@ import numpy as np
 import torch
 
 import tinytron
-from tinytron.checkpoint.files import bytes_of, leftovers, remove_leftovers
+from tinytron.checkpoint.files import bytes_of, complete_checkpoints, leftovers, remove_leftovers
+from tinytron.checkpoint.load import read_json
 from tinytron.checkpoint.mirror import Mirror
 from tinytron.distributed.agreement import agree, agree_slowly
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.parallel_state import ParallelState
-from tinytron.errors import ConfigError
+from tinytron.errors import CheckpointError, ConfigError
 from tinytron.metrics.routing import keep_traces_until
 from tinytron.metrics.sinks.files import JsonLog, TextLog
 from tinytron.training.config import Config
@@ -85,7 +86,9 @@ def another_of_this_name(config: Config, folder: Path) -> str | None:
     changed, or mistyped, begins another run."""
     if config.train.debug or complete_checkpoints(folder):
         return None
-    siblings = [path for path in folder.parent.glob(f"{config.logging.exp_name}_*/config.json") if path.parent != folder]
+    siblings = [
+        path for path in folder.parent.glob(f"{config.logging.exp_name}_*/config.json") if path.parent != folder
+    ]
     for file in sorted(siblings, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             saved = read_json(file)["config"]

@@ -27,7 +27,7 @@ from tinytron.training.config import Config
 _LENGTHS = ("train.max_steps", "train.max_train_tokens", "train.max_epochs")
 _CHANGES_NUMBERS = (
     *_LENGTHS,
-    *("parallel.grad_reduce_dtype", "train.precision", "train.attn_backend", "train.deterministic", "train.disable_tf32"),
+    *("parallel.grad_reduce_dtype", "train.disable_tf32", "train.spike_sigma", "train.spike_action"),
 )
 _FIXED_ON_RESUME = ("model.", "train.total_batch_size", "train.seq_len", "seed.seed")
 
