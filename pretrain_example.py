@@ -38,6 +38,7 @@ from tinytron.text.sources import file_states, find_text_files
 from tinytron.text.state import recipe_hash
 from tinytron.text.tokenize import finished, load_tokenizer, tokenize_dataset
 from tinytron.training import Config, Trainer
+from tinytron.utils.paths import expanded
 
 MARKER = "prepared.json"  # in folders of earlier versions, which have no manifest
 
@@ -65,7 +66,7 @@ class ExampleTrainer(Trainer):
 
 def variable(name: str, default: str) -> Any:
     """A dataclass field that reads the environment variable ``name``; empty counts as unset."""
-    return field(default_factory=lambda: os.environ.get(name) or default)
+    return field(default_factory=lambda: expanded(os.environ.get(name) or default))
 
 
 def number(name: str, default: int, highest: int | None = None) -> Any:
@@ -150,7 +151,7 @@ def plan(config: Config) -> tuple[Recipe, Path]:
     """The recipe, and the folder of its shards."""
     path = config.data.dataset_path
     recipe = Recipe(files=find_text_files(path) if path else [], seed=config.seed.seed)
-    cache = os.environ.get("HF_CACHE_DIR") or "./data/prepared"
+    cache = expanded(os.environ.get("HF_CACHE_DIR") or "./data/prepared")
     return recipe, Path(cache) / recipe_hash(recipe.as_dict())
 
 

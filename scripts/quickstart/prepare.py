@@ -29,9 +29,9 @@ from tinytron.text.sources import file_states
 from tinytron.text.state import recipe_hash
 from tinytron.text.tokenize import finished, tokenize_dataset
 from tinytron.utils.lock import wait_for_lock
+from tinytron.utils.paths import files_below
 from tinytron.utils.profile import measured_matmul_rate
 from tinytron.utils.training import write_atomically
-from tinytron.utils.walk import files_below
 
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}
 HELD_OUT = 20  # one part in 20 is kept for validation: whole files, or of few files the end of each

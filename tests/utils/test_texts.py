@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tinytron.utils.paths import expanded, files_below, tidy
 from tinytron.utils.texts import numbered_lines, whole_characters
-from tinytron.utils.walk import files_below
 
 BOM = b"\xef\xbb\xbf"
 
@@ -55,3 +55,28 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     names = sorted(str(path.relative_to(corpus)) for path in files_below(corpus, hidden=False))
     assert names == ["again/a.txt", "b.txt", "f.txt", "sub/c.txt"]
     assert len(list(files_below(corpus))) == 6
+
+
+def test_a_path_begins_as_the_shell_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("RUNS", "/scratch/runs")
+    monkeypatch.delenv("NONE", raising=False)
+    found = {text: expanded(text) for text in ("~/runs", "$RUNS/a", "${RUNS}", "$NONE/a", "a~b$RUNS", "<|end|>")}
+    assert list(found.values()) == [
+        "/home/me/runs",
+        "/scratch/runs/a",
+        "/scratch/runs",
+        "$NONE/a",
+        "a~b$RUNS",
+        "<|end|>",
+    ]
+
+
+def test_a_folder_has_one_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "work" / "run").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    for text in ("run", "run/", "./run", "../work/run", str(tmp_path / "work" / "run"), "run/../run"):
+        assert tidy(text) == "run"
+    assert tidy("../other/") == tidy(str(tmp_path / "other")) == str(tmp_path / "other")
+    assert tidy("openai-community/gpt2") == "openai-community/gpt2"

@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from tinytron.inference.engine import not_finite
 from tinytron.model.modules.loss import LossSums
 from tinytron.text.run_tokenizer import tokenizer_of_run
 from tinytron.utils.flags import Parser, parse_strictly, whole_number
+from tinytron.utils.paths import user_path
 from tinytron.utils.training import DTYPES, device_of, write_atomically
 
 
@@ -30,10 +30,10 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, metavar="PATH", help="run folder, or a weights file in it")
-    add("--tasks", type=Path, nargs="+", required=True, metavar="FILE", help="files of items, a line of JSON each")
-    add("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json; default: the one beside the run's data")
-    add("--out", type=Path, metavar="FILE", help="default: results.json beside the checkpoint")
+    add("--checkpoint", type=user_path, required=True, metavar="PATH", help="run folder, or a weights file in it")
+    add("--tasks", type=user_path, nargs="+", required=True, metavar="FILE", help="files of items, a line of JSON each")
+    add("--tokenizer", type=user_path, metavar="FILE", help="a tokenizer.json; default: the one beside the run's data")
+    add("--out", type=user_path, metavar="FILE", help="default: results.json beside the checkpoint")
     add("--batch_tokens", type=whole_number, default=8192, help="tokens computed at a time, padding included")
     add("--device", help="default: cuda if there is a GPU, else cpu")
     add("--dtype", choices=DTYPES, help="precision of weights; default: that of the file")

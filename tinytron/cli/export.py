@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from tinytron.interop.export import export
 from tinytron.utils.flags import Parser, parse_strictly
+from tinytron.utils.paths import user_path
 from tinytron.utils.training import DTYPES
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -18,16 +18,16 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser = Parser(prog=prog, description="Write a checkpoint as a folder that transformers opens.")
     parser.add_argument(
         "--checkpoint",
-        type=Path,
+        type=user_path,
         required=True,
         metavar="PATH",
         help="run folder (its newest checkpoint), <step>_model.pt, or <step>_consolidated.pt",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new folder")
+    parser.add_argument("--out", type=user_path, required=True, metavar="FOLDER", help="new folder")
     parser.add_argument("--dtype", choices=DTYPES, help="type of the weights; default: as they are")
     parser.add_argument(
         "--tokenizer",
-        type=Path,
+        type=user_path,
         metavar="PATH",
         help="tokenizer.json, or a folder with a tokenizer; default: that of the training data, if it is there",
     )

@@ -15,6 +15,7 @@ from tinytron.inference.engine import Generation, Piece, complete
 from tinytron.inference.sampler import SamplingOptions
 from tinytron.text.run_tokenizer import RunTokenizer, tokenizer_of_run
 from tinytron.utils.flags import Parser, parse_strictly, whole_number
+from tinytron.utils.paths import user_path
 from tinytron.utils.texts import numbered_lines, whole_characters
 from tinytron.utils.training import DTYPES, device_of
 
@@ -27,12 +28,15 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, metavar="PATH", help="run folder, or a weights file in it")
+    add("--checkpoint", type=user_path, required=True, metavar="PATH", help="run folder, or a weights file in it")
     add("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may be given several times")
     add(
-        "--prompts_file", type=Path, metavar="FILE", help='a prompt per line, or with .jsonl a {"prompt": ...} per line'
+        "--prompts_file",
+        type=user_path,
+        metavar="FILE",
+        help='a prompt per line, or in .jsonl a {"prompt": ...} each',
     )
-    add("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json; default: the one beside the run's data")
+    add("--tokenizer", type=user_path, metavar="FILE", help="a tokenizer.json; default: the one beside the run's data")
     add(
         "--eot",
         action=argparse.BooleanOptionalAction,

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from tinytron.interop.importing import import_model
 from tinytron.utils.flags import Parser, parse_strictly
 from tinytron.utils.model import count_parameters
+from tinytron.utils.paths import user_path
 from tinytron.utils.training import DTYPES
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
     parser = Parser(prog=prog, description="Write a Hugging Face model as a folder for --init_from.")
     parser.add_argument("model", metavar="MODEL", help="folder, or name on the hub such as openai-community/gpt2")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new folder")
+    parser.add_argument("--out", type=user_path, required=True, metavar="FOLDER", help="new folder")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="type of the weights; default: fp32")
     return parser
 

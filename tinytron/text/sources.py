@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from tinytron.errors import ConfigError, DataError
 from tinytron.text.parts import LINE_SUFFIXES, PIECE_BYTES, Part, Place, find_parts, is_plain_text, read_part, text_of
 from tinytron.utils.optional import as_data_error, require_package
-from tinytron.utils.walk import files_below
+from tinytron.utils.paths import files_below
 
 PROSE = (".txt", ".text", ".md", ".rst", ".tex", ".html")
 CODE = (

@@ -66,7 +66,9 @@ class TrainingConfig:
             works=0.99,
         ),
     ] = None
-    grad_clip_value: Annotated[float, Flag("clip the global gradient norm to this; 0: never", at_least=0)] = 1.0
+    grad_clip_value: Annotated[
+        float, Flag("clip the global gradient norm to this; 0: never", at_least=0, infinite=True)
+    ] = 1.0
     spike_sigma: Annotated[
         float,
         Flag(

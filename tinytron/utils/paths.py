@@ -1,10 +1,31 @@
-"""Walking a user's folders."""
+"""Paths as users write them, and what lies below their folders."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+
+def expanded(text: str) -> str:
+    """``text`` with a ``~`` or a ``$VARIABLE`` at its start as the shell reads them, which it does not in ``--flag=~/x``,
+    a file or a variable's value. Other texts stay as they are."""
+    if text.startswith("~"):
+        return os.path.expanduser(text)
+    return os.path.expandvars(text) if text.startswith("$") else text
+
+
+def user_path(text: str) -> Path:
+    """The path that a user wrote (see ``expanded``)."""
+    return Path(expanded(text))
+
+
+def tidy(text: str) -> str:
+    """One spelling of a path that exists, seen from the current folder if it is below that; other texts stay."""
+    if not os.path.exists(text):
+        return text
+    relative = os.path.relpath(text)
+    return os.path.abspath(text) if relative.startswith(os.pardir) else relative
 
 
 def files_below(folder: Path, *, hidden: bool = True) -> Iterator[Path]:
