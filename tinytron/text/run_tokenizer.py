@@ -103,6 +103,11 @@ class TokenFacts:
     begin: int | None = None
     pad: int | None = None
 
+    @property
+    def end(self) -> int | None:
+        """The id that separates documents."""
+        return next(iter(self.ends), None)
+
     @classmethod
     def of_end(cls, end: int | None, prepend: bool) -> TokenFacts:
         """Those of data whose documents ``end`` separates."""
@@ -122,12 +127,12 @@ class TokenFacts:
 
     def as_import(self) -> dict[str, Any]:
         """What ``of_import`` reads, in the keys of config.json; several ends are a list."""
-        ends: Any = list(self.ends) if len(self.ends) > 1 else next(iter(self.ends), None)
+        ends: Any = list(self.ends) if len(self.ends) > 1 else self.end
         return {"bos_token_id": self.begin, "eos_token_id": ends, "pad_token_id": self.pad}
 
 
 def token_facts(
-    record: TokenizerFacts | None,
+    data: DataTokenizers,
     file: Path | None,
     *,
     given: Path | None = None,
@@ -135,10 +140,11 @@ def token_facts(
     prepend: bool = False,
     imported: Mapping[str, Any] | None = None,
 ) -> TokenFacts:
-    """The facts from the first place that has them: the manifest of the data (its ``record``), the run's ``eot_id``, the
-    manifest in the folder of the ``given`` tokenizer, the configuration of the ``imported`` model, or else the tokenizer
-    in ``file``. ``prepend`` says, where no manifest does, whether texts begin with the end. Raises: DataError for a damaged
-    manifest."""
+    """The facts from the first place that has them: the manifest of the ``data``, the run's ``eot_id``, the manifest in the
+    folder of the ``given`` tokenizer, the configuration of the ``imported`` model, or else the tokenizer in ``file``.
+    ``prepend`` says, where no manifest does, whether the documents of a run's data begin with the end. Raises: DataError
+    for a damaged manifest."""
+    record = data.facts()
     if record is None and eot_id is None and given is not None:
         found = read_manifest(given if given.is_dir() else given.parent)
         record = None if found is None else found.tokenizer
@@ -148,7 +154,7 @@ def token_facts(
         return TokenFacts.of_end(eot_id, prepend)
     if imported and (facts := TokenFacts.of_import(imported)).ends:
         return facts
-    return TokenFacts.of_end(_own_end(file), prepend) if file is not None else TokenFacts()
+    return TokenFacts() if file is None else TokenFacts.of_end(_own_end(file), prepend and bool(data.folders))
 
 
 def _own_end(file: Path) -> int | None:
@@ -191,9 +197,9 @@ def find_tokenizer(
             else "the run's data (mock data, or your own) names none"
         )
         raise ConfigError(f"no tokenizer: {where}; give {option} path/to/{TOKENIZER}")
-    prepend = eot_position == "prepend" and (eot_id is not None or bool(found.folders))
-    facts = token_facts(record, file, given=given, eot_id=eot_id, prepend=prepend, imported=imported)
-    return RunTokenizer(tokenizer, next(iter(facts.ends), None), facts.prepend, facts.ends[1:])
+    prepend = eot_position == "prepend"
+    facts = token_facts(found, file, given=given, eot_id=eot_id, prepend=prepend, imported=imported)
+    return RunTokenizer(tokenizer, facts.end, facts.prepend, facts.ends[1:])
 
 
 def file_of_run(
