@@ -21,7 +21,7 @@ def read_vocabulary(path: Path) -> dict[str, int]:
     pairs = vocab.items() if isinstance(vocab, dict) else ((piece, number) for number, (piece, *_) in enumerate(vocab))
     tokens = {str(token): int(number) for token, number in pairs}
     for added in content.get("added_tokens") or []:
-        tokens[str(added.get("content", f"<{added['id']}>"))] = int(added["id"])
+        tokens.setdefault(str(added.get("content", f"<{added['id']}>")), int(added["id"]))
     return tokens
 
 
