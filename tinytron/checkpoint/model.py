@@ -18,7 +18,8 @@ CONFIG = "config.json"  # describes a run, or an imported model; next to its wei
 
 
 class SavedModel(NamedTuple):
-    """A file of weights, their architecture, and the record of their checkpoint (empty for an imported model)."""
+    """A file of weights, their architecture, and the record of their checkpoint (for an imported model no more than its
+    configuration)."""
 
     file: Path
     config: ModelConfig
@@ -62,7 +63,8 @@ def saved_model(path: Path) -> SavedModel:
     if isinstance(consolidated, dict):
         sections = _sections(consolidated.get("run"), file)
         return SavedModel(file, model_config_of(sections, file), CheckpointMeta.from_dict(consolidated))
-    return SavedModel(file, model_config_of(_sections_beside(file), file.with_name(CONFIG)), CheckpointMeta())
+    sections = _sections_beside(file)
+    return SavedModel(file, model_config_of(sections, file.with_name(CONFIG)), CheckpointMeta(run={"config": sections}))
 
 
 def load_model(

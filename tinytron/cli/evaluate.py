@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     weights = weights_at(args.checkpoint)
     device = device_of(args.device)
     model, config = load_model(weights, device, DTYPES.get(args.dtype))
-    tokenizer, longest = tokenizer_of_run(config, args.tokenizer), model.config.block_size
+    tokenizer, longest = tokenizer_of_run(config, args.tokenizer, args.checkpoint), model.config.block_size
 
     def loss(batch: Batch) -> LossSums:
         sums: LossSums = model(batch.input_ids, batch.labels)

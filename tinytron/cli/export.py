@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 from tinytron.interop.export import export
+from tinytron.interop.tokenizer import TokenizerFiles
 from tinytron.utils.flags import Parser, parse_strictly
 from tinytron.utils.paths import user_path
 from tinytron.utils.training import DTYPES
@@ -57,3 +58,15 @@ def main(argv: Sequence[str], prog: str = "tinytron export") -> None:
     )
     files = f"{made.files} file{'s' if made.files > 1 else ''}"
     print(f"wrote {args.out}: {made.family.architecture}, {made.tensors} tensors, {made.bytes:,} bytes in {files}")
+    print(about_tokens(made.tokenizer))
+
+
+def about_tokens(tokenizer: TokenizerFiles) -> str:
+    """A line on the token that ends a document, and on rows of the model that no token has."""
+    end, unused = tokenizer.facts.end, len(tokenizer.unused)
+    if end is None:
+        ends = "no end-of-text token is known: generation does not stop by itself; --tokenizer may tell it"
+    else:
+        name = end if tokenizer.end_token is None else f"{tokenizer.end_token} ({end})"
+        ends = f"generation stops at {name}"
+    return ends + (f"; {unused:,} ids have no token and are suppressed (generation_config.json)" if unused else "")

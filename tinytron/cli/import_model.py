@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import sys
 from collections.abc import Sequence
 
 from tinytron.interop.importing import import_model
@@ -23,5 +25,5 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 def main(argv: Sequence[str], prog: str = "tinytron import") -> None:
     """Write the model that ``argv`` names. Raises: TinytronError; OSError."""
     args = parse_strictly(_parser(prog), argv)
-    model = import_model(args.model, args.out, DTYPES[args.dtype])
+    model = import_model(args.model, args.out, DTYPES[args.dtype], say=functools.partial(print, file=sys.stderr))
     print(f"wrote {args.out}: {count_parameters(model.config).total:,} parameters; use --init_from {args.out}")

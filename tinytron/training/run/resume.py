@@ -19,7 +19,7 @@ from tinytron.distributed.agreement import agree, agree_slowly
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer
 from tinytron.errors import CheckpointError
-from tinytron.interop import load_pretrained
+from tinytron.interop import about_ignored, load_pretrained
 from tinytron.model.protocols import require_gpt
 from tinytron.training.config import Config
 
@@ -58,8 +58,8 @@ def resume(
             say(f"changed since the checkpoint: {difference}")
         return meta
     if (name := config.ckpt.init_from) is not None:
-        load_initial_weights(name, model, optimizer, state)
-        say(f"starting from the weights of {name}")
+        ignored = load_initial_weights(name, model, optimizer, state)
+        say(f"starting from the weights of {name}" + about_ignored(ignored))
     return None
 
 
@@ -72,15 +72,18 @@ def checkpoints_to_resume(config: Config, folder: Path) -> list[CheckpointFiles]
     return find_checkpoints(config.ckpt.resume_path)
 
 
-def load_initial_weights(name: str, model: nn.Module, optimizer: DistributedOptimizer, state: ParallelState) -> None:
-    """Begin with the weights that ``--init_from name`` names. Collective. Raises: ConfigError or CheckpointError on every
-    rank if they cannot be had, or do not fit the model."""
+def load_initial_weights(
+    name: str, model: nn.Module, optimizer: DistributedOptimizer, state: ParallelState
+) -> list[str]:
+    """Begin with the weights that ``--init_from name`` names; returns the settings of theirs that were ignored. Collective.
+    Raises: ConfigError or CheckpointError on every rank if they cannot be had, or do not fit the model."""
 
-    def load() -> None:
-        load_pretrained(require_gpt(model, f"--init_from {name} fills", "load it yourself"), name)
+    def load() -> list[str]:
+        return load_pretrained(require_gpt(model, f"--init_from {name} fills", "load it yourself"), name)
 
-    agree_slowly(load, state.groups["world"])  # may be fetched from the hub first
+    ignored = agree_slowly(load, state.groups["world"])  # may be fetched from the hub first
     optimizer.refresh_shards()
+    return ignored
 
 
 def check_continues(config: Config, meta: CheckpointMeta, fingerprint: str, source: str) -> list[str]:
