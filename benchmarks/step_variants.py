@@ -118,7 +118,7 @@ class Ours(Training):
 
     def _step(self, tokens: torch.Tensor) -> torch.Tensor:
         batch = Batch(*shifted(tokens))
-        targets, _ = count_targets([batch], self.state.groups["world"])
+        targets = count_targets([batch], self.state.groups["world"]).divisor
         with self.optimizer.accumulate(last=True):
             losses = self.model(batch.input_ids, batch.labels)
             self.optimizer.scale(losses.objective / targets).backward()

@@ -125,6 +125,22 @@ def test_packed_rows_hold_every_training_pair_once(
     assert sorted(pair for pair in pairs if cross or pair != (EOT, -100)) == sorted(expected)
 
 
+@pytest.mark.parametrize("mask", [True, False])
+def test_packed_rows_mark_the_tokens_that_only_fill_them(tmp_path: Path, mask: bool) -> None:
+    shard = write(tmp_path, [[EOT, 5, 6], [EOT, 7], [EOT], [EOT, 8, 9, 4]])
+    make_pack_files([shard], 4)
+    reading = SampleOptions(mask, cross_document_loss=False, packing="best_fit", mark_padding=True)
+    dataset = TokenShardDataset([shard], 4, VOCAB, reading)
+    rows = all_rows(dataset)
+    real = [[t for t, fills in zip(*pair, strict=True) if not fills] for pair in zip(rows["input_ids"], rows["padding"])]
+    assert sorted(t for row in real for t in row) == sorted([EOT, 5, 6, EOT, 7, EOT, EOT, 8, 9])  # all but the last: 4
+    for fills, labels in zip(rows["padding"], rows["labels"], strict=True):
+        assert fills == sorted(fills)  # at the end
+        assert all(label == -100 for label, fill in zip(labels, fills, strict=True) if fill)
+    assert set(dataset[0]) == set(rows)
+    assert "padding" not in all_rows(TokenShardDataset([shard], 4, VOCAB, SampleOptions(mask, mark_padding=True)))
+
+
 def test_a_packing_is_kept_and_made_again_for_other_tokens(tmp_path: Path) -> None:
     shard = write(tmp_path, documents([5, 3, 4]))
     with pytest.raises(DataError, match=r"train_000000\.pack4: cannot be read"):

@@ -47,6 +47,7 @@ class Case:
     ep: int = 1
     masked: bool = True
     given: bool = True  # the positions; else they are counted from the start of the row
+    padded: bool = False  # two documents across cuts have no target: that says they are padding
     options: tuple[tuple[str, Any], ...] = ()  # of the architecture
 
     def model(self, state: ParallelState | None) -> GPT:
@@ -78,6 +79,9 @@ def _losses(case: Case, state: ParallelState | None) -> tuple[LossSums, dict[str
     random = torch.Generator().manual_seed(7)
     ids, labels = torch.randint(VOCAB, (2, len(ROWS), S), generator=random)
     labels[0, 5] = labels[2, -3:] = IGNORE_INDEX
+    if case.padded:
+        labels[0, 9:] = labels[1, 4:8] = labels[2] = IGNORE_INDEX
+        labels[3, 8:] = IGNORE_INDEX  # of a document with targets in another part
     weights = torch.rand(ids.shape, generator=random)
     positions = torch.tensor([[i for n in row for i in range(n)] for row in ROWS])
     documents = documents_of(positions) if case.masked else None
@@ -144,6 +148,15 @@ def test_documents_across_cuts_recomputed(ranks: Pools, world: int, moe: bool, r
 def test_documents_across_cuts_with_experts(ranks: Pools, world: int, ep: int) -> None:
     for found in ranks(world).run(_differences, Case(moe=True, ep=ep)):
         assert not found, found
+
+
+@pytest.mark.parametrize(("world", "ep"), [(2, 1), (4, 2)])
+def test_documents_without_a_target_are_padding_across_cuts(ranks: Pools, world: int, ep: int) -> None:
+    for found in ranks(world).run(_differences, Case(moe=True, ep=ep, padded=True)):
+        assert not found, found
+    total = Mutant("tinytron.model.modules.routed:routed_tokens", "labels_Bs, total=total", "labels_Bs")
+    for found in ranks(world).run(_differences, Case(moe=True, ep=ep, padded=True), total):
+        assert found, "a rank that judges by its own part alone is not seen"
 
 
 LEARNED = (("position_type", "learned"), ("norm_type", "layer"), ("bias", True), ("sliding_window", 5))

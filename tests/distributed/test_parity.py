@@ -157,6 +157,27 @@ def test_experts_in_fp32(ranks: Pools, tmp_path: Path, world: int, sep: int, ep:
     _assert_parity(ranks, Case(world, 2, "uneven", True, sep, ep, **KINDS["softmax"]), tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(("world", "sep", "ep"), [(1, 1, 1), (2, 1, 1), (2, 2, 2), (4, 1, 4), (4, 2, 2), (4, 4, 1)])
+def test_padding_is_no_token_and_few_labels_change_no_balance(
+    ranks: Pools, tmp_path: Path, world: int, sep: int, ep: int, kind: str
+) -> None:
+    """Against a process that never sees the padding. Rows have one token up to all, and from no target to six."""
+    place = LAYOUTS.index((world, sep, ep))
+    for number, mask in enumerate[Mask](("few", "none")):
+        shard, overlap, accumulation = PAIRS[(place + number) % 4]
+        case = Case(world, accumulation, mask, shard, sep, ep, overlap=overlap, padded=True, **KINDS[kind])
+        _assert_parity(ranks, dataclasses.replace(case, precision="fp64"), tmp_path / mask)
+
+
+@pytest.mark.parametrize("case", [
+    Case(2, 2, "few", sep=2, ep=2, experts=EXPERTS, precision="fp64"),
+    Case(2, 1, "all", experts=EXPERTS, precision="fp64"),
+], ids=["few", "none at all"])  # fmt: skip
+def test_routers_losses_are_means_over_tokens_however_few_labels(ranks: Pools, tmp_path: Path, case: Case) -> None:
+    _assert_parity(ranks, case, tmp_path)
+
+
 # Muon.
 
 

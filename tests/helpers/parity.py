@@ -28,7 +28,7 @@ from tinytron.training import Config, Trainer
 
 STEPS, GLOBAL_BATCH, SEQ_LEN, VOCAB = 4, 8, 12, 61
 CLIPPED = Recipe(clip=0.3)
-Mask = Literal["none", "uneven", "rank", "all"]
+Mask = Literal["none", "uneven", "rank", "all", "few"]
 Precision = Literal["fp32", "fp64"]
 Parts = list[tuple[str, int, int, Any]]  # parameter, its size, offset, this rank's part of it
 
@@ -60,6 +60,7 @@ class Case:
     wire: str = "fp32"
     recipe: Recipe = CLIPPED
     tf32: bool = True
+    padded: bool = False
 
     @property
     def dp(self) -> int:
@@ -109,13 +110,22 @@ class Case:
 
 
 class MaskedSamples(Dataset[dict[str, torch.Tensor]]):
-    """Random tokens of one epoch, with labels masked by the sample's place: uneven lengths, or all of the last rank."""
+    """Random tokens of one epoch, with labels masked by the sample's place: uneven lengths, all of the last rank, or all
+    but the last few; and with padding at the end of rows, if asked for."""
 
     def __init__(self, case: Case) -> None:
         random = torch.Generator().manual_seed(11)
         self.tokens = torch.randint(VOCAB, (STEPS * GLOBAL_BATCH, SEQ_LEN + 1), generator=random)
         self.labels = self.tokens[:, 1:].clone()
+        self.lengths = torch.randint(1, SEQ_LEN + 1, (len(self.tokens),), generator=random) if case.padded else None
+        if self.lengths is not None:
+            beyond = torch.arange(SEQ_LEN) >= self.lengths[:, None]
+            self.tokens[:, :-1][beyond], self.labels[beyond] = 0, -100
         if case.mask == "none":
+            return
+        if case.mask == "few":  # as answers after long prompts
+            self.labels[:, : SEQ_LEN // 2] = -100
+            self.labels[::3] = -100
             return
         if case.mask == "all":
             self.labels[:] = -100
@@ -131,7 +141,15 @@ class MaskedSamples(Dataset[dict[str, torch.Tensor]]):
         return len(self.tokens)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.tokens[index, :-1], "labels": self.labels[index]}
+        sample = {"input_ids": self.tokens[index, :-1], "labels": self.labels[index]}
+        if self.lengths is not None:
+            sample["padding"] = torch.arange(SEQ_LEN) >= self.lengths[index]
+        return sample
+
+    def batch(self, samples: list[int]) -> tuple[torch.Tensor, ...]:
+        """What the twin trains on in one step."""
+        whole = (self.tokens[samples, :-1], self.labels[samples])
+        return whole if self.lengths is None else (*whole, self.lengths[samples])
 
     def samples_of_steps(self) -> list[list[int]]:
         """The samples of every global step."""
@@ -238,7 +256,7 @@ def run_case(case: Case, log_dir: Path) -> dict[str, Any]:
 @functools.cache
 def _twin(mask_key: Case) -> Outcome:
     samples = MaskedSamples(mask_key)
-    batches = [(samples.tokens[ids, :-1], samples.labels[ids]) for ids in samples.samples_of_steps()]
+    batches = [samples.batch(ids) for ids in samples.samples_of_steps()]
     config = mask_key.config(Path("unused"))
     dtype = {"fp32": torch.float32, "fp64": torch.float64}[mask_key.precision]
     weights = GPT(config.model, dtype=dtype, seed=config.seed.seed).state_dict()
@@ -252,7 +270,7 @@ def twin(case: Case) -> Outcome:
     recipe = case.recipe
     if case.experts and case.experts.scope == "batch":
         recipe = dataclasses.replace(recipe, micro_batches=case.accumulation)
-    fields = ("mask", "experts", "shared_experts", "idle_expert", "precision", "tied", "kv_heads")
+    fields = ("mask", "experts", "shared_experts", "idle_expert", "precision", "tied", "kv_heads", "padded")
     model = {field: getattr(case, field) for field in fields}
     return _twin(Case(**(masked if case.mask == "rank" else {"world": 1}), **model, recipe=recipe))
 

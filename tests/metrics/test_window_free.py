@@ -41,6 +41,17 @@ def test_losses_are_summed_over_ranks_once_and_norms_are_not(summed: list[torch.
     assert summed[0].dtype == torch.float64
 
 
+def test_a_value_with_a_count_is_divided_by_that_of_all_ranks(summed: list[torch.Tensor]) -> None:
+    steps = StepWindow(GROUP)
+    for step, count in ((1, 4), (2, 0)):
+        parts = {"loss": torch.tensor(1.0), "moe_z": torch.tensor(6.0), "other": torch.tensor(0.25)}
+        steps.add(step, 0.1, parts, torch.tensor(1.0), {"moe_z": torch.tensor(count)})
+    first, second = steps.flush()
+    assert first.aux == {"moe_z": 1.5, "other": 0.5}
+    assert second.aux == {"moe_z": 12.0, "other": 0.5}  # of nothing the sum
+    assert len(summed) == 1
+
+
 def test_a_flush_empties_the_window(summed: list[torch.Tensor]) -> None:
     steps = StepWindow(GROUP)
     assert steps.flush() == []

@@ -18,6 +18,7 @@ from tinytron.distributed.layout import ParallelLayout
 from tinytron.kernels.grouped_gemm import ROW_STEP
 from tinytron.model import GPT, ModelConfig
 from tinytron.model.gpt import named_normal
+from tinytron.utils.sequences import documents_of
 
 E, K = 6, 2
 MOE: dict[str, Any] = SIZES | {
@@ -98,7 +99,9 @@ def test_losses_load_and_every_gradient_equal_the_twin(variant: str) -> None:
     rows = zip(ids.tolist(), labels.tolist(), strict=True)
     token = torch.stack([twin.loss(twin.logits(row), targets) for row, targets in rows]).sum()
     balance, z = twin.routing_losses()
-    expected = token + 0.2 * balance + 0.05 * z
+    targets_per_token = int((labels != -100).sum()) / labels.numel()
+    assert targets_per_token < 1  # so that a division by targets makes means over tokens of the other terms
+    expected = token + (0.2 * balance + 0.05 * z) * targets_per_token
     for found, wanted in (
         (losses.token, token),
         (losses.objective, expected),
@@ -111,6 +114,76 @@ def test_losses_load_and_every_gradient_equal_the_twin(variant: str) -> None:
     assert_same_gradients(gradients(losses.objective, model), theirs, tolerance=1e-10)
     assert model.step_load.tolist() == [naive.load(list(itertools.chain(*r)), E) for r in twin.decisions.values()]
     assert len(model.moe_layers) == len(twin.decisions) == 3 - VARIANTS[variant].get("first_k_dense", 0)
+
+
+# Padding.
+
+
+REAL = [5, 9, 3, 1]
+
+
+def padded_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids, labels and padding of rows with ``REAL`` tokens. The first of each have no label, like a prompt."""
+    ids, labels = torch.randint(1, 29, (2, len(REAL), S), generator=torch.Generator().manual_seed(2))
+    padding = torch.arange(S) >= torch.tensor(REAL)[:, None]
+    ids[padding], labels[padding] = 0, -100
+    labels[0, :3] = labels[1, :8] = -100
+    return ids, labels, padding
+
+
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+@pytest.mark.parametrize("variant", ["plain", "batch", "sigmoid"])
+def test_padding_is_no_token(variant: str, recompute: Any) -> None:
+    """Loads, losses, gradients and recorded tokens are those of rows that end where their text does."""
+    ids, labels, padding = padded_batch()
+    model = make_model(variant, recompute=recompute)
+    twin = MoETwin(model, MOE | VARIANTS[variant])
+    losses = sums(model, ids, labels, padding=padding)
+    token = torch.zeros((), dtype=torch.float64)
+    for row, targets, n in zip(ids.tolist(), labels.tolist(), REAL, strict=True):
+        token = token + twin.loss(twin.logits(row[:n]), targets[:n])
+    balance, z = twin.routing_losses()
+    targets, tokens = int((labels != -100).sum()), sum(REAL)
+    expected = token + (0.2 * balance + 0.05 * z) * targets / tokens
+    assert model.step_load.tolist() == [naive.load(list(itertools.chain(*r)), E) for r in twin.decisions.values()]
+    assert {name: int(count) for name, count in losses.counts.items()} == {"moe_balance": tokens, "moe_z": tokens}
+    torch.testing.assert_close(losses.aux["moe_balance"], balance.detach(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(losses.aux["moe_z"], z.detach(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(losses.objective, expected, rtol=1e-10, atol=0)
+    theirs = dict(zip(twin.w, torch.autograd.grad(expected, list(twin.w.values())), strict=True))
+    assert_same_gradients(gradients(losses.objective, model), theirs, tolerance=1e-10)
+
+
+def test_a_document_without_a_target_is_padding_but_a_prompt_and_a_single_token_are_not() -> None:
+    ids, labels, padding = padded_batch()
+    padding[1, 8:] = False  # (there is none in that row)
+    starts = torch.tensor([[0, 5], [0, 8], [0, 3], [0, 1]])  # in row 1 the last token is a document, and has no target
+    labels[1, 7], labels[1, 8], labels[3, 0] = 4, -100, 3
+    positions = torch.arange(S) - torch.where(torch.arange(S) >= starts[:, 1:], starts[:, 1:], 0)
+    found, expected = make_model(), make_model()
+    mine = sums(found, ids, labels, positions, documents_of(positions))
+    theirs = sums(expected, ids, labels, positions, documents_of(positions), padding=padding)
+    assert found.step_load.sum(1).tolist() == [K * sum(REAL)] * 3
+    assert torch.equal(found.step_load, expected.step_load)
+    assert torch.equal(mine.objective, theirs.objective)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("variant", ["plain", "batch"])
+def test_the_routers_weight_does_not_grow_when_labels_are_few(variant: str, weighted: bool) -> None:
+    """Divided by its targets, the objective has the terms of the routers as means over tokens."""
+    model, added = make_model(variant), []
+    ids, labels = make_batch()
+    for number in (1, 3, 8):
+        few = torch.full_like(labels, -100)
+        few[0, :number] = 1
+        weights = torch.linspace(0.5, 2, labels.numel()).view_as(labels) if weighted else None
+        total = number if weights is None else weights[0, :number].sum()
+        losses = sums(model, ids, few, weights=weights)
+        added.append(float((losses.objective - losses.token).detach() / total))
+        mean = {name: float(value / losses.counts[name]) for name, value in losses.aux.items()}
+        assert added[-1] == pytest.approx(0.2 * mean["moe_balance"] + 0.05 * mean["moe_z"], rel=1e-6)
+    assert added == pytest.approx([added[0]] * 3, rel=1e-6)
 
 
 def test_logits_equal_the_twin_and_count_nothing() -> None:

@@ -6,6 +6,7 @@ Shares nothing with tinytron but the names of the weights. Letters as in tinytro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,20 +79,20 @@ def mean_loss(weights: Weights, ids_BS: torch.Tensor, labels_BS: torch.Tensor, s
     return total / (labels_BS != -100).sum().clamp(min=1)
 
 
-def balance_sum(routing: Routed, experts: Experts) -> torch.Tensor:
+def balance_sum(routings: Sequence[Routed], experts: Experts) -> torch.Tensor:
     """Tokens x E x sum_e f_e p_e: f_e the part of the choices that fell on e, p_e its mean probability; over each
-    sequence and summed, or over the whole batch at once."""
-    B, S, E = routing.prob.shape
-    prob, chosen = routing.prob, routing.chosen
+    sequence and summed, or over all at once. One layer's ``routings`` are of sequences that may differ in length."""
+    groups = [(prob, chosen) for r in routings for prob, chosen in zip(r.prob, r.chosen, strict=True)]
     if experts.scope == "batch":
-        prob, chosen = prob.reshape(1, B * S, E), chosen.reshape(1, B * S, E)
-    share, mean = chosen.mean(1) / experts.top_k, prob.mean(1)
-    return prob.shape[1] * E * (share * mean).sum()
+        probs, choices = zip(*groups, strict=True)
+        groups = [(torch.cat(probs), torch.cat(choices))]
+    terms = [len(p) * p.shape[1] * (c.mean(0) / experts.top_k * p.mean(0)).sum() for p, c in groups]
+    return torch.stack(terms).sum()
 
 
-def z_sum(routing: Routed) -> torch.Tensor:
+def z_sum(routings: Sequence[Routed]) -> torch.Tensor:
     """Sum over tokens of the squared log of the sum of exponentials."""
-    return routing.logits.exp().sum(-1).log().square().sum()
+    return torch.stack([r.logits.exp().sum(-1).log().square().sum() for r in routings]).sum()
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -23,12 +23,14 @@ def polar(matrix: torch.Tensor) -> torch.Tensor:
     return left * values @ right
 
 
-def direction(matrix: torch.Tensor, blocks: tuple[int, ...]) -> torch.Tensor:
-    """Each block of rows by itself, tall ones scaled up by the root of their aspect."""
-    out = []
-    for block in matrix.split(list(blocks) or len(matrix)):
-        rows, cols = block.shape
-        out.append(polar(block) * max(1.0, rows / cols) ** 0.5)
+def direction(matrix: torch.Tensor, grad: torch.Tensor, blocks: tuple[int, ...]) -> torch.Tensor:
+    """Each block of rows by itself, tall ones scaled up by the root of their aspect; none where there is no gradient."""
+    out, first = [], 0
+    for rows in blocks or (len(matrix),):
+        block, cols = matrix[first : first + rows], matrix.shape[1]
+        idle = not grad[first : first + rows].any()
+        out.append(torch.zeros_like(block) if idle else polar(block) * max(1.0, rows / cols) ** 0.5)
+        first += rows
     return torch.cat(out)
 
 
@@ -46,8 +48,9 @@ class Muon:
         assert grad is not None
         self.momentum = 0.95 * self.momentum + 0.05 * grad
         ahead = 0.05 * grad + 0.95 * self.momentum
-        stack = ahead if ahead.ndim == 3 else ahead.unsqueeze(0)
-        update = torch.stack([self._scaled(i, direction(m, self.blocks)) for i, m in enumerate(stack)])
+        stacks = (ahead, grad) if ahead.ndim == 3 else (ahead.unsqueeze(0), grad.unsqueeze(0))
+        pairs = enumerate(zip(*stacks, strict=True))
+        update = torch.stack([self._scaled(i, direction(m, g, self.blocks)) for i, (m, g) in pairs])
         self.weight -= lr * (update.view_as(self.weight) + self.decay * self.weight)
 
     def _scaled(self, i: int, update: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,8 @@ from tests.naive.gpt import Shape, Weights, balance_sum, forward, z_sum
 from tests.naive.muon import Muon
 
 Arrays = dict[str, npt.NDArray[np.float64]]
-Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]  # input_ids and labels of a whole global batch
+# input_ids and labels of a whole global batch, and perhaps how many tokens of each row are not padding
+Batches = Sequence[tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,8 @@ def train(initial: Weights, batches: Batches, shape: Shape, recipe: Recipe) -> O
     names = {id(w): n for n, w in reversed(weights.items())}  # of tied ones the first name
     parameters = {names[id(w)]: w for w in own.values()}
     optimizers, outcome = _Optimizers(parameters, shape, recipe), Outcome()
-    for step, (input_ids, labels) in enumerate(batches):
-        load = _backward({**weights, **biases}, input_ids, labels, shape, recipe, outcome)
+    for step, batch in enumerate(batches):
+        load = _backward({**weights, **biases}, batch, shape, recipe, outcome)
         limit = recipe.clip if recipe.clip > 0 else math.inf
         outcome.norms.append(float(torch.nn.utils.clip_grad_norm_(own.values(), limit, foreach=False)))
         outcome.grads.append({n: w.grad.double().numpy().copy() for n, w in parameters.items() if w.grad is not None})
@@ -114,26 +115,37 @@ def train(initial: Weights, batches: Batches, shape: Shape, recipe: Recipe) -> O
     return outcome
 
 
+def _cut(ids: torch.Tensor, labels: torch.Tensor, *lengths: torch.Tensor) -> Batches:
+    """The batch as it is, or each row by itself without its padding."""
+    if not lengths:
+        return [(ids, labels)]
+    return [(ids[b : b + 1, :n], labels[b : b + 1, :n]) for b, n in enumerate(lengths[0].tolist())]
+
+
 def _backward(
-    weights: Weights, ids: torch.Tensor, labels: torch.Tensor, shape: Shape, recipe: Recipe, outcome: Outcome
+    weights: Weights, batch: tuple[torch.Tensor, ...], shape: Shape, recipe: Recipe, outcome: Outcome
 ) -> Any:
-    """Gradients of the global batch; returns how often each expert of each layer was chosen."""
-    targets = (labels != -100).sum().clamp(min=1)
-    parts = recipe.micro_batches
+    """Gradients of the global batch; returns how often each expert of each layer was chosen. The loss is a mean over
+    targets, the routers' losses are means over tokens."""
+    targets = (batch[1] != -100).sum().clamp(min=1)
+    tokens = sum(ids.numel() for ids, _ in _cut(*batch))
     token, load = torch.zeros((), dtype=torch.float64), 0.0
     aux = {"moe_balance": 0.0, "moe_z": 0.0} if shape.experts else {}
-    for ids_part, labels_part in zip(ids.chunk(parts), labels.chunk(parts), strict=True):
-        values, routed = forward(weights, ids_part, shape)
-        loss = F.cross_entropy(values.flatten(0, 1), labels_part.flatten(), reduction="sum") / targets
+    for part in zip(*(whole.chunk(recipe.micro_batches) for whole in batch), strict=True):
+        rows = _cut(*part)
+        outs = [forward(weights, ids, shape) for ids, _ in rows]
+        pairs = [(out[0].flatten(0, 1), labels.flatten()) for out, (_, labels) in zip(outs, rows, strict=True)]
+        loss = torch.stack([F.cross_entropy(*pair, reduction="sum") for pair in pairs]).sum() / targets
         token += loss.detach()
-        for routing in routed:
+        layers = list(zip(*(routed for _, routed in outs), strict=True))
+        for routings in layers:
             assert shape.experts is not None
-            balance, z = balance_sum(routing, shape.experts) / targets, z_sum(routing) / targets
+            balance, z = balance_sum(routings, shape.experts) / tokens, z_sum(routings) / tokens
             loss = loss + shape.experts.balance_coef * balance + shape.experts.z_coef * z
             aux["moe_balance"] += float(balance.detach())
             aux["moe_z"] += float(z.detach())
-        loss.backward()  # type: ignore[no-untyped-call]
-        load = load + np.array([routing.chosen.sum((0, 1)).double().numpy() for routing in routed])
+        loss.backward()
+        load = load + np.array([sum(r.chosen.sum((0, 1)).double().numpy() for r in routings) for routings in layers])
     outcome.losses.append(float(token))
     outcome.aux.append(aux)
     return load

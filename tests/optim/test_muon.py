@@ -171,6 +171,42 @@ def test_each_expert_of_a_stack_is_a_matrix_of_its_own(blocks: tuple[int, ...], 
             torch.testing.assert_close(one, reference.p, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("rest", [1, 40])
+def test_a_matrix_without_a_gradient_stays_where_it_is(rest: int, options: dict[str, Any]) -> None:
+    """An expert without tokens, and one block of a packed matrix; only decay goes on, and later steps are as if they had
+    rested. With momentum left over, an orthogonalized update would be of full size."""
+    p, start = torch.nn.Parameter(normal(3, 10, 4, seed=1)), normal(3, 10, 4, seed=1)
+    muon = Muon([{"params": [p], "kind": "muon", "row_blocks": (5, 5)}], lr=0.1, **options)
+    p.grad = normal(3, 10, 4, seed=10)
+    muon.step()
+    moved, moment = p.detach().clone(), muon.state[p].get("second_moment", torch.zeros(())).clone()
+    assert (moved - start).abs().amax((1, 2)).min() > 0.01
+    for step in range(rest):
+        p.grad = normal(3, 10, 4, seed=20 + step)
+        p.grad[0], p.grad[2, 5:] = 0, 0
+        muon.step()
+    keep = (1 - 0.1 * options.get("weight_decay", 0.0)) ** rest
+    torch.testing.assert_close(p.detach()[0], moved[0] * keep, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(p.detach()[2, 5:], moved[2, 5:] * keep, rtol=1e-12, atol=1e-12)
+    assert (p.detach() - moved)[1].abs().max() > 0.01
+    if options.get("normuon"):
+        assert torch.equal(muon.state[p]["second_moment"][0], moment[0])
+    momentum = muon.state[p]["momentum_buffer"][0].norm() / (1 - muon.param_groups[0]["momentum"])
+    assert momentum == pytest.approx(normal(3, 10, 4, seed=10)[0].norm() * muon.param_groups[0]["momentum"] ** rest)
+
+
+def test_a_gradient_however_small_moves_a_matrix() -> None:
+    p = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.float32))
+    muon = Muon([{"params": [p], "kind": "muon"}], lr=1.0)
+    p.grad = torch.eye(4)
+    muon.step()
+    first = p.detach().clone()
+    p.grad = torch.full((4, 4), 1e-30)  # its square is zero
+    muon.step()
+    assert not torch.equal(p.detach(), first)
+
+
 def test_tall_matrices_move_further_in_torchs_orientation() -> None:
     """``[out, in]``: sqrt(out / in) if there are more outputs than inputs, else one."""
     for rows, cols, factor in ((16, 4, 2.0), (4, 16, 1.0), (4, 4, 1.0)):

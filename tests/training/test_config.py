@@ -388,6 +388,25 @@ def test_the_hash_is_eight_hexadecimal_digits_of_the_values() -> None:
     assert build("--seed 1338").config_hash() != build("--seed 1339").config_hash() != Config().config_hash()
 
 
+BATCH = "--use_moe --moe_aux_loss_scope batch"
+
+
+@pytest.mark.parametrize("flags", ["", "--use_moe", f"{BATCH} --moe_aux_loss_coef 0", "--moe_aux_loss_scope batch"])
+def test_the_micro_batch_and_the_ranks_are_no_part_of_the_hash(flags: str) -> None:
+    plain, other = build(flags), build(f"{flags} --batch_size 2")
+    assert plain.config_hash() == other.config_hash() == dataclasses.replace(other, dp_size=4).config_hash()
+
+
+def test_but_the_sequences_that_experts_are_balanced_over_are() -> None:
+    """Another number of them gives another loss; the same number in other parts does not."""
+    hashes = {(b, d): dataclasses.replace(build(f"{BATCH} --batch_size {b}"), dp_size=d).config_hash()
+              for b, d in [(8, 1), (4, 2), (4, 1), (2, 2)]}  # fmt: skip
+    assert hashes[8, 1] == hashes[4, 2] != hashes[4, 1] == hashes[2, 2]
+    config = dataclasses.replace(build(f"{BATCH} --batch_size 4"), dp_size=2)
+    assert config.identity()["train.balanced_sequences"] == 8
+    assert config.as_dict() == build(f"{BATCH} --batch_size 4").as_dict()
+
+
 def test_an_option_at_its_default_is_no_part_of_the_hash() -> None:
     """Or every option that is added would rename all runs. The value is that of this version; it must stay."""
     changed = build("--seed 7 --num_layer 3")

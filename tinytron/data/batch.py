@@ -16,9 +16,10 @@ FIELDS = {
     "labels": torch.int64,
     "weights": torch.float32,
     "positions": torch.int64,
+    "padding": torch.bool,
 }
 REQUIRED = ("input_ids", "labels")
-_OURS = ("documents", "sources", "extras", "filling")  # fields of a batch that no sample gives
+_OURS = ("documents", "sources", "extras", "filling", "routing_scale")  # fields of a batch that no sample gives
 _NONE: Mapping[str, torch.Tensor] = {}  # not a MappingProxyType: loaders' processes pickle batches
 
 
@@ -32,6 +33,9 @@ class Batch(NamedTuple):
     ``extras``: what else the samples have, by name, ``[B, ...]``, for a ``_loss`` of the user's own. Under sequence
     parallelism those of shape ``[B, S, ...]`` are cut like the ids; the others are whole on every rank.
     ``filling``: how many of the rows are copies without a label, which fill up the last batch of validation.
+    ``padding``: true for tokens that only fill up a row, bool ``[B, S]``; a label of -100 does not make a token padding.
+    ``routing_scale``: what the routers' losses, which are sums over tokens, are multiplied by in a step's objective.
+    The last two are for models with experts, and ``None`` for others.
     """
 
     input_ids: torch.Tensor
@@ -42,6 +46,8 @@ class Batch(NamedTuple):
     sources: torch.Tensor | None = None
     extras: Mapping[str, torch.Tensor] = _NONE
     filling: int = 0
+    padding: torch.Tensor | None = None
+    routing_scale: torch.Tensor | None = None
 
     @classmethod
     def of(cls, fields: Mapping[str, torch.Tensor]) -> Batch:
@@ -69,15 +75,22 @@ class Batch(NamedTuple):
         valid = self.labels != IGNORE_INDEX
         return (valid if self.weights is None else self.weights * valid).sum(dtype=torch.float64)
 
+    def tokens(self) -> torch.Tensor:
+        """Number of tokens that are not padding, int64 scalar."""
+        if self.padding is None:
+            return torch.full((), self.input_ids.numel(), device=self.input_ids.device)
+        return (~self.padding).sum()
+
     def model_inputs(self) -> dict[str, Any]:
         """What the model is given next to ``input_ids`` and ``labels``: only what there is, and no ``extras``."""
-        optional = {"positions": self.positions, "documents": self.documents, "weights": self.weights}
+        names = ("positions", "documents", "weights", "padding", "routing_scale")
+        optional = {name: getattr(self, name) for name in names}
         return {name: value for name, value in optional.items() if value is not None}
 
 
 def as_batch(item: Any) -> Batch:
     """A ``Batch`` from what a loader of the user's own gave: a ``Batch``, a dict with ``input_ids`` and ``labels`` (and
-    ``weights``, ``positions`` and extras if there are any), or the first two in a row. Raises: DataError for anything
+    ``weights``, ``positions``, ``padding`` and extras if there are any), or the first two in a row. Raises: DataError for anything
     else."""
     if isinstance(item, Batch):
         return item
@@ -92,7 +105,7 @@ def as_batch(item: Any) -> Batch:
     if not given.keys() >= set(REQUIRED) or len(shapes) != 1 or len(next(iter(shapes)) or ()) != 2:
         raise DataError(
             "a loader must give input_ids and labels, integer tensors [B, S]: a dict, a pair, or a data.Batch (a dict may "
-            "also have weights and positions, of the same shape)"
+            "also have weights, positions and padding, of the same shape)"
         )
     rows = len(given["input_ids"])
     if uneven := [name for name, tensor in extras.items() if not tensor.ndim or len(tensor) != rows]:
@@ -161,9 +174,10 @@ def collate(items: Batch | Sequence[Any]) -> Batch:
 
 
 def masked(batch: Batch, rows: Sequence[int]) -> Batch:
-    """The batch with ``rows`` as filling: none of their labels counts."""
+    """The batch with ``rows`` as filling: none of their labels counts, and all their tokens are padding."""
     if not rows:
         return batch
     labels = batch.labels.clone()
-    labels[list(rows)] = IGNORE_INDEX
-    return batch._replace(labels=labels, filling=len(rows))
+    padding = torch.zeros_like(labels, dtype=torch.bool) if batch.padding is None else batch.padding.clone()
+    labels[list(rows)], padding[list(rows)] = IGNORE_INDEX, True
+    return batch._replace(labels=labels, padding=padding, filling=len(rows))

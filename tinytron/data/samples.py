@@ -30,11 +30,13 @@ Piece = tuple[int, int]  # first token, and number of training pairs (token, nex
 class SampleOptions:
     """How tokens become samples. ``document_mask``: tokens attend to their own document, in which positions count from 0;
     ``cross_document_loss``: a document's last token is trained to predict the next one's first; ``packing``: ``concat``
-    cuts the token stream every ``seq_len`` tokens, ``best_fit`` fills rows with whole documents."""
+    cuts the token stream every ``seq_len`` tokens, ``best_fit`` fills rows with whole documents; ``mark_padding``: samples
+    say which tokens only fill up their row, for models with experts."""
 
     document_mask: bool = False
     cross_document_loss: bool = True
     packing: Literal["concat", "best_fit"] = "concat"
+    mark_padding: bool = False
 
     @property
     def needs_documents(self) -> bool:
@@ -47,7 +49,7 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
 
     ``concat``: sample i of a shard is ``tokens[i*S : i*S + S + 1]``, S = ``seq_len``: neighbors share one token, so
     every token but a shard's first is a target once; the remainder is dropped and no sample crosses shards. ``best_fit``: a
-    sample is a row of the shard's packing (packing.py); what is left of a row is token 0, no target.
+    sample is a row of the shard's packing (packing.py); what is left of a row is padding: token 0, no target.
 
     Raises: DataError for a damaged shard, for shards without a single sample, and on access for a token id of
     ``vocab_size`` or more.
@@ -112,6 +114,8 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
                 weights[place] = self._weights(shard, first + 1, first + count + 1) if self.weighted else 1
             self._mark_documents(shard, first, labels[place], None if positions is None else positions[place])
             at += count
+        if "padding" in into:
+            into["padding"][row] = self._counting >= at
         if at == self.seq_len:
             return
         inputs[at:], labels[at:] = 0, IGNORE_INDEX
@@ -256,6 +260,8 @@ def read_rows(samples: Sequence[tuple[TokenShardDataset, int]]) -> Batch:
         rows["weights"] = np.empty(shape, np.float32)
     if samples[0][0].reading.document_mask:
         rows["positions"] = np.empty(shape, np.int64)
+    if samples[0][0].reading.mark_padding and samples[0][0].packs:
+        rows["padding"] = np.empty(shape, np.bool_)
     for row, (dataset, index) in enumerate(samples):
         dataset.read(index, rows, row)
     return Batch.of({name: torch.from_numpy(array) for name, array in rows.items()})

@@ -21,7 +21,8 @@ from tinytron.model.modules.loss import LossSums
 class ValResult(NamedTuple):
     """``loss`` in nats per token over ``tokens`` targets (weighted, if they have weights), or per what the objective
     counts instead; ``bits_per_byte`` (not weighted), if it is known which bytes tokens stand for; of a mixture also the
-    same for every source; ``aux``: the objective's auxiliary values by name, divided like the loss."""
+    same for every source; ``aux``: the objective's auxiliary values by name, divided by their own counts or like the
+    loss."""
 
     loss: float
     tokens: int
@@ -57,6 +58,7 @@ def validate(
     model.eval()
     sums = torch.zeros(6, dtype=torch.float64, device=state.device)
     aux: dict[str, torch.Tensor] = {}
+    aux_counts: dict[str, torch.Tensor] = {}
     by_source = SourceLosses(sources, state, token_bytes_V)
     for batch in batches:
         losses = loss(batch)
@@ -64,18 +66,21 @@ def validate(
         size = batch.targets() * 0 if token_bytes_V is None else bytes_of_labels(batch.labels, token_bytes_V).sum()
         counts = (normalizer(batch), batch.target_weight(), batch.targets(), plain, size)
         sums += torch.stack([losses.token.double(), *(count.double() for count in counts)])
-        real = 1 - batch.filling / len(batch.labels)  # a model counts filling, too, such as the balance of its experts
+        real = 1 - batch.filling / len(batch.labels)  # a value without a count of its own may be over filling, too
         for name, value in losses.aux.items():
-            aux[name] = aux.get(name, 0.0) + value.double() * real
+            aux[name] = aux.get(name, 0.0) + value.double() * (1 if name in losses.counts else real)
+        for name, number in losses.counts.items():
+            aux_counts[name] = aux_counts.get(name, 0.0) + number.double()
         by_source.add(batch, losses)
     model.train(was_training)
     nats, count, weight, tokens, plain_nats, text_bytes = sum_over(sums, state.groups["world"]).tolist()
+    divisors = _sum_by_name(aux_counts, state)
     return ValResult(
         nats / weight * (tokens / count) if weight and count else 0.0,
         int(tokens),
         by_source.flush() if sources else {},
         bits_per_byte(plain_nats, text_bytes),
-        {name: value / max(count, 1.0) for name, value in _sum_by_name(aux, state).items()},
+        {name: value / max(divisors.get(name, count), 1.0) for name, value in _sum_by_name(aux, state).items()},
     )
 
 

@@ -28,7 +28,8 @@ class RoutingReport:
 
     ``micro_batches`` are those of a step. With ``trace`` each report appends to ``folder``'s ``routes_rank<r>.jsonl`` one
     line per expert layer and token of this rank: step, layer (block), row in the step's global batch, position in the whole
-    sequence, token id, experts (best first), their weights, margin. Row and position do not depend on the layout.
+    sequence, token id, experts (best first), their weights, margin. Row and position do not depend on the layout. Padding
+    is left out of both.
     """
 
     def __init__(
@@ -51,10 +52,13 @@ class RoutingReport:
         if not self._margins:
             return []
         own = [torch.stack([c.margin_T, weight_entropy(c.weight_Tk)]) for c in recorded.choices]
+        if recorded.padding_Bs is not None:
+            own = [values_2T[:, ~recorded.padding_Bs.flatten()] for values_2T in own]
         parts: list[Any] = [None] * self._state.layout.world_size
         # As objects: a loader of the user's own may give the ranks different numbers of rows.
         dist.all_gather_object(parts, torch.stack(own).double().cpu().numpy(), group=self._state.groups["world"])
-        layers = zip(self._layers, np.concatenate(parts, axis=2), strict=True)
+        whole = np.concatenate(parts, axis=2)
+        layers = zip(self._layers, whole, strict=True) if whole.size else ()  # there may be nothing but padding
         return [{"layer": layer, **margin_statistics(*values_2N)} for layer, values_2N in layers]
 
     def record(self, step: int) -> dict[str, Any]:
@@ -69,10 +73,13 @@ class RoutingReport:
             (self._micro_batches - 1) * self._state.layout.dp + dp_rank
         ) * B  # as GlobalBatchSampler deals them
         tokens = recorded.input_ids_Bs.flatten().tolist()
+        padding = [False] * (B * s) if recorded.padding_Bs is None else recorded.padding_Bs.flatten().tolist()
         with open(path, "a") as file:
             for layer, choice in zip(self._layers, recorded.choices, strict=True):
                 columns = zip(tokens, *(column.tolist() for column in choice), strict=True)
                 for t, (token, experts, weights, margin) in enumerate(columns):
+                    if padding[t]:
+                        continue
                     place = {"row": first_row + t // s, "position": sep_rank * s + t % s, "token": token}
                     decision = {"experts": experts, "weights": weights, "margin": margin}
                     file.write(json_line({"step": step, "layer": layer, **place, **decision}))

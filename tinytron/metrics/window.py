@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -13,7 +15,7 @@ from tinytron.distributed.collectives import sum_over
 @dataclass(frozen=True)
 class StepRecord:
     """What is known of one optimizer step: loss in nats per token of the global batch, norm before clipping, auxiliary
-    losses per token by name."""
+    losses by name, each a mean over what it counts."""
 
     step: int
     loss: float
@@ -35,13 +37,21 @@ class StepWindow:
         self._parts: list[torch.Tensor] = []
         self._norms: list[torch.Tensor] = []
         self._names: list[str] = []
+        self._counted: list[str] = []
 
-    def add(self, step: int, lr: float, parts: dict[str, torch.Tensor], grad_norm: torch.Tensor) -> None:
+    def add(
+        self,
+        step: int,
+        lr: float,
+        parts: dict[str, torch.Tensor],
+        grad_norm: torch.Tensor,
+        counts: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> None:
         """Keep one step's device scalars. ``parts`` has ``loss`` and any auxiliary terms, always the same; each is summed
-        over the ranks of the group."""
-        self._names = list(parts)
+        over the ranks of the group, and divided by the sum of its ``counts`` if it has one."""
+        self._names, self._counted = list(parts), list(counts)
         self._steps.append((step, lr))
-        self._parts.append(torch.stack([value.double() for value in parts.values()]))
+        self._parts.append(torch.stack([value.double() for value in (*parts.values(), *counts.values())]))
         self._norms.append(grad_norm)
 
     def flush(self) -> list[StepRecord]:
@@ -52,7 +62,9 @@ class StepWindow:
         rows = torch.cat([sums, torch.stack(self._norms).double().unsqueeze(1)], dim=1).tolist()
         records = []
         for (step, lr), (*values, norm) in zip(self._steps, rows, strict=True):
-            aux = dict(zip(self._names, values, strict=True))
+            aux = dict(zip(self._names, values[: len(self._names)], strict=True))
+            for name, count in zip(self._counted, values[len(self._names) :], strict=True):
+                aux[name] /= max(count, 1.0)
             records.append(StepRecord(step, aux.pop("loss"), lr, norm, aux))
         self._steps, self._parts, self._norms = [], [], []
         return records

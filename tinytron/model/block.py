@@ -62,13 +62,14 @@ class Block(CompilesMethods):
         rotation: Rotation,
         documents: Documents | None = None,
         cache: LayerCache | None = None,
+        padding_Bs: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, MoEStats | None]:
-        """``cache`` is for generation only: nothing is recomputed then."""
+        """``cache`` is for generation only: nothing is recomputed then. The routing's statistics leave out ``padding_Bs``."""
         if not isinstance(self.mlp, MoE):
             out_BsD = recomputed(self.recompute, self._dense, x_BsD, rotation, documents, cache, dropout=self.dropout)
             return out_BsD, None
         x_BsD, normed_BsD, logits_TE = self._before_experts(x_BsD, rotation, documents, cache)
-        out_BsD, stats = self.mlp(normed_BsD, logits_TE)
+        out_BsD, stats = self.mlp(normed_BsD, logits_TE, padding_Bs)
         return x_BsD + self._drop(out_BsD), stats
 
     def compile_parts(self) -> None:

@@ -27,14 +27,17 @@ from tinytron.model.modules.moe import Experts, MoE, MoEStats, Router, RouterTra
 from tinytron.model.modules.norm import LayerNorm, RMSNorm, make_norm
 from tinytron.model.modules.recompute import Recompute
 from tinytron.model.modules.rope import rotary_frequencies
+from tinytron.model.modules.routed import RoutedTokens, routed_tokens
 from tinytron.utils.sequences import Documents, visible
 
 
 class TracedBatch(NamedTuple):
-    """A micro-batch's tokens on this rank, and what each expert layer's router chose for them (``T = B s``, row-major)."""
+    """A micro-batch's tokens on this rank, and what each expert layer's router chose for them (``T = B s``, row-major);
+    which of them are padding, if any."""
 
     input_ids_Bs: torch.Tensor
     choices: list[RouterTrace]
+    padding_Bs: torch.Tensor | None = None
 
 
 class GPT(nn.Module):
@@ -159,8 +162,10 @@ class GPT(nn.Module):
         positions: torch.Tensor | None = None,
         documents: Documents | None = None,
         cache: Sequence[LayerCache] | None = None,
+        padding_Bs: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[MoEStats]]:
-        """Everything but the head: ``[B, s] -> [B, s, D]``, and the routing statistics of the expert layers.
+        """Everything but the head: ``[B, s] -> [B, s, D]``, and the routing statistics of the expert layers, without those
+        of ``padding_Bs``.
 
         ``positions`` (this rank's part) default to 0 .. S - 1; ``documents`` are those of the whole sequences, and their
         mask is made here, once for all blocks of one sliding window. With a ``cache`` (one per block; instead of documents)
@@ -189,7 +194,7 @@ class GPT(nn.Module):
         caches: Sequence[LayerCache | None] = [None] * len(self.blocks) if cache is None else cache
         for block, window, kept in zip(self.blocks, self.layer_windows, caches, strict=True):
             self.wait_for_params(block)
-            x_BsD, stats = block(x_BsD, rotation, seen[window], kept)
+            x_BsD, stats = block(x_BsD, rotation, seen[window], kept, padding_Bs)
             if stats is not None:
                 all_stats.append(stats)
         self.wait_for_params(self.final_norm)
@@ -203,10 +208,20 @@ class GPT(nn.Module):
         positions: torch.Tensor | None = None,
         documents: Documents | None = None,
         weights: torch.Tensor | None = None,
+        padding: torch.Tensor | None = None,
+        routing_scale: torch.Tensor | None = None,
     ) -> torch.Tensor | LossSums:
         """Logits ``[B, s, V]``, or with ``labels`` ``[B, s]`` (already shifted; -100 is ignored) the loss *sums*, in which
-        a target counts ``weights`` ``[B, s]`` times (default 1)."""
-        x_BsD, all_stats = self.hidden_states(input_ids, positions, documents)
+        a target counts ``weights`` ``[B, s]`` times (default 1).
+
+        For the routers' losses and statistics alone: tokens of ``padding`` ``[B, s]`` do not count, and the losses, sums
+        over tokens, are multiplied by ``routing_scale``. For the defaults see ``routed_tokens``.
+        """
+        routed: RoutedTokens | None = None
+        if labels is not None and self.moe_layers:
+            routed = routed_tokens(labels, weights, padding, documents, routing_scale, self.state)
+        unseen = None if routed is None else routed.padding_Bs
+        x_BsD, all_stats = self.hidden_states(input_ids, positions, documents, padding_Bs=unseen)
         self.wait_for_params(self.lm_head)
         if labels is None:
             logits: torch.Tensor = self.lm_head(x_BsD)
@@ -223,17 +238,18 @@ class GPT(nn.Module):
             sums = sums._replace(per_token=sums.per_token.view_as(labels))
         choices = [stats.choice for stats in all_stats if stats.choice is not None]
         if self.training and choices:
-            self.recorded = TracedBatch(input_ids, choices)
-        return self._add_routing_losses(sums, all_stats) if all_stats else sums
+            self.recorded = TracedBatch(input_ids, choices, unseen)
+        return sums if routed is None else self._add_routing_losses(sums, all_stats, routed)
 
-    def _add_routing_losses(self, sums: LossSums, all_stats: list[MoEStats]) -> LossSums:
+    def _add_routing_losses(self, sums: LossSums, all_stats: list[MoEStats], routed: RoutedTokens) -> LossSums:
         if self.training:
             self.step_load += torch.stack([stats.load_E for stats in all_stats])
         balance = torch.stack([stats.balance for stats in all_stats]).sum()
         z = torch.stack([stats.z for stats in all_stats]).sum()
         added = self.config.moe_aux_loss_coef * balance + self.config.moe_z_loss_coef * z
         aux = {"moe_balance": balance.detach(), "moe_z": z.detach()}
-        return sums._replace(objective=sums.objective + added, aux=aux)
+        objective = sums.objective + added * routed.scale.to(added.dtype)
+        return sums._replace(objective=objective, aux=aux, counts=dict.fromkeys(aux, routed.number))
 
     @torch.no_grad()
     def end_step(self, skipped: torch.Tensor | None = None) -> None:

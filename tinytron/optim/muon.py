@@ -6,6 +6,7 @@ the sign rule of the weight decay from Cautious Weight Decay (arXiv:2510.12402).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -53,6 +54,9 @@ class Muon(torch.optim.Optimizer):
     the matrix's ``row_blocks`` (packed projections), times sqrt(max(1, rows / cols)); with ``normuon`` u is divided by the
     root of its running mean square along the longer side and scaled back to its norm; decay applies where it and the
     update agree in sign (``cautious``). A step with ``found_inf`` set to 1 changes nothing, without asking the device.
+
+    A matrix whose gradient is all zeros, such as an expert without tokens, has no update in that step: orthogonalized,
+    what is left of its momentum would move it at full speed for hundreds of steps. Its momentum and its weights decay.
     """
 
     _step_supports_amp_scaling = True  # reads self.found_inf, like torch's fused optimizers
@@ -109,8 +113,9 @@ class Muon(torch.optim.Optimizer):
         assert grad is not None, "filtered by step"
         new_momentum = torch.lerp(grad, state["momentum_buffer"], momentum)
         look_ahead = torch.lerp(grad, new_momentum, momentum)
-        blocks = look_ahead.split(group["row_blocks"] or look_ahead.shape[-2], dim=-2)
-        update = torch.cat([self._direction(block, group) for block in blocks], dim=-2)
+        sizes = group["row_blocks"] or look_ahead.shape[-2]
+        blocks = zip(look_ahead.split(sizes, dim=-2), grad.split(sizes, dim=-2), strict=True)
+        update = torch.cat([self._direction(block, of_step, group) for block, of_step in blocks], dim=-2)
         if group["normuon"]:
             update = self._normalize(update, state, group)
         decay = group["weight_decay"] * p
@@ -119,8 +124,11 @@ class Muon(torch.optim.Optimizer):
         state["momentum_buffer"].copy_(self._unless_skipped(new_momentum, state["momentum_buffer"]))
         p.copy_(self._unless_skipped(p - lr * (update + decay), p))
 
-    def _direction(self, block: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+    def _direction(self, block: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+        """The update of one matrix, or of each of a stack; zero where the step's ``grad`` is."""
         rows, cols = block.shape[-2:]
+        moves = torch.linalg.vector_norm(grad, ord=math.inf, dim=(-2, -1), keepdim=True) != 0
+        block = torch.where(moves, block, 0.0)
         return orthogonalize(block, group["ns_steps"], by=self.by) * max(1.0, rows / cols) ** 0.5
 
     def _normalize(self, update: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> torch.Tensor:
@@ -131,6 +139,7 @@ class Muon(torch.optim.Optimizer):
         moment = torch.lerp(mean_square, state["second_moment"], group["normuon_beta2"])
         scaled = update * moment.clamp(min=1e-10).rsqrt()
         norms = [torch.linalg.matrix_norm(u, keepdim=True) for u in (update, scaled)]
+        moment = torch.where(norms[0] != 0, moment, state["second_moment"])  # a matrix without an update has no square
         state["second_moment"].copy_(self._unless_skipped(moment, state["second_moment"]))
         return scaled * (norms[0] / norms[1].clamp(min=1e-30))
 

@@ -80,7 +80,7 @@ def step_memory(model: GPT, work: Workload, layout: ParallelLayout) -> StepMemor
     with fake:
         model.step_load = torch.zeros(model.step_load.shape, dtype=torch.int64)
         ids_Bs, labels_Bs = (torch.zeros(B, s, dtype=torch.int64) for _ in range(2))
-        positions, documents = None, None
+        positions, documents, scale = None, None, torch.zeros(())
         if work.documents:
             positions = torch.zeros(B, s, dtype=torch.int64)
             documents = Documents(torch.zeros(B + 1, dtype=torch.int32), work.seq_len)
@@ -92,7 +92,7 @@ def step_memory(model: GPT, work: Workload, layout: ParallelLayout) -> StepMemor
         marks = _mark_blocks(model, ledger)
         with FakeDeviceMode(work.device), UniformRoutingMode(_even_rows(model.config, layout, B * s)), ledger:
             ledger.phase = "forward"
-            sums = model(ids_Bs, labels_Bs, positions, documents)
+            sums = model(ids_Bs, labels_Bs, positions, documents, routing_scale=scale)
             assert isinstance(sums, LossSums), "labels were given"
             after_forward, ledger.phase = ledger.live, "backward"
             _backward(sums.objective / ids_Bs.numel())

@@ -19,7 +19,7 @@ from tinytron.distributed.sequence_parallel.ulysses import cut_sequence
 from tinytron.errors import DataError
 from tinytron.training.config import Config
 from tinytron.training.datasets import LoadedData
-from tinytron.utils.sequences import IGNORE_INDEX, documents_of
+from tinytron.utils.sequences import IGNORE_INDEX, documents_of, documents_without_target
 
 
 class BatchPreparer:
@@ -29,6 +29,7 @@ class BatchPreparer:
     def __init__(self, config: Config, state: ParallelState) -> None:
         self._state, self._data = state, config.data
         self._seq_len, self._vocab_size = config.train.seq_len, config.model.vocab_size
+        self._routes = config.model.use_moe
         self._pin = config.data.pin_memory and state.device.type == "cuda"
 
     def steps(self, data: LoadedData, per_step: int, *, skip_steps: int = 0) -> Iterator[list[Batch]]:
@@ -58,6 +59,10 @@ class BatchPreparer:
         if not trusted:
             check_batch(batch, self._seq_len, self._vocab_size)
         documents = None if batch.positions is None else documents_of(batch.positions)
+        padding = batch.padding if self._routes else None
+        if self._routes and padding is None and documents is not None and not trusted:
+            padding = documents_without_target(documents, batch.labels)
+        batch = batch._replace(padding=padding)
         rank, size = self._state.group_rank("sep"), self._state.layout.sep
         whole = {name: t for name in FIELDS if (t := getattr(batch, name)) is not None} | dict(batch.extras)
         of_tokens = batch.input_ids.shape  # [B, S]; only extras may have another shape
@@ -82,10 +87,12 @@ def _endless(loader: Iterable[Any], skip: int) -> Iterator[Any]:
 
 class BatchCount(NamedTuple):
     """Sums over the global batch of a step, on the device: ``divisor`` (int64, at least 1) is what the loss is divided by;
-    ``weight_scale`` makes the weights of the valid targets sum up to their number."""
+    ``weight_scale`` makes the weights of the valid targets sum up to their number; ``routing_scale`` makes sums over
+    tokens, padding left out, come out of that division as means."""
 
     divisor: torch.Tensor
     weight_scale: torch.Tensor
+    routing_scale: torch.Tensor
 
 
 def count_targets(
@@ -95,22 +102,24 @@ def count_targets(
 ) -> BatchCount:
     """The count of a global batch, from this rank's micro-batches; ``normalizer`` gives what one adds to the divisor, a
     whole number on the device (default: its valid targets). Collective over ``group``."""
-    rows = [torch.stack([normalizer(b).double(), b.targets().double(), b.target_weight()]) for b in microbatches]
-    divisor, targets, weight = sum_over(torch.stack(rows).sum(0), group)
+    counts = [(normalizer(b), b.targets(), b.target_weight(), b.tokens()) for b in microbatches]
+    rows = [torch.stack([count.double() for count in of_one]) for of_one in counts]
+    divisor, targets, weight, tokens = sum_over(torch.stack(rows).sum(0), group)
     scale = torch.where(weight > 0, targets / weight, 0.0).float()
-    return BatchCount(divisor.long().clamp(min=1), scale)
+    divisor = divisor.clamp(min=1)
+    return BatchCount(divisor.long(), scale, divisor / tokens.clamp(min=1))
 
 
 def scale_weights(microbatches: list[Batch], scale: torch.Tensor) -> list[Batch]:
     """The micro-batches with the weights of their targets, if they have any, times ``scale``. With that of ``BatchCount``
-    the one division gives the weighted mean, and auxiliary losses keep their scale."""
+    the one division gives the weighted mean."""
     return [b if b.weights is None else b._replace(weights=b.weights * scale) for b in microbatches]
 
 
 def check_batch(batch: Batch, seq_len: int, vocab_size: int) -> None:
     """Raises: DataError for samples of another length than ``seq_len`` (the global batch would not be what was asked for),
-    for token ids the model has no embedding for (on a GPU they would end in a device assertion), and for weights and
-    positions that make no sense.
+    for token ids the model has no embedding for (on a GPU they would end in a device assertion), and for weights, padding
+    and positions that make no sense.
 
     Reads host memory, before the batch goes to the device.
     """
@@ -126,6 +135,11 @@ def check_batch(batch: Batch, seq_len: int, vocab_size: int) -> None:
     if batch.weights is not None and not bool((batch.weights >= 0).all() and batch.weights.isfinite().all()):
         raise DataError(
             f"the dataset gave a weight of {float(batch.weights.min())}; weights must be finite and at least 0"
+        )
+    if batch.padding is not None and (wrong := int((batch.padding & (batch.labels != IGNORE_INDEX)).sum())):
+        raise DataError(
+            f"the dataset marks {wrong} tokens with a label as padding; padding has no targets: set their labels to "
+            f"{IGNORE_INDEX}, or padding to 0"
         )
     if (positions := batch.positions) is not None:
         steps = positions.diff(dim=1)

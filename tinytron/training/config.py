@@ -23,6 +23,8 @@ from tinytron.training.sections import (
 )
 from tinytron.utils.flags import check_bounds, config_fields
 
+_BALANCED = "train.balanced_sequences"  # a value of the identity that no flag has
+
 __all__ = [
     "SECTIONS",
     "CkptConfig",
@@ -65,7 +67,8 @@ def all_sections(further: Mapping[str, type]) -> dict[str, type]:
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """All options, by section. ``further`` are sections that a trainer or a script adds; they are attributes, too:
-    ``Config(further={"dpo": DpoConfig()}).dpo``.
+    ``Config(further={"dpo": DpoConfig()}).dpo``. ``dp_size`` is the number of data-parallel ranks; a trainer sets it when
+    it has joined them.
 
     Raises: ConfigError for values that are wrong in themselves or together, whatever the world size.
     """
@@ -79,6 +82,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     further: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    dp_size: int = 1
 
     def __post_init__(self) -> None:
         all_sections({name: type(section) for name, section in self.further.items()})
@@ -94,7 +98,7 @@ class Config:
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         """Name and value of every section."""
-        names = [f.name for f in dataclasses.fields(self) if f.name != "further"]
+        names = [f.name for f in dataclasses.fields(self) if f.name not in ("further", "dp_size")]
         return ((name, self[name]) for name in [*names, *self.further])
 
     @classmethod
@@ -112,9 +116,19 @@ class Config:
         """Nested plain values, as saved with every run."""
         return {name: dataclasses.asdict(section) for name, section in self}
 
+    @property
+    def balanced_sequences(self) -> int | None:
+        """Sequences over which experts are balanced, if that depends on the layout: those of a micro-batch of all ranks,
+        with ``--moe_aux_loss_scope batch``."""
+        model = self.model
+        depends = model.use_moe and model.moe_aux_loss_scope == "batch" and model.moe_aux_loss_coef > 0
+        return self.train.batch_size * self.dp_size if depends else None
+
     def identity(self) -> dict[str, Any]:
-        """The values that make this run what it is: not layout, micro-batch, paths, intervals and step limits."""
-        return {f"{name}.{info}": getattr(section, info) for name, section in self for info in _identity(type(section))}
+        """The values that make this run what it is: not layout, micro-batch, paths, intervals and step limits, but for
+        ``balanced_sequences``."""
+        values = {f"{name}.{info}": getattr(section, info) for name, section in self for info in _identity(type(section))}
+        return values if self.balanced_sequences is None else {**values, _BALANCED: self.balanced_sequences}
 
     def default_identity(self) -> dict[str, Any]:
         """``identity`` with the default of every option."""
@@ -124,7 +138,7 @@ class Config:
         """Eight hexadecimal digits of ``identity``; with ``exp_name`` the name of the run's folder. Values that are the
         defaults do not count, so that an option that a later version adds does not rename the runs of this one."""
         defaults = self.default_identity()
-        text = json.dumps({k: v for k, v in self.identity().items() if v != defaults[k]}, sort_keys=True)
+        text = json.dumps({k: v for k, v in self.identity().items() if v != defaults.get(k)}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

@@ -128,7 +128,9 @@ def _shards(config: Config, state: ParallelState, path: str, split: str) -> Toke
         agree_slowly(lambda: make_pack_files(shards, seq_len) if first_on_node() else None, world)
 
     def build() -> TokenShardDataset:
-        reading = SampleOptions(data.document_mask, data.cross_document_loss, data.packing)
+        reading = SampleOptions(
+            data.document_mask, data.cross_document_loss, data.packing, mark_padding=config.model.use_moe
+        )
         dataset = TokenShardDataset(shards, seq_len, config.model.vocab_size, reading)
         dataset.passed_over = passed_over(path) if split == "train" else []
         dataset.check_token_ids(part=state.rank, parts=state.layout.world_size)

@@ -88,6 +88,12 @@ def derive(config: Config, layout: ParallelLayout, num_samples: int | None) -> T
             f"{train.max_epochs} epochs of {num_samples} samples do not fill one global batch of {global_batch}; "
             f"use --max_epochs {-(-global_batch // num_samples)}, a smaller --total_batch_size, or --max_steps"
         )
+    if config.balanced_sequences is not None:
+        sequences = train.batch_size * layout.dp
+        notes.append(
+            f"--moe_aux_loss_scope batch balances experts over micro-batches of {sequences} sequences: another --batch_size "
+            "x data-parallel ranks is another run, with a folder of its own"
+        )
     warmup = config.optim.warmup_steps
     if warmup >= max_steps and warmup > 1:
         warmup = max(1, max_steps // 10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -73,6 +74,7 @@ class Trainer(RankAttributes):
         self.config, self.step = config, 0  # step counts completed optimizer steps
         self.one_step_results: dict[str, float] = {}
         self._init_distributed(config)  # -> state, device
+        self.config = config = replace(config, dp_size=self.state.layout.dp)
         self._init_reporter(config)  # -> reporter: from here on there is something to print with
         self._init_dataset(config)  # -> train_dataset, val_dataset
         self._init_pipeline(config)  # -> data: training_info, sampler, loaders
@@ -216,9 +218,13 @@ class Trainer(RankAttributes):
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
         world = self.state.groups["world"]
-        divisor, weight_scale = count_targets(microbatches, world, self._normalizer)  # for the one division
-        microbatches = scale_weights(microbatches, weight_scale)
+        count = count_targets(microbatches, world, self._normalizer)
+        divisor = count.divisor  # for the one division
+        microbatches = scale_weights(microbatches, count.weight_scale)
+        if self.config.model.use_moe:
+            microbatches = [batch._replace(routing_scale=count.routing_scale) for batch in microbatches]
         sums: dict[str, torch.Tensor] = {}
+        counts: dict[str, torch.Tensor] = {}
         for i, batch in enumerate(microbatches):
             with self.optimizer.accumulate(last=i == len(microbatches) - 1):
                 losses = self._loss(batch)
@@ -226,12 +232,15 @@ class Trainer(RankAttributes):
             self._sources.add(batch, losses)
             for name, value in {"loss": losses.token, **losses.aux}.items():
                 sums[name] = sums[name] + value if i else value
+            for name, number in losses.counts.items():
+                counts[name] = counts[name] + number if i else number
         parts = {name: value / divisor for name, value in sums.items()}
+        parts |= {name: sums[name] for name in counts}
         reject = self.guards.spikes.judge(self.step + 1, parts["loss"])
         grad_norm = self.optimizer.step(max_norm=self.config.train.grad_clip_value, reject=reject)
         self.optimizer.zero_grad()
         self._end_step()
-        self.reporter.window.add(self.step + 1, lr, parts, grad_norm)
+        self.reporter.window.add(self.step + 1, lr, parts, grad_norm, counts)
 
     def eval(self) -> float:
         """Validate the current weights, log the result and return it, in nats per token. Collective."""

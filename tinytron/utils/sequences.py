@@ -5,6 +5,7 @@ Letters: B batch, S sequence.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,32 @@ def documents_of(positions_BS: torch.Tensor) -> Documents:
     end = torch.tensor([starts_BS.numel()])
     cu_seqlens = torch.cat((starts_BS.flatten().nonzero().squeeze(1), end)).to(torch.int32)
     return Documents(cu_seqlens, int(cu_seqlens.diff().max()))
+
+
+def documents_without_target(
+    documents: Documents,
+    labels_Bs: torch.Tensor,
+    *,
+    first: int = 0,
+    S: int | None = None,
+    total: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """True for the tokens of documents none of whose labels is a target, bool ``[B, s]``: the unused end of a row, as data
+    that says no more about its padding has it. A single token may be the last one of a text, and is not padding.
+
+    ``labels_Bs`` is the part of the rows that begins at column ``first`` of ``S``; ``total`` sums the targets of every
+    document, int64 ``[n_documents]``, over the other parts.
+    """
+    B, s = labels_Bs.shape
+    row_B1 = torch.arange(B, device=labels_Bs.device).unsqueeze(1) * (S or s)
+    token_Bs = row_B1 + torch.arange(first, first + s, device=labels_Bs.device)
+    document_Bs = torch.searchsorted(documents.cu_seqlens, token_Bs.to(torch.int32), right=True) - 1
+    lengths = documents.cu_seqlens.diff()
+    targets = torch.zeros(lengths.shape, dtype=torch.int64, device=labels_Bs.device)
+    targets.scatter_add_(0, document_Bs.flatten(), (labels_Bs != IGNORE_INDEX).flatten().long())
+    if total is not None:
+        targets = total(targets)
+    return ((targets == 0) & (lengths > 1))[document_Bs]
 
 
 def rows_as_documents(B: int, S: int, device: torch.device) -> Documents:

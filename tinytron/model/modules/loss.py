@@ -20,12 +20,18 @@ class LossSums(NamedTuple):
     differ by the weighted auxiliary terms: z-loss, and those of ``aux`` (detached and unweighted, by
     name). ``per_token`` is every target's cross entropy (detached, in nats, not times its weight; zero
     where the label is ignored): ``[T]``, from the model ``[B, s]``.
+
+    ``counts`` says what a value of ``aux`` is a sum over, by its name, such as the number of tokens
+    that were routed: sums and counts of all ranks and micro-batches give the mean. A value without a
+    count is divided like ``token``. In ``objective`` a sum with another count than the targets must be
+    scaled by targets per count (modules/routed.py).
     """
 
     objective: torch.Tensor
     token: torch.Tensor
     aux: Mapping[str, torch.Tensor] = MappingProxyType({})
     per_token: torch.Tensor | None = None
+    counts: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
 def fused_linear_cross_entropy(

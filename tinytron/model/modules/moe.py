@@ -36,7 +36,8 @@ class RouterTrace(NamedTuple):
 
 
 class MoEStats(NamedTuple):
-    """One layer's routing terms of the loss, as sums over this rank's tokens; its load; its choices, if recorded."""
+    """One layer's routing terms of the loss, as sums over this rank's tokens without padding; its load; its choices, if
+    recorded."""
 
     balance: torch.Tensor  # sum over tokens of E * sum_e f_e p_te: 1 per token when the load f is even
     z: torch.Tensor  # sum over tokens of logsumexp(router logits)²
@@ -178,11 +179,14 @@ class MoE(CompilesMethods):
         shared = config.num_shared_experts * width
         self.shared = SwiGLU(config.hidden_size, shared, config.has_mlp_bias, kernels) if shared else None
 
-    def forward(self, x_BsD: torch.Tensor, logits_TE: torch.Tensor) -> tuple[torch.Tensor, MoEStats]:
+    def forward(
+        self, x_BsD: torch.Tensor, logits_TE: torch.Tensor, padding_Bs: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, MoEStats]:
+        """Tokens of ``padding_Bs`` pass the experts, too, but the statistics do not count them."""
         routing = self.router.choose(logits_TE)
         routes = plan_dispatch(routing.expert_Tk, self.config.num_experts, self.group)
         out_BsD = recomputed(self.recompute.mixture, self._mixture, x_BsD, routing.weight_Tk, routes)
-        return out_BsD, self._stats(routing, x_BsD.shape[0])
+        return out_BsD, self._stats(routing, x_BsD.shape[0], padding_Bs)
 
     def compile_parts(self) -> None:
         """Compile what lies between the exchanges. A rank gets another number of rows at every step."""
@@ -213,7 +217,7 @@ class MoE(CompilesMethods):
         out_TD = weighted_sum(rows_RD, weight_Tk, order_R, inverse_R, self.by)
         return out_TD if shared_BsD is None else out_TD + shared_BsD.flatten(0, 1)
 
-    def _stats(self, routing: RoutingDecision, B: int) -> MoEStats:
+    def _stats(self, routing: RoutingDecision, B: int, padding_Bs: torch.Tensor | None) -> MoEStats:
         """Balance: Switch Transformer's loss (arXiv:2101.03961, section 2.2) times the tokens it stands for.
 
         It is linear in the probabilities, so each rank adds its own tokens' part and only the loads, which carry no
@@ -223,17 +227,24 @@ class MoE(CompilesMethods):
         row_T1 = torch.arange(T, device=routing.expert_Tk.device).unsqueeze(1) // (T // B)
         index = (row_T1 * E + routing.expert_Tk).flatten()
         load_BE = torch.zeros(B * E, dtype=torch.int64, device=index.device)
-        load_BE = load_BE.scatter_add_(0, index, torch.ones_like(index)).view(B, E)
-        prob_BE = routing.prob_TE.view(B, T // B, E).sum(1)
+        counted, prob_TE, z_T = torch.ones_like(index), routing.prob_TE, _squared_lse(routing.logits_TE)
+        if padding_Bs is not None:
+            padding_T1 = padding_Bs.reshape(T, 1)
+            counted = (~padding_T1).expand(T, k).flatten().to(index.dtype)
+            prob_TE, z_T = prob_TE.masked_fill(padding_T1, 0.0), z_T.masked_fill(padding_T1.squeeze(1), 0.0)
+        load_BE = load_BE.scatter_add_(0, index, counted).view(B, E)
+        prob_BE = prob_TE.view(B, T // B, E).sum(1)
         load_E = load_BE.sum(0)
-        z = torch.logsumexp(routing.logits_TE, dim=-1).square().sum()
         if self.config.moe_aux_loss_scope == "sequence":
             seen, group, ranks = load_BE, "sep", self.state.layout.sep if self.state else 1
-            rows = k * (T // B) * ranks
         else:
-            ranks = self.state.layout.world_size if self.state else 1
-            seen, group, rows = load_E, "world", k * T * ranks
+            seen, group, ranks = load_E, "world", self.state.layout.world_size if self.state else 1
         if self.state is not None and ranks > 1:
             seen = sum_over(seen.clone(), self.state.groups[group])
+        rows = seen.sum(-1, keepdim=True).clamp(min=1)  # choices of the sequence, or of all ranks' micro-batch
         balance = E * (prob_BE * (seen.to(prob_BE.dtype) / rows)).sum()
-        return MoEStats(balance, z, load_E, routing.choice)
+        return MoEStats(balance, z_T.sum(), load_E, routing.choice)
+
+
+def _squared_lse(logits_TE: torch.Tensor) -> torch.Tensor:
+    return torch.logsumexp(logits_TE, dim=-1).square()
