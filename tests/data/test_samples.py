@@ -132,8 +132,10 @@ def test_packed_rows_mark_the_tokens_that_only_fill_them(tmp_path: Path, mask: b
     reading = SampleOptions(mask, cross_document_loss=False, packing="best_fit", mark_padding=True)
     dataset = TokenShardDataset([shard], 4, VOCAB, reading)
     rows = all_rows(dataset)
-    real = [[t for t, fills in zip(*pair, strict=True) if not fills] for pair in zip(rows["input_ids"], rows["padding"])]
-    assert sorted(t for row in real for t in row) == sorted([EOT, 5, 6, EOT, 7, EOT, EOT, 8, 9])  # all but the last: 4
+    pairs = [pair for name in zip(rows["input_ids"], rows["padding"], strict=True) for pair in zip(*name, strict=True)]
+    assert sorted(token for token, fills in pairs if not fills) == sorted(
+        [EOT, 5, 6, EOT, 7, EOT, EOT, 8, 9]
+    )  # all but the last: 4
     for fills, labels in zip(rows["padding"], rows["labels"], strict=True):
         assert fills == sorted(fills)  # at the end
         assert all(label == -100 for label, fill in zip(labels, fills, strict=True) if fill)

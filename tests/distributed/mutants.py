@@ -146,7 +146,7 @@ MUTANTS = {
         ("balance not times the experts", MOE + "_stats", "balance = E * ", "balance = "),
         ("load of this part of the sequence", MOE + "_stats", "sum_over(seen.clone(), self.state.groups[group])", "seen"),
         ("load over one part's choices", MOE + "_stats", "rows = seen.sum(", "rows = load_BE.sum("),
-        ("load over one choice", MOE + "_stats", "rows = seen.sum(-1, keepdim=True)", "rows = seen.sum(-1, keepdim=True).div(k)"),
+        ("load over one choice", MOE + "_stats", "keepdim=True).clamp", "keepdim=True).div(k).clamp"),
         ("probabilities of one token", MOE + "_stats", "view(B, T // B, E).sum(1)", "view(B, T // B, E)[:, 0]"),
         ("load of a step not summed over ranks", GPT + "end_step", LOAD, "self.step_load"),
         ("load of a step summed over dp", GPT + "end_step", 'self.state.groups["world"]', 'self.state.groups["dp"]'),

@@ -122,9 +122,7 @@ def _cut(ids: torch.Tensor, labels: torch.Tensor, *lengths: torch.Tensor) -> Bat
     return [(ids[b : b + 1, :n], labels[b : b + 1, :n]) for b, n in enumerate(lengths[0].tolist())]
 
 
-def _backward(
-    weights: Weights, batch: tuple[torch.Tensor, ...], shape: Shape, recipe: Recipe, outcome: Outcome
-) -> Any:
+def _backward(weights: Weights, batch: tuple[torch.Tensor, ...], shape: Shape, recipe: Recipe, outcome: Outcome) -> Any:
     """Gradients of the global batch; returns how often each expert of each layer was chosen. The loss is a mean over
     targets, the routers' losses are means over tokens."""
     targets = (batch[1] != -100).sum().clamp(min=1)

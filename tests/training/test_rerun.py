@@ -55,9 +55,7 @@ def test_a_longer_run_says_that_the_rate_follows(ranks: Pools, tmp_path: Path) -
     ranks(1).run(train, Trainer, tmp_path, "--max_steps", 2)
     said = ranks(1).run(_said, tmp_path, "--max_steps", 4, "--grad_reduce_dtype", "bf16")[0]
     (changed,) = (line for line in said if "train.max_steps" in line)
-    assert changed.startswith(
-        "changed since the checkpoint: train.max_steps: 2 in the checkpoint, 4 now; the learning rate"
-    )
+    assert "train.max_steps: 2 in the checkpoint, 4 now; the learning rate follows" in changed
     assert any("parallel.grad_reduce_dtype: fp32 in the checkpoint, bf16 now" in line for line in said)
 
 
@@ -88,6 +86,5 @@ def test_validation_shards_that_are_too_short_stop_only_a_run_that_validates(ran
     for more in ((), ("--do_val", "--debug")):
         ranks(1).run(train, Trainer, tmp_path / "log", *flags, *more)
     error = ranks(1).run(user_error, Trainer, tmp_path / "log", *flags, "--do_val")[0]
-    assert error.startswith(
-        "DataError: --do_val: no validation shard holds one sample of --seq_len 12 + 1 tokens (val_0.bin: 9)"
-    )
+    assert error.startswith("DataError: --do_val: no validation shard holds one sample of --seq_len 12 + 1 tokens")
+    assert "val_0.bin: 9" in error

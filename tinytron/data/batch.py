@@ -90,8 +90,8 @@ class Batch(NamedTuple):
 
 def as_batch(item: Any) -> Batch:
     """A ``Batch`` from what a loader of the user's own gave: a ``Batch``, a dict with ``input_ids`` and ``labels`` (and
-    ``weights``, ``positions``, ``padding`` and extras if there are any), or the first two in a row. Raises: DataError for anything
-    else."""
+    ``weights``, ``positions``, ``padding`` and extras if there are any), or the first two in a row. Raises: DataError for
+    anything else."""
     if isinstance(item, Batch):
         return item
     extras: dict[str, torch.Tensor] = {}

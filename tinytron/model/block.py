@@ -64,7 +64,8 @@ class Block(CompilesMethods):
         cache: LayerCache | None = None,
         padding_Bs: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, MoEStats | None]:
-        """``cache`` is for generation only: nothing is recomputed then. The routing's statistics leave out ``padding_Bs``."""
+        """``cache`` is for generation only: nothing is recomputed then. Statistics of the routing leave out
+        ``padding_Bs``."""
         if not isinstance(self.mlp, MoE):
             out_BsD = recomputed(self.recompute, self._dense, x_BsD, rotation, documents, cache, dropout=self.dropout)
             return out_BsD, None

@@ -103,14 +103,21 @@ class ModelConfig:
     ] = "softmax"
     norm_topk_prob: Annotated[bool, Flag("the chosen scores are divided by their sum")] = True
     moe_aux_loss_coef: Annotated[
-        float, Flag("weight of the load-balance loss, a mean over tokens summed over layers", at_least=0, below=math.inf, works=0)
+        float,
+        Flag(
+            "weight of the load-balance loss, a mean over tokens summed over layers",
+            at_least=0,
+            below=math.inf,
+            works=0,
+        ),
     ] = 0.01
     moe_aux_loss_scope: Annotated[
         Literal["sequence", "batch"],
         Flag("balance over each sequence, or a micro-batch of all ranks (its size then is part of the identity)"),
     ] = "sequence"
     moe_z_loss_coef: Annotated[
-        float, Flag("weight of the squared log-sum of the router's logits, likewise", at_least=0, below=math.inf, works=0)
+        float,
+        Flag("weight of the squared log-sum of the router's logits, likewise", at_least=0, below=math.inf, works=0),
     ] = 0.0
     moe_bias_update_rate: Annotated[
         float, Flag("step of the loss-free balancing bias; 0: no bias", at_least=0, below=math.inf, works=0)

@@ -36,7 +36,7 @@ class WaitsForParameters(Protocol):
 @runtime_checkable
 class HasExperts(Protocol):
     """A model with expert layers, whose load and routers are logged; ``config.moe_layers`` are the numbers of their
-    blocks."""
+    blocks. With ``--use_moe`` its forward is also given ``padding`` and ``routing_scale`` (``Batch``)."""
 
     config: Any
     moe_layers: Sequence[Any]

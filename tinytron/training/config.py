@@ -127,7 +127,9 @@ class Config:
     def identity(self) -> dict[str, Any]:
         """The values that make this run what it is: not layout, micro-batch, paths, intervals and step limits, but for
         ``balanced_sequences``."""
-        values = {f"{name}.{info}": getattr(section, info) for name, section in self for info in _identity(type(section))}
+        values = {
+            f"{name}.{info}": getattr(section, info) for name, section in self for info in _identity(type(section))
+        }
         return values if self.balanced_sequences is None else {**values, _BALANCED: self.balanced_sequences}
 
     def default_identity(self) -> dict[str, Any]:

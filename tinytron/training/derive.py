@@ -91,8 +91,8 @@ def derive(config: Config, layout: ParallelLayout, num_samples: int | None) -> T
     if config.balanced_sequences is not None:
         sequences = train.batch_size * layout.dp
         notes.append(
-            f"--moe_aux_loss_scope batch balances experts over micro-batches of {sequences} sequences: another --batch_size "
-            "x data-parallel ranks is another run, with a folder of its own"
+            f"--moe_aux_loss_scope batch balances experts over the {sequences} sequences of a micro-batch: another "
+            "--batch_size x data-parallel ranks is another run, with a folder of its own"
         )
     warmup = config.optim.warmup_steps
     if warmup >= max_steps and warmup > 1:
