@@ -73,10 +73,10 @@ def test_a_path_begins_as_the_shell_reads_it(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_folder_has_one_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "work" / "run").mkdir(parents=True)
+    (tmp_path / "here" / "run").mkdir(parents=True)
     (tmp_path / "other").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    for text in ("run", "run/", "./run", "../work/run", str(tmp_path / "work" / "run"), "run/../run"):
+    monkeypatch.chdir(tmp_path / "here")
+    for text in ("run", "run/", "./run", "../here/run", str(tmp_path / "here" / "run"), "run/../run"):
         assert tidy(text) == "run"
     assert tidy("../other/") == tidy(str(tmp_path / "other")) == str(tmp_path / "other")
     assert tidy("openai-community/gpt2") == "openai-community/gpt2"
