@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "tinytron tokenize") -> 
         documents = manifest.documents[split]
         print(f"{split}: {documents:,} documents, {tokens:,} tokens, {shards} shards in {outcome.folder}")
     if not any(split_of(shard.name) == "train" for shard in manifest.shards):
-        print("these are no training shards: move them beside those that a run trains on, and train with --do_val")
+        print("these are validation shards: move them into the folder of the training shards, and train with --do_val")
         return 0
     vocab_size = -(-manifest.tokenizer.vocab_size // 64) * 64
     print(f"train with: python pretrain_debug.py --dataset_path {outcome.folder} --vocab_size {vocab_size}")
