@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +65,25 @@ def test_an_option_that_torchrun_refuses_is_one_line(tmp_path: Path, module: tup
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: Unsupported nproc_per_node value: many; see --help\n"
+
+
+def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen(1)
+        port = taken.getsockname()[1]
+        command = [
+            sys.executable,
+            "-m",
+            "tinytron",
+            "launch",
+            "--nproc_per_node",
+            "2",
+            "--master_port",
+            str(port),
+            "x.py",
+        ]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: --master_port {port} (MASTER_PORT) is in use by another program; use")

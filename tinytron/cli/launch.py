@@ -88,6 +88,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         sys.exit(128 - failure.exitcode)
     except SignalException as stop:
         _exit_stopped_by(stop.sigval)
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ConfigError(
+            f"--master_port {args.master_port} (MASTER_PORT) is in use by another program; use another number, or on one "
+            "node --standalone, which finds a free one"
+        ) from error
     except ValueError as error:  # of an option
         raise ConfigError(f"{error}; see --help") from error
 
