@@ -69,7 +69,7 @@ def test_own_data_is_what_is_trained_on(tmp_path: Path) -> None:
     assert found[20] < 4.0 < 5.0 < found[1]
     rows = (len((ROOT / "README.md").read_bytes()) - 1) // 32
     assert records[-1]["stage"] == "val"
-    assert records[-1]["tokens"] == 32 * (rows // 100)
+    assert records[-1]["tokens"] == 32 * (rows - round(0.99 * rows))  # whatever the length of the page
 
 
 def trainer_of(name: str, log_dir: Path, *flags: object) -> Trainer:

@@ -113,7 +113,7 @@ class ModelConfig:
     ] = 0.01
     moe_aux_loss_scope: Annotated[
         Literal["sequence", "batch"],
-        Flag("balance over each sequence, or a micro-batch of all ranks (its size then is part of the identity)"),
+        Flag("balance over each sequence, or a micro-batch of all ranks, whose size is then part of the identity"),
     ] = "sequence"
     moe_z_loss_coef: Annotated[
         float,
