@@ -58,6 +58,11 @@ class Flag:
         )
 
     @property
+    def bounded(self) -> bool:
+        """True if there is any bound; without one, the section has a rule of its own."""
+        return any(bound is not None for bound in (self.at_least, self.above, self.at_most, self.below))
+
+    @property
     def bounds(self) -> str:
         """The bounds in words, as an error says them after "must be"; an infinite one goes without saying."""
         if self.rule:
@@ -125,7 +130,7 @@ def check_bounds(section: Any) -> None:
             continue
         if info.choices is not None and value not in info.choices:
             raise ConfigError(f"--{info.name} {value} must be one of {', '.join(map(str, info.choices))}")
-        if isinstance(value, float) and not math.isfinite(value) and not flag.infinite and flag.allows(value):
+        if flag.bounded and isinstance(value, float) and math.isinf(value) and not flag.infinite and flag.allows(value):
             works = info.default if flag.works is None else flag.works
             raise ConfigError(f"--{info.name} {value} must be finite; use {works}")
         if not flag.allows(value):
