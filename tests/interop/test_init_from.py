@@ -151,7 +151,8 @@ def test_a_run_says_which_settings_it_left_out(
     left_out = "; left out of its config.json, as not about the model's function: is_llama_config, auto_map"
     assert f"starting from the weights of {tmp_path / 'hf'}{left_out}\n" in said
     assert main(["import", str(tmp_path / "hf"), "--out", str(tmp_path / "own")]) == 0
-    assert capsys.readouterr().err == f"read {tmp_path / 'hf'}{left_out}\n"
+    # Behind what transformers shows of its own progress.
+    assert capsys.readouterr().err.splitlines()[-1] == f"read {tmp_path / 'hf'}{left_out}"
 
 
 def test_a_run_goes_on_from_its_own_checkpoint(ranks: Pools, tmp_path: Path) -> None:
