@@ -30,6 +30,7 @@ from typing import Any
 
 from tinytron.cli import entry, pretrain
 from tinytron.data.manifest import read_manifest
+from tinytron.data.shards import split_of
 from tinytron.distributed.agreement import agree, agree_slowly, require_same
 from tinytron.errors import ConfigError, DataError, TinytronError
 from tinytron.text.options import TokenizeOptions
@@ -37,6 +38,7 @@ from tinytron.text.sources import file_states, find_text_files
 from tinytron.text.state import recipe_hash
 from tinytron.text.tokenize import finished, load_tokenizer, tokenize_dataset
 from tinytron.training import Config, Trainer
+from tinytron.utils.paths import expanded
 
 MARKER = "prepared.json"  # in folders of earlier versions, which have no manifest
 
@@ -64,7 +66,7 @@ class ExampleTrainer(Trainer):
 
 def variable(name: str, default: str) -> Any:
     """A dataclass field that reads the environment variable ``name``; empty counts as unset."""
-    return field(default_factory=lambda: os.environ.get(name) or default)
+    return field(default_factory=lambda: expanded(os.environ.get(name) or default))
 
 
 def number(name: str, default: int, highest: int | None = None) -> Any:
@@ -149,13 +151,15 @@ def plan(config: Config) -> tuple[Recipe, Path]:
     """The recipe, and the folder of its shards."""
     path = config.data.dataset_path
     recipe = Recipe(files=find_text_files(path) if path else [], seed=config.seed.seed)
-    cache = os.environ.get("HF_CACHE_DIR") or "./data/prepared"
+    cache = expanded(os.environ.get("HF_CACHE_DIR") or "./data/prepared")
     return recipe, Path(cache) / recipe_hash(recipe.as_dict())
 
 
 def has_token_shards(path: str | None) -> bool:
     """Whether the built-in data path can read ``path``."""
-    return bool(path) and (str(path).endswith(".bin") or any(Path(str(path)).glob("train_*.bin")))
+    if not path or path.endswith(".bin"):
+        return bool(path)
+    return any(split_of(file.name) == "train" for file in Path(path).glob("*.bin"))
 
 
 def write_shards(recipe: Recipe, folder: Path, config: Config) -> None:

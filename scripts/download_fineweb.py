@@ -26,6 +26,7 @@ from tinytron.data.formats import read_header
 from tinytron.errors import ConfigError, DataError
 from tinytron.utils.flags import Parser, parse_strictly
 from tinytron.utils.optional import as_data_error, require_package
+from tinytron.utils.paths import user_path
 from tinytron.utils.training import sync_folder
 
 TEXT_REPOS = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
@@ -119,8 +120,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sample", choices=SAMPLES, default="10BT", help="which sample of it, by gpt2 tokens (10BT)")
     parser.add_argument("--tokens", choices=["gpt2"], help="not text, but 10^8 tokens of FineWeb per file")
     parser.add_argument("--num_files", type=int, help="so many of its files, from the first; default: all")
-    parser.add_argument("--target_dir", type=Path, help="default: data/<dataset>_<sample>, or data/fineweb_gpt2")
-    parser.add_argument("--tmp_dir", type=Path, help="for files on their way; default: .download in the target folder")
+    parser.add_argument("--target_dir", type=user_path, help="default: data/<dataset>_<sample>, or data/fineweb_gpt2")
+    parser.add_argument(
+        "--tmp_dir", type=user_path, help="for files on their way; default: .download in the target folder"
+    )
     parser.add_argument("--num_workers", type=int, default=10, help="files fetched at a time (10)")
     args = parse_strictly(parser, argv)
     for name, most in (("num_files", TOKEN_FILES if args.tokens else 10**6), ("num_workers", 1000)):

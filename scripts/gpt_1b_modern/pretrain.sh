@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # 1.5B dense GPT of about the size of gpt_1b in the proportions that GPUs like: heads of 128 (the size attention kernels
-# are fastest at), one key/value head for four query heads (a fourth of the cache when generating), normalised queries and
+# are fastest at), one key/value head for four query heads (a fourth of the cache when generating), normalized queries and
 # keys (scores that cannot grow), a narrower feed-forward layer and more blocks. The head is tied: one of its own would add
 # 7 % of parameters, gradients and states. On token shards, 1,048,576 tokens per step:
 #

@@ -44,7 +44,7 @@ if [ "$NUM_GPUS" -gt 0 ]; then : "${USE_COMPILE:=1}"; else : "${USE_COMPILE:=0}"
 
 COMMON=(
     --batch_size "$((BATCH_SIZE * SEP_SIZE))" --seq_len "$SEQ_LEN" --total_batch_size "$((GBS * SEQ_LEN))"
-    --block_size "$((SEQ_LEN > 4096 ? SEQ_LEN : 4096))" --sep_size "$SEP_SIZE" --seed "$SEED"
+    --sep_size "$SEP_SIZE" --seed "$SEED"
     --max_lr "$MAX_LR" --min_lr "$MIN_LR" --warmup_steps "$LR_WARMUP_STEPS"
 )
 if [ "$USE_COMPILE" = 1 ]; then COMMON+=(--use_compile); fi

@@ -29,6 +29,7 @@ from tinytron.text.sources import file_states
 from tinytron.text.state import recipe_hash
 from tinytron.text.tokenize import finished, tokenize_dataset
 from tinytron.utils.lock import wait_for_lock
+from tinytron.utils.paths import files_below
 from tinytron.utils.profile import measured_matmul_rate
 from tinytron.utils.training import write_atomically
 
@@ -50,11 +51,10 @@ def find_files(data: str | None) -> list[Path]:
     root = Path(data) if data else Path(sysconfig.get_paths()["stdlib"])
     if root.is_file():
         return [root]
-    pattern = "*" if data else "*.py"
     files = [
         path
-        for path in sorted(root.rglob(pattern))
-        if path.is_file() and (data or not SKIPPED_FOLDERS & set(path.relative_to(root).parts[:-1]))
+        for path in sorted(files_below(root))
+        if data or (path.suffix == ".py" and not SKIPPED_FOLDERS & set(path.relative_to(root).parts[:-1]))
     ]
     if not files:
         raise DataError(f"DATA={data} holds no files; name a text file or a folder of text files")

@@ -91,9 +91,9 @@ def print_samples(files: CheckpointFiles, found: RunTokenizer) -> None:
     """A continuation of each of ``PROMPTS`` by the trained model, on the best device."""
     model, _ = load_model(files.model, "cuda" if torch.cuda.is_available() else "cpu")
     prompts = [found.prompt_ids(prompt) for prompt in PROMPTS]
-    stop = () if found.end is None else (found.end,)
-    options = SamplingOptions(max_new_tokens=SAMPLE_TOKENS, temperature=0.7, top_k=50, stop_tokens=stop)
-    for sample in complete(model, prompts, options, decode=found.tokenizer.decode).samples:
+    options = SamplingOptions(max_new_tokens=SAMPLE_TOKENS, temperature=0.7, top_k=50, stop_tokens=found.stop_tokens)
+    made = complete(model, prompts, options, decode=found.tokenizer.decode, vocab_size=found.tokenizer.vocab_size)
+    for sample in made.samples:
         print(f"\n--- sample ---\n{PROMPTS[sample.prompt]}{sample.text}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import threading
 from collections.abc import Callable
@@ -120,3 +121,9 @@ def test_a_damaged_checkpoint_does_not_stop_the_removal_of_others(ranks: Pools, 
     assert [files.step for files in complete_checkpoints(result.folder)] == [6, 4]
     assert list(losses(result.log)) == list(range(1, 7))
     assert run_folder(config_of(*TINY, "--log_dir", tmp_path, *flags)) == folder
+
+
+def test_a_loss_that_is_no_number_is_never_the_best() -> None:
+    losses: dict[int, float | None] = {1: 2.0, 2: 1.0, 3: math.nan}
+    assert Retention(keep_last=1, keep_best=True).to_prune(losses) == [1]
+    assert Retention(keep_last=1, keep_best=True).to_prune({1: math.nan, 2: math.nan, 3: None}) == [1, 2]

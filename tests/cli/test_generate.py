@@ -275,3 +275,18 @@ def test_a_configuration_of_another_version() -> None:
         model_config_of({"model": {"telepathy": 1}}, "here")
     with pytest.raises(CheckpointError, match="here: --vocab_size 0 must be at least 1"):
         model_config_of({"model": {"vocab_size": 0}}, "here")
+
+
+def test_the_longest_text_is_as_long_as_those_trained_on(run: Path) -> None:
+    """With rotary positions the model accepts more, and is bad at it; learned ones have their table."""
+    saved = json.loads((run / "config.json").read_text())
+    own = saved["config"]["model"]["block_size"]
+    for added, expected in (
+        ({"train": {"seq_len": 7}}, 7),
+        ({"train": {"seq_len": 7}, "ckpt": {"init_from": "x"}}, own),
+    ):
+        (run / "config.json").write_text(json.dumps(saved | {"config": saved["config"] | added}))
+        model, config = load_model(run)
+        assert model.config.block_size == expected
+    config["model"]["position_type"] = "learned"
+    assert model_config_of(config, "config.json").block_size == own

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.runs import run
+from tests.helpers.runs import ROOT, run
 
 SHOW = """
 import json, os, sys
@@ -54,3 +57,33 @@ def test_a_failed_workers_status_is_passed_on_and_the_others_are_stopped(
     finished = run(how, cwd=tmp_path, processes=2, script=_script(tmp_path, FAIL))
     assert finished.code == status
     assert finished.stderr == "rank 1 says why\n" + says
+
+
+@pytest.mark.parametrize("module", [("tinytron", "launch"), ("tinytron.cli.launch",)])
+def test_an_option_that_torchrun_refuses_is_one_line(tmp_path: Path, module: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", *module, "--nproc_per_node", "many", "script.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: Unsupported nproc_per_node value: many; see --help\n"
+
+
+def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen(1)
+        port = taken.getsockname()[1]
+        command = [
+            sys.executable,
+            "-m",
+            "tinytron",
+            "launch",
+            "--nproc_per_node",
+            "2",
+            "--master_port",
+            str(port),
+            "x.py",
+        ]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: --master_port {port} (MASTER_PORT) is in use by another program; use")

@@ -46,8 +46,7 @@ def test_every_command_has_help_under_its_name(name: str, capsys: pytest.Capture
     with pytest.raises(SystemExit) as end:
         main([name, "--help"])
     assert end.value.code == 0
-    if name != "launch":  # torchrun's own
-        assert f"usage: tinytron {name} " in capsys.readouterr().out
+    assert f"usage: tinytron {name} " in capsys.readouterr().out
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,10 +69,18 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
             ("export", "--out", "x", "--checkpont", "y"),
             "the following arguments are required: --checkpoint; see --help",
         ),
+        (
+            ("checkpoint", "prune", "x", "--keep_last", 1, "--dry"),
+            "unknown argument --dry; did you mean --dry_run?; see --help",
+        ),
+        (
+            ("launch", "--nproc_per_node", 2),
+            "the following arguments are required: training_script, training_script_args; see --help",
+        ),
     ],
 )
 def test_a_users_error_is_one_line_and_status_2(
-    words: tuple[str, ...], line: str, capsys: pytest.CaptureFixture[str]
+    words: tuple[object, ...], line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert said(capsys, *words) == (2, "", f"error: {line}\n")
 

@@ -45,7 +45,7 @@ def test_every_part_of_the_key_matters(seed: int, epoch: int) -> None:
 
 
 def test_the_order_looks_random() -> None:
-    """Neighbours are not neighbours any more, and places are filled evenly over keys."""
+    """Neighbors are not neighbors any more, and places are filled evenly over keys."""
     orders = np.array([order(64, seed) for seed in range(400)])
     counts = np.stack([np.bincount(orders[:, position], minlength=64) for position in range(64)])
     chi_squared = ((counts - 400 / 64) ** 2 / (400 / 64)).sum()

@@ -12,7 +12,7 @@ import torch
 from tinytron.data import EndOfText, Shard, TokenShardDataset, find_shards, write_shard
 from tinytron.data.formats import open_shard
 from tinytron.data.manifest import Manifest, ShardFacts, TokenizerFacts, write_manifest
-from tinytron.data.shards import open_shards
+from tinytron.data.shards import open_shards, passed_over
 from tinytron.errors import DataError
 
 
@@ -34,7 +34,7 @@ def items(dataset: TokenShardDataset) -> list[tuple[list[int], list[int]]]:
 
 
 @pytest.mark.parametrize("seq_len", [1, 2, 3, 4, 5, 9])
-def test_neighbours_share_one_token_and_the_remainder_is_dropped(tmp_path: Path, seq_len: int) -> None:
+def test_neighbors_share_one_token_and_the_remainder_is_dropped(tmp_path: Path, seq_len: int) -> None:
     tokens = list(range(100, 110))
     dataset = samples([shard(tmp_path, tokens)], seq_len, 1000)
     found = items(dataset)
@@ -157,7 +157,9 @@ def test_a_pattern_may_match_both_splits(tmp_path: Path) -> None:
     train = ["a.bin", "interval_0.bin", "train_000000.bin", "train_000001.bin"]
     assert [p.name for p in find_shards(pattern, "train")] == train
     assert find_shards(str(tmp_path / "train_*.bin"), "val") == []
-    with pytest.raises(DataError, match=r"val_\*\.bin is no folder and matches no file"):
+    with pytest.raises(
+        DataError, match=r"val_\*\.bin matches held-out files only, such as fineweb_val|val_000001\.bin; .*"
+    ):
         find_shards(str(tmp_path / "val_*.bin"), "train")
 
 
@@ -255,3 +257,53 @@ def test_shards_beside_those_of_a_manifest_are_read(tmp_path: Path) -> None:
     other = TokenShardDataset(open_shards(paths), 3, 100).fingerprint()
     shard(tmp_path, range(1, 11), "train_1.bin")
     assert TokenShardDataset(open_shards(paths), 3, 100).fingerprint() != other
+
+
+HELD_OUT_NAMES = [
+    "valid.bin",
+    "tiny-val.bin",
+    "val-00000.bin",
+    "Val_0.bin",
+    "val.0.bin",
+    "eval.bin",
+    "dev.bin",
+    "val0.bin",
+]
+
+
+@pytest.mark.parametrize("name", HELD_OUT_NAMES)
+def test_usual_names_of_validation_shards_are_held_out(tmp_path: Path, name: str) -> None:
+    for each in ("train.bin", name):
+        (tmp_path / each).touch()
+    for path in (str(tmp_path), str(tmp_path / "*.bin")):
+        assert [p.name for p in find_shards(path, "train")] == ["train.bin"]
+        assert [p.name for p in find_shards(path, "val")] == [name]
+        assert passed_over(path) == []
+
+
+def test_files_of_no_split_are_named(tmp_path: Path) -> None:
+    for name in ("train.bin", "test_0.bin", "interval.bin"):
+        (tmp_path / name).touch()
+    assert [p.name for p in passed_over(str(tmp_path))] == ["interval.bin", "test_0.bin"]
+    pattern = str(tmp_path / "*.bin")
+    assert [p.name for p in find_shards(pattern, "train")] == ["interval.bin", "train.bin"]
+    assert [p.name for p in passed_over(pattern)] == ["test_0.bin"]
+
+
+def test_the_folder_tells_where_a_pattern_matches_several(tmp_path: Path) -> None:
+    for name in ("train/0.bin", "val/0.bin", "train/1.bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    pattern = str(tmp_path / "*" / "*.bin")
+    assert [str(p.relative_to(tmp_path)) for p in find_shards(pattern, "train")] == ["train/0.bin", "train/1.bin"]
+    assert [str(p.relative_to(tmp_path)) for p in find_shards(pattern, "val")] == ["val/0.bin"]
+
+
+def test_tokens_that_no_sequence_holds_are_said_unless_they_are_few(tmp_path: Path) -> None:
+    small = [Shard(shard(tmp_path, range(100), f"train_{i}.bin")) for i in range(3)]
+    (note,) = TokenShardDataset(small, 64, 1000).describe()
+    assert note.startswith("36% of the tokens are not used")
+    dataset = TokenShardDataset([Shard(shard(tmp_path, range(6401), "train_9.bin"))], 64, 10_000)
+    assert dataset.describe() == []
+    dataset.passed_over = [tmp_path / "dev2.bin"]
+    assert dataset.describe()[0].endswith("dev2.bin")

@@ -22,7 +22,7 @@ from tinytron.evaluation.choices import (
     log_probs,
     plan_batches,
     read_items,
-    summarise,
+    summarize,
 )
 from tinytron.model import GPT
 from tinytron.model.modules.loss import LossSums
@@ -90,14 +90,14 @@ def test_results_by_hand() -> None:
     items = [Item("", ("a", "bbbb"), 0), Item("", ("a", "bbbb"), 1), Item("", ("a", "bbbb"), 0)]
     shapes = [Row(item, choice, (0,) * (1 + (choice + 1)), 1, (1, 4)[choice]) for item in range(3) for choice in (0, 1)]
     scores = [-1.0, -2.0, -1.5, -2.4, -1.0, -3.0]  # per token -1, -1 | -1.5, -1.2 | -1, -1.5
-    found = summarise(items, shapes, scores)
+    found = summarize(items, shapes, scores)
     assert found["items"] == 3
     assert found["accuracy"] == pytest.approx(2 / 3)
     assert found["accuracy_per_token"] == 1.0  # the first of two equal ones
     assert found["accuracy_per_byte"] == pytest.approx(1 / 3)
     assert found["accuracy_stderr"] == pytest.approx(math.sqrt(2 / 3 * 1 / 3 / 2))
     assert found["accuracy_per_token_stderr"] == 0.0
-    assert summarise(items[:1], shapes[:2], scores[:2])["accuracy_stderr"] == 0.0
+    assert summarize(items[:1], shapes[:2], scores[:2])["accuracy_stderr"] == 0.0
 
 
 def test_a_model_without_the_loss_of_every_token() -> None:
@@ -195,3 +195,37 @@ def test_files_without_items(tmp_path: Path) -> None:
 def test_the_tokenizer_of_a_run_has_the_right_name_in_errors() -> None:
     with pytest.raises(ConfigError, match=r"give --eval_tokenizer path/to/tokenizer.json"):
         find_tokenizer(None, option="--eval_tokenizer")
+
+
+@pytest.mark.parametrize(
+    "text", ["the quick brown fox jumps over", "naïve dog sleeps 42 days", "says lazy 猫s 🙂 all day"]
+)
+def test_what_is_scored_is_the_choice_at_every_border(tokenizer: RunTokenizer, text: str) -> None:
+    for k in range(1, len(text)):
+        ids, start = encode_pair(text[:k], text[k:], tokenizer)
+        kept = text[:k].rstrip()
+        assert tokenizer.tokenizer.decode(ids[start:]) == text[len(kept) :]
+        assert ids[:start] == tokenizer.prompt_ids(kept)
+
+
+def test_a_score_that_is_no_number_makes_no_accuracy() -> None:
+    items = [Item("a", (" b", " c"), 0), Item("a", (" b", " c"), 1)]
+    rows = [Row(n // 2, n % 2, (1, 2), 1, 2) for n in range(4)]
+    found = summarize(items, rows, [-1.0, math.nan, -3.0, -2.0])
+    assert all(math.isnan(value) for name, value in found.items() if name != "items")
+
+
+def test_a_choices_bytes_are_bytes_and_not_characters(tokenizer: RunTokenizer) -> None:
+    (row, _) = encode_items([Item("the", (" 猫s", " fox"), 0)], tokenizer, 64)
+    assert row.text_bytes == 5
+
+
+def test_a_task_file_with_a_byte_order_mark_odd_separators_and_half_a_character(tmp_path: Path) -> None:
+    item = {"context": "a\u2028b\x85", "choices": [" x\x0c", " y"], "answer": 1}
+    line = json.dumps(item, ensure_ascii=False).encode()
+    other = b'{"context": "\\ud83d", "choices": ["a", "b"], "answer": 0}'
+    (tmp_path / "t.jsonl").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n" + other)
+    assert read_items(tmp_path / "t.jsonl") == [
+        Item("a\u2028b\x85", (" x\x0c", " y"), 1),
+        Item("?", ("a", "b"), 0),
+    ]

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,9 +39,9 @@ class Stepped(Trainer):
         self._keep(self.reporter.window.add)
 
     def _keep(self, add: Callable[..., None]) -> None:
-        def kept(step: int, lr: float, parts: dict[str, torch.Tensor], grad_norm: torch.Tensor) -> None:
+        def kept(step: int, lr: float, parts: dict[str, torch.Tensor], grad_norm: torch.Tensor, *more: Any) -> None:
             self.kept.append((parts["loss"], grad_norm))
-            add(step, lr, parts, grad_norm)
+            add(step, lr, parts, grad_norm, *more)
 
         self.reporter.window.add = kept  # type: ignore[method-assign]
 

@@ -9,7 +9,7 @@ import torch
 
 from tests.inference.models import BLOCK, MODELS, greedy, logits_of, make_model, random_ids
 from tinytron.distributed.layout import ParallelLayout
-from tinytron.errors import ConfigError
+from tinytron.errors import CheckpointError, ConfigError
 from tinytron.inference import Generation, Piece, SamplingOptions, complete, stream
 from tinytron.inference.engine import _uniform
 from tinytron.inference.sampler import next_tokens
@@ -192,3 +192,18 @@ def test_uniform_numbers_begin_alike_and_lie_in_the_interval() -> None:
     assert 0 <= float(long.min()) < 0.01
     assert 0.99 < float(long.max()) < 1
     assert math.isclose(float(long.mean()), 0.5, abs_tol=0.05)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}, {}])
+def test_logits_that_are_no_numbers_are_an_error_that_names_the_precision(options: dict[str, float]) -> None:
+    model = make_model(dtype=torch.float16)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e4).clamp_(-6e4, 6e4)
+        model.final_norm.weight.fill_(6e4)
+    with pytest.raises(ConfigError, match=r"NaN or infinite in fp16.*--dtype fp32"):
+        complete(model, PROMPTS[:1], SamplingOptions(**options))
+    model = make_model()
+    with torch.no_grad():
+        model.final_norm.weight.fill_(float("nan"))
+    with pytest.raises(CheckpointError, match=r"NaN or infinite.*use an earlier checkpoint"):
+        complete(model, PROMPTS[:1], SamplingOptions(**options))

@@ -367,3 +367,20 @@ def test_weights_of_another_model_are_not_exported(tmp_path: Path) -> None:
 )
 def test_sizes_have_units(text: str, size: int) -> None:
     assert byte_count(text) == size
+
+
+def test_weights_that_the_precision_cannot_hold_or_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    model = small()
+    with torch.no_grad():
+        model.blocks[0].mlp.down_proj.weight.mul_(1e6)
+    run = write_run(tmp_path / "run", model)
+    with pytest.raises(ConfigError, match=r"--dtype fp16 ends at 65504, .*down_proj.weight has .*; use --dtype bf16"):
+        export(run, tmp_path / "out", dtype=torch.float16)
+    assert not (tmp_path / "out").exists()
+    assert export(run, tmp_path / "bf16", dtype=torch.bfloat16).files == 1
+    with torch.no_grad():
+        model.final_norm.weight[3] = float("nan")
+    with pytest.raises(
+        CheckpointError, match=r"norm.weight holds NaN or infinite weights; export an earlier checkpoint"
+    ):
+        export(write_run(tmp_path / "broken", model), tmp_path / "out")

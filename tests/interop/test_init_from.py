@@ -3,7 +3,9 @@ layout; and which flags then mean what."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from tests.helpers.runs import config_of, losses, read_logs
 from tests.interop import families
 from tests.interop.families import VOCAB, S, change_config, save
 from tinytron.checkpoint.load import read_file
+from tinytron.cli.main import main
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.interop.importing import import_model
 from tinytron.interop.load import architecture_of, load_pretrained
@@ -130,6 +133,26 @@ def test_own_weights_begin_a_run_too(ranks: Pools, tmp_path: Path, source: str) 
     _, mine = ranks(2).run(run, own, tmp_path / "one", "--ep_size", 2)[0]
     _, theirs = ranks(1).run(run, tmp_path / "hf", tmp_path / "two")[0]
     assert list(mine.values()) == pytest.approx(list(theirs.values()), rel=1e-9)
+
+
+def _said(folder: Path, log_dir: Path) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        run(folder, log_dir, "--max_steps", 1)
+    return shown.getvalue()
+
+
+def test_a_run_says_which_settings_it_left_out(
+    ranks: Pools, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the line that names the weights; an import says it, too."""
+    save("llama", tmp_path / "hf", torch.float32)
+    change_config(tmp_path / "hf", is_llama_config=True, auto_map={"AutoModelForCausalLM": "modeling.X"})
+    (said,) = ranks(1).run(_said, tmp_path / "hf", tmp_path / "log")
+    left_out = "; left out of its config.json, as not about the model's function: is_llama_config, auto_map"
+    assert f"starting from the weights of {tmp_path / 'hf'}{left_out}\n" in said
+    assert main(["import", str(tmp_path / "hf"), "--out", str(tmp_path / "own")]) == 0
+    # Behind what transformers shows of its own progress.
+    assert capsys.readouterr().err.splitlines()[-1] == f"read {tmp_path / 'hf'}{left_out}"
 
 
 def test_a_run_goes_on_from_its_own_checkpoint(ranks: Pools, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.interop.families import MODELS, make
 from tinytron.errors import ConfigError
-from tinytron.interop.architectures import facts, read_architecture
+from tinytron.interop.architectures import facts, read_architecture, read_config
 from tinytron.model import ModelConfig
 
 LLAMA: dict[str, Any] = {
@@ -17,6 +17,10 @@ LLAMA: dict[str, Any] = {
 }  # fmt: skip
 GPT2: dict[str, Any] = {
     "model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32, "vocab_size": 41,
+}  # fmt: skip
+NEOX: dict[str, Any] = {
+    "model_type": "gpt_neox", "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "vocab_size": 41, "max_position_embeddings": 32,
 }  # fmt: skip
 QWEN: dict[str, Any] = LLAMA | {"model_type": "qwen3"}
 MIXTRAL: dict[str, Any] = LLAMA | {"model_type": "mixtral"}
@@ -48,7 +52,30 @@ ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq
         (LLAMA, {"tie_word_embeddings": 1}, "tie_word_embeddings = 1 is not supported; true or false is expected"),
         (LLAMA, {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported; only silu, swish are supported"),
         (LLAMA, {"hidden_act": []}, "hidden_act = [] is not supported; only silu, swish are supported"),
-        (LLAMA, {"pretraining_tp": 2}, "pretraining_tp = 2 is not supported; only 1 is supported"),
+        (LLAMA, {"rope_interleaved": True}, "rope_interleaved = True is not supported; Tinytron does not know"),
+        (LLAMA, {"is_causal": False}, "is_causal = False is not supported; only True is supported"),
+        (LLAMA, {"pruned_heads": {"0": [1]}}, "pruned_heads = {'0': [1]} is not supported; Tinytron does not know"),
+        (LLAMA, {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 is not supported; Tinytron does not "),
+        (LLAMA, {"embedding_multiplier": 12}, "embedding_multiplier = 12 is not supported; Tinytron does not know"),
+        (LLAMA, {"attention_temperature": 2}, "attention_temperature = 2 is not supported; Tinytron does not know"),
+        (LLAMA, {"num_dropped_layers": 1}, "num_dropped_layers = 1 is not supported; Tinytron does not know"),
+        (LLAMA, {"use_qk_norm": True}, "use_qk_norm = True is not supported; Tinytron does not know"),
+        (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported; other keys say 1.0"),
+        (
+            LLAMA, {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor = 0.5 is not supported; this family rotates whole heads",
+        ),
+        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0, "note": 1}}, "rope_scaling: note = 1 is not supported"),
+        (
+            LLAMA, {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types = ['full_attention', 'sliding_attention'] is not supported; only full_attention fits",
+        ),
+        (
+            LLAMA | {"model_type": "mistral"}, {"sliding_window": 8, "layer_types": ["full_attention"] * 2},
+            "layer_types = ['full_attention', 'full_attention'] is not supported; only sliding_attention fits",
+        ),
+        (NEOX, {"rope_theta": 500.0}, "rope_theta = 500.0 is not supported; other keys say 10000.0"),
+        (NEOX, {"rotary_pct": 1.0, "partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported; other"),
         (LLAMA, {"rope_scaling": 3}, "rope_scaling = 3 is not supported; an object is expected"),
         (
             LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
@@ -103,6 +130,48 @@ def test_what_says_nothing_is_passed_over() -> None:
         "initializer_range": 0.5,
     }
     assert read(LLAMA, **harmless, attention_dropout=0.1, unheard_of=None, _unsloth=False, more=[]) == plain
+
+
+PUBLISHED: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
+    (LLAMA, {"is_llama_config": True, "rope_interleaved": False}, ["is_llama_config"]),
+    (LLAMA, {"transformers.js_config": {"dtype": "q4", "kv_cache_dtype": {"q4f16": "float16"}}}, []),
+    (LLAMA, {"unsloth_fixed": True, "unsloth_version": "2025.1"}, ["unsloth_fixed", "unsloth_version"]),
+    (LLAMA, {"neftune_noise_alpha": 5, "pretraining_tp": 2, "torchscript": True}, []),
+    (LLAMA, {"auto_map": {"AutoModelForCausalLM": "modeling.X"}}, ["auto_map"]),
+    (LLAMA, {"use_flash_attention_2": True}, ["use_flash_attention_2"]),
+    (LLAMA, {"_flash_attn_2_enabled": True, "mask_token_id": 4}, ["_flash_attn_2_enabled", "mask_token_id"]),
+    (LLAMA, {"model_max_length": 64, "max_sequence_length": 64}, ["model_max_length", "max_sequence_length"]),
+    (LLAMA, {"temperature": 0.6, "do_sample": True, "num_beams": 1}, ["temperature", "do_sample", "num_beams"]),
+    (LLAMA, {"pad_token": "<pad>", "eos_token": "</s>"}, ["pad_token", "eos_token"]),
+    (LLAMA, {"hidden_dropout_prob": 0.1, "attention_dropout": 0.1}, []),
+    (LLAMA, {"layer_types": ["full_attention"] * 2, "mlp_bias": None, "partial_rotary_factor": 1}, []),
+    (LLAMA, {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 21}, []),
+    (LLAMA, {"is_causal": True, "pruned_heads": {}}, []),
+    (LLAMA, {"rope_scaling": None, "rope_parameters": None, "rope_theta": 10000.0}, []),
+    (GPT2, {"_num_labels": 1, "output_past": True, "n_special": 0}, ["output_past"]),
+    (GPT2, {"predict_special_tokens": True, "finetuning_task": "x"}, ["predict_special_tokens", "finetuning_task"]),
+    # As version 4 of transformers saves it.
+    (NEOX, {"partial_rotary_factor": 0.25, "rope_theta": 10000, "rotary_emb_base": 10000, "rotary_pct": 0.25}, []),
+    (NEOX, {"partial_rotary_factor": 0.25, "rope_theta": 10000, "rope_scaling": None, "classifier_dropout": 0.1}, []),
+    (MIXTRAL, {"router_z_loss_coef": 0.1, "initializer_factor": 2.0}, ["router_z_loss_coef", "initializer_factor"]),
+    (QWEN | {"model_type": "qwen2"}, {"use_mrope": False, "sliding_window": 131072, "use_sliding_window": False}, []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("base", "more", "ignored"), PUBLISHED)
+def test_keys_of_published_models_that_are_not_about_the_function(
+    base: dict[str, Any], more: dict[str, Any], ignored: list[str]
+) -> None:
+    """Those that are not known by name are returned, to be said."""
+    found = read_config(base | more, "config.json")
+    assert found.config == read(base)
+    assert sorted(found.ignored) == sorted(ignored)
+
+
+def test_second_names_of_rotary_positions_of_neox() -> None:
+    four = {"rotary_pct": 0.5, "partial_rotary_factor": 0.5, "rotary_emb_base": 90, "rope_theta": 90}
+    config = read(NEOX, **four)
+    assert (config.rotary_fraction, config.rope_theta) == (0.5, 90.0)
 
 
 def test_what_is_left_out_is_what_transformers_takes() -> None:

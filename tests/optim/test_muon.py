@@ -45,7 +45,7 @@ def polar(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return u @ torch.diag(s) @ v
 
 
-# Orthogonalisation.
+# Orthogonalization.
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(8, 8), (12, 5), (5, 12), (1, 9), (9, 1)])

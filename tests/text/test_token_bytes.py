@@ -36,9 +36,12 @@ def byte_fallback() -> Any:
     return sentence_piece(tokenizers.models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True))
 
 
-def unigram() -> Any:
-    pieces = [*sorted(set("".join(TEXTS).replace(" ", "\u2581"))), "\u2581the", "own"]
-    model = tokenizers.models.Unigram([("<unk>", 0.0), *((piece, -float(len(piece))) for piece in pieces)], 0, False)
+def unigram(falls_back: bool = True, space: str = "\u2581") -> Any:
+    pieces = [*sorted(set("".join(TEXTS)) - {" ", "猫"}), space, "\u2581the", "own"]
+    pieces += [f"<0x{byte:02X}>" for byte in range(256)] if falls_back else []
+    model = tokenizers.models.Unigram(
+        [("<unk>", 0.0), *((piece, -float(len(piece))) for piece in pieces)], 0, falls_back
+    )
     return sentence_piece(model)
 
 
@@ -67,6 +70,28 @@ def test_tokens_that_do_not_say_their_bytes() -> None:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
     tokenizer.decoder = tokenizers.decoders.WordPiece()
     assert token_bytes(tokenizer.to_str().encode()) is None
+
+
+def test_characters_without_a_token_leave_no_figure(tmp_path: Path) -> None:
+    """Unknown text would count nothing, and a space of three bytes three."""
+    tokenizer = unigram(falls_back=False)
+    assert tokenizer.decode(tokenizer.encode("a 猫").ids) != "a 猫"
+    assert token_bytes(tokenizer.to_str().encode()) is None
+    assert token_bytes(unigram(space="#").to_str().encode()) is None
+    content = json.loads(make_tokenizer(tmp_path / "made.json").read_text())
+    content["model"]["vocab"].pop("Ā")  # the byte 0
+    assert token_bytes(json.dumps(content).encode()) is None
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "exact"), [("NFC", True), ("NFKC", False), ("NFD", False), ("Lowercase", False)]
+)
+def test_text_that_is_changed_first_leaves_no_figure(normalizer: str, exact: bool, tmp_path: Path) -> None:
+    tokenizer = byte_level(tmp_path)
+    made = getattr(tokenizers.normalizers, normalizer)()
+    for each in (made, tokenizers.normalizers.Sequence([tokenizers.normalizers.NFC(), made])):
+        tokenizer.normalizer = each
+        assert (token_bytes(tokenizer.to_str().encode()) is not None) == exact
 
 
 def test_the_tokenizer_of_all_shards(tmp_path: Path) -> None:

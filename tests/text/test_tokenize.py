@@ -26,8 +26,10 @@ from tests.helpers.corpus import (  # noqa: E402
 )
 from tinytron.data.formats import open_shard  # noqa: E402
 from tinytron.data.manifest import read_manifest  # noqa: E402
+from tinytron.errors import DataError  # noqa: E402
 from tinytron.text import parts  # noqa: E402
 from tinytron.text.sources import file_states  # noqa: E402
+from tinytron.text.tokenizers import from_file  # noqa: E402
 
 TEXTS = make_texts(60)
 
@@ -238,3 +240,52 @@ def test_the_own_tokenizer_is_trained_once_without_validation_texts(made: Path, 
     assert tokenizers.Tokenizer.from_file(str(tmp_path / "a" / "tokenizer.json")).get_vocab_size() == 300
     tokenize(*flags[:2], tmp_path / "b", "--train_bpe", 300, "--train_bpe_bytes", 1000)
     assert contents(tmp_path / "a")["tokenizer.json"] != contents(tmp_path / "b")["tokenizer.json"]
+
+
+def test_a_byte_order_mark_changes_no_token(made: Path, tmp_path: Path) -> None:
+    bom, tokenizer = b"\xef\xbb\xbf", made / "tokenizer.json"
+    lines = (made / "c.jsonl").read_bytes()
+    (tmp_path / "bom.jsonl").write_bytes(bom + lines + bom + lines)
+    tokenize(tmp_path / "bom.jsonl", tokenizer, tmp_path / "a")
+    assert tokens_of(tmp_path / "a") == 2 * Naive(tokenizer).tokens(TEXTS)
+    (tmp_path / "prose.txt").write_bytes(bom + b"the quick fox\n" + bom)
+    (tmp_path / "tokenizer.json").write_bytes(bom + tokenizer.read_bytes())
+    tokenize(tmp_path / "prose.txt", tmp_path / "tokenizer.json", tmp_path / "b")
+    assert tokens_of(tmp_path / "b") == Naive(tokenizer).tokens(["the quick fox\n\ufeff"])
+
+
+def test_of_a_few_plain_texts_the_ends_are_held_out(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    texts = ["".join(f"line {i} of {name}\n" for i in range(200)) for name in ("a", "b")]
+    for name, text in zip("ab", texts, strict=True):
+        (tmp_path / "in" / f"{name}.txt").write_text(text)
+    messages: list[str] = []
+    flags = ("--val_fraction", 0.1)
+    outcome = tokenize(tmp_path / "in", made / "tokenizer.json", tmp_path / "out", *flags, say=messages.append)
+    assert any("held out: the last 0.1 of every file" in message for message in messages)
+    naive = Naive(made / "tokenizer.json")
+    cuts = [text.index("\n", int(len(text) * 0.9)) + 1 for text in texts]
+    pairs = list(zip(texts, cuts, strict=True))
+    assert tokens_of(tmp_path / "out", "train") == naive.tokens([text[:cut] for text, cut in pairs])
+    assert tokens_of(tmp_path / "out", "val") == naive.tokens([text[cut:] for text, cut in pairs])
+    assert outcome.manifest is not None
+    assert outcome.manifest.documents == {"train": 2, "val": 2}
+
+
+@pytest.mark.parametrize("text", ["one line only, without an end", "naïve 猫s 🙂 " * 3, "a\nb\n"])
+def test_the_end_of_a_short_text_is_held_out_too(made: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.txt").write_text(text)
+    tokenize(tmp_path / "a.txt", made / "tokenizer.json", tmp_path / "out", "--val_fraction", 0.3)
+    decoded = [
+        from_file(made / "tokenizer.json").decode(tokens_of(tmp_path / "out", split)) for split in ("train", "val")
+    ]
+    assert "".join(decoded) == text
+    assert all(decoded)
+
+
+def test_a_split_without_a_document_is_an_error_and_leaves_nothing(made: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "few.jsonl", TEXTS[:2])
+    with pytest.raises(DataError, match=r"--val_fraction 0\.001: no document of 2 is for val.*--val_path FILE"):
+        tokenize(tmp_path / "few.jsonl", made / "tokenizer.json", tmp_path / "out", "--val_fraction", 0.001)
+    assert not list((tmp_path / "out").glob("*.bin"))
+    assert not (tmp_path / "out" / "manifest.json").exists()

@@ -172,3 +172,39 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(ConfigError, match=rf'the package {name} is needed .*pip install "tinytron\[data\]"'):
             load("x")
+
+
+def _special_pieces(kind: str) -> Any:
+    """A tokenizer in whose model the end-of-text token is a piece like others."""
+    models, trainers, before = tokenizers.models, tokenizers.trainers, tokenizers.pre_tokenizers
+    options = {"vocab_size": 200, "special_tokens": ["<unk>", "</s>"], "show_progress": False}
+    if kind == "unigram":
+        made, trainer = tokenizers.Tokenizer(models.Unigram()), trainers.UnigramTrainer(**options, unk_token="<unk>")
+        made.pre_tokenizer, made.decoder = before.Metaspace(), tokenizers.decoders.Metaspace()
+    else:
+        model, of = {"word level": (models.WordLevel, trainers.WordLevelTrainer)}.get(
+            kind, (models.WordPiece, trainers.WordPieceTrainer)
+        )
+        made, trainer = tokenizers.Tokenizer(model(unk_token="<unk>")), of(**options)
+        made.pre_tokenizer = before.WhitespaceSplit()
+    made.train_from_iterator([*TEXTS, "<eos>"], trainer)  # also as a word
+    return made
+
+
+@pytest.mark.parametrize("kind", ["unigram", "word level", "word piece"])
+def test_text_that_spells_a_special_token_stays_text(kind: str, tmp_path: Path) -> None:
+    made = _special_pieces(kind)
+    made.save(str(tmp_path / "tokenizer.json"))
+    found = from_file(tmp_path / "tokenizer.json")
+    end = made.token_to_id("</s>")
+    assert found.end_of_text() == ("</s>", end)
+    texts = ["the </s> fox", "fox</s>dog", "</s>", "the</s> </s>lazy"]
+    words = [made.token_to_id(token) for token in (EOT, "<eos>")]
+    assert not set(words).intersection(*_ids(found.encode, [f"a {EOT} b", "a <eos> b"]))
+    for encode in (found.encode, pickle.loads(pickle.dumps(found.encode))):
+        ids = _ids(encode, texts)
+        assert all(end not in row for row in ids)
+        assert all(ids)
+    # All other texts are as they were.
+    plain = [text for text in TEXTS if EOT not in text]
+    assert _ids(found.encode, plain) == [row.ids for row in made.encode_batch(plain, add_special_tokens=False)]

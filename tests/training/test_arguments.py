@@ -108,6 +108,7 @@ OTHER = {
 }
 
 NEEDED = {
+    "seq_len": ["--block_size", "5000"],
     "sliding_window_layers": ["--sliding_window", "8"],
     "hub_model_id": ["--export_every", "5000"],
     "dry_run_world_size": ["--dry_run"],
@@ -199,7 +200,7 @@ def test_an_unknown_flag_names_the_nearest(arguments: list[str], text: str) -> N
     ("arguments", "text"),
     [
         (["--seq_len", "long"], "argument --seq_len: invalid int value: 'long'; see --help"),
-        (["--seq_len", "1e3"], "argument --seq_len: invalid int value: '1e3'; see --help"),
+        (["--seq_len", "1.5e0"], "argument --seq_len: invalid int value: '1.5e0'; see --help"),
         (["--max_lr", "high"], "argument --max_lr: invalid float value: 'high'; see --help"),
         (["--seq_len"], "argument --seq_len: expected one argument; see --help"),
         (["--steps_to_profile", "1"], "argument --steps_to_profile: expected 2 arguments; see --help"),
@@ -242,3 +243,35 @@ def test_the_configuration_is_shown_with_its_hash() -> None:
     shown = json.loads(show_config(config))
     assert shown.pop("config_hash") == config.config_hash()
     assert shown == json.loads(json.dumps(config.as_dict()))
+
+
+def test_the_longest_sequence_is_that_of_training_unless_it_is_given() -> None:
+    assert build_config(parse_args(["--seq_len", "64", "--total_batch_size", "1024"])).model.block_size == 64
+    assert build_config(parse_args(["--seq_len", "64", "--block_size", "96"])).model.block_size == 96
+    assert build_config(parse_args([])).model.block_size == 4096
+
+
+def test_paths_are_read_as_the_shell_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert build_config(parse_args(["--log_dir=~/runs"])).logging.log_dir == "/home/me/runs"
+    tasks = build_config(parse_args(["--eval_tasks", "~/a.jsonl", "b.jsonl"])).train.eval_tasks
+    assert tasks == ("/home/me/a.jsonl", "b.jsonl")
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e6", 10**6), ("1.5e6", 1_500_000), ("1E+3", 1000), ("2**27", 2**27)])
+def test_whole_numbers_may_be_written_with_an_exponent(text: str, value: int) -> None:
+    assert parse_args(["--max_train_tokens", text]).max_train_tokens == value
+
+
+@pytest.mark.parametrize("text", ["1.5", "1.55e1", "1e400", "1e-3", "e6"])
+def test_other_numbers_are_not_whole(text: str) -> None:
+    with pytest.raises(ConfigError, match="invalid int value"):
+        parse_args(["--max_train_tokens", text])
+
+
+@pytest.mark.parametrize("name", ["max_lr", "weight_decay", "z_loss_coef", "init_std", "spike_sigma"])
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_numbers_are_finite(name: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--{name} {value} must be"):
+        build_config(parse_args([f"--{name}", value]))
+    assert build_config(parse_args(["--grad_clip_value", "inf"])).train.grad_clip_value == float("inf")

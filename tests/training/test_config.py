@@ -97,7 +97,7 @@ def test_amounts_are_numbers(name: str) -> None:
     ("flags", "text", "works"),
     [
         (
-            "--seq_len 8192 --total_batch_size 16384",
+            "--seq_len 8192 --total_batch_size 16384 --block_size 4096",
             "--seq_len 8192 exceeds --block_size 4096; use --block_size 8192",
             "--seq_len 8192 --total_batch_size 16384 --block_size 8192",
         ),
@@ -322,7 +322,8 @@ def test_rules_of_the_model_come_through() -> None:
 def test_every_text_names_a_flag_that_exists() -> None:
     known = {info.name for cls in SECTIONS.values() for info in config_fields(cls)}
     for flags in (
-        "--seq_len 8192", "--total_batch_size 10000", "--hidden_size 100", "--head_dim 3", "--sep_size 3", "--sep_size 256",
+        "--seq_len 8192 --block_size 1", "--total_batch_size 10000", "--hidden_size 100", "--head_dim 3",
+        "--sep_size 3", "--sep_size 256",
         "--use_moe --ep_size 3", "--use_moe --first_k_dense 99", "--grad_reduce_dtype bf16 --no-use_distributed_optimizer",
     ):  # fmt: skip
         assert set(re.findall(r"--(\w+)", refusal(flags))) <= known

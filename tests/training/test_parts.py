@@ -23,7 +23,7 @@ from tinytron.training.pipeline import DataPipeline
 from tinytron.training.run.folder import RunFolder
 from tinytron.training.run.guards import Guards
 from tinytron.training.run.saver import RunSaver
-from tinytron.training.world import RankAttributes, join_world
+from tinytron.training.world import RankAttributes, join_world, place_in_world
 
 Pools = Callable[[int], Ranks]
 
@@ -164,3 +164,19 @@ def _place(sep: int) -> tuple[int, ...]:
 )
 def test_a_rank_knows_its_place(ranks: Pools, sep: int, places: list[tuple[int, ...]]) -> None:
     assert ranks(2).run(_place, sep) == places
+
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_processes_that_torchrun_has_not_started_do_not_train_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(name, "1")
+    assert place_in_world() == (0, 1, 0)
+    monkeypatch.setenv(name, "4")
+    with pytest.raises(
+        ConfigError, match=rf"{name}=4, but RANK is not set: .* start one per node, which runs torchrun"
+    ):
+        place_in_world()
+    for variable, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(variable, value)
+    assert place_in_world() == (3, 4, 1)

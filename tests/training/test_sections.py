@@ -105,11 +105,35 @@ class Clash:
     seed: Annotated[int, Flag("a number")] = 0
 
 
+@dataclass(frozen=True)
+class Taken:
+    """Takes a name of the parser's."""
+
+    given: Annotated[int, Flag("a number")] = 0
+
+
+@dataclass(frozen=True)
+class Needed:
+    """Has no default."""
+
+    beta: Annotated[float, Flag("a number")]
+
+
+def test_every_option_has_a_default() -> None:
+    with pytest.raises(TypeError, match=r"Needed\.beta needs a default"):
+        parse_args([], {"mine": Needed})
+
+
 def test_names_must_be_new() -> None:
     with pytest.raises(TypeError, match="a section train exists already; give DpoConfig another name"):
         all_sections({"train": DpoConfig})
     with pytest.raises(TypeError, match="--seed is an option of seed; rename it in mine"):
         all_sections({"mine": Clash})
+    for name in ("identity", "as_dict", "further"):
+        with pytest.raises(TypeError, match=f"a section {name} exists already"):
+            Config(further={name: DpoConfig()})
+    with pytest.raises(TypeError, match="--given means something else to the parser; rename it in mine"):
+        all_sections({"mine": Taken})
     assert all_sections({}) == SECTIONS
 
 

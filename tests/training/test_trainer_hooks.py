@@ -176,7 +176,7 @@ def test_an_own_model_and_schedule(ranks: Pools, tmp_path: Path) -> None:
 
 
 class UnseededModel(Trainer):
-    """Weights from torch's own initialisation: its generator is in another state on every rank."""
+    """Weights from torch's own initialization: its generator is in another state on every rank."""
 
     def _init_model(self, config: Config) -> None:
         model = Bigram()

@@ -6,12 +6,15 @@ import fcntl
 import multiprocessing as mp
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.helpers.runs import ROOT
 from tinytron.errors import ConfigError
 from tinytron.utils.lock import lock_folder, wait_for_lock
 
@@ -62,3 +65,41 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     lock_folder(tmp_path, "never shown").close()
     with pytest.raises(OSError, match="No locks available"), wait_for_lock(tmp_path / "a.lock", print):
         pass
+
+
+AS_ANOTHER_USER = """
+import os, sys
+from pathlib import Path
+from tinytron.errors import TinytronError
+from tinytron.utils.lock import lock_folder
+os.seteuid(65534)
+try:
+    lock_folder(Path(sys.argv[1]), "wait for it")
+    print("locked")
+except TinytronError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to be two users")
+def test_a_colleagues_free_lock_is_no_obstacle(tmp_path: Path) -> None:
+    def other() -> str:
+        command = [sys.executable, "-c", AS_ANOTHER_USER, str(tmp_path / "run")]
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+
+    for folder in (tmp_path.parent.parent, tmp_path.parent, tmp_path):
+        folder.chmod(0o755)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run").chmod(0o777)
+    lock_folder(tmp_path / "run", "wait for it").close()
+    assert (tmp_path / "run" / ".lock").stat().st_mode & 0o777 == 0o666
+    assert other() == "locked"
+    (tmp_path / "run" / ".lock").chmod(0o644)  # as earlier versions made it
+    (tmp_path / "run").chmod(0o755)
+    assert "cannot be written; ask its owner, root" in other()
+    (tmp_path / "run").chmod(0o777)
+    with lock_folder(tmp_path / "run", "wait for it"):
+        (tmp_path / "run" / ".lock").chmod(0o644)
+        assert "in use by" in other()
+    (tmp_path / "run" / ".lock").chmod(0o644)
+    assert other() == "locked"

@@ -18,7 +18,8 @@ CONFIG = "config.json"  # describes a run, or an imported model; next to its wei
 
 
 class SavedModel(NamedTuple):
-    """A file of weights, their architecture, and the record of their checkpoint (empty for an imported model)."""
+    """A file of weights, their architecture, and the record of their checkpoint (for an imported model no more than its
+    configuration)."""
 
     file: Path
     config: ModelConfig
@@ -62,7 +63,8 @@ def saved_model(path: Path) -> SavedModel:
     if isinstance(consolidated, dict):
         sections = _sections(consolidated.get("run"), file)
         return SavedModel(file, model_config_of(sections, file), CheckpointMeta.from_dict(consolidated))
-    return SavedModel(file, model_config_of(_sections_beside(file), file.with_name(CONFIG)), CheckpointMeta())
+    sections = _sections_beside(file)
+    return SavedModel(file, model_config_of(sections, file.with_name(CONFIG)), CheckpointMeta(run={"config": sections}))
 
 
 def load_model(
@@ -132,14 +134,19 @@ def _sections(description: Any, source: Path) -> dict[str, Any]:
 
 
 def model_config_of(config: dict[str, Any], source: Path | str) -> ModelConfig:
-    """The ``ModelConfig`` in a saved configuration; options that came later have their defaults. Raises: CheckpointError
-    naming ``source`` for options that are unknown or contradict each other."""
+    """The ``ModelConfig`` in a saved configuration; options that came later have their defaults. Its ``block_size`` is the
+    length that a model with rotary positions was trained at, if it was trained from the start: behind that it has seen no
+    position. Raises: CheckpointError naming ``source`` for options that are unknown or contradict each other."""
     saved: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in config["model"].items()}
     if unknown := saved.keys() - {f.name for f in dataclasses.fields(ModelConfig)}:
         raise CheckpointError(
             f"{source} has the model option {min(unknown)}, which this version lacks; update tinytron"
         )
     try:
-        return ModelConfig(**saved)
+        found = ModelConfig(**saved)
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{source}: {error}") from error
+    seq_len = config.get("train", {}).get("seq_len")
+    if isinstance(seq_len, int) and found.position_type == "rotary" and not config.get("ckpt", {}).get("init_from"):
+        found = dataclasses.replace(found, block_size=min(found.block_size, seq_len))
+    return found

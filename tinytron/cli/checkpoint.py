@@ -11,6 +11,7 @@ from tinytron.checkpoint.files import CheckpointFiles, Retention, checkpoint_of,
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.metrics.sinks.files import json_line
 from tinytron.utils.flags import Parser, parse_strictly
+from tinytron.utils.paths import user_path
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -20,26 +21,26 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     either = "run folder, or a file of one checkpoint such as log/<run>/00100_model.pt"
 
     command = commands.add_parser("inspect", help="show what is in a run folder or a checkpoint")
-    command.add_argument("path", type=Path, metavar="PATH", help=either)
+    command.add_argument("path", type=user_path, metavar="PATH", help=either)
     command.add_argument("--json", action="store_true", help="the same as JSON")
     command.set_defaults(tool=_inspect)
 
     text = "check that checkpoints are what was written, and whole; exit status 1 if one is not"
     command = commands.add_parser("verify", help=text, description=text)
-    command.add_argument("path", type=Path, metavar="PATH", help=f"{either}; a folder: all of its checkpoints")
+    command.add_argument("path", type=user_path, metavar="PATH", help=f"{either}; a folder: all of its checkpoints")
     command.set_defaults(tool=_verify)
 
     text = "write fp32 weights and optimizer states into one file for torch.load"
     command = commands.add_parser("consolidate", help=text, description=text)
-    command.add_argument("path", type=Path, metavar="PATH", help=f"{either}; a folder: its newest checkpoint")
+    command.add_argument("path", type=user_path, metavar="PATH", help=f"{either}; a folder: its newest checkpoint")
     command.add_argument(
-        "--out", type=Path, metavar="FILE", help="default: <step>_consolidated.pt beside the checkpoint"
+        "--out", type=user_path, metavar="FILE", help="default: <step>_consolidated.pt beside the checkpoint"
     )
     command.set_defaults(tool=_consolidate)
 
     text = "delete checkpoints that are not to be kept, and what interrupted saves left"
     command = commands.add_parser("prune", help=text, description=text)
-    command.add_argument("path", type=Path, metavar="PATH", help="run folder that no run is using")
+    command.add_argument("path", type=user_path, metavar="PATH", help="run folder that no run is using")
     command.add_argument(
         "--keep_last",
         type=int,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from tinytron.data import inspect
 from tinytron.utils.flags import Parser, parse_strictly
+from tinytron.utils.paths import user_path
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -15,11 +15,11 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser = Parser(prog=prog, description="Look at folders of token shards, and check them.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("info", help="show what a folder of token shards holds")
-    command.add_argument("path", type=Path, metavar="PATH", help="folder with *.bin files")
+    command.add_argument("path", type=user_path, metavar="PATH", help="folder with *.bin files")
     command.set_defaults(tool=_info)
     text = "check that shards are what was written, and that their ids are in the vocabulary; exit status 1 if not"
     command = commands.add_parser("verify", help=text, description=text)
-    command.add_argument("path", type=Path, metavar="PATH", help="folder with *.bin files and manifest.json")
+    command.add_argument("path", type=user_path, metavar="PATH", help="folder with *.bin files and manifest.json")
     command.set_defaults(tool=_verify)
     return parser
 

@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +14,12 @@ from tinytron.checkpoint import load_model
 from tinytron.checkpoint.model import weights_at
 from tinytron.data import Batch
 from tinytron.errors import ConfigError
-from tinytron.evaluation.choices import encode_items, log_probs, read_items, summarise
+from tinytron.evaluation.choices import encode_items, log_probs, read_items, summarize
 from tinytron.inference.engine import not_finite
 from tinytron.model.modules.loss import LossSums
 from tinytron.text.run_tokenizer import tokenizer_of_run
 from tinytron.utils.flags import Parser, parse_strictly, whole_number
+from tinytron.utils.paths import user_path
 from tinytron.utils.training import DTYPES, device_of, write_atomically
 
 
@@ -27,14 +27,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser = Parser(
         prog=prog,
         description="Answer multiple-choice items with a trained model.",
-        allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, metavar="PATH", help="run folder, or a weights file in it")
-    add("--tasks", type=Path, nargs="+", required=True, metavar="FILE", help="files of items, a line of JSON each")
-    add("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json; default: the one beside the run's data")
-    add("--out", type=Path, metavar="FILE", help="default: results.json beside the checkpoint")
+    add("--checkpoint", type=user_path, required=True, metavar="PATH", help="run folder, or a weights file in it")
+    add("--tasks", type=user_path, nargs="+", required=True, metavar="FILE", help="files of items, a line of JSON each")
+    add("--tokenizer", type=user_path, metavar="FILE", help="a tokenizer.json; default: the one beside the run's data")
+    add("--out", type=user_path, metavar="FILE", help="default: results.json beside the checkpoint")
     add("--batch_tokens", type=whole_number, default=8192, help="tokens computed at a time, padding included")
     add("--device", help="default: cuda if there is a GPU, else cpu")
     add("--dtype", choices=DTYPES, help="precision of weights; default: that of the file")
@@ -52,7 +51,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     weights = weights_at(args.checkpoint)
     device = device_of(args.device)
     model, config = load_model(weights, device, DTYPES.get(args.dtype))
-    tokenizer, longest = tokenizer_of_run(config, args.tokenizer), model.config.block_size
+    tokenizer, longest = tokenizer_of_run(config, args.tokenizer, args.checkpoint), model.config.block_size
 
     def loss(batch: Batch) -> LossSums:
         sums: LossSums = model(batch.input_ids, batch.labels)
@@ -64,7 +63,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         scores = log_probs(model, loss, rows, longest=longest, tokens_per_batch=args.batch_tokens, device=device)
         if not all(map(math.isfinite, scores)):
             raise not_finite(f"scores of the task {name}", next(model.parameters()).dtype)
-        results[name] = found = summarise(items, rows, scores)
+        results[name] = found = summarize(items, rows, scores)
         print(
             f"{name}: accuracy {found['accuracy']:.4f} ± {found['accuracy_stderr']:.4f}, per token "
             f"{found['accuracy_per_token']:.4f}, per byte {found['accuracy_per_byte']:.4f} over {found['items']} items"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -13,8 +14,9 @@ from tinytron.checkpoint import load_model
 from tinytron.errors import ConfigError
 from tinytron.inference.engine import Generation, Piece, complete
 from tinytron.inference.sampler import SamplingOptions
-from tinytron.text.run_tokenizer import RunTokenizer, tokenizer_of_run
+from tinytron.text.run_tokenizer import tokenizer_of_run
 from tinytron.utils.flags import Parser, parse_strictly, whole_number
+from tinytron.utils.paths import user_path
 from tinytron.utils.texts import numbered_lines, whole_characters
 from tinytron.utils.training import DTYPES, device_of
 
@@ -24,16 +26,18 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser = Parser(
         prog=prog,
         description="Continue texts with a trained model.",
-        allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, metavar="PATH", help="run folder, or a weights file in it")
+    add("--checkpoint", type=user_path, required=True, metavar="PATH", help="run folder, or a weights file in it")
     add("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may be given several times")
     add(
-        "--prompts_file", type=Path, metavar="FILE", help='a prompt per line, or with .jsonl a {"prompt": ...} per line'
+        "--prompts_file",
+        type=user_path,
+        metavar="FILE",
+        help='a prompt per line, or in .jsonl a {"prompt": ...} each',
     )
-    add("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json; default: the one beside the run's data")
+    add("--tokenizer", type=user_path, metavar="FILE", help="a tokenizer.json; default: the one beside the run's data")
     add(
         "--eot",
         action=argparse.BooleanOptionalAction,
@@ -143,17 +147,17 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"--batch_size {args.batch_size} must be at least 1")
     texts, device = read_prompts(args), device_of(args.device)
     model, config = load_model(args.checkpoint, device, DTYPES.get(args.dtype))
-    found = tokenizer_of_run(config, args.tokenizer)
+    found = tokenizer_of_run(config, args.tokenizer, args.checkpoint)
     if args.eot is not None:
-        found = RunTokenizer(found.tokenizer, found.end, args.eot)
-    ends = () if found.end is None else (found.end,)
-    checked = SamplingOptions(**options, stop=tuple(args.stop), stop_tokens=ends)
+        found = dataclasses.replace(found, prepend=args.eot)
+    checked = SamplingOptions(**options, stop=tuple(args.stop), stop_tokens=found.stop_tokens)
     result = complete(
         model,
         [found.prompt_ids(text) for text in texts],
         checked,
         decode=found.tokenizer.decode,
         vocab_size=found.tokenizer.vocab_size,
+        without=found.tokenizer.unused,
         batch_size=args.batch_size,
         on_piece=_Printer(texts, args.num_samples, sys.stdout).show,
     )

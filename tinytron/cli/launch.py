@@ -22,6 +22,8 @@ from torch.distributed.elastic.agent.server import local_elastic_agent
 from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from tinytron.cli import entry
+from tinytron.errors import ConfigError
 from tinytron.utils.signals import STOP_SIGNALS
 
 # Between SIGTERM and SIGKILL for the workers that are left when one has failed: without it they cannot save anyway.
@@ -61,9 +63,8 @@ class _Forwarder:
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Launch the workers and exit with the first failed one's status. ``prog`` is not used: the help is
-    torchrun's."""
-    args = torchrun.parse_args(sys.argv[1:] if argv is None else argv)
+    """Launch the workers and exit with the first failed one's status. Raises: ConfigError for what torchrun refuses."""
+    args = _parse(sys.argv[1:] if argv is None else argv, prog)
     # What torchrun would set to 1, with a warning, for more than one worker.
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads_per_worker(args)))
     # A store of their own for restarted workers: in the shared one gloo finds the addresses of those before (torch 2.13).
@@ -87,6 +88,26 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         sys.exit(128 - failure.exitcode)
     except SignalException as stop:
         _exit_stopped_by(stop.sigval)
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ConfigError(
+            f"--master_port {args.master_port} (MASTER_PORT) is in use by another program; use another number, or on one "
+            "node --standalone, which finds a free one"
+        ) from error
+    except ValueError as error:  # of an option
+        raise ConfigError(f"{error}; see --help") from error
+
+
+def _parse(argv: Sequence[str], prog: str | None) -> argparse.Namespace:
+    parser = torchrun.get_args_parser()
+    parser.prog = prog or parser.prog
+
+    def refuse(message: str) -> NoReturn:  # torchrun would print all of its options
+        raise ConfigError(f"{message}; see --help")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser.parse_args(argv)
 
 
 def _exit_stopped_by(number: signal.Signals) -> NoReturn:
@@ -102,4 +123,4 @@ def _threads_per_worker(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from tinytron.data.shards import split_of
 from tinytron.text.options import parse_options
 from tinytron.text.tokenize import tokenize_dataset
 from tinytron.utils.signals import STOP_SIGNALS, StopRequest
@@ -40,6 +41,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "tinytron tokenize") -> 
         shards = len(manifest.shards_of(split))
         documents = manifest.documents[split]
         print(f"{split}: {documents:,} documents, {tokens:,} tokens, {shards} shards in {outcome.folder}")
+    if not any(split_of(shard.name) == "train" for shard in manifest.shards):
+        print("these are validation shards: move them into the folder of the training shards, and train with --do_val")
+        return 0
     vocab_size = -(-manifest.tokenizer.vocab_size // 64) * 64
     print(f"train with: python pretrain_debug.py --dataset_path {outcome.folder} --vocab_size {vocab_size}")
     return 0

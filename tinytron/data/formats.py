@@ -24,6 +24,7 @@ from tinytron.utils.training import write_atomically
 
 MAGIC, VERSION = 20250805, 1
 HEADER_BYTES, SHORT_HEADER_BYTES = 1024, 12
+_LOOKED_AT = 4096  # tokens of a file without a header
 TOKEN_DTYPES: tuple[np.dtype[Any], ...] = (np.dtype("<u2"), np.dtype("<u4"))
 WEIGHT_DTYPES: tuple[np.dtype[Any], ...] = (np.dtype("<f4"),)
 MAX_TOKENS = 2**31 - 1  # the count is an int32
@@ -117,7 +118,22 @@ def _headerless(path: Path, size: int, dtype: np.dtype[Any]) -> ShardHeader:
             f"{path}: {size} bytes are no whole number of {dtype} tokens (--token_dtype): byte "
             f"{size - size % dtype.itemsize} begins a part of one; it is truncated, or of another type"
         )
+    _check_width(path, np.fromfile(path, dtype, min(size // dtype.itemsize, _LOOKED_AT)))
     return ShardHeader(dtype, size // dtype.itemsize, 0, "none")
+
+
+def _check_width(path: Path, first: npt.NDArray[Any]) -> None:
+    """Raises: DataError for the ``first`` tokens of a file if each is but half of a number: the upper halves, of little
+    variety, follow the lower ones."""
+    low, high = first[::2], first[1::2]
+    if len(first) < 32 or 2 * np.count_nonzero(low) < len(low):  # too little to tell
+        return
+    if int(high.max()) == 0 or (int(high.max()) < 16 and int(low.max()) >= 256):
+        advice = "use --token_dtype uint32" if first.itemsize == 2 else "write them as uint32"
+        raise DataError(
+            f"{path}: every second token is {int(high.max())} or less, so these are numbers of more than "
+            f"{8 * first.itemsize} bits; {advice}"
+        )
 
 
 def open_shard(path: Path, headerless: npt.DTypeLike | None = None) -> npt.NDArray[Any]:

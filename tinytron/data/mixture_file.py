@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from tinytron.errors import ConfigError, first_line
 from tinytron.utils.flags import nearest
+from tinytron.utils.paths import expanded
 
 BLOCK = 4096  # positions; proportions are exact at the end of every block (mixture.py)
 _LARGEST, _SMALLEST = Decimal("1e15"), Decimal("1e-12")
@@ -81,6 +82,8 @@ def _source(check: _Checker, entry: Any, key: str, has_stages: bool) -> tuple[So
     """The source, and its weight (0 if the stages have the weights)."""
     fields = check.fields(entry, key, _SOURCE_KEYS, '{"name": "web", "path": "data/web", "weight": 1}')
     name, place = fields.get("name"), fields.get("path")
+    if isinstance(place, str):
+        place = expanded(place)
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
         check.fail(f'{key}.name is {_shown(name)}, but must be made of letters, digits, ".", "_", "-"; use "web"')
     if not isinstance(place, str) or not place:

@@ -33,7 +33,7 @@ def fetch_shards(url: str) -> None:
     present = [name for name in remote.list() if "/" not in name]
 
     def is_wanted(name: str) -> bool:
-        return fnmatch(name, pattern) if pattern else name.endswith(".bin") and split_of(name) is not None
+        return fnmatch(name, pattern) if pattern else name.endswith(".bin") and split_of(name) in ("train", "val")
 
     shards = [name for name in present if is_wanted(name)]
     if not shards:

@@ -1,4 +1,4 @@
-"""Samples made from token shards: neighbouring windows of a shard, or rows packed with whole documents."""
+"""Samples made from token shards: neighboring windows of a shard, or rows packed with whole documents."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from tinytron.data.shards import Shard
 from tinytron.errors import DataError
 from tinytron.utils.sequences import IGNORE_INDEX
 
+NOTED_SHARE = 0.01  # of tokens that are not used, above which it is said
 Piece = tuple[int, int]  # first token, and number of training pairs (token, next token)
 
 
@@ -46,7 +47,7 @@ class SampleOptions:
 class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
     """Samples of ``seq_len`` training pairs (a token and the next one), numbered through the shards in the given order.
 
-    ``concat``: sample i of a shard is ``tokens[i*S : i*S + S + 1]``, S = ``seq_len``: neighbours share one token, so
+    ``concat``: sample i of a shard is ``tokens[i*S : i*S + S + 1]``, S = ``seq_len``: neighbors share one token, so
     every token but a shard's first is a target once; the remainder is dropped and no sample crosses shards. ``best_fit``: a
     sample is a row of the shard's packing (packing.py); what is left of a row is padding: token 0, no target.
 
@@ -67,6 +68,7 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
             counts = [max(0, shard.count - 1) // seq_len for shard in self.shards]
         self.ends = list(accumulate(counts))
         self._counting = np.arange(seq_len)
+        self.passed_over: list[Path] = []  # files beside the shards that belong to no split
         if not len(self):
             sizes = ", ".join(f"{shard.path.name}: {shard.count}" for shard in self.shards[:5])
             raise DataError(
@@ -175,6 +177,15 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
     def describe(self) -> list[str]:
         """What there is to say about the samples beside their number."""
         notes = []
+        if self.passed_over:
+            names = ", ".join(path.name for path in self.passed_over[:5])
+            notes.append(f"passed over, as their names are neither of training nor of validation shards: {names}")
+        unused = 1 - len(self) * self.seq_len / max(1, self.num_tokens)
+        if not self.packs and unused > NOTED_SHARE:
+            notes.append(
+                f"{unused:.0%} of the tokens are not used: what is left of each shard after sequences of {self.seq_len}; "
+                "make fewer, longer shards, or use a shorter --seq_len"
+            )
         if self.packs:
             used = 1 - self.num_tokens / (len(self) * self.seq_len)
             notes.append(

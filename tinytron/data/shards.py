@@ -22,36 +22,60 @@ from tinytron.data.formats import HEADER_BYTES, open_shard, open_weights, read_h
 from tinytron.data.manifest import MANIFEST, ShardFacts, read_manifest
 from tinytron.errors import DataError
 
-_SPLITS = {"train": "train", "val": "val", "validation": "val"}
-_SPLIT = re.compile(rf"(?:^|_)({'|'.join(_SPLITS)})(?:_|\.|$)")
+_HELD_OUT = ("val", "valid", "validation", "dev", "eval", "evaluation", "heldout")
+_SPLITS = {"train": "train", "training": "train", "test": "test", **dict.fromkeys(_HELD_OUT, "val")}
+_SPLIT = re.compile(rf"(?<![a-z])({'|'.join(_SPLITS)})(?![a-z])", re.IGNORECASE)
 
 
 def split_of(name: str) -> str | None:
-    """``train`` or ``val`` for file names such as ``train_000001.bin``, ``fineweb_val_000000.bin``, ``train.bin``."""
+    """``train``, ``val`` or ``test`` for file names that have such a word, in any case, between other characters than
+    letters: ``train_000001.bin``, ``fineweb-val-000000.bin``, ``Valid.bin``; else ``None``. A test split is neither trained
+    on nor validated on."""
     match = _SPLIT.search(name)
-    return _SPLITS[match[1]] if match else None
+    return _SPLITS[match[1].lower()] if match else None
 
 
 def find_shards(dataset_path: str, split: str) -> list[Path]:
-    """The shards of ``split``, ``train`` or ``val``, sorted: of a folder the ``*.bin`` whose name says so; of the files
-    that a glob pattern matches those with ``val`` in their names for ``val``, and all others for ``train``.
+    """The shards of ``split``, ``train`` or ``val``, sorted: of a folder the ``*.bin`` whose names say so; of the files
+    that a glob pattern matches those whose names say so, or else their folders' names where several folders match; for
+    ``train`` also those that say nothing.
 
     Raises: DataError if there is no such folder, or it has no training shard.
     """
+    splits = _splits_at(dataset_path)
+    says = (split, None) if split == "train" and not Path(dataset_path).is_dir() else (split,)
+    shards = [path for path, found in splits.items() if found in says]
+    if shards or split != "train":
+        return shards
+    if Path(dataset_path).is_dir():
+        others = f" (it has {', '.join(path.name for path in list(splits)[:3])})" if splits else ""
+        raise DataError(f"--dataset_path {dataset_path} has no train_*.bin; name a folder with token shards{others}")
+    if splits:
+        first = next(iter(splits))
+        raise DataError(
+            f"--dataset_path {dataset_path} matches held-out files only, such as {first.name}; "
+            "give a pattern that matches training shards, too"
+        )
+    raise DataError(
+        f"--dataset_path {dataset_path} is no folder and matches no file; "
+        "give a folder with train_*.bin and val_*.bin, or a pattern such as 'shards/train_*.bin'"
+    )
+
+
+def passed_over(dataset_path: str) -> list[Path]:
+    """The token files at ``dataset_path`` that belong to neither split by their names, sorted."""
+    says = (None, "test") if Path(dataset_path).is_dir() else ("test",)
+    return [path for path, split in _splits_at(dataset_path).items() if split in says]
+
+
+def _splits_at(dataset_path: str) -> dict[Path, str | None]:
+    """The ``*.bin`` of the folder, or the files that the pattern matches, sorted, and what their names say."""
     folder = Path(dataset_path)
     if folder.is_dir():
-        shards = sorted(p for p in folder.glob("*.bin") if split_of(p.name) == split)
-        if not shards and split == "train":
-            raise DataError(f"--dataset_path {dataset_path} has no train_*.bin; name a folder with token shards")
-        return shards
-    matches = sorted(Path(p) for p in glob.glob(dataset_path))
-    shards = [p for p in matches if (split_of(p.name) == "val") == (split == "val")]
-    if not shards and split == "train":
-        raise DataError(
-            f"--dataset_path {dataset_path} is no folder and matches no file; "
-            "give a folder with train_*.bin and val_*.bin, or a pattern such as 'shards/train_*.bin'"
-        )
-    return shards
+        return {path: split_of(path.name) for path in sorted(folder.glob("*.bin"))}
+    files = sorted(Path(name) for name in glob.glob(dataset_path))
+    several = len({path.parent for path in files}) > 1
+    return {path: split_of(path.name) or (split_of(path.parent.name) if several else None) for path in files}
 
 
 class EndOfText(NamedTuple):

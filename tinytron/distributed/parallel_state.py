@@ -21,7 +21,7 @@ class ParallelState:
 
     @classmethod
     def create(cls, layout: ParallelLayout, device: torch.device) -> ParallelState:
-        """Build every group. Collective over the world, which must be initialised (``dist.init_process_group``).
+        """Build every group. Collective over the world, which must be initialized (``dist.init_process_group``).
 
         Axes whose groups hold the same ranks share one process group: fewer NCCL communicators, and with them memory.
         """

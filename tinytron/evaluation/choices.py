@@ -209,7 +209,7 @@ def score_rows(
     return sums_RC
 
 
-def summarise(items: Sequence[Item], rows: Sequence[Row], scores: Sequence[float]) -> dict[str, Any]:
+def summarize(items: Sequence[Item], rows: Sequence[Row], scores: Sequence[float]) -> dict[str, Any]:
     """Accuracies with their standard errors: by the choices' log-probabilities as they are, per token and per byte. Of
     equal ones the first counts. All are NaN if a log-probability is: no choice is the likeliest then."""
     result: dict[str, Any] = {"items": len(items)}

@@ -51,7 +51,8 @@ def harness_model(
         raise ConfigError("lm-evaluation-harness is not installed: pip install lm-eval")
     base: type = importlib.import_module("lm_eval.api.model").LM
     model, config = load_model(checkpoint, device, dtype)
-    answers = Answers(model, tokenizer_of_run(config, tokenizer), batch_tokens, max_new_tokens)
+    found = tokenizer_of_run(config, tokenizer, Path(checkpoint))
+    answers = Answers(model, found, batch_tokens, max_new_tokens)
     methods = {
         "loglikelihood": lambda self, requests: answers.loglikelihood(requests),
         "loglikelihood_rolling": lambda self, requests: answers.loglikelihood_rolling(requests),
@@ -123,7 +124,6 @@ class Answers:
         """A continuation of each context up to one of the strings ``until``; greedy unless ``do_sample`` is set. Contexts
         that are too long lose their beginning."""
         texts = []
-        ends = () if self.tokenizer.end is None else (self.tokenizer.end,)
         for request in requests:
             context, given = request.args
             until = given.get("until") or []
@@ -134,13 +134,18 @@ class Answers:
                 top_k=int(given.get("top_k", 0)) if sampled else 0,
                 top_p=float(given.get("top_p", 1.0)) if sampled else 1.0,
                 stop=tuple([until] if isinstance(until, str) else until),
-                stop_tokens=ends,
+                stop_tokens=self.tokenizer.stop_tokens,
             )
             ids = self.tokenizer.prompt_ids(context)
             room = max(1, self.longest + 1 - options.max_new_tokens)
             tokenizer = self.tokenizer.tokenizer
             done = complete(
-                self.model, [ids[-room:]], options, decode=tokenizer.decode, vocab_size=tokenizer.vocab_size
+                self.model,
+                [ids[-room:]],
+                options,
+                decode=tokenizer.decode,
+                vocab_size=tokenizer.vocab_size,
+                without=tokenizer.unused,
             )
             texts.append(done.samples[0].text)
         return texts

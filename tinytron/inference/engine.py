@@ -24,7 +24,6 @@ from tinytron.inference.text import Decode, TextStream
 from tinytron.model import GPT
 
 Finish = Literal["stop", "length"]
-Choose = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # logits [B, V] and uniform numbers [B] -> tokens [B]
 
 
 @dataclass
@@ -105,16 +104,17 @@ def stream(
     *,
     decode: Decode | None = None,
     vocab_size: int | None = None,
+    without: Sequence[int] = (),
     batch_size: int = 32,
 ) -> Generator[Piece, None, Generation]:
     """Continue every prompt (token ids) ``num_samples`` times, ``batch_size`` rows at a time, and give every piece as it
     comes; the generator's return value is the ``Generation``.
 
     ``decode`` turns token ids into text; without it there is no text, and no stop string can be found. Of the vocabulary
-    only the first ``vocab_size`` tokens are sampled. A sample follows from the weights, the prompt, its number and
-    ``options``: not from the other prompts (up to the rounding of the logits). Raises: ConfigError for prompts that are
-    empty, longer than ``block_size`` or not of this vocabulary, for stop strings without ``decode``, and for a model
-    whose parts lie on several processes.
+    only the first ``vocab_size`` tokens are sampled, and none of ``without``. A sample follows from the weights, the
+    prompt, its number and ``options``: not from the other prompts (up to the rounding of the logits). Raises: ConfigError
+    for prompts that are empty, longer than ``block_size`` or not of this vocabulary, for stop strings without ``decode``,
+    and for a model whose parts lie on several processes.
     """
     _check(model, prompts, options, decode)
     owners = [(p, n) for p in range(len(prompts)) for n in range(options.num_samples)]
@@ -126,7 +126,7 @@ def stream(
             prompt = prompts[sample.prompt]
             limit = min(options.max_new_tokens, model.config.block_size - len(prompt) + 1)
             rows.append(_Row(index, sample, limit, TextStream(decode, prompt, options.stop) if decode else None))
-        yield from _continue(model, prompts, rows, options, result, vocab_size)
+        yield from _continue(model, prompts, rows, options, result, _excluded(model, vocab_size, without))
     return result
 
 
@@ -137,11 +137,14 @@ def complete(
     *,
     decode: Decode | None = None,
     vocab_size: int | None = None,
+    without: Sequence[int] = (),
     batch_size: int = 32,
     on_piece: Callable[[Piece], None] | None = None,
 ) -> Generation:
     """``stream`` to its end; ``on_piece`` sees every piece."""
-    pieces = stream(model, prompts, options, decode=decode, vocab_size=vocab_size, batch_size=batch_size)
+    pieces = stream(
+        model, prompts, options, decode=decode, vocab_size=vocab_size, without=without, batch_size=batch_size
+    )
     while True:
         try:
             piece = next(pieces)
@@ -181,7 +184,7 @@ def _continue(
     rows: list[_Row],
     options: SamplingOptions,
     result: Generation,
-    vocab_size: int | None,
+    excluded: torch.Tensor | None,
 ) -> Iterator[Piece]:
     """Prefill each prompt once, then decode all ``rows`` together until the last one ends."""
     start = time.perf_counter()
@@ -191,7 +194,7 @@ def _continue(
     weight = model.lm_head.weight
     cache = KVCache(model.config, [longest - len(p) for p in used], longest + limit - 1, weight.dtype, weight.device)
     ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in used], device=weight.device)
-    logits = _logits(model, cache, ids, vocab_size)
+    logits = _logits(model, cache, ids, excluded)
     cache.keep(places := [numbers.index(row.sample.prompt) for row in rows])
     logits = logits[places]
     uniform = torch.stack(
@@ -223,7 +226,7 @@ def _continue(
         if len(alive) < len(rows):
             rows, chosen, uniform = [rows[place] for place in alive], chosen[alive], uniform[alive]
             cache.keep(alive)
-        logits = _logits(model, cache, chosen.unsqueeze(1), vocab_size)
+        logits = _logits(model, cache, chosen.unsqueeze(1), excluded)
 
 
 def not_finite(what: str, dtype: torch.dtype) -> TinytronError:
@@ -238,15 +241,27 @@ def not_finite(what: str, dtype: torch.dtype) -> TinytronError:
 
 
 @torch.no_grad()
-def _logits(model: GPT, cache: KVCache, ids_Bs: torch.Tensor, vocab_size: int | None) -> torch.Tensor:
-    """The next token's logits ``[B, V]`` after ``ids_Bs``, which follow what is in the cache."""
+def _logits(model: GPT, cache: KVCache, ids_Bs: torch.Tensor, excluded_V: torch.Tensor | None) -> torch.Tensor:
+    """The next token's logits ``[B, V]`` after ``ids_Bs``, which follow what is in the cache; those of ``excluded_V`` are
+    -inf."""
     with _evaluating(model):
         hidden_BsD, _ = model.hidden_states(ids_Bs, cache.extend(ids_Bs.shape[1]), cache=cache.layers)
         model.wait_for_params(model.lm_head)
         logits_BV: torch.Tensor = model.lm_head(hidden_BsD[:, -1])
-    if vocab_size is not None and vocab_size < logits_BV.shape[1]:
-        logits_BV[:, vocab_size:] = float("-inf")
+    if excluded_V is not None:
+        logits_BV.masked_fill_(excluded_V, float("-inf"))
     return logits_BV
+
+
+def _excluded(model: GPT, vocab_size: int | None, without: Sequence[int]) -> torch.Tensor | None:
+    """Which tokens of the model's are never sampled, ``[V]``: those that the tokenizer does not have."""
+    weight = model.lm_head.weight
+    first = len(weight) if vocab_size is None else vocab_size
+    if first >= len(weight) and not without:
+        return None
+    excluded_V = torch.arange(len(weight)) >= first
+    excluded_V[list(without)] = True
+    return excluded_V.to(weight.device)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from tinytron.errors import ConfigError
 from tinytron.interop.families import FAMILIES, Family
@@ -10,20 +10,36 @@ from tinytron.interop.settings import Settings
 from tinytron.model.config import ModelConfig
 
 
-def read_architecture(values: dict[str, Any], source: str) -> tuple[Family, ModelConfig]:
-    """The family and the architecture that a config.json describes; ``source`` names it in errors.
+class Architecture(NamedTuple):
+    """A config.json that was understood: its family, the options of the model, and the ``ignored`` keys, which say
+    something, but nothing about what the weights compute."""
 
-    Raises: ConfigError for an unknown family, and naming key and value of every setting that Tinytron does not have.
+    family: Family
+    config: ModelConfig
+    ignored: tuple[str, ...]
+
+
+def read_architecture(values: dict[str, Any], source: str) -> tuple[Family, ModelConfig]:
+    """The family and the options of ``read_config``. Raises: as there."""
+    found = read_config(values, source)
+    return found.family, found.config
+
+
+def read_config(values: dict[str, Any], source: str) -> Architecture:
+    """The architecture that a config.json describes; ``source`` names it in errors.
+
+    Raises: ConfigError for an unknown family, and naming key and value of a setting that Tinytron does not have.
     """
     settings = Settings(values, source)
     model_type = settings.take("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise settings.wrong("model_type", model_type, f"known are {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
+    settings.one_of("is_causal", {True: True}, True)
     options = family.read(settings)
-    settings.finish(model_type)
+    ignored = tuple(settings.finish(model_type))
     try:
-        return family, ModelConfig(**options)
+        return Architecture(family, ModelConfig(**options), ignored)
     except ConfigError as error:
         raise ConfigError(f"{source} describes no model that Tinytron can build: {error}") from error
 
@@ -39,7 +55,7 @@ def write_architecture(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
     for family in FAMILIES.values():
         values = {"model_type": family.model_type, "architectures": [family.architecture], **family.write(config)}
         try:
-            _, read = read_architecture(values, "config.json")
+            read = read_config(values, "config.json").config
         except ConfigError:  # the part that this family can express is not a model
             continue
         different = _differences(config, read)

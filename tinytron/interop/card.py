@@ -7,10 +7,11 @@ import torch
 import tinytron
 from tinytron.checkpoint.model import SavedModel
 from tinytron.interop.families import Family
+from tinytron.interop.tokenizer import TokenizerFiles
 from tinytron.utils.model import count_parameters
 
 
-def model_card(saved: SavedModel, family: Family, dtype: torch.dtype, name: str) -> str:
+def model_card(saved: SavedModel, family: Family, dtype: torch.dtype, tokenizer: TokenizerFiles, name: str) -> str:
     """README.md of the folder: facts only."""
     config, meta = saved.config, saved.meta
     count = count_parameters(config)
@@ -25,6 +26,11 @@ def model_card(saved: SavedModel, family: Family, dtype: torch.dtype, name: str)
         ("longest sequence", f"{config.block_size} tokens"),
         ("vocabulary", config.vocab_size),
     ]
+    if unused := len(tokenizer.unused):
+        rows.append(("rows without a token", f"{unused:,}, which generation_config.json suppresses"))
+    if (end := tokenizer.facts.end) is not None:
+        text = "" if tokenizer.end_token is None else f"`{tokenizer.end_token}`, "
+        rows.append(("end of a document", f"{text}id {end}" + (", before each" if tokenizer.facts.prepend else "")))
     if meta.step is not None:
         rows.append(("optimizer steps", f"{meta.step:,}"))
     if (tokens := meta.data_position.get("tokens")) is not None:

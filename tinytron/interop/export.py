@@ -19,20 +19,23 @@ from tinytron.interop.card import model_card
 from tinytron.interop.families import Family, Part
 from tinytron.interop.folder import check_new, new_folder
 from tinytron.interop.safetensors import write_safetensors
-from tinytron.interop.tokenizer import TokenizerFiles, given_tokenizer, tokenizer_of_data
+from tinytron.interop.tokenizer import TokenizerFiles, exported_tokenizer
 from tinytron.interop.weights import SAFETENSORS
 from tinytron.model import GPT
+from tinytron.text.run_tokenizer import TOKENS
 from tinytron.utils.training import DTYPES
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the family, the number of tensors and files, and bytes in all."""
+    """What was written: the family, the number of tensors and files, bytes in all, and the tokenizer with what is known of
+    its tokens."""
 
     family: Family
     tensors: int
     files: int
     bytes: int
+    tokenizer: TokenizerFiles
 
 
 def export(
@@ -60,17 +63,17 @@ def export(
     family, settings = write_architecture(saved.config)
     weights = saved.weights()
     parts = _parts(family, saved, weights)
-    if tokenizer is None:
-        found = tokenizer_of_data(saved.section("data").get("dataset_path"), saved.config.vocab_size)
-    else:
-        found = given_tokenizer(tokenizer, saved.config.vocab_size)
+    found = exported_tokenizer(
+        saved.config.vocab_size, saved.section("data"),
+        given=tokenizer, checkpoint=saved.file, imported=saved.section(TOKENS),
+    )  # fmt: skip
     dtype = dtype or weights["wte.weight"].dtype
     with new_folder(out, replace=replace) as folder:
         files, size = _write_weights(folder, parts, dtype, max_shard_size)
         _write_settings(folder, settings, dtype, found)
         found.write(folder, saved.config.block_size)
-        (folder / "README.md").write_text(model_card(saved, family, dtype, name or out.name))
-    return Exported(family, len(parts), files, size)
+        (folder / "README.md").write_text(model_card(saved, family, dtype, found, name or out.name))
+    return Exported(family, len(parts), files, size, found)
 
 
 def _parts(family: Family, saved: SavedModel, weights: Mapping[str, torch.Tensor]) -> dict[str, Part]:
@@ -137,12 +140,10 @@ def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 
 def _write_settings(out: Path, settings: dict[str, Any], dtype: torch.dtype, tokenizer: TokenizerFiles) -> None:
-    ids = {
-        "bos_token_id": tokenizer.eot_id if tokenizer.begins else None,
-        "eos_token_id": tokenizer.eot_id,
-        "pad_token_id": None,
-    }
+    ids = tokenizer.facts.as_import()
     common = {"torch_dtype": str(dtype).removeprefix("torch."), "use_cache": True}
     (out / "config.json").write_text(json.dumps({**settings, **ids, **common}, indent=2))
-    generation = {"do_sample": True, **{key: value for key, value in ids.items() if value is not None}}
+    generation: dict[str, Any] = {"do_sample": True, **{key: value for key, value in ids.items() if value is not None}}
+    if tokenizer.unused:
+        generation["suppress_tokens"] = list(tokenizer.unused)
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2))

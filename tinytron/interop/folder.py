@@ -20,7 +20,7 @@ def check_new(out: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A temporary neighbour of ``out`` to write files into; it becomes ``out`` at the end, on the disk, and is removed
+    """A temporary neighbor of ``out`` to write files into; it becomes ``out`` at the end, on the disk, and is removed
     after an error. With ``replace`` an older ``out`` goes when the new one is whole. Raises: ConfigError as ``check_new``,
     OSError if the disk refuses."""
     if not replace:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from tinytron.errors import ConfigError, first_line
 from tinytron.interop.weights import PICKLED, SAFETENSORS
 
 
-def model_folder(name: str, *, weights: bool) -> Path:
+def model_folder(name: str, *, weights: bool, more: Sequence[str] = ()) -> Path:
     """The local folder ``name``, or where the hub's ``owner/model`` (or ``owner/model@revision``) is kept once the needed
-    files are there: config.json, and with ``weights`` those too. Processes that ask at once share one download.
+    files are there: config.json, with ``weights`` those too, and as many of ``more`` as there are. Processes that ask at
+    once share one download.
 
     Raises: ConfigError if there is no such folder or model, or the package for it is missing.
     """
@@ -28,6 +30,7 @@ def model_folder(name: str, *, weights: bool) -> Path:
         ) from error
     repository, _, revision = name.partition("@")
     patterns = ["config.json", "*.index.json", "*.safetensors"] if weights else ["config.json"]
+    patterns += more
     try:
         folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
         if weights and not any((folder / f"{SAFETENSORS}{end}").exists() for end in ("", ".index.json")):

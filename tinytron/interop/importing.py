@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 import tinytron
 from tinytron.checkpoint.files import CheckpointFiles
+from tinytron.checkpoint.load import read_json
 from tinytron.checkpoint.model import CONFIG, is_saved_model
 from tinytron.errors import ConfigError
 from tinytron.interop.folder import check_new, new_folder
-from tinytron.interop.load import architecture_of, load_pretrained
+from tinytron.interop.hub import model_folder
+from tinytron.interop.load import about_ignored, architecture_of, load_pretrained
+from tinytron.interop.tokenizer import TOKENIZER_FILES, files_in
 from tinytron.model import GPT
+from tinytron.text.run_tokenizer import TOKENS, TokenFacts
 
 
-def import_model(name: str, out: Path, dtype: torch.dtype) -> GPT:
-    """Write the model ``name``, a folder or a name on the hub, to the folder ``out`` in ``dtype``, as ``--init_from`` and
-    ``export`` take it: ``00000_model.pt`` and a config.json. There are no optimizer states, so nothing to resume.
+def import_model(name: str, out: Path, dtype: torch.dtype, say: Callable[[str], object] = lambda text: None) -> GPT:
+    """Write the model ``name``, a folder or a name on the hub, to the folder ``out`` in ``dtype``, as ``--init_from``,
+    ``generate`` and ``export`` take it: ``00000_model.pt``, a config.json, which keeps the ids of the tokens that begin and
+    end texts, and the files of the tokenizer. There are no optimizer states, so nothing to resume. What is left out of the
+    model's configuration is said.
 
     Raises: ConfigError or CheckpointError if the model cannot be had or built, or ``out`` is there; OSError if the disk
     refuses.
@@ -28,10 +36,15 @@ def import_model(name: str, out: Path, dtype: torch.dtype) -> GPT:
     if is_saved_model(Path(name)):
         raise ConfigError(f"{name} is Tinytron's own already; use it with --init_from")
     model = GPT(architecture_of(name), dtype=dtype, seed=None)
-    load_pretrained(model, name)
-    config = {"model": dataclasses.asdict(model.config)}
+    if ignored := load_pretrained(model, name):
+        say(f"read {name}{about_ignored(ignored)}")
+    folder = model_folder(name, weights=False, more=TOKENIZER_FILES)
+    tokens = TokenFacts.of_import(read_json(folder / CONFIG)).as_import()
+    config = {"model": dataclasses.asdict(model.config), TOKENS: tokens}
     description = {"config": config, "source": name, "versions": {"tinytron": tinytron.__version__}}
-    with new_folder(out) as folder:
-        torch.save(model.state_dict(), CheckpointFiles(folder, 0).model)
-        (folder / CONFIG).write_text(json.dumps(description, indent=2))
+    with new_folder(out) as made:
+        torch.save(model.state_dict(), CheckpointFiles(made, 0).model)
+        (made / CONFIG).write_text(json.dumps(description, indent=2))
+        for path in files_in(folder):
+            shutil.copyfile(path, made / path.name)
     return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from tinytron.checkpoint.load import load_weights, read_json
 from tinytron.checkpoint.model import is_saved_model, saved_model
 from tinytron.distributed.sharding import Box, box_of
 from tinytron.errors import CheckpointError, ConfigError
-from tinytron.interop.architectures import facts, read_architecture
+from tinytron.interop.architectures import Architecture, facts, read_config
 from tinytron.interop.families import Family, Part
 from tinytron.interop.hub import model_folder
 from tinytron.interop.weights import HFWeights
@@ -33,12 +33,12 @@ def architecture_of(name: str) -> ModelConfig:
     Face's, or a name on its hub. Raises: ConfigError, CheckpointError."""
     if is_saved_model(Path(name)):
         return saved_model(Path(name)).config
-    return _read_config(model_folder(name, weights=False))[1]
+    return _architecture(model_folder(name, weights=False)).config
 
 
-def _read_config(folder: Path) -> tuple[Family, ModelConfig]:
+def _architecture(folder: Path) -> Architecture:
     path = folder / "config.json"
-    return read_architecture(read_json(path), str(path))
+    return read_config(read_json(path), str(path))
 
 
 def model_options(name: str, values: Mapping[str, Any], given: Set[str]) -> dict[str, Any]:
@@ -77,8 +77,9 @@ def _same(theirs: ModelConfig, options: dict[str, Any]) -> bool:
         return False
 
 
-def load_pretrained(model: GPT, name: str) -> None:
-    """Set every weight of ``model`` from what ``--init_from`` names; each rank reads only its own experts.
+def load_pretrained(model: GPT, name: str) -> list[str]:
+    """Set every weight of ``model`` from what ``--init_from`` names; each rank reads only its own experts. Returns the keys
+    of a Hugging Face config.json that were ignored, because they say nothing about the weights' function.
 
     Rows beyond the vocabulary of the weights become the mean of its rows: then no token's logit is above what the others'
     logits average to, and the padding takes at most its share of the probability (with rows of zeros, a model whose
@@ -90,11 +91,17 @@ def load_pretrained(model: GPT, name: str) -> None:
         saved = saved_model(Path(name))
         _require_same(model.config, saved.config, name)
         load_weights(model, saved.weights(), str(saved.file), model.state)
-        return
+        return []
     folder = model_folder(name, weights=True)
-    family, config = _read_config(folder)
+    family, config, ignored = _architecture(folder)
     _require_same(model.config, config, name)
     load_hf(model, HFWeights(folder), family, config.vocab_size)
+    return list(ignored)
+
+
+def about_ignored(keys: Sequence[str]) -> str:
+    """What to add to a message about weights whose config.json has the ignored ``keys``."""
+    return f"; left out of its config.json, as not about the model's function: {', '.join(keys)}" if keys else ""
 
 
 def _require_same(ours: ModelConfig, theirs: ModelConfig, name: str) -> None:

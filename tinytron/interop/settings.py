@@ -1,30 +1,52 @@
-"""A Hugging Face config.json, read key by key: whatever is not understood is an error that names it."""
+"""A Hugging Face config.json, read key by key. A key that is not understood is an error if its name says that it may change
+what the weights compute, and is left out otherwise."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from tinytron.errors import ConfigError
 
-# Say nothing about the function the weights compute: names, ids of tokens, training and generation.
+# Say nothing about the function that the weights compute, whatever their value: names, ids of tokens, training, generation.
 _HARMLESS = {
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "bos_token_id",
-    "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id", "initializer_range",
-    "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "classifier_dropout",
-    "output_router_logits", "router_aux_loss_coef", "summary_type", "summary_use_proj", "summary_activation",
-    "summary_proj_to_labels", "summary_first_dropout", "task_specific_params", "n_ctx", "_name_or_path",
+    "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "unk_token_id", "decoder_start_token_id",
+    "initializer_range", "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout",
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "summary_first_dropout",
     "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "gradient_checkpointing",
-    "id2label", "label2id", "problem_type", "tokenizer_class", "chunk_size_feed_forward", "return_dict", "is_decoder",
-    "is_encoder_decoder", "output_attentions", "output_hidden_states", "max_length", "tie_encoder_decoder",
+    "output_router_logits", "router_aux_loss_coef", "summary_type", "summary_use_proj",
+    "summary_activation", "summary_proj_to_labels", "task_specific_params", "n_ctx", "_name_or_path", "id2label",
+    "label2id", "num_labels", "_num_labels", "problem_type", "tokenizer_class", "chunk_size_feed_forward",
+    "return_dict", "is_decoder", "is_encoder_decoder", "output_attentions", "output_hidden_states", "max_length",
+    "tie_encoder_decoder", "pretraining_tp", "neftune_noise_alpha", "num_logits_to_keep", "transformers.js_config",
+    "torchscript", "masked_softmax_fusion", "use_memory_efficient_attention",
 }  # fmt: skip
+# Names of how something is computed, of training (what is dropped, losses, initial values), and of tokens.
+_HARMLESS_NAMES = re.compile(
+    r"(?:dropout|dropout_prob|pdrop|layerdrop|_token|_token_ids?|_loss_coef|_loss_weight)$|(?:^|_)init(?:ializer)?(?:_|$)|"
+    r"flash_?att|sdpa|xformers|implementation|checkpointing"
+)
+# A part of a name that may be about the function: such a key is an error rather than left out.
+_TELLING_PARTS = re.compile(
+    r"\w*quant\w*|\w*rope\w*|rotary|positions?|alibi|yarn|scal\w+|multipliers?|factors?|softcap\w*|capping|clip\w*|"
+    r"bias\w*|\w*norm\w*|window\w*|attention\w*|attn\w*|heads?|layers?|hidden|sizes?|dims?|width|depth|rank|experts?|"
+    r"moe|router|routed|topk|act|activation\w*|residual\w*|parallel\w*|mlp|ffn|ff|\w*glu|gelu|silu|relu|conv\w*|ssm|"
+    r"mamba|logits?|embed\w*|causal|bidirectional|prun\w+|lora|adapters?|mask\w*|sparse|sparsity|tied?|shared?|kv|qk|qkv|"
+    r"query|queries|keys?|values?|cross|theta|base|alpha|beta|gamma|eps|epsilon|mup|nope|chunk\w*|skip\w*|gat(?:e|es|ed|ing)|"
+    r"blocks?|compress\w*|vocab|vocabulary|sinks?|latent|recurrent|mtp|nextn"
+)
 _REQUIRED = object()
 
 
 class Settings:
-    """The values of a config.json; ``source`` names it in errors. Every key that ``take`` and its kind do not ask for must
-    be harmless, or be null, false or empty: ``finish`` raises ConfigError naming the first that is not."""
+    """The values of a config.json; ``source`` names it in errors.
+
+    ``finish`` looks at the keys that ``take`` and its kind did not ask for. Those that are null, false or empty, or known
+    to be harmless, are passed over. One whose name may be about the function is an error. The others are returned.
+    """
 
     def __init__(self, values: Mapping[str, Any], source: str) -> None:
         self._values, self.source = dict(values), source
@@ -99,8 +121,27 @@ class Settings:
         """The error for a value that is not supported."""
         return ConfigError(f"{self.source}: {key} = {value!r} is not supported; {why}")
 
-    def finish(self, family: str) -> None:
-        """Raises: ConfigError if a key is left that says something."""
+    def agree(self, key: str, value: Any) -> None:
+        """Take ``key``, another name for a ``value`` that is known. Raises: ConfigError if it has another one."""
+        if (found := self.take(key, value)) != value:
+            raise self.wrong(key, found, f"other keys say {value}")
+
+    def finish(self, kind: str, *, strict: bool = False) -> list[str]:
+        """The keys left that say something, but nothing about the function. Raises: ConfigError naming the first that may
+        change it; with ``strict`` any that says something."""
+        left = []
         for key, value in self._values.items():
-            if key not in _HARMLESS and value not in (None, False, [], {}, ""):
-                raise self.wrong(key, value, f"Tinytron does not know this setting of {family}")
+            if value in (None, False, [], {}, "") or key in _HARMLESS:
+                continue
+            if strict or _may_tell(key):
+                raise self.wrong(key, value, f"Tinytron does not know this setting of {kind}")
+            left.append(key)
+        return left
+
+
+def _may_tell(key: str) -> bool:
+    """Whether the name of an unknown key may be about the function."""
+    name = key.lower()
+    if _HARMLESS_NAMES.search(name):
+        return False
+    return any(_TELLING_PARTS.fullmatch(part) for part in re.split(r"[^a-z0-9]+", name))

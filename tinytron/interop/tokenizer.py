@@ -1,91 +1,144 @@
-"""The files of a tokenizer that go with exported weights."""
+"""The files of a tokenizer that go with exported and imported weights, and the facts about its tokens."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tinytron.data.manifest import TOKENIZER
+from tinytron.data.manifest import TOKENIZER, TokenizerFacts
 from tinytron.errors import ConfigError, DataError
-from tinytron.text.run_tokenizer import tokenizers_of_data
+from tinytron.text.run_tokenizer import DataTokenizers, TokenFacts, file_of_run, token_facts, tokenizers_of_data
+from tinytron.text.tokenizer_files import TOKENIZER_CONFIG, read_vocabulary, token_text
 
+_MAP = "special_tokens_map.json"
 # What transformers may look for in a folder; ``vocab.json`` and ``merges.txt`` make old tokenizers.
-_FILES = (
-    TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "tokenizer.model", "spiece.model", "chat_template.jinja",
+TOKENIZER_FILES = (
+    TOKENIZER, TOKENIZER_CONFIG, _MAP, "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
+    "spiece.model", "chat_template.jinja",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """Files to copy, and the token that ends a document, where that is known; ``begins``: it stands before every document
-    too."""
+    """Files to copy; the ``facts`` that generation uses, too; the texts of the tokens that end and begin documents, where
+    they are known; and the ids of the model that no token has (``unused``), as far as that is known."""
 
     files: tuple[Path, ...]
-    eot_id: int | None = None
-    eot_token: str | None = None
-    begins: bool = False
+    facts: TokenFacts = field(default_factory=TokenFacts)
+    end_token: str | None = None
+    begin_token: str | None = None
+    unused: tuple[int, ...] = ()
 
     def write(self, out: Path, block_size: int) -> None:
-        """Copy the files to ``out``; a bare tokenizer.json gets the configuration that transformers needs beside it.
-        Raises: OSError."""
+        """Copy the files to ``out``, with the tokens that end and begin documents in their configuration; a tokenizer.json
+        without one gets what transformers needs beside it. Raises: OSError."""
         for path in self.files:
             shutil.copyfile(path, out / path.name)
-        if [path.name for path in self.files] != [TOKENIZER]:
-            return
-        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size}
-        config["clean_up_tokenization_spaces"] = False
-        if self.eot_token is not None:
-            config["eos_token"] = self.eot_token
-            config |= {"bos_token": self.eot_token} if self.begins else {}
-        (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+        named = {"eos_token": self.end_token, "bos_token": self.begin_token}
+        tokens = {key: text for key, text in named.items() if text is not None}
+        names = {path.name for path in self.files}
+        if TOKENIZER_CONFIG in names:
+            _set_tokens(out / TOKENIZER_CONFIG, tokens, add=True)
+        elif TOKENIZER in names:
+            config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size}
+            config["clean_up_tokenization_spaces"] = False
+            (out / TOKENIZER_CONFIG).write_text(json.dumps({**config, **tokens}, indent=2))
+        if _MAP in names:
+            _set_tokens(out / _MAP, tokens, add=False)
 
 
-def given_tokenizer(path: Path, vocab_size: int) -> TokenizerFiles:
-    """Those of ``--tokenizer path``: a tokenizer.json, or a folder that transformers opens. Raises: ConfigError if there is
-    none, or it has ids that the model does not."""
-    files = (path,) if path.is_file() else tuple(path / name for name in _FILES if (path / name).is_file())
-    if not files or (path.is_file() and path.name != TOKENIZER):
-        raise ConfigError(f"--tokenizer {path} is neither a {TOKENIZER} nor a folder with a tokenizer's files")
-    _check(files, vocab_size, f"--tokenizer {path}")
-    return TokenizerFiles(files)
+def _set_tokens(path: Path, tokens: Mapping[str, str], *, add: bool) -> None:
+    """Set ``tokens`` in a JSON file where it has others, with ``add`` also where it has none."""
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError:  # not for us to mend
+        return
+    if not isinstance(config, dict):
+        return
+    wrong = {k: text for k, text in tokens.items() if token_text(config.get(k)) != text and (add or k in config)}
+    if wrong:
+        path.write_text(json.dumps({**config, **wrong}, indent=2, ensure_ascii=False))
+
+
+def exported_tokenizer(
+    vocab_size: int,
+    data: Mapping[str, Any],
+    *,
+    given: Path | None = None,
+    checkpoint: Path | None = None,
+    imported: Mapping[str, Any] | None = None,
+) -> TokenizerFiles:
+    """What goes with a model of ``vocab_size`` tokens: the files of ``--tokenizer`` (``given``), else those of the token
+    shards that a run was trained on (of the first folder of a mixture that has one), else those next to an imported
+    ``checkpoint``; as far as they are known and still there. ``data`` is the run's section of that name, ``imported`` what
+    an import knows of its tokens.
+
+    Raises: ConfigError if there is nothing at ``given``, or a tokenizer has ids that the model does not.
+    """
+    try:
+        found = tokenizers_of_data(data.get("dataset_path"))
+        record = found.facts()
+    except (ConfigError, DataError):  # the weights do not depend on data that is gone or damaged
+        found, record = DataTokenizers(()), None
+    file = file_of_run(found, record, given, checkpoint)
+    files: tuple[Path, ...] = ()
+    what = f"the tokenizer of {data.get('dataset_path') or checkpoint}"
+    if given is not None:
+        files, what = _given_files(given), f"--tokenizer {given}"
+    elif file is not None:
+        files = (file,) if file in found.files else files_in(file.parent)
+    vocabulary = _vocabulary(files, vocab_size, what)
+    prepend = data.get("eot_position", "prepend") == "prepend"
+    facts = token_facts(found, file, given=given, eot_id=data.get("eot_id"), prepend=prepend, imported=imported)
+    texts = {number: token for token, number in vocabulary.items()}
+    if record is not None and record.eot_id is not None and record.eot_token is not None:
+        texts.setdefault(record.eot_id, record.eot_token)
+    end, begin = (texts.get(-1 if number is None else number) for number in (facts.end, facts.begin))
+    return TokenizerFiles(files, facts, end, begin, _unused(vocabulary.values(), record, vocab_size))
 
 
 def tokenizer_of_data(dataset_path: str | None, vocab_size: int) -> TokenizerFiles:
-    """That of the token shards a run was trained on (of the first folder of a mixture that has one), as far as it is known
-    and still there.
+    """``exported_tokenizer`` for the data ``dataset_path`` alone."""
+    return exported_tokenizer(vocab_size, {"dataset_path": dataset_path})
 
-    Raises: ConfigError if it has ids that the model does not.
-    """
+
+def files_in(folder: Path) -> tuple[Path, ...]:
+    """The files of a tokenizer in ``folder``."""
+    return tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
+
+
+def _given_files(path: Path) -> tuple[Path, ...]:
+    files = (path,) if path.is_file() else files_in(path)
+    if not files or (path.is_file() and path.name != TOKENIZER):
+        raise ConfigError(f"--tokenizer {path} is neither a {TOKENIZER} nor a folder with a tokenizer's files")
+    return files
+
+
+def _vocabulary(files: tuple[Path, ...], vocab_size: int, what: str) -> dict[str, int]:
+    """The tokens of the tokenizer.json among ``files``; none without one. Raises: ConfigError for ids that the model does
+    not have."""
+    path = next((path for path in files if path.name == TOKENIZER), None)
+    if path is None:
+        return {}
     try:
-        found = tokenizers_of_data(dataset_path)
-        facts = found.facts()
-    except (ConfigError, DataError):  # the weights do not depend on data that is gone or damaged
-        return TokenizerFiles(())
-    files = found.files[:1]
-    _check(files, vocab_size, f"the tokenizer of {dataset_path}")
-    if facts is None:
-        return TokenizerFiles(files)
-    return TokenizerFiles(files, facts.eot_id, facts.eot_token, begins=facts.eot_position == "prepend")
-
-
-def _check(files: tuple[Path, ...], vocab_size: int, what: str) -> None:
-    for path in files:
-        if path.name == TOKENIZER and (largest := _largest_id(path, what)) >= vocab_size:
-            raise ConfigError(
-                f"{what} has ids up to {largest}, the model {vocab_size} tokens; use the one it was trained with"
-            )
-
-
-def _largest_id(path: Path, what: str) -> int:
-    try:
-        content = json.loads(path.read_bytes())
-        vocab = content["model"]["vocab"]
-        known = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
-        ids = [*known, *(token["id"] for token in content.get("added_tokens") or [])]
-        return max(int(number) for number in ids)
+        vocabulary = read_vocabulary(path)
+        largest = max(vocabulary.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{what} cannot be read ({type(error).__name__}: {error})") from error
+    if largest >= vocab_size:
+        raise ConfigError(
+            f"{what} has ids up to {largest}, the model {vocab_size} tokens; use the one it was trained with"
+        )
+    return vocabulary
+
+
+def _unused(known: Iterable[int], record: TokenizerFacts | None, vocab_size: int) -> tuple[int, ...]:
+    """The ids of the model that no token has. Without a vocabulary the ``record`` tells how large it is."""
+    used = set(known)
+    if not used and record is not None:
+        used = set(range(record.vocab_size))
+    return tuple(number for number in range(vocab_size) if number not in used) if used else ()

@@ -52,7 +52,7 @@ def _spread(
     K: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    # One program per choice. A token's gradient is read by k neighbours, so but once from memory.
+    # One program per choice. A token's gradient is read by k neighbors, so but once from memory.
     choice = tl.program_id(0).to(tl.int64)
     row = tl.load(place + choice)
     factor = tl.load(weight + choice)

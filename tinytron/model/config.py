@@ -15,7 +15,9 @@ from tinytron.utils.flags import Flag, check_bounds
 class ModelConfig:
     """Sizes and options of a GPT. Raises: ConfigError if they contradict each other."""
 
-    block_size: Annotated[int, Flag("longest sequence the model accepts", "tokens", at_least=1)] = 4096
+    block_size: Annotated[int, Flag("longest sequence the model accepts; not given: seq_len", "tokens", at_least=1)] = (
+        4096
+    )
     vocab_size: Annotated[int, Flag("number of token ids", at_least=1)] = 50304
     num_layer: Annotated[int, Flag("number of transformer blocks", at_least=1)] = 32
     num_attention_heads: Annotated[int, Flag("query heads", at_least=1)] = 128
@@ -36,7 +38,7 @@ class ModelConfig:
     parallel_residual: Annotated[
         bool, Flag("attention and feed-forward layer of a block read the same input, each through its own norm")
     ] = False
-    qk_norm: Annotated[bool, Flag("normalise queries and keys per head before the rotation")] = False
+    qk_norm: Annotated[bool, Flag("normalize queries and keys per head before the rotation")] = False
     bias: Annotated[bool, Flag("biases in the attention and feed-forward projections")] = False
     qkv_bias: Annotated[bool, Flag("biases in the query, key and value projections, whatever bias says")] = False
     attention_bias: Annotated[bool, Flag("biases in all projections of the attention, whatever bias says")] = False

@@ -1,4 +1,4 @@
-"""Muon: momentum, orthogonalised (Jordan et al., 2024), for matrices; AdamW for everything else, in one optimizer.
+"""Muon: momentum, orthogonalized (Jordan et al., 2024), for matrices; AdamW for everything else, in one optimizer.
 
 The polar factor comes from Polar Express (arXiv:2505.16932), the optional second moment from NorMuon (arXiv:2510.05491),
 the sign rule of the weight decay from Cautious Weight Decay (arXiv:2510.12402).
@@ -48,7 +48,7 @@ def orthogonalize(matrix: torch.Tensor, steps: int = 5, *, by: TritonKernel = "t
 
 class Muon(torch.optim.Optimizer):
     """Groups with ``kind="muon"`` hold whole matrices ``[rows, cols]`` or stacks ``[experts, rows, cols]`` (each expert is
-    orthogonalised by itself); groups with ``kind="adamw"`` hold anything.
+    orthogonalized by itself); groups with ``kind="adamw"`` hold anything.
 
     Muon step: m <- momentum m + (1 - momentum) g; u = (1 - momentum) g + momentum m; u <- orthogonalize(u) for each of
     the matrix's ``row_blocks`` (packed projections), times sqrt(max(1, rows / cols)); with ``normuon`` u is divided by the

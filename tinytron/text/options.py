@@ -255,7 +255,6 @@ def build_parser(description: str | None = None, prog: str | None = None) -> arg
         prog=prog,
         usage="%(prog)s --dataset_path PATH --tokenizer_name NAME [--flag value ...]",
         description=description,
-        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for info in config_fields(TokenizeOptions):

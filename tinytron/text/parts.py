@@ -55,25 +55,34 @@ class Part:
 
 class Found(NamedTuple):
     """A part; the place after it; its number of documents, about its bytes in memory, and the bytes of the file up to
-    its end."""
+    its end; whether it is held out."""
 
     part: Part
     after: Place
     documents: int
     bytes: int
     position: int
+    held_out: bool = False
 
 
-def find_parts(path: Path, place: Place, limit: int, text_key: str, option: str) -> Iterator[Found]:
-    """The parts of a file after ``place``, of ``limit`` documents at most except for whole row groups. Raises:
-    DataError naming the file, and ``option``, which sets the text key."""
+def is_plain_text(path: Path) -> bool:
+    """Whether a file is itself a document, and not a file of many."""
+    return not path.name.endswith(LINE_SUFFIXES) and path.suffix != ".parquet"
+
+
+def find_parts(
+    path: Path, place: Place, limit: int, text_key: str, option: str, held_out_end: float = 0.0
+) -> Iterator[Found]:
+    """The parts of a file after ``place``, of ``limit`` documents at most except for whole row groups; of a plain text
+    ``held_out_end`` of its bytes at the end, from the next line on, are held out. Raises: DataError naming the file, and
+    ``option``, which sets the text key."""
     with as_data_error(str(path)):
         if path.name.endswith(LINE_SUFFIXES):
             yield from _find_lines(path, place, limit)
         elif path.suffix == ".parquet":
             yield from _find_groups(path, place, limit, text_key, option)
         else:
-            yield from _find_pieces(path, place)
+            yield from _find_pieces(path, place, held_out_end)
 
 
 def read_part(part: Part, text_key: str, option: str) -> Iterator[str]:
@@ -186,21 +195,32 @@ def _read_lines(part: Part, text_key: str, option: str) -> Iterator[str]:
 # Text.
 
 
-def _find_pieces(path: Path, place: Place) -> Iterator[Found]:
+def _find_pieces(path: Path, place: Place, held_out_end: float) -> Iterator[Found]:
     start = place.at
     with open(path, "rb") as file:
         size = path.stat().st_size
+        held_out = _held_out_start(file, int(size * (1 - held_out_end)), size) if held_out_end else size
         while start < size:
-            stop = min(size, start + PIECE_BYTES)
-            if stop < size:
+            limit = held_out if start < held_out else size
+            stop = min(limit, start + PIECE_BYTES)
+            if stop < limit:
                 file.seek(stop)
                 line = file.readline(PIECE_BYTES)
-                stop += len(line)
-                if not line.endswith(b"\n") and stop < size:
+                stop = min(limit, stop + len(line))
+                if not line.endswith(b"\n") and stop < limit:
                     stop = _character_start(file, stop)
             part = Part(str(path), start, stop)
-            yield Found(part, Place(place.file, stop), 1, stop - start, stop)
+            yield Found(part, Place(place.file, stop), 1, stop - start, stop, held_out=start >= held_out)
             start = stop
+
+
+def _held_out_start(file: IO[bytes], at: int, size: int) -> int:
+    """The next byte from ``at`` on that begins a line, or if there is none nearby, a character."""
+    file.seek(at)
+    line = file.readline(PIECE_BYTES)
+    if line.endswith(b"\n") and at + len(line) < size:
+        return at + len(line)
+    return _character_start(file, at)
 
 
 def _character_start(file: IO[bytes], at: int) -> int:

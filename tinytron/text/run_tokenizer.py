@@ -1,27 +1,39 @@
-"""The tokenizer of a run's data, found next to its token shards."""
+"""The tokenizer of a run's data, found next to its token shards, and the facts about its tokens that generation,
+evaluation and export share."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tinytron.data.manifest import TOKENIZER, TokenizerFacts, read_manifest
 from tinytron.data.mixture_file import read_mixture
 from tinytron.data.remote import local_dataset_path
 from tinytron.errors import ConfigError
+from tinytron.text.tokenizer_files import END_TOKENS, named_end, read_vocabulary, tokenizer_file
 from tinytron.text.tokenizers import TextTokenizer, from_file, from_hub, from_tiktoken
 from tinytron.utils.remote import is_remote
 from tinytron.utils.texts import whole_characters
+
+TOKENS = "tokens"  # the section in the configuration of an imported model that has its ids of tokens
 
 
 @dataclass(frozen=True)
 class RunTokenizer:
     """A tokenizer and how documents are separated: ``end`` is the id of the end-of-text token, if there is one;
-    ``prepend`` says that texts begin with it."""
+    ``prepend`` says that texts begin with it. ``more_ends`` stop generation, too."""
 
     tokenizer: TextTokenizer
     end: int | None
     prepend: bool
+    more_ends: tuple[int, ...] = ()
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The ids that end a generated text."""
+        return self.more_ends if self.end is None else (self.end, *self.more_ends)
 
     def ids(self, text: str) -> list[int]:
         """The ids of a text from whatever source, with ``?`` for what is no character."""
@@ -81,29 +93,103 @@ def _folder(path: str) -> Path:
     return place if place.is_dir() else place.parent
 
 
+@dataclass(frozen=True)
+class TokenFacts:
+    """What a model has learned about tokens: ``ends``, of which the first separates documents, and whether texts begin with
+    it (``prepend``). ``begin`` and ``pad`` are those of an imported model. Ids, or ``None`` where there is none."""
+
+    ends: tuple[int, ...] = ()
+    prepend: bool = False
+    begin: int | None = None
+    pad: int | None = None
+
+    @property
+    def end(self) -> int | None:
+        """The id that separates documents."""
+        return next(iter(self.ends), None)
+
+    @classmethod
+    def of_end(cls, end: int | None, prepend: bool) -> TokenFacts:
+        """Those of data whose documents ``end`` separates."""
+        return cls() if end is None else cls((end,), prepend, end if prepend else None)
+
+    @classmethod
+    def of_import(cls, ids: Mapping[str, Any]) -> TokenFacts:
+        """Those of a Hugging Face config.json; of values that are no ids nothing is known."""
+
+        def numbers(key: str) -> tuple[int, ...]:
+            value = ids.get(f"{key}_token_id")
+            values = value if isinstance(value, list) else [value]
+            return tuple(number for number in values if type(number) is int and number >= 0)
+
+        begin, pad = (next(iter(numbers(key)), None) for key in ("bos", "pad"))
+        return cls(numbers("eos"), False, begin, pad)
+
+    def as_import(self) -> dict[str, Any]:
+        """What ``of_import`` reads, in the keys of config.json; several ends are a list."""
+        ends: Any = list(self.ends) if len(self.ends) > 1 else self.end
+        return {"bos_token_id": self.begin, "eos_token_id": ends, "pad_token_id": self.pad}
+
+
+def token_facts(
+    data: DataTokenizers,
+    file: Path | None,
+    *,
+    given: Path | None = None,
+    eot_id: int | None = None,
+    prepend: bool = False,
+    imported: Mapping[str, Any] | None = None,
+) -> TokenFacts:
+    """The facts from the first place that has them: the manifest of the ``data``, the run's ``eot_id``, the manifest in the
+    folder of the ``given`` tokenizer, the configuration of the ``imported`` model, or else the tokenizer in ``file``.
+    ``prepend`` says, where no manifest does, whether the documents of a run's data begin with the end. Raises: DataError
+    for a damaged manifest."""
+    record = data.facts()
+    if record is None and eot_id is None and given is not None:
+        found = read_manifest(given if given.is_dir() else given.parent)
+        record = None if found is None else found.tokenizer
+    if record is not None:
+        return TokenFacts.of_end(record.eot_id, record.eot_position == "prepend")
+    if eot_id is not None:
+        return TokenFacts.of_end(eot_id, prepend)
+    if imported and (facts := TokenFacts.of_import(imported)).ends:
+        return facts
+    return TokenFacts() if file is None else TokenFacts.of_end(_own_end(file), prepend and bool(data.folders))
+
+
+def _own_end(file: Path) -> int | None:
+    try:
+        vocabulary = read_vocabulary(file)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return next((vocabulary[token] for token in (named_end(file), *END_TOKENS) if token in vocabulary), None)
+
+
 def find_tokenizer(
     dataset_path: str | None,
     given: Path | None = None,
     eot_id: int | None = None,
     eot_position: str = "prepend",
     option: str = "--tokenizer",
+    *,
+    checkpoint: Path | None = None,
+    imported: Mapping[str, Any] | None = None,
 ) -> RunTokenizer:
     """The tokenizer in the file (or folder) ``given``, else that of the run's data: the first ``tokenizer.json`` next to
-    its shards, or the one that its manifest names. ``eot_id`` and ``eot_position`` are those of the run's configuration,
-    used where there is no manifest.
+    its shards, or the one that its manifest names, or else that next to the ``checkpoint``, where imported models have it.
+    ``eot_id`` and ``eot_position`` are those of the run's configuration, used where there is no manifest.
 
     Raises: ConfigError if there is none, naming ``option``, which gives one; DataError if it cannot be read.
     """
     found = tokenizers_of_data(dataset_path)
-    facts, file = found.facts(), next(iter(found.files), None)
-    if given is not None:
-        file = given / TOKENIZER if given.is_dir() else given
+    record = found.facts()
+    file = file_of_run(found, record, given, checkpoint)
     if file is not None:
         tokenizer = from_file(file)
-    elif facts is not None and facts.kind == "encoding_name":
-        tokenizer = from_tiktoken(facts.name)
-    elif facts is not None and facts.kind == "tokenizer_name":
-        tokenizer = from_hub(facts.name)
+    elif record is not None and record.kind == "encoding_name":
+        tokenizer = from_tiktoken(record.name)
+    elif record is not None and record.kind == "tokenizer_name":
+        tokenizer = from_hub(record.name)
     else:
         where = (
             f"{found.folders[0]} has no {TOKENIZER}"
@@ -111,18 +197,27 @@ def find_tokenizer(
             else "the run's data (mock data, or your own) names none"
         )
         raise ConfigError(f"no tokenizer: {where}; give {option} path/to/{TOKENIZER}")
-    if facts is not None:
-        return RunTokenizer(tokenizer, facts.eot_id, facts.eot_position == "prepend")
-    if eot_id is not None:
-        return RunTokenizer(tokenizer, eot_id, eot_position == "prepend")
-    try:
-        _, end = tokenizer.end_of_text()
-    except ConfigError:
-        return RunTokenizer(tokenizer, None, False)
-    return RunTokenizer(tokenizer, end, bool(found.folders) and eot_position == "prepend")
+    prepend = eot_position == "prepend"
+    facts = token_facts(found, file, given=given, eot_id=eot_id, prepend=prepend, imported=imported)
+    return RunTokenizer(tokenizer, facts.end, facts.prepend, facts.ends[1:])
 
 
-def tokenizer_of_run(config: dict[str, dict[str, object]], given: Path | None = None) -> RunTokenizer:
+def file_of_run(
+    data: DataTokenizers, record: TokenizerFacts | None, given: Path | None, checkpoint: Path | None
+) -> Path | None:
+    """The tokenizer.json that is used, if it is one: the ``given`` one, that of the data, or that next to the weights if
+    the data's manifest names no other."""
+    if given is not None:
+        return tokenizer_file(given)
+    if (own := next(iter(data.files), None)) is not None or record is not None or checkpoint is None:
+        return own
+    beside = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / TOKENIZER
+    return beside if beside.is_file() else None
+
+
+def tokenizer_of_run(
+    config: dict[str, dict[str, object]], given: Path | None = None, checkpoint: Path | None = None
+) -> RunTokenizer:
     """``find_tokenizer`` for a run's saved configuration, checked against its model's vocabulary. Raises: as there."""
     data, model = config.get("data", {}), config["model"]
     path, eot_id = data.get("dataset_path"), data.get("eot_id")
@@ -131,6 +226,8 @@ def tokenizer_of_run(config: dict[str, dict[str, object]], given: Path | None = 
         given,
         eot_id if isinstance(eot_id, int) else None,
         str(data.get("eot_position", "prepend")),
+        checkpoint=checkpoint,
+        imported=config.get(TOKENS),
     )
     size = model.get("vocab_size")
     if isinstance(size, int):

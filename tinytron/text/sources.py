@@ -10,14 +10,16 @@ neither them nor their order.
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from tinytron.errors import ConfigError, DataError
-from tinytron.text.parts import LINE_SUFFIXES, Part, Place, find_parts, read_part, text_of
+from tinytron.text.parts import LINE_SUFFIXES, PIECE_BYTES, Part, Place, find_parts, is_plain_text, read_part, text_of
 from tinytron.utils.optional import as_data_error, require_package
+from tinytron.utils.paths import files_below
 
 PROSE = (".txt", ".text", ".md", ".rst", ".tex", ".html")
 CODE = (
@@ -27,6 +29,7 @@ CODE = (
 )
 SUFFIXES = (*PROSE, *CODE, *LINE_SUFFIXES, ".parquet")
 CHUNK_BYTES = 2**24  # about the most that one chunk holds
+FEW_HELD_OUT = 5  # documents; of so few, chance could hold out none
 START = Place()
 
 
@@ -61,7 +64,8 @@ class TextSource(Protocol):
 class FileSource:
     """Local files: the ``text_key`` of each row of JSON lines and parquet files; any other file is one document, or
     several if it is long. ``option`` names the flag of the text key; ``path`` is what the user called the files, and
-    ``val_path`` the files after the first ``num_training``, which are held out."""
+    ``val_path`` the files after the first ``num_training``, which are held out. ``held_out_end`` is the part of every text
+    file, at its end, that is held out."""
 
     files: list[Path]
     text_key: str = "text"
@@ -69,6 +73,7 @@ class FileSource:
     path: str = ""
     val_path: str | None = None
     num_training: int | None = None
+    held_out_end: float = 0.0
 
     def size(self) -> tuple[int | None, str]:
         """The bytes of all files."""
@@ -78,28 +83,36 @@ class FileSource:
         """Path, size and time of every file."""
         states = [{"path": path, "bytes": size, "modified": time} for path, size, time in file_states(self.files)]
         known = {"path": self.path, "text_key": self.text_key, "files": states}
+        if self.held_out_end:
+            known["held_out"] = "ends"
         return known if self.val_path is None else known | {"val_path": self.val_path}
 
     def chunks(self, chunksize: int, start: Place = START) -> Iterator[Chunk]:
         """See ``TextSource``."""
         with as_data_error("the source"):
             sizes = [path.stat().st_size for path in self.files]
+        before = [0, *itertools.accumulate(sizes)]
         first_held_out = len(self.files) if self.num_training is None else self.num_training
-        for held_out, numbers in ((False, range(first_held_out)), (True, range(first_held_out, len(self.files)))):
-            parts: list[Part] = []
-            documents = size = 0
-            for number in range(max(numbers.start, start.file), numbers.stop):
-                place = start if number == start.file else Place(number)
-                before = sum(sizes[:number])
-                for found in find_parts(self.files[number], place, chunksize, self.text_key, self.option):
-                    parts.append(found.part)
-                    documents += found.documents
-                    size += found.bytes
-                    if documents >= chunksize or size >= CHUNK_BYTES:
-                        yield Chunk(parts, found.after, before + found.position, held_out)
-                        parts, documents, size = [], 0, 0
-            if parts:
-                yield Chunk(parts, Place(numbers.stop), sum(sizes[: numbers.stop]), held_out)
+        parts: list[Part] = []
+        documents = size = done = 0
+        after, of_val = start, False
+        for number in range(start.file, len(self.files)):
+            place = start if number == start.file else Place(number)
+            known = (chunksize, self.text_key, self.option, self.held_out_end)
+            for found in find_parts(self.files[number], place, *known):
+                held_out = found.held_out or number >= first_held_out
+                if parts and held_out != of_val:
+                    yield Chunk(parts, after, done, of_val)
+                    parts, documents, size = [], 0, 0
+                parts.append(found.part)
+                documents += found.documents
+                size += found.bytes
+                after, done, of_val = found.after, before[number] + found.position, held_out
+                if documents >= chunksize or size >= CHUNK_BYTES:
+                    yield Chunk(parts, after, done, of_val)
+                    parts, documents, size = [], 0, 0
+        if parts:
+            yield Chunk(parts, Place(len(self.files)), before[-1], of_val)
 
     def read(self, chunk: Chunk) -> Iterator[str]:
         """See ``TextSource``."""
@@ -202,9 +215,11 @@ def open_source(
     streaming: bool,
     cache_dir: str | None,
     val_path: str | None = None,
+    val_fraction: float = 0.0,
 ) -> TextSource:
     """Local files if ``path`` is a file, a pattern or a folder; the ``datasets`` package for a folder that it saved, a
-    folder with a ``config``, and any other name. The local files of ``val_path`` are held out.
+    folder with a ``config``, and any other name. The local files of ``val_path`` are held out; of plain texts so few that
+    ``val_fraction`` of them are less than ``FEW_HELD_OUT``, the ends.
 
     Raises: DataError for a path without text; ConfigError for a file with a ``config``, and for ``val_path`` with a data
     set of the ``datasets`` package.
@@ -217,7 +232,8 @@ def open_source(
             )
         files = find_text_files(path)
         if val_path is None:
-            return FileSource(files, text_key, option, path)
+            few = all(map(is_plain_text, files)) and val_fraction * _count_pieces(files) < FEW_HELD_OUT
+            return FileSource(files, text_key, option, path, held_out_end=val_fraction if few else 0.0)
         held_out = find_text_files(val_path, "--val_path")
         return FileSource([*files, *held_out], text_key, option, path, val_path, len(files))
     if val_path is not None:
@@ -225,6 +241,11 @@ def open_source(
             f"--val_path {val_path} goes with local files; of a data set on the hub use --val_fraction 0.01"
         )
     return HubSource(path, config, split, text_key, option, streaming, cache_dir)
+
+
+def _count_pieces(files: Sequence[Path]) -> int:
+    with as_data_error("the source"):
+        return sum(-(-path.stat().st_size // PIECE_BYTES) for path in files)
 
 
 def _is_local(path: str, config: str | None) -> bool:
@@ -241,13 +262,11 @@ def _is_saved(path: str) -> bool:
 
 
 def find_text_files(path: str, option: str = "--dataset_path") -> list[Path]:
-    """The readable files below the folder ``path`` (hidden ones left out), those a pattern matches, or the one file;
-    sorted. Raises: DataError naming ``option`` if there is none."""
+    """The readable files below the folder ``path`` (hidden ones left out, links followed), those a pattern matches, or the
+    one file; sorted. Raises: DataError naming ``option`` if there is none."""
     place = Path(path)
-    if place.is_dir():
-        found = [p for p in place.rglob("*") if not any(part.startswith(".") for part in p.relative_to(place).parts)]
-    else:
-        found = [Path(p) for p in glob.glob(path)] or [place]
+    found = list(files_below(place, hidden=False)) if place.is_dir() else [Path(p) for p in glob.glob(path)]
+    found = found or [place]
     if not any(p.exists() for p in [place, *found]):
         raise DataError(f"{option} {path}: there is no such file or folder")
     files = sorted(p for p in found if p.name.endswith(SUFFIXES) and p.is_file())
@@ -262,7 +281,5 @@ def find_text_files(path: str, option: str = "--dataset_path") -> list[Path]:
 def file_states(paths: Iterable[Path]) -> list[list[Any]]:
     """Path, size and modification time of the files among ``paths`` and of all files below folders among them; a path
     that does not exist (a name on the hub) adds nothing. Raises: OSError."""
-    files = [
-        file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*"))) if file.is_file()
-    ]
+    files = [file for path in paths for file in ([path] if path.is_file() else sorted(files_below(path)))]
     return [[str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns] for file in files]

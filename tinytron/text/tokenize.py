@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,16 +32,17 @@ from tinytron.data.manifest import (
 from tinytron.data.shards import open_shards
 from tinytron.errors import ConfigError, DataError
 from tinytron.text import tokenizers
-from tinytron.text.chunk_encoder import ChunkEncoder, Encoded, whole_characters
+from tinytron.text.chunk_encoder import ChunkEncoder, Encoded
 from tinytron.text.options import TokenizeOptions
 from tinytron.text.selection import VAL, SelectedSource
-from tinytron.text.sources import START, TextSource, open_source
+from tinytron.text.sources import START, FileSource, TextSource, open_source
 from tinytron.text.state import STATE, Recipe, State, difference, read_state, recipe_in, recipe_of, write_state
 from tinytron.text.token_writer import SplitWriter, shard_name
 from tinytron.text.tokenizers import TextTokenizer
 from tinytron.text.worker_pool import WorkerPool
 from tinytron.utils.lock import wait_for_lock
 from tinytron.utils.signals import StopRequest
+from tinytron.utils.texts import whole_characters
 from tinytron.utils.training import write_atomically
 
 LOCK = "tokenize.lock"
@@ -114,6 +115,7 @@ def source_of(options: TokenizeOptions) -> TextSource:
         streaming=options.streaming,
         cache_dir=options.cache_dir,
         val_path=options.val_path,
+        val_fraction=0.0 if options.selects else options.val_fraction,
     )
     if not options.selects:
         return source
@@ -155,6 +157,9 @@ class _Run:
     ) -> None:
         self.options, self.source, self.stop, self.say = options, source, stop, say
         self.folder, self.split = options.folder, options.split
+        self.ends_held_out = isinstance(source, FileSource) and source.held_out_end > 0
+        # A text whose end is held out is not held out by its hash.
+        self.rule = replace(options.rule, val_fraction=0.0) if self.ends_held_out else options.rule
         fixed = (options.dtype, options.file_format, options.num_tokens_per_file)
         self.main = SplitWriter(self.folder, self.split, *fixed, options.min_file_index, options.max_file_index)
         self.writers = {self.split: self.main}
@@ -206,7 +211,7 @@ class _Run:
         """Every text and its split."""
         for chunk in self.source.chunks(self.options.chunksize):
             for text in map(whole_characters, self.source.read(chunk)):
-                yield text, self.options.rule.split_of(text, chunk.held_out)
+                yield text, self.rule.split_of(text, chunk.held_out)
 
     def _require_same(self, recipe: Recipe, there: Recipe | None) -> None:
         if there is not None and (text := difference(recipe, there)) is not None:
@@ -243,6 +248,8 @@ class _Run:
 
     def _begin(self, tokenizer: TextTokenizer, recipe: Recipe) -> None:
         self.source.size()  # a source that cannot be loaded raises here
+        if self.ends_held_out:
+            self.say(f"held out: the last {self.options.val_fraction:.3g} of every file, as there are few documents")
         (self.folder / MANIFEST).unlink(missing_ok=True)
         if tokenizer.serialized:
             write_atomically(self.folder / TOKENIZER, lambda file: file.write(tokenizer.serialized))
@@ -259,7 +266,7 @@ class _Run:
 
     def _tokenize(self, tokenizer: TextTokenizer, facts: TokenizerFacts, recipe: Recipe) -> None:
         work = ChunkEncoder(
-            self.source, tokenizer.encode, facts.eot_id, facts.eot_position, self.options.dtype, self.options.rule
+            self.source, tokenizer.encode, facts.eot_id, facts.eot_position, self.options.dtype, self.rule
         )
         self._write_full(recipe)  # shards that an earlier ``--max_file_index`` held back
         if self.main.done:
@@ -300,6 +307,9 @@ class _Run:
         if not shards:
             _clear(self.folder)
             raise self._nothing_kept()
+        if complete and VAL in self.writers and not all(documents.values()):
+            _clear(self.folder)
+            raise self._empty_split(documents)
         manifest = Manifest(
             dtype=self.options.token_dtype,
             file_format=self.options.file_format,
@@ -317,6 +327,16 @@ class _Run:
         if complete:
             (self.folder / STATE).unlink(missing_ok=True)
         return manifest
+
+    def _empty_split(self, documents: dict[str, int]) -> DataError:
+        """The error for one split that got all documents."""
+        (empty,) = (split for split, count in documents.items() if not count)
+        count, fraction = sum(documents.values()), self.options.val_fraction
+        option = f"--val_path {self.options.val_path}" if self.options.val_path else f"--val_fraction {fraction:g}"
+        return DataError(
+            f"{option}: no document of {count} is for {empty} (a hash of the text decides); use more documents, "
+            f"another --val_fraction, or --val_path FILE"
+        )
 
     def _nothing_kept(self) -> DataError:
         """The error of a source without a document to tokenize; looks for the length of the longest."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tinytron.errors import ConfigError
+from tinytron.text.tokenizer_files import END_TOKENS, named_end
 from tinytron.utils.optional import as_data_error, require_package
 from tinytron.utils.texts import without_bom
 
-END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<eot>")  # where a tokenizer names none
 BPE_END = END_TOKENS[0]
 SMALLEST_BPE = 257  # the bytes and the end-of-text token
 Kind = Literal["tokenizer_name", "encoding_name", "tokenizer_path", "train_bpe"]
@@ -38,10 +38,10 @@ class Encode(Protocol):
 class TextTokenizer:
     """A loaded tokenizer.
 
-    ``vocab_size`` is one more than its largest id; ``specials`` are the ids of its special tokens and ``end`` its own
-    end-of-text token, if it names one; ``token_id`` finds the id of any token; ``serialized`` is its tokenizer.json, or
-    empty where there is no such thing; ``sha256`` is that of the vocabulary. ``decode`` gives the text of ids, without
-    special tokens.
+    ``vocab_size`` is one more than its largest id, and ``unused`` are the ids below it that no token has; ``specials`` are
+    the ids of its special tokens and ``end`` its own end-of-text token, if it names one; ``token_id`` finds the id of any
+    token; ``serialized`` is its tokenizer.json, or empty where there is no such thing; ``sha256`` is the vocabulary's.
+    ``decode`` gives the text of ids, without special tokens.
     """
 
     kind: Kind
@@ -54,12 +54,14 @@ class TextTokenizer:
     serialized: bytes
     sha256: str
     decode: Callable[[list[int]], str]
+    unused: tuple[int, ...] = ()
 
     def end_of_text(self, wanted: str | None = None) -> tuple[str, int]:
         """The token that separates documents, and its id: ``wanted``, or else the tokenizer's own, or else the first of
         ``END_TOKENS`` that it has. Raises: ConfigError naming tokens that it has if that gives none."""
         candidates = list(dict.fromkeys(t for t in (self.end, *END_TOKENS, *self.specials) if t and self._has(t)))
-        for token in (wanted,) if wanted is not None else (self.end, *END_TOKENS):
+        known = sorted(END_TOKENS, key=lambda token: token not in self.specials)  # a word of the vocabulary only last
+        for token in (wanted,) if wanted is not None else (self.end, *known):
             if token is not None and (number := self.token_id(token)) is not None:
                 return token, number
         rule, advice = "there is no known end-of-text token in", ["--eot_position none"]
@@ -137,16 +139,18 @@ def from_hub(name: str, cache_dir: str | None = None, trust_remote_code: bool = 
     return TextTokenizer(
         "tokenizer_name", name, _Slow(tokenizer), size, tokenizer.eos_token, specials, vocabulary.get, b"", digest,
         lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)),
+        _unused(vocabulary.values(), size),
     )  # fmt: skip
 
 
 def from_file(path: Path, kind: Kind = "tokenizer_path", name: str | None = None) -> TextTokenizer:
-    """The tokenizer of a tokenizer.json file. Raises: DataError; ConfigError without the package."""
+    """The tokenizer of a tokenizer.json file, with the end-of-text token that a tokenizer_config.json next to it names.
+    Raises: DataError; ConfigError without the package."""
     tokenizers = require_package("tokenizers")
     with as_data_error(f"--{kind} {path}", "give a tokenizer.json file"):
         content = without_bom(path.read_bytes())
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
-    return _of_backend(kind, str(path) if name is None else name, tokenizer, content, None)
+    return _of_backend(kind, str(path) if name is None else name, tokenizer, content, named_end(path))
 
 
 def from_tiktoken(name: str) -> TextTokenizer:
@@ -170,16 +174,19 @@ def from_tiktoken(name: str) -> TextTokenizer:
             return None
 
     digest = hashlib.sha256(json.dumps([encoding._pat_str, sorted(specials.items())]).encode())
+    taken = set(specials.values())
     for token in encoding.token_byte_values():
         digest.update(len(token).to_bytes(4, "little") + token)
+        taken.add(encoding.encode_single_token(token))
     size, sha256, hidden = encoding.max_token_value + 1, digest.hexdigest(), set(specials.values())
 
     def decode(ids: list[int]) -> str:
         return str(encoding.decode([number for number in ids if number not in hidden]))
 
     return TextTokenizer(
-        "encoding_name", name, _Tiktoken(encoding), size, None, specials, token_id, b"", sha256, decode
-    )
+        "encoding_name", name, _Tiktoken(encoding), size, None, specials, token_id, b"", sha256, decode,
+        _unused(taken, size),
+    )  # fmt: skip
 
 
 def _of_backend(kind: Kind, name: str, tokenizer: Any, serialized: bytes, end: str | None) -> TextTokenizer:
@@ -187,8 +194,40 @@ def _of_backend(kind: Kind, name: str, tokenizer: Any, serialized: bytes, end: s
     added = tokenizer.get_added_tokens_decoder()
     specials = {token.content: number for number, token in sorted(added.items()) if token.special}
     sha256, size = hashlib.sha256(serialized).hexdigest(), 1 + max(vocabulary.values(), default=-1)
-    encode = _Fast(_plain(tokenizer))
-    return TextTokenizer(kind, name, encode, size, end, specials, vocabulary.get, serialized, sha256, tokenizer.decode)
+    encode = _Fast(_plain(_without_special_pieces(tokenizer, {*specials, *END_TOKENS})))
+    return TextTokenizer(
+        kind, name, encode, size, end, specials, vocabulary.get, serialized, sha256, tokenizer.decode,
+        _unused(vocabulary.values(), size),
+    )  # fmt: skip
+
+
+def _unused(ids: Iterable[int], size: int) -> tuple[int, ...]:
+    return tuple(sorted(set(range(size)).difference(ids)))
+
+
+def _without_special_pieces(tokenizer: Any, specials: Collection[str]) -> Any:
+    """``tokenizer``, or a copy whose model has no pieces that spell ``specials``, as Unigram, WordLevel and WordPiece do:
+    text that spells one would become its id. The token for unknown text stays."""
+    content = json.loads(tokenizer.to_str())
+    model, vocabulary = content["model"], content["model"].get("vocab") or {}
+    if model.get("type") == "BPE" and not model.get("ignore_merges"):  # merges alone lead to pieces
+        return tokenizer
+    pieces = list(vocabulary) if isinstance(vocabulary, dict) else [piece for piece, _ in vocabulary]
+    unknown = model.get("unk_token") if model.get("unk_id") is None else pieces[model["unk_id"]]
+    hidden = {piece for piece in pieces if piece in specials and piece != unknown}
+    if not hidden:
+        return tokenizer
+
+    def renamed(piece: str) -> str:
+        return f"\ue000{piece}\ue000" if piece in hidden else piece
+
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {renamed(piece): number for piece, number in vocabulary.items()}
+    else:
+        model["vocab"] = [[renamed(piece), score] for piece, score in vocabulary]
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in hidden]
+    content["post_processor"] = None  # it may name them
+    return type(tokenizer).from_str(json.dumps(content))
 
 
 # Training.

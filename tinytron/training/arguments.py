@@ -12,6 +12,7 @@ from tinytron.interop import model_options
 from tinytron.training.config import Config, all_sections
 from tinytron.training.run.exports import check_exportable
 from tinytron.utils.flags import Parser, add_flag, config_fields, parse_strictly
+from tinytron.utils.paths import tidy
 
 NONE: Mapping[str, type] = MappingProxyType({})
 
@@ -23,7 +24,6 @@ def build_parser(sections: Mapping[str, type] = NONE, prog: str | None = None) -
         prog=prog,
         usage="%(prog)s [--flag value ...]",
         description="Pre-train a GPT.",
-        allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for section, cls in all_sections(sections).items():
@@ -49,13 +49,18 @@ def parse_args(
 
 
 def build_config(args: argparse.Namespace) -> Config:
-    """The frozen configuration; with ``--init_from`` the architecture is that of the weights, which flags of ``args.given``
-    must not contradict. Raises: ConfigError for values that break a rule."""
+    """The frozen configuration. ``block_size`` is ``seq_len`` unless it is given: a model cannot use positions that it was
+    not trained at. With ``--init_from`` the architecture is that of the weights, which flags of ``args.given`` must not
+    contradict. Raises: ConfigError for values that break a rule."""
     values: dict[str, dict[str, Any]] = {}
     sections = all_sections(args.sections)
     for section, cls in sections.items():
         found = {info.name: getattr(args, info.name) for info in config_fields(cls)}
         values[section] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+    if args.init_from is not None:
+        values["ckpt"]["init_from"] = tidy(args.init_from)  # part of the run's identity, however it is spelled
+    if args.init_from is None and "block_size" not in args.given:
+        values["model"]["block_size"] = max(1, values["train"]["seq_len"])
     if args.init_from is not None:
         values["model"] = model_options(args.init_from, values["model"], args.given & values["model"].keys())
     config = Config.of({section: cls(**values[section]) for section, cls in sections.items()})

@@ -179,5 +179,6 @@ def describe_run_size(config: Config, model: nn.Module, state: ParallelState, in
     count = sum(spec.numel for spec in specs_of(model))  # of all experts, wherever they are
     return (
         f"{count / 1e6:.2f}M parameters in {config.train.precision} on {state.layout.world_size} x {state.device.type} | "
-        f"{info.max_steps} steps of {config.train.total_batch_size:,} tokens, {info.grad_accum_steps} micro-batches each"
+        f"{info.max_steps} steps of {config.train.total_batch_size:,} tokens in sequences of {config.train.seq_len}, "
+        f"{info.grad_accum_steps} micro-batches each"
     )

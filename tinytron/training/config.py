@@ -40,17 +40,24 @@ __all__ = [
 ]
 
 
+_TAKEN = ("help", "given", "sections")  # what parse_args adds to the flags
+
+
 def all_sections(further: Mapping[str, type]) -> dict[str, type]:
     """The built-in sections and ``further`` ones, by name: dataclasses whose fields carry a ``Flag``. Raises: TypeError if
-    a section's or a flag's name is taken, or a field has no flag."""
+    a section's or a flag's name is taken, or a field has no flag or no default."""
     sections: dict[str, type] = dict(SECTIONS)
     owners: dict[str, str] = {}
     for name, cls in further.items():
-        if name in sections or name in {f.name for f in dataclasses.fields(Config)}:
+        if name in sections or name in {f.name for f in dataclasses.fields(Config)} or hasattr(Config, name):
             raise TypeError(f"a section {name} exists already; give {cls.__name__} another name")
         sections[name] = cls
     for name, cls in sections.items():
         for info in config_fields(cls):
+            if info.default is dataclasses.MISSING:
+                raise TypeError(f"{cls.__name__}.{info.name} needs a default: its flag may be left out")
+            if info.name in _TAKEN:
+                raise TypeError(f"--{info.name} means something else to the parser; rename it in {name}")
             if info.name in owners:
                 raise TypeError(f"--{info.name} is an option of {owners[info.name]}; rename it in {name}")
             owners[info.name] = name

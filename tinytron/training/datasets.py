@@ -25,11 +25,11 @@ from tinytron.data.mixture_file import read_mixture
 from tinytron.data.order import Order, ShuffledEpochs
 from tinytron.data.pack_files import make_pack_files
 from tinytron.data.remote import fetch_shards, local_dataset_path
-from tinytron.data.shards import EndOfText, find_shards, open_shards
+from tinytron.data.shards import EndOfText, find_shards, open_shards, passed_over
 from tinytron.data.streams import StreamLoader, ValStreamLoader
 from tinytron.distributed.agreement import agree, agree_slowly, require_same
 from tinytron.distributed.parallel_state import ParallelState
-from tinytron.errors import ConfigError
+from tinytron.errors import ConfigError, DataError
 from tinytron.training.config import Config
 from tinytron.training.derive import TrainingInfo, data_position
 from tinytron.training.world import first_on_node
@@ -97,7 +97,8 @@ def _mixture(config: Config, state: ParallelState, path: Path) -> tuple[Dataset[
 
 
 def _shards(config: Config, state: ParallelState, path: str, split: str) -> TokenShardDataset | None:
-    """The samples of one split of one source; ``None`` if it has no validation shards. Collective."""
+    """The samples of one split of one source; ``None`` if it has no validation shards, or in a run that does not validate
+    none that hold a sample. Collective."""
     world, data, seq_len = state.groups["world"], config.data, config.train.seq_len
     if is_remote(path):
         url = path
@@ -113,6 +114,13 @@ def _shards(config: Config, state: ParallelState, path: str, split: str) -> Toke
     )
     if not shards:
         return None
+    if split == "val" and data.packing != "best_fit" and all(shard.count <= seq_len for shard in shards):
+        if not validates(config):
+            return None
+        raise DataError(
+            f"--do_val: no validation shard holds one sample of --seq_len {seq_len} + 1 tokens ({shards[0].path.name}: "
+            f"{shards[0].count}); hold out more documents, use a shorter --seq_len, or drop --do_val"
+        )
     if data.packing == "best_fit":
         mine = shards[state.rank :: state.layout.world_size]
         agree_slowly(lambda: make_pack_files(mine, seq_len), world)
@@ -124,10 +132,16 @@ def _shards(config: Config, state: ParallelState, path: str, split: str) -> Toke
             data.document_mask, data.cross_document_loss, data.packing, mark_padding=config.model.use_moe
         )
         dataset = TokenShardDataset(shards, seq_len, config.model.vocab_size, reading)
+        dataset.passed_over = passed_over(path) if split == "train" else []
         dataset.check_token_ids(part=state.rank, parts=state.layout.world_size)
         return dataset
 
     return agree(build, world)
+
+
+def validates(config: Config) -> bool:
+    """Whether a run measures the validation loss."""
+    return config.train.do_val and not config.train.debug
 
 
 def split_off_validation(dataset: Dataset[Any] | None, split_rate: float) -> tuple[Dataset[Any], Dataset[Any]]:

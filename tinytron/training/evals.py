@@ -13,7 +13,7 @@ from tinytron.data import Batch
 from tinytron.distributed.agreement import agree
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.evaluation import validate
-from tinytron.evaluation.choices import Item, Row, encode_items, log_probs, read_items, summarise
+from tinytron.evaluation.choices import Item, Row, encode_items, log_probs, read_items, summarize
 from tinytron.model.modules.loss import LossSums
 from tinytron.text.run_tokenizer import find_tokenizer
 from tinytron.text.token_bytes import token_bytes_of_data
@@ -92,6 +92,6 @@ class TrainingEvals:
                 device=self._state.device,
                 state=self._state,
             )
-            result = summarise(task.items, task.rows, scores)
+            result = summarize(task.items, task.rows, scores)
             entries.append({"step": step, "stage": "eval", "task": task.name, **result})
         return entries

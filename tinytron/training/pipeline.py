@@ -36,7 +36,7 @@ class DataPipeline:
         val_loader: Iterable[Any] | None = None,
     ) -> None:
         self.config, self.preparer = config, BatchPreparer(config, state)
-        self.validates = config.train.do_val and not config.train.debug
+        self.validates = datasets.validates(config)
         if train_dataset is None and train_loader is None:
             raise ConfigError("_init_dataset set no train_dataset; set self.train_dataset, or self.train_loader")
         if val_dataset is None and val_loader is None:

@@ -66,7 +66,9 @@ class TrainingConfig:
             works=0.99,
         ),
     ] = None
-    grad_clip_value: Annotated[float, Flag("clip the global gradient norm to this; 0: never", at_least=0)] = 1.0
+    grad_clip_value: Annotated[
+        float, Flag("clip the global gradient norm to this; 0: never", at_least=0, infinite=True)
+    ] = 1.0
     spike_sigma: Annotated[
         float,
         Flag(
@@ -164,7 +166,7 @@ class OptimConfig:
     adam_beta2: Annotated[float, Flag("decay of the second moment", at_least=0, below=1, works=0.9)] = 0.95
     adam_eps: Annotated[float, Flag("added to the root of the second moment", at_least=0)] = 1e-8
     muon_momentum: Annotated[float, Flag("momentum of Muon", at_least=0, below=1, works=0.9)] = 0.95
-    muon_ns_steps: Annotated[int, Flag("iterations of Muon's orthogonalisation", at_least=1)] = 5
+    muon_ns_steps: Annotated[int, Flag("iterations of Muon's orthogonalization", at_least=1)] = 5
     muon_normuon: Annotated[bool, Flag("NorMuon: divide Muon's update by its running root mean square")] = False
     muon_beta2: Annotated[float, Flag("decay of NorMuon's second moment", at_least=0, below=1, works=0.9)] = 0.95
     muon_cautious: Annotated[bool, Flag("weight decay only where it agrees in sign with Muon's update")] = False

@@ -300,7 +300,7 @@ class Trainer(RankAttributes):
             assert found.step is not None, "check_continues refuses metadata that is not ours"
             self.guards.load_state_dict(found.guard)
             self.step = found.step
-        self.folder.begin(self.step)
+        self._say(*self.folder.begin(self.step))
 
     def _maybe_log(self) -> None:
         self.reporter.advance(self.step)

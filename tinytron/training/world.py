@@ -112,8 +112,20 @@ def join_world(config: Config) -> ParallelState:
     return state
 
 
+# How many processes srun, Open MPI and MPICH have started.
+_OTHER_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
 def place_in_world() -> tuple[int, int, int]:
-    """Rank, world size and local rank from the launcher's environment; without one: the only process."""
+    """Rank, world size and local rank from the launcher's environment; without one: the only process. Raises: ConfigError
+    for what cannot be, and for processes that srun or mpirun started without torchrun's variables."""
+    if "RANK" not in os.environ:
+        for name in _OTHER_LAUNCHERS:
+            if (count := os.environ.get(name, "1")).isdecimal() and int(count) > 1:
+                raise ConfigError(
+                    f"{name}={count}, but RANK is not set: {count} processes would train apart; start one per node, "
+                    "which runs torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+                )
     values = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     for name in values:
         text = os.environ.get(name, str(values[name]))

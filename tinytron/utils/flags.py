@@ -8,13 +8,16 @@ import dataclasses
 import difflib
 import functools
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from typing import Any, NoReturn
 
 from tinytron.errors import ConfigError
+from tinytron.utils.paths import expanded
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Flag:
     ``identity`` says whether the value is part of what the run *is* (and so of the config hash that names its
     folder) or only of how it is executed (layout, paths, intervals, limits). The bounds hold for numbers that are not
     ``None``, and NaN keeps none; ``works`` is a value that the error proposes, ``rule`` says the bounds in other words.
-    ``choices`` are the allowed values, where the type is not a ``Literal`` of them: usually a table's keys.
+    Only with ``infinite`` may a number be that. ``choices`` are the allowed values, where the type is not a ``Literal`` of
+    them: usually a table's keys.
     """
 
     help: str
@@ -37,6 +41,7 @@ class Flag:
     works: object = None
     rule: str = ""
     choices: tuple[str, ...] | None = None
+    infinite: bool = False
 
     @property
     def text(self) -> str:
@@ -51,6 +56,11 @@ class Flag:
             and (self.at_most is None or value <= self.at_most)
             and (self.below is None or value < self.below)
         )
+
+    @property
+    def bounded(self) -> bool:
+        """True if there is any bound; without one, the section has a rule of its own."""
+        return any(bound is not None for bound in (self.at_least, self.above, self.at_most, self.below))
 
     @property
     def bounds(self) -> str:
@@ -120,6 +130,9 @@ def check_bounds(section: Any) -> None:
             continue
         if info.choices is not None and value not in info.choices:
             raise ConfigError(f"--{info.name} {value} must be one of {', '.join(map(str, info.choices))}")
+        if flag.bounded and isinstance(value, float) and math.isinf(value) and not flag.infinite and flag.allows(value):
+            works = info.default if flag.works is None else flag.works
+            raise ConfigError(f"--{info.name} {value} must be finite; use {works}")
         if not flag.allows(value):
             works = "" if flag.works is None else f"; use {flag.works}"
             raise ConfigError(f"--{info.name} {value} must be {flag.bounds}{works}")
@@ -132,7 +145,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises ConfigError instead of printing the usage and exiting."""
+    """Raises ConfigError instead of printing the usage and exiting; flags are spelled out, also those of subcommands."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see --help")
@@ -171,20 +187,27 @@ def add_flag(group: argparse._ActionsContainer, info: FieldInfo) -> None:
     elif typing.get_origin(info.type) is tuple:
         inner = typing.get_args(info.type)
         count = "*" if inner[-1] is Ellipsis else len(inner)
-        group.add_argument(f"--{name}", nargs=count, type=inner[0], default=default, help=text)
+        kind = expanded if inner[0] is str else inner[0]
+        group.add_argument(f"--{name}", nargs=count, type=kind, default=default, help=text)
     else:
-        kind = whole_number if info.type is int else info.type
+        kind = {int: whole_number, str: expanded}.get(info.type, info.type)
         group.add_argument(f"--{name}", type=kind, default=default, help=text, metavar=info.type.__name__.upper())
 
 
 def whole_number(text: str) -> int:
-    """``134217728``, also spelled ``2**27`` or ``134_217_728``. Raises: argparse.ArgumentTypeError."""
+    """``134217728``, also spelled ``2**27``, ``134_217_728`` or, if it is whole, ``1e6``. Raises:
+    argparse.ArgumentTypeError."""
     base, power, exponent = text.partition("**")
     try:
         if power and not 0 <= int(exponent) <= 64:
             raise ValueError
+        if re.fullmatch(r"[\d.]+[eE]\+?\d{1,2}", text):
+            number = Decimal(text)
+            if number != int(number):
+                raise ValueError
+            return int(number)
         return int(base) ** int(exponent) if power else int(text)
-    except ValueError:
+    except (ValueError, InvalidOperation):
         raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
 
 

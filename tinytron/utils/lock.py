@@ -24,31 +24,62 @@ def lock_folder(folder: Path, remedy: str) -> IO[str]:
     A file system without locks locks nothing. Raises: ConfigError if another process holds the lock, naming its host and
     process, and ``remedy``, what the user can do.
     """
-    file = open(folder / ".lock", "a+")  # noqa: SIM115  # stays open: the lock lives as long as the file
+    path = folder / ".lock"
+    try:
+        file = _open_shared(path)
+    except BlockingIOError:  # a colleague's process has it
+        raise _in_use(folder, path.read_text(), remedy) from None
+    except PermissionError as error:
+        raise ConfigError(
+            f"run folder {folder} cannot be written; ask its owner, {folder.owner()}, or use another --exp_name"
+        ) from error
     try:
         taken = not _try_lock(file)
     except OSError:
         return file  # this file system has no locks
     if taken:
         file.seek(0)
-        holder = file.read().strip() or "another run"
+        holder = file.read()
         file.close()
-        raise ConfigError(f"run folder {folder} is in use by {holder}; {remedy}")
+        raise _in_use(folder, holder, remedy)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}\n")
     file.flush()
     return file
 
 
+def _in_use(folder: Path, holder: str, remedy: str) -> ConfigError:
+    return ConfigError(f"run folder {folder} is in use by {holder.strip() or 'another run'}; {remedy}")
+
+
 @contextlib.contextmanager
 def wait_for_lock(path: Path, say: Callable[[str], object]) -> Iterator[None]:
     """Take turns: hold the lock of the file ``path`` and so of its folder, after waiting for the process that has it,
     which ``say`` is told. Raises: OSError, also from a file system without locks."""
-    with open(path, "a") as file:
+    with _open_shared(path) as file:
         if not _try_lock(file):
             say(f"waiting for another process that prepares {path.parent}")
             fcntl.lockf(file, fcntl.LOCK_EX)
         yield
+
+
+def _open_shared(path: Path) -> IO[str]:
+    """The lock file, which everybody who may write its folder may use. Raises: PermissionError."""
+    try:
+        file = open(path, "a+")  # noqa: SIM115  # stays open: the lock lives as long as the file
+    except PermissionError:
+        _remove_free_lock(path)  # of a colleague who made it for himself
+        file = open(path, "a+")  # noqa: SIM115
+    with contextlib.suppress(PermissionError):  # it is somebody else's
+        os.fchmod(file.fileno(), 0o666)
+    return file
+
+
+def _remove_free_lock(path: Path) -> None:
+    """Raises: PermissionError unless nobody holds the lock and the folder may be written."""
+    with open(path) as file:  # a shared lock needs no more
+        fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        path.unlink()
 
 
 def _try_lock(file: IO[str]) -> bool:

@@ -77,7 +77,7 @@ def sha256_of(path: Path) -> str:
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Call ``write(file)`` on a temporary neighbour of ``path``, flush it to disk, and rename it into place: a
+    """Call ``write(file)`` on a temporary neighbor of ``path``, flush it to disk, and rename it into place: a
     reader sees the old file or the whole new one, whatever happens in between. What fails leaves nothing behind."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:

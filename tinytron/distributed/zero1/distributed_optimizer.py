@@ -81,7 +81,7 @@ class DistributedOptimizer:
         self.inner, self._given = optimizer, options
         self.options = Options(**options)
         group = process_group if process_group is not None else dist.group.WORLD
-        assert group is not None, "initialise the process group before DistributedOptimizer"
+        assert group is not None, "initialize the process group before DistributedOptimizer"
         self._model_params: list[list[nn.Parameter]] = [list(g["params"]) for g in optimizer.param_groups]
         self._state = ParallelState.of_group(group, self._model_params[0][0].device)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -261,7 +261,7 @@ class DistributedOptimizer:
         self._gather.finish(params)
 
     def _inner_step(self, skip: torch.Tensor) -> None:
-        # Not without states: fused SGD would make its momentum in a skipped step, uninitialised (torch 2.13).
+        # Not without states: fused SGD would make its momentum in a skipped step, uninitialized (torch 2.13).
         if getattr(self.inner, "_step_supports_amp_scaling", False) and any(self.inner.state.values()):
             self.inner.found_inf = skip  # type: ignore[attr-defined]  # fused kernels look at it on the device
             self.inner.grad_scale = None  # type: ignore[attr-defined]

@@ -100,7 +100,7 @@ class FlatBuffer:
             view.copy_(param.data)
             param.data = view
             self._grad_views[slot.index] = self.grad_data[slot.start : slot.end].view_as(param)
-        # A model of the user's own may have been initialised differently on every rank: the first one's weights count.
+        # A model of the user's own may have been initialized differently on every rank: the first one's weights count.
         dist.broadcast(self.param_data, group=own.group, group_src=0)
         for member, param in enumerate(self.params):
             if param.grad is not None:

@@ -25,8 +25,13 @@ _NAMES: Table = {
 def _read(settings: Settings) -> Options:
     sizes = read_sizes(settings)
     theta, fraction = settings.number("rotary_emb_base", 10000.0), settings.number("rotary_pct", 0.25)
+    rope = read_rope(settings, sizes["block_size"], theta, fraction)
+    # Version 4 of transformers saves both under a second name, too, and reads only the first.
+    settings.agree("rope_theta", rope["rope_theta"])
+    settings.agree("partial_rotary_factor", rope["rotary_fraction"])
     return {
         **sizes,
+        **rope,
         "intermediate_size": settings.integer("intermediate_size"),
         "mlp_type": settings.one_of("hidden_act", GELU, "gelu"),
         "mlp_bias": True,
@@ -35,7 +40,6 @@ def _read(settings: Settings) -> Options:
         "norm_eps": settings.number("layer_norm_eps", 1e-5),
         "parallel_residual": settings.switch("use_parallel_residual", True),
         "tied_lm_head": settings.switch("tie_word_embeddings", False),
-        **read_rope(settings, sizes["block_size"], theta, fraction),
     }
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from tinytron.interop.families.family import Family, Options
-from tinytron.interop.families.shared import DENSE, decoder_names, read_decoder, write_decoder
+from tinytron.interop.families.shared import DENSE, decoder_names, read_decoder, read_one_window, write_decoder
 from tinytron.interop.settings import Settings
 from tinytron.model.config import ModelConfig
 
 
 def _read(settings: Settings) -> Options:
-    settings.one_of("pretraining_tp", {1: 1}, 1)
+    if not settings.switch("use_sliding_window", True):  # left by conversions from Qwen, which has windows
+        settings.take("sliding_window", None)
+        settings.take("max_window_layers", None)
+    read_one_window(settings, 0)
     return {
         **read_decoder(settings),
         "intermediate_size": settings.integer("intermediate_size"),

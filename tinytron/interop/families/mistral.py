@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from tinytron.interop.families.family import Family, Options
-from tinytron.interop.families.shared import DENSE, decoder_names, read_decoder, read_window, write_decoder
+from tinytron.interop.families.shared import (
+    DENSE,
+    decoder_names,
+    read_decoder,
+    read_one_window,
+    read_window,
+    write_decoder,
+)
 from tinytron.interop.settings import Settings
 from tinytron.model.config import ModelConfig
 
@@ -14,7 +21,7 @@ def _read(settings: Settings) -> Options:
     return {
         **read_decoder(settings),
         "intermediate_size": settings.integer("intermediate_size"),
-        "sliding_window": read_window(settings),
+        "sliding_window": read_one_window(settings, read_window(settings)),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tinytron.interop.families.family import Family, Options, Table
-from tinytron.interop.families.shared import decoder_names, read_decoder, write_decoder
+from tinytron.interop.families.shared import decoder_names, read_decoder, read_one_window, write_decoder
 from tinytron.interop.settings import Settings
 from tinytron.model.config import ModelConfig
 
@@ -22,7 +22,7 @@ def _read(settings: Settings) -> Options:
     return {
         **read_decoder(settings, theta=1e6, eps=1e-5),
         "intermediate_size": width,  # no layer uses it
-        "sliding_window": settings.integer("sliding_window", 0),
+        "sliding_window": read_one_window(settings, settings.integer("sliding_window", 0)),
         "use_moe": True,
         "num_experts": settings.integer("num_local_experts", 8),
         "num_experts_per_tok": settings.integer("num_experts_per_tok", 2),

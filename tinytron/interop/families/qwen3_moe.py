@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from tinytron.interop.families.family import Family, Options, Table
-from tinytron.interop.families.shared import DENSE, decoder_names, read_decoder, read_window, write_decoder
+from tinytron.interop.families.shared import (
+    DENSE,
+    decoder_names,
+    read_decoder,
+    read_one_window,
+    read_window,
+    write_decoder,
+)
 from tinytron.interop.settings import Settings
 from tinytron.model.config import ModelConfig
 
@@ -19,6 +26,7 @@ _EXPERTS: Table = {
 def _read(settings: Settings) -> Options:
     options = read_decoder(settings)
     window = read_window(settings)
+    window = read_one_window(settings, window if settings.switch("use_sliding_window", False) else 0)
     settings.take("max_window_layers", None)  # older versions saved it, no version uses it
     # Version 5 of transformers renamed num_experts to num_local_experts.
     experts = settings.integer("num_local_experts", settings.integer("num_experts", 128))
@@ -31,7 +39,7 @@ def _read(settings: Settings) -> Options:
         "intermediate_size": settings.integer("intermediate_size", 6144),
         "qk_norm": True,
         "attention_bias": settings.switch("attention_bias", False),
-        "sliding_window": window if settings.switch("use_sliding_window", False) else 0,
+        "sliding_window": window,
         "use_moe": True,
         "num_experts": experts,
         "num_experts_per_tok": settings.integer("num_experts_per_tok", 8),

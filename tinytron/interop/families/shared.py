@@ -39,12 +39,16 @@ def decoder_names(feed_forward: Table) -> Table:
 def read_decoder(settings: Settings, *, theta: float = 10000.0, eps: float = 1e-6) -> Options:
     """Everything but biases, windows and the feed-forward's width; ``theta`` and ``eps`` are the family's defaults."""
     sizes = read_sizes(settings)
+    rope = read_rope(settings, sizes["block_size"], settings.number("rope_theta", theta), 1.0)
+    settings.agree("partial_rotary_factor", 1.0)
+    if rope["rotary_fraction"] != 1.0:
+        raise settings.wrong("partial_rotary_factor", rope["rotary_fraction"], "this family rotates whole heads")
     return {
         **sizes,
+        **rope,
         "mlp_type": settings.one_of("hidden_act", _SILU, "silu"),
         "norm_eps": settings.number("rms_norm_eps", eps),
         "tied_lm_head": settings.switch("tie_word_embeddings", False),
-        **read_rope(settings, sizes["block_size"], settings.number("rope_theta", theta), 1.0),
     }
 
 
@@ -120,7 +124,9 @@ def read_rope(settings: Settings, block_size: int, theta: float, fraction: float
         options["rope_beta_slow"] = table.number("beta_slow", 1.0)
         options["rope_attention_factor"] = _attention_factor(table, options["rope_scaling_factor"])
         table.one_of("truncate", {True: True}, True)
-    table.finish("rotary positions")
+    for key in ("original_max_position_embeddings", "finetuned"):  # written by some for kinds that do not use it
+        table.take(key, None)
+    table.finish("rotary positions", strict=True)
     return options
 
 
@@ -154,6 +160,15 @@ def write_rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
 def read_window(settings: Settings) -> int:
     """``sliding_window``: 0 where it is null; where the key is missing transformers takes 4096."""
     window: int = settings.integer("sliding_window", 0 if settings.has("sliding_window") else 4096)
+    return window
+
+
+def read_one_window(settings: Settings, window: int) -> int:
+    """``window``, once the ``layer_types`` of a family that has one window for all layers agree with it."""
+    types = settings.texts("layer_types")
+    kind = "sliding_attention" if window else "full_attention"
+    if types is not None and set(types) != {kind}:
+        raise settings.wrong("layer_types", types, f"only {kind} fits the other settings")
     return window
 
 

@@ -56,7 +56,7 @@ class RoutingDecision(NamedTuple):
 
 
 class Router(CompilesMethods):
-    """Scores in fp32, top-k choice, optional renormalisation of the chosen scores.
+    """Scores in fp32, top-k choice, optional renormalization of the chosen scores.
 
     ``bias`` shifts the choice only, not the weights (auxiliary-loss-free balancing, arXiv:2408.15664): it is moved once
     per optimizer step against the load, and saved. With ``record`` set the choices are returned too.

@@ -14,13 +14,15 @@ import numpy as np
 import torch
 
 import tinytron
-from tinytron.checkpoint.files import bytes_of, leftovers, remove_leftovers
+from tinytron.checkpoint.files import bytes_of, complete_checkpoints, leftovers, remove_leftovers
+from tinytron.checkpoint.load import read_json
 from tinytron.checkpoint.mirror import Mirror
 from tinytron.distributed.agreement import agree, agree_slowly
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.parallel_state import ParallelState
-from tinytron.errors import ConfigError
+from tinytron.errors import CheckpointError, ConfigError
 from tinytron.metrics.routing import keep_traces_until
+from tinytron.metrics.sinks.files import JsonLog, TextLog
 from tinytron.training.config import Config
 from tinytron.training.world import first_on_node
 from tinytron.utils.lock import lock_folder
@@ -28,6 +30,7 @@ from tinytron.utils.remote import is_remote, local_folder
 from tinytron.utils.training import write_atomically
 
 T = TypeVar("T")
+LOGS = (TextLog.name, JsonLog.name)
 _REMEDY = "wait for it or stop it, or use another --exp_name"  # when the run folder is in use
 
 
@@ -47,10 +50,13 @@ class RunFolder:
         self.description = describe_run(config, state.layout)
         copied = "" if self.mirror is None else f", copied to {self.mirror.remote.url}"
         self.notes = [f"run folder: {self.path}{copied}", *remove_leftovers_of_saves(config, self.path, state)]
+        if state.is_master and (note := another_of_this_name(config, self.path)) is not None:
+            self.notes.append(note)
 
-    def begin(self, step: int) -> None:
-        """Write ``config.json``, once it is clear that the run continues in this folder after ``step``; and drop what
-        routers traced after that, which will be traced again. Collective.
+    def begin(self, step: int) -> list[str]:
+        """Write ``config.json``, once it is clear that the run continues in this folder after ``step``; drop what routers
+        traced after that, which will be traced again; and at step 0 set the log of an earlier run aside, unless with
+        ``--debug``. Returns what there is to print. Collective.
 
         Raises: ConfigError or, for the remote copy, StorageError on every rank: a run whose log folder cannot be written
         does not begin.
@@ -58,19 +64,65 @@ class RunFolder:
         text = json.dumps(self.description, indent=2).encode()
         file = self.path / "config.json"
 
-        def write() -> None:
+        def write() -> list[str]:
+            aside = [] if step or self._config.train.debug else set_logs_aside(self.path)
             write_atomically(file, lambda out: out.write(text))
             if self.mirror is not None:
-                self.mirror.remote.push(self.path, [file.name])
+                self.mirror.remote.push(self.path, [file.name, *aside])
             keep_traces_until(self.path, step)
+            return [f"there is no checkpoint to continue from: kept the log so far as {aside[0]}"] if aside else []
 
-        action = (lambda: writable(self._config, write)) if self._state.is_master else (lambda: None)
-        agree(action, self._state.groups["world"])
+        action = (lambda: writable(self._config, write)) if self._state.is_master else list
+        return agree(action, self._state.groups["world"])
 
     def push_logs(self) -> None:
         """Complete the log files of the remote copy, if there is one."""
         if self.mirror is not None and self._state.is_master:
             self.mirror.push_logs()
+
+
+def another_of_this_name(config: Config, folder: Path) -> str | None:
+    """A line about the newest run of this ``--exp_name`` that has checkpoints, if ``folder`` has none: a flag that was
+    changed, or mistyped, begins another run."""
+    if config.train.debug or complete_checkpoints(folder):
+        return None
+    siblings = [
+        path for path in folder.parent.glob(f"{config.logging.exp_name}_*/config.json") if path.parent != folder
+    ]
+    for file in sorted(siblings, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            saved = read_json(file)["config"]
+            checkpoints = complete_checkpoints(file.parent)
+            differing = [
+                name for name, value in config.identity().items() if _saved(saved, name, value) != _plain(value)
+            ]
+        except (CheckpointError, KeyError, TypeError, AttributeError):
+            continue  # not a run of this version
+        if checkpoints and differing:
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+            return (
+                f"this is a new run: {file.parent.name} has {checkpoints[0].step} steps, and differs in "
+                f"{', '.join(differing[:3])}{more}"
+            )
+    return None
+
+
+def _saved(sections: dict[str, Any], name: str, default: Any) -> Any:
+    section, _, option = name.partition(".")
+    return sections[section].get(option, _plain(default))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def set_logs_aside(folder: Path) -> list[str]:
+    """Rename the log files of ``folder`` that hold anything to ``log.txt.1`` and so on; returns the new names."""
+    there = [name for name in LOGS if (folder / name).exists() and (folder / name).stat().st_size]
+    number = next(n for n in range(1, 10**6) if not any((folder / f"{name}.{n}").exists() for name in LOGS))
+    for name in there:
+        (folder / name).rename(folder / f"{name}.{number}")
+    return [f"{name}.{number}" for name in there]
 
 
 def run_folder(config: Config) -> Path:

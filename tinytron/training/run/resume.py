@@ -19,11 +19,16 @@ from tinytron.distributed.agreement import agree, agree_slowly
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer
 from tinytron.errors import CheckpointError
-from tinytron.interop import load_pretrained
+from tinytron.interop import about_ignored, load_pretrained
 from tinytron.model.protocols import require_gpt
 from tinytron.training.config import Config
 
 # A checkpoint continues only where these are the same; other differences are the user's choice and are printed.
+_LENGTHS = ("train.max_steps", "train.max_train_tokens", "train.max_epochs")
+_CHANGES_NUMBERS = (
+    *_LENGTHS,
+    *("parallel.grad_reduce_dtype", "train.disable_tf32", "train.spike_sigma", "train.spike_action"),
+)
 _FIXED_ON_RESUME = ("model.", "train.total_batch_size", "train.seq_len", "seed.seed")
 
 
@@ -53,8 +58,8 @@ def resume(
             say(f"changed since the checkpoint: {difference}")
         return meta
     if (name := config.ckpt.init_from) is not None:
-        load_initial_weights(name, model, optimizer, state)
-        say(f"starting from the weights of {name}")
+        ignored = load_initial_weights(name, model, optimizer, state)
+        say(f"starting from the weights of {name}" + about_ignored(ignored))
     return None
 
 
@@ -67,15 +72,18 @@ def checkpoints_to_resume(config: Config, folder: Path) -> list[CheckpointFiles]
     return find_checkpoints(config.ckpt.resume_path)
 
 
-def load_initial_weights(name: str, model: nn.Module, optimizer: DistributedOptimizer, state: ParallelState) -> None:
-    """Begin with the weights that ``--init_from name`` names. Collective. Raises: ConfigError or CheckpointError on every
-    rank if they cannot be had, or do not fit the model."""
+def load_initial_weights(
+    name: str, model: nn.Module, optimizer: DistributedOptimizer, state: ParallelState
+) -> list[str]:
+    """Begin with the weights that ``--init_from name`` names; returns the settings of theirs that were ignored. Collective.
+    Raises: ConfigError or CheckpointError on every rank if they cannot be had, or do not fit the model."""
 
-    def load() -> None:
-        load_pretrained(require_gpt(model, f"--init_from {name} fills", "load it yourself"), name)
+    def load() -> list[str]:
+        return load_pretrained(require_gpt(model, f"--init_from {name} fills", "load it yourself"), name)
 
-    agree_slowly(load, state.groups["world"])  # may be fetched from the hub first
+    ignored = agree_slowly(load, state.groups["world"])  # may be fetched from the hub first
     optimizer.refresh_shards()
+    return ignored
 
 
 def check_continues(config: Config, meta: CheckpointMeta, fingerprint: str, source: str) -> list[str]:
@@ -90,6 +98,7 @@ def check_continues(config: Config, meta: CheckpointMeta, fingerprint: str, sour
     differing = [k for k in sorted(mine.keys() | theirs.keys()) if mine.get(k) != theirs.get(k)]
     differences = [f"{k}: {theirs.get(k)} in the checkpoint, {mine.get(k)} now" for k in differing]
     fixed = [text for k, text in zip(differing, differences, strict=True) if k.startswith(_FIXED_ON_RESUME)]
+    differences += _other_differences(config, meta)
     if fixed:
         shown = "; ".join(fixed[:3])
         raise CheckpointError(f"{source} is of a different run ({shown}); use the flags it was trained with")
@@ -99,3 +108,18 @@ def check_continues(config: Config, meta: CheckpointMeta, fingerprint: str, sour
             "--do_val and --split_rate, if validation data is split off), or another --exp_name to start a new run"
         )
     return differences
+
+
+def _other_differences(config: Config, meta: CheckpointMeta) -> list[str]:
+    """What is not part of a run's identity and changes its numbers all the same, as text: lengths, from which the learning
+    rate follows, and precisions."""
+    saved = meta.run.get("config", {})
+    found = []
+    for name in _CHANGES_NUMBERS:
+        section, _, option = name.partition(".")
+        now = getattr(config[section], option)
+        before = saved.get(section, {}).get(option, now)
+        if before != now:
+            why = "; the learning rate follows the new length" if name in _LENGTHS else ""
+            found.append(f"{name}: {before} in the checkpoint, {now} now{why}")
+    return found

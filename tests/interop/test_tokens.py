@@ -1,0 +1,278 @@
+"""Facts about tokens: exports and imports have those that generation uses, whatever tells them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.corpus import EOT, make_texts, make_tokenizer, tokenize, write_jsonl
+from tests.interop.families import change_config, save
+from tinytron.checkpoint import load_model
+from tinytron.cli.export import about_tokens
+from tinytron.cli.main import main
+from tinytron.inference import SamplingOptions, complete
+from tinytron.interop.export import export
+from tinytron.interop.importing import import_model
+from tinytron.interop.tokenizer import TokenizerFiles
+from tinytron.model import GPT, ModelConfig
+from tinytron.text.run_tokenizer import TokenFacts, tokenizer_of_run
+from tinytron.text.tokenizers import from_file, from_tiktoken
+
+pytest.importorskip("tokenizers")
+V = 420  # ids of the model; the tokenizers have fewer
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards whose documents begin (``data``) or end (``after``) with the end of text; ``bare``: without a manifest;
+    ``odd``: a tokenizer whose end only its tokenizer_config.json names."""
+    root = tmp_path_factory.mktemp("tokens")
+    make_tokenizer(root / "tokenizer.json")
+    texts = write_jsonl(root / "texts.jsonl", make_texts(20))
+    tokenize(texts, root / "tokenizer.json", root / "data")
+    tokenize(texts, root / "tokenizer.json", root / "after", "--eot_position", "append")
+    (root / "bare").mkdir()
+    shutil.copy(root / "tokenizer.json", root / "bare")
+    (root / "odd").mkdir()
+    make_tokenizer(root / "odd" / "tokenizer.json", ("<stop>", "</s>"))
+    config = {"eos_token": {"__type": "AddedToken", "content": "<stop>", "lstrip": False}, "pad_token": "</s>"}
+    (root / "odd" / "tokenizer_config.json").write_text(json.dumps(config))
+    return root
+
+
+def write_run(folder: Path, dataset_path: Path | None, **data: Any) -> Path:
+    folder.mkdir()
+    sizes: dict[str, Any] = {
+        "block_size": 32, "vocab_size": V, "num_layer": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "hidden_size": 8, "intermediate_size": 8, "init_std": 0.3,
+    }  # fmt: skip
+    model = GPT(ModelConfig(**sizes))
+    torch.save(model.state_dict(), folder / "00000_model.pt")
+    path = None if dataset_path is None else str(dataset_path)
+    sections = {"model": dataclasses.asdict(model.config), "data": {"dataset_path": path, **data}}
+    (folder / "config.json").write_text(json.dumps({"config": sections}))
+    return folder
+
+
+def read(folder: Path, name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+    return content
+
+
+def ids_in(folder: Path) -> tuple[Any, Any]:
+    """End and begin of an export, the same in both of its files."""
+    config, generation = read(folder, "config"), read(folder, "generation_config")
+    found = config["eos_token_id"], config["bos_token_id"]
+    assert (generation.get("eos_token_id"), generation.get("bos_token_id")) == found
+    return found
+
+
+CASES: list[tuple[str | None, dict[str, Any], str | None, str | None, bool]] = [
+    # data, its flags, --tokenizer -> the end, and whether texts begin with it
+    ("data", {}, None, EOT, True),
+    ("data", {}, "tokenizer.json", EOT, True),
+    ("data", {}, "data", EOT, True),
+    ("data", {}, "odd", None, True),  # the data decides, and this tokenizer calls that id otherwise
+    ("after", {}, None, EOT, False),
+    ("after", {}, "tokenizer.json", EOT, False),
+    ("bare", {}, None, EOT, True),
+    ("bare", {"eot_position": "append"}, None, EOT, False),
+    ("bare", {"eot_id": 0}, None, EOT, True),
+    ("bare", {"eot_id": 5, "eot_position": "append"}, None, None, False),
+    ("bare", {}, "after", EOT, False),  # the manifest beside --tokenizer
+    ("bare", {}, "odd", "<stop>", True),
+    (None, {}, "tokenizer.json", EOT, False),
+    (None, {}, "odd", "<stop>", False),
+    (None, {"eot_id": 7}, "odd", None, True),
+    ("gone", {}, "tokenizer.json", EOT, True),
+]
+
+
+@pytest.mark.parametrize(("data", "flags", "given", "end", "begins"), CASES)
+def test_exports_say_what_generation_uses(
+    made: Path,
+    tmp_path: Path,
+    data: str | None,
+    flags: dict[str, Any],
+    given: str | None,
+    end: str | None,
+    begins: bool,
+) -> None:
+    run = write_run(tmp_path / "run", None if data is None else made / data, **flags)
+    option = None if given is None else made / given
+    _, config = load_model(run)
+    ours = tokenizer_of_run(config, option, run)
+    export(run, tmp_path / "out", tokenizer=option)
+    assert ids_in(tmp_path / "out") == (ours.end, ours.end if begins else None)
+    assert ours.prepend == begins
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs.eos_token_id == ours.end
+    if end is not None:
+        assert theirs.eos_token == end
+    if begins:
+        assert theirs.bos_token_id == ours.end
+
+
+def test_nothing_is_said_where_documents_have_no_end(made: Path, tmp_path: Path) -> None:
+    tokenize(made / "texts.jsonl", made / "tokenizer.json", tmp_path / "data", "--eot_position", "none")
+    run = write_run(tmp_path / "run", tmp_path / "data")
+    assert ids_in_export(run, tmp_path / "out") == (None, None)
+    assert about_tokens(TokenizerFiles(())).startswith("no end-of-text token is known: generation does not stop")
+
+
+def ids_in_export(run: Path, out: Path, tokenizer: Path | None = None) -> tuple[Any, Any]:
+    export(run, out, tokenizer=tokenizer)
+    return ids_in(out)
+
+
+def test_other_files_of_a_tokenizer_name_the_end_of_the_data(made: Path, tmp_path: Path) -> None:
+    """What else they say stays."""
+    shutil.copytree(made / "odd", tmp_path / "odd")
+    (tmp_path / "odd" / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<stop>", "unk_token": "a"}))
+    run = write_run(tmp_path / "run", made / "bare", eot_id=1)
+    export(run, tmp_path / "out", tokenizer=tmp_path / "odd")
+    assert read(tmp_path / "out", "tokenizer_config") == {"eos_token": "</s>", "bos_token": "</s>", "pad_token": "</s>"}
+    assert read(tmp_path / "out", "special_tokens_map") == {"eos_token": "</s>", "unk_token": "a"}
+
+
+# Which ids exist.
+
+
+def size_of(tokenizer: Path) -> int:
+    """The number of its tokens, by the package itself."""
+    import tokenizers
+
+    count: int = tokenizers.Tokenizer.from_file(str(tokenizer)).get_vocab_size()
+    assert 300 < count < 410
+    return count
+
+
+def with_holes(source: Path, out: Path) -> Path:
+    """The tokenizer with one more token, whose id is far behind the others."""
+    content = json.loads(source.read_text())
+    content["model"]["vocab"]["far"] = 410
+    out.mkdir()
+    (out / "tokenizer.json").write_text(json.dumps(content))
+    return out / "tokenizer.json"
+
+
+def test_ids_without_a_token_are_suppressed(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", made / "data")
+    assert main(["export", "--checkpoint", str(run), "--out", str(tmp_path / "out")]) == 0
+    size = size_of(made / "tokenizer.json")
+    said = f"generation stops at <|endoftext|> (0); {V - size} ids have no token and are suppressed"
+    assert said in capsys.readouterr().out
+    assert read(tmp_path / "out", "generation_config")["suppress_tokens"] == list(range(size, V))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| rows without a token | {V - size}, which generation_config.json suppresses |" in card
+    assert "| end of a document | `<|endoftext|>`, id 0, before each |" in card
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    torch.manual_seed(0)
+    options = {"max_new_tokens": 30, "do_sample": True, "top_k": 0, "temperature": 9.0, "pad_token_id": 0}
+    ids = theirs.generate(torch.zeros(40, 1, dtype=torch.long), **options)
+    assert int(ids.max()) < size
+    assert len(ids.unique()) > size / 2
+
+
+def test_holes_inside_a_vocabulary_are_suppressed_too(made: Path, tmp_path: Path) -> None:
+    file = with_holes(made / "tokenizer.json", tmp_path / "holes")
+    export(write_run(tmp_path / "run", None), tmp_path / "out", tokenizer=file)
+    size = size_of(made / "tokenizer.json")
+    unused = [*range(size, 410), *range(411, V)]
+    assert read(tmp_path / "out", "generation_config")["suppress_tokens"] == unused
+    tokenizer = from_file(file)
+    assert (tokenizer.vocab_size, tokenizer.unused) == (411, tuple(range(size, 410)))
+    model, _ = load_model(tmp_path / "run")
+    options = SamplingOptions(max_new_tokens=30, num_samples=60, temperature=9.0)
+    made_ = complete(model, [[0]], options, vocab_size=411, without=tokenizer.unused)
+    seen = {token for sample in made_.samples for token in sample.tokens}
+    assert 410 in seen
+    assert not seen & set(unused)
+
+
+def test_a_manifest_tells_how_many_tokens_there_are(made: Path, tmp_path: Path) -> None:
+    """Of a tokenizer that has no tokenizer.json."""
+    shutil.copytree(made / "data", tmp_path / "data")
+    (tmp_path / "data" / "tokenizer.json").unlink()
+    export(write_run(tmp_path / "run", tmp_path / "data"), tmp_path / "out")
+    assert ids_in(tmp_path / "out") == (0, 0)
+    assert read(tmp_path / "out", "generation_config")["suppress_tokens"] == list(
+        range(size_of(made / "tokenizer.json"), V)
+    )
+
+
+def test_no_ids_are_suppressed_where_nothing_tells_them(tmp_path: Path) -> None:
+    export(write_run(tmp_path / "run", None), tmp_path / "out")
+    assert "suppress_tokens" not in read(tmp_path / "out", "generation_config")
+
+
+def test_holes_of_tiktoken(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiktoken = pytest.importorskip("tiktoken")
+    ranks = {bytes([number]): number for number in range(256)}
+    made = tiktoken.Encoding("odd", pat_str=r".", mergeable_ranks=ranks, special_tokens={"<|end|>": 260})
+    monkeypatch.setattr(tiktoken, "list_encoding_names", lambda: ["odd"])
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: made)
+    found = from_tiktoken("odd")
+    assert (found.vocab_size, found.unused) == (261, (256, 257, 258, 259))
+
+
+# Imports.
+
+
+def test_an_import_keeps_the_tokens_of_the_model(made: Path, tmp_path: Path) -> None:
+    save("llama", tmp_path / "hf", torch.float32)
+    change_config(tmp_path / "hf", bos_token_id=1, eos_token_id=[2, 9], pad_token_id=5)
+    (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"<s>": 1, "</s>": 2, "x": 9}}}))
+    import_model(str(tmp_path / "hf"), tmp_path / "mine", torch.float32)
+    export(tmp_path / "mine", tmp_path / "again")
+    config = read(tmp_path / "again", "config")
+    assert [config[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [1, [2, 9], 5]
+    assert ids_in(tmp_path / "again") == ([2, 9], 1)
+    tokens = read(tmp_path / "again", "tokenizer_config")
+    assert (tokens["eos_token"], tokens["bos_token"]) == ("</s>", "<s>")
+    assert len(read(tmp_path / "again", "generation_config")["suppress_tokens"]) == 41 - 3
+
+
+def test_an_import_generates_with_its_own_tokenizer(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the run does that was exported."""
+    run = write_run(tmp_path / "run", made / "after")
+    export(run, tmp_path / "out")
+    import_model(str(tmp_path / "out"), tmp_path / "mine", torch.float32)
+    texts = []
+    for folder in (run, tmp_path / "mine"):
+        words = [
+            "generate",
+            "--checkpoint",
+            str(folder),
+            "--prompt",
+            "the",
+            "--max_new_tokens",
+            "20",
+            "--num_samples",
+            "40",
+        ]
+        assert main(words) == 0
+        shown = capsys.readouterr()
+        texts.append((shown.out, shown.err.rpartition("|")[2]))
+    assert texts[0] == texts[1]
+    assert " 0 stopped" not in texts[0][1]
+
+
+def test_more_than_one_end_stops_generation(made: Path, tmp_path: Path) -> None:
+    config = {"model": {}, "data": {}, "tokens": {"eos_token_id": [3, 4], "bos_token_id": 1}}
+    assert tokenizer_of_run(config, made / "tokenizer.json").stop_tokens == (3, 4)
+
+
+@pytest.mark.parametrize("value", [None, "2", True, -1, [], [None, "x"]])
+def test_what_is_no_id_is_no_end(value: Any) -> None:
+    assert TokenFacts.of_import({"eos_token_id": value}) == TokenFacts()

@@ -1,0 +1,45 @@
+"""What a tokenizer's files say about its tokens, read without the package that made them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tinytron.data.manifest import TOKENIZER
+from tinytron.utils.texts import without_bom
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<eot>")  # where a tokenizer names none
+
+
+def read_vocabulary(path: Path) -> dict[str, int]:
+    """The tokens of a tokenizer.json, added ones too, and their ids. Raises: OSError; ValueError, KeyError, TypeError or
+    AttributeError for a file of another form."""
+    content = json.loads(without_bom(path.read_bytes()))
+    vocab = content["model"]["vocab"]
+    pairs = vocab.items() if isinstance(vocab, dict) else ((piece, number) for number, (piece, *_) in enumerate(vocab))
+    tokens = {str(token): int(number) for token, number in pairs}
+    for added in content.get("added_tokens") or []:
+        tokens.setdefault(str(added.get("content", f"<{added['id']}>")), int(added["id"]))
+    return tokens
+
+
+def token_text(value: Any) -> str | None:
+    """The text of a token as tokenizer_config.json has it: a text, or an object with its ``content``."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
+
+
+def named_end(path: Path) -> str | None:
+    """The ``eos_token`` that the tokenizer_config.json next to a tokenizer.json names, if there is one."""
+    try:
+        config = json.loads(without_bom((path.parent / TOKENIZER_CONFIG).read_bytes()))
+    except (OSError, ValueError):
+        return None
+    return token_text(config.get("eos_token")) if isinstance(config, dict) else None
+
+
+def tokenizer_file(place: Path) -> Path:
+    """The tokenizer.json that ``place`` is, or has in it."""
+    return place / TOKENIZER if place.is_dir() else place
