@@ -196,7 +196,7 @@ def test_a_wrong_call_is_one_line(tmp_path: Path) -> None:
     for flags, text in [
         (("--only", "sped"), "error: no part is called 'sped'; did you mean speed?; the parts are environment, speed"),
         (("--minutes", "0"), "error: --minutes 0 must be above 0; use 8"),
-        (("--minute", "x"), "error: argument --minutes: invalid float value: 'x'; see --help"),
+        (("--minutes", "x"), "error: argument --minutes: invalid float value: 'x'; see --help"),
         (("--table",), f"error: --out {driver.folder} holds no results; run without --table first"),
     ]:
         code, _, err = driver.call(*flags)
