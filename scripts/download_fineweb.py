@@ -115,7 +115,7 @@ def fetch_all(files: Sequence[Wanted], target: Path, temporary: Path, workers: i
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options. Raises: ConfigError."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", choices=list(TEXT_REPOS), default="fineweb-edu", help="which text (fineweb-edu)")
     parser.add_argument("--sample", choices=SAMPLES, default="10BT", help="which sample of it, by gpt2 tokens (10BT)")
     parser.add_argument("--tokens", choices=["gpt2"], help="not text, but 10^8 tokens of FineWeb per file")

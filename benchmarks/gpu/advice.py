@@ -1,4 +1,4 @@
-"""What the figures say about flags: a line for each choice that was measured."""
+"""Advice on flags from the figures: a line for each choice that was measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training run costs besides its steps: host waits, waiting for data, the stall of a checkpoint, the first step."""
+"""A training run's costs apart from its steps: host waits, waiting for data, the stall of a checkpoint, the first step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``--dry_run`` predicts beside what a GPU's allocator saw: memory held between steps, and the peak."""
+"""The plan of ``--dry_run`` next to what a GPU's allocator saw: memory held between steps, and the peak."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Running:
 
 
 class Pool:
-    """Runs parts beside each other, as many as the cores allow, until ``end`` (of time.monotonic)."""
+    """Runs parts at the same time, as many as the cores allow, until ``end`` (of time.monotonic)."""
 
     def __init__(self, folder: Path, root: Path, rehearsing: bool, end: float) -> None:
         self._folder = folder

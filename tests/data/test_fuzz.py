@@ -4,6 +4,7 @@ DataError; never another exception, another length or other tokens."""
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import struct
 from collections.abc import Callable
@@ -303,8 +304,11 @@ def check_beside(path: Path, suffix: str, content: bytes) -> None:
         path.with_suffix(name).write_bytes(content if name == suffix else whole)
     found = meaning(content, weights=suffix == ".weights")
     values = [] if found is None else found[2]
-    ascending = all(a < b for a, b in itertools.pairwise([*values, len(TOKENS)]))
-    if found is None or not (len(values) == 9 if suffix == ".weights" else ascending):
+    if suffix == ".weights":  # that of the first token is never used
+        sound = len(values) == 9 and all(0 <= value < math.inf for value in values[1:])
+    else:
+        sound = all(a < b for a, b in itertools.pairwise([*values, len(TOKENS)]))
+    if found is None or not sound:
         refusal(lambda: read_beside(path), path.with_suffix(suffix))
         return
     rows = read_beside(path)

@@ -22,7 +22,7 @@ _COLLECTED = re.compile(r"tests/([^/:]+)[^:]*: (\d+)")
 
 
 def rows(page: str) -> list[str]:
-    """What the rows of the map are about: folders, and files beside them."""
+    """The names in the rows of the map: folders, and files next to them."""
     return [row[1] for line in page.splitlines() if (row := _ROW.fullmatch(line))]
 
 

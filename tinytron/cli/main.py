@@ -46,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run() -> None:
     """The console script: ``main``, and the end of the process."""
-    words = sys.argv[1:]
-    entry.run(lambda: _dispatch(words))
+    entry.run(main)
 
 
 def _dispatch(words: list[str]) -> int | None:

@@ -1,4 +1,4 @@
-"""What a run goes on from: one of its checkpoints, another run's, or weights to begin with."""
+"""Resuming: from one of the run's checkpoints, from another run's, or from weights to begin with."""
 
 from __future__ import annotations
 
