@@ -31,7 +31,9 @@ WRONG = {
     "unknown flag": Wrong(("unknown argument --hiden_size; did you mean --hidden_size?",), ("--hiden_size", "3")),
     "positional": Wrong(("unknown argument train",), ("train",)),
     "abbreviated flag": Wrong(("unknown argument --hidden",), ("--hidden", "16")),
-    "no number": Wrong(("--hidden_size", "invalid int value: 'wide'"), ("--hidden_size", "wide")),
+    "no number": Wrong(
+        ("--hidden_size", "'wide' is no whole number, as 1000000, 1e6 and 2**20 are"), ("--hidden_size", "wide")
+    ),
     "no choice": Wrong(("--precision", "fp8"), ("--precision", "fp8")),
     "value missing": Wrong(("--hidden_size", "expected one argument"), ("--hidden_size",)),
     "kv heads": Wrong(

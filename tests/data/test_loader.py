@@ -170,6 +170,12 @@ def test_workers_do_not_change_the_order() -> None:
     assert batches[0] == batches[1]
 
 
+@pytest.mark.parametrize(("workers", "ahead", "each"), [(2, 16, 8), (3, 16, 6), (2, 0, 2)])
+def test_workers_together_keep_steps_ready(workers: int, ahead: int, each: int) -> None:
+    loader = build_train_loader(Rows(10), sampler(), num_workers=workers, pin_memory=False, ahead=ahead)
+    assert loader.prefetch_factor == each
+
+
 # Items.
 
 

@@ -39,10 +39,10 @@ def test_no_more_than_depth_items_are_made_ahead(depth: int) -> None:
     for used in range(1, 5):
         next(ready)
         deadline = time.monotonic() + 5
-        while len(made) < used - 1 + depth and time.monotonic() < deadline:
+        while len(made) < used + depth and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(0.02)
-        assert len(made) == used - 1 + depth  # the item in use counts until the next one is asked for
+        assert len(made) == used + depth  # the item in use is none of those that are ready
     ready.close()
 
 

@@ -93,10 +93,21 @@ def test_dropout_is_a_probability_below_one(value: float) -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
-@pytest.mark.parametrize(("name", "works"), [("init_std", 0.013), ("norm_eps", 1e-6), ("rope_theta", 10000.0)])
-def test_scales_are_positive(name: str, value: float, works: float) -> None:
-    assert refusal(**{name: value}) == f"--{name} {value} must be positive; use {works}"
+@pytest.mark.parametrize(
+    ("name", "rule", "works"),
+    [("init_std", "in (0, 10]", 0.013), ("norm_eps", "in (0, 1]", 1e-6), ("rope_theta", "above 1", 10000.0)],
+)
+def test_scales_have_a_rule(name: str, rule: str, value: float, works: float) -> None:
+    rule = "finite" if math.isinf(value) and name == "rope_theta" else rule
+    assert refusal(**{name: value}) == f"--{name} {value} must be {rule}; use {works}"
     ModelConfig(**VALID | {name: works})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("init_std", 1e300), ("norm_eps", 1e38), ("rope_theta", 1.0), ("rope_theta", 0.5)]
+)
+def test_scales_that_overflow_or_divide_by_zero_are_refused(name: str, value: float) -> None:
+    assert refusal(**{name: value}).startswith(f"--{name} {value} must be ")
 
 
 def test_no_more_experts_per_token_than_experts() -> None:
@@ -112,7 +123,8 @@ AMOUNTS = ["moe_aux_loss_coef", "moe_z_loss_coef", "moe_bias_update_rate"]
 @pytest.mark.parametrize("name", [*MAY_BE_ZERO, *AMOUNTS])
 def test_amounts_of_the_experts_are_not_negative(name: str) -> None:
     for value in (-1, -0.5, math.nan, math.inf)[: None if name in AMOUNTS else 1]:
-        assert refusal(**{name: value}) == f"--{name} {value} must be at least 0; use 0"
+        rule = "finite" if value == math.inf else "at least 0"
+        assert refusal(**{name: value}) == f"--{name} {value} must be {rule}; use 0"
     ModelConfig(**VALID, use_moe=True, **{name: 0})
 
 

@@ -90,7 +90,7 @@ def test_amounts_are_not_negative(name: str) -> None:
     ],
 )  # fmt: skip
 def test_amounts_are_numbers(name: str) -> None:
-    assert refusal(f"--{name} nan") == f"--{name} nan must be at least 0"
+    assert refusal(f"--{name} nan").startswith(f"--{name} nan must be at least 0; use ")
 
 
 @pytest.mark.parametrize(
@@ -206,8 +206,9 @@ def test_amounts_are_numbers(name: str) -> None:
         ),
         *(
             (f"--bucket_size_mb {value}", f"--bucket_size_mb {value} must be positive; use 64", "--bucket_size_mb 64")
-            for value in (0.0, -1.0, float("nan"), float("inf"))
+            for value in (0.0, -1.0, float("nan"))
         ),
+        ("--bucket_size_mb inf", "--bucket_size_mb inf must be finite; use 64", "--bucket_size_mb 64"),
         *(
             (f"--seed {value}", f"--seed {value} must be in 0..2^63 - 1; use 1337", "--seed 1337")
             for value in (-1, 2**63)

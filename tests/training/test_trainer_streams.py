@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,46 @@ def test_a_stream_goes_on_where_it_was(ranks: Pools, tmp_path: Path) -> None:
     for steps in (2, 6):
         part = ranks(2).run(train, OfAStream, tmp_path / "part", "--max_steps", steps, "--lr_schedule", "constant")[0]
     assert part.log == whole.log
+
+
+class Watched(Rows):
+    read = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for row in super().__iter__():
+            self.read += 1
+            yield row
+
+
+class ReadAhead(Trainer):
+    """Waits in every step until the rows of the next one have been read, and counts them."""
+
+    def _init_dataset(self, config: Config) -> None:
+        self.train_dataset = Watched()
+
+    def train_step(self, microbatches: list[Batch]) -> None:
+        deadline = time.monotonic() + 20
+        while self.train_dataset.read < 8 * (self.step + 2) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        self.__dict__.setdefault("counts", []).append(self.train_dataset.read)
+        super().train_step(microbatches)
+
+    def _say(self, *texts: str) -> None:
+        self.__dict__.setdefault("said", []).extend(texts)
+
+    def report(self) -> Any:
+        return self.__dict__["counts"], self.__dict__["said"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_whole_next_step_is_read_while_one_computes(ranks: Pools, tmp_path: Path, workers: int) -> None:
+    """Four micro-batches a step; a stream is read by a thread, whatever --num_workers says."""
+    flags = ("--batch_size", 2, "--max_steps", 3, "--prefetch", 1, "--num_workers", workers)
+    run = ranks(1).run(train, ReadAhead, tmp_path, *flags)[0]
+    counts, said = run.extra
+    assert counts == [16, 24, 32]
+    line = "--num_workers 2: Watched has no numbered samples to share among processes; a thread reads it"
+    assert any(text.startswith(line) for text in said) == (workers == 2)
 
 
 class OnlyAStream(Trainer):

@@ -108,10 +108,14 @@ def size_of(dataset: Dataset[Any]) -> int:
 
 
 def build_train_loader(
-    dataset: Dataset[Any], sampler: GlobalBatchSampler, *, num_workers: int, pin_memory: bool
+    dataset: Dataset[Any], sampler: GlobalBatchSampler, *, num_workers: int, pin_memory: bool, ahead: int = 0
 ) -> DataLoader[Batch]:
-    """Micro-batches of this rank without end, in the sampler's order whatever the number of workers."""
-    return _loader(dataset, sampler, num_workers, pin_memory, persistent_workers=num_workers > 0)
+    """Micro-batches of this rank without end, in the sampler's order whatever the number of workers, who together keep at
+    least ``ahead`` of them ready."""
+    if num_workers == 0:
+        return _loader(dataset, sampler, 0, pin_memory)
+    each = max(2, -(-ahead // num_workers))  # 2: torch's own
+    return _loader(dataset, sampler, num_workers, pin_memory, persistent_workers=True, prefetch_factor=each)
 
 
 def build_val_loader(

@@ -11,7 +11,8 @@ T = TypeVar("T")
 
 
 def prefetched(items: Iterable[T], depth: int) -> Generator[T, None, None]:
-    """The same items in the same order, up to ``depth`` of them made ahead by a thread (0: made here, when asked for).
+    """The same items in the same order, up to ``depth`` of them made by a thread ahead of the one in use (0: each made
+    here, when asked for).
 
     What making one raises is raised here in its place. Closing the iterator ends the thread.
     """
@@ -38,8 +39,8 @@ def prefetched(items: Iterable[T], depth: int) -> Generator[T, None, None]:
                 return
             if error is not None:
                 raise error
-            yield item  # type: ignore[misc]
             free.release()
+            yield item  # type: ignore[misc]
     finally:
         closed.set()
         free.release()

@@ -33,7 +33,7 @@ class ModelConfig:
     ] = "swiglu"
     norm_type: Annotated[Literal["rms", "layer"], Flag("RMSNorm, or LayerNorm with a bias")] = "rms"
     norm_eps: Annotated[
-        float, Flag("added to the mean square or variance in the norms", above=0, below=math.inf, works=1e-6)
+        float, Flag("added to the mean square or variance in the norms", above=0, at_most=1, works=1e-6)
     ] = 1e-6
     parallel_residual: Annotated[
         bool, Flag("attention and feed-forward layer of a block read the same input, each through its own norm")
@@ -46,9 +46,7 @@ class ModelConfig:
     position_type: Annotated[
         Literal["rotary", "learned"], Flag("queries and keys turned by position, or a table of block_size vectors")
     ] = "rotary"
-    rope_theta: Annotated[
-        float, Flag("base of the rotary position frequencies", above=0, below=math.inf, works=10000.0)
-    ] = 10000.0
+    rope_theta: Annotated[float, Flag("base of the rotary position frequencies", above=1, works=10000.0)] = 10000.0
     rotary_fraction: Annotated[float, Flag("leading part of every head that is turned", "0 to 1")] = 1.0
     rope_scaling: Annotated[
         Literal["none", "linear", "llama3", "yarn"],
@@ -66,7 +64,7 @@ class ModelConfig:
         float | None, Flag("yarn: queries and keys are multiplied by it; default 0.1 ln(rope_scaling_factor) + 1")
     ] = None
     sliding_window: Annotated[
-        int, Flag("a token attends to so many, itself included; 0: all", "tokens", at_least=0, below=math.inf, works=0)
+        int, Flag("a token attends to so many, itself included; 0: all", "tokens", at_least=0, works=0)
     ] = 0
     sliding_window_layers: Annotated[
         tuple[int, ...], Flag("layers, from 0, that sliding_window is for; none: all")
@@ -82,7 +80,7 @@ class ModelConfig:
         Flag(
             "standard deviation of the initial weights; residual outputs get init_std / sqrt(2 num_layer)",
             above=0,
-            below=math.inf,
+            at_most=10,
             works=0.013,
         ),
     ] = 0.013
@@ -92,11 +90,9 @@ class ModelConfig:
     num_experts_per_tok: Annotated[int, Flag("experts that each token is sent to", at_least=1)] = 8
     moe_intermediate_size: Annotated[int, Flag("width of one expert", at_least=1)] = 256
     num_shared_experts: Annotated[
-        int, Flag("experts that every token passes, beside the chosen ones", at_least=0, below=math.inf, works=0)
+        int, Flag("experts that every token passes, beside the chosen ones", at_least=0, works=0)
     ] = 0
-    first_k_dense: Annotated[
-        int, Flag("leading layers that keep the dense feed-forward", at_least=0, below=math.inf, works=0)
-    ] = 0
+    first_k_dense: Annotated[int, Flag("leading layers that keep the dense feed-forward", at_least=0, works=0)] = 0
     dense_layers: Annotated[tuple[int, ...], Flag("more layers, from 0, that keep the dense feed-forward")] = ()
     moe_router_score: Annotated[
         Literal["softmax", "sigmoid"], Flag("how router logits become scores; the choice is by score")
@@ -107,7 +103,6 @@ class ModelConfig:
         Flag(
             "weight of the load-balance loss, a mean over tokens summed over layers",
             at_least=0,
-            below=math.inf,
             works=0,
         ),
     ] = 0.01
@@ -117,10 +112,10 @@ class ModelConfig:
     ] = "sequence"
     moe_z_loss_coef: Annotated[
         float,
-        Flag("weight of the squared log-sum of the router's logits, likewise", at_least=0, below=math.inf, works=0),
+        Flag("weight of the squared log-sum of the router's logits, likewise", at_least=0, works=0),
     ] = 0.0
     moe_bias_update_rate: Annotated[
-        float, Flag("step of the loss-free balancing bias; 0: no bias", at_least=0, below=math.inf, works=0)
+        float, Flag("step of the loss-free balancing bias; 0: no bias", at_least=0, works=0)
     ] = 0.0
 
     def __post_init__(self) -> None:

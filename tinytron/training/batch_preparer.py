@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -35,22 +35,23 @@ class BatchPreparer:
     def steps(self, data: LoadedData, per_step: int, *, skip_steps: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of one optimizer step at a time, until the loader ends. A loader of the user's is read again
         then, and its first ``skip_steps`` steps are passed over. Raises: DataError for unfit batches."""
-        batches = data.loader if data.ours else _endless(data.loader, skip_steps * per_step)
-        with contextlib.closing(self._prepared(batches, data)) as ready:
-            while microbatches := [batch.to(self._state.device) for batch in islice(ready, per_step)]:
-                yield microbatches
+        batches = iter(data.loader if data.ours else _endless(data.loader, skip_steps * per_step))
+        steps = iter(lambda: [self.prepare(loaded, data.trusted) for loaded in islice(batches, per_step)], [])
+        with contextlib.closing(prefetched(steps, self._depth(data))) as ready:
+            for microbatches in ready:
+                yield [batch.to(self._state.device) for batch in microbatches]
 
     def once(self, data: LoadedData) -> Iterator[Batch]:
         """Every batch of a loader once. Raises: DataError for unfit batches."""
-        with contextlib.closing(self._prepared(data.loader, data)) as ready:
+        batches = (self.prepare(loaded, data.trusted) for loaded in data.loader)
+        with contextlib.closing(prefetched(batches, self._depth(data))) as ready:
             for batch in ready:
                 yield batch.to(self._state.device)
 
-    def _prepared(self, batches: Iterable[Any], data: LoadedData) -> Generator[Batch, None, None]:
-        # Worker processes read ahead themselves, and are better not forked from a thread; a loader of the user's may mind
-        # a thread.
-        depth = self._data.prefetch if data.ours and self._data.num_workers == 0 else 0
-        return prefetched((self.prepare(loaded, data.trusted) for loaded in batches), depth)
+    def _depth(self, data: LoadedData) -> int:
+        """What a thread prepares ahead. Worker processes read ahead themselves, and are better not forked from a thread; a
+        loader of the user's may mind a thread."""
+        return self._data.prefetch if data.ours and not data.has_workers else 0
 
     def prepare(self, loaded: Any, trusted: bool = False) -> Batch:
         """This rank's part of a loaded micro-batch's sequences, on the host; ``trusted``: the dataset itself has checked

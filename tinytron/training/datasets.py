@@ -53,6 +53,11 @@ class LoadedData:
         return self.ours and checks_its_tokens(self.dataset)
 
     @property
+    def has_workers(self) -> bool:
+        """True if processes of the loader's own read ahead; a stream has none, as each would read the whole of it."""
+        return getattr(self.loader, "num_workers", 0) > 0
+
+    @property
     def from_shards(self) -> bool:
         """True if the dataset reads token shards, or is a subclass of one that does."""
         return isinstance(whole_of(self.dataset), TokenShardDataset | MixtureDataset)
@@ -181,8 +186,14 @@ def epoch_size(config: Config, dataset: Dataset[Any] | None, loader: object) -> 
     return order_of(config, dataset).num_samples if is_map_style(dataset) else None
 
 
-def describe(dataset: Dataset[Any] | None, info: TrainingInfo) -> list[str]:
+def describe(config: Config, dataset: Dataset[Any] | None, info: TrainingInfo) -> list[str]:
     """What the user should know about the data of this run. Raises: DataError if it ends before the run does."""
+    workers = config.data.num_workers
+    if workers and dataset is not None and not is_map_style(dataset):
+        return [
+            f"--num_workers {workers}: {type(dataset).__name__} has no numbered samples to share among processes; a thread "
+            f"reads it, --prefetch {config.data.prefetch} ahead"
+        ]
     if isinstance(dataset, MixtureDataset) and dataset.order is not None:
         samples = info.max_steps * info.global_batch_samples
         dataset.order.counts(samples)  # beyond the last sample it raises
@@ -247,8 +258,14 @@ def make_train_loader(
         return None, StreamLoader(cast(Iterable[Any], dataset), **share)
     sampler = GlobalBatchSampler(order_of(config, dataset), **share)
     sampler.stop_step = info.max_steps  # workers that read ahead must not ask an order for more than it has
-    workers, pin = config.data.num_workers, config.data.pin_memory
-    return sampler, build_train_loader(dataset, sampler, num_workers=workers, pin_memory=pin)
+    loader = build_train_loader(
+        dataset,
+        sampler,
+        num_workers=config.data.num_workers,
+        pin_memory=config.data.pin_memory,
+        ahead=config.data.prefetch * info.grad_accum_steps,
+    )
+    return sampler, loader
 
 
 def make_val_loader(config: Config, state: ParallelState, dataset: Dataset[Any]) -> ValStreamLoader | DataLoader[Batch]:

@@ -53,7 +53,7 @@ class DataPipeline:
             self.val = LoadedData(val_loader, val_dataset, ours=False)
         elif val_dataset is not None:
             self.val = LoadedData(datasets.make_val_loader(config, state, val_dataset), val_dataset, ours=True)
-        self.notes = [*self.info.notes, *datasets.describe(train_dataset, self.info)]
+        self.notes = [*self.info.notes, *datasets.describe(config, train_dataset, self.info)]
         # From a step to what identifies the data before it.
         self.identity = datasets.identity_of(config, train_loader if train_dataset is None else train_dataset)
 

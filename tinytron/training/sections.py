@@ -5,7 +5,6 @@ The command line (arguments.py) and the tables in README.md are generated from h
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -214,10 +213,10 @@ class DataConfig:
         int, Flag("size of the mock data; a tenth more for validation", "samples", at_least=1)
     ] = 1280
     num_workers: Annotated[
-        int, Flag("loader processes of each rank; 0: load in the rank itself", identity=False, at_least=0)
+        int, Flag("loader processes of each rank; 0: a thread of the rank loads", identity=False, at_least=0)
     ] = 0
     prefetch: Annotated[
-        int, Flag("micro-batches that a thread prepares ahead without num_workers; 0: none", identity=False, at_least=0)
+        int, Flag("steps whose micro-batches are prepared ahead; 0: none", identity=False, at_least=0)
     ] = 2
     pin_memory: Annotated[bool, Flag("load into pinned memory, from which GPUs copy at once", identity=False)] = True
 
@@ -240,7 +239,7 @@ class ParallelConfig:
         bool, Flag("shard optimizer states over the ranks (ZeRO-1)", identity=False)
     ] = True
     bucket_size_mb: Annotated[
-        float, Flag("gradients exchanged at a time", "MiB", identity=False, above=0, below=math.inf, works=64)
+        float, Flag("gradients exchanged at a time", "MiB", identity=False, above=0, works=64)
     ] = 64.0
     overlap_grad_reduce: Annotated[
         bool, Flag("exchange gradients while backward still computes others", identity=False)

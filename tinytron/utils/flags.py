@@ -64,14 +64,16 @@ class Flag:
 
     @property
     def bounds(self) -> str:
-        """The bounds in words, as an error says them after "must be"; an infinite one goes without saying."""
+        """The bounds in words, as an error says them after "must be"."""
         if self.rule:
             return self.rule
         if self.at_least is not None and self.at_most is not None:
             return f"in {self.at_least}..{self.at_most}"
-        ends_at = self.at_most if self.below in (None, math.inf) else self.below
+        ends_at = self.at_most if self.below is None else self.below
         if ends_at is None:
-            return "positive" if self.above == 0 else f"at least {self.at_least}"
+            if self.above is not None:
+                return "positive" if self.above == 0 else f"above {self.above}"
+            return f"at least {self.at_least}"
         low = f"[{self.at_least}" if self.above is None else f"({self.above}"
         return f"in {low}, {ends_at}" + ("]" if self.at_most is not None else ")")
 
@@ -130,12 +132,13 @@ def check_bounds(section: Any) -> None:
             continue
         if info.choices is not None and value not in info.choices:
             raise ConfigError(f"--{info.name} {value} must be one of {', '.join(map(str, info.choices))}")
-        if flag.bounded and isinstance(value, float) and math.isinf(value) and not flag.infinite and flag.allows(value):
-            works = info.default if flag.works is None else flag.works
-            raise ConfigError(f"--{info.name} {value} must be finite; use {works}")
+        finite = not isinstance(value, float) or math.isfinite(value)
+        works = info.default if flag.works is None and not finite else flag.works
+        advice = "" if works is None else f"; use {works}"
         if not flag.allows(value):
-            works = "" if flag.works is None else f"; use {flag.works}"
-            raise ConfigError(f"--{info.name} {value} must be {flag.bounds}{works}")
+            raise ConfigError(f"--{info.name} {value} must be {flag.bounds}{advice}")
+        if flag.bounded and not finite and not flag.infinite:
+            raise ConfigError(f"--{info.name} {value} must be finite{advice}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -208,7 +211,7 @@ def whole_number(text: str) -> int:
             return int(number)
         return int(base) ** int(exponent) if power else int(text)
     except (ValueError, InvalidOperation):
-        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number, as 1000000, 1e6 and 2**20 are") from None
 
 
 class _Switch(argparse.BooleanOptionalAction):
