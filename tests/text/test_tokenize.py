@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from tinytron.data.formats import open_shard  # noqa: E402
 from tinytron.data.manifest import read_manifest  # noqa: E402
 from tinytron.errors import DataError  # noqa: E402
 from tinytron.text import parts  # noqa: E402
-from tinytron.text.sources import file_states  # noqa: E402
+from tinytron.text.sources import file_facts  # noqa: E402
 from tinytron.text.tokenizers import from_file  # noqa: E402
 
 TEXTS = make_texts(60)
@@ -63,8 +64,8 @@ def test_tokens_documents_and_manifest_are_those_of_a_plain_loop(made: Path, tmp
     assert (tokenizer.kind, tokenizer.eot_token, tokenizer.eot_id) == ("tokenizer_path", "<|endoftext|>", 0)
     assert tokenizer.sha256 == contents(tmp_path)["tokenizer.json"] == contents(made)["tokenizer.json"]
     assert manifest.options == {"num_tokens_per_file": 500, "val_fraction": 0.0}
-    ((path, size, time),) = file_states([made / "c.jsonl"])
-    assert manifest.source["files"] == [{"path": path, "bytes": size, "modified": time}]
+    (fact,) = file_facts([made / "c.jsonl"])
+    assert manifest.source["files"] == [fact]
     assert manifest.source["split"] == "train"
     assert not list(tmp_path.glob("*.state"))
 
@@ -289,3 +290,23 @@ def test_a_split_without_a_document_is_an_error_and_leaves_nothing(made: Path, t
         tokenize(tmp_path / "few.jsonl", made / "tokenizer.json", tmp_path / "out", "--val_fraction", 0.001)
     assert not list((tmp_path / "out").glob("*.bin"))
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_very_many_files_are_told_in_brief_and_a_change_of_one_is_seen(
+    tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, out = tmp_path / "texts", tmp_path / "out"
+    texts.mkdir()
+    for number in range(8):
+        (texts / f"{number}.txt").write_text(f"text {number}")
+    tokenize(texts, made / "tokenizer.json", out)
+    monkeypatch.setattr("tinytron.text.sources.MANY_FILES", 7)
+    assert not tokenize(texts, made / "tokenizer.json", out).fresh  # a folder that lists them all is the same
+    tokenize(texts, made / "tokenizer.json", tmp_path / "brief")
+    manifest = read_manifest(tmp_path / "brief")
+    assert manifest is not None
+    assert (manifest.source["files"]["number"], manifest.source["files"]["bytes"]) == (8, 48)
+    os.utime(texts / "3.txt", ns=(0, 5))
+    for folder in (out, tmp_path / "brief"):
+        with pytest.raises(DataError, match="source files that have changed"):
+            tokenize(texts, made / "tokenizer.json", folder)

@@ -26,6 +26,7 @@ from tinytron.text.tokenizers import (  # noqa: E402
     from_file,
     from_hub,
     from_tiktoken,
+    pieces_of,
     train_bpe,
 )
 
@@ -208,3 +209,34 @@ def test_text_that_spells_a_special_token_stays_text(kind: str, tmp_path: Path) 
     # All other texts are as they were.
     plain = [text for text in TEXTS if EOT not in text]
     assert _ids(found.encode, plain) == [row.ids for row in made.encode_batch(plain, add_special_tokens=False)]
+
+
+def test_a_long_text_is_encoded_in_pieces_with_the_tokens_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["short", " ".join(make_texts(30)), "also short"]
+    bpe = train_bpe(texts, 300)
+    longest: list[int] = []
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        longest.append(max(map(len, texts)))
+        return [made.ids for made in bpe.encode_batch(texts)]
+
+    whole = encode_documents(texts, encode, 7, "append", np.dtype("<u2"))
+    monkeypatch.setattr("tinytron.text.tokenizers.LONG_CHARS", 200)
+    longest.clear()
+    in_pieces = encode_documents(texts, encode, 7, "append", np.dtype("<u2"))
+    assert max(longest) <= 200 < len(texts[1])
+    for one, other in zip(whole, in_pieces, strict=True):
+        assert one.tolist() == other.tolist()
+
+
+@pytest.mark.parametrize("text", ["x" * 1001, "a b" * 400, " " * 500, "\n\n word" * 90, ""])
+def test_pieces_are_the_text(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tinytron.text.tokenizers.LONG_CHARS", 100)
+    pieces = list(pieces_of(text))
+    assert "".join(pieces) == text
+    assert all(0 < len(piece) <= 100 for piece in pieces) or text == ""
+
+
+def test_a_tokenizer_is_trained_on_no_more_of_a_long_text_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tinytron.text.tokenizers.LONG_CHARS", 100)
+    assert sum(map(len, first_bytes(["ab " * 1000], 250))) <= 300

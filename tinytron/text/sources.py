@@ -10,7 +10,9 @@ neither them nor their order.
 from __future__ import annotations
 
 import glob
+import hashlib
 import itertools
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,7 @@ CODE = (
 SUFFIXES = (*PROSE, *CODE, *LINE_SUFFIXES, ".parquet")
 CHUNK_BYTES = 2**24  # about the most that one chunk holds
 FEW_HELD_OUT = 5  # documents; of so few, chance could hold out none
+MANY_FILES = 1000  # more are no longer listed one by one
 START = Place()
 
 
@@ -81,8 +84,7 @@ class FileSource:
 
     def identity(self) -> dict[str, Any]:
         """Path, size and time of every file."""
-        states = [{"path": path, "bytes": size, "modified": time} for path, size, time in file_states(self.files)]
-        known = {"path": self.path, "text_key": self.text_key, "files": states}
+        known = {"path": self.path, "text_key": self.text_key, "files": files_in_brief(file_facts(self.files))}
         if self.held_out_end:
             known["held_out"] = "ends"
         return known if self.val_path is None else known | {"val_path": self.val_path}
@@ -146,9 +148,8 @@ class HubSource:
 
     def identity(self) -> dict[str, Any]:
         """Its names; of a local folder the files too."""
-        states = [{"path": p, "bytes": size, "modified": time} for p, size, time in file_states([Path(self.path)])]
         names = {"path": self.path, "config": self.config, "split": self.split, "text_key": self.text_key}
-        return names | {"files": states}
+        return names | {"files": files_in_brief(file_facts([Path(self.path)]))}
 
     def chunks(self, chunksize: int, start: Place = START) -> Iterator[Chunk]:
         """See ``TextSource``."""
@@ -278,8 +279,19 @@ def find_text_files(path: str, option: str = "--dataset_path") -> list[Path]:
     return files
 
 
-def file_states(paths: Iterable[Path]) -> list[list[Any]]:
+def file_facts(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """Path, size and modification time of the files among ``paths`` and of all files below folders among them; a path
     that does not exist (a name on the hub) adds nothing. Raises: OSError."""
     files = [file for path in paths for file in ([path] if path.is_file() else sorted(files_below(path)))]
-    return [[str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns] for file in files]
+    return [
+        {"path": str(file.resolve()), "bytes": (stat := file.stat()).st_size, "modified": stat.st_mtime_ns}
+        for file in files
+    ]
+
+
+def files_in_brief(facts: list[dict[str, Any]]) -> list[dict[str, Any]] | dict[str, Any]:
+    """The facts, or of very many files their number, their bytes and one hash: every run reads them at its start."""
+    if len(facts) <= MANY_FILES:
+        return facts
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return {"number": len(facts), "bytes": sum(fact["bytes"] for fact in facts), "sha256": digest}

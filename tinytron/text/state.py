@@ -13,7 +13,7 @@ from typing import Any
 from tinytron.data.manifest import Manifest, TokenizerFacts
 from tinytron.errors import DataError
 from tinytron.text.options import TokenizeOptions
-from tinytron.text.sources import START, Place, TextSource
+from tinytron.text.sources import START, Place, TextSource, files_in_brief
 from tinytron.text.token_writer import SplitWriter
 from tinytron.utils.training import write_atomically
 
@@ -122,6 +122,8 @@ FLAGS = {
 
 def difference(wanted: Recipe, there: Recipe) -> str | None:
     """The first difference, in words: ``--token_dtype uint32, where the folder has uint16``; ``None`` if nothing is."""
+    if isinstance(files := there["source"].get("files"), list):  # earlier versions listed any number
+        there = {**there, "source": {**there["source"], "files": files_in_brief(files)}}
     for name, (mine, other) in _leaves(wanted, there):
         if mine == other:
             continue

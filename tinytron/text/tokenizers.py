@@ -7,7 +7,9 @@ a special token stays text, so that no document can contain an end-of-text token
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,9 @@ from tinytron.utils.texts import without_bom
 
 BPE_END = END_TOKENS[0]
 SMALLEST_BPE = 257  # the bytes and the end-of-text token
+LONG_CHARS = 2**22  # a longer text is encoded in pieces
+NEAR_CHARS = 2**12  # before their ends, in which a space is looked for
+_GAP = re.compile(r"\S(?= \S)")
 Kind = Literal["tokenizer_name", "encoding_name", "tokenizer_path", "train_bpe"]
 Ids = Sequence[int] | npt.NDArray[Any]
 
@@ -252,15 +257,34 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
 
 
 def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
-    """The first texts, up to the one in which ``limit`` bytes of UTF-8 are reached."""
-    for text in texts:
-        yield text
-        limit -= len(text.encode("utf-8", "replace"))
+    """The first texts, long ones in pieces, up to the one in which ``limit`` bytes of UTF-8 are reached."""
+    for piece in itertools.chain.from_iterable(map(pieces_of, texts)):
+        yield piece
+        limit -= len(piece.encode("utf-8", "replace"))
         if limit <= 0:
             return
 
 
 # Encoding.
+
+
+def pieces_of(text: str) -> Iterator[str]:
+    """``text``, in pieces if it is longer than ``LONG_CHARS``: tokenizers take 50 bytes of memory for each character. It is
+    cut before a space between two words, where byte-level BPE cuts as well, or if there is none near, anywhere."""
+    start = 0
+    while len(text) - start > LONG_CHARS:
+        stop = start + LONG_CHARS
+        stop = max((gap.end() for gap in _GAP.finditer(text, stop - NEAR_CHARS, stop)), default=stop)
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+def _encode_all(texts: list[str], encode: Encode, dtype: np.dtype[Any]) -> list[npt.NDArray[Any]]:
+    if max(map(len, texts), default=0) <= LONG_CHARS:
+        return [np.asarray(ids, dtype) for ids in encode(texts)]
+    parts = [[np.asarray(encode([piece])[0], dtype) for piece in pieces_of(text)] for text in texts]
+    return [np.concatenate(of_one) for of_one in parts]
 
 
 def encode_documents(
@@ -269,7 +293,7 @@ def encode_documents(
     """The documents' token ids in a row, ``eot`` before (``prepend``) or after (``append``) each unless it is ``None``, and
     their lengths, including that token. Without it, documents of no tokens are left out. Shapes: [tokens] of ``dtype``,
     [documents]."""
-    ids = [np.asarray(made, dtype) for made in encode(texts)]
+    ids = _encode_all(texts, encode, dtype)
     if eot is None:
         row = [made for made in ids if len(made)]
         lengths = np.array([len(made) for made in row], np.uint32)
