@@ -27,7 +27,7 @@ from tests.helpers.corpus import (  # noqa: E402
 )
 from tinytron.data.formats import open_shard  # noqa: E402
 from tinytron.data.manifest import read_manifest  # noqa: E402
-from tinytron.errors import DataError  # noqa: E402
+from tinytron.errors import ConfigError, DataError  # noqa: E402
 from tinytron.text import parts  # noqa: E402
 from tinytron.text.sources import file_facts  # noqa: E402
 from tinytron.text.tokenizers import from_file  # noqa: E402
@@ -308,5 +308,5 @@ def test_very_many_files_are_told_in_brief_and_a_change_of_one_is_seen(
     assert (manifest.source["files"]["number"], manifest.source["files"]["bytes"]) == (8, 48)
     os.utime(texts / "3.txt", ns=(0, 5))
     for folder in (out, tmp_path / "brief"):
-        with pytest.raises(DataError, match="source files that have changed"):
+        with pytest.raises(ConfigError, match="source files that have changed"):
             tokenize(texts, made / "tokenizer.json", folder)
