@@ -79,6 +79,28 @@ def test_a_resume_path_that_is_no_checkpoint_is_an_error(tmp_path: Path, name: s
     assert "--resume_path" in str(caught.value)
 
 
+def test_a_removed_checkpoint_has_lost_its_metadata_on_the_disk_before_its_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there: list[list[str]] = []
+
+    def sync(folder: Path) -> None:
+        there.append(sorted(path.name for path in folder.iterdir()))
+
+    monkeypatch.setattr("tinytron.checkpoint.files.sync_folder", sync)
+    _make(tmp_path, 2).remove()
+    assert there == [["00002_model.pt", "00002_opt"]]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_to_the_states_of_elsewhere_is_no_leftover(tmp_path: Path) -> None:
+    (run := tmp_path / "run").mkdir()
+    states = _make(tmp_path / "elsewhere", 2, "model", "meta").optimizer
+    (run / "00002_opt").symlink_to(states)
+    assert remove_leftovers(run) == []
+    assert (run / "00002_opt" / ".metadata").is_file()
+
+
 def test_weights_that_were_kept_alone_are_no_leftovers(tmp_path: Path) -> None:
     for step, missing in ((2, ("meta",)), (4, ("meta", "opt"))):
         _make(tmp_path, step, *missing)

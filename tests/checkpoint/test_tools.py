@@ -27,6 +27,7 @@ from tests.helpers.runs import ROOT, TINY, config_of
 from tests.helpers.stopping import run_until, whole
 from tinytron.checkpoint.files import CheckpointFiles, checksum
 from tinytron.checkpoint.load import load_weights, read_file
+from tinytron.checkpoint.report import _size
 from tinytron.checkpoint.tools import covered
 from tinytron.cli.main import main
 from tinytron.model import GPT
@@ -132,6 +133,14 @@ def test_inspect_tells_all_of_one_checkpoint(saved: Path, part: str, capsys: pyt
     assert "blocks.*.mlp.experts.down_proj 2 4x16x8 bfloat16 main momentum_buffer second_moment (float32)" in text
     assert f"{len(tensors)} tensors, {told['parameters']:,} parameters" in text
     assert "2 ranks, sep 1, ep 2, states sharded" in text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(999, "999 B"), (1000, "1 kB"), (1023, "1.02 kB"), (1.5e6, "1.5 MB"), (2e9, "2 GB"), (3.25e15, "3,250.0 TB")],
+)
+def test_sizes_are_in_powers_of_a_thousand(count: float, text: str) -> None:
+    assert _size(count) == text
 
 
 # verify
@@ -245,7 +254,9 @@ def test_consolidated_tensors_are_those_of_the_trainer(
 def test_consolidate_writes_where_it_is_told(saved: Path, tmp_path: Path) -> None:
     before = _contents(saved)
     assert main(["checkpoint", "consolidate", str(saved / "00003_opt"), "--out", str(tmp_path / "x.pt")]) == 0
-    assert read_file(tmp_path / "x.pt")["step"] == 3
+    content = read_file(tmp_path / "x.pt")
+    assert content["step"] == content["meta"]["step"] == 3
+    assert not {"files", "rng"} & content["meta"].keys()  # of the other files, and of ranks
     assert _contents(saved) == before
 
 
