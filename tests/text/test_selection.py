@@ -193,6 +193,17 @@ def test_the_options_are_part_of_what_a_folder_is_made_from(made: Path, tmp_path
     assert not tokenize(*args, "--max_samples", 9, "--seed", 2).fresh  # nothing was shuffled by it
 
 
+def test_the_seed_of_a_shuffle_and_the_text_for_a_tokenizer_are_part_of_it_too(made: Path, tmp_path: Path) -> None:
+    args = (made / "c.jsonl", made / "tokenizer.json", tmp_path / "shuffled", "--shuffle_buffer", 5, "--seed")
+    tokenize(*args, 1)
+    with pytest.raises(ConfigError, match="--seed 2, where the folder has 1"):
+        tokenize(*args, 2)
+    args = (made / "c.jsonl", None, tmp_path / "trained", "--train_bpe", 300, "--train_bpe_bytes")
+    tokenize(*args, 1000)
+    with pytest.raises(ConfigError, match="--train_bpe_bytes 2000, where the folder has 1000"):
+        tokenize(*args, 2000)
+
+
 # Validation from files of its own, and the names of files.
 
 
