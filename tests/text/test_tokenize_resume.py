@@ -243,6 +243,8 @@ def test_min_file_index_leaves_out_the_files_before(made: Path, tmp_path: Path) 
     assert manifest.documents["train"] == sum(shard.documents for shard in manifest.shards_of("train"))
     with pytest.raises(ConfigError, match=r"--min_file_index 0: an earlier call left file 0 out of .*; use another"):
         tokenize(*args, out, *FLAGS)
+    with pytest.raises(ConfigError, match=r"--min_file_index 1: an earlier call left file 1 out of .*; use another"):
+        tokenize(*args, out, *FLAGS, "--min_file_index", 1, "--max_file_index", 1)
     with pytest.raises(DataError, match=r"--min_file_index 99: the data ends in file [0-9]+; use a smaller one"):
         tokenize(*args, tmp_path / "far", *FLAGS, "--min_file_index", 99, say=said.append)
     assert contents(tmp_path / "far") == {}
