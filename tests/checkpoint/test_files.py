@@ -109,6 +109,12 @@ def test_a_removed_checkpoint_has_lost_its_metadata_on_the_disk_before_its_parts
     assert not list(tmp_path.iterdir())
 
 
+def test_a_whole_checkpoint_is_no_leftover(tmp_path: Path) -> None:
+    files = _make(tmp_path, 2)
+    assert remove_leftovers(tmp_path) == []
+    assert files.complete
+
+
 def test_a_link_to_the_states_of_elsewhere_is_no_leftover(tmp_path: Path) -> None:
     (run := tmp_path / "run").mkdir()
     states = _make(tmp_path / "elsewhere", 2, "model", "meta").optimizer
