@@ -23,14 +23,15 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from tests.helpers.errors import says
 from tests.helpers.ranks import Ranks
-from tests.helpers.runs import ROOT, TINY, config_of
-from tests.helpers.stopping import run_until, whole
+from tests.helpers.runs import ROOT, TINY, Run, config_of
+from tests.helpers.stopping import StoppingTrainer, run_until, whole
 from tinytron.checkpoint.files import CheckpointFiles, checksum
 from tinytron.checkpoint.load import load_weights, read_file
 from tinytron.checkpoint.report import _size
-from tinytron.checkpoint.tools import covered
+from tinytron.checkpoint.tools import consolidate, covered, problems
 from tinytron.cli.main import main
 from tinytron.model import GPT
+from tinytron.training import Config
 from tinytron.utils.lock import lock_folder
 
 Pools = Callable[[int], Ranks]
@@ -198,6 +199,26 @@ def test_verify_wants_every_element_of_every_parameter(run: Path, capsys: pytest
     assert f"{run / '00002_opt/__1_0.distcp'} has no checksum in 00002_meta.pt" in second
     assert f"{run / '00003_opt'} has 16 elements of final_norm.weight/main, the parameter 17" in third
     assert last == "checkpoint 4: ok"
+
+
+class Frozen(StoppingTrainer):
+    """Leaves a weight as it is."""
+
+    def _init_model(self, config: Config) -> None:
+        super()._init_model(config)
+        self.raw_model.get_parameter(NORM).requires_grad_(False)
+
+
+def _frozen(log_dir: Path) -> Run:
+    return run_until(log_dir, 0, "--max_steps", 1, cls=Frozen)
+
+
+def test_a_weight_that_is_not_trained_has_no_states_to_miss(ranks: Pools, tmp_path: Path) -> None:
+    files = CheckpointFiles(ranks(1).run(_frozen, tmp_path)[0].folder, 1)
+    assert problems(files) == []
+    content = torch.load(consolidate(files), weights_only=True)
+    assert torch.equal(content["model"][NORM], torch.ones(16))
+    assert NORM not in content["optimizer"].keys() | content["meta"]["parameters"].keys()
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5))))
