@@ -147,6 +147,10 @@ def test_files_are_no_larger_than_asked_for(tmp_path: Path, limit: int) -> None:
     torch.testing.assert_close(model(ids), opened(tmp_path / "out")(input_ids=ids).logits, rtol=0, atol=1e-5)
 
 
+def test_a_file_may_be_exactly_full() -> None:
+    assert exporting._shards({"a": 2, "b": 2, "c": 9, "d": 2}, 4) == [["a", "b"], ["c"], ["d"]]
+
+
 def _tensors(path: Path) -> list[torch.Tensor]:
     from safetensors.torch import load_file
 
