@@ -7,7 +7,7 @@ import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from tests.helpers.mutants import Mutant, mutated
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import Run, losses, user_error
 from tests.helpers.stopping import Died, StoppingTrainer, plain, run_until, said_until
-from tinytron.checkpoint import CheckpointFiles, complete_checkpoints, newest_checkpoint, save
+from tinytron.checkpoint import CheckpointFiles, complete_checkpoints, load, newest_checkpoint, save
 from tinytron.checkpoint.load import read_meta
 from tinytron.errors import CheckpointError
 from tinytron.training import Trainer
@@ -241,6 +241,19 @@ def test_without_an_undamaged_checkpoint_nothing_starts_anew(ranks: Pools, two: 
     assert first == second
     assert "00004_model.pt cannot be read (it has" in first
     assert "pass --no-resume to start anew" in first
+
+
+def test_the_checkpoint_before_is_only_announced_where_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(files: CheckpointFiles, _: object) -> None:
+        raise CheckpointError(f"{files.step} is damaged")
+
+    monkeypatch.setattr(load, "read_verified", read)
+    found, said = [CheckpointFiles(tmp_path, step) for step in (4, 2)], list[str]()
+    with pytest.raises(CheckpointError, match=r"^4 is damaged; no undamaged checkpoint is left"):
+        load.first_undamaged(found, cast(Any, None), said.append)
+    assert said == ["error: 4 is damaged; using the checkpoint before"]
 
 
 # A disk that refuses.

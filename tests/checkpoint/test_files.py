@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tinytron.checkpoint import CheckpointFiles, find_checkpoints, newest_checkpoint
-from tinytron.checkpoint.files import remove_leftovers
+from tinytron.checkpoint.files import checksum, remove_leftovers, verify
 from tinytron.errors import CheckpointError
 
 
@@ -77,6 +77,50 @@ def test_a_resume_path_that_is_no_checkpoint_is_an_error(tmp_path: Path, name: s
     with pytest.raises(CheckpointError, match=message) as caught:
         find_checkpoints(str(tmp_path / name))
     assert "--resume_path" in str(caught.value)
+
+
+def test_a_file_that_is_not_what_was_written_is_told_by_its_size_or_its_content(tmp_path: Path) -> None:
+    path = tmp_path / "part"
+    path.write_bytes(b"four")
+    sums = {"part": checksum(path)}
+    verify(tmp_path, sums, ["part"])
+    for content, text in (
+        (b"fou", "it has 3 bytes, 4 were written"),
+        (b"fours", "it has 5 bytes, 4 were written"),
+        (b"five", "its SHA-256 is not that of what was written"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError) as caught:
+            verify(tmp_path, sums, ["part"])
+        assert str(caught.value) == f"{path} cannot be read ({text})"
+
+
+def test_a_removed_checkpoint_has_lost_its_metadata_on_the_disk_before_its_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there: list[list[str]] = []
+
+    def sync(folder: Path) -> None:
+        there.append(sorted(path.name for path in folder.iterdir()))
+
+    monkeypatch.setattr("tinytron.checkpoint.files.sync_folder", sync)
+    _make(tmp_path, 2).remove()
+    assert there == [["00002_model.pt", "00002_opt"]]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_whole_checkpoint_is_no_leftover(tmp_path: Path) -> None:
+    files = _make(tmp_path, 2)
+    assert remove_leftovers(tmp_path) == []
+    assert files.complete
+
+
+def test_a_link_to_the_states_of_elsewhere_is_no_leftover(tmp_path: Path) -> None:
+    (run := tmp_path / "run").mkdir()
+    states = _make(tmp_path / "elsewhere", 2, "model", "meta").optimizer
+    (run / "00002_opt").symlink_to(states)
+    assert remove_leftovers(run) == []
+    assert (run / "00002_opt" / ".metadata").is_file()
 
 
 def test_weights_that_were_kept_alone_are_no_leftovers(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 from typing import Any, cast
@@ -148,6 +149,51 @@ def test_a_newer_local_checkpoint(storage: str, tmp_path: Path, capsys: pytest.C
     make(alone, files.step)
     mirror_of(alone, storage)._restore(several_nodes=False)
     assert complete_there(storage) == [2, 4]
+
+
+def test_what_is_here_already_is_not_fetched_again(
+    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mirror = mirror_of(tmp_path, storage)
+    mirror.push_files(make(tmp_path, 2).part_names())
+    mirror.push_commit(2)
+    done = breaking(monkeypatch, mirror, "get_file", "nothing")
+    mirror._restore(several_nodes=False)
+    assert done == []
+    assert capsys.readouterr().out == ""
+
+
+def test_a_fetched_checkpoint_gets_its_metadata_last(
+    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here := tmp_path / "here").mkdir()
+    (there := tmp_path / "there").mkdir()
+    pushing = mirror_of(here, storage)
+    pushing.push_files(make(here, 4).part_names())
+    pushing.push_commit(4)
+    moved, replace = list[str](), os.replace
+
+    def recorded(source: Path, target: Path) -> None:
+        moved.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr("tinytron.checkpoint.mirror.os.replace", recorded)
+    mirror_of(there, storage)._restore(several_nodes=False)
+    assert moved[-1] == "00004_meta.pt"
+    assert {"00004_model.pt", "__1_0.distcp", "log.txt"} < set(moved)
+
+
+def test_a_checkpoint_that_is_removed_before_it_is_there_is_not_waited_for(
+    storage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mirror = mirror_of(tmp_path, storage)
+    make(tmp_path, 2)
+    mirror.push_commit(2)
+    assert "is not there yet" in capsys.readouterr().err
+    mirror.remove_checkpoint(2)
+    mirror.push_commit(4)
+    assert capsys.readouterr().err == ""
+    assert complete_there(storage) == []
 
 
 def test_a_removed_checkpoint_goes_metadata_first(

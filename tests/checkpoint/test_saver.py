@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +19,9 @@ from tests.helpers.runs import TINY, Run, config_of, losses
 from tests.helpers.stopping import plain, run_until, said_until
 from tinytron.checkpoint import Retention, complete_checkpoints, save
 from tinytron.checkpoint.files import CheckpointFiles
+from tinytron.checkpoint.host_buffers import HostBuffers
 from tinytron.checkpoint.load import read_file
+from tinytron.checkpoint.meta import CheckpointMeta
 from tinytron.training import Trainer
 from tinytron.training.run.folder import run_folder
 
@@ -71,6 +74,24 @@ def test_metadata_says_where_the_run_is(ranks: Pools, tmp_path: Path) -> None:
     assert metas[4]["run"]["config"]["train"]["max_steps"] == 6
 
 
+def test_all_parts_are_on_the_disk_before_the_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, order = CheckpointFiles(tmp_path, 2), list[Path]()
+    monkeypatch.setattr(save, "sync_folder", order.append)
+    monkeypatch.setattr(save, "write_atomically", lambda path, _: order.append(path))
+    save._commit(files, CheckpointMeta())
+    assert order == [files.optimizer, tmp_path, files.meta]
+
+
+def test_a_buffer_is_only_kept_for_the_same_shape_and_precision() -> None:
+    buffers = HostBuffers()
+    first = buffers.copy("a", torch.ones(3))
+    assert buffers.copy("a", torch.zeros(3)) is first
+    for tensor in (torch.full((3,), 1e-9, dtype=torch.float64), torch.ones(2, 3)):
+        made = buffers.copy("a", tensor)
+        assert made.dtype == tensor.dtype
+        assert torch.equal(made, tensor)
+
+
 # Which checkpoints stay.
 
 
@@ -121,6 +142,10 @@ def test_a_damaged_checkpoint_does_not_stop_the_removal_of_others(ranks: Pools, 
     assert [files.step for files in complete_checkpoints(result.folder)] == [6, 4]
     assert list(losses(result.log)) == list(range(1, 7))
     assert run_folder(config_of(*TINY, "--log_dir", tmp_path, *flags)) == folder
+
+
+def test_of_equal_losses_the_earliest_is_the_best() -> None:
+    assert Retention(keep_last=1, keep_best=True).to_prune({1: 2.0, 2: 1.0, 3: 1.0, 4: 3.0}) == [1, 3]
 
 
 def test_a_loss_that_is_no_number_is_never_the_best() -> None:

@@ -23,13 +23,15 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from tests.helpers.errors import says
 from tests.helpers.ranks import Ranks
-from tests.helpers.runs import ROOT, TINY, config_of
-from tests.helpers.stopping import run_until, whole
+from tests.helpers.runs import ROOT, TINY, Run, config_of
+from tests.helpers.stopping import StoppingTrainer, run_until, whole
 from tinytron.checkpoint.files import CheckpointFiles, checksum
 from tinytron.checkpoint.load import load_weights, read_file
-from tinytron.checkpoint.tools import covered
+from tinytron.checkpoint.report import _size
+from tinytron.checkpoint.tools import consolidate, covered, problems
 from tinytron.cli.main import main
 from tinytron.model import GPT
+from tinytron.training import Config
 from tinytron.utils.lock import lock_folder
 
 Pools = Callable[[int], Ranks]
@@ -134,6 +136,14 @@ def test_inspect_tells_all_of_one_checkpoint(saved: Path, part: str, capsys: pyt
     assert "2 ranks, sep 1, ep 2, states sharded" in text
 
 
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(999, "999 B"), (1000, "1 kB"), (1023, "1.02 kB"), (1.5e6, "1.5 MB"), (2e9, "2 GB"), (3.25e15, "3,250.0 TB")],
+)
+def test_sizes_are_in_powers_of_a_thousand(count: float, text: str) -> None:
+    assert _size(count) == text
+
+
 # verify
 
 
@@ -191,6 +201,26 @@ def test_verify_wants_every_element_of_every_parameter(run: Path, capsys: pytest
     assert last == "checkpoint 4: ok"
 
 
+class Frozen(StoppingTrainer):
+    """Leaves a weight as it is."""
+
+    def _init_model(self, config: Config) -> None:
+        super()._init_model(config)
+        self.raw_model.get_parameter(NORM).requires_grad_(False)
+
+
+def _frozen(log_dir: Path) -> Run:
+    return run_until(log_dir, 0, "--max_steps", 1, cls=Frozen)
+
+
+def test_a_weight_that_is_not_trained_has_no_states_to_miss(ranks: Pools, tmp_path: Path) -> None:
+    files = CheckpointFiles(ranks(1).run(_frozen, tmp_path)[0].folder, 1)
+    assert problems(files) == []
+    content = torch.load(consolidate(files), weights_only=True)
+    assert torch.equal(content["model"][NORM], torch.ones(16))
+    assert NORM not in content["optimizer"].keys() | content["meta"]["parameters"].keys()
+
+
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5))))
 def test_what_ranks_wrote_twice_counts_once(ranges: list[tuple[int, int]]) -> None:
     chunks = [ChunkStorageMetadata(torch.Size([start]), torch.Size([length])) for start, length in ranges]
@@ -245,7 +275,9 @@ def test_consolidated_tensors_are_those_of_the_trainer(
 def test_consolidate_writes_where_it_is_told(saved: Path, tmp_path: Path) -> None:
     before = _contents(saved)
     assert main(["checkpoint", "consolidate", str(saved / "00003_opt"), "--out", str(tmp_path / "x.pt")]) == 0
-    assert read_file(tmp_path / "x.pt")["step"] == 3
+    content = read_file(tmp_path / "x.pt")
+    assert content["step"] == content["meta"]["step"] == 3
+    assert not {"files", "rng"} & content["meta"].keys()  # of the other files, and of ranks
     assert _contents(saved) == before
 
 

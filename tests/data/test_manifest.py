@@ -39,6 +39,12 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert MANIFEST.shards_of("val") == MANIFEST.shards[1:]
 
 
+def test_a_split_may_have_an_underscore_in_its_name() -> None:
+    shards = [ShardFacts(f"{split}_000000.bin", 1, 1, "") for split in ("train", "train_10", "val")]
+    manifest = dataclasses.replace(MANIFEST, shards=shards)
+    assert [manifest.shards_of(split) for split in ("train", "train_10", "10")] == [shards[:1], shards[1:2], []]
+
+
 def test_what_a_later_writer_adds_is_no_error(tmp_path: Path) -> None:
     _write(tmp_path, {**dataclasses.asdict(MANIFEST), "colour": "red"})
     assert read_manifest(tmp_path) == MANIFEST

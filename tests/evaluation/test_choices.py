@@ -86,6 +86,26 @@ def test_batches_hold_each_row_once_and_few_tokens(tokenizer: RunTokenizer) -> N
     assert len(batches) > 2
 
 
+def test_a_batch_may_be_exactly_full() -> None:
+    rows = [Row(0, n, (0,) * 17, 1, 1) for n in range(4)]
+    assert plan_batches(rows, 32, 64) == [[0, 1], [2, 3]]
+
+
+def test_a_model_in_evaluation_mode_stays_in_it() -> None:
+    model = make_model()
+    scores_of(model, [Row(0, 0, (1, 2), 1, 1)])
+    assert not model.training
+
+
+def test_nats_are_added_in_double_precision() -> None:
+    def loss(batch: Batch) -> LossSums:
+        nats = torch.where(batch.labels == 2, 2.0**24, (batch.labels == 3).float())
+        return LossSums(nats.sum(), torch.zeros(()), per_token=nats.flatten())
+
+    row, cpu = Row(0, 0, (1, 2, 3), 1, 1), torch.device("cpu")
+    assert log_probs(make_model(), loss, [row], longest=16, tokens_per_batch=16, device=cpu) == [-(2.0**24) - 1]
+
+
 def test_results_by_hand() -> None:
     items = [Item("", ("a", "bbbb"), 0), Item("", ("a", "bbbb"), 1), Item("", ("a", "bbbb"), 0)]
     shapes = [Row(item, choice, (0,) * (1 + (choice + 1)), 1, (1, 4)[choice]) for item in range(3) for choice in (0, 1)]
@@ -120,6 +140,7 @@ def test_context_and_choice_are_tokenised_together(tokenizer: RunTokenizer) -> N
     assert ids == [tokenizer.end, *encode(["the quick brown fox"])[0]]
     assert start == 1 + len(encode(["the quick"])[0])
     assert encode_pair("the quick ", "brown fox", tokenizer) == (ids, start)  # the space belongs to the choice
+    assert encode_pair("the quick\n", "fox", tokenizer) == encode_pair("the quick", "\nfox", tokenizer)  # as a line end
     assert encode_pair("", "brown", tokenizer) == ([tokenizer.end, *encode(["brown"])[0]], 1)
 
 
@@ -147,6 +168,8 @@ def test_long_contexts_lose_their_beginning(tokenizer: RunTokenizer) -> None:
         assert short.ids[short.start :] == long.ids[long.start :]
     with pytest.raises(DataError, match="item 1: choice 0 has 40 tokens, which must be 1 to 12; shorten it"):
         encode_items([Item("a", ("0" * 40, "b"), 0)], tokenizer, 12)
+    (longest, _) = encode_items([Item("a", ("0" * 12, "b"), 0)], tokenizer, 12)
+    assert len(longest.ids) - longest.start == 12
 
 
 # Files.
@@ -172,6 +195,7 @@ def test_a_task_file(tmp_path: Path) -> None:
             '{"context": "a", "choices": ["b", "c"], "answer": 2}',
             "line 2: answer 2 must be the number of a choice, 0 to 1",
         ),
+        ('{"context": "a", "choices": ["b", "c"], "answer": -1}', "answer -1 must be the number of a choice, 0 to 1"),
         ('{"context": "a", "choices": ["b", "c"], "answer": true}', "answer True must be"),
         ('{"context": "a", "choices": ["b", "c"], "answer": "b"}', "answer 'b' must be"),
     ],

@@ -8,6 +8,7 @@ import json
 import sys
 from abc import ABC, abstractmethod
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +21,7 @@ from tests.evaluation.test_choices import make_items
 from tests.helpers.corpus import EOT, make_tokenizer
 from tests.inference.models import greedy, logits_of, make_model
 from tinytron.cli.main import main
-from tinytron.errors import ConfigError
+from tinytron.errors import CheckpointError, ConfigError
 from tinytron.evaluation.choices import encode_pair
 from tinytron.evaluation.harness import Answers, harness_model
 from tinytron.model import GPT
@@ -68,6 +69,35 @@ def test_what_greedy_generation_gives_is_told(model: GPT, tokenizer: RunTokenize
         assert Answers(model, tokenizer).loglikelihood([Instance(("", ""))])[0][1] is expected
 
 
+def test_one_token_that_is_not_the_likeliest_counts_in_whichever_window(
+    model: GPT, tokenizer: RunTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlikely = [1]
+    for _ in range(12):
+        unlikely.append(int(logits_of(model, unlikely)[-1].argmin()))
+    ids = [*unlikely, *greedy(model, unlikely[1:], 1)]
+    monkeypatch.setattr("tinytron.evaluation.harness.encode_pair", lambda *_: (ids, 1))
+    assert Answers(model, tokenizer).loglikelihood([Instance(("", ""))])[0][1] is False
+    monkeypatch.setattr("tinytron.evaluation.harness.encode_pair", lambda *_: (ids, 13))
+    assert Answers(model, tokenizer).loglikelihood([Instance(("", ""))])[0][1] is True
+
+
+def test_log_probabilities_of_half_precision_logits_are_not_rounded(tokenizer: RunTokenizer) -> None:
+    half = make_model(dtype=torch.bfloat16, vocab_size=400, block_size=12)
+    ((made, _),) = Answers(half, tokenizer).loglikelihood([Instance(("the quick", " fox"))])
+    ids, start = encode_pair("the quick", " fox", tokenizer)
+    log_prob = logits_of(half, ids[:-1]).float().log_softmax(-1)
+    assert made == pytest.approx(sum(float(log_prob[t - 1, ids[t]]) for t in range(start, len(ids))), rel=1e-4)
+
+
+def test_scores_that_are_no_numbers_are_refused(tokenizer: RunTokenizer) -> None:
+    broken = make_model(vocab_size=400, block_size=12)
+    with torch.no_grad():
+        broken.final_norm.weight[0] = float("nan")
+    with pytest.raises(CheckpointError, match="scores are NaN or infinite"):
+        Answers(broken, tokenizer).loglikelihood([Instance(("the", " fox"))])
+
+
 def test_long_contexts_and_long_continuations(model: GPT, tokenizer: RunTokenizer) -> None:
     answers = Answers(model, tokenizer)
     ids, start = encode_pair(TEXT, " fox", tokenizer)
@@ -111,12 +141,32 @@ def test_generation_until_a_text(model: GPT, tokenizer: RunTokenizer) -> None:
         ({"until": [stop], "max_gen_toks": 6}, whole[: whole.index(stop)]),
         ({"until": stop, "max_gen_toks": 6, "temperature": 0.0}, whole[: whole.index(stop)]),
         ({"until": [], "max_gen_toks": 6, "do_sample": False, "temperature": 0.7}, whole),
+        # Sampled, and so narrowly that only one token is left.
+        ({"max_gen_toks": 6, "temperature": 1e-6}, whole),
+        ({"max_gen_toks": 6, "do_sample": True, "temperature": 9.0, "top_k": 1}, whole),
+        ({"max_gen_toks": 6, "do_sample": True, "temperature": 9.0, "top_p": 1e-9}, whole),
     ]
     made = Answers(model, tokenizer).generate_until([Instance(("the", given)) for given, _ in cases])
     assert made == [text for _, text in cases]
     (long,) = Answers(model, tokenizer, max_new_tokens=4).generate_until([Instance((TEXT, {}))])
     kept = tokenizer.prompt_ids(TEXT)[-9:]
     assert long == tokenizer.tokenizer.decode(greedy(model, kept, 4))
+
+
+def test_generation_ends_at_the_end_of_text_and_gives_no_id_without_a_token(
+    model: GPT, tokenizer: RunTokenizer
+) -> None:
+    plain = tokenizer.tokenizer
+    ids = [int(i) for i in plain.encode(["the"])[0]]
+    likeliest = greedy(model, ids, 4)
+    ended = RunTokenizer(plain, likeliest[2], False)
+    assert likeliest.index(likeliest[2]) == 2
+    assert Answers(model, ended).generate_until([Instance(("the", {"max_gen_toks": 4}))]) == [
+        plain.decode(likeliest[:2])
+    ]
+    first, second = (int(i) for i in logits_of(model, ids)[-1, : plain.vocab_size].topk(2).indices)
+    without = RunTokenizer(replace(plain, unused=(first,)), None, False)
+    assert Answers(model, without).generate_until([Instance(("the", {"max_gen_toks": 1}))]) == [plain.decode([second])]
 
 
 # The package.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,9 +139,16 @@ def test_files_are_no_larger_than_asked_for(tmp_path: Path, limit: int) -> None:
     sizes = {path.name: sum(tensor.numel() * 4 for tensor in _tensors(path)) for path in files}
     assert sum(sizes.values()) == made.bytes
     assert all(size <= limit or len(_tensors(tmp_path / "out" / name)) == 1 for name, size in sizes.items())
-    assert (tmp_path / "out" / "model.safetensors.index.json").exists() == (len(files) > 1)
+    index = tmp_path / "out" / "model.safetensors.index.json"
+    assert index.exists() == (len(files) > 1)
+    if index.exists():
+        assert json.loads(index.read_text())["metadata"] == {"total_size": made.bytes}
     ids, _ = batch()
     torch.testing.assert_close(model(ids), opened(tmp_path / "out")(input_ids=ids).logits, rtol=0, atol=1e-5)
+
+
+def test_a_file_may_be_exactly_full() -> None:
+    assert exporting._shards({"a": 2, "b": 2, "c": 9, "d": 2}, 4) == [["a", "b"], ["c"], ["d"]]
 
 
 def _tensors(path: Path) -> list[torch.Tensor]:
@@ -157,6 +165,44 @@ def test_the_type_of_the_weights_is_chosen(tmp_path: Path) -> None:
     assert set(weights.dtypes.values()) == {torch.bfloat16}
     assert torch.equal(weights.get("model.embed_tokens.weight"), model.wte.weight.detach().bfloat16())
     assert opened(tmp_path / "out").dtype == torch.bfloat16
+    import_model(str(tmp_path / "out"), tmp_path / "half", torch.float16)
+    assert torch.load(tmp_path / "half" / "00000_model.pt")["wte.weight"].dtype == torch.float16
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["source"] == str(tmp_path / "out")
+
+
+def test_the_card_tells_the_parameters_of_a_token_apart(tmp_path: Path) -> None:
+    model = small(**EXPERTS)
+    export(write_run(tmp_path / "run", model), tmp_path / "out")
+    count = count_parameters(model.config)
+    assert count.active < count.total
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| parameters | {count.total:,} ({count.active:,} per token) |" in card
+
+
+def test_an_export_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "run", small())
+    (tmp_path / f".out.tmp.{os.getpid()}").mkdir()  # of a killed process with the same number
+    (tmp_path / f".out.tmp.{os.getpid()}" / "old").touch()
+    order: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def recorded_fsync(descriptor: int) -> None:
+        order.append(Path(f"/proc/self/fd/{descriptor}").resolve().name)
+        fsync(descriptor)
+
+    def recorded_replace(source: Path, target: Path) -> None:
+        order.append("rename")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", recorded_fsync)
+        patch.setattr(os, "replace", recorded_replace)
+        export(run, tmp_path / "out")
+    names = [path.name for path in (tmp_path / "out").iterdir()]
+    assert sorted(order[:-3]) == sorted(names)
+    assert order[-3:] == [f".out.tmp.{os.getpid()}", "rename", tmp_path.name]
+    assert {"config.json", "model.safetensors"} < set(names)
+    assert "old" not in names
 
 
 # Runs, through the command line.
@@ -298,6 +344,11 @@ def test_a_tokenizer_is_taken_along(tmp_path: Path) -> None:
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"tokenizer.json", "tokenizer_config.json"} < names
     assert "weights.bin" not in names
+    (folder / "tokenizer_config.json").unlink()
+    export(tmp_path / "run", tmp_path / "made", tokenizer=folder)
+    config = json.loads((tmp_path / "made" / "tokenizer_config.json").read_text())
+    assert (config["model_max_length"], config["clean_up_tokenization_spaces"]) == (32, False)
+    assert json.loads((tmp_path / "made" / "generation_config.json").read_text())["do_sample"] is True
 
 
 def test_the_tokenizer_of_a_mixture_is_that_of_its_first_source_with_one(
@@ -378,6 +429,10 @@ def test_weights_that_the_precision_cannot_hold_or_that_are_no_numbers_are_refus
         export(run, tmp_path / "out", dtype=torch.float16)
     assert not (tmp_path / "out").exists()
     assert export(run, tmp_path / "bf16", dtype=torch.bfloat16).files == 1
+    with torch.no_grad():
+        model.blocks[0].mlp.down_proj.weight.abs_().neg_()
+    with pytest.raises(ConfigError, match="--dtype fp16 ends at 65504"):
+        export(write_run(tmp_path / "negative", model), tmp_path / "out", dtype=torch.float16)
     with torch.no_grad():
         model.final_norm.weight[3] = float("nan")
     with pytest.raises(

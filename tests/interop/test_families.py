@@ -116,6 +116,15 @@ def test_a_larger_vocabulary_is_padded_with_the_mean(tmp_path: Path, name: str) 
     close(logits[..., families.VOCAB :], mean, 1e-5, "padding")
 
 
+def test_routers_that_have_moved_begin_anew(tmp_path: Path) -> None:
+    save("mixtral", tmp_path)
+    mine = load(tmp_path)
+    for layer in mine.moe_layers:
+        layer.router.bias.fill_(0.5)
+    load_pretrained(mine, str(tmp_path))
+    assert not any(bool(layer.router.bias.any()) for layer in mine.moe_layers)
+
+
 def test_each_tensor_is_read_once_and_into_place(tmp_path: Path) -> None:
     """Nothing is gathered first: a model of the size of memory can be loaded into itself."""
     save("mixtral", tmp_path, torch.float32)

@@ -85,6 +85,12 @@ def test_pickles_of_before_torch_1_6(tmp_path: Path) -> None:
     check(tmp_path, theirs)
 
 
+def test_of_both_forms_the_safe_one_is_read(tmp_path: Path) -> None:
+    theirs = save("llama", tmp_path, torch.float32)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"not to be unpickled")
+    check(tmp_path, theirs)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "neox", "llama tied biased"])
 def test_files_of_the_bare_model_and_old_tables(tmp_path: Path, name: str) -> None:
     """As openai-community/gpt2 and old versions of Pythia are on the hub."""
@@ -159,8 +165,8 @@ def test_pickled_weights_are_fetched_where_there_are_no_others(
     weights = HFWeights(tmp_path / "hub")
     torch.save({n: weights.get(n).clone() for n in weights.shapes}, tmp_path / "hub" / "pytorch_model.bin")
     (tmp_path / "hub" / "model.safetensors").unlink()
-    load("owner/tiny")
-    assert hub[-1][2] == ["config.json", "pytorch_model*.bin"]
+    load("owner/tiny@v1")
+    assert hub[-1] == ("owner/tiny", "v1", ["config.json", "pytorch_model*.bin"])
 
 
 def test_what_the_hub_does_not_give_is_told(hub: list[Any]) -> None:

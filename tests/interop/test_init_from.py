@@ -268,6 +268,7 @@ def test_learned_positions_are_as_many_as_there_are(tmp_path: Path) -> None:
     save("gpt2", tmp_path)
     text = f"--block_size 64 is not the 32 learned positions of --init_from {tmp_path}; use 32"
     assert refusal(tmp_path, "--block_size", 64) == text
+    assert refusal(tmp_path, "--block_size", 16) == text.replace("64", "16")
     assert build(tmp_path, "--block_size", 32).model.block_size == 32
 
 

@@ -48,6 +48,9 @@ ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq
         (LLAMA, {"hidden_size": "16"}, "hidden_size = '16' is not supported; a whole number up to 2,147,483,648"),
         (LLAMA, {"num_hidden_layers": 10**6}, "num_hidden_layers = 1000000 is not supported; a whole number up to 10,000"),
         (LLAMA, {"hidden_size": True}, "hidden_size = True is not supported; a whole number"),
+        (LLAMA, {"hidden_size": -16}, "hidden_size = -16 is not supported; a whole number"),
+        (LLAMA, {"rms_norm_eps": float("nan")}, "rms_norm_eps = nan is not supported; a number is expected"),
+        (LLAMA, {"rope_theta": float("inf")}, "rope_theta = inf is not supported; a number is expected"),
         (LLAMA, {"rms_norm_eps": "small"}, "rms_norm_eps = 'small' is not supported; a number is expected"),
         (LLAMA, {"tie_word_embeddings": 1}, "tie_word_embeddings = 1 is not supported; true or false is expected"),
         (LLAMA, {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported; only silu, swish are supported"),
@@ -172,6 +175,11 @@ def test_second_names_of_rotary_positions_of_neox() -> None:
     four = {"rotary_pct": 0.5, "partial_rotary_factor": 0.5, "rotary_emb_base": 90, "rope_theta": 90}
     config = read(NEOX, **four)
     assert (config.rotary_fraction, config.rope_theta) == (0.5, 90.0)
+
+
+def test_yarn_that_says_only_its_factor() -> None:
+    config = read(LLAMA, rope_scaling={"type": "yarn", "factor": 2.0})
+    assert (config.rope_original_block_size, config.rope_beta_fast, config.rope_beta_slow) == (32, 32.0, 1.0)
 
 
 def test_what_is_left_out_is_what_transformers_takes() -> None:

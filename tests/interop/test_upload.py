@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers.model_hub import ModelHub, taking
 from tinytron.errors import ConfigError
-from tinytron.interop.upload import RECORD, HubUploader
+from tinytron.interop.upload import RECORD, HubUploader, check_repository
 
 pytest.importorskip("huggingface_hub")
 REPOSITORY = "lab/model"
@@ -159,6 +159,12 @@ def test_a_hub_that_is_away_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_names_are_checked(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=r"is no repository of the hub; use owner/name$"):
         HubUploader(name, tmp_path)
+
+
+def test_a_name_has_at_most_96_characters() -> None:
+    check_repository(f"{'a' * 48}/{'b' * 47}")
+    with pytest.raises(ConfigError, match="is no repository of the hub; use owner/name"):
+        check_repository(f"{'a' * 48}/{'b' * 48}")
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

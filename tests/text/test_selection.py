@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from tinytron.data.manifest import read_manifest
 from tinytron.errors import ConfigError, DataError
 from tinytron.text import chunk_encoder
 from tinytron.text.chunk_encoder import ChunkEncoder
-from tinytron.text.selection import DocumentRule, SelectedSource, shuffled
+from tinytron.text.selection import DocumentRule, SelectedSource, is_held_out, shuffled
 from tinytron.text.sources import FileSource
 from tinytron.utils.signals import StopRequest
 
@@ -91,6 +92,15 @@ def test_the_tokenizer_is_trained_without_short_documents(made: Path, tmp_path: 
     tokenize(made / "c.jsonl", None, tmp_path, "--train_bpe", 300, "--min_chars", 100)
     expected = train_bpe([text for text in TEXTS if len(text) >= 100], 300)
     assert (tmp_path / "tokenizer.json").read_text() == expected.to_str()
+
+
+def test_the_documents_held_out_are_the_same_in_every_version() -> None:
+    """The first 16 hexadecimal digits of the text's SHA-256, as a part of the largest such number."""
+    texts = [text.encode() for text in TEXTS]
+    parts = [int(hashlib.sha256(text).hexdigest()[:16], 16) / 2**64 for text in texts]
+    for fraction in (0.0, 0.1, 0.5):
+        assert [is_held_out(text, fraction) for text in texts] == [part < fraction for part in parts]
+    assert 0 < sum(is_held_out(text, 0.1) for text in texts) < 20
 
 
 # A number of documents, and their order.
@@ -181,6 +191,17 @@ def test_the_options_are_part_of_what_a_folder_is_made_from(made: Path, tmp_path
         with pytest.raises(ConfigError, match=message):
             tokenize(*args, *flags)
     assert not tokenize(*args, "--max_samples", 9, "--seed", 2).fresh  # nothing was shuffled by it
+
+
+def test_the_seed_of_a_shuffle_and_the_text_for_a_tokenizer_are_part_of_it_too(made: Path, tmp_path: Path) -> None:
+    args = (made / "c.jsonl", made / "tokenizer.json", tmp_path / "shuffled", "--shuffle_buffer", 5, "--seed")
+    tokenize(*args, 1)
+    with pytest.raises(ConfigError, match="--seed 2, where the folder has 1"):
+        tokenize(*args, 2)
+    args = (made / "c.jsonl", None, tmp_path / "trained", "--train_bpe", 300, "--train_bpe_bytes")
+    tokenize(*args, 1000)
+    with pytest.raises(ConfigError, match="--train_bpe_bytes 2000, where the folder has 1000"):
+        tokenize(*args, 2000)
 
 
 # Validation from files of its own, and the names of files.

@@ -180,6 +180,42 @@ def test_a_packed_file_that_was_cut_off_is_no_shorter_corpus(tmp_path: Path, suf
                 list(read_texts([cut]))
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_of_a_packed_file_its_own_bytes_are_counted(tmp_path: Path, suffix: str) -> None:
+    import gzip
+
+    raw = write_jsonl(tmp_path / "a.jsonl", make_texts(200)).read_bytes()
+    packed = gzip.compress(raw) if suffix == ".gz" else pyarrow.Codec("zstd").compress(raw, asbytes=True)
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(packed)
+    source = sources.FileSource([tmp_path / f"a.jsonl{suffix}"])
+    done = [chunk.done for chunk in source.chunks(50)]
+    assert done == sorted(done)
+    assert done[-1] == max(done) == len(packed) < len(raw)
+
+
+def test_only_the_texts_of_a_row_group_decide_who_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow.parquet
+
+    rows = [{"text": str(number), "text_of_more": f"{number} " * 99} for number in range(50)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    monkeypatch.setattr(parts, "GROUP_BYTES", 1000)
+    (found,) = parts.find_parts(tmp_path / "a.parquet", parts.Place(), 7, "text", "")
+    assert found.part.data is None
+    assert len(list(parts.find_parts(tmp_path / "a.parquet", parts.Place(), 7, "text_of_more", ""))) > 1
+
+
+def test_the_ends_of_texts_are_held_out_where_whole_pieces_are_too_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "PIECE_BYTES", 10)
+    options: dict[str, Any] = {"config": None, "split": "train", "text_key": "text", "streaming": False}
+    for size, expected in ((490, 0.1), (500, 0.0)):
+        (tmp_path / "a.txt").write_text("x" * size)
+        source = sources.open_source(str(tmp_path / "a.txt"), **options, cache_dir=None, val_fraction=0.1)
+        assert isinstance(source, sources.FileSource)
+        assert source.held_out_end == expected
+
+
 def test_a_file_that_becomes_shorter_is_noticed(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     source = sources.FileSource([path])

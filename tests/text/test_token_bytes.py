@@ -66,6 +66,14 @@ def test_they_add_up_to_the_text(kind: str, tmp_path: Path) -> None:
     assert sizes[tokenizer.token_to_id(special)] == 0
 
 
+def test_an_added_token_counts_the_bytes_of_its_text(tmp_path: Path) -> None:
+    tokenizer = byte_level(tmp_path)
+    tokenizer.add_tokens(["naïve"])
+    sizes = token_bytes(tokenizer.to_str().encode())
+    assert sizes is not None
+    assert (sizes[tokenizer.token_to_id("quick")], sizes[tokenizer.token_to_id("naïve")]) == (5, 6)
+
+
 def test_tokens_that_do_not_say_their_bytes() -> None:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
     tokenizer.decoder = tokenizers.decoders.WordPiece()

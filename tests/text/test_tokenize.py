@@ -29,7 +29,9 @@ from tinytron.data.formats import open_shard  # noqa: E402
 from tinytron.data.manifest import read_manifest  # noqa: E402
 from tinytron.errors import ConfigError, DataError  # noqa: E402
 from tinytron.text import parts  # noqa: E402
-from tinytron.text.sources import file_facts  # noqa: E402
+from tinytron.text.chunk_encoder import Encoded  # noqa: E402
+from tinytron.text.sources import FileSource, file_facts  # noqa: E402
+from tinytron.text.tokenize import _Progress  # noqa: E402
 from tinytron.text.tokenizers import from_file  # noqa: E402
 
 TEXTS = make_texts(60)
@@ -83,6 +85,14 @@ def test_the_command_of_the_manifest_makes_the_same_again(made: Path, tmp_path: 
     assert words[:2] == ["python", "scripts/tokenize_dataset.py"]
     tokenize_dataset(parse_options([*words[2:], "--output_dir", str(tmp_path / "b"), "--num_proc", "0"]))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_the_bar_stands_where_the_source_does(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x" * 100)
+    with _Progress(FileSource([tmp_path / "a.txt"]), 10) as progress:
+        for done in (10, 30, 100):
+            progress.update(done, Encoded({}, 0))
+            assert (progress.bar.n, progress.bar.total) == (done, 100)
 
 
 @pytest.mark.parametrize("chunksize", [1, 7, 1000])

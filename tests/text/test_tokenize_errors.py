@@ -109,6 +109,12 @@ def test_spellings_of_options() -> None:
     assert parse_options([*base, "--dataset_split", "train[:10%]"]).split == "train_10"
 
 
+@pytest.mark.parametrize(("cores", "workers_"), [(1, 1), (2, 1), (8, 7)])
+def test_one_core_is_left_to_the_main_process(cores: int, workers_: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    assert parse_options(["--dataset_path", "a.jsonl", "--encoding_name", "gpt2"]).workers == workers_
+
+
 # The tokenizer.
 
 

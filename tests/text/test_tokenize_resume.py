@@ -218,6 +218,16 @@ def test_max_file_index_stops_there_and_a_later_call_goes_on(made: Path, tmp_pat
     assert contents(out) == contents(tmp_path / "whole")
 
 
+def test_documents_left_out_before_an_interruption_are_counted(made: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "c.jsonl", [text for pair in zip(TEXTS, [""] * 40, strict=True) for text in pair])
+    args = (path, made / "tokenizer.json", tmp_path / "out", "--num_tokens_per_file", 300, "--chunksize", 3)
+    first = tokenize(*args, "--max_file_index", 0).manifest
+    last = tokenize(*args, say=lambda _: None).manifest
+    assert first is not None
+    assert last is not None
+    assert 0 < first.empty < last.empty == 40
+
+
 def test_min_file_index_leaves_out_the_files_before(made: Path, tmp_path: Path) -> None:
     args, said = (made / "c.jsonl", made / "tokenizer.json"), list[str]()
     tokenize(*args, tmp_path / "whole", *FLAGS)
@@ -233,6 +243,8 @@ def test_min_file_index_leaves_out_the_files_before(made: Path, tmp_path: Path) 
     assert manifest.documents["train"] == sum(shard.documents for shard in manifest.shards_of("train"))
     with pytest.raises(ConfigError, match=r"--min_file_index 0: an earlier call left file 0 out of .*; use another"):
         tokenize(*args, out, *FLAGS)
+    with pytest.raises(ConfigError, match=r"--min_file_index 1: an earlier call left file 1 out of .*; use another"):
+        tokenize(*args, out, *FLAGS, "--min_file_index", 1, "--max_file_index", 1)
     with pytest.raises(DataError, match=r"--min_file_index 99: the data ends in file [0-9]+; use a smaller one"):
         tokenize(*args, tmp_path / "far", *FLAGS, "--min_file_index", 99, say=said.append)
     assert contents(tmp_path / "far") == {}

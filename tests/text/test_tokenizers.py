@@ -19,6 +19,7 @@ transformers = pytest.importorskip("transformers")
 tiktoken = pytest.importorskip("tiktoken")
 
 from tinytron.errors import ConfigError, DataError  # noqa: E402
+from tinytron.text.run_tokenizer import RunTokenizer  # noqa: E402
 from tinytron.text.tokenizers import (  # noqa: E402
     BPE_END,
     encode_documents,
@@ -118,6 +119,13 @@ def test_the_end_of_text_token(made: Path) -> None:
         ConfigError, match=r"no known end-of-text token in --tokenizer_path .*; use --eot_position none"
     ):
         from_file(made / "endless.json").end_of_text()
+
+
+def test_a_model_needs_as_many_tokens_as_its_tokenizer(made: Path) -> None:
+    tokenizer = from_file(made / "tokenizer.json")
+    RunTokenizer(tokenizer, None, False).check(tokenizer.vocab_size)
+    with pytest.raises(ConfigError, match=f"has {tokenizer.vocab_size} tokens, the model --vocab_size"):
+        RunTokenizer(tokenizer, None, False).check(tokenizer.vocab_size - 1)
 
 
 @pytest.mark.usefixtures("plugin")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.evaluation.test_choices import make_items
 from tests.helpers.corpus import EOT, Naive, make_texts, make_tokenizer, tokenize, tokens_of, write_jsonl
@@ -16,6 +17,10 @@ from tests.helpers.ranks import Ranks
 from tests.helpers.runs import Run, train, user_error
 from tinytron.checkpoint import load_model
 from tinytron.cli.main import main
+from tinytron.distributed import ParallelLayout
+from tinytron.distributed.parallel_state import ParallelState
+from tinytron.evaluation import validate
+from tinytron.model.modules.loss import LossSums
 from tinytron.training import Trainer
 
 pytest.importorskip("tokenizers")
@@ -50,6 +55,22 @@ def run_of(ranks: Pools, world: int, data: Path, log_dir: Path, *flags: object) 
 
 def stages(run: Run, stage: str) -> list[dict[str, Any]]:
     return [record for record in run.records if record["stage"] == stage]
+
+
+def _modes() -> list[bool]:
+    """Whether a model is in training mode after validation, where it was before and where not."""
+    state = ParallelState.create(ParallelLayout(1), torch.device("cpu"))
+    model, modes = torch.nn.Linear(2, 2), []
+    for mode in (True, False):
+        model.train(mode)
+        result = validate(model, lambda _: LossSums(torch.zeros(()), torch.zeros(())), [], state)
+        assert (result.loss, result.tokens) == (0.0, 0)
+        modes.append(model.training)
+    return modes
+
+
+def test_validation_leaves_the_mode_of_the_model(ranks: Pools) -> None:
+    assert ranks(1).run(_modes) == [[True, False]]
 
 
 # Bits per byte.
