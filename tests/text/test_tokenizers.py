@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 import sys
 from collections.abc import Iterator
@@ -208,3 +209,19 @@ def test_text_that_spells_a_special_token_stays_text(kind: str, tmp_path: Path) 
     # All other texts are as they were.
     plain = [text for text in TEXTS if EOT not in text]
     assert _ids(found.encode, plain) == [row.ids for row in made.encode_batch(plain, add_special_tokens=False)]
+
+
+def test_the_dropout_of_a_file_is_switched_off(made: Path, tmp_path: Path) -> None:
+    content = json.loads((made / "tokenizer.json").read_text())
+    content["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    text = "the quick brown fox"
+    library = tokenizers.Tokenizer.from_str(json.dumps(content))
+    assert len({tuple(library.encode(text).ids) for _ in range(30)}) > 1
+    expected = _ids(from_file(made / "tokenizer.json").encode, [text])
+    for encode in (
+        from_file(tmp_path / "tokenizer.json").encode,
+        from_hub(str(tmp_path / "tokenizer.json")).encode,
+        pickle.loads(pickle.dumps(from_file(tmp_path / "tokenizer.json").encode)),
+    ):
+        assert _ids(encode, [text] * 30) == expected * 30
