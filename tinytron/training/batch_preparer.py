@@ -83,11 +83,13 @@ class BatchPreparer:
 class BatchCount(NamedTuple):
     """Sums over the global batch of a step, on the device: ``divisor`` (int64, at least 1) is what the loss is divided by;
     ``weight_scale`` makes the weights of the valid targets sum up to their number; ``routing_scale`` makes sums over
-    tokens, padding left out, come out of that division as means."""
+    tokens, padding left out, come out of that division as means; ``empty`` (bool) says that no target counts, so that there
+    is no mean loss."""
 
     divisor: torch.Tensor
     weight_scale: torch.Tensor
     routing_scale: torch.Tensor
+    empty: torch.Tensor
 
 
 def count_targets(
@@ -101,8 +103,9 @@ def count_targets(
     rows = [torch.stack([count.double() for count in of_one]) for of_one in counts]
     divisor, targets, weight, tokens = sum_over(torch.stack(rows).sum(0), group)
     scale = torch.where(weight > 0, targets / weight, 0.0).float()
+    empty = (divisor == 0) | ((targets > 0) & (weight == 0))
     divisor = divisor.clamp(min=1)
-    return BatchCount(divisor.long(), scale, divisor / tokens.clamp(min=1))
+    return BatchCount(divisor.long(), scale, divisor / tokens.clamp(min=1), empty)
 
 
 def scale_weights(microbatches: list[Batch], scale: torch.Tensor) -> list[Batch]:
