@@ -38,6 +38,7 @@ from tinytron.text.sources import file_states, find_text_files
 from tinytron.text.state import recipe_hash
 from tinytron.text.tokenize import finished, load_tokenizer, tokenize_dataset
 from tinytron.training import Config, Trainer
+from tinytron.training.world import first_on_node
 from tinytron.utils.paths import expanded
 
 MARKER = "prepared.json"  # in folders of earlier versions, which have no manifest
@@ -56,8 +57,7 @@ class ExampleTrainer(Trainer):
             return super()._init_dataset(config)
 
         recipe, folder = agree(lambda: plan(config), world)
-        leader = os.environ.get("LOCAL_RANK", "0") == "0"
-        agree_slowly(lambda: write_shards(recipe, folder, config) if leader else None, world)
+        agree_slowly(lambda: write_shards(recipe, folder, config) if first_on_node() else None, world)
         facts = agree(lambda: facts_of(folder), world)
         check_vocabulary(facts["vocab_size"], recipe, config)  # shards of an earlier run may be for a larger model
         self._say(f"{facts['documents']:,} documents, {facts['tokens']:,} tokens: {folder}")

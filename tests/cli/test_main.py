@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import signal
@@ -186,3 +187,20 @@ def test_ctrl_c_ends_in_one_line_and_status_130() -> None:
 
 def _clean() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_what_a_terminal_has_no_code_for_is_shown_as_an_escape(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A generated text may have any character, and the name of a file any bytes."""
+    text = "café 猫 d\udce9"
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+
+    def command() -> None:
+        print(text)
+        print(text, file=sys.stderr)
+
+    entry.run(command)
+    sys.stderr.flush()
+    expected = text.encode(encoding, "backslashreplace") + b"\n"
+    assert sys.stdout.buffer.getvalue() == sys.stderr.buffer.getvalue() == expected  # type: ignore[attr-defined]

@@ -253,3 +253,10 @@ def test_a_task_file_with_a_byte_order_mark_odd_separators_and_half_a_character(
         Item("a\u2028b\x85", (" x\x0c", " y"), 1),
         Item("?", ("a", "b"), 0),
     ]
+
+
+def test_a_choice_that_is_there_twice_is_right_whichever_is_named() -> None:
+    rows = [Row(0, choice, (0, 1 + choice % 2), 1, 2) for choice in range(3)]
+    for answer, accuracy in ((0, 1.0), (2, 1.0), (1, 0.0)):
+        found = summarize([Item("", (" a", " b", " a"), answer)], rows, [-1.0, -2.0, -1.0])
+        assert [found[name] for name in ("accuracy", "accuracy_per_token", "accuracy_per_byte")] == [accuracy] * 3

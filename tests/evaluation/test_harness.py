@@ -24,6 +24,7 @@ from tinytron.cli.main import main
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.evaluation.choices import encode_pair
 from tinytron.evaluation.harness import Answers, harness_model
+from tinytron.inference import SamplingOptions, complete
 from tinytron.model import GPT
 from tinytron.text.run_tokenizer import RunTokenizer
 from tinytron.text.tokenizers import from_file
@@ -167,6 +168,50 @@ def test_generation_ends_at_the_end_of_text_and_gives_no_id_without_a_token(
     first, second = (int(i) for i in logits_of(model, ids)[-1, : plain.vocab_size].topk(2).indices)
     without = RunTokenizer(replace(plain, unused=(first,)), None, False)
     assert Answers(model, without).generate_until([Instance(("the", {"max_gen_toks": 1}))]) == [plain.decode([second])]
+
+
+def test_a_task_that_wants_more_tokens_than_the_model_reads_keeps_its_context(
+    model: GPT, tokenizer: RunTokenizer
+) -> None:
+    decode = tokenizer.tokenizer.decode
+    ids = tokenizer.prompt_ids("the")
+    answers = Answers(model, tokenizer)  # 256 tokens by default; the model reads 12
+    assert answers.generate_until([Instance(("the", {}))]) == [decode(greedy(model, ids, 13 - len(ids)))]
+    long = tokenizer.prompt_ids(TEXT)[-6:]
+    assert answers.generate_until([Instance((TEXT, {"max_gen_toks": 12}))]) == [decode(greedy(model, long, 7))]
+
+
+def test_repeats_are_samples_of_their_own(model: GPT, tokenizer: RunTokenizer) -> None:
+    answers, sampled = Answers(model, tokenizer), {"max_gen_toks": 8, "do_sample": True, "temperature": 1.0}
+    requests = [Instance(("the", sampled)), Instance(("a", sampled)), *[Instance(("the", dict(sampled)))] * 3]
+    made = answers.generate_until(requests)
+    assert len(set(made)) == 5
+    options = SamplingOptions(max_new_tokens=8, num_samples=4, stop_tokens=tokenizer.stop_tokens)
+    unused = tokenizer.tokenizer.unused
+    expected = complete(
+        model,
+        [tokenizer.prompt_ids("the")],
+        options,
+        decode=tokenizer.tokenizer.decode,
+        vocab_size=tokenizer.tokenizer.vocab_size,
+        without=unused,
+    )
+    assert [made[0], *made[2:]] == [sample.text for sample in expected.samples]
+    assert len(set(answers.generate_until([Instance(("the", {"max_gen_toks": 8}))] * 3))) == 1  # greedy
+
+
+def test_settings_that_are_off_in_the_manner_of_other_libraries(model: GPT, tokenizer: RunTokenizer) -> None:
+    def text(**given: Any) -> str:
+        return Answers(model, tokenizer).generate_until([Instance(("the", given))])[0]
+
+    plain = text(max_gen_toks=4)
+    for name in ("max_new_tokens", "max_tokens", "max_completion_tokens"):
+        assert text(**{name: 4}) == plain
+    off = {"until": ["", None], "temperature": None, "top_p": None, "top_k": None, "do_sample": None}
+    assert text(max_gen_toks=4, **off) == plain == text(max_gen_toks=4, until=None, temperature=0.0, do_sample=True)
+    sampled = {"max_gen_toks": 4, "do_sample": True}
+    assert text(**sampled, top_k=-1) == text(**sampled)
+    assert text(**sampled, min_p=1.0) == plain
 
 
 # The package.

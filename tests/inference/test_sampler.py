@@ -56,6 +56,25 @@ def test_top_p_that_is_reached_exactly() -> None:
     assert kept(keep_top_p(logits, 0.75)) == [{0, 1}]
 
 
+@pytest.mark.parametrize("count", [3, 10, 20, 50])
+def test_top_p_takes_no_token_too_many_of_equal_ones(count: int) -> None:
+    """Sums of probabilities in fp32 miss ``k / count`` in either direction."""
+    for k in range(1, count + 1):
+        assert kept(keep_top_p(torch.zeros(1, count), k / count)) == [set(range(k))]
+    assert kept(keep_top_p(torch.tensor([[0.3, 0.1, 0.1, 0.5]]).log(), 0.8)) == [{0, 3}]
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 1e-30, 1e-38, 1e-45, 5e-324])
+def test_tiny_temperatures_take_the_likeliest_token(temperature: float) -> None:
+    logits = torch.randn(6, V, generator=torch.Generator().manual_seed(3)) * 20
+    u = torch.linspace(0, 0.999, 6, dtype=torch.float64)
+    for options in (SamplingOptions(temperature=temperature), SamplingOptions(temperature=temperature, top_p=0.9)):
+        assert next_tokens(logits, options, u).tolist() == logits.argmax(-1).tolist()
+    hidden = logits.masked_fill(torch.arange(V) % 2 == 0, -math.inf)
+    options = SamplingOptions(temperature=temperature, top_k=3, min_p=0.1)
+    assert next_tokens(hidden, options, u).tolist() == hidden.argmax(-1).tolist()
+
+
 @pytest.mark.parametrize("p", [0.01, 0.3, 1.0])
 def test_min_p(p: float) -> None:
     logits = make_logits()

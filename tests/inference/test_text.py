@@ -100,3 +100,15 @@ def test_against_a_search_in_the_whole_text() -> None:
         first = text[: min(ends)] if ends else text  # generation ends with the first stop string that is complete
         places = [first.find(stop) for stop in stops if stop in first]
         assert "".join(pieces) == (first[: min(places)] if places else text)
+
+
+def decode_without_special(tokens: list[int]) -> str:
+    """As ``decode_stripped``; ids from 100 on are special tokens, which have no text."""
+    return decode_stripped([token for token in tokens if token < 100])
+
+
+@pytest.mark.parametrize("prompt", [[], [100], [0], [0, 100, 101, 102, 103, 104]])
+@pytest.mark.parametrize("tokens", [[1, 100, 2, 3], [1, 100, 101, 2], [100, 1, 2], [1, 2, 100]])
+def test_a_special_token_takes_no_space_away(prompt: list[int], tokens: list[int]) -> None:
+    whole, before = decode_without_special(prompt + tokens), decode_without_special(prompt)
+    assert "".join(run(TextStream(decode_without_special, prompt), tokens)) == whole.removeprefix(before)

@@ -290,8 +290,17 @@ def test_rows_of_jsonl_files_empty_lines_and_nulls(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl, line 2: Expecting value"),
-        ("a.jsonl", b'{"text": "x"}\n[1]\n', "a.jsonl, line 2 is list, not an object with keys"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"text": \n',
+            "a.jsonl, line 2: Expecting value.*; give one JSON object per line, in UTF-8",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n[1]\n',
+            "a.jsonl, line 2 is list, not an object with keys; give one object per line",
+        ),
+        ("a.txt", b"caf\xe9", r"a.txt: .*0xe9.*; convert the file to UTF-8, for example with iconv -f latin1"),
         ("a.jsonl", b'{"text": 3}\n', "a.jsonl, line 1: 'text' is int, not text; set HF_TEXT_KEY to another key"),
         ("a.jsonl", b'{"id": 1, "body": ""}\n', "a.jsonl, line 1 has no key 'text'; set HF_TEXT_KEY to .*: id, body"),
         ("a.jsonl", b"{}\n", "line 1 has no key 'text'; .*: no key at all"),

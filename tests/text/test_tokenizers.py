@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 import sys
 from collections.abc import Iterator
@@ -248,3 +249,19 @@ def test_pieces_are_the_text(text: str, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_tokenizer_is_trained_on_no_more_of_a_long_text_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tinytron.text.tokenizers.LONG_CHARS", 100)
     assert sum(map(len, first_bytes(["ab " * 1000], 250))) <= 300
+
+
+def test_the_dropout_of_a_file_is_switched_off(made: Path, tmp_path: Path) -> None:
+    content = json.loads((made / "tokenizer.json").read_text())
+    content["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    text = "the quick brown fox"
+    library = tokenizers.Tokenizer.from_str(json.dumps(content))
+    assert len({tuple(library.encode(text).ids) for _ in range(30)}) > 1
+    expected = _ids(from_file(made / "tokenizer.json").encode, [text])
+    for encode in (
+        from_file(tmp_path / "tokenizer.json").encode,
+        from_hub(str(tmp_path / "tokenizer.json")).encode,
+        pickle.loads(pickle.dumps(from_file(tmp_path / "tokenizer.json").encode)),
+    ):
+        assert _ids(encode, [text] * 30) == expected * 30

@@ -23,7 +23,7 @@ from tinytron.training.pipeline import DataPipeline
 from tinytron.training.run.folder import RunFolder
 from tinytron.training.run.guards import Guards
 from tinytron.training.run.saver import RunSaver
-from tinytron.training.world import RankAttributes, join_world, place_in_world
+from tinytron.training.world import RankAttributes, first_on_node, join_world, place_in_world
 
 Pools = Callable[[int], Ranks]
 
@@ -164,6 +164,24 @@ def _place(sep: int) -> tuple[int, ...]:
 )
 def test_a_rank_knows_its_place(ranks: Pools, sep: int, places: list[tuple[int, ...]]) -> None:
     assert ranks(2).run(_place, sep) == places
+
+
+@pytest.mark.parametrize("name", ["SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"])
+def test_other_launchers_say_which_gpu_is_whose(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script that starts with srun or mpirun sets RANK and WORLD_SIZE, and forgets LOCAL_RANK."""
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(name, "1")
+    assert place_in_world() == (0, 1, 0)  # of a plain start, in an allocation, say
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert place_in_world() == (5, 8, 1)
+    assert not first_on_node()
+    monkeypatch.setenv(name, "x")
+    with pytest.raises(ConfigError, match=f"environment variable {name}='x' must be a whole number"):
+        place_in_world()
+    monkeypatch.setenv("LOCAL_RANK", "0")  # torchrun's counts
+    assert place_in_world() == (5, 8, 0)
 
 
 @pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])

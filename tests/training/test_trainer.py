@@ -208,6 +208,33 @@ def test_validation_weights_tokens_and_counts_no_sample_twice(ranks: Pools, tmp_
     assert {result.extra[1] for result in results} == {results[0].extra[1]}
 
 
+class _WithoutTargets(Trainer):
+    """No sample of the steps 1 and 2, and none of validation, has a target."""
+
+    def _init_dataset(self, config: Config) -> None:
+        super()._init_dataset(config)
+        self.val_dataset = Uneven(1)
+
+    def _loss(self, batch: Batch) -> LossSums:
+        masked = self.model.training and self.step < 2
+        return super()._loss(batch._replace(labels=torch.full_like(batch.labels, -100)) if masked else batch)
+
+    def _normalizer(self, batch: Batch) -> torch.Tensor:
+        return batch.targets() * (self.step >= 2 or not self.model.training)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_mean_over_no_target_is_not_the_best_loss_of_all(ranks: Pools, tmp_path: Path, world: int) -> None:
+    flags = ("--do_val", "--val_every_steps", 2, "--max_steps", 4, "--save_every_steps", 2, "--keep_last", 0)
+    result = ranks(world).run(train, _WithoutTargets, tmp_path, *flags)[0]
+    found = losses(result.log)
+    assert [math.isnan(found[step]) for step in (1, 2, 3, 4)] == [True, True, False, False]
+    assert [math.isnan(loss) for loss in losses(result.log, "val").values()] == [True, True]
+    assert {record["perplexity"] for record in result.records if record["stage"] == "val"} == {"nan"}
+    weights = torch.load(result.folder / "00004_model.pt", weights_only=True)
+    assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
+
+
 class _DropoutSeen(Trainer):
     def _loss(self, batch: Batch) -> LossSums:
         self.modes = (*getattr(self, "modes", ()), self.model.training)

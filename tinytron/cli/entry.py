@@ -4,12 +4,14 @@ its reader has gone, and with the process group taken down."""
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import time
 from collections.abc import Callable
 
 from tinytron.errors import TinytronError
+from tinytron.utils.launcher import local_rank_variable
 
 _GRACE_SECONDS = 5.0
 _USER_ERROR = 2
@@ -20,6 +22,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of writing, whi
 
 def run(command: Callable[[], int | None]) -> None:
     """Call ``command`` and end the process unless its status (see ``status_of``) is 0."""
+    _print_anything()
     try:
         status = status_of(command)
     except SystemExit as end:
@@ -55,9 +58,17 @@ def status_of(command: Callable[[], int | None]) -> int:
     return status or 0
 
 
+def _print_anything() -> None:
+    """Show characters that a terminal or pipe has no code for as escapes (``\\xe9``) instead of ending in an error: a model
+    may write any, and names of files need not be UTF-8."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _said(text: str) -> int:
     # All ranks raise the same error. Local rank 0 says it; the others give the launcher time to stop them.
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if os.environ.get(local_rank_variable(), "0") != "0":
         time.sleep(_GRACE_SECONDS)
     sys.stdout.flush()
     print(f"error: {text}", file=sys.stderr, flush=True)

@@ -220,7 +220,8 @@ def summarize(items: Sequence[Item], rows: Sequence[Row], scores: Sequence[float
             value = score / units[name]
             if row.question not in best or value > best[row.question][0]:
                 best[row.question] = value, row.choice
-        right = sum(best[n][1] == item.answer for n, item in enumerate(items)) / len(items)
+        # By text: some benchmarks have the right choice twice.
+        right = sum(item.choices[best[n][1]] == item.choices[item.answer] for n, item in enumerate(items)) / len(items)
         accuracy = math.nan if any(map(math.isnan, scores)) else right
         result[name] = accuracy
         result[f"{name}_stderr"] = math.sqrt(accuracy * (1 - accuracy) / max(1, len(items) - 1))

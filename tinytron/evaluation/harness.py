@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +24,9 @@ from tinytron.inference.engine import not_finite
 from tinytron.model import GPT
 from tinytron.text.run_tokenizer import RunTokenizer, tokenizer_of_run
 from tinytron.utils.sequences import IGNORE_INDEX
+
+# How tasks call the number of tokens to generate; the first is the harness's own.
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 class Request(Protocol):
@@ -121,23 +125,18 @@ class Answers:
         return list(zip(sums, greedy, strict=True))
 
     def generate_until(self, requests: Sequence[Request]) -> list[str]:
-        """A continuation of each context up to one of the strings ``until``; greedy unless ``do_sample`` is set. Contexts
-        that are too long lose their beginning."""
-        texts = []
-        for request in requests:
-            context, given = request.args
-            until = given.get("until") or []
-            sampled = bool(given.get("do_sample", float(given.get("temperature", 0) or 0) > 0))
-            options = SamplingOptions(
-                max_new_tokens=min(int(given.get("max_gen_toks", self.max_new_tokens)), self.longest),
-                temperature=float(given.get("temperature", 1.0)) if sampled else 0.0,
-                top_k=int(given.get("top_k", 0)) if sampled else 0,
-                top_p=float(given.get("top_p", 1.0)) if sampled else 1.0,
-                stop=tuple([until] if isinstance(until, str) else until),
-                stop_tokens=self.tokenizer.stop_tokens,
-            )
+        """A continuation of each context up to one of the strings ``until``; greedy unless ``do_sample`` is set. Equal
+        requests (a task's ``repeats``) get samples of their own. A context that is too long loses its beginning, but keeps
+        at least half of what the model reads; the continuation gets the rest."""
+        equal: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            equal.setdefault(json.dumps(request.args, sort_keys=True, default=str), []).append(number)
+        texts = [""] * len(requests)
+        for numbers in equal.values():
+            context, given = requests[numbers[0]].args
+            options = self._options(given, len(numbers))
             ids = self.tokenizer.prompt_ids(context)
-            room = max(1, self.longest + 1 - options.max_new_tokens)
+            room = max(self.longest + 1 - options.max_new_tokens, (self.longest + 1) // 2)
             tokenizer = self.tokenizer.tokenizer
             done = complete(
                 self.model,
@@ -147,8 +146,27 @@ class Answers:
                 vocab_size=tokenizer.vocab_size,
                 without=tokenizer.unused,
             )
-            texts.append(done.samples[0].text)
+            for place, number in enumerate(numbers):
+                texts[number] = done.samples[min(place, len(done.samples) - 1)].text
         return texts
+
+    def _options(self, given: Mapping[str, Any], repeats: int) -> SamplingOptions:
+        """What the settings of a task mean; those that are null, and a ``top_k`` of -1, are off."""
+        known = {name: value for name, value in given.items() if value is not None}
+        sampled = bool(known.get("do_sample", float(known.get("temperature", 0)) > 0))
+        sampled = sampled and float(known.get("temperature", 1)) > 0
+        length = next((int(known[name]) for name in _LENGTHS if name in known), self.max_new_tokens)
+        until = known.get("until", [])
+        return SamplingOptions(
+            max_new_tokens=min(length, self.longest),
+            temperature=float(known.get("temperature", 1.0)) if sampled else 0.0,
+            top_k=max(0, int(known.get("top_k", 0))) if sampled else 0,
+            top_p=float(known.get("top_p", 1.0)) if sampled else 1.0,
+            min_p=float(known.get("min_p", 0.0)) if sampled else 0.0,
+            num_samples=repeats if sampled else 1,
+            stop=tuple(text for text in ([until] if isinstance(until, str) else until) if text),
+            stop_tokens=self.tokenizer.stop_tokens,
+        )
 
 
 def _score(model: GPT, batch: Batch) -> torch.Tensor:

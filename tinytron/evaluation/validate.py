@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -20,9 +21,9 @@ from tinytron.model.modules.loss import LossSums
 
 class ValResult(NamedTuple):
     """``loss`` in nats per token over ``tokens`` targets (weighted, if they have weights), or per what the objective
-    counts instead; ``bits_per_byte`` (not weighted), if it is known which bytes tokens stand for; of a mixture also the
-    same for every source; ``aux``: the objective's auxiliary values by name, divided by their own counts or like the
-    loss."""
+    counts instead; NaN if there is none. ``bits_per_byte`` (not weighted), if it is known which bytes tokens stand for; of
+    a mixture also the same for every source; ``aux``: the objective's auxiliary values by name, divided by their own counts
+    or like the loss."""
 
     loss: float
     tokens: int
@@ -76,7 +77,7 @@ def validate(
     nats, count, weight, tokens, plain_nats, text_bytes = sum_over(sums, state.groups["world"]).tolist()
     divisors = _sum_by_name(aux_counts, state)
     return ValResult(
-        nats / weight * (tokens / count) if weight and count else 0.0,
+        nats / weight * (tokens / count) if weight and count else math.nan,
         int(tokens),
         by_source.flush() if sources else {},
         bits_per_byte(plain_nats, text_bytes),

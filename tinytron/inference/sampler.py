@@ -12,6 +12,7 @@ import torch
 from tinytron.errors import ConfigError
 
 _NEVER = float("-inf")
+_ROUNDING = 1e-6  # of sums of probabilities whose logits are fp32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +54,10 @@ def keep_top_p(logits_BV: torch.Tensor, p: float) -> torch.Tensor:
     """The likeliest tokens, as few as have at least the probability ``p`` together; at least one (nucleus sampling,
     arXiv:1904.09751, section 3.1). Of equally likely ones the first."""
     sorted_BV, index_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
-    prob_BV = sorted_BV.softmax(-1)
-    before_BV = prob_BV.cumsum(-1) - prob_BV
-    excluded_BV = before_BV >= p  # never the first: nothing is before it
+    total_BV = sorted_BV.double().softmax(-1).cumsum(-1)
+    before_BV = torch.nn.functional.pad(total_BV[:, :-1], (1, 0))
+    # Rounding must not keep one more token where ``p`` is reached exactly. Never the first: nothing is before it.
+    excluded_BV = before_BV >= p * (1 - _ROUNDING)
     return logits_BV.masked_fill(torch.empty_like(excluded_BV).scatter_(-1, index_BV, excluded_BV), _NEVER)
 
 
@@ -79,7 +81,9 @@ def next_tokens(logits_BV: torch.Tensor, options: SamplingOptions, u_B: torch.Te
     """Every row's next token, chosen as ``options`` say with the uniform numbers ``u_B``: ``[B, V], [B] -> [B]``."""
     if options.temperature == 0:
         return logits_BV.argmax(-1)
-    logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)) / options.temperature
+    # The largest logit is 0 before the division, in fp64: at whatever temperature above 0 nothing overflows.
+    logits_BV = logits_BV.double()
+    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / options.temperature
     if options.top_k:
         logits_BV = keep_top_k(logits_BV, options.top_k)
     if options.top_p < 1:

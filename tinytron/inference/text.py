@@ -16,7 +16,10 @@ class TextStream:
     def __init__(self, decode: Decode, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
         self.text, self.stopped = "", False
         self._decode, self._stop = decode, stop
-        self._tokens = list(prompt[-_CONTEXT:])
+        context = _CONTEXT
+        while context < len(prompt) and not decode(list(prompt[-context:])):  # special tokens only
+            context *= 2
+        self._tokens = list(prompt[-context:])
         if self._decode(self._tokens).endswith(_HALF):
             self._tokens = []
         self._shown = len(self._tokens)  # tokens whose text is out, or held back
@@ -30,7 +33,9 @@ class TextStream:
         now = self._decode(self._tokens[self._start :])
         if now.endswith(_HALF) and len(self._tokens) - self._shown < 4:  # a character has at most four bytes
             return ""
-        self._start, self._shown = self._shown, len(self._tokens)
+        if now != before:  # else the next token would be the first word, whose space some tokenizers drop
+            self._start = self._shown
+        self._shown = len(self._tokens)
         return self._give(self._held + now[len(before) :])
 
     def end(self) -> str:

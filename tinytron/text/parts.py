@@ -99,8 +99,12 @@ def read_part(part: Part, text_key: str, option: str) -> Iterator[str]:
     else:
         with as_data_error(part.path):
             content = _bytes_of(part) if part.start else without_bom(_bytes_of(part))
-            # Line ends as Python reads them: \n, whatever the file has.
-            yield io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()
+            try:  # line ends as Python reads them: \n, whatever the file has
+                text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()
+            except UnicodeDecodeError as error:
+                advice = "convert the file to UTF-8, for example with iconv -f latin1 -t utf-8"
+                raise DataError(f"{part.path}: {error}; {advice}") from error
+            yield text
 
 
 def _bytes_of(part: Part) -> bytes:
@@ -115,7 +119,7 @@ def _bytes_of(part: Part) -> bytes:
 def text_of(row: Any, text_key: str, where: str, option: str = "the text key") -> str:
     """``row[text_key]``; a null is an empty text. Raises: DataError that starts with ``where`` for a row without one."""
     if not isinstance(row, dict):
-        raise DataError(f"{where} is {type(row).__name__}, not an object with keys")
+        raise DataError(f"{where} is {type(row).__name__}, not an object with keys; give one object per line")
     if text_key not in row:
         keys = ", ".join(map(str, row)) or "no key at all"
         raise DataError(f"{where} has no key {text_key!r}; set {option} to one that it has: {keys}")
@@ -188,7 +192,8 @@ def _read_lines(part: Part, text_key: str, option: str) -> Iterator[str]:
         try:
             row = json.loads(line.decode("utf-8"))
         except ValueError as error:
-            raise DataError(f"{part.path}, line {number}: {' '.join(str(error).split())}") from error
+            found = " ".join(str(error).split())
+            raise DataError(f"{part.path}, line {number}: {found}; give one JSON object per line, in UTF-8") from error
         yield text_of(row, text_key, f"{part.path}, line {number}", option)
 
 

@@ -114,10 +114,13 @@ class _Tiktoken:
 
 
 def _plain(tokenizer: Any) -> Any:
-    """Whole texts, and special tokens in them read as text."""
+    """Whole texts, special tokens in them read as text, and the same ids every time: a file may keep the BPE-dropout of the
+    training that it was made for."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
     return tokenizer
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from tinytron.data import Batch
 from tinytron.data.batch import FIELDS, as_batch
+from tinytron.data.passes import endless, one_pass
 from tinytron.data.prefetch import prefetched
 from tinytron.distributed.collectives import sum_over
 from tinytron.distributed.parallel_state import ParallelState
@@ -30,12 +31,16 @@ class BatchPreparer:
         self._state, self._data = state, config.data
         self._seq_len, self._vocab_size = config.train.seq_len, config.model.vocab_size
         self._routes = config.model.use_moe
+        self._drawn = (
+            config.seed.seed,
+            state.group_rank("dp"),
+        )  # what the shuffling of a loader of the user's follows from
         self._pin = config.data.pin_memory and state.device.type == "cuda"
 
     def steps(self, data: LoadedData, per_step: int, *, skip_steps: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of one optimizer step at a time, until the loader ends. A loader of the user's is read again
         then, and its first ``skip_steps`` steps are passed over. Raises: DataError for unfit batches."""
-        batches = iter(data.loader if data.ours else _endless(data.loader, skip_steps * per_step))
+        batches = iter(data.loader if data.ours else endless(data.loader, *self._drawn, skip_steps * per_step))
         steps = iter(lambda: [self.prepare(loaded, data.trusted) for loaded in islice(batches, per_step)], [])
         with contextlib.closing(prefetched(steps, self._depth(data))) as ready:
             for microbatches in ready:
@@ -43,7 +48,8 @@ class BatchPreparer:
 
     def once(self, data: LoadedData) -> Iterator[Batch]:
         """Every batch of a loader once. Raises: DataError for unfit batches."""
-        batches = (self.prepare(loaded, data.trusted) for loaded in data.loader)
+        loaded = data.loader if data.ours else one_pass(data.loader, *self._drawn)
+        batches = (self.prepare(batch, data.trusted) for batch in loaded)
         with contextlib.closing(prefetched(batches, self._depth(data))) as ready:
             for batch in ready:
                 yield batch.to(self._state.device)
@@ -74,26 +80,16 @@ class BatchPreparer:
         return batch._replace(**known, extras=parts, documents=documents)
 
 
-def _endless(loader: Iterable[Any], skip: int) -> Iterator[Any]:
-    while True:
-        batch = None
-        for batch in loader:
-            if skip > 0:
-                skip -= 1
-                continue
-            yield batch
-        if batch is None:
-            raise DataError("train_loader gave no batch; it must give this rank's micro-batches on every pass")
-
-
 class BatchCount(NamedTuple):
     """Sums over the global batch of a step, on the device: ``divisor`` (int64, at least 1) is what the loss is divided by;
     ``weight_scale`` makes the weights of the valid targets sum up to their number; ``routing_scale`` makes sums over
-    tokens, padding left out, come out of that division as means."""
+    tokens, padding left out, come out of that division as means; ``empty`` (bool) says that no target counts, so that there
+    is no mean loss."""
 
     divisor: torch.Tensor
     weight_scale: torch.Tensor
     routing_scale: torch.Tensor
+    empty: torch.Tensor
 
 
 def count_targets(
@@ -107,8 +103,9 @@ def count_targets(
     rows = [torch.stack([count.double() for count in of_one]) for of_one in counts]
     divisor, targets, weight, tokens = sum_over(torch.stack(rows).sum(0), group)
     scale = torch.where(weight > 0, targets / weight, 0.0).float()
+    empty = (divisor == 0) | ((targets > 0) & (weight == 0))
     divisor = divisor.clamp(min=1)
-    return BatchCount(divisor.long(), scale, divisor / tokens.clamp(min=1))
+    return BatchCount(divisor.long(), scale, divisor / tokens.clamp(min=1), empty)
 
 
 def scale_weights(microbatches: list[Batch], scale: torch.Tensor) -> list[Batch]:

@@ -236,6 +236,7 @@ class Trainer(RankAttributes):
                 counts[name] = counts[name] + number if i else number
         parts = {name: value / divisor for name, value in sums.items()}
         parts |= {name: sums[name] for name in counts}
+        parts["loss"] = parts["loss"].masked_fill(count.empty, torch.nan)  # a mean of nothing is not 0, the best of all
         reject = self.guards.spikes.judge(self.step + 1, parts["loss"])
         grad_norm = self.optimizer.step(max_norm=self.config.train.grad_clip_value, reject=reject)
         self.optimizer.zero_grad()

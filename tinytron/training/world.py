@@ -14,6 +14,7 @@ from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import ConfigError, first_line
 from tinytron.training.config import Config
 from tinytron.training.derive import accumulation_steps
+from tinytron.utils.launcher import local_rank_variable
 from tinytron.utils.matmul import onednn_keeps_fp32, use_onednn
 from tinytron.utils.profile import measured_matmul_rate, peak_flops
 from tinytron.utils.training import DTYPES, seed_all, use_deterministic_kernels
@@ -126,7 +127,8 @@ def place_in_world() -> tuple[int, int, int]:
                     f"{name}={count}, but RANK is not set: {count} processes would train apart; start one per node, "
                     "which runs torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
                 )
-    values = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    local = local_rank_variable()
+    values = {"RANK": 0, "WORLD_SIZE": 1, local: 0}
     for name in values:
         text = os.environ.get(name, str(values[name]))
         if not text.isdecimal():
@@ -142,7 +144,7 @@ def place_in_world() -> tuple[int, int, int]:
             f"environment variable RANK={values['RANK']} must be below WORLD_SIZE={values['WORLD_SIZE']}; "
             "torchrun sets both"
         )
-    return values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"]
+    return values["RANK"], values["WORLD_SIZE"], values[local]
 
 
 def first_on_node() -> bool:
