@@ -31,10 +31,7 @@ class BatchPreparer:
         self._state, self._data = state, config.data
         self._seq_len, self._vocab_size = config.train.seq_len, config.model.vocab_size
         self._routes = config.model.use_moe
-        self._drawn = (
-            config.seed.seed,
-            state.group_rank("dp"),
-        )  # what the shuffling of a loader of the user's follows from
+        self._drawn = config.seed.seed, state.group_rank("dp")  # from which a loader of the user's is shuffled
         self._pin = config.data.pin_memory and state.device.type == "cuda"
 
     def steps(self, data: LoadedData, per_step: int, *, skip_steps: int = 0) -> Iterator[list[Batch]]:
