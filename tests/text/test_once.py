@@ -15,7 +15,7 @@ from tinytron.data import Shard, TokenShardDataset, find_shards
 from tinytron.data.formats import write_shard
 from tinytron.data.manifest import MANIFEST
 from tinytron.errors import DataError
-from tinytron.text.sources import file_facts
+from tinytron.text.sources import file_states
 from tinytron.text.state import recipe_hash
 from tinytron.text.tokenize import finished
 
@@ -82,15 +82,16 @@ def test_shards_of_others_are_not_touched(made: Path, tmp_path: Path) -> None:
     assert tokens_of(tmp_path) == [1, 2]
 
 
-def test_facts_of_files_change_with_a_file_and_ignore_names_on_the_hub(tmp_path: Path) -> None:
+def test_file_states_change_with_a_file_and_ignore_names_on_the_hub(tmp_path: Path) -> None:
     (tmp_path / "folder" / "sub").mkdir(parents=True)
     one, two = tmp_path / "folder" / "sub" / "one.txt", tmp_path / "two.txt"
     one.write_text("1")
     two.write_text("22")
-    before = file_facts([two, tmp_path / "folder", Path("gpt2-on-the-hub")])
-    assert [(Path(fact["path"]).name, fact["bytes"]) for fact in before] == [("two.txt", 2), ("one.txt", 1)]
+    before = file_states([two, tmp_path / "folder", Path("gpt2-on-the-hub")])
+    assert [(Path(path).name, size) for path, size, _ in before] == [("two.txt", 2), ("one.txt", 1)]
     os.utime(one, ns=(0, 5))
-    after = file_facts([two, tmp_path / "folder"])
-    assert after == [before[0], before[1] | {"modified": 5}]
+    after = file_states([two, tmp_path / "folder"])
+    assert after[0] == before[0]
+    assert after[1] == [*before[1][:2], 5]
     assert recipe_hash({"files": before}) != recipe_hash({"files": after})
     assert recipe_hash({"a": 1, "b": 2}) == recipe_hash({"b": 2, "a": 1})

@@ -30,7 +30,7 @@ from tinytron.data.manifest import read_manifest  # noqa: E402
 from tinytron.errors import ConfigError, DataError  # noqa: E402
 from tinytron.text import parts  # noqa: E402
 from tinytron.text.chunk_encoder import Encoded  # noqa: E402
-from tinytron.text.sources import FileSource, file_facts  # noqa: E402
+from tinytron.text.sources import FileSource, file_states  # noqa: E402
 from tinytron.text.tokenize import _Progress  # noqa: E402
 from tinytron.text.tokenizers import from_file  # noqa: E402
 
@@ -66,8 +66,8 @@ def test_tokens_documents_and_manifest_are_those_of_a_plain_loop(made: Path, tmp
     assert (tokenizer.kind, tokenizer.eot_token, tokenizer.eot_id) == ("tokenizer_path", "<|endoftext|>", 0)
     assert tokenizer.sha256 == contents(tmp_path)["tokenizer.json"] == contents(made)["tokenizer.json"]
     assert manifest.options == {"num_tokens_per_file": 500, "val_fraction": 0.0}
-    (fact,) = file_facts([made / "c.jsonl"])
-    assert manifest.source["files"] == [fact]
+    ((path, size, time),) = file_states([made / "c.jsonl"])
+    assert manifest.source["files"] == [{"path": path, "bytes": size, "modified": time}]
     assert manifest.source["split"] == "train"
     assert not list(tmp_path.glob("*.state"))
 

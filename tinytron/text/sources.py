@@ -84,7 +84,7 @@ class FileSource:
 
     def identity(self) -> dict[str, Any]:
         """Path, size and time of every file."""
-        known = {"path": self.path, "text_key": self.text_key, "files": files_in_brief(file_facts(self.files))}
+        known = {"path": self.path, "text_key": self.text_key, "files": _facts_of(self.files)}
         if self.held_out_end:
             known["held_out"] = "ends"
         return known if self.val_path is None else known | {"val_path": self.val_path}
@@ -149,7 +149,7 @@ class HubSource:
     def identity(self) -> dict[str, Any]:
         """Its names; of a local folder the files too."""
         names = {"path": self.path, "config": self.config, "split": self.split, "text_key": self.text_key}
-        return names | {"files": files_in_brief(file_facts([Path(self.path)]))}
+        return names | {"files": _facts_of([Path(self.path)])}
 
     def chunks(self, chunksize: int, start: Place = START) -> Iterator[Chunk]:
         """See ``TextSource``."""
@@ -279,14 +279,17 @@ def find_text_files(path: str, option: str = "--dataset_path") -> list[Path]:
     return files
 
 
-def file_facts(paths: Iterable[Path]) -> list[dict[str, Any]]:
+def file_states(paths: Iterable[Path]) -> list[list[Any]]:
     """Path, size and modification time of the files among ``paths`` and of all files below folders among them; a path
     that does not exist (a name on the hub) adds nothing. Raises: OSError."""
     files = [file for path in paths for file in ([path] if path.is_file() else sorted(files_below(path)))]
-    return [
-        {"path": str(file.resolve()), "bytes": (stat := file.stat()).st_size, "modified": stat.st_mtime_ns}
-        for file in files
-    ]
+    return [[str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns] for file in files]
+
+
+def _facts_of(paths: Iterable[Path]) -> list[dict[str, Any]] | dict[str, Any]:
+    return files_in_brief(
+        [dict(zip(("path", "bytes", "modified"), state, strict=True)) for state in file_states(paths)]
+    )
 
 
 def files_in_brief(facts: list[dict[str, Any]]) -> list[dict[str, Any]] | dict[str, Any]:
