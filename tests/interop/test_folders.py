@@ -113,6 +113,13 @@ def test_a_tied_head_may_be_saved_all_the_same(tmp_path: Path) -> None:
     assert "(1 differences): lm_head.weight [41, 16] is unknown to this qwen2" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize(("name", "embedding"), [("qwen2", "model.embed_tokens"), ("gpt2", "transformer.wte")])
+def test_a_tied_tensor_may_have_the_name_of_the_head_alone(tmp_path: Path, name: str, embedding: str) -> None:
+    theirs = save(name, tmp_path, torch.float32)
+    rewrite(tmp_path, lambda tensors: tensors | {"lm_head.weight": tensors.pop(f"{embedding}.weight")})
+    check(tmp_path, theirs)
+
+
 @pytest.mark.parametrize("version", [4, 5])
 @pytest.mark.parametrize("name", ["llama llama3", "llama linear", "neox", "neox in turn", "mixtral"])
 def test_settings_of_old_and_new_versions(tmp_path: Path, name: str, version: int) -> None:

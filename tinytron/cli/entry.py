@@ -68,7 +68,7 @@ def _print_anything() -> None:
 
 def _said(text: str) -> int:
     # All ranks raise the same error. Local rank 0 says it; the others give the launcher time to stop them.
-    if os.environ.get(local_rank_variable(), "0") != "0":
+    if os.environ.get(local_rank_variable(os.environ), "0") != "0":
         time.sleep(_GRACE_SECONDS)
     sys.stdout.flush()
     print(f"error: {text}", file=sys.stderr, flush=True)

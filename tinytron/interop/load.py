@@ -152,9 +152,15 @@ def expected_shapes(family: Family, config: ModelConfig) -> dict[str, tuple[int,
 
 
 def _names_in(weights: HFWeights, family: Family, shapes: Mapping[str, Any]) -> dict[str, str]:
-    """How the files call each tensor: those of the bare model leave the name of the model out."""
+    """How the files call each tensor: those of the bare model leave the name of the model out, and a tensor that embedding
+    and head share may have the head's name alone."""
     bare = not any(name.startswith(family.base) for name in weights.shapes)
-    return {name: name.removeprefix(family.base) if bare else name for name in shapes}
+    names = {name: name.removeprefix(family.base) if bare else name for name in shapes}
+    (head,), (embedding,) = family.table["lm_head"], family.table["wte"]
+    table, tied = f"{embedding}.weight", f"{head}.weight"
+    if tied not in shapes and names[table] not in weights.shapes and tied in weights.shapes:
+        names[table] = tied
+    return names
 
 
 def _check(weights: HFWeights, family: Family, shapes: Mapping[str, tuple[int, ...]], names: Mapping[str, str]) -> None:

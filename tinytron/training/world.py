@@ -127,7 +127,7 @@ def place_in_world() -> tuple[int, int, int]:
                     f"{name}={count}, but RANK is not set: {count} processes would train apart; start one per node, "
                     "which runs torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
                 )
-    local = local_rank_variable()
+    local = local_rank_variable(os.environ)
     values = {"RANK": 0, "WORLD_SIZE": 1, local: 0}
     for name in values:
         text = os.environ.get(name, str(values[name]))
