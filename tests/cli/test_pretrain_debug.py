@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from pathlib import Path
@@ -153,11 +154,14 @@ def test_torchrun_itself(runs: dict[str, tuple[Result, Path]], tmp_path: Path) -
     assert _log(tmp_path) == _log(runs["world 2"][1])
 
 
-def test_an_interrupt_ends_in_one_line(tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_ends_in_one_line(tmp_path: Path) -> None:
     process = start(*SMALL, "--max_steps", 10**6, "--log_every", 1, cwd=tmp_path)
     deadline = time.monotonic() + 60
     while not any(tmp_path.glob("log/*/log.txt")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     finished = finish(process, timeout=20)
-    assert (finished.code, finished.stderr) == (130, "interrupted\n")
+    assert (finished.code, finished.stderr) == (130, "")
+    last = finished.stdout.splitlines()[-1]
+    assert re.fullmatch(r"step \d+ \| stopped by Ctrl-C: saved; run the same command again to resume", last)
+    assert len(list(tmp_path.glob("log/*/*_meta.pt"))) == 1

@@ -17,7 +17,7 @@ from tests.helpers.runs import TINY, Finished, descendants, finish, kill, losses
 from tinytron.training import Trainer
 
 Pools = Callable[[int], Ranks]
-TERM, USR1 = signal.SIGTERM, signal.SIGUSR1
+TERM, USR1, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
 LONG = (*TINY, "--max_steps", 10**6, "--log_dir", "log", "--log_every", 10, "--save_every_steps", 10**5)
 HANG = """
 import time
@@ -79,20 +79,96 @@ def _stop(
         pytest.param(TERM, "launcher", (), id="term_launcher", marks=pytest.mark.slow),
         pytest.param(USR1, "one rank", (), id="usr1_one_rank", marks=pytest.mark.slow),
         pytest.param(USR1, "everybody", ("--num_workers", 1), id="usr1_everybody", marks=pytest.mark.slow),
+        pytest.param(INT, "launcher", ("--num_workers", 1), id="ctrl_c_launcher"),
+        pytest.param(INT, "one rank", (), id="ctrl_c_one_rank", marks=pytest.mark.slow),
+        pytest.param(INT, "everybody", ("--num_workers", 1), id="ctrl_c_everybody", marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_saves_and_ends_with_status_0(
+def test_a_signal_saves_and_ends_in_one_line(
     tmp_path: Path, number: signal.Signals, to: str, flags: tuple[object, ...]
 ) -> None:
     finished = _stop(tmp_path, number, to, *flags)
-    assert (finished.code, finished.stderr) == (0, "")
+    assert (finished.code, finished.stderr) == (130 if number == INT else 0, "")
     folder = next((tmp_path / "log").glob("tiny_*"))
     last = list(losses(read_logs(folder)[0]))[-1]
+    name = "Ctrl-C" if number == INT else number.name
     assert [re.sub(r" in [\d.]+ s$", "", line) for line in finished.stdout.splitlines()[-2:]] == [
         f"step {last} | saved {folder.relative_to(tmp_path)}/{last:05}_model.pt",
-        f"step {last} | stopped by {number.name}: saved; run the same command again to resume",
+        f"step {last} | stopped by {name}: saved; run the same command again to resume",
     ]
     assert [p.name for p in folder.glob("*_meta.pt")] == [f"{last:05}_meta.pt"]
+
+
+SLOW_STEP = """
+import sys, time
+from tinytron.cli import entry
+from tinytron.training import Trainer, build_config, parse_args
+
+
+class Slow(Trainer):
+    def train_step(self, microbatches):
+        if self.step == 2:
+            print("slow", flush=True)
+            time.sleep(4 if "finishes" in sys.argv[0] else 600)
+        super().train_step(microbatches)
+
+
+if __name__ == "__main__":
+    entry.run(lambda: Slow(build_config(parse_args())).train())
+"""
+
+
+@pytest.mark.parametrize("processes", [pytest.param(0, marks=pytest.mark.slow), 2])
+def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path: Path, processes: int) -> None:
+    (tmp_path / "slow.py").write_text(SLOW_STEP)
+    process = start(*LONG, cwd=tmp_path, processes=processes, script=tmp_path / "slow.py")
+    try:
+        assert process.stdout is not None
+        while process.stdout.readline() != "slow\n":
+            assert process.poll() is None
+        process.send_signal(INT)
+        time.sleep(1)
+        assert process.poll() is None
+        process.send_signal(INT)
+        finished = finish(process, timeout=20)
+    finally:
+        kill(process)
+    assert finished.code == 130
+    assert set(finished.stderr.splitlines()) == {f"second {'SIGTERM' if processes else 'SIGINT'}: leaving at once"}
+    assert not list(tmp_path.glob("log/*/*_meta.pt"))
+
+
+@pytest.mark.slow  # the step has to be longer than the run's patience
+def test_ctrl_c_in_a_long_step_is_acknowledged(tmp_path: Path) -> None:
+    (tmp_path / "finishes.py").write_text(SLOW_STEP)
+    process = start(*LONG, cwd=tmp_path, script=tmp_path / "finishes.py")
+    try:
+        assert process.stdout is not None
+        while process.stdout.readline() != "slow\n":
+            assert process.poll() is None
+        process.send_signal(INT)
+        finished = finish(process, timeout=60)
+    finally:
+        kill(process)
+    assert finished.code == 130
+    assert finished.stderr == "Ctrl-C: the run ends, and saves, after this step; a second one ends it at once\n"
+    assert "stopped by Ctrl-C: saved; run the same command again to resume" in finished.stdout
+
+
+def test_ctrl_c_before_training_is_one_line_for_all_ranks(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(
+        "import time\nfrom tinytron.cli import entry\nentry.run(lambda: print('up', flush=True) or time.sleep(60))\n"
+    )
+    process = start(cwd=tmp_path, processes=2, script=tmp_path / "script.py")
+    try:
+        assert process.stdout is not None
+        assert [process.stdout.readline(), process.stdout.readline()] == ["up\n", "up\n"]
+        time.sleep(0.5)
+        process.send_signal(INT)
+        finished = finish(process, timeout=30)
+    finally:
+        kill(process)
+    assert (finished.code, finished.stderr) == (130, "interrupted\n")
 
 
 @pytest.mark.slow

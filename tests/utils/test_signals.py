@@ -15,28 +15,30 @@ import pytest
 from tests.helpers.runs import ROOT
 from tinytron.utils.signals import SAME_SIGNAL_SECONDS, STOP_SIGNALS, StopRequest
 
-TERM, USR1 = signal.SIGTERM, signal.SIGUSR1
+TERM, USR1, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
 
 
 @pytest.mark.parametrize(
     ("arrivals", "left"),
     [
         ([(TERM, 0.0)], []),
-        ([(USR1, 0.0), (USR1, SAME_SIGNAL_SECONDS * 0.9)], []),  # the launcher's copy
-        ([(TERM, 0.0), (TERM, SAME_SIGNAL_SECONDS * 1.1)], [128 + TERM]),
+        ([(USR1, 0.0), (USR1, SAME_SIGNAL_SECONDS[USR1] * 0.9)], []),  # the launcher's copy
+        ([(TERM, 0.0), (TERM, SAME_SIGNAL_SECONDS[TERM] * 1.1)], [128 + TERM]),
         ([(USR1, 0.0), (TERM, 0.1)], [128 + TERM]),  # not a copy
+        ([(INT, 0.0), (INT, SAME_SIGNAL_SECONDS[TERM] * 0.5)], [128 + INT]),  # somebody hit Ctrl-C twice
     ],
-    ids=["first", "copy", "second", "other"],
+    ids=["first", "copy", "second", "other", "Ctrl-C"],
 )
 def test_the_second_signal_leaves(
     arrivals: list[tuple[signal.Signals, float]], left: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     statuses: list[int] = []
     now = 0.0
-    request = StopRequest(leave=statuses.append, now=lambda: now)
+    firsts: list[int] = []
+    request = StopRequest(leave=statuses.append, now=lambda: now, first=firsts.append)
     for number, now in arrivals:  # noqa: B007  # read by the lambda
         request.take(number)
-    assert (request.received, statuses) == (arrivals[0][0], left)
+    assert (request.received, statuses, firsts) == (arrivals[0][0], left, [arrivals[0][0]])
     said = "".join(f"second {signal.Signals(status - 128).name}: leaving at once\n" for status in left)
     assert capsys.readouterr().err == said
 

@@ -26,7 +26,7 @@ def run(command: Callable[[], int | None]) -> None:
     try:
         status = status_of(command)
     except SystemExit as end:
-        if not end.code:  # a run that was asked to stop, and has saved
+        if end.code in (None, 0, _INTERRUPTED):  # a run that was asked to stop, and has saved
             _destroy_group()
         raise
     if status in (_USER_ERROR, _INTERRUPTED):
@@ -53,7 +53,8 @@ def status_of(command: Callable[[], int | None]) -> int:
         return _said(str(error))
     except KeyboardInterrupt:
         sys.stdout.flush()
-        print("interrupted", file=sys.stderr, flush=True)
+        if _is_first():
+            print("interrupted", file=sys.stderr, flush=True)
         return _INTERRUPTED
     return status or 0
 
@@ -66,9 +67,14 @@ def _print_anything() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def _is_first() -> bool:
+    """Whether this process speaks for those of its node."""
+    return os.environ.get(local_rank_variable(os.environ), "0") == "0"
+
+
 def _said(text: str) -> int:
     # All ranks raise the same error. Local rank 0 says it; the others give the launcher time to stop them.
-    if os.environ.get(local_rank_variable(os.environ), "0") != "0":
+    if not _is_first():
         time.sleep(_GRACE_SECONDS)
     sys.stdout.flush()
     print(f"error: {text}", file=sys.stderr, flush=True)

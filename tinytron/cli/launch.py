@@ -1,8 +1,9 @@
 """``tinytron launch [torchrun options] script.py [arguments]``: torchrun, without its traceback.
 
 The same options, agents and environment as ``torchrun``. A worker that fails has said why, so only its exit status is
-passed on; one that a signal killed could not, so that is said here. SIGTERM and SIGUSR1 are passed on to the workers,
-which save and end by themselves, however long that takes; torchrun would kill them after 30 seconds.
+passed on; one that a signal killed could not, so that is said here. SIGTERM, SIGUSR1 and Ctrl-C are passed on to the
+workers, which save and end by themselves, however long that takes; torchrun would kill them after 30 seconds. A second
+Ctrl-C reaches them as SIGTERM, which ends also those that have not begun to train and hang.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -24,7 +26,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from tinytron.cli import entry
 from tinytron.errors import ConfigError
-from tinytron.utils.signals import STOP_SIGNALS
+from tinytron.utils.signals import SAME_SIGNAL_SECONDS, STOP_SIGNALS
 
 # Between SIGTERM and SIGKILL for the workers that are left when one has failed: without it they cannot save anyway.
 _FAILED_GRACE_SECONDS = "10"
@@ -35,6 +37,7 @@ class _Forwarder:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._received_at = 0.0
         self._workers: PContext | None = None
         self._start = local_elastic_agent.start_processes
         for number in STOP_SIGNALS:
@@ -49,7 +52,12 @@ class _Forwarder:
         return self._workers
 
     def _forward(self, number: int, frame: object) -> None:
-        self.received = signal.Signals(number)
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            if time.monotonic() - self._received_at < SAME_SIGNAL_SECONDS[signal.SIGINT]:
+                return
+            number = signal.SIGTERM
+        else:
+            self.received, self._received_at = signal.Signals(number), time.monotonic()
         if self._workers is None:
             self._stop_if_asked()
             return
@@ -80,6 +88,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         rank, failure = error.get_first_failure()
         if forwarder.received is not None and failure.exitcode == -forwarder.received:
             _exit_stopped_by(forwarder.received)  # it had not begun to train
+        if forwarder.received == signal.SIGINT:
+            sys.exit(128 + signal.SIGINT)
         if failure.exitcode >= 0:
             sys.exit(failure.exitcode)
         name = signal.Signals(-failure.exitcode).name

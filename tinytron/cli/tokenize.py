@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from tinytron.data.shards import split_of
 from tinytron.text.options import parse_options
 from tinytron.text.tokenize import tokenize_dataset
-from tinytron.utils.signals import STOP_SIGNALS, StopRequest
+from tinytron.utils.signals import StopRequest
 
 DESCRIPTION = """Text to token shards for training, on all cores.
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "tinytron tokenize") -> 
     that stopped it. Raises: TinytronError."""
     options = parse_options(argv, DESCRIPTION.format(prog=prog), prog)
     stop = StopRequest()
-    with stop.listening((*STOP_SIGNALS, signal.SIGINT)):
+    with stop.listening():
         outcome = tokenize_dataset(options, stop)
     manifest = outcome.manifest
     if manifest is None:

@@ -184,8 +184,8 @@ class Trainer(RankAttributes):
     def train(self) -> None:
         """Train until ``training_info.max_steps``; validate, answer tasks and save on the way and at the end. Collective.
 
-        Raises: SystemExit(0), once a checkpoint is saved, if a rank got SIGTERM or SIGUSR1; TrainingError if a guard rail
-        ends the run (docs/reliability.md).
+        Raises: SystemExit, once a checkpoint is saved, if a rank got SIGTERM, SIGUSR1 (status 0) or Ctrl-C (130);
+        TrainingError if a guard rail ends the run (docs/reliability.md).
         """
         last = self.training_info.max_steps
         if self.step >= last:

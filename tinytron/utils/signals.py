@@ -1,4 +1,5 @@
-"""Being asked to stop: SIGTERM and SIGUSR1, as SLURM and other schedulers send before they take a machine away."""
+"""Being asked to stop: by Ctrl-C, or by SIGTERM and SIGUSR1, which schedulers like SLURM send before they take a machine
+away."""
 
 from __future__ import annotations
 
@@ -11,9 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _END = b"\0"  # no signal has this number
-SAME_SIGNAL_SECONDS = 2.0  # within this time a copy of the first signal is the same one, on another way
+# Within this time a copy of the first signal is the same one, on another way; somebody who hits Ctrl-C twice means it.
+SAME_SIGNAL_SECONDS = {signal.SIGTERM: 2.0, signal.SIGUSR1: 2.0, signal.SIGINT: 0.5}
 
 
 class StopRequest:
@@ -21,18 +23,25 @@ class StopRequest:
     process at once, with status 128 + its number.
 
     A scheduler may signal a launcher and its workers alike, and the launcher passes its copy on: the same signal again
-    within ``SAME_SIGNAL_SECONDS`` does not count. ``leave`` ends the process, ``now`` is the time in seconds.
+    within ``SAME_SIGNAL_SECONDS`` does not count. ``first`` is called with the first one; ``leave`` ends the process,
+    ``now`` is the time in seconds.
     """
 
-    def __init__(self, leave: Callable[[int], object] = os._exit, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        leave: Callable[[int], object] = os._exit,
+        now: Callable[[], float] = time.monotonic,
+        first: Callable[[int], object] = lambda number: None,
+    ) -> None:
         self.received = 0
-        self._leave, self._now, self._first_at = leave, now, 0.0
+        self._leave, self._now, self._first, self._first_at = leave, now, first, 0.0
 
     def take(self, number: int) -> None:
         """Note that signal ``number`` arrived."""
         if self.received == 0:
             self.received, self._first_at = number, self._now()
-        elif number != self.received or self._now() - self._first_at > SAME_SIGNAL_SECONDS:
+            self._first(number)
+        elif number != self.received or self._now() - self._first_at > SAME_SIGNAL_SECONDS[signal.Signals(number)]:
             print(f"second {signal.Signals(number).name}: leaving at once", file=sys.stderr, flush=True)
             self._leave(128 + number)
 
@@ -77,6 +86,7 @@ def ignore_group_signals(*_: object) -> None:
 
     A signal to a whole job reaches helpers too; a loader without its processes could not go on to the next checkpoint.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS: nothing tells who sent a signal
         return
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

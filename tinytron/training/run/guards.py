@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from tinytron.training.config import Config
 from tinytron.utils.signals import StopRequest
 from tinytron.utils.watchdog import Watchdog
 
+_PATIENCE_SECONDS = 2.0
+
 
 class Guards:
     """Signals, spikes, replicas and stalls. Once ``ends``, the loop is to report, save and call ``leave``.
@@ -36,16 +40,28 @@ class Guards:
         self._watchdog = Watchdog(train.step_timeout, folder / f"stacks_rank{state.rank}.txt", state.rank)
         self.paused = self._watchdog.paused
         self._request = StopRequest()
+        self._notice = threading.Timer(0, str)
         self._signal = 0
         self._error: TrainingError | None = None
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Around the training loop: signals are caught and stalls are watched. Collective."""
-        self._request, self._agreement = StopRequest(), StopAgreement()
+        self._request, self._agreement = StopRequest(first=self._promise), StopAgreement()
         self._signal, self._error = 0, None  # a notebook may go on after a stop
-        with self._request.listening(), self._watchdog.watching():
-            yield
+        try:
+            with self._request.listening(), self._watchdog.watching():
+                yield
+        finally:
+            self._notice.cancel()
+
+    def _promise(self, number: int) -> None:
+        """After Ctrl-C, should the step take long, say that it was heard."""
+        if number == signal.SIGINT and self.state.rank == 0:
+            text = "Ctrl-C: the run ends, and saves, after this step; a second one ends it at once"
+            self._notice = threading.Timer(_PATIENCE_SECONDS, print, (text,), {"file": sys.stderr, "flush": True})
+            self._notice.daemon = True
+            self._notice.start()
 
     def after_step(self, step: int, *, last: bool) -> None:
         """``step`` is complete. Collective. Raises: TrainingError on every rank if the replicas diverged."""
@@ -72,16 +88,20 @@ class Guards:
         return self._signal != 0 or self._error is not None
 
     def leave(self, step: int, say: Callable[[str], None]) -> None:
-        """If the run ``ends``, end it. Raises: TrainingError after a spike; SystemExit(0), after saying how to resume,
-        for a signal."""
+        """If the run ``ends``, end it. Collective. Raises: TrainingError after a spike; for a signal, after saying how to
+        resume, SystemExit: 130 after Ctrl-C, else 0."""
         if self._error is not None:
             raise self._error
         if self._signal:
             off = "--debug" if self.config.train.debug else "" if self.config.ckpt.do_save else "--no-do_save"
             again = "the same command" if self.config.ckpt.resume else "this command without --no-resume"
             what = f"nothing is saved with {off}" if off else f"saved; run {again} again to resume"
-            say(f"step {step} | stopped by {signal.Signals(self._signal).name}: {what}")
-            raise SystemExit(0)
+            name = "Ctrl-C" if self._signal == signal.SIGINT else signal.Signals(self._signal).name
+            say(f"step {step} | stopped by {name}: {what}")
+            if self._signal != signal.SIGINT:
+                raise SystemExit(0)
+            self._agreement.wait()  # a launcher ends all ranks once one has failed
+            raise SystemExit(128 + signal.SIGINT)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, in plain types; empty without ``--spike_sigma``."""
@@ -106,6 +126,10 @@ class StopAgreement:
         self._group = dist.new_group(backend="gloo")
         self._flag = torch.zeros((), dtype=torch.int32)
         self._work: Work | None = None
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        dist.barrier(self._group)
 
     def poll(self, received: int, *, last: bool) -> int:
         """Once per step: tell that this rank ``received`` a signal (0: none), and return the largest number that any rank
