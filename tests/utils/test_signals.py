@@ -64,6 +64,20 @@ def test_signals_are_received_while_listening_and_handlers_put_back(number: sign
         signal.signal(number, old)
 
 
+def test_ctrl_c_stays_ignored_where_it_is() -> None:
+    """As in ``command &`` of a shell script: Ctrl-C is meant for another."""
+    old = signal.signal(INT, signal.SIG_IGN)
+    try:
+        request = StopRequest()
+        with request.listening():
+            os.kill(os.getpid(), INT)
+            assert signal.getsignal(INT) == signal.SIG_IGN
+            assert signal.getsignal(TERM) != signal.SIG_DFL
+        assert request.received == 0
+    finally:
+        signal.signal(INT, old)
+
+
 def test_another_thread_does_not_listen() -> None:
     handlers = []
 

@@ -26,7 +26,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from tinytron.cli import entry
 from tinytron.errors import ConfigError
-from tinytron.utils.signals import SAME_SIGNAL_SECONDS, STOP_SIGNALS
+from tinytron.utils.signals import SAME_SIGNAL_SECONDS, heard
 
 # Between SIGTERM and SIGKILL for the workers that are left when one has failed: without it they cannot save anyway.
 _FAILED_GRACE_SECONDS = "10"
@@ -40,14 +40,15 @@ class _Forwarder:
         self._received_at = 0.0
         self._workers: PContext | None = None
         self._start = local_elastic_agent.start_processes
-        for number in STOP_SIGNALS:
+        self._numbers = heard()
+        for number in self._numbers:
             signal.signal(number, self._forward)
 
     def start_processes(self, *args: Any, **kwargs: Any) -> PContext:
         """What the agent calls for its workers, also to restart them."""
         self._stop_if_asked()
         self._workers = self._start(*args, **kwargs)
-        for number in STOP_SIGNALS:  # again: torchrun has just put its own handler there
+        for number in self._numbers:  # again: torchrun has just put its own handler there
             signal.signal(number, self._forward)
         return self._workers
 

@@ -58,6 +58,7 @@ class StopRequest:
             return
         reader, writer = socket.socketpair()
         writer.setblocking(False)
+        numbers = heard(numbers)
         old_handlers = {number: signal.signal(number, _leave_to_the_thread) for number in numbers}
         old_writer = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._read, args=(reader, numbers), name="stop signals", daemon=True).start()
@@ -75,6 +76,12 @@ class StopRequest:
             while (byte := reader.recv(1)) != _END:
                 if byte[0] in numbers:  # others with a handler in Python are written too
                     self.take(byte[0])
+
+
+def heard(numbers: Sequence[signal.Signals] = STOP_SIGNALS) -> list[signal.Signals]:
+    """Those of ``numbers`` to listen to: not Ctrl-C in a process that ignores it, as a shell starts what ends in ``&``."""
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    return [number for number in numbers if not (ignored and number == signal.SIGINT)]
 
 
 def _leave_to_the_thread(number: int, frame: object) -> None:
