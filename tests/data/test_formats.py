@@ -256,3 +256,21 @@ def test_ids_of_the_wrong_width_are_refused(tmp_path: Path) -> None:
     for ids in (rng.integers(0, 3, 4000), np.zeros(4000), rng.integers(0, 50_000, 4000)):
         path.write_bytes(ids.astype("<u2").tobytes())
         assert read_header(path, "uint16").count == 4000
+
+
+@pytest.mark.parametrize("headerless", [None, np.uint16])
+@pytest.mark.parametrize(
+    "text", ["Plain words of a text, and some more.\n" * 3, "\ufeff" + "Deutsche Wörter: größer als 猫 " * 9]
+)
+def test_a_text_is_not_taken_for_tokens(tmp_path: Path, text: str, headerless: Any) -> None:
+    path = tmp_path / "input.txt"
+    path.write_text(text)
+    with pytest.raises(DataError, match=r"input\.txt is text, not tokens; tokenize it first: tinytron tokenize "):
+        read_header(path, headerless)
+
+
+def test_tokens_are_not_taken_for_a_text(tmp_path: Path) -> None:
+    """Also those of characters, whose ids are codes of letters."""
+    path = tmp_path / "tokens.bin"
+    np.frombuffer(b"Plain words of a text, and some more.", np.uint8).astype("<u2").tofile(path)
+    assert read_header(path, np.uint16).count == 37

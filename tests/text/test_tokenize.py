@@ -241,8 +241,10 @@ def test_the_own_tokenizer_is_trained_once_without_validation_texts(made: Path, 
     from tinytron.text.tokenizers import train_bpe
 
     flags = (made / "c.jsonl", None, tmp_path / "a", "--train_bpe", 300, "--val_fraction", 0.3)
-    tokenize(*flags)
+    said: list[str] = []
+    tokenize(*flags, say=said.append)
     texts = [text for text in TEXTS if not is_held_out(text.encode(), 0.3)]
+    assert f"trained it on {sum(len(text.encode()) for text in texts):,} bytes of text" in said
     assert 10 < len(texts) < 55
     trained = train_bpe(texts, 300)
     assert (tmp_path / "a" / "tokenizer.json").read_text() == trained.to_str()

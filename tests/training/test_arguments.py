@@ -10,7 +10,7 @@ import pytest
 
 from tests.training.test_config import EXECUTION
 from tinytron.errors import ConfigError
-from tinytron.training.arguments import build_config, build_parser, parse_args, show_config
+from tinytron.training.arguments import USUAL_NAMES, build_config, build_parser, parse_args, show_config
 from tinytron.training.config import SECTIONS, Config
 from tinytron.utils.flags import FieldInfo, config_fields
 
@@ -189,11 +189,20 @@ def test_booleans_have_three_spellings(section: str, info: FieldInfo) -> None:
         (["--no_resum"], "unknown argument --no_resum; did you mean --no_resume?; see --help"),
         (["--num_laye", "3"], "unknown argument --num_laye; did you mean --num_layer?; see --help"),
         (["--zzz"], "unknown argument --zzz; see --help"),
+        (["--learning_rate", "1"], "unknown argument --learning_rate; it is --max_lr here; see --help"),
+        (["--learning-rate=1"], "unknown argument --learning-rate=1; it is --max_lr here; see --help"),
         (["train"], "unknown argument train; see --help"),
     ],
 )
 def test_an_unknown_flag_names_the_nearest(arguments: list[str], text: str) -> None:
     assert refusal(*arguments) == text
+
+
+def test_names_of_other_programs_lead_to_flags_that_there_are() -> None:
+    known = {option for action in build_parser()._actions for option in action.option_strings}
+    assert not known & USUAL_NAMES.keys()
+    named = {word.rstrip(",") for hint in USUAL_NAMES.values() for word in hint.split() if word.startswith("--")}
+    assert named <= known
 
 
 @pytest.mark.parametrize(

@@ -50,13 +50,16 @@ def _steps(*flags: object, first: int = 0) -> tuple[list[Any], list[Any], list[s
 
 
 def test_steps_begin_where_asked_and_validation_is_split_off(ranks: Pools) -> None:
-    (from_start, val, _), (from_second, _, _) = (ranks(1).run(_steps, "--do_val", "--split_rate", 0.75)[0],
+    (from_start, val, notes), (from_second, _, _) = (ranks(1).run(_steps, "--do_val", "--split_rate", 0.75)[0],
                                                ranks(1).run(_steps_from_one)[0])  # fmt: skip
     assert from_start[1] == from_second[0]
     dataset = mock()
     assert [row for batch in val for row in batch] == [dataset[i]["input_ids"].tolist() for i in range(24, 32)]
-    ((_, nothing, _),) = ranks(1).run(_steps)
+    line = "no validation data: the last 8 of 32 samples are held out for it"
+    assert line in notes
+    ((_, nothing, notes),) = ranks(1).run(_steps)
     assert nothing == []
+    assert line not in notes
 
 
 def _steps_from_one() -> Any:

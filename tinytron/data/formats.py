@@ -64,6 +64,10 @@ def read_header(
     numbers = [int(v) for v in np.frombuffer(raw[: len(raw) // 4 * 4], "<i4")[:4]]
     magic = numbers[0] if numbers else None
     known = magic == MAGIC or magic in _LLMC
+    if not known and _is_text(raw):
+        raise DataError(
+            f"{path} is text, not tokens; tokenize it first: tinytron tokenize --dataset_path {path} --train_bpe 4096"
+        )
     if headerless is not None and not known:
         return _headerless(path, size, np.dtype(headerless).newbyteorder("<"))
     if dtypes is TOKEN_DTYPES and _is_short(numbers, raw, size):
@@ -108,6 +112,15 @@ def _is_short(numbers: list[int], raw: bytes, size: int) -> bool:
         return False
     # Nothing but zeros is the rest of a long header, and the last 1012 bytes of the file are missing.
     return size == SHORT_HEADER_BYTES + 2 * numbers[2] and (numbers[2] == 0 or any(raw[SHORT_HEADER_BYTES:]))
+
+
+def _is_text(raw: bytes) -> bool:
+    """Whether the first bytes of a file are those of a text in UTF-8: tokens have a zero byte, or one that is no letter,
+    sooner."""
+    text = raw.decode("utf-8", "replace").rstrip("\ufffd")  # the last character may be cut
+    return len(raw) >= 32 and all(
+        character.isprintable() or character in "\t\r\n" for character in text.lstrip("\ufeff")
+    )
 
 
 def _headerless(path: Path, size: int, dtype: np.dtype[Any]) -> ShardHeader:

@@ -200,10 +200,18 @@ class _Run:
         path, size = self.folder / TOKENIZER, self.options.train_bpe
         assert size is not None, "there is no other tokenizer"
         if not begun:
-            self.say(f"training a tokenizer of {size} tokens on {self.options.train_bpe_bytes:,} bytes")
-            training = (text for text, split in self._documents() if split == self.split)
-            texts = tokenizers.first_bytes(training, self.options.train_bpe_bytes)
-            trained = tokenizers.train_bpe(texts, size).to_str().encode()
+            used = 0
+
+            def texts() -> Iterator[str]:
+                nonlocal used
+                training = (text for text, split in self._documents() if split == self.split)
+                for text in tokenizers.first_bytes(training, self.options.train_bpe_bytes):
+                    used += len(text.encode())
+                    yield text
+
+            self.say(f"training a tokenizer of {size} tokens")
+            trained = tokenizers.train_bpe(texts(), size).to_str().encode()
+            self.say(f"trained it on {used:,} bytes of text")
             write_atomically(path, lambda file: file.write(trained))
         return tokenizers.from_file(path, "train_bpe", str(size))
 

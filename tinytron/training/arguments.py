@@ -16,6 +16,36 @@ from tinytron.utils.paths import tidy
 
 NONE: Mapping[str, type] = MappingProxyType({})
 
+# Flags of nanoGPT, transformers, litgpt and torchtitan, and what they are here.
+USUAL_NAMES = {
+    **dict.fromkeys(("--learning_rate", "--lr"), "--max_lr"),
+    **dict.fromkeys(("--n_layer", "--num_hidden_layers", "--n_layers"), "--num_layer"),
+    **dict.fromkeys(("--n_head", "--num_heads", "--n_heads"), "--num_attention_heads"),
+    **dict.fromkeys(("--n_kv_heads", "--num_kv_heads", "--n_query_groups"), "--num_key_value_heads"),
+    **dict.fromkeys(("--n_embd", "--d_model", "--dim"), "--hidden_size"),
+    **dict.fromkeys(("--context_length", "--max_seq_len", "--max_seq_length", "--sequence_length"), "--seq_len"),
+    **dict.fromkeys(("--max_iters", "--iterations", "--train_steps"), "--max_steps"),
+    **dict.fromkeys(("--epochs", "--num_epochs", "--num_train_epochs"), "--max_epochs"),
+    **dict.fromkeys(("--micro_batch_size", "--per_device_train_batch_size", "--device_batch_size"), "--batch_size"),
+    "--global_batch_size": "--total_batch_size, in tokens,",
+    **dict.fromkeys(
+        ("--gradient_accumulation_steps", "--grad_accum_steps"), "--total_batch_size, in tokens, which says how often,"
+    ),
+    **dict.fromkeys(("--grad_clip", "--max_grad_norm", "--clip_grad"), "--grad_clip_value"),
+    **dict.fromkeys(("--beta1", "--beta2"), "--adam_beta1 and --adam_beta2"),
+    **dict.fromkeys(("--warmup_iters", "--lr_warmup_steps", "--warmup"), "--warmup_steps"),
+    **dict.fromkeys(("--eval_interval", "--eval_steps", "--val_interval"), "--val_every_steps"),
+    **dict.fromkeys(("--save_interval", "--save_steps", "--checkpoint_interval"), "--save_every_steps"),
+    **dict.fromkeys(("--log_interval", "--logging_steps"), "--log_every"),
+    **dict.fromkeys(("--out_dir", "--output_dir"), "--log_dir"),
+    **dict.fromkeys(("--dataset", "--data_dir", "--data_path", "--train_data"), "--dataset_path"),
+    **dict.fromkeys(("--dtype", "--mixed_precision"), "--precision"),
+    **dict.fromkeys(("--bf16", "--fp16"), "--precision bf16 or --precision fp16"),
+    **dict.fromkeys(("--compile", "--torch_compile"), "--use_compile"),
+    **dict.fromkeys(("--gradient_checkpointing", "--activation_checkpointing"), "--recompute full"),
+    "--lr_scheduler_type": "--lr_schedule",
+}
+
 
 def build_parser(sections: Mapping[str, type] = NONE, prog: str | None = None) -> argparse.ArgumentParser:
     """One flag per configuration field, grouped by section, of the built-in ``sections`` and further ones; booleans as
@@ -40,7 +70,7 @@ def parse_args(
     ``given`` of the result are the flags that stand there. Raises: ConfigError for unknown flags, naming the nearest known
     one, and for values of the wrong type."""
     parser = build_parser(sections, prog)
-    args = parse_strictly(parser, argv)
+    args = parse_strictly(parser, argv, USUAL_NAMES)
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     args.given = frozenset(vars(parse_strictly(parser, argv)))

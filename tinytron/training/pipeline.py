@@ -39,8 +39,14 @@ class DataPipeline:
         self.validates = datasets.validates(config)
         if train_dataset is None and train_loader is None:
             raise ConfigError("_init_dataset set no train_dataset; set self.train_dataset, or self.train_loader")
+        held_out = []
         if val_dataset is None and val_loader is None:
             train_dataset, val_dataset = self._split(train_dataset)
+            if val_dataset is not None:
+                sizes = datasets.size_of(train_dataset), datasets.size_of(val_dataset)  # type: ignore[arg-type]
+                held_out.append(
+                    f"no validation data: the last {sizes[1]:,} of {sum(sizes):,} samples are held out for it"
+                )
         epoch = datasets.epoch_size(config, train_dataset, train_loader)
         self.info: TrainingInfo = derive(config, state.layout, epoch)
         self.sampler = None
@@ -53,7 +59,7 @@ class DataPipeline:
             self.val = LoadedData(val_loader, val_dataset, ours=False)
         elif val_dataset is not None:
             self.val = LoadedData(datasets.make_val_loader(config, state, val_dataset), val_dataset, ours=True)
-        self.notes = [*self.info.notes, *datasets.describe(config, train_dataset, self.info)]
+        self.notes = [*held_out, *self.info.notes, *datasets.describe(config, train_dataset, self.info)]
         # From a step to what identifies the data before it.
         self.identity = datasets.identity_of(config, train_loader if train_dataset is None else train_dataset)
 

@@ -11,7 +11,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any, NoReturn
@@ -157,13 +157,18 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see --help")
 
 
-def parse_strictly(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse ``argv`` (default: the command line). Raises: ConfigError for unknown flags, naming the nearest known one,
-    and for values of the wrong type."""
+def parse_strictly(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
+    usual: Mapping[str, str] = types.MappingProxyType({}),
+) -> argparse.Namespace:
+    """Parse ``argv`` (default: the command line). Raises: ConfigError for values of the wrong type and for unknown flags,
+    with what ``usual`` says of names that other programs have, else with the nearest known one."""
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        known = _options(parser)
-        raise ConfigError(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], known)}; see --help")
+        name = unknown[0].split("=")[0].replace("-", "_").replace("__", "--", 1)
+        hint = f"; it is {usual[name]} here" if name in usual else nearest(unknown[0].split("=")[0], _options(parser))
+        raise ConfigError(f"unknown argument {unknown[0]}{hint}; see --help")
     return args
 
 
