@@ -3,11 +3,46 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.runs import ROOT, TINY, read_logs
+from tinytron.cli.tokenize import training_command
+from tinytron.data.manifest import Manifest, ShardFacts, TokenizerFacts
+from tinytron.distributed.layout import ParallelLayout
+from tinytron.model import GPT
+from tinytron.training.arguments import build_config, parse_args
+from tinytron.training.derive import derive
+
+TOKENIZER = TokenizerFacts("train_bpe", "300", "", 300, 0, "<end>", "prepend")
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "validates"),
+    [
+        ([40], [], False), ([3000], [9], False), ([100] * 99, [100], True), ([10**6], [10**4], True),
+        ([2**27] * 3, [10**6], True), ([2**27] * 80, [10**6], True),
+    ],
+)  # fmt: skip
+def test_the_printed_command_fits_any_data(train: list[int], val: list[int], validates: bool) -> None:
+    shards = [ShardFacts(f"train_{n:06}.bin", count, 1, "") for n, count in enumerate(train)]
+    shards += [ShardFacts(f"val_{n:06}.bin", count, 1, "") for n, count in enumerate(val)]
+    manifest = Manifest("uint16", "timl", TOKENIZER, {}, {}, "", {}, {}, 0, True, shards)
+    words = shlex.split(training_command(Path("my data"), manifest))
+    assert words[:4] == ["python", "pretrain_debug.py", "--dataset_path", "my data"]
+    config = build_config(parse_args(words[2:]))
+    samples = sum((count - 1) // config.train.seq_len for count in train)
+    info = derive(config, ParallelLayout(world_size=1), samples)
+    assert info.warmup_steps == config.optim.warmup_steps < info.max_steps
+    assert config.train.do_val == validates
+    tokens = config.train.total_batch_size * info.max_steps
+    parameters = sum(p.numel() for p in GPT(config.model, device="meta", seed=None).parameters())
+    assert sum(train) < 3e6 or 10 < tokens / parameters < 100
 
 
 def command(*words: object) -> str:
@@ -30,11 +65,18 @@ def test_two_commands_from_text_to_training(tmp_path: Path) -> None:
         tmp_path / "out",
     )
     tokenize = (*tokenize, "--train_bpe", 300, "--val_fraction", 0.1, "--num_proc", 2)
-    assert "train with: python pretrain_debug.py --dataset_path" in command(*tokenize)
+    advice = re.search(r"train with: python (pretrain_debug\.py --dataset_path .* --do_val)$", command(*tokenize), re.M)
+    assert advice is not None
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     again = command(*tokenize)
     assert again == f"{tmp_path / 'out'} is there already: nothing to do\n"
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    # As printed, but for two steps, in the precision that every CPU multiplies fast.
+    trained = command(
+        *shlex.split(advice[1]), "--precision", "fp32", "--max_steps", 2, "--log_dir", tmp_path / "advice"
+    )
+    assert "step 2/2 | loss" in trained
+    assert "step 2 | val loss" in trained
     flags = [flag for flag in TINY if flag != "--use_mock_data"]
     flags += ["--vocab_size", 300, "--dataset_path", tmp_path / "out", "--log_dir", tmp_path / "log", "--max_steps", 2]
     command("pretrain_debug.py", *flags, "--do_val", "--packing", "best_fit", "--document_mask")

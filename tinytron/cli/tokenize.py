@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+from tinytron.data.manifest import Manifest
 from tinytron.data.shards import split_of
 from tinytron.text.options import parse_options
 from tinytron.text.tokenize import tokenize_dataset
@@ -44,6 +49,56 @@ def main(argv: Sequence[str] | None = None, prog: str = "tinytron tokenize") -> 
     if not any(split_of(shard.name) == "train" for shard in manifest.shards):
         print("these are validation shards: move them into the folder of the training shards, and train with --do_val")
         return 0
-    vocab_size = -(-manifest.tokenizer.vocab_size // 64) * 64
-    print(f"train with: python pretrain_debug.py --dataset_path {outcome.folder} --vocab_size {vocab_size}")
+    print(f"train with: {training_command(outcome.folder, manifest)}")
     return 0
+
+
+@dataclass(frozen=True)
+class _Size:
+    """A model for data of up to ``tokens``, and how to train it: sequence length, and tokens of a step."""
+
+    tokens: float
+    num_layer: int
+    heads: int
+    hidden_size: int
+    intermediate_size: int
+    seq_len: int
+    batch: int
+    epochs: int = 1
+
+
+# About 20 tokens a parameter (arXiv:2203.15556, section 3), but no smaller than learns something from a few pages.
+_SIZES = (
+    _Size(3e6, 4, 4, 256, 704, 256, 2**13, epochs=10),
+    _Size(1e8, 6, 6, 384, 1024, 512, 2**15, epochs=4),
+    _Size(1e9, 8, 8, 512, 1408, 1024, 2**16),
+    _Size(8e9, 12, 12, 768, 2048, 1024, 2**17),
+    _Size(math.inf, 24, 16, 1024, 2816, 2048, 2**19),
+)
+
+
+def training_command(folder: Path, manifest: Manifest) -> str:
+    """A whole command that trains on ``folder`` a model of a size that suits it."""
+    shards = {split: [s.tokens for s in manifest.shards if split_of(s.name) == split] for split in ("train", "val")}
+    tokens = sum(shards["train"])
+    size = next(size for size in _SIZES if tokens <= size.tokens)
+    seq_len = min(size.seq_len, 2 ** max(0, (max(shards["train"]) - 1).bit_length() - 4))
+    batch = max(seq_len, min(size.batch, 2 ** max(0, tokens.bit_length() - 4)))
+    samples = sum((count - 1) // seq_len for count in shards["train"] if count)
+    steps = samples * size.epochs // (batch // seq_len)
+    flags = {
+        "dataset_path": shlex.quote(str(folder)),
+        "vocab_size": -(-manifest.tokenizer.vocab_size // 64) * 64,
+        "num_layer": size.num_layer,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.heads,
+        "hidden_size": size.hidden_size,
+        "intermediate_size": size.intermediate_size,
+        "seq_len": seq_len,
+        "batch_size": min(8, batch // seq_len),
+        "total_batch_size": batch,
+        "max_epochs": size.epochs,
+        "warmup_steps": min(1000, max(1, steps // 10)),
+    }
+    validates = " --do_val" if any(count > seq_len for count in shards["val"]) else ""
+    return "python pretrain_debug.py " + " ".join(f"--{name} {value}" for name, value in flags.items()) + validates
