@@ -32,7 +32,7 @@ WRONG = {
     "positional": Wrong(("unknown argument train",), ("train",)),
     "abbreviated flag": Wrong(("unknown argument --hidden",), ("--hidden", "16")),
     "no number": Wrong(
-        ("--hidden_size", "'wide' is no whole number, as 1000000, 1e6 and 2**20 are"), ("--hidden_size", "wide")
+        ("--hidden_size", "'wide' is not a whole number like 1000000, 1e6 or 2**20"), ("--hidden_size", "wide")
     ),
     "no choice": Wrong(("--precision", "fp8"), ("--precision", "fp8")),
     "value missing": Wrong(("--hidden_size", "expected one argument"), ("--hidden_size",)),

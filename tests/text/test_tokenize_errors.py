@@ -59,7 +59,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--num_tokens_per_file 2**31", "--num_tokens_per_file 2147483648 must be in"),
         (
             "--num_tokens_per_file 2**x",
-            "argument --num_tokens_per_file: '2\\*\\*x' is no whole number, as 1000000, 1e6 and",
+            "argument --num_tokens_per_file: '2\\*\\*x' is not a whole number like 1000000, 1e6",
         ),
         ("--chunksize 0", "--chunksize 0 must be in"),
         ("--num_proc -1", "--num_proc -1 must be in 0..4096; use --num_proc 1"),

@@ -210,11 +210,11 @@ def test_names_of_other_programs_lead_to_flags_that_there_are() -> None:
     [
         (
             ["--seq_len", "long"],
-            "argument --seq_len: 'long' is no whole number, as 1000000, 1e6 and 2**20 are; see --help",
+            "argument --seq_len: 'long' is not a whole number like 1000000, 1e6 or 2**20; see --help",
         ),
         (
             ["--seq_len", "1.5e0"],
-            "argument --seq_len: '1.5e0' is no whole number, as 1000000, 1e6 and 2**20 are; see --help",
+            "argument --seq_len: '1.5e0' is not a whole number like 1000000, 1e6 or 2**20; see --help",
         ),
         (["--max_lr", "high"], "argument --max_lr: invalid float value: 'high'; see --help"),
         (["--seq_len"], "argument --seq_len: expected one argument; see --help"),
@@ -280,7 +280,7 @@ def test_whole_numbers_may_be_written_with_an_exponent(text: str, value: int) ->
 
 @pytest.mark.parametrize("text", ["1.5", "1.55e1", "1e400", "1e-3", "e6"])
 def test_other_numbers_are_not_whole(text: str) -> None:
-    with pytest.raises(ConfigError, match="is no whole number"):
+    with pytest.raises(ConfigError, match="is not a whole number"):
         parse_args(["--max_train_tokens", text])
 
 

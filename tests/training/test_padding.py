@@ -1,4 +1,4 @@
-"""Padding is no token to the routers, wherever it comes from; and what auxiliary sums are divided by."""
+"""Padding is not a token to the routers, wherever it comes from; and what auxiliary sums are divided by."""
 
 from __future__ import annotations
 

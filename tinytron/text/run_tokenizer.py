@@ -115,7 +115,7 @@ class TokenFacts:
 
     @classmethod
     def of_import(cls, ids: Mapping[str, Any]) -> TokenFacts:
-        """Those of a Hugging Face config.json; of values that are no ids nothing is known."""
+        """The facts in a Hugging Face config.json; values that are not ids are ignored."""
 
         def numbers(key: str) -> tuple[int, ...]:
             value = ids.get(f"{key}_token_id")

@@ -216,7 +216,7 @@ def whole_number(text: str) -> int:
             return int(number)
         return int(base) ** int(exponent) if power else int(text)
     except (ValueError, InvalidOperation):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number, as 1000000, 1e6 and 2**20 are") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number like 1000000, 1e6 or 2**20") from None
 
 
 class _Switch(argparse.BooleanOptionalAction):

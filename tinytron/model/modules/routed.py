@@ -1,7 +1,7 @@
 """Which tokens the routers' statistics and losses count, and by what those losses are scaled.
 
 The balance and z terms are sums over tokens, while an objective is divided by its targets. So they are multiplied by
-targets per token, which makes them means over tokens however many labels are ignored. Padding is no token to them.
+targets per token, which makes them means over tokens however many labels are ignored. Padding is not a token to them.
 """
 
 from __future__ import annotations
