@@ -12,7 +12,7 @@ import torch
 from tinytron.data import EndOfText, Shard, TokenShardDataset, find_shards, write_shard
 from tinytron.data.formats import open_shard
 from tinytron.data.manifest import Manifest, ShardFacts, TokenizerFacts, write_manifest
-from tinytron.data.shards import open_shards, passed_over
+from tinytron.data.shards import open_shards, passed_over, split_of
 from tinytron.errors import DataError
 
 
@@ -268,6 +268,11 @@ HELD_OUT_NAMES = [
     "eval.bin",
     "dev.bin",
     "val0.bin",
+    "held_out_0.bin",
+    "held-out.bin",
+    "holdout_000.bin",
+    "valset_0.bin",
+    "validate_0.bin",
 ]
 
 
@@ -284,6 +289,7 @@ def test_usual_names_of_validation_shards_are_held_out(tmp_path: Path, name: str
 def test_files_of_no_split_are_named(tmp_path: Path) -> None:
     for name in ("train.bin", "test_0.bin", "interval.bin"):
         (tmp_path / name).touch()
+    assert [split_of(name) for name in ("tests_0.bin", "testing_0.bin", "trainset.bin")] == ["test", "test", "train"]
     assert [p.name for p in passed_over(str(tmp_path))] == ["interval.bin", "test_0.bin"]
     pattern = str(tmp_path / "*.bin")
     assert [p.name for p in find_shards(pattern, "train")] == ["interval.bin", "train.bin"]

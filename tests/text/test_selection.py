@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -324,3 +325,22 @@ def test_texts_are_encoded_in_batches_of_bounded_size(made: Path, monkeypatch: p
     assert tokens.tolist() == [token for document in expected for token in document]
     assert lengths.tolist() == [len(document) for document in expected]
     assert (batches, made_of.empty) == ([4, 4, 1], 1)
+
+
+def test_an_empty_file_among_others_has_nothing_to_hold_out(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("one line of text\n" * 50)
+    (tmp_path / "texts" / "b.txt").touch()
+    tokenize(tmp_path / "texts", made / "tokenizer.json", tmp_path / "out", "--val_fraction", 0.1)
+    assert len(tokens_of(tmp_path / "out")) > len(tokens_of(tmp_path / "out", "val")) > 5
+
+
+def test_names_that_are_not_utf_8(made: Path, tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/d\xff"))
+    folder.mkdir()
+    (folder / os.fsdecode(b"x\xfe.txt")).write_text("one line of text\n" * 5)
+    tokenize(folder, made / "tokenizer.json", tmp_path / "out")
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest is not None
+    assert manifest.source["path"] == str(folder)
+    assert not tokenize(folder, made / "tokenizer.json", tmp_path / "out").fresh

@@ -220,6 +220,42 @@ def test_text_that_spells_a_special_token_stays_text(kind: str, tmp_path: Path) 
     assert _ids(found.encode, plain) == [row.ids for row in made.encode_batch(plain, add_special_tokens=False)]
 
 
+def _bpe_with_an_end(special: bool) -> Any:
+    """A BPE whose merges spell ``</s>``, which is also an added token, and one more added token that text may spell."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=60, special_tokens=["</s>"] if special else [])
+    made.train_from_iterator(["fox </s> dog </s>"] * 20, trainer)
+    made.add_tokens([EOT])
+    return made
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_merges_and_added_tokens_do_not_make_an_end_of_text(special: bool, tmp_path: Path) -> None:
+    made = _bpe_with_an_end(special)
+    made.save(str(tmp_path / "tokenizer.json"))
+    found = from_file(tmp_path / "tokenizer.json")
+    ends = {made.token_to_id("</s>"), made.token_to_id(EOT)}
+    assert None not in ends
+    plain = made.encode_batch(["fox dog"], add_special_tokens=False)
+    assert _ids(found.encode, ["fox dog"]) == [row.ids for row in plain]
+    assert ends.intersection(*_ids(found.encode, [f"fox </s> {EOT} dog"])) == set()
+
+
+def test_a_piece_that_the_configuration_names_as_the_end_is_one(tmp_path: Path) -> None:
+    made = _special_pieces("word level")
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "fox"}))
+    found = from_file(tmp_path / "tokenizer.json")
+    end = made.token_to_id("fox")
+    assert found.end_of_text() == ("fox", end)
+    assert end not in _ids(found.encode, ["the fox"])[0]
+    with pytest.raises(
+        DataError, match=f"texts give the token {made.token_to_id('the')} that is to separate documents"
+    ):
+        encode_documents(["the fox"], found.encode, made.token_to_id("the"), "append", np.dtype("<u2"))
+
+
 def test_a_long_text_is_encoded_in_pieces_with_the_tokens_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["short", " ".join(make_texts(30)), "also short"]
     bpe = train_bpe(texts, 300)

@@ -86,12 +86,17 @@ class Rows(Dataset[Any]):
         random, real = torch.Generator().manual_seed(index), self.real(index)
         ids = torch.randint(1, 61, (LENGTH + 1,), generator=random)
         inputs, labels = ids[:-1].clone(), ids[1:].clone()
+        whole = labels.clone()
         labels[: real // 2] = labels[real:] = IGNORE_INDEX  # a prompt is text all the same
         inputs[real:] = 0
         padding = torch.arange(LENGTH) >= real
         if self.kind == "key":
             return {"input_ids": inputs, "labels": labels, "padding": padding.long()}
-        return {"input_ids": inputs, "labels": labels, "positions": torch.arange(LENGTH) - padding.long() * real}
+        positions = torch.arange(LENGTH) - padding.long() * real
+        if self.kind == "weight":
+            weights = (labels != IGNORE_INDEX).float()
+            return {"input_ids": inputs, "labels": whole, "weights": weights, "positions": positions}
+        return {"input_ids": inputs, "labels": labels, "positions": positions}
 
     @staticmethod
     def real(index: int) -> int:
@@ -107,6 +112,21 @@ class ByKey(Loads):
 class ByDocument(Loads):
     def _init_dataset(self, config: Config) -> None:
         self.train_dataset = type("Documents", (Rows,), {"kind": "document"})()
+
+
+class ByWeight(Loads):
+    def _init_dataset(self, config: Config) -> None:
+        self.train_dataset = type("Weighted", (Rows,), {"kind": "weight"})()
+
+
+def test_a_weight_of_0_is_as_good_as_an_ignored_label(ranks: Pools, tmp_path: Path) -> None:
+    flags = (*MOE, "--max_steps", 3, "--moe_z_loss_coef", 0.1, "--moe_aux_loss_coef", 1)
+    ignored, weighted = (ranks(1).run(train, cls, tmp_path / cls.__name__, *flags) for cls in (ByDocument, ByWeight))
+    assert totals(weighted)[0] == totals(ignored)[0]
+    for name in ("moe_balance", "moe_z", "grad_norm"):
+        pairs = [(a[name], b[name]) for a, b in zip(ignored[0].records, weighted[0].records, strict=True) if name in a]
+        assert pairs
+        assert all(one == pytest.approx(other, rel=1e-5) for one, other in pairs), name
 
 
 @pytest.mark.parametrize("trainer", [ByKey, ByDocument])

@@ -45,6 +45,8 @@ def test_the_run_that_a_changed_flag_leaves_is_named(ranks: Pools, tmp_path: Pat
     assert note == f"this is a new run: {run.folder.name} has 2 steps, and differs in optim.max_lr"
     same = config_of(*TINY, "--log_dir", tmp_path)
     assert another_of_this_name(same, run_folder(same)) is None
+    ranks(1).run(train, Trainer, tmp_path, "--max_steps", 2, "--exp_name", f"{config.logging.exp_name}_big")  # newer
+    assert another_of_this_name(config, run_folder(config)) == note
     other = dataclasses.replace(config, logging=dataclasses.replace(config.logging, exp_name="other"))
     assert another_of_this_name(other, run_folder(other)) is None
     (run.folder / "config.json").write_text(json.dumps({"config": {}}))
@@ -86,5 +88,10 @@ def test_validation_shards_that_are_too_short_stop_only_a_run_that_validates(ran
     for more in ((), ("--do_val", "--debug")):
         ranks(1).run(train, Trainer, tmp_path / "log", *flags, *more)
     error = ranks(1).run(user_error, Trainer, tmp_path / "log", *flags, "--do_val")[0]
-    assert error.startswith("DataError: --do_val: no validation shard holds one sample of --seq_len 12 + 1 tokens")
+    assert error.startswith("DataError: --do_val: no validation shard holds one sample, 13 tokens at --seq_len 12")
     assert "val_0.bin: 9" in error
+    write_shard(data / "val_0.bin", [5])
+    packed = ("--packing", "best_fit", "--eot_id", 0)
+    ranks(1).run(train, Trainer, tmp_path / "log", *flags, *packed)
+    error = ranks(1).run(user_error, Trainer, tmp_path / "log", *flags, *packed, "--do_val")[0]
+    assert error.startswith("DataError: --do_val: no validation shard holds one sample, 2 tokens at --seq_len 12")

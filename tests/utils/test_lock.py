@@ -71,11 +71,15 @@ AS_ANOTHER_USER = """
 import os, sys
 from pathlib import Path
 from tinytron.errors import TinytronError
-from tinytron.utils.lock import lock_folder
+from tinytron.utils.lock import lock_folder, wait_for_lock
 os.seteuid(65534)
 try:
-    lock_folder(Path(sys.argv[1]), "wait for it")
-    print("locked")
+    if sys.argv[2:]:
+        with wait_for_lock(Path(sys.argv[1]) / ".lock", lambda line: print(line, flush=True)):
+            print("my turn")
+    else:
+        lock_folder(Path(sys.argv[1]), "wait for it")
+        print("locked")
 except TinytronError as error:
     print(error)
 """
@@ -101,5 +105,14 @@ def test_a_colleagues_free_lock_is_no_obstacle(tmp_path: Path) -> None:
     with lock_folder(tmp_path / "run", "wait for it"):
         (tmp_path / "run" / ".lock").chmod(0o644)
         assert "in use by" in other()
+        command = [sys.executable, "-c", AS_ANOTHER_USER, str(tmp_path / "run"), "waits"]
+        waiting = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        assert waiting.stdout is not None
+        assert waiting.stdout.readline() == f"waiting for another process that prepares {tmp_path / 'run'}\n"
+    assert waiting.communicate(timeout=60)[0] == "my turn\n"
     (tmp_path / "run" / ".lock").chmod(0o644)
     assert other() == "locked"
+    (tmp_path / "run" / ".lock").unlink()
+    os.chown(tmp_path / "run", 54321, -1)  # nobody's here
+    (tmp_path / "run").chmod(0o755)
+    assert "cannot be written; ask its owner, user 54321, or use another --exp_name" in other()

@@ -139,7 +139,7 @@ def _check_width(path: Path, first: npt.NDArray[Any]) -> None:
     """Raises: DataError for the ``first`` tokens of a file if each is but half of a number: the upper halves, of little
     variety, follow the lower ones."""
     low, high = first[::2], first[1::2]
-    if len(first) < 32 or 2 * np.count_nonzero(low) < len(low):  # too little to tell
+    if len(first) < 32 or 4 * np.count_nonzero(low) < len(low):  # too little to tell
         return
     if int(high.max()) == 0 or (int(high.max()) < 16 and int(low.max()) >= 256):
         advice = "use --token_dtype uint32" if first.itemsize == 2 else "write them as uint32"

@@ -72,7 +72,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json``, whole or not at all. Raises: OSError."""
     facts = dataclasses.asdict(manifest)
     ordered = {"format": facts.pop("format"), "version": facts.pop("version"), **facts}
-    text = json.dumps(ordered, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(ordered, indent=2) + "\n"
     write_atomically(folder / MANIFEST, lambda file: file.write(text.encode()))
 
 

@@ -22,9 +22,25 @@ from tinytron.data.formats import HEADER_BYTES, open_shard, open_weights, read_h
 from tinytron.data.manifest import MANIFEST, ShardFacts, read_manifest
 from tinytron.errors import DataError
 
-_HELD_OUT = ("val", "valid", "validation", "dev", "eval", "evaluation", "heldout")
-_SPLITS = {"train": "train", "training": "train", "test": "test", **dict.fromkeys(_HELD_OUT, "val")}
-_SPLIT = re.compile(rf"(?<![a-z])({'|'.join(_SPLITS)})(?![a-z])", re.IGNORECASE)
+_HELD_OUT = (
+    "val",
+    "valid",
+    "validate",
+    "validation",
+    "valset",
+    "dev",
+    "devset",
+    "eval",
+    "evaluation",
+    "heldout",
+    "holdout",
+)
+_SPLITS = {
+    **dict.fromkeys(("train", "training", "trainset"), "train"),
+    **dict.fromkeys(("test", "tests", "testing", "testset"), "test"),
+    **dict.fromkeys(_HELD_OUT, "val"),
+}
+_SPLIT = re.compile(rf"(?<![a-z])({'|'.join(_SPLITS)}|held[-_ ]out|hold[-_ ]out)(?![a-z])", re.IGNORECASE)
 
 
 def split_of(name: str) -> str | None:
@@ -32,7 +48,7 @@ def split_of(name: str) -> str | None:
     letters: ``train_000001.bin``, ``fineweb-val-000000.bin``, ``Valid.bin``; else ``None``. A test split is neither trained
     on nor validated on."""
     match = _SPLIT.search(name)
-    return _SPLITS[match[1].lower()] if match else None
+    return _SPLITS[re.sub("[-_ ]", "", match[1].lower())] if match else None
 
 
 def find_shards(dataset_path: str, split: str) -> list[Path]:

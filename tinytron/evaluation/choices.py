@@ -72,7 +72,7 @@ def _item(line: str, where: str) -> Item:
     try:
         row = json.loads(line)
         context, choices, answer = row["context"], row["choices"], row["answer"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{where} is not of the form {FORM} ({type(error).__name__}: {error})") from error
     texts = isinstance(context, str) and isinstance(choices, list) and all(isinstance(c, str) and c for c in choices)
     if not texts or len(choices) < 2:

@@ -204,7 +204,7 @@ def _find_pieces(path: Path, place: Place, held_out_end: float) -> Iterator[Foun
     start = place.at
     with open(path, "rb") as file:
         size = path.stat().st_size
-        held_out = _held_out_start(file, int(size * (1 - held_out_end)), size) if held_out_end else size
+        held_out = _held_out_start(file, int(size * (1 - held_out_end)), size) if held_out_end and size else size
         while start < size:
             limit = held_out if start < held_out else size
             stop = min(limit, start + PIECE_BYTES)

@@ -25,6 +25,12 @@ def read_vocabulary(path: Path) -> dict[str, int]:
     return tokens
 
 
+def read_specials(path: Path) -> set[str]:
+    """The special tokens of a tokenizer.json. Raises: as ``read_vocabulary``."""
+    content = json.loads(without_bom(path.read_bytes()))
+    return {str(added.get("content")) for added in content.get("added_tokens") or [] if added.get("special")}
+
+
 def token_text(value: Any) -> str | None:
     """The text of a token as tokenizer_config.json has it: a text, or an object with its ``content``."""
     text = value.get("content") if isinstance(value, dict) else value

@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from tinytron.errors import ConfigError
+from tinytron.errors import ConfigError, DataError
 from tinytron.text.tokenizer_files import END_TOKENS, named_end
 from tinytron.utils.optional import as_data_error, require_package
 from tinytron.utils.texts import without_bom
@@ -202,7 +202,7 @@ def _of_backend(kind: Kind, name: str, tokenizer: Any, serialized: bytes, end: s
     added = tokenizer.get_added_tokens_decoder()
     specials = {token.content: number for number, token in sorted(added.items()) if token.special}
     sha256, size = hashlib.sha256(serialized).hexdigest(), 1 + max(vocabulary.values(), default=-1)
-    encode = _Fast(_plain(_without_special_pieces(tokenizer, {*specials, *END_TOKENS})))
+    encode = _Fast(_plain(_without_special_pieces(tokenizer, {*specials, *END_TOKENS, *([end] if end else [])})))
     return TextTokenizer(
         kind, name, encode, size, end, specials, vocabulary.get, serialized, sha256, tokenizer.decode,
         _unused(vocabulary.values(), size),
@@ -214,17 +214,29 @@ def _unused(ids: Iterable[int], size: int) -> tuple[int, ...]:
 
 
 def _without_special_pieces(tokenizer: Any, specials: Collection[str]) -> Any:
-    """``tokenizer``, or a copy whose model has no pieces that spell ``specials``, as Unigram, WordLevel and WordPiece do:
-    text that spells one would become its id. The token for unknown text stays."""
+    """``tokenizer``, or a copy in which text that spells one of ``specials`` does not become its id: without such pieces
+    in the model, without merges that lead to them, and with all added tokens of these names special. The token for unknown
+    text stays."""
     content = json.loads(tokenizer.to_str())
     model, vocabulary = content["model"], content["model"].get("vocab") or {}
+    plain = [
+        token
+        for token in content.get("added_tokens") or []
+        if token["content"] in specials and not token.get("special")
+    ]
+    for token in plain:
+        token["special"] = True
     if model.get("type") == "BPE" and not model.get("ignore_merges"):  # merges alone lead to pieces
-        return tokenizer
+        merges = [m for m in model["merges"] if "".join(m.split(" ") if isinstance(m, str) else m) not in specials]
+        if not plain and len(merges) == len(model["merges"]):
+            return tokenizer
+        model["merges"] = merges
+        return type(tokenizer).from_str(json.dumps(content))
     pieces = list(vocabulary) if isinstance(vocabulary, dict) else [piece for piece, _ in vocabulary]
     unknown = model.get("unk_token") if model.get("unk_id") is None else pieces[model["unk_id"]]
     hidden = {piece for piece in pieces if piece in specials and piece != unknown}
     if not hidden:
-        return tokenizer
+        return type(tokenizer).from_str(json.dumps(content)) if plain else tokenizer
 
     def renamed(piece: str) -> str:
         return f"\ue000{piece}\ue000" if piece in hidden else piece
@@ -295,8 +307,13 @@ def encode_documents(
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint32]]:
     """The documents' token ids in a row, ``eot`` before (``prepend``) or after (``append``) each unless it is ``None``, and
     their lengths, including that token. Without it, documents of no tokens are left out. Shapes: [tokens] of ``dtype``,
-    [documents]."""
+    [documents]. Raises: DataError for a text that gives ``eot``."""
     ids = _encode_all(texts, encode, dtype)
+    if eot is not None and any(bool((made == eot).any()) for made in ids):
+        raise DataError(
+            f"texts give the token {eot} that is to separate documents; use --eot_token with a special token, or "
+            "--eot_position none"
+        )
     if eot is None:
         row = [made for made in ids if len(made)]
         lengths = np.array([len(made) for made in row], np.uint32)

@@ -65,7 +65,7 @@ class BatchPreparer:
         documents = None if batch.positions is None else documents_of(batch.positions)
         padding = batch.padding if self._routes else None
         if self._routes and padding is None and documents is not None and not trusted:
-            padding = documents_without_target(documents, batch.labels)
+            padding = documents_without_target(documents, batch.labels, batch.weights)
         batch = batch._replace(padding=padding)
         rank, size = self._state.group_rank("sep"), self._state.layout.sep
         whole = {name: t for name in FIELDS if (t := getattr(batch, name)) is not None} | dict(batch.extras)

@@ -119,12 +119,14 @@ def _shards(config: Config, state: ParallelState, path: str, split: str) -> Toke
     )
     if not shards:
         return None
-    if split == "val" and data.packing != "best_fit" and all(shard.count <= seq_len for shard in shards):
+    fewest = 2 if data.packing == "best_fit" else seq_len + 1
+    if split == "val" and all(shard.count < fewest for shard in shards):
         if not validates(config):
             return None
         raise DataError(
-            f"--do_val: no validation shard holds one sample of --seq_len {seq_len} + 1 tokens ({shards[0].path.name}: "
-            f"{shards[0].count}); hold out more documents, use a shorter --seq_len, or drop --do_val"
+            f"--do_val: no validation shard holds one sample, {fewest} tokens at --seq_len {seq_len} "
+            f"({shards[0].path.name}: {shards[0].count}); hold out more documents, use a shorter --seq_len, or drop "
+            "--do_val"
         )
     if data.packing == "best_fit":
         mine = shards[state.rank :: state.layout.world_size]

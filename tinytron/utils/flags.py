@@ -211,7 +211,7 @@ def whole_number(text: str) -> int:
             raise ValueError
         if re.fullmatch(r"[\d.]+[eE]\+?\d{1,2}", text):
             number = Decimal(text)
-            if number != int(number):
+            if number != int(number) or number >= 2**63:
                 raise ValueError
             return int(number)
         return int(base) ** int(exponent) if power else int(text)

@@ -31,7 +31,7 @@ def lock_folder(folder: Path, remedy: str) -> IO[str]:
         raise _in_use(folder, path.read_text(), remedy) from None
     except PermissionError as error:
         raise ConfigError(
-            f"run folder {folder} cannot be written; ask its owner, {folder.owner()}, or use another --exp_name"
+            f"run folder {folder} cannot be written; ask its owner, {_owner(folder)}, or use another --exp_name"
         ) from error
     try:
         taken = not _try_lock(file)
@@ -48,6 +48,13 @@ def lock_folder(folder: Path, remedy: str) -> IO[str]:
     return file
 
 
+def _owner(path: Path) -> str:
+    try:
+        return path.owner()
+    except KeyError:  # of another machine
+        return f"user {path.stat().st_uid}"
+
+
 def _in_use(folder: Path, holder: str, remedy: str) -> ConfigError:
     return ConfigError(f"run folder {folder} is in use by {holder.strip() or 'another run'}; {remedy}")
 
@@ -56,9 +63,17 @@ def _in_use(folder: Path, holder: str, remedy: str) -> ConfigError:
 def wait_for_lock(path: Path, say: Callable[[str], object]) -> Iterator[None]:
     """Take turns: hold the lock of the file ``path`` and so of its folder, after waiting for the process that has it,
     which ``say`` is told. Raises: OSError, also from a file system without locks."""
-    with _open_shared(path) as file:
+    waits = f"waiting for another process that prepares {path.parent}"
+    try:
+        shared = _open_shared(path)
+    except BlockingIOError:  # a colleague's process has it
+        say(waits)
+        with open(path) as other:
+            fcntl.lockf(other, fcntl.LOCK_SH)
+        shared = _open_shared(path)
+    with shared as file:
         if not _try_lock(file):
-            say(f"waiting for another process that prepares {path.parent}")
+            say(waits)
             fcntl.lockf(file, fcntl.LOCK_EX)
         yield
 
@@ -68,6 +83,8 @@ def _open_shared(path: Path) -> IO[str]:
     try:
         file = open(path, "a+")  # noqa: SIM115  # stays open: the lock lives as long as the file
     except PermissionError:
+        if not path.exists():
+            raise
         _remove_free_lock(path)  # of a colleague who made it for himself
         file = open(path, "a+")  # noqa: SIM115
     with contextlib.suppress(PermissionError):  # it is somebody else's

@@ -52,13 +52,15 @@ def documents_of(positions_BS: torch.Tensor) -> Documents:
 def documents_without_target(
     documents: Documents,
     labels_Bs: torch.Tensor,
+    weights_Bs: torch.Tensor | None = None,
     *,
     first: int = 0,
     S: int | None = None,
     total: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """True for the tokens of documents none of whose labels is a target, bool ``[B, s]``: the unused end of a row, as data
-    that says no more about its padding has it. A single token may be the last one of a text, and is not padding.
+    """True for the tokens of documents none of whose labels is a target of a weight above 0, bool ``[B, s]``: the unused
+    end of a row, as data that says no more about its padding has it. A single token may be the last one of a text, and is
+    not padding.
 
     ``labels_Bs`` is the part of the rows that begins at column ``first`` of ``S``; ``total`` sums the targets of every
     document, int64 ``[n_documents]``, over the other parts.
@@ -69,7 +71,10 @@ def documents_without_target(
     document_Bs = torch.searchsorted(documents.cu_seqlens, token_Bs.to(torch.int32), right=True) - 1
     lengths = documents.cu_seqlens.diff()
     targets = torch.zeros(lengths.shape, dtype=torch.int64, device=labels_Bs.device)
-    targets.scatter_add_(0, document_Bs.flatten(), (labels_Bs != IGNORE_INDEX).flatten().long())
+    valid_Bs = labels_Bs != IGNORE_INDEX
+    if weights_Bs is not None:
+        valid_Bs &= weights_Bs != 0
+    targets.scatter_add_(0, document_Bs.flatten(), valid_Bs.flatten().long())
     if total is not None:
         targets = total(targets)
     return ((targets == 0) & (lengths > 1))[document_Bs]

@@ -47,7 +47,7 @@ def routed_tokens(
     if padding_Bs is None and documents is not None:
         s = labels_Bs.shape[1]
         place = {"first": state.group_rank("sep") * s, "S": state.layout.sep * s} if state is not None else {}
-        padding_Bs = documents_without_target(documents, labels_Bs, total=total, **place)
+        padding_Bs = documents_without_target(documents, labels_Bs, weights_Bs, total=total, **place)
     number = _count(labels_Bs, padding_Bs)
     valid_Bs = labels_Bs != IGNORE_INDEX
     targets = (valid_Bs if weights_Bs is None else weights_Bs * valid_Bs).sum(dtype=torch.float64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -86,8 +87,11 @@ def another_of_this_name(config: Config, folder: Path) -> str | None:
     changed, or mistyped, begins another run."""
     if config.train.debug or complete_checkpoints(folder):
         return None
+    name = re.compile(re.escape(config.logging.exp_name) + "_[0-9a-f]{8}")
     siblings = [
-        path for path in folder.parent.glob(f"{config.logging.exp_name}_*/config.json") if path.parent != folder
+        path
+        for path in folder.parent.glob("*/config.json")
+        if path.parent != folder and name.fullmatch(path.parent.name)
     ]
     for file in sorted(siblings, key=lambda path: path.stat().st_mtime, reverse=True):
         try:

@@ -23,12 +23,12 @@ from tinytron.interop import about_ignored, load_pretrained
 from tinytron.model.protocols import require_gpt
 from tinytron.training.config import Config
 
-# A checkpoint continues only where these are the same; other differences are the user's choice and are printed.
 _LENGTHS = ("train.max_steps", "train.max_train_tokens", "train.max_epochs")
 _CHANGES_NUMBERS = (
     *_LENGTHS,
     *("parallel.grad_reduce_dtype", "train.disable_tf32", "train.spike_sigma", "train.spike_action"),
 )
+# A checkpoint continues only where these are the same; other differences are the user's choice and are printed.
 _FIXED_ON_RESUME = ("model.", "train.total_batch_size", "train.seq_len", "seed.seed")
 
 
