@@ -99,7 +99,7 @@ def _no_end(tokens: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
         (lambda f: _change(f, _no_end, told=True), f"train_000000.docs: a document does not begin at {EOT}"),
         (lambda f: _change(f, lambda t: t[:-1], told=True), "train_000000.bin: 499 tokens, but the manifest says 500"),
         (lambda f: (f / "train_000001.bin").unlink(), "train_000001.bin: cannot be read (No such file or directory)"),
-        (lambda f: (f / "train_000001.bin").write_bytes(b"x" * 1025), "train_000001.bin is text, not tokens"),
+        (lambda f: (f / "train_000001.bin").write_bytes(b"x" * 1025), "train_000001.bin: this is text, not tokens"),
         (lambda f: (f / "val_000000.docs").unlink(), "val_000000.docs: cannot be read"),
         (
             lambda f: write_shard(f / "val_000000.docs", [0], np.uint32),

@@ -266,7 +266,7 @@ def test_ids_of_the_wrong_width_are_refused(tmp_path: Path) -> None:
 def test_a_text_is_not_taken_for_tokens(tmp_path: Path, text: str, headerless: Any) -> None:
     path = tmp_path / "input.txt"
     path.write_text(text)
-    with pytest.raises(DataError, match=r"input\.txt is text, not tokens; tokenize it first: tinytron tokenize "):
+    with pytest.raises(DataError, match=r"input\.txt: this is text, not tokens; tokenize it first: tinytron tokenize "):
         read_header(path, headerless)
 
 

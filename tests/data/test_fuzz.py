@@ -3,6 +3,7 @@ DataError; never another exception, another length or other tokens."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import re
@@ -53,13 +54,25 @@ WHOLE: dict[str, bytes] = {
 INTERESTING = [0, 1, 2, 7, 8, 9, 10, -1, -9, -512, 518, 2**31 - 1, -(2**31), TIML, LLMC, LLMC_WIDE, TIML + 1]
 
 
+def is_text(content: bytes) -> bool:
+    """Whether these are 32 bytes or more of printable characters, of which the last may be cut."""
+    whole = [content[: len(content) - cut] for cut in range(4)]
+    for part in whole:
+        with contextlib.suppress(UnicodeDecodeError):
+            text = part.decode().removeprefix("\ufeff")
+            return len(content) >= 32 and not re.search(
+                r"[^\t\r\n -~]", "".join(c for c in text if not c.isprintable())
+            )
+    return False
+
+
 def meaning(content: bytes, headerless: str | None = None, weights: bool = False) -> tuple[int, str, list[Any]] | None:
     """Where the values start, the letter of their type and the values; None if the file does not say."""
     size = len(content)
     numbers = struct.unpack(f"<{min(4, size // 4)}i", content[: min(4, size // 4) * 4])
     magic = numbers[0] if numbers else None
     if magic not in (TIML, LLMC, LLMC_WIDE):
-        if headerless is None or size % struct.calcsize(headerless):
+        if headerless is None or size % struct.calcsize(headerless) or is_text(content[:1024]):
             return None
         start, letter, count = 0, headerless, size // struct.calcsize(headerless)
     elif (

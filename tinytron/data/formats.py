@@ -66,7 +66,7 @@ def read_header(
     known = magic == MAGIC or magic in _LLMC
     if not known and _is_text(raw):
         raise DataError(
-            f"{path} is text, not tokens; tokenize it first: tinytron tokenize --dataset_path {path} --train_bpe 4096"
+            f"{path}: this is text, not tokens; tokenize it first: tinytron tokenize --dataset_path {path} --train_bpe 4096"
         )
     if headerless is not None and not known:
         return _headerless(path, size, np.dtype(headerless).newbyteorder("<"))
@@ -115,12 +115,14 @@ def _is_short(numbers: list[int], raw: bytes, size: int) -> bool:
 
 
 def _is_text(raw: bytes) -> bool:
-    """Whether the first bytes of a file are those of a text in UTF-8: tokens have a zero byte, or one that is no letter,
-    sooner."""
-    text = raw.decode("utf-8", "replace").rstrip("\ufffd")  # the last character may be cut
-    return len(raw) >= 32 and all(
-        character.isprintable() or character in "\t\r\n" for character in text.lstrip("\ufeff")
-    )
+    """Whether the first bytes of a file are those of a text in UTF-8: tokens soon have a byte that no text has."""
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if error.start < len(raw) - 3:  # not only the last character, which is cut
+            return False
+        text = raw[: error.start].decode("utf-8-sig")
+    return len(raw) >= 32 and all(character.isprintable() or character in "\t\r\n" for character in text)
 
 
 def _headerless(path: Path, size: int, dtype: np.dtype[Any]) -> ShardHeader:
