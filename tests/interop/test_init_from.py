@@ -233,6 +233,15 @@ def test_the_folder_alone_says_what_the_model_is(llama: Path) -> None:
     )
 
 
+def test_sequences_are_as_long_as_the_model_reads_unless_given(llama: Path) -> None:
+    own = architecture_of(str(llama)).block_size
+    assert own < 4096
+    config = build_config(parse_args(["--init_from", str(llama)]))
+    assert (config.train.seq_len, config.model.block_size) == (own, own)
+    config = build_config(parse_args(["--init_from", str(llama), "--seq_len", str(own // 2)]))
+    assert (config.train.seq_len, config.model.block_size) == (own // 2, own)
+
+
 def test_training_options_stay_free(llama: Path) -> None:
     flags = ("--dropout", 0.25, "--init_std", 0.5, "--moe_z_loss_coef", 0.5, "--vocab_size", 64, "--block_size", 16)
     model = build(llama, *flags).model

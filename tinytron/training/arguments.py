@@ -81,7 +81,8 @@ def parse_args(
 def build_config(args: argparse.Namespace) -> Config:
     """The frozen configuration. ``block_size`` is ``seq_len`` unless it is given: a model cannot use positions that it was
     not trained at. With ``--init_from`` the architecture is that of the weights, which flags of ``args.given`` must not
-    contradict. Raises: ConfigError for values that break a rule."""
+    contradict, and ``seq_len`` is no longer than they read, unless it is given. Raises: ConfigError for values that break a
+    rule."""
     values: dict[str, dict[str, Any]] = {}
     sections = all_sections(args.sections)
     for section, cls in sections.items():
@@ -93,6 +94,8 @@ def build_config(args: argparse.Namespace) -> Config:
         values["model"]["block_size"] = max(1, values["train"]["seq_len"])
     if args.init_from is not None:
         values["model"] = model_options(args.init_from, values["model"], args.given & values["model"].keys())
+        if "seq_len" not in args.given:  # the default may be longer than the model reads
+            values["train"]["seq_len"] = min(values["train"]["seq_len"], values["model"]["block_size"])
     config = Config.of({section: cls(**values[section]) for section, cls in sections.items()})
     check_exportable(config)
     return config
