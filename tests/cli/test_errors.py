@@ -168,7 +168,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name in ("good", "corrupt", "truncated", "large"):
             write_shard(place / name / "train_0.bin", tokens)
             write_shard(place / name / "train_1.bin", tokens)
-    (place / "corrupt/train_1.bin").write_bytes(b"x" * 2000)
+    (place / "corrupt/train_1.bin").write_bytes(b"x\0" * 1000)
     (place / "truncated/train_1.bin").write_bytes((place / "truncated/train_1.bin").read_bytes()[:-3])
     write_shard(place / "large/train_1.bin", np.where(np.arange(200) == 10, 61, tokens))
     write_shard(place / "short/train_0.bin", tokens[:12])
