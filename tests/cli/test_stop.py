@@ -19,6 +19,7 @@ from tinytron.training import Trainer
 Pools = Callable[[int], Ranks]
 TERM, USR1, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
 LONG = (*TINY, "--max_steps", 10**6, "--log_dir", "log", "--log_every", 10, "--save_every_steps", 10**5)
+HEARD = "Ctrl-C: the run ends, and saves, after this step; a second one ends it at once\n"  # if that takes two seconds
 HANG = """
 import time
 from tinytron.cli import entry
@@ -88,7 +89,8 @@ def test_a_signal_saves_and_ends_in_one_line(
     tmp_path: Path, number: signal.Signals, to: str, flags: tuple[object, ...]
 ) -> None:
     finished = _stop(tmp_path, number, to, *flags)
-    assert (finished.code, finished.stderr) == (130 if number == INT else 0, "")
+    assert finished.code == (130 if number == INT else 0)
+    assert finished.stderr in ("", HEARD if number == INT else "")
     folder = next((tmp_path / "log").glob("tiny_*"))
     last = list(losses(read_logs(folder)[0]))[-1]
     name = "Ctrl-C" if number == INT else number.name
@@ -134,7 +136,9 @@ def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path: Path, processes: int) ->
     finally:
         kill(process)
     assert finished.code == 130
-    assert set(finished.stderr.splitlines()) == {f"second {'SIGTERM' if processes else 'SIGINT'}: leaving at once"}
+    second = f"second {'SIGTERM' if processes else 'SIGINT'}: leaving at once"
+    assert second in finished.stderr
+    assert finished.stderr.replace(second, "").replace(HEARD, "").strip() == ""
     assert not list(tmp_path.glob("log/*/*_meta.pt"))
 
 
@@ -151,7 +155,7 @@ def test_ctrl_c_in_a_long_step_is_acknowledged(tmp_path: Path) -> None:
     finally:
         kill(process)
     assert finished.code == 130
-    assert finished.stderr == "Ctrl-C: the run ends, and saves, after this step; a second one ends it at once\n"
+    assert finished.stderr == HEARD
     assert "stopped by Ctrl-C: saved; run the same command again to resume" in finished.stdout
 
 

@@ -38,6 +38,7 @@ class _Forwarder:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._received_at = 0.0
+        self._starting = False
         self._workers: PContext | None = None
         self._start = local_elastic_agent.start_processes
         self._numbers = heard()
@@ -47,9 +48,13 @@ class _Forwarder:
     def start_processes(self, *args: Any, **kwargs: Any) -> PContext:
         """What the agent calls for its workers, also to restart them."""
         self._stop_if_asked()
+        self._starting = True  # an exception now would leave workers behind that nobody knows
         self._workers = self._start(*args, **kwargs)
+        self._starting = False
         for number in self._numbers:  # again: torchrun has just put its own handler there
             signal.signal(number, self._forward)
+        if self.received is not None:
+            self._send(self.received)
         return self._workers
 
     def _forward(self, number: int, frame: object) -> None:
@@ -59,9 +64,15 @@ class _Forwarder:
             number = signal.SIGTERM
         else:
             self.received, self._received_at = signal.Signals(number), time.monotonic()
+        if self._starting:
+            return
         if self._workers is None:
             self._stop_if_asked()
             return
+        self._send(number)
+
+    def _send(self, number: int) -> None:
+        assert self._workers is not None, "there are workers"
         for pid in self._workers.pids().values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
