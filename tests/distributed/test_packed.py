@@ -154,7 +154,7 @@ def test_documents_across_cuts_with_experts(ranks: Pools, world: int, ep: int) -
 def test_documents_without_a_target_are_padding_across_cuts(ranks: Pools, world: int, ep: int) -> None:
     for found in ranks(world).run(_differences, Case(moe=True, ep=ep, padded=True)):
         assert not found, found
-    total = Mutant("tinytron.model.modules.routed:routed_tokens", "labels_Bs, total=total", "labels_Bs")
+    total = Mutant("tinytron.model.modules.routed:routed_tokens", "weights_Bs, total=total", "weights_Bs")
     for found in ranks(world).run(_differences, Case(moe=True, ep=ep, padded=True), total):
         assert found, "a rank that judges by its own part alone is not seen"
 
