@@ -47,6 +47,13 @@ def _wait_for(what: Callable[[], object], process: subprocess.Popen[str]) -> Non
         time.sleep(0.005)
 
 
+def _reach(line: str, process: subprocess.Popen[str]) -> None:
+    """Read what ``process`` prints up to ``line``."""
+    assert process.stdout is not None
+    while process.stdout.readline() != f"{line}\n":
+        assert process.poll() is None
+
+
 def _training(cwd: Path) -> bool:
     return any((cwd / "log").glob("tiny_*/log.txt"))
 
@@ -125,9 +132,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path: Path, processes: int) ->
     (tmp_path / "slow.py").write_text(SLOW_STEP)
     process = start(*LONG, cwd=tmp_path, processes=processes, script=tmp_path / "slow.py")
     try:
-        assert process.stdout is not None
-        while process.stdout.readline() != "slow\n":
-            assert process.poll() is None
+        _reach("slow", process)
         process.send_signal(INT)
         time.sleep(1)
         assert process.poll() is None
@@ -147,9 +152,7 @@ def test_ctrl_c_in_a_long_step_is_acknowledged(tmp_path: Path) -> None:
     (tmp_path / "finishes.py").write_text(SLOW_STEP)
     process = start(*LONG, cwd=tmp_path, script=tmp_path / "finishes.py")
     try:
-        assert process.stdout is not None
-        while process.stdout.readline() != "slow\n":
-            assert process.poll() is None
+        _reach("slow", process)
         process.send_signal(INT)
         finished = finish(process, timeout=60)
     finally:
@@ -165,8 +168,8 @@ def test_ctrl_c_before_training_is_one_line_for_all_ranks(tmp_path: Path) -> Non
     )
     process = start(cwd=tmp_path, processes=2, script=tmp_path / "script.py")
     try:
-        assert process.stdout is not None
-        assert [process.stdout.readline(), process.stdout.readline()] == ["up\n", "up\n"]
+        _reach("up", process)
+        _reach("up", process)
         time.sleep(0.5)
         process.send_signal(INT)
         finished = finish(process, timeout=30)

@@ -15,8 +15,8 @@ from tinytron.errors import DataError
 
 
 def one_pass(loader: Iterable[Any], seed: int, rank: int = 0, number: int = 0) -> Iterator[Any]:
-    """What ``loader`` gives. Up to its first item, when torch's samplers shuffle and workers get their seeds, (seed, rank,
-    number) seed the global CPU generator; after that it has its state of before."""
+    """The items of ``loader``. Up to the first one, when torch's samplers shuffle and workers get their seeds, (seed, rank,
+    number) seed the global CPU generator; then its old state is put back."""
     digest = hashlib.sha256(f"{seed}:{rank}:{number}".encode()).digest()
     generator = torch.default_generator
     state = generator.get_state()
@@ -48,8 +48,7 @@ def endless(loader: Iterable[Any], seed: int, rank: int, skip: int = 0) -> Itera
 
 
 def _epoch_setters(loader: Any) -> list[Any]:
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    parts = [getattr(loader, "dataset", None), getattr(loader, "sampler", None), batch_sampler, loader]
-    parts.insert(2, getattr(batch_sampler, "sampler", None))
+    dataset, sampler, batch_sampler = (getattr(loader, name, None) for name in ("dataset", "sampler", "batch_sampler"))
+    parts = [dataset, sampler, getattr(batch_sampler, "sampler", None), batch_sampler, loader]
     distinct = {id(part): part for part in parts}.values()
     return [part.set_epoch for part in distinct if callable(getattr(part, "set_epoch", None))]

@@ -12,7 +12,7 @@ from tinytron.data.manifest import TOKENIZER, TokenizerFacts, read_manifest
 from tinytron.data.mixture_file import read_mixture
 from tinytron.data.remote import local_dataset_path
 from tinytron.errors import ConfigError
-from tinytron.text.tokenizer_files import END_TOKENS, named_end, read_specials, read_vocabulary, tokenizer_file
+from tinytron.text.tokenizer_files import named_end, read_specials, read_vocabulary, tokenizer_file, usual_ends
 from tinytron.text.tokenizers import TextTokenizer, from_file, from_hub, from_tiktoken
 from tinytron.utils.remote import is_remote
 from tinytron.utils.texts import whole_characters
@@ -162,8 +162,8 @@ def _own_end(file: Path) -> int | None:
         vocabulary, specials = read_vocabulary(file), read_specials(file)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    usual = sorted(END_TOKENS, key=lambda token: token not in specials)  # as in tokenizing, a word only last
-    return next((vocabulary[token] for token in (named_end(file), *usual) if token in vocabulary), None)
+    candidates = (named_end(file), *usual_ends(specials))
+    return next((vocabulary[token] for token in candidates if token in vocabulary), None)
 
 
 def find_tokenizer(

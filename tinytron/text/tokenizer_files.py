@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,11 @@ from tinytron.utils.texts import without_bom
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<eot>")  # where a tokenizer names none
+
+
+def usual_ends(specials: Collection[str]) -> list[str]:
+    """``END_TOKENS``, those that are ``specials`` first: an ordinary word of the vocabulary ends documents only last."""
+    return sorted(END_TOKENS, key=lambda token: token not in specials)
 
 
 def read_vocabulary(path: Path) -> dict[str, int]:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinytron.errors import ConfigError, DataError
-from tinytron.text.tokenizer_files import END_TOKENS, named_end
+from tinytron.text.tokenizer_files import END_TOKENS, named_end, usual_ends
 from tinytron.utils.optional import as_data_error, require_package
 from tinytron.utils.texts import without_bom
 
@@ -65,8 +65,7 @@ class TextTokenizer:
         """The token that separates documents, and its id: ``wanted``, or else the tokenizer's own, or else the first of
         ``END_TOKENS`` that it has. Raises: ConfigError naming tokens that it has if that gives none."""
         candidates = list(dict.fromkeys(t for t in (self.end, *END_TOKENS, *self.specials) if t and self._has(t)))
-        known = sorted(END_TOKENS, key=lambda token: token not in self.specials)  # a word of the vocabulary only last
-        for token in (wanted,) if wanted is not None else (self.end, *known):
+        for token in (wanted,) if wanted is not None else (self.end, *usual_ends(self.specials)):
             if token is not None and (number := self.token_id(token)) is not None:
                 return token, number
         rule, advice = "there is no known end-of-text token in", ["--eot_position none"]
