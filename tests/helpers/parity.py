@@ -303,12 +303,16 @@ def differences(case: Case, results: Sequence[dict[str, Any]], tolerance: float 
         if mine.shape != theirs.shape:
             found.append(f"{what}: {mine.size} values, expected {theirs.size}")
             return
+        if (np.isnan(mine) != np.isnan(theirs)).any():
+            found.append(f"{what}: NaN at {np.flatnonzero(np.isnan(mine))}, expected {np.flatnonzero(np.isnan(theirs))}")
+            return
+        mine, theirs = mine[~np.isnan(mine)], theirs[~np.isnan(theirs)]
         error = np.linalg.norm(mine - theirs) / max(float(np.linalg.norm(theirs)), 1e-30)
         if not error <= tolerance:
             found.append(f"{what}: relative error {error:.2e}")
 
     log = results[0]["log"]
-    compare("losses", [entry["loss"] for entry in log], expected.losses)
+    compare("losses", [float(entry["loss"]) for entry in log], expected.losses)  # JSON has no NaN: it is a text
     compare("logged norms", [entry["grad_norm"] for entry in log], expected.norms)
     for name in expected.aux[0]:
         compare(f"logged {name}", [entry[name] for entry in log], [aux[name] for aux in expected.aux])

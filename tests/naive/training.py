@@ -144,6 +144,6 @@ def _backward(weights: Weights, batch: tuple[torch.Tensor, ...], shape: Shape, r
             aux["moe_z"] += float(z.detach())
         loss.backward()
         load = load + np.array([sum(r.chosen.sum((0, 1)).double().numpy() for r in routings) for routings in layers])
-    outcome.losses.append(float(token))
+    outcome.losses.append(float(token) if (batch[1] != -100).any() else math.nan)  # no mean of nothing
     outcome.aux.append(aux)
     return load

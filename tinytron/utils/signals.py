@@ -61,7 +61,8 @@ class StopRequest:
         numbers = heard(numbers)
         old_handlers = {number: signal.signal(number, _leave_to_the_thread) for number in numbers}
         old_writer = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._read, args=(reader, numbers), name="stop signals", daemon=True).start()
+        thread = threading.Thread(target=self._read, args=(reader, numbers), name="stop signals", daemon=True)
+        thread.start()
         try:
             yield
         finally:
@@ -70,6 +71,7 @@ class StopRequest:
                 signal.signal(number, handler or signal.SIG_DFL)  # None: one that was not made in Python
             with writer:
                 writer.send(_END)
+            thread.join()  # until then it keeps this object, and whoever ``first`` belongs to, alive
 
     def _read(self, reader: socket.socket, numbers: Sequence[signal.Signals]) -> None:
         with reader:
