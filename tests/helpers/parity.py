@@ -304,7 +304,9 @@ def differences(case: Case, results: Sequence[dict[str, Any]], tolerance: float 
             found.append(f"{what}: {mine.size} values, expected {theirs.size}")
             return
         if (np.isnan(mine) != np.isnan(theirs)).any():
-            found.append(f"{what}: NaN at {np.flatnonzero(np.isnan(mine))}, expected {np.flatnonzero(np.isnan(theirs))}")
+            found.append(
+                f"{what}: NaN at {np.flatnonzero(np.isnan(mine))}, expected {np.flatnonzero(np.isnan(theirs))}"
+            )
             return
         mine, theirs = mine[~np.isnan(mine)], theirs[~np.isnan(theirs)]
         error = np.linalg.norm(mine - theirs) / max(float(np.linalg.norm(theirs)), 1e-30)

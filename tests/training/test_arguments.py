@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from typing import Any
 
@@ -278,6 +279,12 @@ def test_whole_numbers_may_be_written_with_an_exponent(text: str, value: int) ->
     assert parse_args(["--max_train_tokens", text]).max_train_tokens == value
 
 
+@pytest.mark.parametrize("text", [str(2**63), "2**63", "10**64", "9.3e18"])
+def test_whole_numbers_have_64_bits(text: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--seed: {re.escape(text)} has more than 64 bits; use at most {2**63 - 1}"):
+        parse_args(["--seed", text])
+
+
 @pytest.mark.parametrize("text", ["1.5", "1.55e1", "1e400", "1e-3", "e6"])
 def test_other_numbers_are_not_whole(text: str) -> None:
     with pytest.raises(ConfigError, match="is not a whole number"):
@@ -290,3 +297,9 @@ def test_numbers_are_finite(name: str, value: str) -> None:
     with pytest.raises(ConfigError, match=rf"--{name} {value} must be"):
         build_config(parse_args([f"--{name}", value]))
     assert build_config(parse_args(["--grad_clip_value", "inf"])).train.grad_clip_value == float("inf")
+
+
+@pytest.mark.parametrize("name", ["max_lr", "min_lr", "weight_decay", "adam_eps", "z_loss_coef", "embedding_lr_mult"])
+def test_amounts_that_fp32_turns_into_infinity_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--{name} 1e\+300 must be in 0\.\."):
+        build_config(parse_args([f"--{name}", "1e300"]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -46,7 +45,9 @@ class ModelConfig:
     position_type: Annotated[
         Literal["rotary", "learned"], Flag("queries and keys turned by position, or a table of block_size vectors")
     ] = "rotary"
-    rope_theta: Annotated[float, Flag("base of the rotary position frequencies", above=1, works=10000.0)] = 10000.0
+    rope_theta: Annotated[
+        float, Flag("base of the rotary position frequencies", above=1, at_most=1e30, works=10000.0)
+    ] = 10000.0
     rotary_fraction: Annotated[float, Flag("leading part of every head that is turned", "0 to 1")] = 1.0
     rope_scaling: Annotated[
         Literal["none", "linear", "llama3", "yarn"],
@@ -103,6 +104,7 @@ class ModelConfig:
         Flag(
             "weight of the load-balance loss, a mean over tokens summed over layers",
             at_least=0,
+            at_most=1e6,
             works=0,
         ),
     ] = 0.01
@@ -112,10 +114,10 @@ class ModelConfig:
     ] = "sequence"
     moe_z_loss_coef: Annotated[
         float,
-        Flag("weight of the squared log-sum of the router's logits, likewise", at_least=0, works=0),
+        Flag("weight of the squared log-sum of the router's logits, likewise", at_least=0, at_most=1e6, works=0),
     ] = 0.0
     moe_bias_update_rate: Annotated[
-        float, Flag("step of the loss-free balancing bias; 0: no bias", at_least=0, works=0)
+        float, Flag("step of the loss-free balancing bias; 0: no bias", at_least=0, at_most=1e6, works=0)
     ] = 0.0
 
     def __post_init__(self) -> None:
@@ -206,8 +208,8 @@ def _check_rotation(config: ModelConfig) -> None:
         )
     if config.rope_scaling == "none":
         return
-    if not 1 <= config.rope_scaling_factor < math.inf:
-        raise ConfigError(f"--rope_scaling_factor {config.rope_scaling_factor} must be at least 1; use 8.0")
+    if not 1 <= config.rope_scaling_factor <= 1e6:
+        raise ConfigError(f"--rope_scaling_factor {config.rope_scaling_factor} must be in 1..1e6; use 8.0")
     if config.rope_scaling in ("llama3", "yarn") and (config.rope_original_block_size or 0) < 1:
         raise ConfigError(
             f"--rope_scaling {config.rope_scaling} needs the length the model had before; "
@@ -217,12 +219,13 @@ def _check_rotation(config: ModelConfig) -> None:
         ("rope_low_freq_factor", "rope_high_freq_factor", "1.0 and 4.0"),
         ("rope_beta_slow", "rope_beta_fast", "1.0 and 32.0"),
     ):
-        if not 0 < getattr(config, low) < getattr(config, high) < math.inf:
+        if not 1e-6 <= getattr(config, low) < getattr(config, high) <= 1e6:
             raise ConfigError(
-                f"--{low} {getattr(config, low)} must be positive and below --{high} {getattr(config, high)}; use {pair}"
+                f"--{low} {getattr(config, low)} must be below --{high} {getattr(config, high)}, and both in 1e-6..1e6; "
+                f"use {pair}"
             )
-    if config.rope_attention_factor is not None and not 0 < config.rope_attention_factor < math.inf:
-        raise ConfigError(f"--rope_attention_factor {config.rope_attention_factor} must be positive; use 1.0")
+    if config.rope_attention_factor is not None and not 1e-6 <= config.rope_attention_factor <= 1e6:
+        raise ConfigError(f"--rope_attention_factor {config.rope_attention_factor} must be in 1e-6..1e6; use 1.0")
 
 
 def _check_layers(config: ModelConfig) -> None:

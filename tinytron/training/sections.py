@@ -96,7 +96,9 @@ class TrainingConfig:
             choices=tuple(DTYPES),
         ),
     ] = "bf16"
-    z_loss_coef: Annotated[float, Flag("weight of the squared log-partition term in the loss", at_least=0)] = 0.0
+    z_loss_coef: Annotated[
+        float, Flag("weight of the squared log-partition term in the loss", at_least=0, at_most=1e6)
+    ] = 0.0
     recompute: Annotated[
         Recompute,
         Flag(
@@ -150,31 +152,35 @@ class OptimConfig:
     """The optimizer and its schedule."""
 
     optimizer: Annotated[Literal["adam", "muon"], Flag("AdamW, or Muon for matrices with AdamW for the rest")] = "adam"
-    max_lr: Annotated[float, Flag("peak learning rate", at_least=0)] = 4e-3
-    min_lr: Annotated[float, Flag("learning rate of the last step (cosine, wsd)", at_least=0)] = 3e-5
+    max_lr: Annotated[float, Flag("peak learning rate", at_least=0, at_most=1000)] = 4e-3
+    min_lr: Annotated[float, Flag("learning rate of the last step (cosine, wsd)", at_least=0, at_most=1000)] = 3e-5
     warmup_steps: Annotated[int, Flag("linear warm-up; cut to a tenth of a shorter run", "steps", at_least=0)] = 1000
     lr_schedule: Annotated[str, Flag("shape after the warm-up", choices=tuple(SCHEDULES))] = "cosine"
     wsd_decay_fraction: Annotated[
         float, Flag("last part of the steps in which wsd decays", above=0, at_most=1, works=0.1)
     ] = 0.1
     wsd_decay_shape: Annotated[str, Flag("how wsd decays", choices=tuple(DECAY_SHAPES))] = "cosine"
-    weight_decay: Annotated[float, Flag("decoupled weight decay of matrices and embeddings", at_least=0)] = 0.1
+    weight_decay: Annotated[
+        float, Flag("decoupled weight decay of matrices and embeddings", at_least=0, at_most=1000)
+    ] = 0.1
     decay_embeddings: Annotated[bool, Flag("decay the token embedding too")] = True
     decay_all: Annotated[bool, Flag("decay every parameter, norms and biases too")] = False
     adam_beta1: Annotated[float, Flag("decay of the first moment", at_least=0, below=1, works=0.9)] = 0.9
     adam_beta2: Annotated[float, Flag("decay of the second moment", at_least=0, below=1, works=0.9)] = 0.95
-    adam_eps: Annotated[float, Flag("added to the root of the second moment", at_least=0)] = 1e-8
+    adam_eps: Annotated[float, Flag("added to the root of the second moment", at_least=0, at_most=1)] = 1e-8
     muon_momentum: Annotated[float, Flag("momentum of Muon", at_least=0, below=1, works=0.9)] = 0.95
     muon_ns_steps: Annotated[int, Flag("iterations of Muon's orthogonalization", at_least=1)] = 5
     muon_normuon: Annotated[bool, Flag("NorMuon: divide Muon's update by its running root mean square")] = False
     muon_beta2: Annotated[float, Flag("decay of NorMuon's second moment", at_least=0, below=1, works=0.9)] = 0.95
     muon_cautious: Annotated[bool, Flag("weight decay only where it agrees in sign with Muon's update")] = False
-    matrix_lr_mult: Annotated[float, Flag("learning-rate multiplier of matrices", at_least=0)] = 1.0
-    embedding_lr_mult: Annotated[float, Flag("learning-rate multiplier of the (tied) token embedding", at_least=0)] = (
+    matrix_lr_mult: Annotated[float, Flag("learning-rate multiplier of matrices", at_least=0, at_most=1e6)] = 1.0
+    embedding_lr_mult: Annotated[
+        float, Flag("learning-rate multiplier of the (tied) token embedding", at_least=0, at_most=1e6)
+    ] = 1.0
+    head_lr_mult: Annotated[float, Flag("learning-rate multiplier of an untied head", at_least=0, at_most=1e6)] = 1.0
+    scalar_lr_mult: Annotated[float, Flag("learning-rate multiplier of norms and biases", at_least=0, at_most=1e6)] = (
         1.0
     )
-    head_lr_mult: Annotated[float, Flag("learning-rate multiplier of an untied head", at_least=0)] = 1.0
-    scalar_lr_mult: Annotated[float, Flag("learning-rate multiplier of norms and biases", at_least=0)] = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

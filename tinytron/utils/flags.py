@@ -203,20 +203,23 @@ def add_flag(group: argparse._ActionsContainer, info: FieldInfo) -> None:
 
 
 def whole_number(text: str) -> int:
-    """``134217728``, also spelled ``2**27``, ``134_217_728`` or, if it is whole, ``1e6``. Raises:
+    """``134217728``, also spelled ``2**27``, ``134_217_728`` or, if it is whole, ``1e6``; of 64 bits. Raises:
     argparse.ArgumentTypeError."""
     base, power, exponent = text.partition("**")
     try:
         if power and not 0 <= int(exponent) <= 64:
             raise ValueError
         if re.fullmatch(r"[\d.]+[eE]\+?\d{1,2}", text):
-            number = Decimal(text)
-            if number != int(number) or number >= 2**63:
+            number = int(exact := Decimal(text))
+            if number != exact:
                 raise ValueError
-            return int(number)
-        return int(base) ** int(exponent) if power else int(text)
+        else:
+            number = int(base) ** int(exponent) if power else int(text)
     except (ValueError, InvalidOperation):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number like 1000000, 1e6 or 2**20") from None
+    if not -(2**63) <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} has more than 64 bits; use at most {2**63 - 1}")
+    return number
 
 
 class _Switch(argparse.BooleanOptionalAction):
