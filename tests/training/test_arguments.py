@@ -228,7 +228,7 @@ def test_a_value_of_the_wrong_type_is_told(arguments: list[str], text: str) -> N
 
 
 def test_negative_numbers_are_values_not_flags() -> None:
-    assert refusal("--max_lr", "-0.5") == "--max_lr -0.5 must be at least 0"
+    assert refusal("--max_lr", "-0.5") == "--max_lr -0.5 must be in 0..1000"
 
 
 def test_arguments_default_to_those_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,6 +277,12 @@ def test_paths_are_read_as_the_shell_would(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(("text", "value"), [("1e6", 10**6), ("1.5e6", 1_500_000), ("1E+3", 1000), ("2**27", 2**27)])
 def test_whole_numbers_may_be_written_with_an_exponent(text: str, value: int) -> None:
     assert parse_args(["--max_train_tokens", text]).max_train_tokens == value
+
+
+def test_only_paths_begin_as_in_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    args = parse_args(["--exp_name=~a", "--log_dir=~/runs", "--eval_tasks", "~/a.jsonl", "b.jsonl"])
+    assert (args.exp_name, args.log_dir, args.eval_tasks) == ("~a", "/home/me/runs", ["/home/me/a.jsonl", "b.jsonl"])
 
 
 @pytest.mark.parametrize("text", [str(2**63), "2**63", "10**64", "9.3e18"])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from tinytron.utils.paths import expanded, files_below, tidy
+from tinytron.errors import ConfigError
+from tinytron.utils.paths import expanded, files_below, one_spelling, user_path
 from tinytron.utils.texts import numbered_lines, whole_characters
 
 BOM = b"\xef\xbb\xbf"
@@ -60,23 +62,25 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
 def test_a_path_begins_as_the_shell_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("RUNS", "/scratch/runs")
-    monkeypatch.delenv("NONE", raising=False)
-    found = {text: expanded(text) for text in ("~/runs", "$RUNS/a", "${RUNS}", "$NONE/a", "a~b$RUNS", "<|end|>")}
+    found = {text: expanded(text) for text in ("~/runs", "~", "$RUNS/a", "${RUNS}", "a~b$RUNS", "./$RUNS", "./~a")}
     assert list(found.values()) == [
-        "/home/me/runs",
-        "/scratch/runs/a",
-        "/scratch/runs",
-        "$NONE/a",
-        "a~b$RUNS",
-        "<|end|>",
-    ]
+        "/home/me/runs", "/home/me", "/scratch/runs/a", "/scratch/runs", "a~b$RUNS", "./$RUNS", "./~a"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["$NONE/a", "${NONE}", "~nobody-here/a", "$ /a", "$"])
+def test_a_path_names_no_user_or_variable_that_is_not_there(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NONE", raising=False)
+    with pytest.raises(ConfigError, match=re.escape(f"write ./{text} if its name begins so")):
+        user_path(text)
 
 
 def test_a_folder_has_one_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "here" / "run").mkdir(parents=True)
-    (tmp_path / "other").mkdir()
+    (run := tmp_path / "here" / "run").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
-    for text in ("run", "run/", "./run", "../here/run", str(tmp_path / "here" / "run"), "run/../run"):
-        assert tidy(text) == "run"
-    assert tidy("../other/") == tidy(str(tmp_path / "other")) == str(tmp_path / "other")
-    assert tidy("openai-community/gpt2") == "openai-community/gpt2"
+    for text in ("run", "run/", "./run", "../here/run", str(run), "run/../run", "../link/run"):
+        assert one_spelling(text) == str(run.resolve())
+    monkeypatch.chdir(tmp_path)
+    assert one_spelling("here/run") == str(run.resolve())
+    assert one_spelling("openai-community/gpt2") == "openai-community/gpt2"

@@ -30,21 +30,25 @@ class TokenizeOptions:
     A flag with ``identity`` is part of what the tokens are; the others decide how and where they are made.
     """
 
-    dataset_path: Annotated[str, Flag("file, folder or pattern of text, or name of a data set on the hub")] = ""
+    dataset_path: Annotated[
+        str, Flag("file, folder or pattern of text, or name of a data set on the hub", path=True)
+    ] = ""
     dataset_name: Annotated[str | None, Flag("configuration of a data set on the hub, such as sample-10BT")] = None
     dataset_split: Annotated[str, Flag("split of a data set on the hub; the files are named by it")] = "train"
     dataset_text_key: Annotated[str, Flag("key of the text in a row")] = "text"
     streaming: Annotated[
         bool, Flag("read a data set on the hub row by row, without a copy on disk", identity=False)
     ] = False
-    cache_dir: Annotated[str | None, Flag("where data sets and tokenizers of the hub are kept", identity=False)] = None
+    cache_dir: Annotated[
+        str | None, Flag("where data sets and tokenizers of the hub are kept", identity=False, path=True)
+    ] = None
     trust_remote_code: Annotated[bool, Flag("allow a tokenizer on the hub to run code of its own", identity=False)] = (
         False
     )
 
-    tokenizer_name: Annotated[str | None, Flag("tokenizer: name on the hub or folder")] = None
+    tokenizer_name: Annotated[str | None, Flag("tokenizer: name on the hub or folder", path=True)] = None
     encoding_name: Annotated[str | None, Flag("tokenizer: encoding of tiktoken, such as gpt2")] = None
-    tokenizer_path: Annotated[str | None, Flag("tokenizer: a tokenizer.json file")] = None
+    tokenizer_path: Annotated[str | None, Flag("tokenizer: a tokenizer.json file", path=True)] = None
     train_bpe: Annotated[
         int | None,
         Flag(
@@ -98,9 +102,9 @@ class TokenizeOptions:
     ] = 0
     seed: Annotated[int, Flag("seed of --shuffle_buffer")] = 0
 
-    output_dir: Annotated[str | None, Flag("where the shards go; default: data/<name of the data>", identity=False)] = (
-        None
-    )
+    output_dir: Annotated[
+        str | None, Flag("where the shards go; default: data/<name of the data>", identity=False, path=True)
+    ] = None
     split_name: Annotated[str | None, Flag("train or val, for the names of the files; default: --dataset_split")] = None
     token_dtype: Annotated[Literal["uint16", "uint32"], Flag("type of a token; uint16 up to 65536 of them")] = "uint16"
     file_format: Annotated[Literal["timl", "llmc"], Flag("header of the shards; llmc: as llm.c reads them")] = "timl"
@@ -124,7 +128,7 @@ class TokenizeOptions:
         ),
     ] = 0.0
     val_path: Annotated[
-        str | None, Flag("file, folder or pattern of text whose documents go to val_*.bin, all of them")
+        str | None, Flag("file, folder or pattern of text whose documents go to val_*.bin, all of them", path=True)
     ] = None
     min_file_index: Annotated[
         int,

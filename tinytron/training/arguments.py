@@ -12,7 +12,7 @@ from tinytron.interop import model_options
 from tinytron.training.config import Config, all_sections
 from tinytron.training.run.exports import check_exportable
 from tinytron.utils.flags import Parser, add_flag, config_fields, parse_strictly
-from tinytron.utils.paths import tidy
+from tinytron.utils.paths import one_spelling
 
 NONE: Mapping[str, type] = MappingProxyType({})
 
@@ -89,7 +89,7 @@ def build_config(args: argparse.Namespace) -> Config:
         found = {info.name: getattr(args, info.name) for info in config_fields(cls)}
         values[section] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
     if args.init_from is not None:
-        values["ckpt"]["init_from"] = tidy(args.init_from)  # part of the run's identity, however it is spelled
+        values["ckpt"]["init_from"] = one_spelling(args.init_from)  # part of the run's identity, however it is spelled
     if args.init_from is None and "block_size" not in args.given:
         values["model"]["block_size"] = max(1, values["train"]["seq_len"])
     if args.init_from is not None:

@@ -48,13 +48,13 @@ class TrainingConfig:
     ] = None
     eval_tasks: Annotated[
         tuple[str, ...],
-        Flag("files of multiple-choice items to answer during training (docs/inference.md)", identity=False),
+        Flag("files of multiple-choice items to answer during training (docs/inference.md)", identity=False, path=True),
     ] = ()
     eval_every: Annotated[
         int, Flag("interval of eval_tasks; 0: only after the last step", "steps", identity=False, at_least=0)
     ] = 0
     eval_tokenizer: Annotated[
-        str | None, Flag("tokenizer.json for eval_tasks; default: the one beside the shards", identity=False)
+        str | None, Flag("tokenizer.json for eval_tasks; default: the one beside the shards", identity=False, path=True)
     ] = None
     split_rate: Annotated[
         float | None,
@@ -192,6 +192,7 @@ class DataConfig:
         Flag(
             "folder or URL with train_*.bin and val_*.bin, a pattern of shards, or a mixture.json; default: mock data",
             identity=False,
+            path=True,
         ),
     ] = None
     token_dtype: Annotated[
@@ -300,13 +301,16 @@ class CkptConfig:
     resume: Annotated[bool, Flag("continue from the newest checkpoint of the run's folder", identity=False)] = True
     resume_path: Annotated[
         str | None,
-        Flag("start from this run folder or <step>_model.pt, until the run has a checkpoint", identity=False),
+        Flag(
+            "start from this run folder or <step>_model.pt, until the run has a checkpoint", identity=False, path=True
+        ),
     ] = None
     init_from: Annotated[
         str | None,
         Flag(
             "begin with the weights, and the architecture, of a Hugging Face folder or hub name, or of a run: a folder or "
-            "<step>_model.pt"
+            "<step>_model.pt",
+            path=True,
         ),
     ] = None
 
@@ -316,7 +320,7 @@ class LoggingConfig:
     """What is printed and written."""
 
     exp_name: Annotated[str, Flag("first part of the run folder's name")] = "gpt"
-    log_dir: Annotated[str, Flag("where run folders are made: a folder or a URL", identity=False)] = "./log/"
+    log_dir: Annotated[str, Flag("where run folders are made: a folder or a URL", identity=False, path=True)] = "./log/"
     log_every: Annotated[
         int, Flag("interval of reports and of writing the log files", "steps", identity=False, at_least=1)
     ] = 10

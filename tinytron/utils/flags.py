@@ -28,7 +28,7 @@ class Flag:
     folder) or only of how it is executed (layout, paths, intervals, limits). The bounds hold for numbers that are not
     ``None``, and NaN keeps none; ``works`` is a value that the error proposes, ``rule`` says the bounds in other words.
     Only with ``infinite`` may a number be that. ``choices`` are the allowed values, where the type is not a ``Literal`` of
-    them: usually a table's keys.
+    them: usually a table's keys. A ``path`` may begin with ``~`` or a ``$VARIABLE``.
     """
 
     help: str
@@ -42,6 +42,7 @@ class Flag:
     rule: str = ""
     choices: tuple[str, ...] | None = None
     infinite: bool = False
+    path: bool = False
 
     @property
     def text(self) -> str:
@@ -195,10 +196,10 @@ def add_flag(group: argparse._ActionsContainer, info: FieldInfo) -> None:
     elif typing.get_origin(info.type) is tuple:
         inner = typing.get_args(info.type)
         count = "*" if inner[-1] is Ellipsis else len(inner)
-        kind = expanded if inner[0] is str else inner[0]
+        kind = expanded if info.flag.path else inner[0]
         group.add_argument(f"--{name}", nargs=count, type=kind, default=default, help=text)
     else:
-        kind = {int: whole_number, str: expanded}.get(info.type, info.type)
+        kind = expanded if info.flag.path else whole_number if info.type is int else info.type
         group.add_argument(f"--{name}", type=kind, default=default, help=text, metavar=info.type.__name__.upper())
 
 

@@ -6,13 +6,20 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from tinytron.errors import ConfigError
+
 
 def expanded(text: str) -> str:
-    """``text`` with a ``~`` or a ``$VARIABLE`` at its start as the shell reads them, which it does not in ``--flag=~/x``,
-    a file or a variable's value. Other texts stay as they are."""
-    if text.startswith("~"):
-        return os.path.expanduser(text)
-    return os.path.expandvars(text) if text.startswith("$") else text
+    """The path ``text`` with a ``~`` or a ``$VARIABLE`` at its start as the shell reads them, which it does not in
+    ``--flag=~/x``, a file or a variable's value. Raises: ConfigError if there is no such user or variable."""
+    if text.startswith("~") and (home := os.path.expanduser(text)) != text:
+        return home
+    if text.startswith("$") and (known := os.path.expandvars(text)) != text:
+        return known
+    if text.startswith(("~", "$")):
+        what = "a user's home, and there is no such user" if text[0] == "~" else "a variable that is not set"
+        raise ConfigError(f"the path {text} begins with {what}; write ./{text} if its name begins so")
+    return text
 
 
 def user_path(text: str) -> Path:
@@ -20,12 +27,9 @@ def user_path(text: str) -> Path:
     return Path(expanded(text))
 
 
-def tidy(text: str) -> str:
-    """One spelling of a path that exists, seen from the current folder if it is below that; other texts stay."""
-    if not os.path.exists(text):
-        return text
-    relative = os.path.relpath(text)
-    return os.path.abspath(text) if relative.startswith(os.pardir) else relative
+def one_spelling(text: str) -> str:
+    """A path that exists without links, from the root: the same from every folder; other texts stay."""
+    return os.path.realpath(text) if os.path.exists(text) else text
 
 
 def files_below(folder: Path, *, hidden: bool = True) -> Iterator[Path]:
