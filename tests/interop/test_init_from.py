@@ -135,6 +135,19 @@ def test_own_weights_begin_a_run_too(ranks: Pools, tmp_path: Path, source: str) 
     assert list(mine.values()) == pytest.approx(list(theirs.values()), rel=1e-9)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "llama tied biased"])
+def test_own_weights_get_rows_for_more_tokens_too(tmp_path: Path, name: str) -> None:
+    save(name, tmp_path / "hf", torch.float32)
+    import_model(str(tmp_path / "hf"), tmp_path / "own", torch.float32)
+    config = dataclasses.replace(architecture_of(str(tmp_path / "hf")), vocab_size=VOCAB + 7)
+    mine, theirs = GPT(config, seed=None), GPT(config, seed=None)
+    load_pretrained(mine, str(tmp_path / "own"))
+    load_pretrained(theirs, str(tmp_path / "hf"))
+    for (key, own), other in zip(mine.state_dict().items(), theirs.state_dict().values(), strict=True):
+        assert torch.equal(own, other), key
+    assert torch.equal(mine.state_dict()["wte.weight"][VOCAB], mine.state_dict()["wte.weight"][:VOCAB].mean(0))
+
+
 def _said(folder: Path, log_dir: Path) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as shown:
         run(folder, log_dir, "--max_steps", 1)

@@ -62,6 +62,13 @@ ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq
         (LLAMA, {"embedding_multiplier": 12}, "embedding_multiplier = 12 is not supported; Tinytron does not know"),
         (LLAMA, {"attention_temperature": 2}, "attention_temperature = 2 is not supported; Tinytron does not know"),
         (LLAMA, {"num_dropped_layers": 1}, "num_dropped_layers = 1 is not supported; Tinytron does not know"),
+        *(
+            (LLAMA, {key: value}, f"{key} = {value!r} is not supported; Tinytron does not know this setting")
+            for key, value in {
+                "scoring_func": "sigmoid", "n_group": 8, "interleave": True, "pre_ln": 1, "zero_centered": True,
+                "num_meta_tokens": 128, "attention_sink_token": 4, "fp8": True, "load_in_4bit": True, "use_post_ln": True,
+            }.items()
+        ),
         (LLAMA, {"use_qk_norm": True}, "use_qk_norm = True is not supported; Tinytron does not know"),
         (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported; other keys say 1.0"),
         (
@@ -90,7 +97,7 @@ ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq
         (LLAMA, {"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}}, "truncate = False is not supported"),
         (
             LLAMA, {"rope_scaling": ROPE | {"low_freq_factor": 5.0}},
-            "config.json describes no model that Tinytron can build: --rope_low_freq_factor 5.0 must be positive and below",
+            "config.json describes no model that Tinytron can build: --rope_low_freq_factor 5.0 must be below",
         ),
         (
             LLAMA, {"num_key_value_heads": 3},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 from tests.helpers.corpus import EOT, make_texts, make_tokenizer, tokenize, write_jsonl
+from tests.helpers.ranks import Ranks
+from tests.helpers.runs import config_of
 from tests.interop.families import change_config, save
 from tinytron.checkpoint import load_model
 from tinytron.cli.export import about_tokens
@@ -23,8 +26,10 @@ from tinytron.interop.tokenizer import TokenizerFiles
 from tinytron.model import GPT, ModelConfig
 from tinytron.text.run_tokenizer import TokenFacts, tokenizer_of_run
 from tinytron.text.tokenizers import from_file, from_tiktoken
+from tinytron.training import Trainer
 
 pytest.importorskip("tokenizers")
+Pools = Callable[[int], Ranks]
 V = 420  # ids of the model; the tokenizers have fewer
 
 
@@ -276,3 +281,69 @@ def test_more_than_one_end_stops_generation(made: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [None, "2", True, -1, [], [None, "x"]])
 def test_what_is_no_id_is_no_end(value: Any) -> None:
     assert TokenFacts.of_import({"eos_token_id": value}) == TokenFacts()
+
+
+# A run from a model that has been imported, or from another run, on data that tells nothing of its tokens.
+
+
+def _begin(source: Path, log_dir: Path, *flags: object) -> Path:
+    trainer = Trainer(config_of(
+        *("--init_from", source, "--log_dir", log_dir, "--use_mock_data", "--mock_data_num_samples", 8, "--seq_len", 8),
+        *("--total_batch_size", 32, "--batch_size", 2, "--max_steps", 1, "--precision", "fp32"),
+        *("--vocab_size", V, *flags),
+    ))  # fmt: skip
+    trainer.train()
+    return trainer.log_dir
+
+
+@pytest.mark.parametrize("source", ["hf", "own", "run", "trained"])
+def test_a_run_inherits_the_tokens_of_what_it_began_with(ranks: Pools, made: Path, tmp_path: Path, source: str) -> None:
+    """Also over two generations, and when what it began with is gone."""
+    save("llama tied biased", tmp_path / "hf")
+    shutil.copy(made / "odd" / "tokenizer.json", tmp_path / "hf")
+    change_config(tmp_path / "hf", eos_token_id=[5, 9], bos_token_id=7, pad_token_id=3)
+    begin, expected, prepend = tmp_path / source, ((5, 9), 7, 3), False
+    if source in ("own", "run"):
+        import_model(str(tmp_path / "hf"), tmp_path / "own", torch.float32)
+    if source == "run":
+        (begin, *_) = ranks(1).run(_begin, tmp_path / "own", tmp_path / "first")
+    if source == "trained":
+        write_run(begin, made / "data")
+        expected, prepend = ((0,), 0, None), True
+    (run, *_) = ranks(2).run(_begin, begin, tmp_path / "log", "--save_every_steps", 1, "--export_every", 1)
+    for folder in {begin, tmp_path / "hf", tmp_path / "own"}:
+        shutil.rmtree(folder, ignore_errors=True)
+    _, config = load_model(run)
+    found = tokenizer_of_run(config, None, run)
+    assert (found.stop_tokens, found.prepend) == (expected[0], prepend)
+    assert (run / "tokenizer.json").read_bytes() == (
+        made / ("" if source == "trained" else "odd") / "tokenizer.json"
+    ).read_bytes()
+    export(run, tmp_path / "again")
+    (during,) = (run / "export").glob("step_*")
+    for out in (during, tmp_path / "again"):
+        content = read(out, "config")
+        ends = expected[0][0] if len(expected[0]) == 1 else list(expected[0])
+        assert [content[f"{name}_token_id"] for name in ("eos", "bos", "pad")] == [ends, *expected[1:]]
+        assert (out / "tokenizer.json").is_file()
+
+
+def test_the_tokens_of_the_data_come_before_inherited_ones(ranks: Pools, made: Path, tmp_path: Path) -> None:
+    save("llama tied biased", tmp_path / "hf")
+    shutil.copy(made / "odd" / "tokenizer.json", tmp_path / "hf")
+    change_config(tmp_path / "hf", eos_token_id=5)
+    (run, *_) = ranks(1).run(_begin, tmp_path / "hf", tmp_path / "log", "--dataset_path", made / "data")
+    _, config = load_model(run)
+    found = tokenizer_of_run(config, None, run)
+    assert (found.stop_tokens, found.prepend) == ((0,), True)
+    assert found.tokenizer.name == from_file(made / "data" / "tokenizer.json").name
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_not_inherited(ranks: Pools, made: Path, tmp_path: Path) -> None:
+    """Some models come with one; it would make their exports fail."""
+    save("llama tied biased", tmp_path / "hf")
+    shutil.copy(made / "tokenizer.json", tmp_path / "hf")
+    (run, *_) = ranks(1).run(
+        _begin, tmp_path / "hf", tmp_path / "log", "--save_every_steps", 1, "--export_every", 1, "--vocab_size", 41
+    )
+    assert not (run / "tokenizer.json").exists()

@@ -47,8 +47,9 @@ def is_saved_model(path: Path) -> bool:
         return any(path.glob("*_model.pt"))
 
 
-def saved_model(path: Path) -> SavedModel:
-    """The newest model of a folder, or that of a weights file, compared with the checksums of its checkpoint.
+def saved_model(path: Path, *, check: bool = True) -> SavedModel:
+    """The newest model of a folder, or that of a weights file, compared with the checksums of its checkpoint, for which
+    the whole file is read, unless ``check`` is false.
 
     The checkpoint's own record describes it; weights without one are described by ``config.json`` next to them. Raises:
     CheckpointError if there are no weights or no description, or they are not what was written.
@@ -57,7 +58,7 @@ def saved_model(path: Path) -> SavedModel:
     files = checkpoint_of(file)
     if files is not None and files.meta.is_file():
         meta = read_meta(files.meta)
-        verify(files.folder, meta.files, [file.name] if file.name in meta.files else [])
+        verify(files.folder, meta.files, [file.name] if check and file.name in meta.files else [])
         return SavedModel(file, model_config_of(_sections(meta.run, files.meta), files.meta), meta)
     consolidated = read_file(file, mmap=True).get("meta")
     if isinstance(consolidated, dict):

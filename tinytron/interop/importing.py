@@ -39,7 +39,7 @@ def import_model(name: str, out: Path, dtype: torch.dtype, say: Callable[[str], 
     if ignored := load_pretrained(model, name):
         say(f"read {name}{about_ignored(ignored)}")
     folder = model_folder(name, weights=False, more=TOKENIZER_FILES)
-    tokens = TokenFacts.of_import(read_json(folder / CONFIG)).as_import()
+    tokens = TokenFacts.of_import(read_json(folder / CONFIG)).as_section()
     config = {"model": dataclasses.asdict(model.config), TOKENS: tokens}
     description = {"config": config, "source": name, "versions": {"tinytron": tinytron.__version__}}
     with new_folder(out) as made:

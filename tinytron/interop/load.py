@@ -32,7 +32,7 @@ def architecture_of(name: str) -> ModelConfig:
     """The architecture of the weights that ``--init_from`` names: a folder or file of Tinytron's, a folder of Hugging
     Face's, or a name on its hub. Raises: ConfigError, CheckpointError."""
     if is_saved_model(Path(name)):
-        return saved_model(Path(name)).config
+        return saved_model(Path(name), check=False).config
     return _architecture(model_folder(name, weights=False)).config
 
 
@@ -90,13 +90,29 @@ def load_pretrained(model: GPT, name: str) -> list[str]:
     if is_saved_model(Path(name)):
         saved = saved_model(Path(name))
         _require_same(model.config, saved.config, name)
-        load_weights(model, saved.weights(), str(saved.file), model.state)
+        load_weights(model, _with_rows(saved.weights(), model.config.vocab_size), str(saved.file), model.state)
         return []
     folder = model_folder(name, weights=True)
     family, config, ignored = _architecture(folder)
     _require_same(model.config, config, name)
     load_hf(model, HFWeights(folder), family, config.vocab_size)
     return list(ignored)
+
+
+def _with_rows(weights: dict[str, torch.Tensor], vocab_size: int) -> dict[str, torch.Tensor]:
+    """``weights`` with rows for as many tokens; what is too large stays, and is found to be wrong."""
+    tables = {name: weights[name] for name in _VOCABULARY if name in weights and weights[name].ndim}
+    more = {n: table.new_empty(vocab_size, *table.shape[1:]) for n, table in tables.items() if len(table) < vocab_size}
+    for name, rows in more.items():
+        rows[: len(tables[name])] = tables[name]
+        _fill(rows, len(tables[name]))
+    return {**weights, **more}
+
+
+def _fill(rows: torch.Tensor, known: int) -> None:
+    """Set the rows behind the first ``known`` ones to their mean."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    rows[known:] = rows[:known].mean(0, dtype=wide).to(rows.dtype)
 
 
 def about_ignored(keys: Sequence[str]) -> str:
@@ -129,8 +145,7 @@ def load_hf(model: GPT, weights: HFWeights, family: Family, vocab_size: int) -> 
         for part in family.parts(spec, rows, model.config, read.start[0]):
             part.view.copy_(weights.get(names[part.name]).view(part.view.shape))
         if spec.name in _VOCABULARY and len(ours) > vocab_size:
-            wide = torch.promote_types(ours.dtype, torch.float32)
-            ours[vocab_size:] = rows.mean(0, dtype=wide).to(ours.dtype)
+            _fill(ours, vocab_size)
         if ours is not held:
             held.copy_(box.within(read).cut(ours))
     for layer in model.moe_layers:

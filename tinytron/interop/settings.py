@@ -36,8 +36,10 @@ _TELLING_PARTS = re.compile(
     r"moe|router|routed|topk|act|activation\w*|residual\w*|parallel\w*|mlp|ffn|ff|\w*glu|gelu|silu|relu|conv\w*|ssm|"
     r"mamba|logits?|embed\w*|causal|bidirectional|prun\w+|lora|adapters?|mask\w*|sparse|sparsity|tied?|shared?|kv|qk|qkv|"
     r"query|queries|keys?|values?|cross|theta|base|alpha|beta|gamma|eps|epsilon|mup|nope|chunk\w*|skip\w*|gat(?:e|es|ed|ing)|"
-    r"blocks?|compress\w*|vocab|vocabulary|sinks?|latent|recurrent|mtp|nextn"
+    r"blocks?|compress\w*|vocab|vocabulary|sinks?|latent|recurrent|mtp|nextn|scor(?:e|es|ing)|func\w*|groups?|interleav\w*|"
+    r"pre|post|ln|zero|centered|meta|fp\d+|int\d+|\d+bits?|bits?|bnb|gptq|awq|order"
 )
+_TOKENS_IN_THE_SEQUENCE = re.compile(r"(?:^|_)(?:meta|sink|register|memory)_?tokens?")
 _REQUIRED = object()
 
 
@@ -142,6 +144,6 @@ class Settings:
 def _may_tell(key: str) -> bool:
     """Whether the name of an unknown key may be about the function."""
     name = key.lower()
-    if _HARMLESS_NAMES.search(name):
+    if _HARMLESS_NAMES.search(name) and not _TOKENS_IN_THE_SEQUENCE.search(name):
         return False
     return any(_TELLING_PARTS.fullmatch(part) for part in re.split(r"[^a-z0-9]+", name))

@@ -9,9 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tinytron.checkpoint.load import read_json
+from tinytron.checkpoint.model import CONFIG, is_saved_model, saved_model
 from tinytron.data.manifest import TOKENIZER, TokenizerFacts
 from tinytron.errors import ConfigError, DataError
-from tinytron.text.run_tokenizer import DataTokenizers, TokenFacts, file_of_run, token_facts, tokenizers_of_data
+from tinytron.interop.hub import model_folder
+from tinytron.text.run_tokenizer import (
+    TOKENS,
+    DataTokenizers,
+    TokenFacts,
+    file_of_run,
+    token_facts,
+    tokenizers_of_data,
+)
 from tinytron.text.tokenizer_files import TOKENIZER_CONFIG, read_vocabulary, token_text
 
 _MAP = "special_tokens_map.json"
@@ -104,6 +114,26 @@ def exported_tokenizer(
 def tokenizer_of_data(dataset_path: str | None, vocab_size: int) -> TokenizerFiles:
     """``exported_tokenizer`` for the data ``dataset_path`` alone."""
     return exported_tokenizer(vocab_size, {"dataset_path": dataset_path})
+
+
+def initial_tokens(name: str, vocab_size: int) -> TokenizerFiles:
+    """What a run of ``vocab_size`` tokens inherits from the weights ``name`` that it begins with (``--init_from``): the
+    facts about their tokens, and the files of their tokenizer unless it has ids that the run does not. Raises: ConfigError
+    or CheckpointError if the weights cannot be had."""
+    if is_saved_model(Path(name)):
+        saved = saved_model(Path(name), check=False)
+        known = {"checkpoint": saved.file, "imported": saved.section(TOKENS)}
+        try:
+            return exported_tokenizer(vocab_size, saved.section("data"), **known)
+        except ConfigError:
+            return TokenizerFiles((), TokenFacts.of_import(saved.section(TOKENS)))
+    folder = model_folder(name, weights=False, more=TOKENIZER_FILES)
+    facts, files = TokenFacts.of_import(read_json(folder / CONFIG)), files_in(folder)
+    try:
+        _vocabulary(files, vocab_size, name)
+    except ConfigError:
+        files = ()
+    return TokenizerFiles(files, facts)
 
 
 def files_in(folder: Path) -> tuple[Path, ...]:

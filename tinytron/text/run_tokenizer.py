@@ -17,7 +17,7 @@ from tinytron.text.tokenizers import TextTokenizer, from_file, from_hub, from_ti
 from tinytron.utils.remote import is_remote
 from tinytron.utils.texts import whole_characters
 
-TOKENS = "tokens"  # the section in the configuration of an imported model that has its ids of tokens
+TOKENS = "tokens"  # the section in the configuration of an imported model, or of a run from one, with its ids of tokens
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class TokenFacts:
 
     @classmethod
     def of_import(cls, ids: Mapping[str, Any]) -> TokenFacts:
-        """The facts in a Hugging Face config.json; values that are not ids are ignored."""
+        """The facts in a Hugging Face config.json, or in ``TOKENS``; values that are not ids are ignored."""
 
         def numbers(key: str) -> tuple[int, ...]:
             value = ids.get(f"{key}_token_id")
@@ -123,12 +123,16 @@ class TokenFacts:
             return tuple(number for number in values if type(number) is int and number >= 0)
 
         begin, pad = (next(iter(numbers(key)), None) for key in ("bos", "pad"))
-        return cls(numbers("eos"), False, begin, pad)
+        return cls(numbers("eos"), ids.get("prepend") is True, begin, pad)
 
     def as_import(self) -> dict[str, Any]:
-        """What ``of_import`` reads, in the keys of config.json; several ends are a list."""
+        """The ids in the keys of a Hugging Face config.json; several ends are a list."""
         ends: Any = list(self.ends) if len(self.ends) > 1 else self.end
         return {"bos_token_id": self.begin, "eos_token_id": ends, "pad_token_id": self.pad}
+
+    def as_section(self) -> dict[str, Any]:
+        """What ``TOKENS`` holds."""
+        return {**self.as_import(), "prepend": self.prepend}
 
 
 def token_facts(

@@ -22,8 +22,10 @@ from tinytron.distributed.agreement import agree, agree_slowly
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import CheckpointError, ConfigError
+from tinytron.interop.tokenizer import initial_tokens
 from tinytron.metrics.routing import keep_traces_until
 from tinytron.metrics.sinks.files import JsonLog, TextLog
+from tinytron.text.run_tokenizer import TOKENS
 from tinytron.training.config import Config
 from tinytron.training.world import first_on_node
 from tinytron.utils.lock import lock_folder
@@ -49,15 +51,20 @@ class RunFolder:
         self._lock = lock_run_folder(self.path, state)
         self.mirror = open_mirror(config, state)
         self.description = describe_run(config, state.layout)
+        self._tokenizer: tuple[Path, ...] = ()
+        if (name := config.ckpt.init_from) is not None:
+            tokens = agree_slowly(lambda: initial_tokens(name, config.model.vocab_size), state.groups["world"])
+            self._tokenizer = tokens.files
+            self.description["config"][TOKENS] = tokens.facts.as_section()
         copied = "" if self.mirror is None else f", copied to {self.mirror.remote.url}"
         self.notes = [f"run folder: {self.path}{copied}", *remove_leftovers_of_saves(config, self.path, state)]
         if state.is_master and (note := another_of_this_name(config, self.path)) is not None:
             self.notes.append(note)
 
     def begin(self, step: int) -> list[str]:
-        """Write ``config.json``, once it is clear that the run continues in this folder after ``step``; drop what routers
-        traced after that, which will be traced again; and at step 0 set the log of an earlier run aside, unless with
-        ``--debug``. Returns what there is to print. Collective.
+        """Write ``config.json``, and the tokenizer of the weights the run began with, once it is clear that the run
+        continues in this folder after ``step``; drop what routers traced after that, which will be traced again; and at
+        step 0 set the log of an earlier run aside, unless with ``--debug``. Returns what there is to print. Collective.
 
         Raises: ConfigError or, for the remote copy, StorageError on every rank: a run whose log folder cannot be written
         does not begin.
@@ -68,8 +75,11 @@ class RunFolder:
         def write() -> list[str]:
             aside = [] if step or self._config.train.debug else set_logs_aside(self.path)
             write_atomically(file, lambda out: out.write(text))
+            for source in self._tokenizer:
+                content = source.read_bytes()
+                write_atomically(self.path / source.name, lambda out, content=content: out.write(content))
             if self.mirror is not None:
-                self.mirror.remote.push(self.path, [file.name, *aside])
+                self.mirror.remote.push(self.path, [file.name, *(path.name for path in self._tokenizer), *aside])
             keep_traces_until(self.path, step)
             return [f"there is no checkpoint to continue from: kept the log so far as {aside[0]}"] if aside else []
 
