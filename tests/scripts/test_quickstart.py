@@ -133,10 +133,8 @@ def test_the_report_is_in_bits_per_byte(tmp_path: Path) -> None:
         *(flag for flag in TINY if flag != "--use_mock_data"),
         "--vocab_size",
         300,
-        "--block_size",
-        256,
-        "--max_steps",
-        4,
+        *("--seq_len", 32, "--block_size", 32, "--total_batch_size", 64),  # the report's prompts have 23 tokens
+        *("--max_steps", 4),
     ]
     path = Path(printed[printed.index("--dataset_path") + 1])
     flags += ["--dataset_path", path, "--do_val", "--log_dir", tmp_path / "log"]
@@ -145,7 +143,7 @@ def test_the_report_is_in_bits_per_byte(tmp_path: Path) -> None:
     (folder,) = (tmp_path / "log").iterdir()
     loss = float((folder / "log.txt").read_text().splitlines()[-1].split()[-1])
     tokens = tokens_of(path, "val")
-    count = (len(tokens) - 1) // 12 * 12
+    count = (len(tokens) - 1) // 32 * 32
     text = Naive(path / "tokenizer.json").tokenizer.decode(tokens[1 : count + 1]).encode()
     assert f"validation loss after 4 steps: {loss:.4f} nats per token" in report
     assert f"the same {len(text):,} held-out bytes in bits per byte" in report

@@ -187,16 +187,20 @@ def test_other_launchers_say_which_gpu_is_whose(name: str, monkeypatch: pytest.M
     assert place_in_world() == (5, 8, 0)
 
 
-@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
-def test_processes_that_torchrun_has_not_started_do_not_train_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "alone"), [
+    *((name, 1) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")),
+    *((name, 0) for name in ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK")),
+])  # fmt: skip
+def test_processes_that_torchrun_has_not_started_do_not_train_apart(
+    name: str, alone: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv(name, "1")
+    monkeypatch.setenv(name, str(alone))
     assert place_in_world() == (0, 1, 0)
-    monkeypatch.setenv(name, "4")
-    with pytest.raises(
-        ConfigError, match=rf"{name}=4, but RANK is not set: .* start one per node, which runs torchrun"
-    ):
+    monkeypatch.setenv(name, str(alone + 1))
+    text = rf"{name}={alone + 1}, but RANK is not set: several .* start one per node, which runs torchrun"
+    with pytest.raises(ConfigError, match=text):
         place_in_world()
     for variable, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(variable, value)

@@ -30,6 +30,19 @@ def test_the_log_of_a_run_without_a_checkpoint_is_kept(ranks: Pools, tmp_path: P
     assert (first.folder / "log.txt.2").read_text() == again.log
 
 
+def test_the_traces_of_its_routers_are_kept_too(ranks: Pools, tmp_path: Path) -> None:
+    experts = ("--use_moe", "--num_experts", 4, "--num_experts_per_tok", 2, "--moe_intermediate_size", 8)
+    flags = ("--no-do_save", "--log_every", 1, "--max_steps", 2, *experts)
+    first = ranks(2).run(train, Trainer, tmp_path, *flags, "--moe_route_trace")[0]
+    traces = {path.name: path.read_bytes() for path in first.folder.glob("routes_rank*.jsonl")}
+    assert sorted(traces) == ["routes_rank0.jsonl", "routes_rank1.jsonl"]
+    ranks(1).run(train, Trainer, tmp_path, *flags, "--moe_route_trace")
+    assert {path.name for path in first.folder.glob("routes_rank*.jsonl")} == {
+        "routes_rank0.jsonl"
+    }  # of one process now
+    assert {name: (first.folder / f"{name}.1").read_bytes() for name in traces} == traces
+
+
 def test_a_resumed_run_and_debugging_set_nothing_aside(ranks: Pools, tmp_path: Path) -> None:
     for flags in (("--max_steps", 2), ("--max_steps", 4)):
         run = ranks(1).run(train, Trainer, tmp_path / "saved", *flags)[0]

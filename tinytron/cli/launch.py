@@ -26,6 +26,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from tinytron.cli import entry
 from tinytron.errors import ConfigError
+from tinytron.utils.launcher import NAME_SECONDS, await_name
 from tinytron.utils.signals import SAME_SIGNAL_SECONDS, heard
 
 # Between SIGTERM and SIGKILL for the workers that are left when one has failed: without it they cannot save anyway.
@@ -85,6 +86,7 @@ class _Forwarder:
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Launch the workers and exit with the first failed one's status. Raises: ConfigError for what torchrun refuses."""
     args = _parse(sys.argv[1:] if argv is None else argv, prog)
+    _check_meeting_place(args)
     # What torchrun would set to 1, with a warning, for more than one worker.
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads_per_worker(args)))
     # A store of their own for restarted workers: in the shared one gloo finds the addresses of those before (torch 2.13).
@@ -130,6 +132,19 @@ def _parse(argv: Sequence[str], prog: str | None) -> argparse.Namespace:
 
     parser.error = refuse  # type: ignore[method-assign]
     return parser.parse_args(argv)
+
+
+def _check_meeting_place(args: argparse.Namespace) -> None:
+    """Raises: ConfigError for an address or a port at which torchrun would wait for ever."""
+    if args.standalone or args.rdzv_endpoint or args.rdzv_backend != "static":
+        return
+    if args.master_port is not None and not 1 <= args.master_port <= 65535:
+        raise ConfigError(
+            f"--master_port {args.master_port} (MASTER_PORT) must be in 1..65535; use 29500, or on one node --standalone, "
+            "which finds a free one"
+        )
+    several = str(args.nnodes) not in ("1", "1:1")
+    await_name(args.master_addr, seconds=NAME_SECONDS if several else 0.0)
 
 
 def _exit_stopped_by(number: signal.Signals) -> NoReturn:

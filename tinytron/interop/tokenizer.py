@@ -122,11 +122,11 @@ def initial_tokens(name: str, vocab_size: int) -> TokenizerFiles:
     or CheckpointError if the weights cannot be had."""
     if is_saved_model(Path(name)):
         saved = saved_model(Path(name), check=False)
-        known = {"checkpoint": saved.file, "imported": saved.section(TOKENS)}
+        tokens = saved.section(TOKENS)
         try:
-            return exported_tokenizer(vocab_size, saved.section("data"), **known)
+            return exported_tokenizer(vocab_size, saved.section("data"), checkpoint=saved.file, imported=tokens)
         except ConfigError:
-            return TokenizerFiles((), TokenFacts.of_import(saved.section(TOKENS)))
+            return TokenizerFiles((), TokenFacts.of_import(tokens))
     folder = model_folder(name, weights=False, more=TOKENIZER_FILES)
     facts, files = TokenFacts.of_import(read_json(folder / CONFIG)), files_in(folder)
     try:

@@ -14,7 +14,7 @@ from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import ConfigError, first_line
 from tinytron.training.config import Config
 from tinytron.training.derive import accumulation_steps
-from tinytron.utils.launcher import local_rank_variable
+from tinytron.utils.launcher import NAME_SECONDS, await_name, local_rank_variable
 from tinytron.utils.matmul import onednn_keeps_fp32, use_onednn
 from tinytron.utils.profile import measured_matmul_rate, peak_flops
 from tinytron.utils.training import DTYPES, seed_all, use_deterministic_kernels
@@ -92,6 +92,8 @@ def join_world(config: Config) -> ParallelState:
     if not joined:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
+            if config.parallel.init_method == "env://" and (host := os.environ.get("MASTER_ADDR")):
+                await_name(host, seconds=NAME_SECONDS if world_size > 1 else 0.0)
             try:
                 dist.init_process_group(backend, config.parallel.init_method, rank=rank, world_size=world_size)
             except (ValueError, RuntimeError) as error:
@@ -113,18 +115,19 @@ def join_world(config: Config) -> ParallelState:
     return state
 
 
-# How many processes srun, Open MPI and MPICH have started.
-_OTHER_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+# How many processes srun, Open MPI, MPICH and MVAPICH have started, and which of them this is.
+_OTHER_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+_OTHER_RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK")
 
 
 def place_in_world() -> tuple[int, int, int]:
     """Rank, world size and local rank from the launcher's environment; without one: the only process. Raises: ConfigError
     for what cannot be, and for processes that srun or mpirun started without torchrun's variables."""
     if "RANK" not in os.environ:
-        for name in _OTHER_LAUNCHERS:
-            if (count := os.environ.get(name, "1")).isdecimal() and int(count) > 1:
+        for name, alone in {**dict.fromkeys(_OTHER_COUNTS, 1), **dict.fromkeys(_OTHER_RANKS, 0)}.items():
+            if (text := os.environ.get(name, "")).isdecimal() and int(text) > alone:
                 raise ConfigError(
-                    f"{name}={count}, but RANK is not set: {count} processes would train apart; start one per node, "
+                    f"{name}={text}, but RANK is not set: several processes would train apart; start one per node, "
                     "which runs torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
                 )
     local = local_rank_variable(os.environ)

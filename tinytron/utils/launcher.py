@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import socket
+import sys
+import time
 from collections.abc import Mapping
+
+from tinytron.errors import ConfigError
 
 # The process's number on its node, as torchrun, srun, Open MPI and Intel MPI call it.
 _LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+NAME_SECONDS = 60.0  # to wait for the name of the first of several nodes
 
 
 def local_rank_variable(environment: Mapping[str, str]) -> str:
@@ -13,3 +19,23 @@ def local_rank_variable(environment: Mapping[str, str]) -> str:
     if a script has set ``RANK`` only. Without one, all processes of a node would take its first GPU."""
     names = _LOCAL_RANKS if "RANK" in environment else _LOCAL_RANKS[:1]
     return next((name for name in names if name in environment), _LOCAL_RANKS[0])
+
+
+def await_name(host: str, *, seconds: float, every: float = 2.0) -> None:
+    """Wait until ``host`` has an address: the name of a node that starts at the same time may not be known yet. Raises:
+    ConfigError after ``seconds``."""
+    end, waited = time.monotonic() + seconds, False
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() >= end:
+                raise ConfigError(
+                    f"the host name MASTER_ADDR={host} has no address ({error}); use the name or the IP address of the "
+                    "first node, such as 192.168.1.100, or 127.0.0.1 on one node"
+                ) from error
+        if not waited:
+            print(f"MASTER_ADDR={host} has no address yet; trying for {seconds:g} s", file=sys.stderr, flush=True)
+        waited = True
+        time.sleep(min(every, seconds))

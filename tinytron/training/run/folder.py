@@ -23,7 +23,7 @@ from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.interop.tokenizer import initial_tokens
-from tinytron.metrics.routing import keep_traces_until
+from tinytron.metrics.routing import ROUTES, keep_traces_until
 from tinytron.metrics.sinks.files import JsonLog, TextLog
 from tinytron.text.run_tokenizer import TOKENS
 from tinytron.training.config import Config
@@ -76,8 +76,7 @@ class RunFolder:
             aside = [] if step or self._config.train.debug else set_logs_aside(self.path)
             write_atomically(file, lambda out: out.write(text))
             for source in self._tokenizer:
-                content = source.read_bytes()
-                write_atomically(self.path / source.name, lambda out, content=content: out.write(content))
+                _copy(source, self.path / source.name)
             if self.mirror is not None:
                 self.mirror.remote.push(self.path, [file.name, *(path.name for path in self._tokenizer), *aside])
             keep_traces_until(self.path, step)
@@ -131,12 +130,25 @@ def _plain(value: Any) -> Any:
 
 
 def set_logs_aside(folder: Path) -> list[str]:
-    """Rename the log files of ``folder`` that hold anything to ``log.txt.1`` and so on; returns the new names."""
-    there = [name for name in LOGS if (folder / name).exists() and (folder / name).stat().st_size]
-    number = next(n for n in range(1, 10**6) if not any((folder / f"{name}.{n}").exists() for name in LOGS))
-    for name in there:
-        (folder / name).rename(folder / f"{name}.{number}")
-    return [f"{name}.{number}" for name in there]
+    """Rename the log files of ``folder`` that hold anything, and what routers traced, to ``log.txt.1`` and so on; returns
+    the new names."""
+    logs = [folder / name for name in LOGS]
+    there = [
+        path for path in (*logs, *sorted(folder.glob(ROUTES.format("*")))) if path.exists() and path.stat().st_size
+    ]
+    number = next(n for n in range(1, 10**6) if not any(_numbered(path, n).exists() for path in (*logs, *there)))
+    for path in there:
+        path.rename(_numbered(path, number))
+    return [_numbered(path, number).name for path in there]
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.name}.{number}")
+
+
+def _copy(source: Path, target: Path) -> None:
+    content = source.read_bytes()
+    write_atomically(target, lambda out: out.write(content))
 
 
 def run_folder(config: Config) -> Path:
