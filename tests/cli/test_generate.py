@@ -284,6 +284,7 @@ def test_the_longest_text_is_as_long_as_those_trained_on(run: Path) -> None:
     for added, expected in (
         ({"train": {"seq_len": 7}}, 7),
         ({"train": {"seq_len": 7}, "ckpt": {"init_from": "x"}}, own),
+        ({"train": {"seq_len": True}}, own),
     ):
         (run / "config.json").write_text(json.dumps(saved | {"config": saved["config"] | added}))
         model, config = load_model(run)

@@ -291,6 +291,10 @@ def test_files_of_no_split_are_named(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     assert [split_of(name) for name in ("tests_0.bin", "testing_0.bin", "trainset.bin")] == ["test", "test", "train"]
     assert [p.name for p in passed_over(str(tmp_path))] == ["interval.bin", "test_0.bin"]
+    assert [split_of(name) for name in ("test_train_0.bin", "train_test_0.bin")] == [
+        "test",
+        "train",
+    ]  # the first counts
     pattern = str(tmp_path / "*.bin")
     assert [p.name for p in find_shards(pattern, "train")] == ["interval.bin", "train.bin"]
     assert [p.name for p in passed_over(pattern)] == ["test_0.bin"]

@@ -260,6 +260,7 @@ def test_validation_text_that_cannot_be_used(made: Path, tmp_path: Path) -> None
     ):
         with pytest.raises(ConfigError, match=message):
             tokenize(*args, "--val_path", made / "c.jsonl", *flags)
+
     with pytest.raises(ConfigError, match=r"--val_path x .*local files; .*hub use --val_fraction"):
         tokenize("owner/name", *args[1:], "--val_path", "x")
 
@@ -344,3 +345,16 @@ def test_names_that_are_not_utf_8(made: Path, tmp_path: Path) -> None:
     assert manifest is not None
     assert manifest.source["path"] == str(folder)
     assert not tokenize(folder, made / "tokenizer.json", tmp_path / "out").fresh
+
+
+def test_a_split_without_a_document_names_its_files(made: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "short.jsonl", ["a", "b c"])
+    args = (made / "tokenizer.json", tmp_path / "out", "--min_chars", 10)
+    with pytest.raises(
+        DataError, match=r"--val_path .*short\.jsonl has no document to keep for val; use another, or a sm"
+    ):
+        tokenize(made / "c.jsonl", *args, "--val_path", tmp_path / "short.jsonl")
+    with pytest.raises(
+        DataError, match=r"--dataset_path .*short\.jsonl has no document to keep for train; use another"
+    ):
+        tokenize(tmp_path / "short.jsonl", *args, "--val_path", made / "c.jsonl")

@@ -66,6 +66,16 @@ def test_the_run_that_a_changed_flag_leaves_is_named(ranks: Pools, tmp_path: Pat
     assert another_of_this_name(config, run_folder(config)) is None
 
 
+def test_so_is_the_run_that_balanced_its_experts_over_other_sequences(ranks: Pools, tmp_path: Path) -> None:
+    experts = ("--use_moe", "--num_experts", 4, "--num_experts_per_tok", 2, "--moe_intermediate_size", 8)
+    flags = (*experts, "--moe_aux_loss_scope", "batch", "--max_steps", 2)
+    run = ranks(1).run(train, Trainer, tmp_path, *flags)[0]
+    same = config_of(*TINY, "--log_dir", tmp_path, *flags)
+    config = dataclasses.replace(same, dp_size=2)
+    note = another_of_this_name(config, run_folder(config))
+    assert note == f"this is a new run: {run.folder.name} has 2 steps, and differs in train.balanced_sequences"
+
+
 def test_a_longer_run_says_that_the_rate_follows(ranks: Pools, tmp_path: Path) -> None:
     ranks(1).run(train, Trainer, tmp_path, "--max_steps", 2)
     said = ranks(1).run(_said, tmp_path, "--max_steps", 4, "--grad_reduce_dtype", "bf16")[0]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tinytron.errors import ConfigError
+from tinytron.errors import ConfigError, DataError
 from tinytron.utils.paths import expanded, files_below, one_spelling, user_path
 from tinytron.utils.texts import numbered_lines, whole_characters
 
@@ -57,6 +59,20 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     names = sorted(str(path.relative_to(corpus)) for path in files_below(corpus, hidden=False))
     assert names == ["again/a.txt", "b.txt", "f.txt", "sub/c.txt"]
     assert len(list(files_below(corpus))) == 6
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(place: Any) -> Any:
+        if Path(place).name == "closed":
+            raise PermissionError(13, "Permission denied", str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"closed cannot be read \(Permission denied\); give it read permission"):
+        list(files_below(tmp_path))
 
 
 def test_a_path_begins_as_the_shell_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,6 +148,6 @@ def model_config_of(config: dict[str, Any], source: Path | str) -> ModelConfig:
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{source}: {error}") from error
     seq_len = config.get("train", {}).get("seq_len")
-    if isinstance(seq_len, int) and found.position_type == "rotary" and not config.get("ckpt", {}).get("init_from"):
+    if type(seq_len) is int and found.position_type == "rotary" and not config.get("ckpt", {}).get("init_from"):
         found = dataclasses.replace(found, block_size=min(found.block_size, seq_len))
     return found

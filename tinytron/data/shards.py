@@ -46,7 +46,7 @@ _SPLIT = re.compile(rf"(?<![a-z])({'|'.join(_SPLITS)}|held[-_ ]out|hold[-_ ]out)
 def split_of(name: str) -> str | None:
     """``train``, ``val`` or ``test`` for file names that have such a word, in any case, between other characters than
     letters: ``train_000001.bin``, ``fineweb-val-000000.bin``, ``Valid.bin``; else ``None``. A test split is neither trained
-    on nor validated on."""
+    on nor validated on. Of two such words the first one counts."""
     match = _SPLIT.search(name)
     return _SPLITS[re.sub("[-_ ]", "", match[1].lower())] if match else None
 

@@ -339,11 +339,13 @@ class _Run:
     def _empty_split(self, documents: dict[str, int]) -> DataError:
         """The error for one split that got all documents."""
         (empty,) = (split for split, count in documents.items() if not count)
-        count, fraction = sum(documents.values()), self.options.val_fraction
-        option = f"--val_path {self.options.val_path}" if self.options.val_path else f"--val_fraction {fraction:g}"
+        options, count = self.options, sum(documents.values())
+        if options.val_path:
+            place = f"--val_path {options.val_path}" if empty == "val" else f"--dataset_path {options.dataset_path}"
+            return DataError(f"{place} has no document to keep for {empty}; use another, or a smaller --min_chars")
         return DataError(
-            f"{option}: no document of {count} is for {empty} (a hash of the text decides); use more documents, "
-            f"another --val_fraction, or --val_path FILE"
+            f"--val_fraction {options.val_fraction:g}: no document of {count} is for {empty} (a hash of the text decides); "
+            "use more documents, another --val_fraction, or --val_path FILE"
         )
 
     def _nothing_kept(self) -> DataError:

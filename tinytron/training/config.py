@@ -23,7 +23,7 @@ from tinytron.training.sections import (
 )
 from tinytron.utils.flags import check_bounds, config_fields
 
-_BALANCED = "train.balanced_sequences"  # a value of the identity that no flag has
+BALANCED = "train.balanced_sequences"  # a value of the identity that no flag has
 
 __all__ = [
     "SECTIONS",
@@ -130,7 +130,7 @@ class Config:
         values = {
             f"{name}.{info}": getattr(section, info) for name, section in self for info in _identity(type(section))
         }
-        return values if self.balanced_sequences is None else {**values, _BALANCED: self.balanced_sequences}
+        return values if self.balanced_sequences is None else {**values, BALANCED: self.balanced_sequences}
 
     def default_identity(self) -> dict[str, Any]:
         """``identity`` with the default of every option."""

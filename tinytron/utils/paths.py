@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinytron.errors import ConfigError
+from tinytron.errors import ConfigError, DataError
 
 
 def expanded(text: str) -> str:
@@ -34,9 +34,10 @@ def one_spelling(text: str) -> str:
 
 def files_below(folder: Path, *, hidden: bool = True) -> Iterator[Path]:
     """The files below ``folder``, also behind links, in no particular order; a folder that is reached twice, as a link to
-    one of its parents is, counts once. Without ``hidden``, names that begin with a dot are left out."""
+    one of its parents is, counts once. Without ``hidden``, names that begin with a dot are left out. Raises: DataError for
+    a folder that cannot be read: what is in it would be missing in silence."""
     seen: set[tuple[int, int]] = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         status = os.stat(place)
         if (status.st_dev, status.st_ino) in seen:
             folders.clear()
@@ -47,3 +48,9 @@ def files_below(folder: Path, *, hidden: bool = True) -> Iterator[Path]:
             names = [name for name in names if not name.startswith(".")]
         folders.sort()  # which of two links to one folder counts does not depend on the file system
         yield from (path for name in names if (path := Path(place, name)).is_file())
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(
+        f"{error.filename} cannot be read ({error.strerror}); give it read permission, or take it out"
+    ) from error

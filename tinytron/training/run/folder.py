@@ -26,7 +26,7 @@ from tinytron.interop.tokenizer import initial_tokens
 from tinytron.metrics.routing import ROUTES, keep_traces_until
 from tinytron.metrics.sinks.files import JsonLog, TextLog
 from tinytron.text.run_tokenizer import TOKENS
-from tinytron.training.config import Config
+from tinytron.training.config import BALANCED, Config
 from tinytron.training.world import first_on_node
 from tinytron.utils.lock import lock_folder
 from tinytron.utils.remote import is_remote, local_folder
@@ -104,7 +104,8 @@ def another_of_this_name(config: Config, folder: Path) -> str | None:
     ]
     for file in sorted(siblings, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
-            saved = read_json(file)["config"]
+            description = read_json(file)
+            saved = {**description["config"], BALANCED: description.get("balanced_sequences")}
             checkpoints = complete_checkpoints(file.parent)
             differing = [
                 name for name, value in config.identity().items() if _saved(saved, name, value) != _plain(value)
@@ -121,6 +122,8 @@ def another_of_this_name(config: Config, folder: Path) -> str | None:
 
 
 def _saved(sections: dict[str, Any], name: str, default: Any) -> Any:
+    if name == BALANCED:
+        return sections[name]
     section, _, option = name.partition(".")
     return sections[section].get(option, _plain(default))
 
@@ -248,6 +251,7 @@ def describe_run(config: Config, layout: ParallelLayout) -> dict[str, Any]:
     return {
         "config": config.as_dict(),
         "config_hash": config.config_hash(),
+        "balanced_sequences": config.balanced_sequences,
         "world_size": layout.world_size,
         "command": sys.argv,
         "git": git_revision(),
