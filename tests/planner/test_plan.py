@@ -86,6 +86,15 @@ def test_every_precision_has_a_plan_on_a_gpu(dtype: torch.dtype, recompute: str)
         assert len(step.layers) == 2
 
 
+def test_what_fills_up_a_row_of_experts_tokens_is_marked() -> None:
+    """A byte a token, in each of the two micro-batches."""
+    flags = (*TINY, *EXPERTS, "--batch_size", 2, "--total_batch_size", 48)
+    packed, plain = (plan_run(config_of(*flags, *more), 1)[0].step for more in (("--packing", "best_fit"), ()))
+    assert packed.batch - plain.batch == 48
+    dense = (plan_run(config_of(*TINY, *more), 1)[0].step for more in (("--packing", "best_fit"), ()))
+    assert len({step.batch for step in dense}) == 1
+
+
 def test_plain_scores_cost_more_than_a_kernel() -> None:
     scores = 2 * 4 * 64 * 64 * 4
     assert _step(attn_backend="math").activations > _step().activations + 2 * scores

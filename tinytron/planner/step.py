@@ -31,12 +31,13 @@ class Workload:
     recompute: Recompute = "none"
     attn_backend: Backend = "auto"
     documents: bool = False
+    padding: bool = False
     device: DeviceKind = "cpu"
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of one rank. ``tables``: rotary angles, router biases and counters; ``batch``: ids and labels of a step;
+    """Bytes of one rank. ``tables``: rotary angles, router biases and counters; ``batch``: ids, labels and marks of a step;
     ``layers``: what each block keeps for its backward pass; ``activations``: these, the embedding's output, masks and the
     final norm; ``loss``: the gradients that the fused loss makes in the forward pass; ``peak``: activations, loss and
     whatever is alive beside them at the fullest moment, which is in ``peak_phase``."""
@@ -86,13 +87,14 @@ def step_memory(model: GPT, work: Workload, layout: ParallelLayout) -> StepMemor
             documents = Documents(torch.zeros(B + 1, dtype=torch.int32), work.seq_len)
         if work.attn_backend in VARLEN_BACKENDS:
             documents = None
-        inputs = [t for t in (ids_Bs, labels_Bs, positions) if t is not None]
+        padding = torch.zeros(B, s, dtype=torch.bool) if work.padding else None
+        inputs = [t for t in (ids_Bs, labels_Bs, positions, padding) if t is not None]
         gradients = _expect_gradients(model, accumulated=work.micro_batches > 1)
         ledger = AllocationTracker([*owned, *inputs, *gradients, model.step_load], on_cpu=work.device == "cpu")
         marks = _mark_blocks(model, ledger)
         with FakeDeviceMode(work.device), UniformRoutingMode(_even_rows(model.config, layout, B * s)), ledger:
             ledger.phase = "forward"
-            sums = model(ids_Bs, labels_Bs, positions, documents, routing_scale=scale)
+            sums = model(ids_Bs, labels_Bs, positions, documents, padding=padding, routing_scale=scale)
             assert isinstance(sums, LossSums), "labels were given"
             after_forward, ledger.phase = ledger.live, "backward"
             _backward(sums.objective / ids_Bs.numel())

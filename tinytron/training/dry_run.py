@@ -35,6 +35,7 @@ def workload(config: Config, layout: ParallelLayout) -> Workload:
         recompute=train.recompute,
         attn_backend=train.attn_backend,
         documents=config.data.document_mask,
+        padding=config.model.use_moe and config.data.packing == "best_fit",
         device=device,
     )
 
