@@ -14,11 +14,12 @@ import torch
 
 from tests.helpers.corpus import EOT, make_texts, make_tokenizer, tokenize, write_jsonl
 from tests.helpers.ranks import Ranks
-from tests.helpers.runs import config_of
+from tests.helpers.runs import TINY, config_of
 from tests.interop.families import change_config, save
 from tinytron.checkpoint import load_model
 from tinytron.cli.export import about_tokens
 from tinytron.cli.main import main
+from tinytron.errors import ConfigError
 from tinytron.inference import SamplingOptions, complete
 from tinytron.interop.export import export
 from tinytron.interop.importing import import_model
@@ -347,3 +348,30 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_not_inherited(ranks: Pools,
         _begin, tmp_path / "hf", tmp_path / "log", "--save_every_steps", 1, "--export_every", 1, "--vocab_size", 41
     )
     assert not (run / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("position", ["prepend", "append"])
+def test_a_run_knows_its_tokens_when_its_data_is_gone(ranks: Pools, made: Path, tmp_path: Path, position: str) -> None:
+    tokenize(made / "texts.jsonl", made / "tokenizer.json", tmp_path / "data", "--eot_position", position)
+    run = ranks(2).run(_train, tmp_path / "log", "--dataset_path", tmp_path / "data")[0]
+    shutil.rmtree(tmp_path / "data")
+    _, config = load_model(run)
+    found = tokenizer_of_run(config, None, run)
+    assert (found.stop_tokens, found.prepend) == ((0,), position == "prepend")
+    assert ids_in_export(run, tmp_path / "out") == (0, 0 if position == "prepend" else None)
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_a_run_on_data_without_a_tokenizer_keeps_none(ranks: Pools, tmp_path: Path) -> None:
+    run = ranks(1).run(_train, tmp_path / "log", "--use_mock_data", "--mock_data_num_samples", 32)[0]
+    assert not (run / "tokenizer.json").exists()
+    with pytest.raises(ConfigError, match="no tokenizer: "):
+        tokenizer_of_run(load_model(run)[1], None, run)
+
+
+def _train(log_dir: Path, *flags: object) -> Path:
+    mock = ("--use_mock_data", "--mock_data_num_samples", 32)
+    sizes = [flag for flag in TINY if flag not in mock]
+    trainer = Trainer(config_of(*sizes, "--log_dir", log_dir, "--vocab_size", V, "--max_steps", 1, *flags))
+    trainer.train()
+    return trainer.log_dir

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,20 @@ def exported_tokenizer(
 def tokenizer_of_data(dataset_path: str | None, vocab_size: int) -> TokenizerFiles:
     """``exported_tokenizer`` for the data ``dataset_path`` alone."""
     return exported_tokenizer(vocab_size, {"dataset_path": dataset_path})
+
+
+def run_tokens(vocab_size: int, data: Mapping[str, Any], init_from: str | None) -> TokenizerFiles:
+    """What a run keeps about its tokens, for the day when its data has moved: the facts and the files of the ``data``, or
+    where that tells nothing those of the weights that the run begins with. Raises as ``initial_tokens``."""
+    try:
+        own = exported_tokenizer(vocab_size, data)
+        told = tokenizers_of_data(data.get("dataset_path")).facts() is not None or bool(own.files)
+    except (ConfigError, DataError):  # not what training depends on
+        own, told = TokenizerFiles(()), False
+    if told or init_from is None:
+        return own
+    inherited = initial_tokens(init_from, vocab_size)
+    return replace(inherited, facts=own.facts) if own.facts.ends else inherited
 
 
 def initial_tokens(name: str, vocab_size: int) -> TokenizerFiles:

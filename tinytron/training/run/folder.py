@@ -22,7 +22,7 @@ from tinytron.distributed.agreement import agree, agree_slowly
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import CheckpointError, ConfigError
-from tinytron.interop.tokenizer import initial_tokens
+from tinytron.interop.tokenizer import run_tokens
 from tinytron.metrics.routing import ROUTES, keep_traces_until
 from tinytron.metrics.sinks.files import JsonLog, TextLog
 from tinytron.text.run_tokenizer import TOKENS
@@ -51,18 +51,17 @@ class RunFolder:
         self._lock = lock_run_folder(self.path, state)
         self.mirror = open_mirror(config, state)
         self.description = describe_run(config, state.layout)
-        self._tokenizer: tuple[Path, ...] = ()
-        if (name := config.ckpt.init_from) is not None:
-            tokens = agree_slowly(lambda: initial_tokens(name, config.model.vocab_size), state.groups["world"])
-            self._tokenizer = tokens.files
-            self.description["config"][TOKENS] = tokens.facts.as_section()
+        own = (config.model.vocab_size, self.description["config"]["data"], config.ckpt.init_from)
+        tokens = agree_slowly(lambda: run_tokens(*own), state.groups["world"])
+        self._tokenizer = tokens.files
+        self.description["config"][TOKENS] = tokens.facts.as_section()
         copied = "" if self.mirror is None else f", copied to {self.mirror.remote.url}"
         self.notes = [f"run folder: {self.path}{copied}", *remove_leftovers_of_saves(config, self.path, state)]
         if state.is_master and (note := another_of_this_name(config, self.path)) is not None:
             self.notes.append(note)
 
     def begin(self, step: int) -> list[str]:
-        """Write ``config.json``, and the tokenizer of the weights the run began with, once it is clear that the run
+        """Write ``config.json``, and the run's tokenizer, once it is clear that the run
         continues in this folder after ``step``; drop what routers traced after that, which will be traced again; and at
         step 0 set the log of an earlier run aside, unless with ``--debug``. Returns what there is to print. Collective.
 
