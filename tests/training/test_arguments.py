@@ -11,8 +11,9 @@ import pytest
 
 from tests.training.test_config import EXECUTION
 from tinytron.errors import ConfigError
-from tinytron.training.arguments import USUAL_NAMES, build_config, build_parser, parse_args, show_config
+from tinytron.training.arguments import USUAL_NAMES, build_config, build_parser, parse_args
 from tinytron.training.config import SECTIONS, Config
+from tinytron.training.config_files import as_json
 from tinytron.utils.flags import FieldInfo, config_fields
 
 # Every flag and its default. Where the documentation of the base product states them, they are those, with these
@@ -29,7 +30,7 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
         "use_cut_cross_entropy": False, "use_triton_kernels": False,
     },
     "logging": {
-        "exp_name": "gpt", "log_dir": "./log/", "log_every": 10, "print_config": False, "moe_router_debug": False,
+        "exp_name": "gpt", "log_dir": "./log/", "log_every": 10, "print_config": "no", "moe_router_debug": False,
         "moe_route_trace": False, "dry_run": False, "dry_run_world_size": None,
     },
     "seed": {"seed": 1337, "deterministic": False},
@@ -251,12 +252,12 @@ def test_help_shows_every_flag_with_its_text_unit_and_default(capsys: pytest.Cap
 def test_every_flag_is_a_field() -> None:
     """Nothing stands on the command line that the dataclasses do not know."""
     names = {action.dest for action in build_parser()._actions}
-    assert names == {info.name for _, info in FIELDS} | {"help"}
+    assert names == {info.name for _, info in FIELDS} | {"help", "config"}
 
 
 def test_the_configuration_is_shown_with_its_hash() -> None:
     config = build_config(parse_args(["--num_layer", "5"]))
-    shown = json.loads(show_config(config))
+    shown = json.loads(as_json(config))
     assert shown.pop("config_hash") == config.config_hash()
     assert shown == json.loads(json.dumps(config.as_dict()))
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from tinytron.errors import ConfigError
 from tinytron.interop import model_options
 from tinytron.training.config import Config, all_sections
+from tinytron.training.config_files import merged, options_in, words_of
 from tinytron.training.run.exports import check_exportable
 from tinytron.utils.flags import Parser, add_flag, config_fields, parse_strictly
 from tinytron.utils.paths import one_spelling
@@ -56,6 +58,13 @@ def build_parser(sections: Mapping[str, type] = NONE, prog: str | None = None) -
         description="Pre-train a GPT.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help="read options from a JSON or YAML file, or a run's config.json; flags win over it, later files over earlier",
+    )
     for section, cls in all_sections(sections).items():
         group = parser.add_argument_group(section, (cls.__doc__ or "").split(" Raises:")[0])
         for info in config_fields(cls):
@@ -68,14 +77,31 @@ def parse_args(
 ) -> argparse.Namespace:
     """Parse ``argv`` (default: the command line), with the flags of further ``sections`` such as ``MyTrainer.sections``;
     ``given`` of the result are the flags that stand there. Raises: ConfigError for unknown flags, naming the nearest known
-    one, and for values of the wrong type."""
+    one, and for values of the wrong type. The options of ``--config`` files count as if they stood before all flags."""
     parser = build_parser(sections, prog)
+    argv = [*_words_of_files(parser, argv, all_sections(sections)), *(sys.argv[1:] if argv is None else argv)]
     args = parse_strictly(parser, argv, USUAL_NAMES)
+    vars(args).pop("config", None)
     for action in parser._actions:
         action.default = argparse.SUPPRESS
-    args.given = frozenset(vars(parse_strictly(parser, argv)))
+    args.given = frozenset(vars(parse_strictly(parser, argv))) - {"config"}
     args.sections = sections
     return args
+
+
+def _words_of_files(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, sections: Mapping[str, type]
+) -> list[str]:
+    names = Parser(add_help=False)
+    names.add_argument("--config", action="append", default=[])
+    files = {}
+    for file in names.parse_known_args(argv)[0].config:
+        files[file] = options_in(file, sections, USUAL_NAMES)
+        try:
+            parse_strictly(parser, words_of(files[file]))
+        except ConfigError as error:
+            raise ConfigError(f"--config {file}: {str(error).removesuffix('; see --help')}") from error
+    return words_of(merged(files.values()))
 
 
 def build_config(args: argparse.Namespace) -> Config:
@@ -99,8 +125,3 @@ def build_config(args: argparse.Namespace) -> Config:
     config = Config.of({section: cls(**values[section]) for section, cls in sections.items()})
     check_exportable(config)
     return config
-
-
-def show_config(config: Config) -> str:
-    """The resolved configuration as JSON, with the hash that names the run's folder."""
-    return json.dumps({"config_hash": config.config_hash(), **config.as_dict()}, indent=2)

@@ -324,7 +324,10 @@ class LoggingConfig:
     log_every: Annotated[
         int, Flag("interval of reports and of writing the log files", "steps", identity=False, at_least=1)
     ] = 10
-    print_config: Annotated[bool, Flag("print the resolved configuration and stop", identity=False)] = False
+    print_config: Annotated[
+        Literal["no", "json", "yaml"],
+        Flag("print the resolved configuration, as JSON if not said otherwise, and stop", identity=False, bare="json"),
+    ] = "no"
     dry_run: Annotated[
         bool, Flag("print the memory of a rank by kind and stop; --backend nccl: as on a GPU", identity=False)
     ] = False

@@ -28,7 +28,8 @@ class Flag:
     folder) or only of how it is executed (layout, paths, intervals, limits). The bounds hold for numbers that are not
     ``None``, and NaN keeps none; ``works`` is a value that the error proposes, ``rule`` says the bounds in other words.
     Only with ``infinite`` may a number be that. ``choices`` are the allowed values, where the type is not a ``Literal`` of
-    them: usually a table's keys. A ``path`` may begin with ``~`` or a ``$VARIABLE``.
+    them: usually a table's keys. A ``path`` may begin with ``~`` or a ``$VARIABLE``. ``bare`` is the
+    choice that the flag alone makes.
     """
 
     help: str
@@ -43,6 +44,7 @@ class Flag:
     choices: tuple[str, ...] | None = None
     infinite: bool = False
     path: bool = False
+    bare: str = ""
 
     @property
     def text(self) -> str:
@@ -192,7 +194,8 @@ def add_flag(group: argparse._ActionsContainer, info: FieldInfo) -> None:
         # `--no_flag` is an accepted spelling of `--no-flag`, like all other flags with underscores.
         group.add_argument(f"--no_{name}", dest=name, action="store_false", default=default, help=argparse.SUPPRESS)
     elif info.choices is not None:
-        group.add_argument(f"--{name}", choices=info.choices, default=default, help=text)
+        alone: dict[str, Any] = {"nargs": "?", "const": info.flag.bare} if info.flag.bare else {}
+        group.add_argument(f"--{name}", choices=info.choices, default=default, help=text, **alone)
     elif typing.get_origin(info.type) is tuple:
         inner = typing.get_args(info.type)
         count = "*" if inner[-1] is Ellipsis else len(inner)

@@ -10,13 +10,13 @@ from typing import Any
 from tinytron.errors import ConfigError, DataError, TinytronError
 
 
-def require_package(name: str) -> Any:
-    """Import an optional package. Raises: ConfigError with the command that installs it."""
+def require_package(name: str, extra: str = "data") -> Any:
+    """Import an optional package. Raises: ConfigError with the command that installs it, with the ``extra`` of ours."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise ConfigError(
-            f'the package {name.partition(".")[0]} is needed ({error}); run: pip install "tinytron[data]"'
+            f'the package {name.partition(".")[0]} is needed ({error}); run: pip install "tinytron[{extra}]"'
         ) from error
 
 
