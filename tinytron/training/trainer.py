@@ -37,6 +37,7 @@ from tinytron.training.build import (
 from tinytron.training.config import Config
 from tinytron.training.derive import Due, TrainingInfo
 from tinytron.training.evals import TrainingEvals
+from tinytron.training.memory import memory_notes
 from tinytron.training.pipeline import DataPipeline
 from tinytron.training.run.exports import check_exportable
 from tinytron.training.run.folder import RunFolder
@@ -76,6 +77,7 @@ class Trainer(RankAttributes):
         self._init_distributed(config)  # -> state, device
         self.config = config = replace(config, dp_size=self.state.layout.dp)
         self._init_reporter(config)  # -> reporter: from here on there is something to print with
+        self._check_memory(config)
         self._init_dataset(config)  # -> train_dataset, val_dataset
         self._init_pipeline(config)  # -> data: training_info, sampler, loaders
         self._init_evals(config)  # -> evals
@@ -97,6 +99,11 @@ class Trainer(RankAttributes):
     def _init_reporter(self, config: Config) -> None:
         """Set ``reporter``, with the sinks that records and messages go to."""
         self.reporter = Reporter(self.state, [sink() for sink in SINKS.values()])
+
+    def _check_memory(self, config: Config) -> None:
+        """Say or refuse what does not fit the machine, before it takes minutes; of own models nothing is known."""
+        if type(self)._init_model is Trainer._init_model:
+            self._say(*memory_notes(config, self.state))
 
     def _init_dataset(self, config: Config) -> None:
         """Set ``train_dataset`` and, if there is one, ``val_dataset``: map-style or iterable, items ``{input_ids, labels}``

@@ -150,6 +150,12 @@ def place_in_world() -> tuple[int, int, int]:
     return values["RANK"], values["WORLD_SIZE"], values[local]
 
 
+def processes_of_node() -> int:
+    """How many processes torchrun has started on this node; 1 where nothing tells."""
+    text = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(text)) if text.isdecimal() else 1
+
+
 def first_on_node() -> bool:
     """True in the process that fetches and makes files for all of its node."""
     return place_in_world()[2] == 0

@@ -1,0 +1,67 @@
+"""About how much memory a run needs, by formulas that take no time: the plan itself (memory.py) runs a step on tensors
+without memory, which may take minutes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tinytron.distributed.layout import ParallelLayout
+from tinytron.model import ModelConfig
+from tinytron.model.modules.recompute import Recompute
+from tinytron.utils.model import count_parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """About what one rank needs at the fullest moment of a step with AdamW: within a quarter, and rather less than more,
+    but without the scores of ``--attn_backend math`` and the masks of dropout. Sizes are those of whole sequences."""
+
+    dtype: torch.dtype
+    batch_size: int
+    seq_len: int
+    recompute: Recompute = "none"
+    shard: bool = True
+    on_cpu: bool = False
+
+    def bytes(self, config: ModelConfig, layout: ParallelLayout) -> int:
+        """For a model on a layout."""
+        head = config.vocab_size * config.hidden_size * 4  # its gradient, made in the forward pass
+        return _held(config, self, layout) + _activations(config, self, layout) + head
+
+
+def _held(config: ModelConfig, work: Estimate, layout: ParallelLayout) -> int:
+    count = count_parameters(config).total
+    experts = len(config.moe_layers) * config.num_experts * 3 * config.hidden_size * config.moe_intermediate_size
+    size = work.dtype.itemsize
+    states = 2 * max(4, size) + (4 if size < 4 else 0)  # two moments, and main weights beside short ones
+    pieces = layout.world_size if work.shard else 1
+    here = count - experts + experts // layout.ep
+    owned = (count - experts) // pieces + experts // max(pieces, layout.ep)
+    gradients = here * max(4, size)
+    received = gradients * (pieces - 1) // pieces if work.on_cpu else 0  # gloo's copies of other ranks' gradients
+    return here * size + gradients + received + owned * states
+
+
+def _activations(config: ModelConfig, work: Estimate, layout: ParallelLayout) -> int:
+    """What is kept for the backward pass, by the products of each block that are saved."""
+    tokens = work.batch_size * work.seq_len // layout.sep
+    head = config.resolved_head_dim
+    heads = head * (config.num_attention_heads + 2 * config.num_key_value_heads)
+    inputs = 3 if config.mlp_type == "swiglu" else 2  # matrices' outputs of the width, and what the activation gives
+    dense = config.intermediate_size * inputs
+    chosen = config.num_experts_per_tok * (config.moe_intermediate_size * inputs + 2 * config.hidden_size)
+    mixed = chosen + config.num_shared_experts * config.moe_intermediate_size * inputs
+    experts = len(config.moe_layers)
+    widths = (config.num_layer - experts) * dense + experts * mixed
+    hidden = config.num_layer * config.hidden_size
+    if work.recompute == "none":
+        elements = 4 * hidden + config.num_layer * heads * 3 // 2 + widths
+    else:
+        block = (
+            4 * config.hidden_size + heads * 3 // 2 + max(dense * (experts < config.num_layer), mixed * (experts > 0))
+        )
+        kept = hidden if work.recompute == "full" else 2 * hidden + config.num_layer * heads + widths * 2 // 3
+        elements = kept + block
+    return tokens * elements * work.dtype.itemsize

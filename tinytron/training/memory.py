@@ -1,0 +1,74 @@
+"""Before a run begins: whether its memory fits the machine."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from tinytron.distributed.agreement import agree
+from tinytron.distributed.layout import ParallelLayout
+from tinytron.distributed.parallel_state import ParallelState
+from tinytron.errors import ConfigError
+from tinytron.planner.estimate import Estimate
+from tinytron.training.config import Config
+from tinytron.training.world import processes_of_node
+from tinytron.utils.memory import GIB, Memory, memory_of
+from tinytron.utils.training import DTYPES
+
+_CERTAIN = 1.2  # times the memory that there is: the estimate may be too high by a tenth
+
+
+def memory_notes(config: Config, state: ParallelState) -> list[str]:
+    """A line if the run needs more memory than is free, by an estimate. Collective. Raises: ConfigError on every rank if
+    it needs more than there is, with a flag that would make it fit, if one does."""
+
+    def check() -> list[str]:
+        memory = memory_of(state.device)
+        return [] if memory is None else compare(config, state.layout, state.device, memory)
+
+    return agree(check, state.groups["world"])
+
+
+def compare(config: Config, layout: ParallelLayout, device: torch.device, memory: Memory) -> list[str]:
+    """``memory_notes`` of one rank on a ``device`` with this ``memory``."""
+    needed = _needed(config, layout, device)
+    if needed <= memory.free:
+        return []
+    where = "this machine" if device.type == "cpu" else "this GPU"
+    text = (
+        f"this run needs about {needed / GIB:.1f} GiB, {where} has {memory.total / GIB:.1f} "
+        f"({memory.free / GIB:.1f} free)"
+    )
+    advice = f"use {_smaller(config, layout, device, memory.free)}; --dry_run shows what takes how much"
+    if needed > _CERTAIN * memory.total:
+        raise ConfigError(f"{text}; {advice}")
+    return [f"{text}: it may fail, or be very slow; {advice}"]
+
+
+def _needed(config: Config, layout: ParallelLayout, device: torch.device) -> int:
+    train = config.train
+    estimate = Estimate(
+        dtype=DTYPES[train.precision],
+        batch_size=train.batch_size,
+        seq_len=train.seq_len,
+        recompute=train.recompute,
+        shard=config.parallel.use_distributed_optimizer,
+        on_cpu=device.type == "cpu",
+    )
+    of_rank = estimate.bytes(config.model, layout)
+    return of_rank * (processes_of_node() if device.type == "cpu" else 1)
+
+
+def _smaller(config: Config, layout: ParallelLayout, device: torch.device, free: int) -> str:
+    """The flags with which the run would fit."""
+    size = config.train.batch_size
+    sizes = [size // 2**n for n in range(size.bit_length()) if size % 2**n == 0]
+    for recompute in dict.fromkeys((config.train.recompute, "full")):
+        for batch_size in sizes:
+            train = dataclasses.replace(config.train, batch_size=batch_size, recompute=recompute)
+            if _needed(dataclasses.replace(config, train=train), layout, device) <= free:
+                words = [f"--batch_size {batch_size}"] if batch_size != size else []
+                words += [f"--recompute {recompute}"] if recompute != config.train.recompute else []
+                return " ".join(words)
+    return "a smaller model or more processes"

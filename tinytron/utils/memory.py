@@ -1,0 +1,48 @@
+"""How much memory a machine has, without a package for it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+GIB = 2**30
+_CGROUP = Path("/sys/fs/cgroup")
+_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # of versions 2 and 1
+_USES = ("memory.current", "memory/memory.usage_in_bytes")
+
+
+class Memory(NamedTuple):
+    """Bytes in all, and those that nobody uses."""
+
+    total: int
+    free: int
+
+
+def memory_of(device: torch.device) -> Memory | None:
+    """That of a GPU, or of the machine (or of the container, which may be given less); ``None`` where nothing tells."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return Memory(total, free)
+    found = _machine(Path("/proc/meminfo"))
+    limit, use = (next((n for name in names if (n := _number(_CGROUP / name))), None) for names in (_LIMITS, _USES))
+    if found is None or limit is None or limit >= found.total:
+        return found
+    return Memory(limit, min(found.free, max(0, limit - (use or 0))))
+
+
+def _machine(file: Path) -> Memory | None:
+    try:
+        numbers = {name: 1024 * int(size) for name, size in re.findall(r"(\w+):\s+(\d+) kB", file.read_text())}
+        return Memory(numbers["MemTotal"], numbers["MemAvailable"])
+    except (OSError, KeyError):
+        return None
+
+
+def _number(file: Path) -> int | None:
+    try:
+        return int(file.read_text())  # "max" is no limit
+    except (OSError, ValueError):
+        return None
