@@ -142,12 +142,17 @@ def initial_tokens(name: str, vocab_size: int) -> TokenizerFiles:
         except ConfigError:
             return TokenizerFiles((), TokenFacts.of_import(tokens))
     folder = model_folder(name, weights=False, more=TOKENIZER_FILES)
-    facts, files = TokenFacts.of_import(read_json(folder / CONFIG)), files_in(folder)
+    facts, files = imported_facts(folder), files_in(folder)
     try:
         _vocabulary(files, vocab_size, name)
     except ConfigError:
         files = ()
     return TokenizerFiles(files, facts)
+
+
+def imported_facts(folder: Path) -> TokenFacts:
+    """The facts about the tokens of the Hugging Face model in ``folder``. Raises: CheckpointError without a config.json."""
+    return TokenFacts.of_import(read_json(folder / CONFIG))
 
 
 def files_in(folder: Path) -> tuple[Path, ...]:

@@ -196,11 +196,11 @@ def find_tokenizer(
     elif record is not None and record.kind == "tokenizer_name":
         tokenizer = from_hub(record.name)
     else:
-        where = (
-            f"{found.folders[0]} has no {TOKENIZER}"
-            if found.folders
-            else "the run's data (mock data, or your own) names none"
-        )
+        where = "the run's data (mock data, or your own) names none"
+        if found.folders:
+            where = f"{found.folders[0]} has no {TOKENIZER}"
+        elif imported is not None:
+            where = f"neither the data of the model nor {checkpoint} has one"
         raise ConfigError(f"no tokenizer: {where}; give {option} path/to/{TOKENIZER}")
     prepend = eot_position == "prepend"
     facts = token_facts(found, file, given=given, eot_id=eot_id, prepend=prepend, imported=imported)
