@@ -43,7 +43,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add(
         "--eot",
         action=argparse.BooleanOptionalAction,
-        help="begin with the end-of-text token; default: if the documents of the run's data do",
+        help="begin with the end-of-text token, or with none; default: as the documents of the run's data, or as the "
+        "tokenizer of a Hugging Face model",
     )
     defaults = SamplingOptions()
     for name, kind, text in (
@@ -155,7 +156,7 @@ def run(args: argparse.Namespace) -> None:
     model, config = open_model(args.checkpoint, device, DTYPES.get(args.dtype), say=_to_stderr)
     found = tokenizer_of_run(config, args.tokenizer, args.checkpoint)
     if args.eot is not None:
-        found = dataclasses.replace(found, prepend=args.eot)
+        found = dataclasses.replace(found, prepend=args.eot, begin=None)
     checked = SamplingOptions(**options, stop=tuple(args.stop), stop_tokens=found.stop_tokens)
     result = complete(
         model,

@@ -87,13 +87,14 @@ class Answers:
         return self._sums(parts)
 
     def loglikelihood_rolling(self, requests: Sequence[Request]) -> list[float]:
-        """The log-probability of whole texts in nats, behind the end-of-text token if there is one (else all but the first
-        token): windows of the longest context follow each other, and the last one is full too."""
+        """The log-probability of whole texts in nats, after the token that texts begin with, or else the end-of-text token,
+        if there is one (otherwise all but the first token is scored): windows of the longest context follow each
+        other, and the last one is full too."""
         parts = []
         for number, request in enumerate(requests):
-            end = self.tokenizer.end
+            first = self.tokenizer.end if self.tokenizer.begin is None else self.tokenizer.begin
             ids = self.tokenizer.ids(request.args[0])
-            ids = ids if end is None else [end, *ids]
+            ids = ids if first is None else [first, *ids]
             parts.append(list(self._windows(number, ids, 1)))
         return [score for score, _ in self._sums(parts)]
 
