@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,8 @@ def test_the_begin_token_in_generation_and_evaluation(llama: Path, capsys: pytes
     assert ours.prompt_ids("") == [1]
     assert encode_pair("the", " quick", ours) == ([1, *plain], 2)
     assert encode_pair("", "the quick", ours) == ([1, *plain], 1)
+    marked = replace(ours.tokenizer, encode=lambda texts: [[9, *text.encode()] for text in texts])  # like SentencePiece
+    assert encode_pair("a", "b", replace(ours, tokenizer=marked)) == ([1, 9, *b"ab"], 3), "tokenized together"
     counts = []
     for flags in ((), ("--eot",), ("--no-eot",)):
         words = ("generate", "--checkpoint", str(llama), "--prompt", "the quick", "--max_new_tokens", "2", *flags)
