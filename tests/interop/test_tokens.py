@@ -144,7 +144,12 @@ def test_other_files_of_a_tokenizer_name_the_end_of_the_data(made: Path, tmp_pat
     (tmp_path / "odd" / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<stop>", "unk_token": "a"}))
     run = write_run(tmp_path / "run", made / "bare", eot_id=1)
     export(run, tmp_path / "out", tokenizer=tmp_path / "odd")
-    assert read(tmp_path / "out", "tokenizer_config") == {"eos_token": "</s>", "bos_token": "</s>", "pad_token": "</s>"}
+    assert read(tmp_path / "out", "tokenizer_config") == {
+        "eos_token": "</s>",
+        "bos_token": "</s>",
+        "pad_token": "</s>",
+        "add_bos_token": True,
+    }
     assert read(tmp_path / "out", "special_tokens_map") == {"eos_token": "</s>", "unk_token": "a"}
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from tinytron.checkpoint import load_model
-from tinytron.checkpoint.model import weights_at
+from tinytron.cli.generate import CHECKPOINT_HELP
 from tinytron.data import Batch
 from tinytron.errors import ConfigError
 from tinytron.evaluation.choices import encode_items, log_probs, read_items, summarize
 from tinytron.inference.engine import not_finite
+from tinytron.interop.open import model_source, open_model
 from tinytron.model.modules.loss import LossSums
 from tinytron.text.run_tokenizer import tokenizer_of_run
 from tinytron.utils.flags import Parser, parse_strictly, whole_number
@@ -30,7 +30,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--checkpoint", type=user_path, required=True, metavar="PATH", help="run folder, or a weights file in it")
+    add("--checkpoint", type=user_path, required=True, metavar="PATH", help=CHECKPOINT_HELP)
     add("--tasks", type=user_path, nargs="+", required=True, metavar="FILE", help="files of items, a line of JSON each")
     add("--tokenizer", type=user_path, metavar="FILE", help="a tokenizer.json; default: the one beside the run's data")
     add("--out", type=user_path, metavar="FILE", help="default: results.json beside the checkpoint")
@@ -48,9 +48,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"--tasks has two files called {min(twice)}, one name in the results; rename one")
     tasks = {path.stem: read_items(path) for path in args.tasks}
-    weights = weights_at(args.checkpoint)
+    source = model_source(args.checkpoint)
     device = device_of(args.device)
-    model, config = load_model(weights, device, DTYPES.get(args.dtype))
+    model, config = open_model(source, device, DTYPES.get(args.dtype), say=print)
     tokenizer, longest = tokenizer_of_run(config, args.tokenizer, args.checkpoint), model.config.block_size
 
     def loss(batch: Batch) -> LossSums:
@@ -68,8 +68,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"{name}: accuracy {found['accuracy']:.4f} ± {found['accuracy_stderr']:.4f}, per token "
             f"{found['accuracy_per_token']:.4f}, per byte {found['accuracy_per_byte']:.4f} over {found['items']} items"
         )
-    content = {"checkpoint": str(weights), "torch": str(torch.__version__), "results": results}
-    out = args.out or weights.with_name("results.json")
+    content = {"checkpoint": str(source), "torch": str(torch.__version__), "results": results}
+    out = args.out or (source if source.is_dir() else source.parent) / "results.json"
     write_atomically(out, lambda file: file.write(json.dumps(content, indent=2).encode() + b"\n"))
     print(f"wrote {out}")
     return content

@@ -10,15 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from tinytron.checkpoint import load_model
 from tinytron.errors import ConfigError
 from tinytron.inference.engine import Generation, Piece, complete
 from tinytron.inference.sampler import SamplingOptions
+from tinytron.interop.open import open_model
 from tinytron.text.run_tokenizer import tokenizer_of_run
 from tinytron.utils.flags import Parser, parse_strictly, whole_number
 from tinytron.utils.paths import user_path
 from tinytron.utils.texts import numbered_lines, whole_characters
 from tinytron.utils.training import DTYPES, device_of
+
+CHECKPOINT_HELP = "run folder, a weights file in it, or a Hugging Face folder"
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -29,7 +31,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--checkpoint", type=user_path, required=True, metavar="PATH", help="run folder, or a weights file in it")
+    add("--checkpoint", type=user_path, required=True, metavar="PATH", help=CHECKPOINT_HELP)
     add("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may be given several times")
     add(
         "--prompts_file",
@@ -41,7 +43,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add(
         "--eot",
         action=argparse.BooleanOptionalAction,
-        help="begin with the end-of-text token; default: if the documents of the run's data do",
+        help="begin with the end-of-text token, or with none; default: as the documents of the run's data, or as the "
+        "tokenizer of a Hugging Face model",
     )
     defaults = SamplingOptions()
     for name, kind, text in (
@@ -138,6 +141,10 @@ def summary(result: Generation) -> str:
     )
 
 
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
 def run(args: argparse.Namespace) -> None:
     """Generate as ``args`` say. Raises: TinytronError."""
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "num_samples")
@@ -146,10 +153,10 @@ def run(args: argparse.Namespace) -> None:
     if args.batch_size < 1:
         raise ConfigError(f"--batch_size {args.batch_size} must be at least 1")
     texts, device = read_prompts(args), device_of(args.device)
-    model, config = load_model(args.checkpoint, device, DTYPES.get(args.dtype))
+    model, config = open_model(args.checkpoint, device, DTYPES.get(args.dtype), say=_to_stderr)
     found = tokenizer_of_run(config, args.tokenizer, args.checkpoint)
     if args.eot is not None:
-        found = dataclasses.replace(found, prepend=args.eot)
+        found = dataclasses.replace(found, prepend=args.eot, begin=None)
     checked = SamplingOptions(**options, stop=tuple(args.stop), stop_tokens=found.stop_tokens)
     result = complete(
         model,

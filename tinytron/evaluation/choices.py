@@ -84,12 +84,12 @@ def _item(line: str, where: str) -> Item:
 
 def encode_pair(context: str, continuation: str, tokenizer: RunTokenizer) -> tuple[list[int], int]:
     """Token ids of both together, and where the continuation begins in them, at 1 or later. An empty context is the
-    end-of-text token. Raises: ConfigError if there is neither."""
+    token that texts begin with. Raises: ConfigError if there is neither."""
     kept = context.rstrip()
     continuation = context[len(kept) :] + continuation
     before = tokenizer.prompt_ids(kept)
-    behind_end = 1 if tokenizer.end is not None and before[0] == tokenizer.end else 0
-    whole = before[:behind_end] + tokenizer.ids(kept + continuation)
+    lead = 1 if before[0] in (tokenizer.begin, tokenizer.end) else 0
+    whole = before[:lead] + tokenizer.ids(kept + continuation)
     if whole[: len(before)] != before or len(whole) == len(before):  # a token spans the border
         whole = before + tokenizer.ids(continuation)
     return whole, len(before)

@@ -15,12 +15,12 @@ from typing import Any, Protocol
 
 import torch
 
-from tinytron.checkpoint import load_model
 from tinytron.data import Batch
 from tinytron.errors import ConfigError
 from tinytron.evaluation.choices import Row, encode_pair, score_rows
 from tinytron.inference import SamplingOptions, complete
 from tinytron.inference.engine import not_finite
+from tinytron.interop.open import open_model
 from tinytron.model import GPT
 from tinytron.text.run_tokenizer import RunTokenizer, tokenizer_of_run
 from tinytron.utils.sequences import IGNORE_INDEX
@@ -46,7 +46,8 @@ def harness_model(
     batch_tokens: int = 8192,
     max_new_tokens: int = 256,
 ) -> Any:
-    """An ``lm_eval.api.model.LM`` for a run folder or weights file, as ``load_model`` reads it. ``batch_tokens`` are
+    """An ``lm_eval.api.model.LM`` for a run folder, a weights file or a Hugging Face folder, as ``open_model`` reads
+    it. ``batch_tokens`` are
     computed at a time; ``max_new_tokens`` are generated where a task does not say how many.
 
     Raises: ConfigError without the package or a tokenizer; CheckpointError.
@@ -54,7 +55,7 @@ def harness_model(
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("lm-evaluation-harness is not installed: pip install lm-eval")
     base: type = importlib.import_module("lm_eval.api.model").LM
-    model, config = load_model(checkpoint, device, dtype)
+    model, config = open_model(checkpoint, device, dtype)
     found = tokenizer_of_run(config, tokenizer, Path(checkpoint))
     answers = Answers(model, found, batch_tokens, max_new_tokens)
     methods = {
@@ -86,13 +87,14 @@ class Answers:
         return self._sums(parts)
 
     def loglikelihood_rolling(self, requests: Sequence[Request]) -> list[float]:
-        """The log-probability of whole texts in nats, behind the end-of-text token if there is one (else all but the first
-        token): windows of the longest context follow each other, and the last one is full too."""
+        """The log-probability of whole texts in nats, after the token that texts begin with, or else the end-of-text token,
+        if there is one (otherwise all but the first token is scored): windows of the longest context follow each
+        other, and the last one is full too."""
         parts = []
         for number, request in enumerate(requests):
-            end = self.tokenizer.end
+            first = self.tokenizer.end if self.tokenizer.begin is None else self.tokenizer.begin
             ids = self.tokenizer.ids(request.args[0])
-            ids = ids if end is None else [end, *ids]
+            ids = ids if first is None else [first, *ids]
             parts.append(list(self._windows(number, ids, 1)))
         return [score for score, _ in self._sums(parts)]
 

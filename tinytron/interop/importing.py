@@ -12,15 +12,14 @@ import torch
 
 import tinytron
 from tinytron.checkpoint.files import CheckpointFiles
-from tinytron.checkpoint.load import read_json
 from tinytron.checkpoint.model import CONFIG, is_saved_model
 from tinytron.errors import ConfigError
 from tinytron.interop.folder import check_new, new_folder
 from tinytron.interop.hub import model_folder
 from tinytron.interop.load import about_ignored, architecture_of, load_pretrained
-from tinytron.interop.tokenizer import TOKENIZER_FILES, files_in
+from tinytron.interop.tokenizer import TOKENIZER_FILES, files_in, imported_facts
 from tinytron.model import GPT
-from tinytron.text.run_tokenizer import TOKENS, TokenFacts
+from tinytron.text.run_tokenizer import TOKENS
 
 
 def import_model(name: str, out: Path, dtype: torch.dtype, say: Callable[[str], object] = lambda text: None) -> GPT:
@@ -39,8 +38,7 @@ def import_model(name: str, out: Path, dtype: torch.dtype, say: Callable[[str], 
     if ignored := load_pretrained(model, name):
         say(f"read {name}{about_ignored(ignored)}")
     folder = model_folder(name, weights=False, more=TOKENIZER_FILES)
-    tokens = TokenFacts.of_import(read_json(folder / CONFIG)).as_section()
-    config = {"model": dataclasses.asdict(model.config), TOKENS: tokens}
+    config = {"model": dataclasses.asdict(model.config), TOKENS: imported_facts(folder).as_section()}
     description = {"config": config, "source": name, "versions": {"tinytron": tinytron.__version__}}
     with new_folder(out) as made:
         torch.save(model.state_dict(), CheckpointFiles(made, 0).model)

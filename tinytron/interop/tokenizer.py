@@ -22,7 +22,8 @@ from tinytron.text.run_tokenizer import (
     token_facts,
     tokenizers_of_data,
 )
-from tinytron.text.tokenizer_files import TOKENIZER_CONFIG, read_vocabulary, token_text
+from tinytron.text.tokenizer_files import TOKENIZER_CONFIG, leading_id, read_vocabulary, token_text, without_tokens
+from tinytron.utils.texts import without_bom
 
 _MAP = "special_tokens_map.json"
 # What transformers may look for in a folder; ``vocab.json`` and ``merges.txt`` make old tokenizers.
@@ -45,12 +46,15 @@ class TokenizerFiles:
 
     def write(self, out: Path, block_size: int) -> None:
         """Copy the files to ``out``, with the tokens that end and begin documents in their configuration; a tokenizer.json
-        without one gets what transformers needs beside it. Raises: OSError."""
+        without one gets what transformers needs beside it. transformers then puts the same token before a text as
+        ``RunTokenizer.prompt_ids``. Raises: OSError."""
         for path in self.files:
             shutil.copyfile(path, out / path.name)
         named = {"eos_token": self.end_token, "bos_token": self.begin_token}
-        tokens = {key: text for key, text in named.items() if text is not None}
+        tokens: dict[str, str | bool] = {key: text for key, text in named.items() if text is not None}
         names = {path.name for path in self.files}
+        if TOKENIZER in names and self.facts.first is None:
+            tokens |= self._write_begin(out / TOKENIZER)
         if TOKENIZER_CONFIG in names:
             _set_tokens(out / TOKENIZER_CONFIG, tokens, add=True)
         elif TOKENIZER in names:
@@ -60,8 +64,40 @@ class TokenizerFiles:
         if _MAP in names:
             _set_tokens(out / _MAP, tokens, add=False)
 
+    def _write_begin(self, path: Path) -> dict[str, bool]:
+        """Let the copied tokenizer.json ``path`` put before a text what training did: the end-of-text token if documents
+        begin with it, and otherwise nothing. Returns what tokenizer_config.json says about that. A tokenizer that does so
+        already stays as it is."""
+        wanted = self.facts.end if self.facts.prepend else None
+        if _leading_id(path) != wanted:
+            token = self.end_token if self.facts.prepend else None
+            if wanted is not None and token is None:  # an id without a text cannot be put there
+                return {}
+            content = json.loads(without_bom(path.read_bytes()))
+            kept = without_tokens(content.get("post_processor"))
+            added = [] if wanted is None or token is None else [_template(token, wanted)]
+            content["post_processor"] = {"type": "Sequence", "processors": [*kept, *added]} if kept or added else None
+            path.write_text(json.dumps(content, indent=2, ensure_ascii=False))
+            return {"add_bos_token": wanted is not None}
+        return {} if wanted is None else {"add_bos_token": True}
 
-def _set_tokens(path: Path, tokens: Mapping[str, str], *, add: bool) -> None:
+
+def _template(token: str, number: int) -> dict[str, Any]:
+    """A post-processor that puts ``token`` before every text."""
+
+    def part(kind: str, name: str, type_id: int) -> dict[str, Any]:
+        return {kind: {"id": name, "type_id": type_id}}
+
+    first = [part("SpecialToken", token, 0), part("Sequence", "A", 0)]
+    return {
+        "type": "TemplateProcessing",
+        "single": first,
+        "pair": [*first, part("SpecialToken", token, 1), part("Sequence", "B", 1)],
+        "special_tokens": {token: {"id": token, "ids": [number], "tokens": [token]}},
+    }
+
+
+def _set_tokens(path: Path, tokens: Mapping[str, str | bool], *, add: bool) -> None:
     """Set ``tokens`` in a JSON file where it has others, with ``add`` also where it has none."""
     try:
         config = json.loads(path.read_bytes())
@@ -69,7 +105,11 @@ def _set_tokens(path: Path, tokens: Mapping[str, str], *, add: bool) -> None:
         return
     if not isinstance(config, dict):
         return
-    wrong = {k: text for k, text in tokens.items() if token_text(config.get(k)) != text and (add or k in config)}
+    wrong = {
+        key: value
+        for key, value in tokens.items()
+        if value not in (config.get(key), token_text(config.get(key))) and (add or key in config)
+    }
     if wrong:
         path.write_text(json.dumps({**config, **wrong}, indent=2, ensure_ascii=False))
 
@@ -107,7 +147,8 @@ def exported_tokenizer(
     texts = {number: token for token, number in vocabulary.items()}
     if record is not None and record.eot_id is not None and record.eot_token is not None:
         texts.setdefault(record.eot_id, record.eot_token)
-    end, begin = (texts.get(-1 if number is None else number) for number in (facts.end, facts.begin))
+    begin_id = facts.end if facts.prepend else facts.begin
+    end, begin = (texts.get(-1 if number is None else number) for number in (facts.end, begin_id))
     return TokenizerFiles(files, facts, end, begin, _unused(vocabulary.values(), record, vocab_size))
 
 
@@ -142,12 +183,26 @@ def initial_tokens(name: str, vocab_size: int) -> TokenizerFiles:
         except ConfigError:
             return TokenizerFiles((), TokenFacts.of_import(tokens))
     folder = model_folder(name, weights=False, more=TOKENIZER_FILES)
-    facts, files = TokenFacts.of_import(read_json(folder / CONFIG)), files_in(folder)
+    facts, files = imported_facts(folder), files_in(folder)
     try:
         _vocabulary(files, vocab_size, name)
     except ConfigError:
         files = ()
     return TokenizerFiles(files, facts)
+
+
+def imported_facts(folder: Path) -> TokenFacts:
+    """The facts about the tokens of the Hugging Face model in ``folder``, and what its tokenizer puts before every text.
+    Raises: CheckpointError without a config.json."""
+    facts = TokenFacts.of_import(read_json(folder / CONFIG))
+    return facts.put_before(_leading_id(folder / TOKENIZER))
+
+
+def _leading_id(path: Path) -> int | None:
+    try:
+        return leading_id(path)
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):  # told when the file is used
+        return None
 
 
 def files_in(folder: Path) -> tuple[Path, ...]:

@@ -4,7 +4,7 @@ evaluation and export share."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,14 @@ TOKENS = "tokens"  # the section in the configuration of an imported model, or o
 @dataclass(frozen=True)
 class RunTokenizer:
     """A tokenizer and how documents are separated: ``end`` is the id of the end-of-text token, if there is one;
-    ``prepend`` says that texts begin with it. ``more_ends`` stop generation, too."""
+    ``prepend`` says that texts begin with it. ``more_ends`` stop generation, too. ``begin`` is another id that texts begin
+    with, that of an imported model (Llama's ``<s>``)."""
 
     tokenizer: TextTokenizer
     end: int | None
     prepend: bool
     more_ends: tuple[int, ...] = ()
+    begin: int | None = None
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
@@ -40,9 +42,11 @@ class RunTokenizer:
         return [int(number) for number in self.tokenizer.encode([whole_characters(text)])[0]]
 
     def prompt_ids(self, text: str) -> list[int]:
-        """The ids of a text as the model has seen texts: after the end-of-text token where they begin with it, and always
-        for an empty text. Raises: ConfigError for an empty text if there is no such token."""
+        """The ids of a text as the model has seen texts: after the token that they begin with. An empty text always begins
+        with the end-of-text token if there is no other. Raises: ConfigError for an empty text without any such token."""
         ids = self.ids(text)
+        if self.begin is not None:
+            return [self.begin, *ids]
         if self.end is not None and (self.prepend or not ids):
             return [self.end, *ids]
         if not ids:
@@ -96,12 +100,14 @@ def _folder(path: str) -> Path:
 @dataclass(frozen=True)
 class TokenFacts:
     """What a model has learned about tokens: ``ends``, of which the first separates documents, and whether texts begin with
-    it (``prepend``). ``begin`` and ``pad`` are those of an imported model. Ids, or ``None`` where there is none."""
+    it (``prepend``). ``begin`` and ``pad`` are those that an imported model names, and ``first`` is what its tokenizer puts
+    before every text if that is not the end. Ids, or ``None`` where there is none."""
 
     ends: tuple[int, ...] = ()
     prepend: bool = False
     begin: int | None = None
     pad: int | None = None
+    first: int | None = None
 
     @property
     def end(self) -> int | None:
@@ -122,8 +128,14 @@ class TokenFacts:
             values = value if isinstance(value, list) else [value]
             return tuple(number for number in values if type(number) is int and number >= 0)
 
-        begin, pad = (next(iter(numbers(key)), None) for key in ("bos", "pad"))
-        return cls(numbers("eos"), ids.get("prepend") is True, begin, pad)
+        begin, pad, first = (next(iter(numbers(key)), None) for key in ("bos", "pad", "first"))
+        return cls(numbers("eos"), ids.get("prepend") is True, begin, pad, first)
+
+    def put_before(self, number: int | None) -> TokenFacts:
+        """These facts for a tokenizer that puts ``number`` before every text (``None``: nothing that is known)."""
+        if number is not None and number == self.end:
+            return replace(self, prepend=True)
+        return replace(self, first=number)
 
     def as_import(self) -> dict[str, Any]:
         """The ids in the keys of a Hugging Face config.json; several ends are a list."""
@@ -132,7 +144,7 @@ class TokenFacts:
 
     def as_section(self) -> dict[str, Any]:
         """What ``TOKENS`` holds."""
-        return {**self.as_import(), "prepend": self.prepend}
+        return {**self.as_import(), "prepend": self.prepend, "first_token_id": self.first}
 
 
 def token_facts(
@@ -156,9 +168,11 @@ def token_facts(
         return TokenFacts.of_end(record.eot_id, record.eot_position == "prepend")
     if eot_id is not None:
         return TokenFacts.of_end(eot_id, prepend)
-    if imported and (facts := TokenFacts.of_import(imported)).ends:
-        return facts
-    return TokenFacts() if file is None else TokenFacts.of_end(_own_end(file), prepend and bool(data.folders))
+    known = TokenFacts.of_import(imported or {})
+    if known.ends:
+        return known
+    found_end = None if file is None else _own_end(file)
+    return TokenFacts.of_end(found_end, prepend and bool(data.folders)).put_before(known.first)
 
 
 def _own_end(file: Path) -> int | None:
@@ -196,15 +210,15 @@ def find_tokenizer(
     elif record is not None and record.kind == "tokenizer_name":
         tokenizer = from_hub(record.name)
     else:
-        where = (
-            f"{found.folders[0]} has no {TOKENIZER}"
-            if found.folders
-            else "the run's data (mock data, or your own) names none"
-        )
+        where = "the run's data (mock data, or your own) names none"
+        if found.folders:
+            where = f"{found.folders[0]} has no {TOKENIZER}"
+        elif imported is not None:
+            where = f"neither the data of the model nor {checkpoint} has one"
         raise ConfigError(f"no tokenizer: {where}; give {option} path/to/{TOKENIZER}")
     prepend = eot_position == "prepend"
     facts = token_facts(found, file, given=given, eot_id=eot_id, prepend=prepend, imported=imported)
-    return RunTokenizer(tokenizer, facts.end, facts.prepend, facts.ends[1:])
+    return RunTokenizer(tokenizer, facts.end, facts.prepend, facts.ends[1:], facts.first)
 
 
 def file_of_run(

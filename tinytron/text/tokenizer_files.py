@@ -52,6 +52,36 @@ def named_end(path: Path) -> str | None:
     return token_text(config.get("eos_token")) if isinstance(config, dict) else None
 
 
+def leading_id(path: Path) -> int | None:
+    """The id that the post-processor of the tokenizer.json ``path`` puts before every text, if there is one. It alone
+    decides in transformers 5, whatever ``add_bos_token`` in tokenizer_config.json says. Raises: as ``read_vocabulary``."""
+    return _first_of(json.loads(without_bom(path.read_bytes())).get("post_processor"))
+
+
+def _first_of(processor: dict[str, Any] | None) -> int | None:
+    """The id that a post-processor puts first."""
+    if processor is None:
+        return None
+    kind = processor["type"]
+    if kind == "Sequence":  # each works on the result of the one before it
+        found = [number for part in processor["processors"] if (number := _first_of(part)) is not None]
+        return found[-1] if found else None
+    if kind in ("BertProcessing", "RobertaProcessing"):
+        return int(processor["cls"][1])
+    if kind == "TemplateProcessing" and "SpecialToken" in (first := processor["single"][0]):
+        return int(processor["special_tokens"][first["SpecialToken"]["id"]]["ids"][0])
+    return None
+
+
+def without_tokens(processor: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The parts of a post-processor that put no tokens around a text, such as ``ByteLevel``."""
+    if processor is None or processor["type"] in ("BertProcessing", "RobertaProcessing", "TemplateProcessing"):
+        return []
+    if processor["type"] == "Sequence":
+        return [kept for part in processor["processors"] for kept in without_tokens(part)]
+    return [processor]
+
+
 def tokenizer_file(place: Path) -> Path:
     """The tokenizer.json that ``place`` is, or has in it."""
     return place / TOKENIZER if place.is_dir() else place
