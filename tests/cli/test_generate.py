@@ -195,8 +195,9 @@ def test_a_run_without_a_tokenizer(made: Path, run: Path, tmp_path: Path, capsys
     told = refusal(capsys, *words)
     assert told.startswith("error: no tokenizer: the run's data (mock data, or your own) names none; give --tokenizer ")
     write_config(run, model, str(tmp_path))
-    assert f"no tokenizer: {tmp_path} has no tokenizer.json; give --tokenizer path/to/tokenizer.json" in refusal(
-        capsys, *words
+    assert (
+        f"no tokenizer: the data {tmp_path} has none, and the run has kept none; give --tokenizer path/to/"
+        in refusal(capsys, *words)
     )
     output(capsys, *words, "--tokenizer", made / "tokenizer.json")
 

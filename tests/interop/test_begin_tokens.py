@@ -19,7 +19,7 @@ from tinytron.evaluation.choices import encode_pair
 from tinytron.interop.export import export
 from tinytron.interop.importing import import_model
 from tinytron.interop.open import open_model
-from tinytron.interop.tokenizer import initial_tokens
+from tinytron.interop.tokenizer import initial_tokens, run_tokens
 from tinytron.text.run_tokenizer import RunTokenizer, tokenizer_of_run
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -183,6 +183,6 @@ def test_a_run_on_own_data_does_not_begin_as_the_model_it_came_from(llama: Path,
     tokenize(write_jsonl(tmp_path / "texts.jsonl", make_texts(10)), file, tmp_path / "data", "--eot_position", "append")
     run = write_run(tmp_path / "run", tmp_path / "data")
     _, config = load_model(run)
-    config["tokens"] = initial_tokens(str(llama), V).facts.as_section()
+    config["tokens"] = run_tokens(V, config["data"], [str(llama)]).as_section()
     ours = tokenizer_of_run(config, None, run)
     assert (ours.begin, ours.prepend) == (None, False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -19,7 +21,7 @@ from tests.interop.families import change_config, save
 from tinytron.checkpoint import load_model
 from tinytron.cli.export import about_tokens
 from tinytron.cli.main import main
-from tinytron.errors import ConfigError
+from tinytron.errors import ConfigError, TinytronError
 from tinytron.inference import SamplingOptions, complete
 from tinytron.interop.export import export
 from tinytron.interop.importing import import_model
@@ -342,7 +344,7 @@ def test_the_tokens_of_the_data_come_before_inherited_ones(ranks: Pools, made: P
     _, config = load_model(run)
     found = tokenizer_of_run(config, None, run)
     assert (found.stop_tokens, found.prepend) == ((0,), True)
-    assert found.tokenizer.name == from_file(made / "data" / "tokenizer.json").name
+    assert (run / "tokenizer.json").read_bytes() == (made / "data" / "tokenizer.json").read_bytes()
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_not_inherited(ranks: Pools, made: Path, tmp_path: Path) -> None:
@@ -367,6 +369,75 @@ def test_a_run_knows_its_tokens_when_its_data_is_gone(ranks: Pools, made: Path, 
     assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 
+def test_what_a_run_has_kept_comes_before_what_has_become_of_its_data(ranks: Pools, made: Path, tmp_path: Path) -> None:
+    """Another tokenizer above the folder that is gone, and a flag that the manifest had overruled."""
+    data = tmp_path / "texts" / "data"
+    tokenize(made / "texts.jsonl", made / "tokenizer.json", data, "--eot_position", "append")
+    run = ranks(1).run(_train, tmp_path / "log", "--dataset_path", data, "--eot_id", 7)[0]
+    expected = tokenizer_of_run(load_model(run)[1], None, run)
+    shutil.rmtree(data)
+    shutil.copy(made / "odd" / "tokenizer.json", data.parent)
+    found = tokenizer_of_run(load_model(run)[1], None, run)
+    assert (found.stop_tokens, found.prepend) == (expected.stop_tokens, expected.prepend) == ((0,), False)
+    assert found.tokenizer.name == expected.tokenizer.name == str(run / "tokenizer.json")
+    export(run, tmp_path / "out")
+    assert read(tmp_path / "out", "tokenizer")["model"] == read(made, "tokenizer")["model"]
+
+
+def test_generation_needs_no_mixture_file(ranks: Pools, made: Path, tmp_path: Path) -> None:
+    mixture = tmp_path / "mix.json"
+    mixture.write_text(json.dumps({"sources": [{"name": "a", "path": str(made / "data"), "weight": 1}]}))
+    run = ranks(1).run(_train, tmp_path / "log", "--dataset_path", mixture)[0]
+    mixture.unlink()
+    assert tokenizer_of_run(load_model(run)[1], None, run).stop_tokens == (0,)
+
+
+def test_the_name_of_a_tokenizer_without_a_file_is_kept(ranks: Pools, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "data", tmp_path / "data")
+    (tmp_path / "data" / "tokenizer.json").unlink()
+    path = tmp_path / "data" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["tokenizer"] |= {"kind": "encoding_name", "name": "some-encoding"}
+    path.write_text(json.dumps(manifest))
+    run = ranks(1).run(_train, tmp_path / "log", "--dataset_path", tmp_path / "data")[0]
+    shutil.rmtree(tmp_path / "data")
+    with pytest.raises(TinytronError, match="some-encoding"):  # asked for by its name
+        tokenizer_of_run(load_model(run)[1], None, run)
+
+
+@pytest.mark.parametrize("how", ["--resume_path", "again"])
+def test_a_run_that_continues_keeps_what_was_known(ranks: Pools, made: Path, tmp_path: Path, how: str) -> None:
+    (tmp_path / "data").mkdir()
+    for file in (made / "data").glob("*.bin"):
+        shutil.copy(file, tmp_path / "data")
+    shutil.copy(made / "tokenizer.json", tmp_path / "data")
+    flags = ("--dataset_path", tmp_path / "data", "--save_every_steps", 1)
+    first = ranks(1).run(_train, tmp_path / "log", *flags)[0]
+    known = read(first, "config")["config"]["tokens"]
+    assert known["eos_token_id"] == 0
+    (tmp_path / "data" / "tokenizer.json").unlink()
+    log_dir, more = (tmp_path / "log", ()) if how == "again" else (tmp_path / "other", (how, first))
+    second = ranks(1).run(_train, log_dir, *flags, *more, "--max_steps", 2)[0]
+    assert read(second, "config")["config"]["tokens"] == known
+    assert (second / "tokenizer.json").read_bytes() == (made / "tokenizer.json").read_bytes()
+
+
+def test_a_tokenizer_that_is_left_behind_is_said(
+    ranks: Pools, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save("llama tied biased", tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_text("{")
+    (run, *_) = ranks(1).run(_begin, tmp_path / "hf", tmp_path / "log")
+    assert "the run keeps no copy of the tokenizer: " in ranks(1).run(_printed, tmp_path / "hf", tmp_path / "other")[0]
+    assert not (run / "tokenizer.json").exists()
+
+
+def _printed(source: Path, log_dir: Path) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        _begin(source, log_dir)
+    return shown.getvalue()
+
+
 def test_a_run_on_data_without_a_tokenizer_keeps_none(ranks: Pools, tmp_path: Path) -> None:
     run = ranks(1).run(_train, tmp_path / "log", "--use_mock_data", "--mock_data_num_samples", 32)[0]
     assert not (run / "tokenizer.json").exists()
@@ -377,6 +448,7 @@ def test_a_run_on_data_without_a_tokenizer_keeps_none(ranks: Pools, tmp_path: Pa
 def _train(log_dir: Path, *flags: object) -> Path:
     mock = ("--use_mock_data", "--mock_data_num_samples", 32)
     sizes = [flag for flag in TINY if flag not in mock]
-    trainer = Trainer(config_of(*sizes, "--log_dir", log_dir, "--vocab_size", V, "--max_steps", 1, *flags))
+    words = ("--log_dir", log_dir, "--vocab_size", V, "--max_steps", 1, "--warmup_steps", 0)
+    trainer = Trainer(config_of(*sizes, *words, *flags))
     trainer.train()
     return trainer.log_dir

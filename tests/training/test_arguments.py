@@ -288,7 +288,9 @@ def test_only_paths_begin_as_in_a_shell(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("text", [str(2**63), "2**63", "10**64", "9.3e18"])
 def test_whole_numbers_have_64_bits(text: str) -> None:
-    with pytest.raises(ConfigError, match=rf"--seed: {re.escape(text)} has more than 64 bits; use at most {2**63 - 1}"):
+    with pytest.raises(
+        ConfigError, match=rf"--seed: {re.escape(text)} has more than 64 bits; use -{2**63} to {2**63 - 1}"
+    ):
         parse_args(["--seed", text])
 
 

@@ -25,7 +25,7 @@ def test_the_name_of_a_node_that_starts_late_is_waited_for(
     monkeypatch.setattr(socket, "getaddrinfo", late)
     launcher.await_name("node-0", seconds=60, every=0.01)
     assert tries == ["node-0"] * 3
-    assert capsys.readouterr().err == "MASTER_ADDR=node-0 has no address yet; trying for 60 s\n"
+    assert capsys.readouterr().err == "node-0 (--master_addr, MASTER_ADDR) has no address yet; trying for 60 s\n"
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.05])
@@ -34,7 +34,7 @@ def test_a_name_that_never_comes_is_an_error(monkeypatch: pytest.MonkeyPatch, se
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", never)
-    text = r"MASTER_ADDR=node-0 has no address \(.*not known\); use the name or the IP address of the first node"
+    text = r"node-0 \(--master_addr, MASTER_ADDR\) has no address \(.*not known\); use the name or IP"
     with pytest.raises(ConfigError, match=text):
         launcher.await_name("node-0", seconds=seconds, every=0.01)
 

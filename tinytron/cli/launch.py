@@ -144,7 +144,7 @@ def _check_meeting_place(args: argparse.Namespace) -> None:
             "which finds a free one"
         )
     several = str(args.nnodes) not in ("1", "1:1")
-    await_name(args.master_addr, seconds=NAME_SECONDS if several else 0.0)
+    await_name(args.master_addr.strip("[]"), seconds=NAME_SECONDS if several else 0.0)
 
 
 def _exit_stopped_by(number: signal.Signals) -> NoReturn:

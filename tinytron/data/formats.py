@@ -147,8 +147,8 @@ def _check_width(path: Path, first: npt.NDArray[Any]) -> None:
         advice = "use --token_dtype uint32" if first.itemsize == 2 else "write them as uint32"
         raise DataError(
             f"{path}: every second token is {int(high.max())} or less, so these are numbers of more than "
-            f"{8 * first.itemsize} bits; {advice} (or, if the tokens are so, write them with tinytron.data.write_shard: "
-            "its header says how wide they are)"
+            f"{8 * first.itemsize} bits; {advice} (or, if the tokens really are like that, write them with "
+            "tinytron.data.write_shard: its header says how wide they are)"
         )
 
 

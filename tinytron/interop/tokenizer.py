@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,8 @@ from tinytron.text.run_tokenizer import (
     TOKENS,
     DataTokenizers,
     TokenFacts,
-    file_of_run,
     token_facts,
-    tokenizers_of_data,
+    tokenizer_sources,
 )
 from tinytron.text.tokenizer_files import TOKENIZER_CONFIG, leading_id, read_vocabulary, token_text, without_tokens
 from tinytron.utils.texts import without_bom
@@ -36,13 +35,21 @@ TOKENIZER_FILES = (
 @dataclass(frozen=True)
 class TokenizerFiles:
     """Files to copy; the ``facts`` that generation uses, too; the texts of the tokens that end and begin documents, where
-    they are known; and the ids of the model that no token has (``unused``), as far as that is known."""
+    they are known; the ids of the model that no token has (``unused``), as far as that is known; the ``record`` in the
+    data's manifest; and why files were ``left_behind``."""
 
     files: tuple[Path, ...]
     facts: TokenFacts = field(default_factory=TokenFacts)
     end_token: str | None = None
     begin_token: str | None = None
     unused: tuple[int, ...] = ()
+    record: TokenizerFacts | None = None
+    left_behind: str = ""
+
+    def as_section(self) -> dict[str, Any]:
+        """What a run keeps in ``TOKENS``."""
+        record = None if self.files or self.record is None else asdict(self.record)
+        return {**self.facts.as_section(), "tokenizer": record}
 
     def write(self, out: Path, block_size: int) -> None:
         """Copy the files to ``out``, with the tokens that end and begin documents in their configuration; a tokenizer.json
@@ -130,11 +137,9 @@ def exported_tokenizer(
     Raises: ConfigError if there is nothing at ``given``, or a tokenizer has ids that the model does not.
     """
     try:
-        found = tokenizers_of_data(data.get("dataset_path"))
-        record = found.facts()
-    except (ConfigError, DataError):  # the weights do not depend on data that is gone or damaged
-        found, record = DataTokenizers(()), None
-    file = file_of_run(found, record, given, checkpoint)
+        found, record, file = tokenizer_sources(data.get("dataset_path"), given, checkpoint, imported)
+    except (DataError, OSError):  # the weights do not depend on data that is gone or damaged
+        found, record, file = DataTokenizers(()), None, None
     files: tuple[Path, ...] = ()
     what = f"the tokenizer of {data.get('dataset_path') or checkpoint}"
     if given is not None:
@@ -149,7 +154,7 @@ def exported_tokenizer(
         texts.setdefault(record.eot_id, record.eot_token)
     begin_id = facts.end if facts.prepend else facts.begin
     end, begin = (texts.get(-1 if number is None else number) for number in (facts.end, begin_id))
-    return TokenizerFiles(files, facts, end, begin, _unused(vocabulary.values(), record, vocab_size))
+    return TokenizerFiles(files, facts, end, begin, _unused(vocabulary.values(), record, vocab_size), record)
 
 
 def tokenizer_of_data(dataset_path: str | None, vocab_size: int) -> TokenizerFiles:
@@ -157,18 +162,20 @@ def tokenizer_of_data(dataset_path: str | None, vocab_size: int) -> TokenizerFil
     return exported_tokenizer(vocab_size, {"dataset_path": dataset_path})
 
 
-def run_tokens(vocab_size: int, data: Mapping[str, Any], init_from: str | None) -> TokenizerFiles:
+def run_tokens(vocab_size: int, data: Mapping[str, Any], sources: Sequence[str]) -> TokenizerFiles:
     """What a run keeps about its tokens, for the day when its data has moved: the facts and the files of the ``data``, or
-    where that tells nothing those of the weights that the run begins with. Raises as ``initial_tokens``."""
+    where that tells nothing those of the first of the ``sources`` that has any: the run itself when it continues, and the
+    weights that it begins with. Raises as ``initial_tokens``."""
     try:
-        own = exported_tokenizer(vocab_size, data)
-        told = tokenizers_of_data(data.get("dataset_path")).facts() is not None or bool(own.files)
-    except (ConfigError, DataError):  # not what training depends on
-        own, told = TokenizerFiles(()), False
-    if told or init_from is None:
-        return own
-    inherited = initial_tokens(init_from, vocab_size)
-    return replace(inherited, facts=own.facts) if own.facts.ends else inherited
+        found = exported_tokenizer(vocab_size, data)
+    except ConfigError:  # not what training depends on
+        found = TokenizerFiles(())
+    for source in sources:
+        if found.files or found.record is not None:
+            break
+        inherited = initial_tokens(source, vocab_size)
+        found = replace(inherited, facts=found.facts) if found.facts.ends else inherited
+    return found
 
 
 def initial_tokens(name: str, vocab_size: int) -> TokenizerFiles:
@@ -180,14 +187,14 @@ def initial_tokens(name: str, vocab_size: int) -> TokenizerFiles:
         tokens = saved.section(TOKENS)
         try:
             return exported_tokenizer(vocab_size, saved.section("data"), checkpoint=saved.file, imported=tokens)
-        except ConfigError:
-            return TokenizerFiles((), TokenFacts.of_import(tokens))
+        except ConfigError as error:
+            return TokenizerFiles((), TokenFacts.of_import(tokens), left_behind=str(error))
     folder = model_folder(name, weights=False, more=TOKENIZER_FILES)
     facts, files = imported_facts(folder), files_in(folder)
     try:
         _vocabulary(files, vocab_size, name)
-    except ConfigError:
-        files = ()
+    except ConfigError as error:
+        return TokenizerFiles((), facts, left_behind=str(error))
     return TokenizerFiles(files, facts)
 
 

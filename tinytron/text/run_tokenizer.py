@@ -11,13 +11,13 @@ from typing import Any
 from tinytron.data.manifest import TOKENIZER, TokenizerFacts, read_manifest
 from tinytron.data.mixture_file import read_mixture
 from tinytron.data.remote import local_dataset_path
-from tinytron.errors import ConfigError
+from tinytron.errors import ConfigError, DataError
 from tinytron.text.tokenizer_files import named_end, read_specials, read_vocabulary, tokenizer_file, usual_ends
 from tinytron.text.tokenizers import TextTokenizer, from_file, from_hub, from_tiktoken
 from tinytron.utils.remote import is_remote
 from tinytron.utils.texts import whole_characters
 
-TOKENS = "tokens"  # the section in the configuration of an imported model, or of a run from one, with its ids of tokens
+TOKENS = "tokens"  # the section of a run's or an imported model's configuration with what it knows of its tokens
 
 
 @dataclass(frozen=True)
@@ -156,10 +156,13 @@ def token_facts(
     prepend: bool = False,
     imported: Mapping[str, Any] | None = None,
 ) -> TokenFacts:
-    """The facts from the first place that has them: the manifest of the ``data``, the run's ``eot_id``, the manifest in the
-    folder of the ``given`` tokenizer, the configuration of the ``imported`` model, or else the tokenizer in ``file``.
+    """The facts from the first place that has them: what a run has kept or an import knows (``imported``), the manifest of
+    the ``data``, the run's ``eot_id``, the manifest in the folder of the ``given`` tokenizer, or the tokenizer in ``file``.
     ``prepend`` says, where no manifest does, whether the documents of a run's data begin with the end. Raises: DataError
     for a damaged manifest."""
+    known = TokenFacts.of_import(imported or {})
+    if known.ends:
+        return known
     record = data.facts()
     if record is None and eot_id is None and given is not None:
         found = read_manifest(given if given.is_dir() else given.parent)
@@ -168,9 +171,6 @@ def token_facts(
         return TokenFacts.of_end(record.eot_id, record.eot_position == "prepend")
     if eot_id is not None:
         return TokenFacts.of_end(eot_id, prepend)
-    known = TokenFacts.of_import(imported or {})
-    if known.ends:
-        return known
     found_end = None if file is None else _own_end(file)
     return TokenFacts.of_end(found_end, prepend and bool(data.folders)).put_before(known.first)
 
@@ -194,15 +194,14 @@ def find_tokenizer(
     checkpoint: Path | None = None,
     imported: Mapping[str, Any] | None = None,
 ) -> RunTokenizer:
-    """The tokenizer in the file (or folder) ``given``, else that of the run's data: the first ``tokenizer.json`` next to
-    its shards, or the one that its manifest names, or else that next to the ``checkpoint``, where imported models have it.
-    ``eot_id`` and ``eot_position`` are those of the run's configuration, used where there is no manifest.
+    """The tokenizer in the file (or folder) ``given``, else the one that a run or an import has kept next to the
+    ``checkpoint`` (``imported`` is what it knows of its tokens), else that of the run's data: the first ``tokenizer.json``
+    next to its shards, or the one that its manifest names. ``eot_id`` and ``eot_position`` are those of the run's
+    configuration, used where nothing else tells.
 
     Raises: ConfigError if there is none, naming ``option``, which gives one; DataError if it cannot be read.
     """
-    found = tokenizers_of_data(dataset_path)
-    record = found.facts()
-    file = file_of_run(found, record, given, checkpoint)
+    found, record, file = tokenizer_sources(dataset_path, given, checkpoint, imported)
     if file is not None:
         tokenizer = from_file(file)
     elif record is not None and record.kind == "encoding_name":
@@ -212,7 +211,7 @@ def find_tokenizer(
     else:
         where = "the run's data (mock data, or your own) names none"
         if found.folders:
-            where = f"{found.folders[0]} has no {TOKENIZER}"
+            where = f"the data {dataset_path} has none, and the run has kept none"
         elif imported is not None:
             where = f"neither the data of the model nor {checkpoint} has one"
         raise ConfigError(f"no tokenizer: {where}; give {option} path/to/{TOKENIZER}")
@@ -221,17 +220,36 @@ def find_tokenizer(
     return RunTokenizer(tokenizer, facts.end, facts.prepend, facts.ends[1:], facts.first)
 
 
-def file_of_run(
-    data: DataTokenizers, record: TokenizerFacts | None, given: Path | None, checkpoint: Path | None
-) -> Path | None:
-    """The tokenizer.json that is used, if it is one: the ``given`` one, that of the data, or that next to the weights if
-    the data's manifest names no other."""
+def tokenizer_sources(
+    dataset_path: str | None, given: Path | None, checkpoint: Path | None, imported: Mapping[str, Any] | None
+) -> tuple[DataTokenizers, TokenizerFacts | None, Path | None]:
+    """Where to look for a run's tokenizer: its data (none if the run has kept a copy: it does not matter then whether the
+    data has moved or changed), the record of the tokenizer, and the tokenizer.json that is used, if it is one. Raises:
+    ConfigError or DataError for a damaged mixture or manifest."""
+    copy = None if checkpoint is None else (checkpoint if checkpoint.is_dir() else checkpoint.parent) / TOKENIZER
+    if copy is not None and not copy.is_file():
+        copy = None
+    if given is None and imported is not None and copy is not None:
+        return DataTokenizers(()), None, copy
+    try:
+        found = tokenizers_of_data(dataset_path)
+        record = found.facts() or kept_record(imported)
+    except (ConfigError, DataError, OSError):
+        if given is None and copy is None and kept_record(imported) is None:
+            raise
+        found, record = DataTokenizers(()), kept_record(imported)
     if given is not None:
-        return tokenizer_file(given)
-    if (own := next(iter(data.files), None)) is not None or record is not None or checkpoint is None:
-        return own
-    beside = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / TOKENIZER
-    return beside if beside.is_file() else None
+        return found, record, tokenizer_file(given)
+    own = next(iter(found.files), None)
+    return found, record, copy if own is None and record is None else own
+
+
+def kept_record(imported: Mapping[str, Any] | None) -> TokenizerFacts | None:
+    """The record of a tokenizer that is no file, as a run has kept it in ``TOKENS``."""
+    try:
+        return TokenizerFacts(**(imported or {})["tokenizer"])
+    except (KeyError, TypeError):
+        return None
 
 
 def tokenizer_of_run(

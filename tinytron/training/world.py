@@ -93,6 +93,8 @@ def join_world(config: Config) -> ParallelState:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
             if config.parallel.init_method == "env://" and (host := os.environ.get("MASTER_ADDR")):
+                if (port := os.environ.get("MASTER_PORT", "")).isdecimal() and not 1 <= int(port) <= 65535:
+                    raise ConfigError(f"environment variable MASTER_PORT={port} must be in 1..65535; use 29500")
                 await_name(host, seconds=NAME_SECONDS if world_size > 1 else 0.0)
             try:
                 dist.init_process_group(backend, config.parallel.init_method, rank=rank, world_size=world_size)

@@ -222,7 +222,7 @@ def whole_number(text: str) -> int:
     except (ValueError, InvalidOperation):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number like 1000000, 1e6 or 2**20") from None
     if not -(2**63) <= number < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} has more than 64 bits; use at most {2**63 - 1}")
+        raise argparse.ArgumentTypeError(f"{text} has more than 64 bits; use {-(2**63)} to {2**63 - 1}")
     return number
 
 

@@ -32,10 +32,14 @@ def await_name(host: str, *, seconds: float, every: float = 2.0) -> None:
         except (OSError, UnicodeError) as error:
             if time.monotonic() >= end:
                 raise ConfigError(
-                    f"the host name MASTER_ADDR={host} has no address ({error}); use the name or the IP address of the "
-                    "first node, such as 192.168.1.100, or 127.0.0.1 on one node"
+                    f"the host name {host} (--master_addr, MASTER_ADDR) has no address ({error}); use the name or "
+                    "IP address of the first node, such as 192.168.1.100, or 127.0.0.1 on one node"
                 ) from error
         if not waited:
-            print(f"MASTER_ADDR={host} has no address yet; trying for {seconds:g} s", file=sys.stderr, flush=True)
+            print(
+                f"{host} (--master_addr, MASTER_ADDR) has no address yet; trying for {seconds:g} s",
+                file=sys.stderr,
+                flush=True,
+            )
         waited = True
         time.sleep(min(every, seconds))

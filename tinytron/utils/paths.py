@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,11 +15,13 @@ def expanded(text: str) -> str:
     ``--flag=~/x``, a file or a variable's value. Raises: ConfigError if there is no such user or variable."""
     if text.startswith("~") and (home := os.path.expanduser(text)) != text:
         return home
-    if text.startswith("$") and (known := os.path.expandvars(text)) != text:
-        return known
-    if text.startswith(("~", "$")):
-        what = "a user's home, and there is no such user" if text[0] == "~" else "a variable that is not set"
-        raise ConfigError(f"the path {text} begins with {what}; write ./{text} if its name begins so")
+    if text.startswith("~"):
+        raise ConfigError(f"the path {text}: there is no such user; write ./{text} if its name begins so")
+    if text.startswith("$"):
+        variables = re.findall(r"\$(?:\w+|\{[^}]*\})", text) or ["$"]
+        if missing := [variable for variable in variables if os.path.expandvars(variable) == variable]:
+            raise ConfigError(f"the path {text}: {missing[0]} is not set; write ./{text} if its name begins so")
+        return os.path.expandvars(text)
     return text
 
 

@@ -7,7 +7,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -22,7 +22,7 @@ from tinytron.distributed.agreement import agree, agree_slowly
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import CheckpointError, ConfigError
-from tinytron.interop.tokenizer import run_tokens
+from tinytron.interop.tokenizer import TokenizerFiles, run_tokens
 from tinytron.metrics.routing import ROUTES, keep_traces_until
 from tinytron.metrics.sinks.files import JsonLog, TextLog
 from tinytron.text.run_tokenizer import TOKENS
@@ -51,12 +51,13 @@ class RunFolder:
         self._lock = lock_run_folder(self.path, state)
         self.mirror = open_mirror(config, state)
         self.description = describe_run(config, state.layout)
-        own = (config.model.vocab_size, self.description["config"]["data"], config.ckpt.init_from)
-        tokens = agree_slowly(lambda: run_tokens(*own), state.groups["world"])
-        self._tokenizer = tokens.files
-        self.description["config"][TOKENS] = tokens.facts.as_section()
+        tokens = agree_slowly(lambda: tokens_of(config, self.path), state.groups["world"])
+        self.description["config"][TOKENS] = tokens.as_section()
+        self._tokenizer, unreadable = _contents(tokens.files)
         copied = "" if self.mirror is None else f", copied to {self.mirror.remote.url}"
         self.notes = [f"run folder: {self.path}{copied}", *remove_leftovers_of_saves(config, self.path, state)]
+        if why := tokens.left_behind or unreadable:
+            self.notes.append(f"the run keeps no copy of the tokenizer: {why}")
         if state.is_master and (note := another_of_this_name(config, self.path)) is not None:
             self.notes.append(note)
 
@@ -74,10 +75,10 @@ class RunFolder:
         def write() -> list[str]:
             aside = [] if step or self._config.train.debug else set_logs_aside(self.path)
             write_atomically(file, lambda out: out.write(text))
-            for source in self._tokenizer:
-                _copy(source, self.path / source.name)
+            for name, content in self._tokenizer.items():
+                _write(self.path / name, content)
             if self.mirror is not None:
-                self.mirror.remote.push(self.path, [file.name, *(path.name for path in self._tokenizer), *aside])
+                self.mirror.remote.push(self.path, [file.name, *self._tokenizer, *aside])
             keep_traces_until(self.path, step)
             return [f"there is no checkpoint to continue from: kept the log so far as {aside[0]}"] if aside else []
 
@@ -148,9 +149,24 @@ def _numbered(path: Path, number: int) -> Path:
     return path.with_name(f"{path.name}.{number}")
 
 
-def _copy(source: Path, target: Path) -> None:
-    content = source.read_bytes()
-    write_atomically(target, lambda out: out.write(content))
+def tokens_of(config: Config, folder: Path) -> TokenizerFiles:
+    """What the run in ``folder`` keeps about its tokens. Raises: ConfigError or CheckpointError if the weights that it
+    begins with cannot be had."""
+    own = [str(folder)] if config.ckpt.resume and complete_checkpoints(folder) else []
+    sources = [*own, *filter(None, (config.ckpt.resume_path, config.ckpt.init_from))]
+    return run_tokens(config.model.vocab_size, config.as_dict()["data"], sources)
+
+
+def _contents(files: Sequence[Path]) -> tuple[dict[str, bytes], str]:
+    """What is in ``files`` by name, or nothing and the reason if one cannot be read."""
+    try:
+        return {path.name: path.read_bytes() for path in files}, ""
+    except OSError as error:
+        return {}, f"{error.filename} cannot be read ({error.strerror})"
+
+
+def _write(file: Path, content: bytes) -> None:
+    write_atomically(file, lambda out: out.write(content))
 
 
 def run_folder(config: Config) -> Path:
