@@ -117,6 +117,8 @@ def test_documents_are_separated_as_in_training(made: Path, tmp_path: Path, posi
     found = evaluate(run, write_jsonl(tmp_path / "texts.jsonl", texts), tmp_path)
     assert found["tokens"] == count
     assert found["loss"] == pytest.approx(nats / count, rel=1e-5)
+    rows = write_jsonl(tmp_path / "rows.jsonl", texts, "body")
+    assert evaluate(run, rows, tmp_path, "--text_key", "body")["loss"] == found["loss"]
 
 
 def test_the_split(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,6 +162,11 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--data", "DATA", "--seq_len", 0), "--seq_len 0 must be 1 to 32"),
     (("--data", "EMPTY"), "has no train_*.bin; name a folder with token shards"),
     (("--data", "SHORT"), "short.txt has 0 tokens; give a longer text, of at least 2"),
+    (("--data", "ROWS"), "line 1 has no key 'text'; set --text_key to one that it has: id, body"),
+    (
+        ("--data", "mixture.json"),
+        "--data mixture.json: mixtures are not measured as a whole; give the path of one of its",
+    ),
     (("--data", "DATA", "--tokenizer", "OTHER"), "was made with another tokenizer than the model's: "),
 ]
 
@@ -171,6 +178,7 @@ def test_what_it_refuses(
     (tmp_path / "empty").mkdir()
     (tmp_path / "short.txt").write_text("")
     names = {"DATA": made / "data", "EMPTY": tmp_path / "empty", "SHORT": tmp_path / "short.txt"}
+    names["ROWS"] = write_jsonl(tmp_path / "rows.jsonl", ["a"], "body")
     names["OTHER"] = make_tokenizer(tmp_path / "tokenizer.json", ("<other>", "</s>"))
     given = [str(names.get(str(word), word)) for word in words]
     assert main(["evaluate", "--checkpoint", str(made / "run"), *given]) == 2

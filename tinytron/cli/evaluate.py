@@ -41,6 +41,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         metavar="PATH",
         help="measure the loss on this: a folder or pattern of token shards, or a file of text (.txt, .jsonl, .parquet)",
     )
+    add("--text_key", default="text", metavar="KEY", help="of a row in the .jsonl or .parquet file of --data")
     add("--seq_len", type=whole_number, help="tokens per sample of --data; default: as trained, or at most 4096")
     add("--tokenizer", type=user_path, metavar="FILE", help="a tokenizer.json; default: the one beside the run's data")
     add("--out", type=user_path, metavar="FILE", help="default: results.json beside the checkpoint")
@@ -108,7 +109,7 @@ def _measure(args: argparse.Namespace, model: GPT, config: dict[str, Any]) -> di
     except ConfigError:
         if args.tokenizer is not None or is_texts(args.data):
             raise
-    data = held_out(args.data, model, config, tokenizer, seq_len, args.batch_tokens)
+    data = held_out(args.data, model, config, tokenizer, seq_len, args.batch_tokens, args.text_key)
     found = measure(model, data).fields()
     bits = "" if "bits_per_byte" not in found else f", {found['bits_per_byte']:.4f} bits per byte"
     what = "" if data.split is None else f" ({data.split} split)"

@@ -44,7 +44,7 @@ class HeldOut:
 
 
 def is_texts(path: Path) -> bool:
-    """Whether ``path`` is a file of texts, and not one of tokens."""
+    """True for a file that is not a token shard."""
     return path.is_file() and path.suffix != ".bin"
 
 
@@ -56,21 +56,29 @@ def default_seq_len(config: Mapping[str, Any], block_size: int, longest: int = 4
 
 
 def held_out(
-    path: Path, model: GPT, config: Mapping[str, Any], tokenizer: RunTokenizer | None, seq_len: int, batch_tokens: int
+    path: Path,
+    model: GPT,
+    config: Mapping[str, Any],
+    tokenizer: RunTokenizer | None,
+    seq_len: int,
+    batch_tokens: int,
+    text_key: str = "text",
 ) -> HeldOut:
     """The data at ``path``: a folder of token shards or a pattern of them (the validation split if there is one, else the
-    training split), or a file of texts. ``config`` has the sections of the run that trained the model: token shards are cut
-    and masked as its ``data`` section says.
+    training split), or a file of texts (rows have them as ``text_key``). ``config`` has the sections of the run that
+    trained the model: token shards are cut and masked as its ``data`` section says.
 
     Raises: DataError for data that is missing, damaged or shorter than one sample; ConfigError for texts without a
-    ``tokenizer``, and for shards that were made with another one.
+    ``tokenizer``, for shards that were made with another one, and for mixtures.
     """
     rows = max(1, batch_tokens // seq_len)
+    if path.suffix == ".json":
+        raise ConfigError(f"--data {path}: mixtures are not measured as a whole; give the path of one of its sources")
     if is_texts(path):
         if tokenizer is None:
             raise ConfigError(f"no tokenizer to read {path} with; give --tokenizer path/to/tokenizer.json")
         sizes = _bytes_of(tokenizer)
-        return HeldOut(_cut(_tokens_of_file(path, tokenizer), seq_len, rows, str(path)), None, sizes)
+        return HeldOut(_cut(_tokens_of_file(path, tokenizer, text_key), seq_len, rows, str(path)), None, sizes)
     dataset, split = _shards(str(path), model, config.get("data", {}), seq_len)
     if tokenizer is not None:
         _require_same(str(path), tokenizer)
@@ -143,14 +151,18 @@ def _require_same(path: str, tokenizer: RunTokenizer) -> None:
 
 
 def _bytes_of(tokenizer: RunTokenizer) -> list[int] | None:
+    """The bytes of every token id; ``None`` for a tokenizer that does not say them, or not in a form that is known."""
     serialized = tokenizer.tokenizer.serialized
-    return token_bytes(serialized) if serialized else None
+    try:
+        return token_bytes(serialized) if serialized else None
+    except ValueError:
+        return None
 
 
-def _tokens_of_file(path: Path, tokenizer: RunTokenizer) -> npt.NDArray[np.int64]:
+def _tokens_of_file(path: Path, tokenizer: RunTokenizer, text_key: str) -> npt.NDArray[np.int64]:
     """The token ids of all documents of a file, each after the token that texts begin with, or else separated by the
     end-of-text token, if there is one."""
-    source = FileSource([path], path=str(path))
+    source = FileSource([path], text_key, "--text_key", str(path))
     texts = [text for chunk in source.chunks(_DOCUMENTS_AT_ONCE) for text in source.read(chunk) if text]
     first = tokenizer.end if tokenizer.begin is None and tokenizer.prepend else tokenizer.begin
     position = "append" if first is None else "prepend"
