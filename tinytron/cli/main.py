@@ -31,7 +31,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "launch": Command("launch", "start a script on several processes, as torchrun does"),
         "checkpoint": Command("checkpoint", "show, check, consolidate and delete checkpoints"),
         "generate": Command("generate", "continue texts with a trained model"),
-        "evaluate": Command("evaluate", "answer multiple-choice tasks with a trained model"),
+        "evaluate": Command("evaluate", "answer multiple-choice tasks with a trained model, or measure its loss"),
         "export": Command("export", "write a trained model as a Hugging Face folder"),
         "import": Command("import_model", "turn a Hugging Face model into a folder for --init_from"),
     }

@@ -44,23 +44,25 @@ def validate(
     model: nn.Module,
     loss: Callable[[Batch], LossSums],
     batches: Iterable[Batch],
-    state: ParallelState,
+    state: ParallelState | None,
     sources: Sequence[str] = (),
     token_bytes_V: torch.Tensor | None = None,
     *,
     normalizer: Callable[[Batch], torch.Tensor] = Batch.targets,
 ) -> ValResult:
     """Sum ``loss`` over this rank's ``batches`` (on the device) and over the ranks, and divide by the sum of what
-    ``normalizer`` counts (default: valid targets). Collective over the world.
+    ``normalizer`` counts (default: valid targets). Collective over the world; without a ``state`` this process is alone,
+    and there are no ``sources``.
 
     ``token_bytes_V``, int64 ``[V]``: the bytes of every token id. A token without bytes (end of text) adds loss only.
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(6, dtype=torch.float64, device=state.device)
+    device = next(model.parameters()).device if state is None else state.device
+    sums = torch.zeros(6, dtype=torch.float64, device=device)
     aux: dict[str, torch.Tensor] = {}
     aux_counts: dict[str, torch.Tensor] = {}
-    by_source = SourceLosses(sources, state, token_bytes_V)
+    by_source = None if state is None else SourceLosses(sources, state, token_bytes_V)
     for batch in batches:
         losses = loss(batch)
         plain = losses.token if losses.per_token is None else losses.per_token.sum(dtype=torch.float64)
@@ -72,22 +74,27 @@ def validate(
             aux[name] = aux.get(name, 0.0) + value.double() * (1 if name in losses.counts else real)
         for name, number in losses.counts.items():
             aux_counts[name] = aux_counts.get(name, 0.0) + number.double()
-        by_source.add(batch, losses)
+        if by_source is not None:
+            by_source.add(batch, losses)
     model.train(was_training)
-    nats, count, weight, tokens, plain_nats, text_bytes = sum_over(sums, state.groups["world"]).tolist()
+    if state is not None:
+        sum_over(sums, state.groups["world"])
+    nats, count, weight, tokens, plain_nats, text_bytes = sums.tolist()
     divisors = _sum_by_name(aux_counts, state)
     return ValResult(
         nats / weight * (tokens / count) if weight and count else math.nan,
         int(tokens),
-        by_source.flush() if sources else {},
+        by_source.flush() if sources and by_source is not None else {},
         bits_per_byte(plain_nats, text_bytes),
         {name: value / max(divisors.get(name, count), 1.0) for name, value in _sum_by_name(aux, state).items()},
     )
 
 
-def _sum_by_name(values: Mapping[str, torch.Tensor], state: ParallelState) -> dict[str, float]:
-    """The values of all ranks together. Collective. A rank to which a loader gave no batch has none, so the ranks first
-    agree on the names."""
+def _sum_by_name(values: Mapping[str, torch.Tensor], state: ParallelState | None) -> dict[str, float]:
+    """The values of all ranks together. Collective, except without a ``state``. A rank to which a loader gave no batch has
+    none, so the ranks first agree on the names."""
+    if state is None:
+        return {name: float(value) for name, value in values.items()}
     world = state.groups["world"]
     of_ranks: list[Any] = [None] * dist.get_world_size(world)
     dist.all_gather_object(of_ranks, list(values), group=world)
