@@ -432,6 +432,26 @@ def test_a_tokenizer_that_is_left_behind_is_said(
     assert not (run / "tokenizer.json").exists()
 
 
+def test_rows_that_no_token_uses_are_said_if_they_are_many(ranks: Pools, made: Path, tmp_path: Path) -> None:
+    flags = ("--dataset_path", made / "data")
+    size = size_of(made / "tokenizer.json")
+    said = ranks(1).run(_train_printed, tmp_path / "a", *flags, "--vocab_size", 1024)[0]
+    (line,) = (line for line in said.splitlines() if "never used" in line)
+    assert line.startswith(
+        f"--vocab_size 1024, and the tokenizer has {size} tokens: {1024 - size} rows are never used; "
+    )
+    works = int(line.split("--vocab_size ")[2].split()[0])
+    assert size <= works < size + 64
+    for vocab in (works, V):
+        assert "never used" not in ranks(1).run(_train_printed, tmp_path / "a", *flags, "--vocab_size", vocab)[0]
+
+
+def _train_printed(log_dir: Path, *flags: object) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        _train(log_dir, *flags)
+    return shown.getvalue()
+
+
 def _printed(source: Path, log_dir: Path) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as shown:
         _begin(source, log_dir)

@@ -18,8 +18,8 @@ from tests.helpers.runs import TINY
 from tinytron.cli.config_tables import tables
 from tinytron.errors import ConfigError
 from tinytron.training import Config, Trainer, build_config, parse_args
-from tinytron.training.arguments import show_config
 from tinytron.training.config import SECTIONS, all_sections
+from tinytron.training.config_files import as_json
 from tinytron.utils.flags import Flag
 
 Pools = Callable[[int], Ranks]
@@ -69,7 +69,7 @@ def test_the_saved_form_and_the_identity_have_it() -> None:
     config = build("--beta", "0.5", "--reference", "log/run")
     assert config.as_dict()["dpo"] == {"beta": 0.5, "loss_kind": "sigmoid", "reference": "log/run"}
     assert list(config.as_dict()) == [*Config().as_dict(), "dpo"]
-    assert json.loads(show_config(config))["dpo"]["beta"] == 0.5
+    assert json.loads(as_json(config))["dpo"]["beta"] == 0.5
     assert config.identity()["dpo.beta"] == 0.5
     assert "dpo.reference" not in config.identity()
     assert build().config_hash() == Config().config_hash()

@@ -70,6 +70,7 @@ def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path: Path, monkeyp
             raise PermissionError(13, "Permission denied", str(place))
         return scandir(place)
 
+    assert list(files_below(tmp_path / "nowhere")) == []
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(DataError, match=r"closed cannot be read \(Permission denied\); give it read permission"):
         list(files_below(tmp_path))

@@ -151,7 +151,10 @@ class TrainingConfig:
 class OptimConfig:
     """The optimizer and its schedule."""
 
-    optimizer: Annotated[Literal["adam", "muon"], Flag("AdamW, or Muon for matrices with AdamW for the rest")] = "adam"
+    optimizer: Annotated[
+        Literal["adam", "muon"],
+        Flag("AdamW, or Muon for matrices (a good first max_lr is 0.02) with AdamW for the rest"),
+    ] = "adam"
     max_lr: Annotated[float, Flag("peak learning rate", at_least=0, at_most=1000)] = 4e-3
     min_lr: Annotated[float, Flag("learning rate of the last step (cosine, wsd)", at_least=0, at_most=1000)] = 3e-5
     warmup_steps: Annotated[int, Flag("linear warm-up; cut to a tenth of a shorter run", "steps", at_least=0)] = 1000

@@ -54,6 +54,8 @@ def files_below(folder: Path, *, hidden: bool = True) -> Iterator[Path]:
 
 
 def _refuse(error: OSError) -> None:
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return  # nothing is below what is not there
     raise DataError(
         f"{error.filename} cannot be read ({error.strerror}); give it read permission, or take it out"
     ) from error

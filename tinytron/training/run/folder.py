@@ -58,6 +58,12 @@ class RunFolder:
         self.notes = [f"run folder: {self.path}{copied}", *remove_leftovers_of_saves(config, self.path, state)]
         if why := tokens.left_behind or unreadable:
             self.notes.append(f"the run keeps no copy of the tokenizer: {why}")
+        if 4 * len(tokens.unused) > config.model.vocab_size:
+            size, unused = config.model.vocab_size, len(tokens.unused)
+            self.notes.append(
+                f"--vocab_size {size}, and the tokenizer has {size - unused} tokens: {unused} rows are never used; "
+                f"--vocab_size {-(-(size - unused) // 64) * 64} would be enough (as a new run)"
+            )
         if state.is_master and (note := another_of_this_name(config, self.path)) is not None:
             self.notes.append(note)
 
