@@ -41,7 +41,7 @@ def test_the_estimate_is_within_a_quarter_of_the_plan(name: str) -> None:
     assert 0.75 < estimate.bytes(config.model, layout) / plan.peak < 1.1
 
 
-# What is said.
+# The messages.
 
 BIG = (
     *("--num_layer", 12, "--num_attention_heads", 16, "--hidden_size", 1024, "--seq_len", 1024, "--vocab_size", 50304),

@@ -1,4 +1,4 @@
-"""What README shows runs as it stands there."""
+"""The examples in README.md run without a change."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def test_the_traces_of_its_routers_are_kept_too(ranks: Pools, tmp_path: Path) ->
     ranks(1).run(train, Trainer, tmp_path, *flags, "--moe_route_trace")
     assert {path.name for path in first.folder.glob("routes_rank*.jsonl")} == {
         "routes_rank0.jsonl"
-    }  # of one process now
+    }  # this run has one process
     assert {name: (first.folder / f"{name}.1").read_bytes() for name in traces} == traces
 
 

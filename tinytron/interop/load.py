@@ -110,7 +110,7 @@ def _with_rows(weights: dict[str, torch.Tensor], vocab_size: int) -> dict[str, t
 
 
 def _fill(rows: torch.Tensor, known: int) -> None:
-    """Set the rows behind the first ``known`` ones to their mean."""
+    """Set the rows after the first ``known`` ones to the mean of those."""
     wide = torch.promote_types(rows.dtype, torch.float32)
     rows[known:] = rows[:known].mean(0, dtype=wide).to(rows.dtype)
 

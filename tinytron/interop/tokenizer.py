@@ -12,7 +12,7 @@ from typing import Any
 from tinytron.checkpoint.load import read_json
 from tinytron.checkpoint.model import CONFIG, is_saved_model, saved_model
 from tinytron.data.manifest import TOKENIZER, TokenizerFacts
-from tinytron.errors import ConfigError, DataError
+from tinytron.errors import CheckpointError, ConfigError, DataError
 from tinytron.interop.hub import model_folder
 from tinytron.text.run_tokenizer import (
     TOKENS,
@@ -47,7 +47,7 @@ class TokenizerFiles:
     left_behind: str = ""
 
     def as_section(self) -> dict[str, Any]:
-        """What a run keeps in ``TOKENS``."""
+        """The section ``TOKENS`` of a run's configuration."""
         record = None if self.files or self.record is None else asdict(self.record)
         return {**self.facts.as_section(), "tokenizer": record}
 
@@ -163,9 +163,9 @@ def tokenizer_of_data(dataset_path: str | None, vocab_size: int) -> TokenizerFil
 
 
 def run_tokens(vocab_size: int, data: Mapping[str, Any], sources: Sequence[str]) -> TokenizerFiles:
-    """What a run keeps about its tokens, for the day when its data has moved: the facts and the files of the ``data``, or
-    where that tells nothing those of the first of the ``sources`` that has any: the run itself when it continues, and the
-    weights that it begins with. Raises as ``initial_tokens``."""
+    """The tokenizer and the facts that a run keeps, for the day when its data has moved: those of the ``data``, or where
+    that tells nothing those of the first of the ``sources`` that has any: the checkpoint that it continues from, and the
+    weights that it begins with. A source that cannot be read is passed over: loading it says why."""
     try:
         found = exported_tokenizer(vocab_size, data)
     except ConfigError:  # not what training depends on
@@ -173,13 +173,16 @@ def run_tokens(vocab_size: int, data: Mapping[str, Any], sources: Sequence[str])
     for source in sources:
         if found.files or found.record is not None:
             break
-        inherited = initial_tokens(source, vocab_size)
+        try:
+            inherited = initial_tokens(source, vocab_size)
+        except (CheckpointError, ConfigError):
+            continue
         found = replace(inherited, facts=found.facts) if found.facts.ends else inherited
     return found
 
 
 def initial_tokens(name: str, vocab_size: int) -> TokenizerFiles:
-    """What a run of ``vocab_size`` tokens inherits from the weights ``name`` that it begins with (``--init_from``): the
+    """A run of ``vocab_size`` tokens inherits this from the weights ``name`` that it begins with (``--init_from``): the
     facts about their tokens, and the files of their tokenizer unless it has ids that the run does not. Raises: ConfigError
     or CheckpointError if the weights cannot be had."""
     if is_saved_model(Path(name)):

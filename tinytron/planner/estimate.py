@@ -35,7 +35,7 @@ def _held(config: ModelConfig, work: Estimate, layout: ParallelLayout) -> int:
     count = count_parameters(config).total
     experts = len(config.moe_layers) * config.num_experts * 3 * config.hidden_size * config.moe_intermediate_size
     size = work.dtype.itemsize
-    states = 2 * max(4, size) + (4 if size < 4 else 0)  # two moments, and main weights beside short ones
+    states = 2 * max(4, size) + (4 if size < 4 else 0)  # two moments, and main weights if the parameters have 16 bits
     pieces = layout.world_size if work.shard else 1
     here = count - experts + experts // layout.ep
     owned = (count - experts) // pieces + experts // max(pieces, layout.ep)
@@ -45,7 +45,7 @@ def _held(config: ModelConfig, work: Estimate, layout: ParallelLayout) -> int:
 
 
 def _activations(config: ModelConfig, work: Estimate, layout: ParallelLayout) -> int:
-    """What is kept for the backward pass, by the products of each block that are saved."""
+    """Bytes kept for the backward pass: the outputs of each block's products, and what lies between them."""
     tokens = work.batch_size * work.seq_len // layout.sep
     head = config.resolved_head_dim
     heads = head * (config.num_attention_heads + 2 * config.num_key_value_heads)

@@ -14,7 +14,7 @@ from tinytron.utils.flags import FieldInfo, config_fields, nearest
 from tinytron.utils.optional import require_package
 from tinytron.utils.paths import user_path
 
-_ABOUT = {"config_hash", TOKENS}  # describe a run, or a printed configuration, and are no options
+_ABOUT = {"config_hash", TOKENS}  # describe a run or a printed configuration; not options
 _PRINT_AND_STOP = {"print_config", "dry_run"}  # no run that has a config.json did
 
 

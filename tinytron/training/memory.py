@@ -21,7 +21,7 @@ _CERTAIN = 1.2  # times the memory that there is: the estimate may be too high b
 
 def memory_notes(config: Config, state: ParallelState) -> list[str]:
     """A line if the run needs more memory than is free, by an estimate. Collective. Raises: ConfigError on every rank if
-    it needs more than there is, with a flag that would make it fit, if one does."""
+    it needs more than the machine has; the error names flags with which it fits, if there are some."""
 
     def check() -> list[str]:
         memory = memory_of(state.device)

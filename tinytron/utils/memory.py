@@ -10,19 +10,19 @@ import torch
 
 GIB = 2**30
 _CGROUP = Path("/sys/fs/cgroup")
-_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # of versions 2 and 1
+_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # cgroup versions 2 and 1
 _USES = ("memory.current", "memory/memory.usage_in_bytes")
 
 
 class Memory(NamedTuple):
-    """Bytes in all, and those that nobody uses."""
+    """Bytes in total, and those that are free."""
 
     total: int
     free: int
 
 
 def memory_of(device: torch.device) -> Memory | None:
-    """That of a GPU, or of the machine (or of the container, which may be given less); ``None`` where nothing tells."""
+    """The memory of a GPU, of the machine, or of a container that is given less; ``None`` if the system does not tell."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return Memory(total, free)
@@ -43,6 +43,6 @@ def _machine(file: Path) -> Memory | None:
 
 def _number(file: Path) -> int | None:
     try:
-        return int(file.read_text())  # "max" is no limit
+        return int(file.read_text())  # "max" means unlimited
     except (OSError, ValueError):
         return None

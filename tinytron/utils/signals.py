@@ -71,7 +71,7 @@ class StopRequest:
                 signal.signal(number, handler or signal.SIG_DFL)  # None: one that was not made in Python
             with writer:
                 writer.send(_END)
-            thread.join()  # until then it keeps this object, and whoever ``first`` belongs to, alive
+            thread.join()  # a thread that runs keeps this object, and the owner of ``first``, alive
 
     def _read(self, reader: socket.socket, numbers: Sequence[signal.Signals]) -> None:
         with reader:

@@ -27,6 +27,7 @@ from tinytron.metrics.routing import ROUTES, keep_traces_until
 from tinytron.metrics.sinks.files import JsonLog, TextLog
 from tinytron.text.run_tokenizer import TOKENS
 from tinytron.training.config import BALANCED, Config
+from tinytron.training.run.resume import checkpoints_to_resume
 from tinytron.training.world import first_on_node
 from tinytron.utils.lock import lock_folder
 from tinytron.utils.remote import is_remote, local_folder
@@ -156,15 +157,17 @@ def _numbered(path: Path, number: int) -> Path:
 
 
 def tokens_of(config: Config, folder: Path) -> TokenizerFiles:
-    """What the run in ``folder`` keeps about its tokens. Raises: ConfigError or CheckpointError if the weights that it
-    begins with cannot be had."""
-    own = [str(folder)] if config.ckpt.resume and complete_checkpoints(folder) else []
-    sources = [*own, *filter(None, (config.ckpt.resume_path, config.ckpt.init_from))]
-    return run_tokens(config.model.vocab_size, config.as_dict()["data"], sources)
+    """The tokenizer and the facts that the run in ``folder`` keeps."""
+    try:
+        continued = [str(files.model) for files in checkpoints_to_resume(config, folder)[:1]]
+    except CheckpointError:  # said where it is loaded
+        continued = []
+    begun = [config.ckpt.init_from] if config.ckpt.init_from is not None else []
+    return run_tokens(config.model.vocab_size, config.as_dict()["data"], [*continued, *begun])
 
 
 def _contents(files: Sequence[Path]) -> tuple[dict[str, bytes], str]:
-    """What is in ``files`` by name, or nothing and the reason if one cannot be read."""
+    """The contents of ``files`` by name, or nothing and the reason if one cannot be read."""
     try:
         return {path.name: path.read_bytes() for path in files}, ""
     except OSError as error:
