@@ -138,7 +138,9 @@ def exported_tokenizer(
     """
     try:
         found, record, file = tokenizer_sources(data.get("dataset_path"), given, checkpoint, imported)
-    except (DataError, OSError):  # the weights do not depend on data that is gone or damaged
+    except (ConfigError, DataError, OSError):  # the weights do not depend on data that is gone or damaged
+        if given is not None:
+            raise
         found, record, file = DataTokenizers(()), None, None
     files: tuple[Path, ...] = ()
     what = f"the tokenizer of {data.get('dataset_path') or checkpoint}"
