@@ -88,7 +88,7 @@ def naive(model: GPT, ids: list[int], seq_len: int) -> tuple[float, int]:
 
 
 def test_texts_by_a_naive_loop(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of a run, a weights file and a Hugging Face folder; every byte is counted."""
+    """For a run, a weights file and a Hugging Face folder; every byte is counted."""
     model, config = load_model(made / "run")
     ids = tokenizer_of_run(config, None, made / "run").prompt_ids(TEXT)
     export(made / "run", tmp_path / "hf")

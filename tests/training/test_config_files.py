@@ -49,6 +49,7 @@ def test_flags_win_over_files_and_later_files_over_earlier_ones(tmp_path: Path) 
     config = config_of("--config", first, "--min_lr", 0.05, "--config", second)
     assert (config.optim.max_lr, config.optim.min_lr, config.train.max_steps) == (0.2, 0.05, None)
     assert (config.train.steps_to_profile, config.train.eval_tasks) == ((3, 4), ())
+    assert config_of("--config", first, "--config", second, "--config", first).optim.max_lr == 0.1
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,14 @@ def test_a_name_that_never_comes_is_an_error(monkeypatch: pytest.MonkeyPatch, se
         launcher.await_name("node-0", seconds=seconds, every=0.01)
 
 
+@pytest.mark.parametrize("port", [0, 65536])
+def test_a_port_that_cannot_be_is_an_error(port: int) -> None:
+    with pytest.raises(ConfigError, match=rf"--master_port {port} \(MASTER_PORT\) must be in 1\.\.65535; use 29500"):
+        launcher.check_meeting_place("localhost", port, several=False)
+    for works in (1, 65535, None):
+        launcher.check_meeting_place("[::1]", works, several=False)
+
+
 def test_names_and_addresses_of_this_machine_are_known_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     for host in ("localhost", "127.0.0.1", "::1", socket.gethostname()):
         launcher.await_name(host, seconds=0)

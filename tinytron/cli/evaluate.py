@@ -41,7 +41,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         metavar="PATH",
         help="measure the loss on this: a folder or pattern of token shards, or a file of text (.txt, .jsonl, .parquet)",
     )
-    add("--text_key", default="text", metavar="KEY", help="of a row in the .jsonl or .parquet file of --data")
+    add(
+        "--text_key",
+        default="text",
+        metavar="KEY",
+        help="key of the text in a row of a .jsonl or .parquet file",
+    )
     add("--seq_len", type=whole_number, help="tokens per sample of --data; default: as trained, or at most 4096")
     add("--tokenizer", type=user_path, metavar="FILE", help="a tokenizer.json; default: the one beside the run's data")
     add("--out", type=user_path, metavar="FILE", help="default: results.json beside the checkpoint")

@@ -26,7 +26,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from tinytron.cli import entry
 from tinytron.errors import ConfigError
-from tinytron.utils.launcher import NAME_SECONDS, await_name
+from tinytron.utils.launcher import check_meeting_place
 from tinytron.utils.signals import SAME_SIGNAL_SECONDS, heard
 
 # Between SIGTERM and SIGKILL for the workers that are left when one has failed: without it they cannot save anyway.
@@ -49,7 +49,7 @@ class _Forwarder:
     def start_processes(self, *args: Any, **kwargs: Any) -> PContext:
         """What the agent calls for its workers, also to restart them."""
         self._stop_if_asked()
-        self._starting = True  # an exception now would leave workers behind that nobody knows
+        self._starting = True  # an exception now would leave workers behind that no process stops
         self._workers = self._start(*args, **kwargs)
         self._starting = False
         for number in self._numbers:  # again: torchrun has just put its own handler there
@@ -138,13 +138,7 @@ def _check_meeting_place(args: argparse.Namespace) -> None:
     """Raises: ConfigError for an address or a port at which torchrun would wait for ever."""
     if args.standalone or args.rdzv_endpoint or args.rdzv_backend != "static":
         return
-    if args.master_port is not None and not 1 <= args.master_port <= 65535:
-        raise ConfigError(
-            f"--master_port {args.master_port} (MASTER_PORT) must be in 1..65535; use 29500, or on one node --standalone, "
-            "which finds a free one"
-        )
-    several = str(args.nnodes) not in ("1", "1:1")
-    await_name(args.master_addr.strip("[]"), seconds=NAME_SECONDS if several else 0.0)
+    check_meeting_place(args.master_addr, args.master_port, several=str(args.nnodes) not in ("1", "1:1"))
 
 
 def _exit_stopped_by(number: signal.Signals) -> NoReturn:

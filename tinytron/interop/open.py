@@ -45,7 +45,7 @@ def open_model(
     it, of a Hugging Face folder the sections ``model`` and ``tokens``.
 
     ``dtype`` None is that of the file. ``say`` gets a line on keys of a Hugging Face config.json that are ignored. Raises:
-    CheckpointError if there is no model at ``path`` or it is damaged; ConfigError for an architecture that Tinytron lacks.
+    CheckpointError if the model at ``path`` is missing or damaged; ConfigError for an architecture that Tinytron lacks.
     """
     source = model_source(Path(path))
     if source.is_file():

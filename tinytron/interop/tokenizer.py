@@ -53,7 +53,7 @@ class TokenizerFiles:
 
     def write(self, out: Path, block_size: int) -> None:
         """Copy the files to ``out``, with the tokens that end and begin documents in their configuration; a tokenizer.json
-        without one gets what transformers needs beside it. transformers then puts the same token before a text as
+        without one gets what else transformers needs. transformers then puts the same token before a text as
         ``RunTokenizer.prompt_ids``. Raises: OSError."""
         for path in self.files:
             shutil.copyfile(path, out / path.name)

@@ -245,7 +245,7 @@ def tokenizer_sources(
 
 
 def kept_record(imported: Mapping[str, Any] | None) -> TokenizerFacts | None:
-    """The record of a tokenizer that is no file, as a run has kept it in ``TOKENS``."""
+    """The record of a tokenizer that is not a file, as a run has kept it in ``TOKENS``."""
     try:
         return TokenizerFacts(**(imported or {})["tokenizer"])
     except (KeyError, TypeError):

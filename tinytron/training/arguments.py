@@ -11,7 +11,7 @@ from typing import Any
 from tinytron.errors import ConfigError
 from tinytron.interop import model_options
 from tinytron.training.config import Config, all_sections
-from tinytron.training.config_files import merged, options_in, words_of
+from tinytron.training.config_files import options_in, words_of
 from tinytron.training.run.exports import check_exportable
 from tinytron.utils.flags import Parser, add_flag, config_fields, parse_strictly
 from tinytron.utils.paths import one_spelling
@@ -94,14 +94,15 @@ def _words_of_files(
 ) -> list[str]:
     names = Parser(add_help=False)
     names.add_argument("--config", action="append", default=[])
-    files = {}
+    found: dict[str, Any] = {}
     for file in names.parse_known_args(argv)[0].config:
-        files[file] = options_in(file, sections, USUAL_NAMES)
+        options = options_in(file, sections, USUAL_NAMES)
+        found |= options
         try:
-            parse_strictly(parser, words_of(files[file]))
+            parse_strictly(parser, words_of(options))
         except ConfigError as error:
             raise ConfigError(f"--config {file}: {str(error).removesuffix('; see --help')}") from error
-    return words_of(merged(files.values()))
+    return words_of(found)
 
 
 def build_config(args: argparse.Namespace) -> Config:

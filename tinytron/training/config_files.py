@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +104,6 @@ def _word(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return str(int(value)) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else str(value)
-
-
-def merged(files: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The options of several files; those of later ones win."""
-    found: dict[str, Any] = {}
-    for options in files:
-        found |= options
-    return found
 
 
 def as_json(config: Config) -> str:

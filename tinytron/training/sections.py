@@ -54,7 +54,8 @@ class TrainingConfig:
         int, Flag("interval of eval_tasks; 0: only after the last step", "steps", identity=False, at_least=0)
     ] = 0
     eval_tokenizer: Annotated[
-        str | None, Flag("tokenizer.json for eval_tasks; default: the one beside the shards", identity=False, path=True)
+        str | None,
+        Flag("tokenizer.json for eval_tasks; default: the one next to the shards", identity=False, path=True),
     ] = None
     split_rate: Annotated[
         float | None,

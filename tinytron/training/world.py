@@ -14,7 +14,7 @@ from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import ConfigError, first_line
 from tinytron.training.config import Config
 from tinytron.training.derive import accumulation_steps
-from tinytron.utils.launcher import NAME_SECONDS, await_name, local_rank_variable
+from tinytron.utils.launcher import check_meeting_place, local_rank_variable
 from tinytron.utils.matmul import onednn_keeps_fp32, use_onednn
 from tinytron.utils.profile import measured_matmul_rate, peak_flops
 from tinytron.utils.training import DTYPES, seed_all, use_deterministic_kernels
@@ -93,9 +93,8 @@ def join_world(config: Config) -> ParallelState:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
             if config.parallel.init_method == "env://" and (host := os.environ.get("MASTER_ADDR")):
-                if (port := os.environ.get("MASTER_PORT", "")).isdecimal() and not 1 <= int(port) <= 65535:
-                    raise ConfigError(f"environment variable MASTER_PORT={port} must be in 1..65535; use 29500")
-                await_name(host, seconds=NAME_SECONDS if world_size > 1 else 0.0)
+                port = os.environ.get("MASTER_PORT", "")
+                check_meeting_place(host, int(port) if port.isdecimal() else None, several=world_size > 1)
             try:
                 dist.init_process_group(backend, config.parallel.init_method, rank=rank, world_size=world_size)
             except (ValueError, RuntimeError) as error:

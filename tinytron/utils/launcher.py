@@ -14,6 +14,17 @@ _LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MP
 NAME_SECONDS = 60.0  # to wait for the name of the first of several nodes
 
 
+def check_meeting_place(host: str, port: int | None, *, several: bool) -> None:
+    """Check where all processes meet (``port`` ``None``: not given); with ``several`` the name may come to be known late.
+    Raises: ConfigError for an address or a port at which torch would wait forever."""
+    if port is not None and not 1 <= port <= 65535:
+        raise ConfigError(
+            f"--master_port {port} (MASTER_PORT) must be in 1..65535; use 29500, or on one node --standalone, "
+            "which finds a free one"
+        )
+    await_name(host.strip("[]"), seconds=NAME_SECONDS if several else 0.0)
+
+
 def local_rank_variable(environment: Mapping[str, str]) -> str:
     """The variable of ``environment`` with this process's number on its node: ``LOCAL_RANK``, or that of another launcher
     if a script has set ``RANK`` only. Without one, all processes of a node would take its first GPU."""

@@ -69,9 +69,9 @@ class RunFolder:
             self.notes.append(note)
 
     def begin(self, step: int) -> list[str]:
-        """Write ``config.json``, and the run's tokenizer, once it is clear that the run
-        continues in this folder after ``step``; drop what routers traced after that, which will be traced again; and at
-        step 0 set the log of an earlier run aside, unless with ``--debug``. Returns what there is to print. Collective.
+        """Write ``config.json`` and the run's tokenizer, once it is clear that the run continues in this folder after
+        ``step``; drop what routers traced after that, which will be traced again; and at step 0 set the log of an earlier
+        run aside, unless with ``--debug``. Returns what there is to print. Collective.
 
         Raises: ConfigError or, for the remote copy, StorageError on every rank: a run whose log folder cannot be written
         does not begin.
