@@ -74,6 +74,10 @@ def test_so_is_the_run_that_balanced_its_experts_over_other_sequences(ranks: Poo
     config = dataclasses.replace(same, dp_size=2)
     note = another_of_this_name(config, run_folder(config))
     assert note == f"this is a new run: {run.folder.name} has 2 steps, and differs in train.balanced_sequences"
+    description = json.loads((run.folder / "config.json").read_text())
+    del description["balanced_sequences"]  # as before it was written down
+    (run.folder / "config.json").write_text(json.dumps(description))
+    assert another_of_this_name(config, run_folder(config)) is None
 
 
 def test_a_longer_run_says_that_the_rate_follows(ranks: Pools, tmp_path: Path) -> None:

@@ -112,7 +112,8 @@ def another_of_this_name(config: Config, folder: Path) -> str | None:
     for file in sorted(siblings, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             description = read_json(file)
-            saved = {**description["config"], BALANCED: description.get("balanced_sequences")}
+            balanced = description.get("balanced_sequences", config.balanced_sequences)  # older ones do not say it
+            saved = {**description["config"], BALANCED: balanced}
             checkpoints = complete_checkpoints(file.parent)
             differing = [
                 name for name, value in config.identity().items() if _saved(saved, name, value) != _plain(value)
