@@ -17,7 +17,7 @@ from tinytron.metrics.sinks.console import shown, train_values
 
 def console(max_steps: int, first_step: int) -> Console:
     """The console of a run that goes on after ``first_step``."""
-    made = Console()
+    made = Console(now=lambda: time.perf_counter())
     made.open(RunInfo(Path(), {}, first_step, max_steps, tokens_per_step=96))
     return made
 
@@ -37,6 +37,26 @@ def test_a_report_is_one_line_with_the_time_left(capsys: pytest.CaptureFixture[s
     progress.show(120, {"loss": "2.5000", "lr": "1.00e-03"})
     progress.close()
     assert capsys.readouterr().out == "step  120/1000 | loss 2.5000 | lr 1.00e-03 | ETA 22:00\n"
+
+
+def test_a_long_step_gives_a_line_a_minute(capsys: pytest.CaptureFixture[str], now: list[float]) -> None:
+    progress = console(20, 0)
+    for step in range(2):
+        for done in range(4):
+            progress.advance_within_step(done, 4)
+            now[0] += 40
+        progress.advance(step + 1)
+        now[0] += 300  # saving
+    assert capsys.readouterr().out.splitlines() == [
+        "step  1/20 | micro-batch 1/4, 00:40 so far",
+        "step  1/20 | micro-batch 3/4, 02:00 so far",
+        "step  2/20 | micro-batch 1/4, 00:40 so far",
+        "step  2/20 | micro-batch 3/4, 02:00 so far",
+    ]
+    progress.advance_within_step(0, 4)
+    now[0] += 4.9
+    progress.advance_within_step(1, 4)  # a short step says nothing
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
@@ -61,13 +81,32 @@ def test_messages_are_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "saved\n"
 
 
+class Terminal(io.StringIO):
+    """A terminal, on which a bar is drawn."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_moves_within_a_long_step(monkeypatch: pytest.MonkeyPatch, now: list[float]) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    progress = console(10, 4)
+    progress.advance_within_step(0, 8)
+    now[0] += 6
+    progress.advance_within_step(3, 8)
+    assert "micro-batch 3/8" in terminal.getvalue().rpartition("\r")[2]
+    now[0] += 1
+    progress.advance(5)
+    progress.close()
+    last = terminal.getvalue().rpartition("\r")[2]
+    assert "5/10" in last
+    assert "micro-batch" not in last
+
+
 def test_a_terminal_gets_a_bar_and_messages_above_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     progress = console(10, 4)

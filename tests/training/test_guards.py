@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from tests.helpers.ranks import Ranks
-from tests.helpers.runs import TINY, config_of, losses, read_logs, train, user_error
+from tests.helpers.runs import TINY, Run, config_of, losses, read_logs, train, user_error
 from tests.helpers.stopping import StoppingTrainer, run_until, whole
 from tinytron.data import Batch
 from tinytron.model.modules.loss import LossSums
 from tinytron.training import Trainer
+from tinytron.training.run import guards
 
 Pools = Callable[[int], Ranks]
 WORLDS = pytest.mark.parametrize("world", [1, 2, 4])
@@ -35,10 +36,12 @@ class Signalled(Trainer):
         super().train_step(microbatches)
 
 
-def _stopped(during: int, log_dir: Path, *flags: object) -> tuple[int, Any, list[str], str]:
+def _stopped(
+    during: int, log_dir: Path, *flags: object, cls: type[Trainer] = Signalled
+) -> tuple[int, Any, list[str], str]:
     """Step and exit status of a run, its files, and the last line said."""
     said: list[str] = []
-    trainer = type("T", (Signalled,), {"during": during, "_say": lambda _, *texts: said.extend(texts)})(
+    trainer = type("T", (cls,), {"during": during, "_say": lambda _, *texts: said.extend(texts)})(
         config_of(*TINY, "--log_dir", log_dir, *flags)
     )
     status = None
@@ -77,8 +80,8 @@ def train_log(log_dir: Path) -> str:
     ],
 )
 def test_it_says_what_is_saved(ranks: Pools, tmp_path: Path, flags: tuple[object, ...], what: str) -> None:
-    for step, status, files, said in ranks(2).run(_stopped, 2, tmp_path, "--max_steps", 9, *flags):
-        assert (step, status, said) == (3, 0, f"step 3 | stopped by SIGUSR1: {what}")
+    for step, status, files, said in ranks(2).run(_stopped, 3, tmp_path, "--max_steps", 9, *flags):
+        assert (step, status, said) == (4, 0, f"step 4 | stopped by SIGUSR1: {what}")
         assert bool(files) == what.startswith("saved")
 
 
@@ -88,6 +91,92 @@ def test_a_signal_in_the_last_steps_does_not_hang(ranks: Pools, tmp_path: Path, 
     status = {5: 0, 6: None}[during]
     for step, left, files, _ in ranks(2).run(_stopped, during, tmp_path, "--max_steps", 6):
         assert (step, left, files) == (6, status, ["00006_meta.pt", "00006_model.pt"])
+
+
+class SignalledWithin(Trainer):
+    """The last rank is asked to stop while it computes the first micro-batch of step ``during``."""
+
+    during = 4
+
+    def _loss(self, batch: Batch) -> LossSums:
+        losses = super()._loss(batch)
+        last = self.state.rank == self.state.layout.world_size - 1
+        if last and self.step + 1 == self.during and not self.guards._request.received:
+            signal.raise_signal(signal.SIGINT)
+            while not self.guards._request.received:
+                time.sleep(0.001)
+        return losses
+
+
+def _stopped_within(during: int, log_dir: Path, long: float, *flags: object) -> Any:
+    """``_stopped`` in a step of several micro-batches; steps of more than ``long`` seconds are long ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guards, "LONG_STEP_SECONDS", long)
+        return _stopped(during, log_dir, *flags, cls=SignalledWithin)
+
+
+# Eight micro-batches a step on one rank, four on two; dropout and buffers that count must be as if nothing had begun.
+WITHIN = (
+    *("--max_steps", 6, "--log_every", 1, "--dropout", 0.2, "--do_val", "--val_every_steps", 2),
+    *("--use_moe", "--num_experts", 4, "--num_experts_per_tok", 2, "--moe_intermediate_size", 8),
+    *("--moe_bias_update_rate", 0.01, "--batch_size", 1),
+)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_long_step_is_left_between_micro_batches(ranks: Pools, tmp_path: Path, world: int) -> None:
+    said = "step 3 | stopped by Ctrl-C in step 4, which does not count: saved; run the same command again to resume"
+    files = ["00003_meta.pt", "00003_model.pt"]
+    assert ranks(world).run(_stopped_within, 4, tmp_path, 0.0, *WITHIN) == [(3, 130, files, said)] * world
+    assert list(losses(train_log(tmp_path))) == [1, 2, 3]
+    unbroken = ranks(world).run(run_until, tmp_path / "unbroken", 0, *WITHIN)
+    resumed = ranks(world).run(run_until, tmp_path, 0, *WITHIN)
+    assert resumed[0].log == unbroken[0].log
+    assert [_records(r) for r in resumed] == [_records(r) for r in unbroken]
+    ours, theirs = whole(resumed), whole(unbroken)
+    assert ours.keys() == theirs.keys()
+    assert all((ours[key] == theirs[key]).all() for key in ours)
+
+
+def _going_on(log_dir: Path, *flags: object) -> Run:
+    """The run of a trainer, as in a notebook, that was stopped in step 4 and trains on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guards, "LONG_STEP_SECONDS", 0.0)
+        trainer = SignalledWithin(config_of(*TINY, "--log_dir", log_dir, *flags))
+        with pytest.raises(SystemExit):
+            trainer.train()
+        trainer.during = 0
+        trainer.train()
+    return Run(trainer.log_dir, trainer.step, *read_logs(trainer.log_dir), None)
+
+
+def test_the_same_trainer_may_go_on(ranks: Pools, tmp_path: Path) -> None:
+    unbroken = ranks(1).run(run_until, tmp_path / "unbroken", 0, *WITHIN)[0]
+    (found,) = ranks(1).run(_going_on, tmp_path, *WITHIN)
+    assert _records(found) == _records(unbroken)
+
+
+def _records(run: Run) -> list[dict[str, Any]]:
+    """The records of every step, without the two that depend on the clock."""
+    return [{k: v for k, v in r.items() if k not in ("tokens_per_second", "mfu")} for r in run.records]
+
+
+def test_a_first_step_that_is_left_has_nothing_to_save(ranks: Pools, tmp_path: Path) -> None:
+    said = "step 0 | stopped by Ctrl-C in step 1, which does not count: there is nothing to save yet; "
+    said += "run the same command again to begin"
+    assert ranks(2).run(_stopped_within, 1, tmp_path, 5.0, *WITHIN) == [(0, 130, [], said)] * 2
+
+
+def test_a_step_that_is_left_saves_nothing_twice(ranks: Pools, tmp_path: Path) -> None:
+    flags = (*WITHIN, "--save_every_steps", 2, "--log_every", 2)
+    said = "step 2 | stopped by Ctrl-C in step 3, which does not count: saved; run the same command again to resume"
+    found = ranks(2).run(_stopped_within, 3, tmp_path, 0.0, *flags)
+    assert found == [(2, 130, ["00002_meta.pt", "00002_model.pt"], said)] * 2
+
+
+def test_a_short_step_is_finished(ranks: Pools, tmp_path: Path) -> None:
+    for step, status, *_ in ranks(2).run(_stopped_within, 4, tmp_path, 100.0, *WITHIN):
+        assert (step, status) == (5, 130)
 
 
 # Spikes.

@@ -46,11 +46,12 @@ def bytes_of_labels(labels: torch.Tensor, token_bytes_V: torch.Tensor) -> torch.
 
 class SourceLosses:
     """Collects the loss of every source between two reports, on the device; ``names`` are those of the sources, none for
-    data without. ``token_bytes`` says how many bytes each token id stands for, int64 ``[V]``."""
+    data without. ``token_bytes`` says how many bytes each token id stands for, int64 ``[V]``. ``sums`` is what was counted:
+    nats, targets and bytes by source, float64 ``[3, names]``."""
 
     def __init__(self, names: Sequence[str], state: ParallelState, token_bytes_V: torch.Tensor | None = None) -> None:
         self.names, self._state, self._bytes = list(names), state, token_bytes_V
-        self._sums = torch.zeros(3, len(self.names), dtype=torch.float64, device=state.device)  # nats, targets, bytes
+        self.sums = torch.zeros(3, len(self.names), dtype=torch.float64, device=state.device)
 
     @torch.no_grad()
     def add(self, batch: Batch, losses: LossSums) -> None:
@@ -62,12 +63,12 @@ class SourceLosses:
         bytes_B = torch.zeros_like(nats_B)
         if self._bytes is not None:
             bytes_B = bytes_of_labels(batch.labels, self._bytes).sum(1).double()
-        self._sums.index_add_(1, batch.sources, torch.stack([nats_B, targets_B, bytes_B]))
+        self.sums.index_add_(1, batch.sources, torch.stack([nats_B, targets_B, bytes_B]))
 
     def flush(self) -> dict[str, SourceLoss]:
         """What was counted of every source that had any targets. Collective."""
-        nats, targets, sizes = sum_over(self._sums, self._state.groups["world"]).tolist()
-        self._sums.zero_()
+        nats, targets, sizes = sum_over(self.sums, self._state.groups["world"]).tolist()
+        self.sums.zero_()
         counted = zip(self.names, nats, targets, sizes, strict=True)
         return {name: SourceLoss(total / count, int(count), int(size)) for name, total, count, size in counted if count}
 

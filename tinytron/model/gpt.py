@@ -49,6 +49,9 @@ class GPT(nn.Module):
     over the expert-parallel group. Raises: ConfigError if the heads do not fit the layout.
     """
 
+    step_load: torch.Tensor
+    load: torch.Tensor
+
     def __init__(
         self,
         config: ModelConfig,
@@ -94,7 +97,8 @@ class GPT(nn.Module):
         self.moe_layers = [block.mlp for block in self.blocks if isinstance(block.mlp, MoE)]
         # Rows per expert layer and expert: of the current optimizer step (this rank), and since the last report (all).
         shape = (len(self.moe_layers), config.num_experts)
-        self.step_load, self.load = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
+        for name in ("step_load", "load"):
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.int64, device=device), persistent=False)
         self.recorded: TracedBatch | None = None  # of the last training forward, if the routers record
         for layer in self.moe_layers:
             layer.router.bias.zero_()

@@ -45,6 +45,7 @@ from tinytron.training.run.guards import Guards
 from tinytron.training.run.reporter import Reporter
 from tinytron.training.run.resume import resume
 from tinytron.training.run.saver import RunSaver
+from tinytron.training.run.unfinished_step import StepDropped, StepStart
 from tinytron.training.world import RankAttributes, join_world
 
 
@@ -203,9 +204,16 @@ class Trainer(RankAttributes):
         with contextlib.closing(self.reporter), self.guards.active(), self._init_profiler(self.config) as profiler:
             with self.saver.in_background():
                 for microbatches in self.data.steps(self.step):
-                    self.train_step(microbatches)
-                    self.step += 1
-                    self.guards.after_step(self.step, last=self.step >= last)
+                    start = StepStart(self.raw_model, self._sources.sums) if self.guards.before_step() else None
+                    try:
+                        self.train_step(microbatches)
+                    except StepDropped:
+                        assert start is not None, "only then guards drop a step"
+                        start.restore()
+                        self.optimizer.zero_grad()
+                    else:
+                        self.step += 1
+                        self.guards.after_step(self.step, last=self.step >= last)
                     self._maybe_log()
                     self._maybe_evaluate()
                     self._maybe_save()
@@ -233,6 +241,9 @@ class Trainer(RankAttributes):
         sums: dict[str, torch.Tensor] = {}
         counts: dict[str, torch.Tensor] = {}
         for i, batch in enumerate(microbatches):
+            self.reporter.advance_within_step(i, len(microbatches))
+            if i:
+                self.guards.between_microbatches()
             with self.optimizer.accumulate(last=i == len(microbatches) - 1):
                 losses = self._loss(batch)
                 self.optimizer.scale(losses.objective / divisor).backward()
@@ -326,7 +337,8 @@ class Trainer(RankAttributes):
 
     def _maybe_save(self) -> None:
         self._say(*self.saver.report())
-        if self.due.save(self.step) or (self.guards.ends and self.saver.enabled):
+        due = self.due.save(self.step) or (self.guards.ends and self.saver.enabled)
+        if due and self.step != self.saver.saved:  # a dropped step leaves the one before it, which may be saved already
             self.save()
 
     def _say(self, *texts: str) -> None:

@@ -42,6 +42,9 @@ class Sink:
     def advance(self, step: int) -> None:
         """Step ``step`` is complete; called after every step, so it must be cheap."""
 
+    def advance_within_step(self, done: int, microbatches: int) -> None:
+        """``done`` of the ``microbatches`` of the current step are computed, 0 when it begins; as cheap as ``advance``."""
+
     def write(self, records: Sequence[Record]) -> None:
         """Take new records, in order: all of them, or raise and take none."""
 

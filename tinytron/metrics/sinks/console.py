@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
 from tinytron.metrics.sinks.base import Record, RunInfo, Sink
 
+LONG_STEP_SECONDS = 5.0  # how far a longer step has come is shown, too
+LINE_SECONDS = 60.0  # between two lines about it, without a terminal
+
 
 class Console(Sink):
-    """Prints messages, results of validation and tasks, and of each report's training records the last one."""
+    """Prints messages, results of validation and tasks, of each report's training records the last one, and how far a long
+    step has come. ``now`` is the time in seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._bar: tqdm[Any] | None = None
+        self._now = now
 
     def open(self, run: RunInfo) -> None:
-        self._run, self._start = run, time.perf_counter()
+        self._run, self._start, self._step = run, self._now(), run.first_step
+        self._step_began, self._spoke = self._start, -math.inf  # when a line was printed last
         if sys.stderr.isatty():
             self._bar = tqdm(total=run.max_steps, initial=run.first_step, unit="step", dynamic_ncols=True)
 
@@ -31,8 +38,23 @@ class Console(Sink):
             print(text, flush=True)
 
     def advance(self, step: int) -> None:
+        self._step = step
         if self._bar is not None:
+            self._bar.set_description_str(None, refresh=False)
             self._bar.update(step - self._bar.n)
+
+    def advance_within_step(self, done: int, microbatches: int) -> None:
+        now = self._now()
+        if done == 0:
+            self._step_began = now
+        if now - self._step_began < LONG_STEP_SECONDS:
+            return
+        text = f"micro-batch {done}/{microbatches}"
+        if self._bar is not None:
+            self._bar.set_description_str(text)
+        elif now - self._spoke >= LINE_SECONDS:
+            self._spoke = now
+            self.say(f"{self._place(self._step + 1)} | {text}, {_hms(now - self._step_began)} so far")
 
     def write(self, records: Sequence[Record]) -> None:
         last = {record["stage"]: record for record in records}.get("train")
@@ -47,10 +69,13 @@ class Console(Sink):
         if self._bar is not None:
             self._bar.set_postfix(values)
             return
-        run = self._run
-        seconds = (time.perf_counter() - self._start) / max(1, step - run.first_step) * (run.max_steps - step)
+        run, self._spoke = self._run, self._now()
+        seconds = (self._spoke - self._start) / max(1, step - run.first_step) * (run.max_steps - step)
         text = " | ".join(f"{name} {value}" for name, value in values.items())
-        self.say(f"step {step:>{len(str(run.max_steps))}}/{run.max_steps} | {text} | ETA {_hms(seconds)}")
+        self.say(f"{self._place(step)} | {text} | ETA {_hms(seconds)}")
+
+    def _place(self, step: int) -> str:
+        return f"step {step:>{len(str(self._run.max_steps))}}/{self._run.max_steps}"
 
     def close(self) -> None:
         """Leave the bar as it is."""

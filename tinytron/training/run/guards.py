@@ -6,6 +6,7 @@ import contextlib
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,19 @@ from tinytron.distributed.replicas import check_replicas
 from tinytron.errors import TrainingError
 from tinytron.metrics import SpikeDetector
 from tinytron.training.config import Config
+from tinytron.training.run.unfinished_step import StepDropped
 from tinytron.utils.signals import StopRequest
 from tinytron.utils.watchdog import Watchdog
 
 _PATIENCE_SECONDS = 2.0
+LONG_STEP_SECONDS = 5.0  # a signal does not wait for the end of a longer one
 
 
 class Guards:
     """Signals, spikes, replicas and stalls. Once ``ends``, the loop is to report, save and call ``leave``.
 
-    ``spikes.judge`` goes into the optimizer step, ``after_step`` follows it; ``after_report`` is called where the host has
-    waited for the device anyway.
+    ``before_step`` and ``after_step`` stand around a step, ``between_microbatches`` inside, ``spikes.judge`` goes into the
+    optimizer's; ``after_report`` is called where the host has waited for the device anyway.
     """
 
     def __init__(self, config: Config, state: ParallelState, folder: Path, optimizer: DistributedOptimizer) -> None:
@@ -41,14 +44,17 @@ class Guards:
         self.paused = self._watchdog.paused
         self._request = StopRequest()
         self._notice = threading.Timer(0, str)
-        self._signal = 0
+        self._signal, self._dropped = 0, False
         self._error: TrainingError | None = None
+        self._step_began = 0.0
+        self.acts_within_steps = True
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Around the training loop: signals are caught and stalls are watched. Collective."""
         self._request, self._agreement = StopRequest(first=self._promise), StopAgreement()
-        self._signal, self._error = 0, None  # a notebook may go on after a stop
+        self._signal, self._dropped, self._error = 0, False, None  # a notebook may go on after a stop
+        self._slow = self.acts_within_steps = True  # until the first steps have shown how long they take
         try:
             with self._request.listening(), self._watchdog.watching():
                 yield
@@ -58,18 +64,39 @@ class Guards:
     def _promise(self, number: int) -> None:
         """After Ctrl-C, should the step take long, say that it was heard."""
         if number == signal.SIGINT and self.state.rank == 0:
-            text = "Ctrl-C: the run ends, and saves, after this step; a second one ends it at once"
+            part = "micro-batch" if self.acts_within_steps else "step"
+            text = f"Ctrl-C: the run ends, and saves, after this {part}; a second one ends it at once"
             self._notice = threading.Timer(_PATIENCE_SECONDS, print, (text,), {"file": sys.stderr, "flush": True})
             self._notice.daemon = True
             self._notice.start()
+
+    def before_step(self) -> bool:
+        """A step begins. True if a signal may end it between its micro-batches; the same on every rank: so it is in the
+        first steps of a run, and where steps take longer than ``LONG_STEP_SECONDS``."""
+        self._step_began = time.monotonic()
+        return self.acts_within_steps
+
+    def between_microbatches(self) -> None:
+        """Collective. Raises: StepDropped, on every rank alike, if the run ends here."""
+        if self.acts_within_steps:
+            self._poll()
+            if self._signal:
+                self._dropped = True
+                raise StepDropped
 
     def after_step(self, step: int, *, last: bool) -> None:
         """``step`` is complete. Collective. Raises: TrainingError on every rank if the replicas diverged."""
         every = self.config.train.replica_check_every
         if every and step % every == 0:
             check_replicas(step, self._optimizer, self.state)
-        self._signal = self._agreement.poll(self._request.received, last=last)
+        self._slow = time.monotonic() - self._step_began > LONG_STEP_SECONDS
+        self._poll(last=last)
         self._watchdog.beat(step)
+
+    def _poll(self, *, last: bool = False) -> None:
+        told = self._agreement.poll((self._request.received, int(self._slow)), last=last)
+        if told is not None:
+            self._signal, self.acts_within_steps = told[0], bool(told[1])
 
     def after_report(self) -> None:
         """With ``--spike_action stop``: see whether a step was rejected since the last report."""
@@ -96,8 +123,11 @@ class Guards:
             off = "--debug" if self.config.train.debug else "" if self.config.ckpt.do_save else "--no-do_save"
             again = "the same command" if self.config.ckpt.resume else "this command without --no-resume"
             what = f"nothing is saved with {off}" if off else f"saved; run {again} again to resume"
+            if not step:  # its first step was dropped
+                what = f"there is nothing to save yet; run {again} again to begin"
             name = "Ctrl-C" if self._signal == signal.SIGINT else signal.Signals(self._signal).name
-            say(f"step {step} | stopped by {name}: {what}")
+            where = f" in step {step + 1}, which does not count" if self._dropped else ""
+            say(f"step {step} | stopped by {name}{where}: {what}")
             if self._signal != signal.SIGINT:
                 raise SystemExit(0)
             self._agreement.wait()  # a launcher ends all ranks once one has failed
@@ -114,31 +144,32 @@ class Guards:
 
 
 class StopAgreement:
-    """A stop that all ranks agree on, although a signal may reach only one of them, and each at another moment: in each
-    step every rank says whether it was asked to stop, and learns in the next one whether any rank was.
+    """A stop that all ranks agree on, although a signal may reach only one of them, and each at another moment: at each
+    poll every rank tells some numbers, and learns what was told at the poll before.
 
-    The exchange runs in the background, on the host: neither host nor device waits for it, except for a rank that is more
-    than a step ahead. It has a process group of its own, so that it does not wait behind others. Collective over the
-    world, like ``poll``.
+    The exchange runs in the background, on the host: neither host nor device waits for it, except for a rank that is
+    more than a poll ahead. It has a process group of its own, so that it does not wait behind others. Collective over
+    the world, like ``poll``.
     """
 
     def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo")
-        self._flag = torch.zeros((), dtype=torch.int32)
+        self._told = torch.zeros(2, dtype=torch.int32)
         self._work: Work | None = None
 
     def wait(self) -> None:
         """Until all ranks are here."""
         dist.barrier(self._group)
 
-    def poll(self, received: int, *, last: bool) -> int:
-        """Once per step: tell that this rank ``received`` a signal (0: none), and return the largest number that any rank
-        told in the step before. ``last``: there is no next step, so nothing is told any more."""
-        agreed = 0
+    def poll(self, tell: tuple[int, int], *, last: bool) -> list[int] | None:
+        """Tell a stop signal that this rank received (0: none) and one more number. Returns the largest of each that any
+        rank told at the poll before, ``None`` if there was none. Nothing is told once a signal was, and with ``last``,
+        when there is no next poll."""
+        told: list[int] | None = None
         if self._work is not None:
             self._work.wait()
-            agreed, self._work = int(self._flag), None
-        if agreed == 0 and not last:
-            self._flag.fill_(received)
-            self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        return agreed
+            told, self._work = self._told.tolist(), None
+        if not last and not (told and told[0]):
+            self._told = torch.tensor(tell, dtype=torch.int32)
+            self._work = dist.all_reduce(self._told, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return told

@@ -73,13 +73,20 @@ class Reporter:
         for sink, _ in self._pending:
             sink.advance(step)
 
+    def advance_within_step(self, done: int, microbatches: int) -> None:
+        """``done`` of the current step's ``microbatches`` are computed."""
+        for sink, _ in self._pending:
+            sink.advance_within_step(done, microbatches)
+
     def report(self, step: int, skipped: torch.Tensor) -> dict[str, float]:
-        """Write the records of the steps since the last report, up to ``step``; returns the last one's numbers.
-        Collective; the host waits for the device.
+        """Write the records of the steps since the last report, up to ``step``; returns the last one's numbers, or nothing
+        if there were no steps. Collective; the host waits for the device.
 
         ``skipped`` is the number of steps that the optimizer skipped, on the device.
         """
         records = self.window.flush()
+        if not records:  # a dropped step came after the last report
+            return {}
         seconds = self.clock.lap()
         rate = (step - self._reported) * self._tokens_per_step / seconds
         self._reported = step

@@ -22,7 +22,8 @@ from tinytron.training.run.guards import Guards
 class RunSaver:
     """Saves a run that continues after step ``resumed`` into its folder. Construction is collective, and so is ``save``.
 
-    ``enabled`` says whether the run saves by itself (``--do_save``). Raises: ConfigError on every rank if the model or its
+    ``enabled`` says whether the run saves by itself (``--do_save``); ``saved`` is the step saved last, or begun from.
+    Raises: ConfigError on every rank if the model or its
     tokenizer cannot be exported as ``--export_every`` asks.
     """
 
@@ -40,7 +41,7 @@ class RunSaver:
         say: Callable[[str], None],
     ) -> None:
         self.config, self.folder, self.data, self.guards = config, folder, data, guards
-        self.enabled = config.ckpt.do_save and not config.train.debug
+        self.enabled, self.saved = config.ckpt.do_save and not config.train.debug, resumed
         last, run = data.info.max_steps, (model, folder.path, state, folder.mirror)
         exports = build_exports(config, *run, resumed=resumed, last=last, say=say)
         ckpt = config.ckpt
@@ -76,6 +77,7 @@ class RunSaver:
             val_loss=val_loss,
             guard=self.guards.state_dict(),
         )
+        self.saved = step
         return self.checkpoints.save(step, meta, wait=not self._background)
 
     def files(self, step: int) -> CheckpointFiles:
