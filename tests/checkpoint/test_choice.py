@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests.helpers.ranks import Ranks
-from tests.helpers.runs import config_of, losses, train, user_error
-from tests.helpers.stopping import run_until
+from tests.helpers.runs import TINY, Run, config_of, losses, train, user_error
+from tests.helpers.stopping import owned, run_until, said_until, whole
 from tinytron.checkpoint.meta import FORMAT_VERSION, CheckpointMeta
 from tinytron.data import write_shard
 from tinytron.errors import CheckpointError
@@ -55,6 +55,30 @@ def test_the_own_folder_as_resume_path_does_not_go_back(ranks: Pools, tmp_path: 
     back = ranks(1).run(train, Trainer, tmp_path, *FLAGS, "--resume_path", whole.folder / "00002_model.pt")[0]
     assert back.log == whole.log
     assert back.step == 4
+
+
+def _begun(log_dir: Path, *flags: object) -> Run:
+    """A run that has loaded what it begins with, and no more. A job for the pool."""
+    trainer = Trainer(config_of(*TINY, "--log_dir", log_dir, *flags))
+    return Run(trainer.log_dir, trainer.step, "", [], owned(trainer))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_states_of_another_optimizer_are_left_out(ranks: Pools, tmp_path: Path, done: Path, world: int) -> None:
+    """Muon begins with AdamW's weights: its own states are those of two steps, not of six."""
+    flags = (*FLAGS, "--exp_name", "muon", "--optimizer", "muon", "--resume_path", done, "--save_every_steps", 1)
+    saved = whole(ranks(1).run(run_until, done.parent, 0, *FLAGS))
+    loaded = whole(ranks(world).run(_begun, tmp_path, *flags))
+    assert loaded.keys() == {key for key in saved if key.endswith("/main")}
+    assert all((loaded[key] == saved[key]).all() for key in loaded)
+    line = "the optimizer was AdamW and is Muon: momentum and other states do not fit, and begin anew"
+    runs = ranks(world).run(said_until, tmp_path, 0, *flags, "--max_steps", 6)
+    assert line in runs[0][1]
+    states = whole([run for run, _ in runs])
+    assert {key.rsplit("/")[-1] for key in states} == {"main", "momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
+    assert all((values == 2).all() for key, values in states.items() if key.endswith("/step"))
+    again = ranks(1).run(said_until, tmp_path, 0, *flags, "--max_steps", 6)[0][1]
+    assert "begin anew" not in again  # its own checkpoint
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from dataclasses import replace
 from tinytron.checkpoint.meta import FORMAT_VERSION, CheckpointMeta
 
 # As stored since format 2.
-KEYS = ["format", "run", "identity", "data", "data_position", "val_loss", "guard", "step", "counters", "parameters"]
-KEYS += ["files", "rng"]
+KEYS = ["format", "run", "identity", "data", "data_position", "val_loss", "guard", "step", "optimizer", "counters"]
+KEYS += ["parameters", "files", "rng"]
 
 
 def test_the_stored_form_keeps_its_keys() -> None:

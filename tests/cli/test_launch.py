@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -57,6 +58,25 @@ def test_a_failed_workers_status_is_passed_on_and_the_others_are_stopped(
     finished = run(how, cwd=tmp_path, processes=2, script=_script(tmp_path, FAIL))
     assert finished.code == status
     assert finished.stderr == "rank 1 says why\n" + says
+
+
+USER_ERROR = """
+from tinytron.cli import entry
+from tinytron.errors import ConfigError
+
+
+def fail():
+    raise ConfigError("--x 3 is too large; use 2")
+
+
+entry.run(fail)
+"""
+
+
+def test_torchrun_ends_with_what_went_wrong(tmp_path: Path) -> None:
+    script = _script(tmp_path, USER_ERROR)
+    finished = run(cwd=tmp_path, processes=2, script=script, launcher="torch.distributed.run")
+    assert re.search(r"traceback : error: --x 3 is too large; use 2\n=+\n*$", finished.stderr)
 
 
 @pytest.mark.parametrize("module", [("tinytron", "launch"), ("tinytron.cli.launch",)])

@@ -55,7 +55,7 @@ def run_printed(name: str, log_dir: Path) -> tuple[dict[int, float], list[dict[s
     """Losses by step, records and folder of a command of the page, started as a user would."""
     words = printed()[name]
     script = next(number for number, word in enumerate(words) if word.startswith("examples/"))
-    processes = int(words[2]) if words[0] == "torchrun" else 0
+    processes = int(words[3]) if words[:2] == ["tinytron", "launch"] else 0
     flags = (*words[script + 1 :], "--log_dir", log_dir, "--log_every", 5)
     run_well(*flags, cwd=ROOT, script=ROOT / words[script], processes=processes)
     (folder,) = log_dir.glob(f"{name}_*")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,35 @@ class Marked(Dataset[Any]):
             "input_ids": ids[:-1], "labels": labels, "number": index, "vector": [float(index), 0.5, -1.0], "places": places,
             "pairs": torch.stack([places, -places], dim=1), "note": None,
         }  # fmt: skip
+
+
+class Mean(Trainer):
+    """Returns what other trainers would."""
+
+    def _loss(self, batch: Batch) -> Any:
+        return super()._loss(batch).objective / batch.targets()
+
+
+class PerToken(Trainer):
+    """Sums up nothing."""
+
+    def _loss(self, batch: Batch) -> LossSums:
+        losses = super()._loss(batch)
+        assert losses.per_token is not None
+        return losses._replace(token=losses.per_token)
+
+
+def test_a_loss_that_is_no_sum_is_one_error(ranks: Pools, tmp_path: Path) -> None:
+    for error in ranks(2).run(user_error, Mean, tmp_path, *SHORT):
+        assert re.match(
+            says("ConfigError: _loss returned a Tensor; ... LossSums(objective=loss_sum, ... own_loss.py"),
+            error,
+        )
+    (error,) = ranks(1).run(user_error, PerToken, tmp_path, *SHORT)
+    told = says(
+        "ConfigError: _loss returned a tensor of shape [2, 12] as LossSums.token, ... scalar ... use its .sum()"
+    )
+    assert re.match(told, error)
 
 
 class Extras(Trainer):

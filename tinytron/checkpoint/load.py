@@ -103,7 +103,8 @@ def load_checkpoint(
     """Restore weights, main weights, optimizer states and random states; ``meta`` is what ``files.meta`` holds.
     Collective.
 
-    A rank that the saving run did not have keeps its fresh random state. Raises: CheckpointError on every rank if a file
+    The states of an optimizer of another class are left out (``other_optimizer``). A rank that the saving run did not have
+    keeps its fresh random state. Raises: CheckpointError on every rank if a file
     is damaged or the model does not fit.
     """
     from tinytron.checkpoint.optimizer_state import load_optimizer_state  # torch's DCP takes a second to import
@@ -111,11 +112,16 @@ def load_checkpoint(
     world = state.groups["world"]
     agree(lambda: load_weights(model, read_file(files.model), str(files.model), state), world)
     optimizer.refresh_shards()
-    load_optimizer_state(optimizer, files.optimizer, world)
+    load_optimizer_state(optimizer, files.optimizer, world, main_only=bool(other_optimizer(meta, optimizer)))
     optimizer.load_counters(meta.counters)
     rank = dist.get_rank(world)
     if rank < len(meta.rng):
         set_rng_state(meta.rng[rank])
+
+
+def other_optimizer(meta: CheckpointMeta, optimizer: DistributedOptimizer) -> str | None:
+    """The class of the checkpoint's optimizer, if it is not that of ``optimizer``, to which its states mean nothing."""
+    return None if meta.optimizer in (None, type(optimizer.inner).__name__) else meta.optimizer
 
 
 def load_weights(

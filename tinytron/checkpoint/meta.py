@@ -13,8 +13,8 @@ FORMAT_VERSION = 2
 class CheckpointMeta:
     """Content of ``<step>_meta.pt``, in plain types and tensors.
 
-    The run fills in the first block; the snapshot adds ``counters`` and ``parameters``; the writer adds ``files`` and
-    ``rng`` when every other file is on disk. A field that a file of an older version lacks has its default.
+    The run fills in the first block, the snapshot the second, and the writer ``files`` and ``rng`` when every other file is
+    on disk. A field that a file of an older version lacks has its default.
     """
 
     format: int | None = None  # None: no metadata of ours
@@ -26,6 +26,7 @@ class CheckpointMeta:
     guard: dict[str, Any] = field(default_factory=dict)  # the spike detector's window; empty without one
     step: int | None = None  # completed optimizer steps
 
+    optimizer: str | None = None  # its class
     counters: dict[str, Any] = field(default_factory=dict)  # of the optimizer
     parameters: dict[str, list[int]] = field(default_factory=dict)  # global shapes of the trained ones, by name
 

@@ -77,12 +77,22 @@ def _other_size(piece: OwnedSlice, value: torch.Tensor) -> FlatRanges:
     return FlatRanges(box.numel, box.runs(), value.view(-1))
 
 
-def load_optimizer_state(optimizer: DistributedOptimizer, folder: Path, group: dist.ProcessGroup) -> None:
-    """Read this rank's parts, whatever layout wrote them, and create the states they belong to. Collective.
+def load_optimizer_state(
+    optimizer: DistributedOptimizer, folder: Path, group: dist.ProcessGroup, *, main_only: bool = False
+) -> None:
+    """Read this rank's parts, whatever layout wrote them, and create the states they belong to; with ``main_only`` only the
+    main weights. Collective.
 
     Raises: CheckpointError on every rank if the folder is damaged, lacks a parameter or has it in another size.
     """
-    wanted = agree(lambda: _prepare(optimizer, stored_states(folder), folder), group)
+
+    def prepare() -> dict[str, FlatRanges]:
+        stored = stored_states(folder)
+        if main_only:
+            stored = {name: entry for name, entry in stored.items() if name.endswith(f"/{MAIN}")}
+        return _prepare(optimizer, stored, folder)
+
+    wanted = agree(prepare, group)
     read_states(wanted, folder, group)
 
 

@@ -47,7 +47,8 @@ def take_snapshot(
     states = owned_states(optimizer, buffers)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     shapes = {spec.name: list(spec.shape) for spec in specs_of(model) if spec.name in trained}
-    meta = replace(meta, step=files.step, counters=optimizer.counters(), parameters=shapes)
+    kind = type(optimizer.inner).__name__
+    meta = replace(meta, step=files.step, optimizer=kind, counters=optimizer.counters(), parameters=shapes)
     if state.device.type == "cuda":
         torch.cuda.synchronize(state.device)  # the copies above were only queued
     return Snapshot(files, weights, states, meta, rng_state())

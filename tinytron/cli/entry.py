@@ -3,8 +3,10 @@ its reader has gone, and with the process group taken down."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
+import json
 import os
 import sys
 import time
@@ -78,7 +80,15 @@ def _said(text: str) -> int:
         time.sleep(_GRACE_SECONDS)
     sys.stdout.flush()
     print(f"error: {text}", file=sys.stderr, flush=True)
+    _tell_torchrun(f"error: {text}")
     return _USER_ERROR
+
+
+def _tell_torchrun(text: str) -> None:
+    """Write ``text`` to the file from which torchrun takes what it says, last of all, about a worker that has failed."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError), open(path, "w") as file:
+            json.dump({"message": text, "timestamp": int(time.time())}, file)
 
 
 def _last_line(error: TinytronError) -> str:

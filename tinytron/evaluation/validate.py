@@ -16,7 +16,7 @@ from tinytron.distributed.collectives import sum_over
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.metrics import SourceLosses
 from tinytron.metrics.sources import SourceLoss, bits_per_byte, bytes_of_labels, perplexity
-from tinytron.model.modules.loss import LossSums
+from tinytron.model.modules.loss import LossSums, checked_sums
 
 
 class ValResult(NamedTuple):
@@ -64,7 +64,7 @@ def validate(
     aux_counts: dict[str, torch.Tensor] = {}
     by_source = None if state is None else SourceLosses(sources, state, token_bytes_V)
     for batch in batches:
-        losses = loss(batch)
+        losses = checked_sums(loss(batch))
         plain = losses.token if losses.per_token is None else losses.per_token.sum(dtype=torch.float64)
         size = batch.targets() * 0 if token_bytes_V is None else bytes_of_labels(batch.labels, token_bytes_V).sum()
         counts = (normalizer(batch), batch.target_weight(), batch.targets(), plain, size)

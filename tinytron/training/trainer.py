@@ -20,7 +20,7 @@ from tinytron.distributed.param_spec import specs_of
 from tinytron.distributed.topology import describe_topology
 from tinytron.metrics import SourceLosses
 from tinytron.metrics.sinks import SINKS, RunInfo
-from tinytron.model.modules.loss import LossSums
+from tinytron.model.modules.loss import LossSums, checked_sums
 from tinytron.model.protocols import EndsSteps, WaitsForParameters
 from tinytron.training import datasets
 from tinytron.training.batch_preparer import count_targets, scale_weights
@@ -245,7 +245,7 @@ class Trainer(RankAttributes):
             if i:
                 self.guards.between_microbatches()
             with self.optimizer.accumulate(last=i == len(microbatches) - 1):
-                losses = self._loss(batch)
+                losses = checked_sums(self._loss(batch))
                 self.optimizer.scale(losses.objective / divisor).backward()
             self._sources.add(batch, losses)
             for name, value in {"loss": losses.token, **losses.aux}.items():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from tinytron.errors import ConfigError
 from tinytron.kernels.choice import LossKernel
 from tinytron.kernels.cross_entropy import linear_cross_entropy
 from tinytron.utils.sequences import IGNORE_INDEX
@@ -32,6 +33,24 @@ class LossSums(NamedTuple):
     aux: Mapping[str, torch.Tensor] = MappingProxyType({})
     per_token: torch.Tensor | None = None
     counts: Mapping[str, torch.Tensor] = MappingProxyType({})
+
+
+def checked_sums(losses: Any) -> LossSums:
+    """``losses``, which a user's own ``_loss`` may have returned. Raises: ConfigError unless they are ``LossSums`` of
+    scalars; a mean would be divided once more."""
+    if not isinstance(losses, LossSums):
+        raise ConfigError(
+            f"_loss returned a {type(losses).__name__}; return sums, which are divided once, over all ranks: "
+            "LossSums(objective=loss_sum, token=loss_sum.detach()), as in examples/own_loss.py"
+        )
+    for name in ("objective", "token"):
+        value = getattr(losses, name)
+        if not torch.is_tensor(value) or value.ndim:
+            shape = f"a tensor of shape {list(value.shape)}" if torch.is_tensor(value) else f"a {type(value).__name__}"
+            raise ConfigError(
+                f"_loss returned {shape} as LossSums.{name}, which must be a scalar tensor; use its .sum()"
+            )
+    return losses
 
 
 def fused_linear_cross_entropy(

@@ -14,6 +14,7 @@ from tinytron.checkpoint import (
     first_undamaged,
     load_checkpoint,
 )
+from tinytron.checkpoint.load import other_optimizer
 from tinytron.checkpoint.meta import FORMAT_VERSION, CheckpointMeta
 from tinytron.distributed.agreement import agree, agree_slowly
 from tinytron.distributed.parallel_state import ParallelState
@@ -54,6 +55,9 @@ def resume(
         differences = check_continues(config, meta, data_identity(files.step), str(files.meta))
         load_checkpoint(files, meta, model, optimizer, state)
         say(f"resuming after step {files.step} from {files.model}")
+        if before := other_optimizer(meta, optimizer):
+            now = type(optimizer.inner).__name__
+            say(f"the optimizer was {before} and is {now}: momentum and other states do not fit, and begin anew")
         for difference in differences:
             say(f"changed since the checkpoint: {difference}")
         return meta
