@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
+from tests.helpers.errors import says
 from tests.helpers.ranks import Ranks
-from tests.helpers.runs import TINY, config_of, losses, train, user_error
+from tests.helpers.runs import TINY, config_of, losses, read_logs, train, user_error
 from tests.naive.gpt import Shape, logits
 from tinytron.checkpoint import CheckpointFiles
 from tinytron.data import Batch, MockDataset
@@ -25,6 +26,7 @@ from tinytron.model import GPT
 from tinytron.model.modules.loss import LossSums
 from tinytron.training import Config, Trainer
 from tinytron.training.datasets import MOCK_VAL_OFFSET
+from tinytron.training.run import reporter
 
 Pools = Callable[[int], Ranks]
 WORLDS = pytest.mark.parametrize("world", [1, 2, 4])
@@ -333,3 +335,23 @@ def test_errors_are_the_same_on_every_rank(
     first, second = ranks(2).run(user_error, Trainer, tmp_path, *flags)
     assert first == second
     assert re.match(message, first)
+
+
+def _on_a_busy_machine(log_dir: Path) -> tuple[list[float], list[str]]:
+    """MFU by step, and lines about it, of a run whose peak was measured far too low."""
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reporter, "measure_peak", lambda config, state: (1e3, []))
+        trainer = Trainer(config_of(*TINY, "--log_dir", log_dir, "--max_steps", 6, "--log_every", 1))
+        patch.setattr(trainer.reporter, "say", lambda *texts: said.extend(texts))
+        trainer.train()
+    return [r["mfu"] for r in read_logs(trainer.log_dir)[1]], [text for text in said if "MFU" in text]
+
+
+def test_mfu_is_never_above_one(ranks: Pools, tmp_path: Path) -> None:
+    ((mfu, said),) = ranks(1).run(_on_a_busy_machine, tmp_path)
+    assert mfu[0] == 1.0  # the first step set the peak
+    assert all(0 < value <= 1.0 for value in mfu)
+    assert len(mfu) == 6
+    (line,) = said
+    assert re.match(says("training reached ... TFLOP/s, more than the peak of 1e-09 ..."), line)

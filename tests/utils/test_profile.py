@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from tinytron.utils import profile
 from tinytron.utils.matmul import use_onednn
-from tinytron.utils.profile import build_profiler, measured_matmul_rate, peak_flops
+from tinytron.utils.profile import FORWARD, UPDATE, build_profiler, measured_matmul_rate, peak_flops
 
 CUDA = torch.device("cuda")
 NAMES = {  # as the drivers report them -> 16-bit TFLOP/s
@@ -80,17 +81,20 @@ def test_a_cpu_is_measured() -> None:
     assert 1e8 < rate < 1e15
 
 
-def traced_steps(first: int, last: int, run: int, trace: Path) -> set[int]:
-    """Numbers of the steps found in the trace of a run of ``run`` steps."""
-    with build_profiler(first, last, trace) as profiler:
-        for step in range(1, run + 1):
+def traced_steps(first: int, last: int, run: int, trace: Path, done: int = 0) -> set[int]:
+    """Numbers of the steps found in the trace of a run of ``run`` steps that goes on after ``done``."""
+    with build_profiler(first, last, trace, done=done) as profiler:
+        for step in range(done + 1, run + 1):
             with torch.profiler.record_function(f"training step {step}"):
                 torch.ones(2).sum()
             profiler.step()
     if not trace.exists():
         return set()
     names = {str(event.get("name")) for event in json.loads(trace.read_text())["traceEvents"]}
-    return {int(name.split()[-1]) for name in names if name.startswith("training step ")}
+    steps = {int(name.split()[-1]) for name in names if name.startswith("training step ")}
+    marked = {int(name.split("#")[1]) for name in names if name.startswith("ProfilerStep#")}
+    assert marked - {run + 1} == steps  # a window that is cut off: the step after the last has begun
+    return steps
 
 
 @pytest.mark.filterwarnings("ignore:Profiler won't be using warmup")  # there is no step before the first
@@ -102,3 +106,27 @@ def test_the_trace_holds_the_steps_of_the_window(
     tmp_path: Path, first: int, last: int, run: int, expected: set[int]
 ) -> None:
     assert traced_steps(first, last, run, tmp_path / "trace.json") == expected
+
+
+@pytest.mark.filterwarnings("ignore:Profiler won't be using warmup")
+@pytest.mark.parametrize("done", [1, 2, 3, 4])
+def test_a_resumed_run_counts_its_own_steps(tmp_path: Path, done: int) -> None:
+    assert traced_steps(max(4, done + 1), 5, 6, tmp_path / "trace.json", done) == {4, 5} - {done}
+
+
+def test_the_costliest_operations_are_named(tmp_path: Path) -> None:
+    said: list[str] = []
+    with build_profiler(2, 3, tmp_path / "trace.json", say=said.append) as profiler:
+        for _ in range(4):
+            with torch.profiler.record_function(FORWARD):
+                x = torch.ones(400, 400) @ torch.ones(400, 400)
+            with torch.profiler.record_function(UPDATE):
+                x.add_(1)
+            profiler.step()
+    assert said[0].startswith(f"profile written to {tmp_path / 'trace.json'}; ")
+    shares = re.fullmatch(r"  forward (\d+)%, optimizer (\d+)%", said[1])
+    assert shares
+    assert int(shares[1]) > int(shares[2])
+    assert said[2].split() == ["operation", "calls", "ms", "share"]
+    assert said[3].split()[:2] == ["aten::mm", "2"]
+    assert not any(line.split()[0] in (FORWARD, UPDATE) for line in said[3:])

@@ -171,7 +171,7 @@ def build_profiler(
         say(f"not profiling: steps {first} to {last} are done already")
         return contextlib.nullcontext()
     say(f"profiling steps {max(first, step + 1)} to {last}: {trace}")
-    return profile.build_profiler(max(1, first - step), last - step, trace)  # counted from here on
+    return profile.build_profiler(max(first, step + 1), last, trace, done=step, say=say)
 
 
 def describe_run_size(config: Config, model: nn.Module, state: ParallelState, info: TrainingInfo) -> str:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
+from torch.profiler import record_function
 from torch.utils.data import Dataset
 
 from tinytron.checkpoint import CheckpointFiles
@@ -47,6 +48,7 @@ from tinytron.training.run.resume import resume
 from tinytron.training.run.saver import RunSaver
 from tinytron.training.run.unfinished_step import StepDropped, StepStart
 from tinytron.training.world import RankAttributes, join_world
+from tinytron.utils.profile import BACKWARD, FORWARD
 
 
 class Trainer(RankAttributes):
@@ -245,8 +247,10 @@ class Trainer(RankAttributes):
             if i:
                 self.guards.between_microbatches()
             with self.optimizer.accumulate(last=i == len(microbatches) - 1):
-                losses = checked_sums(self._loss(batch))
-                self.optimizer.scale(losses.objective / divisor).backward()
+                with record_function(FORWARD):
+                    losses = checked_sums(self._loss(batch))
+                with record_function(BACKWARD):
+                    self.optimizer.scale(losses.objective / divisor).backward()
             self._sources.add(batch, losses)
             for name, value in {"loss": losses.token, **losses.aux}.items():
                 sums[name] = sums[name] + value if i else value

@@ -5,10 +5,16 @@ from __future__ import annotations
 import re
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, schedule
+from torch.profiler import ProfilerAction, ProfilerActivity, profile
+
+# The parts of a step that the trainer and the optimizer mark for the profiler, with torch.profiler.record_function.
+FORWARD, BACKWARD, EXCHANGE, UPDATE = "forward", "backward", "exchange gradients", "optimizer"
+PARTS = (FORWARD, BACKWARD, EXCHANGE, UPDATE)
 
 # Dense TFLOP/s by a part of the device name (manufacturers' data sheets), for (fp32, 16-bit). The 32-bit column is the
 # TF32 tensor-core rate where the device has one, because that is what fp32 matmuls use unless --disable_tf32 is given.
@@ -81,8 +87,11 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def build_profiler(first_step: int, last_step: int, trace: Path) -> profile:
-    """A profiler of the steps ``first_step..last_step`` (counted from 1, both included) that writes a Chrome trace.
+def build_profiler(
+    first_step: int, last_step: int, trace: Path, *, done: int = 0, say: Callable[[str], None] = print
+) -> profile:
+    """A profiler of the steps ``first_step..last_step`` (counted from 1, both included) for a run with ``done`` steps
+    behind it. It writes a Chrome trace, in which ``ProfilerStep#15`` is step 15, and says where it is and what took the time.
 
     Call ``step()`` after every training step; the trace is written when the window closes or, for a shorter run, when
     the profiler stops with at least one profiled step.
@@ -90,9 +99,42 @@ def build_profiler(first_step: int, last_step: int, trace: Path) -> profile:
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
-    warmup = 1 if first_step > 1 else 0
-    return profile(
-        activities=activities,
-        schedule=schedule(wait=first_step - 1 - warmup, warmup=warmup, active=last_step - first_step + 1, repeat=1),
-        on_trace_ready=lambda p: p.export_chrome_trace(str(trace)),
-    )
+
+    def action(step: int) -> ProfilerAction:
+        if first_step <= step <= last_step:
+            return ProfilerAction.RECORD_AND_SAVE if step == last_step else ProfilerAction.RECORD
+        return ProfilerAction.WARMUP if step == first_step - 1 else ProfilerAction.NONE
+
+    def write(profiler: profile) -> None:
+        profiler.export_chrome_trace(str(trace))
+        say(f"profile written to {trace}; open it in https://ui.perfetto.dev or chrome://tracing")
+        for line in costliest(profiler):
+            say(line)
+
+    profiler = profile(activities=activities, schedule=action, on_trace_ready=write)
+    profiler.step_num = done + 1  # the step under way: the profiler itself would begin to count at 0
+    profiler.current_action = action(done + 1)  # type: ignore[assignment]  # mypy keeps to the first value's members
+    return profiler
+
+
+def costliest(profiler: profile, rows: int = 12) -> list[str]:
+    """A table, in lines: how the profiled time divides into the marked ``PARTS`` of a step, and the operations that took
+    the most time themselves, without those that they call. On a GPU the time is the device's."""
+    averages = profiler.key_averages()
+    on_device = torch.cuda.is_available()
+
+    def whole(event: Any) -> float:  # in ms
+        return float(event.device_time_total if on_device else event.cpu_time_total) / 1e3
+
+    def own(event: Any) -> float:
+        return float(event.self_device_time_total if on_device else event.self_cpu_time_total) / 1e3
+
+    parts = {part: max((whole(e) for e in averages if e.key == part), default=0.0) for part in PARTS}
+    operations = [e for e in averages if e.key not in PARTS and not e.key.startswith("ProfilerStep")]
+    total = sum(own(e) for e in operations) or 1.0
+    marked = sum(parts.values()) or 1.0
+    lines = ["  " + ", ".join(f"{part} {ms / marked:.0%}" for part, ms in parts.items() if ms)]
+    lines.append(f"  {'operation':<44} {'calls':>7} {'ms':>10} {'share':>6}")
+    for event in sorted(operations, key=own, reverse=True)[:rows]:
+        lines.append(f"  {event.key[:44]:<44} {event.count:>7,} {own(event):>10,.1f} {own(event) / total:>6.1%}")
+    return lines

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.profiler import record_function
 
 from tinytron.distributed.collectives import Work
 from tinytron.distributed.parallel_state import ParallelState
@@ -29,6 +30,7 @@ from tinytron.distributed.zero1.flat_buffer import BufferParam, FlatBuffer, Owne
 from tinytron.distributed.zero1.grouping import BufferGroup, group_parameters
 from tinytron.distributed.zero1.schedule import Bucket, ParamGather, ReductionSchedule
 from tinytron.errors import ConfigError
+from tinytron.utils.profile import EXCHANGE, UPDATE
 
 
 @dataclass(frozen=True)
@@ -230,9 +232,10 @@ class DistributedOptimizer:
         a device scalar that must be the same on all ranks. Collective.
         """
         self.prepare()  # here if ``accumulate`` was not used; gradients that exist are kept
-        self._launch(only_complete=False)
-        for work in self._works:
-            work.wait()
+        with record_function(EXCHANGE):
+            self._launch(only_complete=False)
+            for work in self._works:
+                work.wait()
         self._works = []
         self._schedule.reset()
         norm = self._grad_norm() / self.loss_scale
@@ -241,9 +244,10 @@ class DistributedOptimizer:
         factor = 1.0 / self.loss_scale
         if max_norm > 0:
             factor = factor * torch.clamp(max_norm / (norm + 1e-6), max=1.0).nan_to_num()  # padding stays zero
-        for buffer in self.buffers:
-            buffer.scale_grads(factor)
-        self._inner_step(skip)
+        with record_function(UPDATE):
+            for buffer in self.buffers:
+                buffer.scale_grads(factor)
+            self._inner_step(skip)
         self.skipped_steps += skip
         self.last_skipped = skip
         if self._growth_tracker is not None:

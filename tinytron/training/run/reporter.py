@@ -33,6 +33,7 @@ class Reporter:
         self.clock, self.window = TrainClock(), StepWindow(state.groups["world"])
         self._tokens_per_step = self._reported = 0
         self._flops_per_token = self._peak_flops = 1.0
+        self._peak_raised = False
         for sink in sinks:
             self.add(sink)
 
@@ -90,6 +91,7 @@ class Reporter:
         seconds = self.clock.lap()
         rate = (step - self._reported) * self._tokens_per_step / seconds
         self._reported = step
+        self._raise_peak(rate * self._flops_per_token)
         speed = {"tokens_per_second": rate, "mfu": rate * self._flops_per_token / self._peak_flops}
         extra: Record = {**speed, "skipped_steps": int(skipped)}
         entries: list[Record] = [{**record.fields(), "stage": "train", **extra} for record in records]
@@ -98,6 +100,17 @@ class Reporter:
                 entries[-1] |= metric(step)
             self.write(entries)
         return {**records[-1].fields(), "seconds": seconds / len(records), **speed}
+
+    def _raise_peak(self, reached: float) -> None:
+        """The peak is no lower than what training ``reached``, in FLOP/s; it may have been measured on a busy machine."""
+        if reached <= self._peak_flops:
+            return
+        if not self._peak_raised:
+            self.say(
+                f"training reached {reached / 1e12:.3g} TFLOP/s, more than the peak of {self._peak_flops / 1e12:.3g} that "
+                "was taken for MFU; from here on MFU is relative to the highest rate so far"
+            )
+        self._peak_flops, self._peak_raised = reached, True
 
     def write(self, records: Sequence[Record]) -> None:
         """Give records to all sinks, each with what it refused before."""
