@@ -51,11 +51,15 @@ def logits_of(model: GPT, ids: list[int]) -> torch.Tensor:
 
 
 def greedy(model: GPT, prompt: list[int], count: int, vocab_size: int | None = None) -> list[int]:
-    """The ``count`` likeliest tokens of the first ``vocab_size`` after ``prompt``, everything computed anew for each."""
-    ids = list(prompt)
+    """The ``count`` likeliest tokens of the first ``vocab_size`` after ``prompt``, everything computed anew for each; of a
+    text that is too long the newest half is kept."""
+    ids, made = list(prompt), list[int]()
     for _ in range(count):
-        ids.append(int(logits_of(model, ids)[-1, :vocab_size].argmax()))
-    return ids[len(prompt) :]
+        if len(ids) > model.config.block_size:
+            ids = ids[-model.config.block_size // 2 :]
+        made.append(int(logits_of(model, ids)[-1, :vocab_size].argmax()))
+        ids.append(made[-1])
+    return made
 
 
 def random_ids(count: int, seed: int = 0) -> list[int]:

@@ -107,13 +107,23 @@ def test_a_stop_string_that_only_the_last_token_completes() -> None:
 
 
 @pytest.mark.parametrize("name", ["plain", "learned"])
-def test_a_text_ends_where_the_model_can_read_no_further(name: str) -> None:
+def test_a_text_beyond_what_the_model_can_read_goes_on_from_its_newest_half(name: str) -> None:
     model = make_model(name)
     prompts = [random_ids(BLOCK - 2, 1), random_ids(BLOCK, 2), random_ids(3, 3)]
-    result = complete(model, prompts, SamplingOptions(max_new_tokens=10, temperature=0))
-    assert [len(tokens) for tokens in tokens_of(result)] == [3, 1, 10]
+    result = complete(model, prompts, SamplingOptions(max_new_tokens=40, temperature=0))
+    assert tokens_of(result) == [greedy(model, prompt, 40) for prompt in prompts]
+    assert [sample.cuts for sample in result.samples] == [3, 3, 2]
     assert {sample.finish for sample in result.samples} == {"length"}
-    assert tokens_of(result) == [greedy(model, p, n) for p, n in zip(prompts, (3, 1, 10), strict=True)]
+
+
+def test_cut_samples_do_not_depend_on_the_others() -> None:
+    model, options = make_model("moe"), SamplingOptions(max_new_tokens=45, temperature=3.0, num_samples=2)
+    together = tokens_of(complete(model, PROMPTS, options))
+    assert tokens_of(complete(model, [PROMPTS[2]], options)) == together[4:6]
+    assert tokens_of(complete(model, PROMPTS, options, batch_size=3)) == together
+    stopping = SamplingOptions(max_new_tokens=45, temperature=3.0, num_samples=2, stop_tokens=(3,))
+    early = tokens_of(complete(model, PROMPTS, stopping))
+    assert early == [t[: t.index(3)] if 3 in t else t for t in together]
 
 
 def test_tokens_beyond_the_tokenizer_are_never_taken() -> None:

@@ -134,10 +134,12 @@ class _Printer:
 def summary(result: Generation) -> str:
     """Counts and rates in one line."""
     ends = [sample.finish for sample in result.samples]
+    cut = sum(sample.cuts > 0 for sample in result.samples)
+    more = f" | {cut} longer than the model's window, continued from the newest half of it" if cut else ""
     return (
         f"{result.prefill_tokens} prompt tokens at {result.prefill_rate:,.0f} tok/s, "
         f"{sum(len(s.tokens) for s in result.samples)} new ones at {result.decode_rate:,.0f} tok/s | "
-        f"{ends.count('stop')} stopped, {ends.count('length')} ended by length"
+        f"{ends.count('stop')} stopped, {ends.count('length')} ended by length{more}"
     )
 
 

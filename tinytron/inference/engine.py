@@ -2,8 +2,8 @@
 
 prompts -> prefill: one pass over all of them -> one row per sample -> decode: one pass per further token -> pieces of text
 
-The model reads at most ``block_size`` tokens: a text that long ends with the reason ``length``; the window does not slide,
-which would change every cached key.
+The model reads at most ``block_size`` tokens. Of a text that grows beyond that it reads on from the newest half, for which
+the keys are made again; if the window slid token by token, every step would have to do so.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from tinytron.errors import CheckpointError, ConfigError, TinytronError
 from tinytron.inference.kv_cache import KVCache
@@ -29,14 +30,15 @@ Finish = Literal["stop", "length"]
 @dataclass
 class Sample:
     """One continuation of ``prompts[prompt]``: ``tokens`` (no stop token; with a stop string all up to its end) and
-    ``text`` (up to the stop string). ``finish``: ``stop``, or ``length`` where ``max_new_tokens`` or ``block_size`` ended
-    it."""
+    ``text`` (up to the stop string). ``finish``: ``stop``, or ``length`` after ``max_new_tokens``. ``cuts`` counts how
+    often the text had grown beyond ``block_size``, so that the model no longer saw its beginning."""
 
     prompt: int
     number: int
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     finish: Finish | None = None
+    cuts: int = 0
 
 
 class Piece(NamedTuple):
@@ -50,8 +52,8 @@ class Piece(NamedTuple):
 
 @dataclass
 class Generation:
-    """The samples, by prompt and then by number, and how long they took. ``prefill_tokens`` are those of the prompts,
-    ``decode_tokens`` those that a pass of their own was made for (all new ones but each sample's first)."""
+    """The samples, by prompt and then by number, and how long they took. ``prefill_tokens`` are those of the prompts and
+    of texts that were cut; ``decode_tokens`` those that a pass of their own was made for."""
 
     samples: list[Sample]
     prefill_tokens: int = 0
@@ -71,16 +73,27 @@ class Generation:
 
 
 class _Row:
-    """One sample on its way: its limit of new tokens and its text."""
+    """One sample on its way: what the model sees of it, its random numbers and its text."""
 
-    def __init__(self, index: int, sample: Sample, limit: int, text: TextStream | None) -> None:
-        self.index, self.sample, self.limit, self.text = index, sample, limit, text
+    def __init__(
+        self, index: int, sample: Sample, prompt: Sequence[int], options: SamplingOptions, text: TextStream | None
+    ) -> None:
+        self.index, self.sample, self.limit, self.text = index, sample, options.max_new_tokens, text
+        self.seen = list(prompt)
+        self.uniform = _uniform(prompt, sample.number, options.seed, self.limit)
+
+    def cut(self, longest: int) -> None:
+        """Forget all but the newest half of what is more than ``longest`` tokens."""
+        if len(self.seen) > longest:
+            self.seen = self.seen[-max(1, longest // 2) :]
+            self.sample.cuts += 1
 
     def add(self, token: int, stop_tokens: Sequence[int]) -> Piece:
         """Take one more token; the last piece has the reason of the end."""
         if token in stop_tokens:
             return self._end("stop", None, "")
         self.sample.tokens.append(token)
+        self.seen.append(token)
         piece = self.text.add(token) if self.text else ""
         if self.text is not None and self.text.stopped:
             return self._end("stop", token, piece)
@@ -124,9 +137,11 @@ def stream(
         for index in range(first, min(first + max(1, batch_size), len(owners))):
             sample = result.samples[index]
             prompt = prompts[sample.prompt]
-            limit = min(options.max_new_tokens, model.config.block_size - len(prompt) + 1)
-            rows.append(_Row(index, sample, limit, TextStream(decode, prompt, options.stop) if decode else None))
-        yield from _continue(model, prompts, rows, options, result, _excluded(model, vocab_size, without))
+            text = TextStream(decode, prompt, options.stop) if decode else None
+            rows.append(_Row(index, sample, prompt, options, text))
+        excluded = _excluded(model, vocab_size, without)
+        while rows:
+            rows = yield from _continue(model, rows, options, result, excluded)
     return result
 
 
@@ -179,28 +194,23 @@ def _check(model: GPT, prompts: Sequence[Sequence[int]], options: SamplingOption
 
 
 def _continue(
-    model: GPT,
-    prompts: Sequence[Sequence[int]],
-    rows: list[_Row],
-    options: SamplingOptions,
-    result: Generation,
-    excluded: torch.Tensor | None,
-) -> Iterator[Piece]:
-    """Prefill each prompt once, then decode all ``rows`` together until the last one ends."""
+    model: GPT, rows: list[_Row], options: SamplingOptions, result: Generation, excluded: torch.Tensor | None
+) -> Generator[Piece, None, list[_Row]]:
+    """Prefill what ``rows`` have seen, equal ones once, and decode all of them together until the last one ends or one has
+    seen more than the model can read; returns those that have not ended."""
     start = time.perf_counter()
-    numbers = sorted({row.sample.prompt for row in rows})
-    used = [prompts[number] for number in numbers]
-    longest, limit = max(map(len, used)), max(row.limit for row in rows)
+    used = sorted({tuple(row.seen) for row in rows})
+    longest = max(map(len, used))
+    left = max(row.limit - len(row.sample.tokens) for row in rows)
+    limit = min(left, model.config.block_size - longest + 1)
     weight = model.lm_head.weight
     cache = KVCache(model.config, [longest - len(p) for p in used], longest + limit - 1, weight.dtype, weight.device)
     ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in used], device=weight.device)
     logits = _logits(model, cache, ids, excluded)
-    cache.keep(places := [numbers.index(row.sample.prompt) for row in rows])
+    cache.keep(places := [used.index(tuple(row.seen)) for row in rows])
     logits = logits[places]
-    uniform = torch.stack(
-        [_uniform(prompts[row.sample.prompt], row.sample.number, options.seed, limit) for row in rows]
-    )
-    uniform = uniform.to(weight.device)
+    draws = [row.uniform[len(row.sample.tokens) :][:limit] for row in rows]
+    uniform = torch.stack([F.pad(drawn, (0, limit - len(drawn))) for drawn in draws]).to(weight.device)
     prefilled = False
     for step in range(limit):
         chosen = next_tokens(logits, options, uniform[:, step])
@@ -221,12 +231,16 @@ def _continue(
         yield from pieces
         start = time.perf_counter()  # what the reader does with a piece is not our time
         alive = [place for place, piece in enumerate(pieces) if piece.finish is None]
-        if not alive:
-            return
-        if len(alive) < len(rows):
-            rows, chosen, uniform = [rows[place] for place in alive], chosen[alive], uniform[alive]
+        rows = [rows[place] for place in alive]
+        if not rows or step == limit - 1:
+            break
+        if len(alive) < len(pieces):
+            chosen, uniform = chosen[alive], uniform[alive]
             cache.keep(alive)
         logits = _logits(model, cache, chosen.unsqueeze(1), excluded)
+    for row in rows:
+        row.cut(model.config.block_size)
+    return rows
 
 
 def not_finite(what: str, dtype: torch.dtype) -> TinytronError:
