@@ -68,7 +68,7 @@ def _shape(layers: int, hidden: int, heads: int, kv_heads: int, intermediate: in
 LARGER_FROM = 6e13  # FLOPs
 LARGER = CpuSize(_shape(6, 256, 4, 2, 704, 8192), 3.6e7, 0.25, 0.01, "fast enough for the larger of two models", 4, 420)
 SMALLER = CpuSize(
-    _shape(4, 192, 3, 1, 512, 4096), 1.53e7, 0.2, 0.02, "too slow for a larger model to read enough text", 2, 2000
+    _shape(4, 192, 3, 1, 512, 4096), 1.53e7, 0.16, 0.02, "too slow for a larger model to read enough text", 2, 2000
 )
 
 
