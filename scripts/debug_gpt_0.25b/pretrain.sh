@@ -9,5 +9,4 @@ set -euo pipefail
 source "$(dirname "$0")/../lib/launch.sh"
 need_python "" torch numpy tqdm
 launch pretrain_debug.py --exp_name debug_gpt_0.25b --mock_data_num_samples "$((20 * GBS))" \
-    --num_layer 12 --num_attention_heads 32 --num_key_value_heads 4 --hidden_size 1024 --intermediate_size 4096 \
-    "${COMMON[@]}" "$@"
+    --preset 0.25b "${COMMON[@]}" "$@"

@@ -8,5 +8,4 @@ set -euo pipefail
 source "$(dirname "$0")/../lib/launch.sh"
 need_python "" torch numpy tqdm
 launch pretrain_debug.py --exp_name debug_gpt_0.3b_a0.17b --mock_data_num_samples "$((20 * GBS))" \
-    --num_layer 12 --num_attention_heads 32 --num_key_value_heads 4 --hidden_size 768 --intermediate_size 3072 \
-    --use_moe --num_experts 8 --num_experts_per_tok 2 --moe_intermediate_size 768 "${COMMON[@]}" "$@"
+    --preset 0.3b-a0.17b "${COMMON[@]}" "$@"

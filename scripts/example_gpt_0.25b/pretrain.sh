@@ -11,5 +11,4 @@ set -euo pipefail
 source "$(dirname "$0")/../lib/launch.sh"
 need_python data torch numpy tqdm datasets transformers
 launch pretrain_example.py --exp_name example_gpt_0.25b \
-    --num_layer 12 --num_attention_heads 32 --num_key_value_heads 4 --hidden_size 1024 --intermediate_size 4096 \
-    "${COMMON[@]}" "$@"
+    --preset 0.25b "${COMMON[@]}" "$@"

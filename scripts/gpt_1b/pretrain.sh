@@ -11,5 +11,4 @@ set -euo pipefail
 source "$(dirname "$0")/../lib/launch.sh"
 need_python "" torch numpy tqdm
 launch pretrain_debug.py --exp_name gpt_1b --do_val \
-    --num_layer 24 --num_attention_heads 64 --num_key_value_heads 8 --hidden_size 2048 --intermediate_size 8192 \
-    "${COMMON[@]}" "$@"
+    --preset 1b "${COMMON[@]}" "$@"

@@ -14,5 +14,4 @@ set -euo pipefail
 source "$(dirname "$0")/../lib/launch.sh"
 need_python "" torch numpy tqdm
 launch pretrain_debug.py --exp_name gpt_1b_modern --do_val \
-    --num_layer 28 --num_attention_heads 16 --num_key_value_heads 4 --hidden_size 2048 --intermediate_size 6144 \
-    --head_dim 128 --qk_norm --tied_lm_head "${COMMON[@]}" "$@"
+    --preset 1b-modern "${COMMON[@]}" "$@"

@@ -10,5 +10,4 @@ set -euo pipefail
 source "$(dirname "$0")/../lib/launch.sh"
 need_python "" torch numpy tqdm
 launch pretrain_debug.py --exp_name gpt_3b --do_val \
-    --num_layer 36 --num_attention_heads 16 --num_key_value_heads 4 --hidden_size 2048 --intermediate_size 10240 \
-    "${COMMON[@]}" "$@"
+    --preset 3b "${COMMON[@]}" "$@"

@@ -12,5 +12,4 @@ set -euo pipefail
 source "$(dirname "$0")/../lib/launch.sh"
 need_python "" torch numpy tqdm
 launch pretrain_debug.py --exp_name gpt_7b --do_val --recompute full \
-    --num_layer 32 --num_attention_heads 128 --num_key_value_heads 16 --hidden_size 4096 --intermediate_size 16384 \
-    "${COMMON[@]}" "$@"
+    --preset 7b "${COMMON[@]}" "$@"

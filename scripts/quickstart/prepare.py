@@ -16,6 +16,7 @@ import shlex
 import sys
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,41 @@ from tinytron.utils.profile import measured_matmul_rate
 from tinytron.utils.training import write_atomically
 
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}
+CODE_PROMPTS = ("def read_lines(path):\n", "class Stack:\n", "import os\n")  # of the standard library
+PROMPTS, PROMPT_CHARS = 3, 60  # of other text: how many lines of the held-out part, and how long at most
 HELD_OUT = 20  # one part in 20 is kept for validation: whole files, or of few files the end of each
 MIN_BYTES = 100_000
 FLAGS, LOCK = "prepared.json", "prepare.lock"  # the first is written last
-CPU_SECONDS, CPU_FLOPS_PER_TOKEN = 360, 3.6e7  # time to train for, and what one token of the CPU preset costs
+CPU_SECONDS = 360  # the time to train for
 CPU_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class CpuSize:
+    """A model for CPUs: its ``flags``, the FLOPs of one of its tokens, the part of the rate of large products that its
+    small ones reach with all else that a step does (in bf16; fp32 twice as much), and its peak learning rate of Muon."""
+
+    flags: dict[str, Any]
+    flops: float
+    part: float
+    max_lr: float
+    reason: str
+    validations: int
+    most_steps: int
+
+
+def _shape(layers: int, hidden: int, heads: int, kv_heads: int, intermediate: int, tokens: int) -> dict[str, Any]:
+    shape = {"num_layer": layers, "hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    return shape | {"intermediate_size": intermediate, "seq_len": 256, "total_batch_size": tokens}
+
+
+# The larger one needs some two million tokens to be worth its FLOPs. With fewer FLOPs than that, the smaller one reads 2.3
+# times the text, in steps of half the size, and is validated less often (docs/performance.md, The quickstart on slow CPUs).
+LARGER_FROM = 6e13  # FLOPs
+LARGER = CpuSize(_shape(6, 256, 4, 2, 704, 8192), 3.6e7, 0.25, 0.01, "fast enough for the larger of two models", 4, 420)
+SMALLER = CpuSize(
+    _shape(4, 192, 3, 1, 512, 4096), 1.53e7, 0.16, 0.02, "too slow for a larger model to read enough text", 2, 2000
+)
 
 
 def say(text: str) -> None:
@@ -88,6 +119,25 @@ def split(documents: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
     return train, held_out
 
 
+def prompts_from(held_out: list[str]) -> list[str]:
+    """Beginnings for samples: lines of the held-out text, evenly spread, cut at a space where they are long."""
+    lines = [line for text in held_out for line in text.splitlines() if len(line.split()) > 1]
+    chosen = [lines[(2 * n + 1) * len(lines) // (2 * PROMPTS)] for n in range(PROMPTS)] if lines else held_out[:PROMPTS]
+    return [cut_at_space(line.strip(), PROMPT_CHARS) for line in dict.fromkeys(chosen)]
+
+
+def cut_at_space(line: str, longest: int) -> str:
+    """``line``, or as many of its words as fit into ``longest`` characters; at least a part of the first one."""
+    return line if len(line) <= longest else line[: longest + 1].rpartition(" ")[0] or line[:longest]
+
+
+def cpu_size(rate: float) -> tuple[CpuSize, int]:
+    """The model for a CPU whose bf16 products run at ``rate`` [FLOP/s], and the steps that it makes in ``CPU_SECONDS``."""
+    size = LARGER if CPU_SECONDS * rate * LARGER.part >= LARGER_FROM else SMALLER
+    steps = int(CPU_SECONDS * rate * size.part / (size.flags["total_batch_size"] * size.flops))
+    return size, max(100, min(size.most_steps, steps))
+
+
 def choose_model(train_tokens: int, vocab_size: int) -> dict[str, Any]:
     """Model and training length for this machine: a larger preset with a GPU, one sized for minutes without."""
     flags: dict[str, Any]
@@ -95,20 +145,21 @@ def choose_model(train_tokens: int, vocab_size: int) -> dict[str, Any]:
         flags = {"num_layer": 12, "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
         flags |= {"intermediate_size": 1536, "seq_len": 1024, "total_batch_size": 32 * 1024, "dropout": 0.1}
         flags |= {"max_lr": 1e-2, "min_lr": 1e-4, "precision": "bf16"}
-        steps = max(200, 10 * train_tokens // (32 * 1024))
+        steps, validations = max(200, 10 * train_tokens // (32 * 1024)), 4
     else:
         rates = {p: measured_matmul_rate(torch.device("cpu"), dtype) for p, dtype in CPU_PRECISIONS.items()}
         precision = max(rates, key=lambda p: rates[p])
         say(
             f"matmul rate: {', '.join(f'{p} {r / 1e9:.0f} GFLOP/s' for p, r in rates.items())}: training in {precision}"
         )
-        flags = {"num_layer": 6, "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
-        flags |= {"intermediate_size": 704, "seq_len": 256, "total_batch_size": 32 * 256}
-        flags |= {"max_lr": 1e-2, "min_lr": 1e-4, "precision": precision}
-        # With all else a step does, these small matrices reach a quarter of the bf16 rate, half of the fp32 one.
-        seconds = 8192 * CPU_FLOPS_PER_TOKEN / (rates[precision] * (0.25 if precision == "bf16" else 0.5))
-        steps = max(100, min(420, int(CPU_SECONDS / seconds)))
-    every = max(50, -(-steps // 4))
+        size, steps = cpu_size(rates[precision] * (1 if precision == "bf16" else 2))
+        flags = size.flags | {"max_lr": size.max_lr, "min_lr": size.max_lr / 100, "precision": precision}
+        validations = size.validations
+        say(
+            f"model: {flags['num_layer']} layers of {flags['hidden_size']}, {steps} steps of "
+            f"{flags['total_batch_size']:,} tokens by Muon, to take five minutes: {size.reason}"
+        )
+    every = max(50, -(-steps // validations))
     flags |= {"optimizer": "muon", "embedding_lr_mult": 0.5, "scalar_lr_mult": 0.5}
     flags |= {"block_size": flags["seq_len"], "vocab_size": vocab_size, "init_std": 0.02, "max_steps": steps}
     return flags | {"warmup_steps": steps // 20, "val_every_steps": every, "save_every_steps": every}
@@ -123,7 +174,7 @@ def write_texts(path: Path, texts: list[str]) -> int:
 
 
 def write_corpus(folder: Path, files: list[Path], vocab_size: int, data: str | None) -> dict[str, Any]:
-    """Tokenizer and shards into ``folder``; returns the flags for training on them."""
+    """Tokenizer and shards into ``folder``; returns the ``flags`` for training on them and ``prompts`` for samples."""
     documents = list(read_documents(files))
     size = sum(len(text.encode()) for _, text in documents)
     if size < MIN_BYTES:
@@ -145,7 +196,8 @@ def write_corpus(folder: Path, files: list[Path], vocab_size: int, data: str | N
     assert manifest is not None, "only a request to stop ends without a manifest"
     found, tokens = manifest.tokenizer.vocab_size, manifest.tokens["train"]
     say(f"tokenizer: {found} tokens of {train_bytes / tokens:.2f} bytes; {tokens:,} to train on")
-    return choose_model(tokens, found)
+    prompts = prompts_from(held_out) if data else CODE_PROMPTS
+    return {"flags": choose_model(tokens, found), "prompts": prompts}
 
 
 def prepare(folder: Path, files: list[Path], vocab_size: int, data: str | None) -> dict[str, Any]:
@@ -157,7 +209,7 @@ def prepare(folder: Path, files: list[Path], vocab_size: int, data: str | None) 
             # Folders of earlier versions have no manifest.
             whole = finished(folder) is not None or not (folder / MANIFEST).exists()
             if not (whole and (folder / FLAGS).exists()):
-                text = json.dumps({"flags": write_corpus(folder, files, vocab_size, data)}, indent=2)
+                text = json.dumps(write_corpus(folder, files, vocab_size, data), indent=2)
                 write_atomically(folder / FLAGS, lambda file: file.write(text.encode()))
             flags: dict[str, Any] = json.loads((folder / FLAGS).read_text())["flags"]
             return flags

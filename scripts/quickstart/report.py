@@ -30,7 +30,7 @@ from tinytron.training.run.folder import run_folder
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 
-PROMPTS = ("def read_lines(path):\n", "class Stack:\n", "import os\n")
+PREPARED = "prepared.json"  # of prepare.py, with prompts
 SAMPLE_TOKENS = 120
 
 
@@ -87,14 +87,24 @@ def draw(losses: dict[str, list[tuple[int, float]]], gzip_loss: float, xz_loss: 
     figure.savefig(path, dpi=120)
 
 
-def print_samples(files: CheckpointFiles, found: RunTokenizer) -> None:
-    """A continuation of each of ``PROMPTS`` by the trained model, on the best device."""
+def read_prompts(folder: Path) -> list[str]:
+    """Beginnings of samples that suit the data, as prepare.py has chosen them; what an earlier version prepared has none,
+    and then documents begin with nothing."""
+    try:
+        found: dict[str, list[str]] = json.loads((folder / PREPARED).read_text())
+    except OSError:
+        found = {}
+    return found.get("prompts") or ["", "", ""]
+
+
+def print_samples(files: CheckpointFiles, found: RunTokenizer, texts: list[str]) -> None:
+    """A continuation of each of the ``texts`` by the trained model, on the best device."""
     model, _ = load_model(files.model, "cuda" if torch.cuda.is_available() else "cpu")
-    prompts = [found.prompt_ids(prompt) for prompt in PROMPTS]
+    prompts = [found.prompt_ids(prompt) for prompt in texts]
     options = SamplingOptions(max_new_tokens=SAMPLE_TOKENS, temperature=0.7, top_k=50, stop_tokens=found.stop_tokens)
     made = complete(model, prompts, options, decode=found.tokenizer.decode, vocab_size=found.tokenizer.vocab_size)
     for sample in made.samples:
-        print(f"\n--- sample ---\n{PROMPTS[sample.prompt]}{sample.text}")
+        print(f"\n--- sample ---\n{texts[sample.prompt]}{sample.text}")
 
 
 def main() -> None:
@@ -102,7 +112,7 @@ def main() -> None:
     config = build_config(parse_args())
     files = finished_run(config)
     found = find_tokenizer(config.data.dataset_path)
-    print_samples(files, found)
+    print_samples(files, found, read_prompts(Path(str(config.data.dataset_path))))
 
     losses = read_losses(files.folder)
     model_bits = read_bits_per_byte(files.folder)

@@ -13,13 +13,15 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("tokenizers")
 
 from tests.helpers.corpus import Naive, contents, make_texts, tokens_of
-from tests.helpers.runs import ROOT, TINY
+from tests.helpers.runs import ROOT, TINY, config_of
 from tinytron.errors import DataError
 from tinytron.text.tokenize import finished
+from tinytron.utils.model import train_flops_per_token
 
 FLAGS = {"num_layer": 1}
 
@@ -31,6 +33,7 @@ def quickstart(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module: Any = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # its dataclass looks there
     spec.loader.exec_module(module)
     module.calls = 0
 
@@ -38,6 +41,7 @@ def quickstart(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         module.calls += 1
         return {**FLAGS, "train_tokens": train_tokens, "vocab_size": vocab_size, "call": module.calls}
 
+    module.really_choose = module.choose_model
     monkeypatch.setattr(module, "choose_model", choose)
     found: ModuleType = module
     return found
@@ -110,6 +114,69 @@ def test_a_folder_of_an_earlier_version_is_used_as_it_is(quickstart: Any, tmp_pa
     assert quickstart.prepare(tmp_path, [], 300, "texts") == {"num_layer": 9}
 
 
+@pytest.mark.parametrize(
+    ("fp32", "bf16", "precision", "hidden", "tokens", "steps", "every"),
+    [
+        (234, 1022, "bf16", 256, 8192, 311, 78),  # the machine of the README
+        (234, 10_000, "bf16", 256, 8192, 420, 105),
+        (60, 420, "bf16", 192, 4096, 386, 193),
+        (210, 1, "fp32", 192, 4096, 386, 193),
+        (2000, 1, "fp32", 256, 8192, 420, 105),
+        (1, 1, "bf16", 192, 4096, 100, 50),
+    ],
+)
+def test_the_model_follows_the_machine(
+    quickstart: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    fp32: float, bf16: float, precision: str, hidden: int, tokens: int, steps: int, every: int,
+) -> None:  # fmt: skip
+    rates = {torch.float32: fp32 * 1e9, torch.bfloat16: 1e9 * bf16 + 1}
+    monkeypatch.setattr(quickstart, "measured_matmul_rate", lambda _, dtype: rates[dtype])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    flags = quickstart.really_choose(3_000_000, 4096)
+    config = config_of(*(word for name, value in flags.items() for word in (f"--{name}", value)))
+    assert (config.train.precision, config.model.hidden_size) == (precision, hidden)
+    assert (config.train.total_batch_size, config.train.max_steps) == (tokens, steps)
+    assert (config.train.val_every_steps, config.ckpt.save_every_steps) == (every, every)
+    assert config.model.resolved_head_dim == 64
+    assert config.optim.max_lr == 100 * config.optim.min_lr
+    printed = capsys.readouterr().err
+    assert f"layers of {hidden}, {steps} steps of {tokens:,} tokens by Muon" in printed
+    assert ("too slow for a larger model" in printed) == (hidden == 192)
+
+
+def test_the_costs_of_the_models(quickstart: Any) -> None:
+    for size in (quickstart.LARGER, quickstart.SMALLER):
+        flags = size.flags | {"vocab_size": 4096}
+        config = config_of(*(word for name, value in flags.items() for word in (f"--{name}", value)))
+        assert size.flops == pytest.approx(train_flops_per_token(config.model, 256), rel=0.03)
+
+
+def test_prompts_are_lines_of_the_held_out_text(quickstart: Any, tmp_path: Path) -> None:
+    files, folder = _write(tmp_path / "texts", 45), tmp_path / "out"
+    quickstart.prepare(folder, files, 300, "texts")
+    prompts = json.loads((folder / "prepared.json").read_text())["prompts"]
+    held_out = quickstart.split(list(quickstart.read_documents(files)))[1]
+    lines = [line for text in held_out for line in text.splitlines()]
+    assert len(set(prompts)) == 3
+    for prompt in prompts:
+        assert 0 < len(prompt) <= 60
+        assert any(line.strip().startswith(prompt) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("texts", "prompts"),
+    [
+        (["one line\n\nword\n", "a b\nc d\ne f\ng h"], ["one line", "c d", "g h"]),
+        (["x y"], ["x y"]),
+        (["word"], ["word"]),
+        (["a" * 70 + " b"], ["a" * 60]),
+        (["ab " * 30], [("ab " * 20).strip()]),
+    ],
+)
+def test_what_makes_a_prompt(quickstart: Any, texts: list[str], prompts: list[str]) -> None:
+    assert quickstart.prompts_from(texts) == prompts
+
+
 def test_too_little_text(quickstart: Any, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("short")
     with pytest.raises(DataError, match=r"DATA=a.txt holds 5 bytes of UTF-8 text; give at least 100,000 to learn from"):
@@ -133,7 +200,14 @@ def test_the_report_is_in_bits_per_byte(tmp_path: Path) -> None:
         *(flag for flag in TINY if flag != "--use_mock_data"),
         "--vocab_size",
         300,
-        *("--seq_len", 32, "--block_size", 32, "--total_batch_size", 64),  # the report's prompts have 23 tokens
+        *(
+            "--seq_len",
+            64,
+            "--block_size",
+            64,
+            "--total_batch_size",
+            128,
+        ),  # the report's prompts have up to 60 characters
         *("--max_steps", 4),
     ]
     path = Path(printed[printed.index("--dataset_path") + 1])
@@ -143,11 +217,14 @@ def test_the_report_is_in_bits_per_byte(tmp_path: Path) -> None:
     (folder,) = (tmp_path / "log").iterdir()
     loss = float((folder / "log.txt").read_text().splitlines()[-1].split()[-1])
     tokens = tokens_of(path, "val")
-    count = (len(tokens) - 1) // 32 * 32
+    count = (len(tokens) - 1) // 64 * 64
     text = Naive(path / "tokenizer.json").tokenizer.decode(tokens[1 : count + 1]).encode()
     assert f"validation loss after 4 steps: {loss:.4f} nats per token" in report
     assert f"the same {len(text):,} held-out bytes in bits per byte" in report
     (line,) = (line for line in report.splitlines() if "this model" in line)
     assert float(line.split()[-1]) == pytest.approx(loss * count / math.log(2) / len(text), abs=2e-3)
-    assert report.count("--- sample ---") == 3
+    prompts = json.loads((path / "prepared.json").read_text())["prompts"]
+    assert len(prompts) == 3
+    assert all(f"--- sample ---\n{prompt}" in report for prompt in prompts)
+    assert "import os" not in report
     assert (folder / "loss.png").stat().st_size > 1000

@@ -252,7 +252,7 @@ def test_help_shows_every_flag_with_its_text_unit_and_default(capsys: pytest.Cap
 def test_every_flag_is_a_field() -> None:
     """Nothing stands on the command line that the dataclasses do not know."""
     names = {action.dest for action in build_parser()._actions}
-    assert names == {info.name for _, info in FIELDS} | {"help", "config"}
+    assert names == {info.name for _, info in FIELDS} | {"help", "config", "preset"}
 
 
 def test_the_configuration_is_shown_with_its_hash() -> None:

@@ -1,4 +1,4 @@
-"""The configuration tables of README.md: ``python -m tinytron.cli.config_tables`` rewrites them from the dataclasses."""
+"""The tables of presets and flags in README.md: ``python -m tinytron.cli.config_tables`` rewrites them from the code."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 from types import MappingProxyType
 
 from tinytron.training.config import all_sections
+from tinytron.training.presets import preset_table
 from tinytron.utils.flags import FieldInfo, config_fields
 
 README = Path(__file__).parents[2] / "README.md"
-_MARKED = re.compile(r"(<!-- configuration tables: begin -->\n).*(<!-- configuration tables: end -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- (configuration|preset) tables: begin -->\n).*?(<!-- \2 tables: end -->)", re.DOTALL)
 
 
 def tables(sections: Mapping[str, type] = MappingProxyType({})) -> str:
@@ -36,7 +37,8 @@ def _row(info: FieldInfo) -> str:
 
 def updated(readme: str) -> str:
     """``readme`` with current tables between its markers."""
-    return _MARKED.sub(lambda match: match[1] + tables() + match[2], readme)
+    made = {"configuration": tables, "preset": preset_table}
+    return _MARKED.sub(lambda match: match[1] + made[match[2]]() + match[3], readme)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ DESCRIPTION = """Text to token shards for training, on all cores.
 
 {prog} --dataset_path corpus.jsonl --tokenizer_name gpt2
 {prog} --dataset_path my_texts/ --train_bpe 16384 --val_fraction 0.01
+{prog} --dataset_path input.txt --train_chars --val_fraction 0.1
 {prog} --dataset_path HuggingFaceFW/fineweb-edu --dataset_name sample-10BT --streaming \\
     --encoding_name gpt2 --output_dir data/fineweb-edu
 

@@ -20,7 +20,7 @@ from tinytron.text.selection import DocumentRule
 from tinytron.text.tokenizers import SMALLEST_BPE, Kind
 from tinytron.utils.flags import Flag, Parser, add_flag, check_bounds, config_fields, parse_strictly
 
-TOKENIZERS: tuple[Kind, ...] = ("tokenizer_name", "encoding_name", "tokenizer_path", "train_bpe")
+TOKENIZERS: tuple[Kind, ...] = ("tokenizer_name", "encoding_name", "tokenizer_path", "train_bpe", "train_chars")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,7 @@ class TokenizeOptions:
             works="--train_bpe_bytes 100000000",
         ),
     ] = 10**8
+    train_chars: Annotated[bool, Flag("tokenizer: one token for each character of the text")] = False
     eot_token: Annotated[
         str | None,
         Flag("token that separates documents; default: the tokenizer's own, or a known one such as <eot>"),
@@ -177,7 +178,7 @@ class TokenizeOptions:
     def __post_init__(self) -> None:
         if not self.dataset_path:
             raise ConfigError("--dataset_path is missing; give a file or folder of text, or a name on the hub")
-        given = [f"--{name}" for name in TOKENIZERS if getattr(self, name) is not None]
+        given = [f"--{name}" for name in self._named()]
         if len(given) != 1:
             found = f"{' and '.join(given)} are too many" if given else "there is no tokenizer"
             raise ConfigError(f"{found}; give one of {', '.join(f'--{name}' for name in TOKENIZERS)}")
@@ -205,7 +206,16 @@ class TokenizeOptions:
     @property
     def kind(self) -> Kind:
         """The flag that names the tokenizer."""
-        return next(name for name in TOKENIZERS if getattr(self, name) is not None)
+        return self._named()[0]
+
+    @property
+    def trains(self) -> bool:
+        """Whether the tokenizer is made from the text."""
+        return self.kind in ("train_bpe", "train_chars")
+
+    def _named(self) -> list[Kind]:
+        """The flags that name a tokenizer; one, if the options fit."""
+        return [name for name in TOKENIZERS if getattr(self, name) is not None and getattr(self, name) is not False]
 
     @property
     def selects(self) -> bool:
@@ -249,7 +259,7 @@ class TokenizeOptions:
         for info in config_fields(type(self)):
             value = getattr(self, info.name)
             if info.flag.identity and value != info.default:
-                words += [f"--{info.name}", str(value)]
+                words += [f"--{info.name}", str(value).lower() if isinstance(value, bool) else str(value)]
         return shlex.join(words)
 
 

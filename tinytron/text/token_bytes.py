@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tinytron.errors import DataError
+from tinytron.text.characters import characters_of
 from tinytron.text.run_tokenizer import tokenizers_of_data
 
 _SPACE = "\u2581"  # how SentencePiece writes a space
@@ -44,6 +45,8 @@ def token_bytes(serialized: bytes) -> list[int] | None:
         if not covered >= _BYTE_CHARACTERS:
             return None
         sizes = {number: len(token) for number, token in names.items()}  # a character for every byte
+    elif characters_of(file) is not None:
+        sizes = {number: len(token.encode()) for number, token in names.items()}
     elif spaces:
         falls = "ByteFallback" in kinds
         if not falls or not {_SPACE, *_BYTE_NAMES} <= covered:

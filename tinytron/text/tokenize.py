@@ -39,6 +39,7 @@ from tinytron.text.sources import START, FileSource, TextSource, open_source
 from tinytron.text.state import STATE, Recipe, State, difference, read_state, recipe_in, recipe_of, write_state
 from tinytron.text.token_writer import SplitWriter, shard_name
 from tinytron.text.tokenizers import TextTokenizer
+from tinytron.text.train import train_tokenizer
 from tinytron.text.worker_pool import WorkerPool
 from tinytron.utils.lock import wait_for_lock
 from tinytron.utils.signals import StopRequest
@@ -75,7 +76,7 @@ def tokenize_dataset(
     if the folder cannot be written.
     """
     source = source_of(options)
-    if tokenizer is None and not options.train_bpe:
+    if tokenizer is None and not options.trains:
         tokenizer = load_tokenizer(options)
     if tokenizer is not None:
         tokenizer_facts(tokenizer, options)  # raises for a tokenizer that does not fit before anything is written
@@ -197,23 +198,11 @@ class _Run:
 
     def _trained(self, begun: bool) -> TextTokenizer:
         """The tokenizer that the folder has, or a new one."""
-        path, size = self.folder / TOKENIZER, self.options.train_bpe
-        assert size is not None, "there is no other tokenizer"
+        path, options = self.folder / TOKENIZER, self.options
         if not begun:
-            used = 0
-
-            def texts() -> Iterator[str]:
-                nonlocal used
-                training = (text for text, split in self._documents() if split == self.split)
-                for text in tokenizers.first_bytes(training, self.options.train_bpe_bytes):
-                    used += len(text.encode())
-                    yield text
-
-            self.say(f"training a tokenizer of {size} tokens")
-            trained = tokenizers.train_bpe(texts(), size).to_str().encode()
-            self.say(f"trained it on {used:,} bytes of text")
+            trained = train_tokenizer(options, self._documents(), self.say)
             write_atomically(path, lambda file: file.write(trained))
-        return tokenizers.from_file(path, "train_bpe", str(size))
+        return tokenizers.from_file(path, options.kind, str(getattr(options, options.kind)).lower())
 
     def _documents(self) -> Iterator[tuple[str, str | None]]:
         """Every text and its split."""

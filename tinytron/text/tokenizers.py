@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinytron.errors import ConfigError, DataError
+from tinytron.text.characters import CharacterEncoder, characters_of
 from tinytron.text.tokenizer_files import END_TOKENS, named_end, usual_ends
 from tinytron.utils.optional import as_data_error, require_package
 from tinytron.utils.texts import without_bom
@@ -28,7 +29,7 @@ SMALLEST_BPE = 257  # the bytes and the end-of-text token
 LONG_CHARS = 2**22  # a longer text is encoded in pieces
 NEAR_CHARS = 2**12  # before their ends, in which a space is looked for
 _GAP = re.compile(r"\S(?= \S)")
-Kind = Literal["tokenizer_name", "encoding_name", "tokenizer_path", "train_bpe"]
+Kind = Literal["tokenizer_name", "encoding_name", "tokenizer_path", "train_bpe", "train_chars"]
 Ids = Sequence[int] | npt.NDArray[Any]
 
 
@@ -201,7 +202,12 @@ def _of_backend(kind: Kind, name: str, tokenizer: Any, serialized: bytes, end: s
     added = tokenizer.get_added_tokens_decoder()
     specials = {token.content: number for number, token in sorted(added.items()) if token.special}
     sha256, size = hashlib.sha256(serialized).hexdigest(), 1 + max(vocabulary.values(), default=-1)
-    encode = _Fast(_plain(_without_special_pieces(tokenizer, {*specials, *END_TOKENS, *([end] if end else [])})))
+    characters = characters_of(json.loads(serialized))
+    encode: Encode = _Fast(
+        _plain(_without_special_pieces(tokenizer, {*specials, *END_TOKENS, *([end] if end else [])}))
+    )
+    if characters is not None:
+        encode = CharacterEncoder(name, characters)
     return TextTokenizer(
         kind, name, encode, size, end, specials, vocabulary.get, serialized, sha256, tokenizer.decode,
         _unused(vocabulary.values(), size),

@@ -11,12 +11,14 @@ from typing import Any
 from tinytron.errors import ConfigError
 from tinytron.interop import model_options
 from tinytron.training.config import Config, all_sections
-from tinytron.training.config_files import options_in, words_of
+from tinytron.training.config_files import PRESET, options_in, words_of
+from tinytron.training.presets import PRESETS, preset_options
 from tinytron.training.run.exports import check_exportable
 from tinytron.utils.flags import Parser, add_flag, config_fields, parse_strictly
 from tinytron.utils.paths import one_spelling
 
 NONE: Mapping[str, type] = MappingProxyType({})
+_NAMES = ("config", PRESET)  # stand for options, and are none
 
 # Flags of nanoGPT, transformers, litgpt and torchtitan, and what they are here.
 USUAL_NAMES = {
@@ -59,6 +61,12 @@ def build_parser(sections: Mapping[str, type] = NONE, prog: str | None = None) -
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
+        f"--{PRESET}",
+        default=argparse.SUPPRESS,
+        metavar="NAME",
+        help=f"sizes and rates by name; files and flags win over them ({', '.join(PRESETS)})",
+    )
+    parser.add_argument(
         "--config",
         action="append",
         default=argparse.SUPPRESS,
@@ -77,32 +85,44 @@ def parse_args(
 ) -> argparse.Namespace:
     """Parse ``argv`` (default: the command line), with the flags of further ``sections`` such as ``MyTrainer.sections``;
     ``given`` of the result are the flags that stand there. Raises: ConfigError for unknown flags, naming the nearest known
-    one, and for values of the wrong type. The options of ``--config`` files count as if they stood before all flags."""
+    one, and for values of the wrong type or a preset beside weights. The options of ``--config`` files count as if they
+    stood before all flags, and those of the ``--preset`` before them."""
     parser = build_parser(sections, prog)
-    argv = [*_words_of_files(parser, argv, all_sections(sections)), *(sys.argv[1:] if argv is None else argv)]
+    argv = [*_words_of_names(parser, argv, all_sections(sections)), *(sys.argv[1:] if argv is None else argv)]
     args = parse_strictly(parser, argv, USUAL_NAMES)
-    vars(args).pop("config", None)
+    named = {name: vars(args).pop(name, None) for name in _NAMES}
+    if named[PRESET] is not None and args.init_from is not None:
+        raise ConfigError(
+            f"--preset {named[PRESET]} gives the sizes of a new model, and --init_from {args.init_from} has its own; "
+            "leave one out"
+        )
     for action in parser._actions:
         action.default = argparse.SUPPRESS
-    args.given = frozenset(vars(parse_strictly(parser, argv))) - {"config"}
+    args.given = frozenset(vars(parse_strictly(parser, argv))) - {*_NAMES}
     args.sections = sections
     return args
 
 
-def _words_of_files(
+def _words_of_names(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, sections: Mapping[str, type]
 ) -> list[str]:
+    """The words that the preset and the files of ``argv`` stand for. A file may name the preset, too."""
     names = Parser(add_help=False)
     names.add_argument("--config", action="append", default=[])
+    names.add_argument(f"--{PRESET}")
+    named = names.parse_known_args(argv)[0]
     found: dict[str, Any] = {}
-    for file in names.parse_known_args(argv)[0].config:
+    for file in named.config:
         options = options_in(file, sections, USUAL_NAMES)
         found |= options
         try:
             parse_strictly(parser, words_of(options))
+            if PRESET in options:
+                preset_options(options[PRESET])
         except ConfigError as error:
             raise ConfigError(f"--config {file}: {str(error).removesuffix('; see --help')}") from error
-    return words_of(found)
+    preset = found.get(PRESET) if named.preset is None else named.preset
+    return [*(words_of(preset_options(preset)) if preset is not None else ()), *words_of(found)]
 
 
 def build_config(args: argparse.Namespace) -> Config:

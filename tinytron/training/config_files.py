@@ -14,6 +14,7 @@ from tinytron.utils.flags import FieldInfo, config_fields, nearest
 from tinytron.utils.optional import require_package
 from tinytron.utils.paths import user_path
 
+PRESET = "preset"  # names options (presets.py), and is none
 _ABOUT = {"config_hash", TOKENS}  # describe a run or a printed configuration; not options
 _PRINT_AND_STOP = {"print_config", "dry_run"}  # no run that has a config.json did
 
@@ -29,7 +30,11 @@ def options_in(file: str, sections: Mapping[str, type], usual: Mapping[str, str]
     for key, value in (content["config"] if of_run else content).items():
         if key in _ABOUT:
             continue
-        if key in fields and isinstance(value, dict):
+        if key == PRESET:
+            if not isinstance(value, str):
+                raise ConfigError(f"--config {file}: preset must be a name, not {json.dumps(value)}; use preset: tiny")
+            found[PRESET] = value
+        elif key in fields and isinstance(value, dict):
             for name, inner in value.items():
                 if name in known and name not in fields[key]:
                     home = next(section for section, infos in fields.items() if name in infos)

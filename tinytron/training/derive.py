@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tinytron.distributed.layout import ParallelLayout, divisors
 from tinytron.errors import ConfigError
 from tinytron.training.checks import round_to
-from tinytron.training.config import Config
+from tinytron.training.config import Config, OptimConfig
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,10 @@ def derive(config: Config, layout: ParallelLayout, num_samples: int | None) -> T
     warmup = config.optim.warmup_steps
     if warmup >= max_steps and warmup > 1:
         warmup = max(1, max_steps // 10)
-        notes.append(f"warm-up cut from {config.optim.warmup_steps} to {warmup} steps: the run has only {max_steps}")
+        if config.optim.warmup_steps != OptimConfig.warmup_steps:  # the default just fits the run
+            notes.append(
+                f"warm-up cut from {config.optim.warmup_steps} to {warmup} steps: the run has only {max_steps}"
+            )
     first, last = train.steps_to_profile
     if train.use_profiler and last > max_steps:
         first, last = max(1, max_steps - (last - first)), max_steps

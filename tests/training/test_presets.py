@@ -1,0 +1,113 @@
+"""``--preset``: every size is what the table says, and it gives way to files and flags."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.runs import ROOT
+from tinytron.cli.config_tables import updated
+from tinytron.errors import ConfigError
+from tinytron.model.gpt import GPT
+from tinytron.training.arguments import build_config, parse_args
+from tinytron.training.config import Config
+from tinytron.training.config_files import as_json
+from tinytron.training.presets import PRESETS, preset_table
+
+SMALL_HEADS = {"nanogpt-char-cpu", "0.25b", "0.3b-a0.17b", "1b", "7b"}  # of nanoGPT's README and of our first scripts
+PUBLISHED = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "smollm-135m": 134_515_008, "pythia-160m": 162_322_944}
+
+
+def built(*flags: object) -> Config:
+    return build_config(parse_args([str(flag) for flag in flags]))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_builds_the_model_that_it_states(name: str) -> None:
+    config = built("--preset", name)
+    model = GPT(config.model, device="meta", seed=None)
+    assert sum(p.numel() for p in model.parameters()) == PRESETS[name].parameters
+    assert PRESETS[name].parameters == PUBLISHED.get(name, PRESETS[name].parameters)
+    assert (config.model.resolved_head_dim < 64) == (name in SMALL_HEADS)
+    for option, value in PRESETS[name].options.items():
+        assert [getattr(section, option) for _, section in config if hasattr(section, option)] == [value]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_flags_of_the_readme_are_the_same_run(name: str) -> None:
+    lines = [row.strip("|\n ").split(" | ") for row in preset_table().splitlines()]
+    (row,) = (row for row in lines if row[0].startswith(f"`{name}`,"))
+    words = [word for column, cell in zip(lines[0], row, strict=True) if "--" in column for word in (column, cell)]
+    by_hand = built(*" ".join((*words, row[-1])).replace("`", "").split())
+    assert by_hand == built("--preset", name)
+    assert by_hand.config_hash() == built("--preset", name).config_hash()
+
+
+def test_the_readme_is_current() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert updated(readme) == readme, "run: python -m tinytron.cli.config_tables"
+    assert preset_table() in readme
+    assert preset_table() in updated(readme.replace("15.83M", "99M"))
+
+
+def test_the_sizes_of_the_documentation() -> None:
+    sizes = ("num_layer", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size")
+    expected = {"0.25b": (12, 32, 4, 1024, 4096), "1b": (24, 64, 8, 2048, 8192), "7b": (32, 128, 16, 4096, 16384)}
+    for name, values in expected.items():
+        assert tuple(getattr(built("--preset", name).model, size) for size in sizes) == values
+
+
+def test_defaults_then_preset_then_files_then_flags(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"num_layer": 7, "max_lr": 0.5, "hidden_size": 128}))
+    (tmp_path / "b.json").write_text(json.dumps({"optim": {"max_lr": 0.25}}))
+    files = ("--config", tmp_path / "a.json", "--config", tmp_path / "b.json")
+    for flags in ((*files, "--num_layer", 9, "--preset", "tiny"), ("--preset=tiny", "--num_layer", 9, *files)):
+        config = built(*flags)
+        assert (config.model.num_layer, config.optim.max_lr, config.model.hidden_size) == (9, 0.25, 128)
+        assert (config.optim.optimizer, config.optim.weight_decay) == ("muon", 0.1)
+        assert config.model.block_size == config.train.seq_len == 256
+    assert built("--preset", "gpt2", "--seq_len", 64).model.block_size == 64
+    assert built("--preset", "gpt2", "--preset", "Tiny") == built("--preset", "tiny")
+    assert built("--preset", "0.3B_a0.17B") == built("--preset", "0.3b-a0.17b")
+
+
+def test_a_file_names_a_preset(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text('{"preset": "gpt2", "model": {"num_layer": 3}}')
+    config = built("--config", tmp_path / "a.yaml")
+    assert config == built("--preset", "gpt2", "--num_layer", 3)
+    assert built("--config", tmp_path / "a.yaml", "--preset", "tiny") == built("--preset", "tiny", "--num_layer", 3)
+    (tmp_path / "b.json").write_text(as_json(config))
+    assert "preset" not in json.loads(as_json(config))
+    assert built("--config", tmp_path / "b.json") == config
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (("--preset", "gtp2"), r"--preset gtp2 is unknown; did you mean gpt2\?; use one of tiny, small, .*, 7b$"),
+        (("--preset", "gpt_1b"), r"--preset gpt_1b is unknown.* use one of tiny, "),
+        (("--preset",), "argument --preset: expected one argument; see --help"),
+        (("--preset", "tiny", "--num_layre", "2"), "unknown argument --num_layre; did you mean --num_layer"),
+        (("--preset", "tiny", "--init_from", "x"), "--preset tiny .* --init_from x has its own; leave one out"),
+        (("--preset", "tiny", "--num_attention_heads", "3"), "--num_key_value_heads 2 must divide"),
+    ],
+)
+def test_mistakes_are_one_error(given: tuple[str, ...], text: str) -> None:
+    with pytest.raises(ConfigError, match=text) as error:
+        built(*given)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ('"gtp2"', r"--config .*a.json: --preset gtp2 is unknown; did you mean gpt2"),
+        ("3", "preset must be a name, not 3"),
+    ],
+)
+def test_mistakes_in_a_file(tmp_path: Path, value: str, text: str) -> None:
+    (tmp_path / "a.json").write_text(f'{{"preset": {value}}}')
+    with pytest.raises(ConfigError, match=text):
+        built("--config", tmp_path / "a.json")
