@@ -46,11 +46,13 @@ def export(
     tokenizer: Path | None = None,
     max_shard_size: int = 5 * 10**9,
     name: str | None = None,
+    revision: str | None = None,
     replace: bool = False,
 ) -> Exported:
     """Write the weights of a run, a checkpoint or a consolidated file to the folder ``out``, in ``dtype`` (default: their
     own), in files of at most ``max_shard_size`` bytes. ``out`` appears whole or not at all; with ``replace`` in the place
-    of an older one. ``name``: what the model card calls the model (default: as the folder).
+    of an older one. ``name``: what the model card calls and loads the model (default: as the folder), and ``revision`` the
+    branch that it loads from the hub.
 
     Raises: ConfigError if no family has the architecture, ``out`` is there, or the tokenizer does not fit; CheckpointError
     if the checkpoint is missing or damaged; OSError if the disk refuses.
@@ -72,7 +74,7 @@ def export(
         files, size = _write_weights(folder, parts, dtype, max_shard_size)
         _write_settings(folder, settings, dtype, found)
         found.write(folder, saved.config.block_size)
-        (folder / "README.md").write_text(model_card(saved, family, dtype, found, name or out.name))
+        (folder / "README.md").write_text(model_card(saved, family, dtype, found, name or out.name, revision))
     return Exported(family, len(parts), files, size, found)
 
 

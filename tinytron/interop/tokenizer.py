@@ -30,6 +30,7 @@ TOKENIZER_FILES = (
     TOKENIZER, TOKENIZER_CONFIG, _MAP, "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
     "spiece.model", "chat_template.jinja",
 )  # fmt: skip
+_VOCABULARIES = (TOKENIZER, "vocab.json", "tokenizer.model", "spiece.model")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class TokenizerFiles:
     unused: tuple[int, ...] = ()
     record: TokenizerFacts | None = None
     left_behind: str = ""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the files make a tokenizer, rather than say something about one."""
+        return any(path.name in _VOCABULARIES for path in self.files)
 
     def as_section(self) -> dict[str, Any]:
         """The section ``TOKENS`` of a run's configuration."""
@@ -67,6 +73,7 @@ class TokenizerFiles:
         elif TOKENIZER in names:
             config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size}
             config["clean_up_tokenization_spaces"] = False
+            config["model_input_names"] = ["input_ids", "attention_mask"]  # decoders refuse token_type_ids
             (out / TOKENIZER_CONFIG).write_text(json.dumps({**config, **tokens}, indent=2))
         if _MAP in names:
             _set_tokens(out / _MAP, tokens, add=False)

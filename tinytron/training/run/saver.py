@@ -40,6 +40,7 @@ class RunSaver:
         say: Callable[[str], None],
     ) -> None:
         self.config, self.folder, self.data, self.guards = config, folder, data, guards
+        self._optimizer = type(optimizer.inner).__name__  # a subclass of Trainer may have chosen another one
         self.enabled = config.ckpt.do_save and not config.train.debug
         last, run = data.info.max_steps, (model, folder.path, state, folder.mirror)
         exports = build_exports(config, *run, resumed=resumed, last=last, say=say)
@@ -69,7 +70,7 @@ class RunSaver:
         print. Collective."""
         meta = CheckpointMeta(
             format=FORMAT_VERSION,
-            run=self.folder.description,
+            run={**self.folder.description, "optimizer": self._optimizer},
             identity=self.config.identity(),
             data=self.data.identity(step),
             data_position=data_position(self.config, step),
