@@ -58,7 +58,8 @@ def main(argv: Sequence[str], prog: str = "tinytron export") -> None:
     )
     files = f"{made.files} file{'s' if made.files > 1 else ''}"
     print(f"wrote {args.out}: {made.family.architecture}, {made.tensors} tensors, {made.bytes:,} bytes in {files}")
-    print(about_tokens(made.tokenizer))
+    for line in (about_tokens(made.tokenizer), *made.changes):
+        print(line)
 
 
 def about_tokens(tokenizer: TokenizerFiles) -> str:

@@ -18,6 +18,7 @@ from tinytron.interop.architectures import write_architecture
 from tinytron.interop.card import model_card
 from tinytron.interop.families import Family, Part
 from tinytron.interop.folder import check_new, new_folder
+from tinytron.interop.generation import GENERATION, generation_settings
 from tinytron.interop.safetensors import write_safetensors
 from tinytron.interop.tokenizer import TokenizerFiles, exported_tokenizer
 from tinytron.interop.weights import SAFETENSORS
@@ -28,14 +29,15 @@ from tinytron.utils.training import DTYPES
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the family, the number of tensors and files, bytes in all, and the tokenizer with what is known of
-    its tokens."""
+    """What was written: the family, the number of tensors and files, bytes in all, the tokenizer with what is known of
+    its tokens, and a line for each setting of an imported model that training changed."""
 
     family: Family
     tensors: int
     files: int
     bytes: int
     tokenizer: TokenizerFiles
+    changes: tuple[str, ...] = ()
 
 
 def export(
@@ -72,10 +74,10 @@ def export(
     dtype = dtype or weights["wte.weight"].dtype
     with new_folder(out, replace=replace) as folder:
         files, size = _write_weights(folder, parts, dtype, max_shard_size)
-        _write_settings(folder, settings, dtype, found)
-        found.write(folder, saved.config.block_size)
+        changes = _write_settings(folder, settings, dtype, found)
+        changes += found.write(folder, saved.config.block_size)
         (folder / "README.md").write_text(model_card(saved, family, dtype, found, name or out.name, revision))
-    return Exported(family, len(parts), files, size, found)
+    return Exported(family, len(parts), files, size, found, tuple(changes))
 
 
 def _parts(family: Family, saved: SavedModel, weights: Mapping[str, torch.Tensor]) -> dict[str, Part]:
@@ -141,11 +143,10 @@ def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return groups
 
 
-def _write_settings(out: Path, settings: dict[str, Any], dtype: torch.dtype, tokenizer: TokenizerFiles) -> None:
+def _write_settings(out: Path, settings: dict[str, Any], dtype: torch.dtype, tokenizer: TokenizerFiles) -> list[str]:
     ids = tokenizer.facts.as_import()
     common = {"torch_dtype": str(dtype).removeprefix("torch."), "use_cache": True}
     (out / "config.json").write_text(json.dumps({**settings, **ids, **common}, indent=2))
-    generation: dict[str, Any] = {"do_sample": True, **{key: value for key, value in ids.items() if value is not None}}
-    if tokenizer.unused:
-        generation["suppress_tokens"] = list(tokenizer.unused)
-    (out / "generation_config.json").write_text(json.dumps(generation, indent=2))
+    generation, changes = generation_settings(tokenizer.generation, tokenizer.facts, tokenizer.unused)
+    (out / GENERATION).write_text(json.dumps(generation, indent=2))
+    return changes
