@@ -18,7 +18,7 @@ from tests.helpers.corpus import make_texts, make_tokenizer, tokenize, write_jso
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import TINY, config_of
 from tests.interop.families import SIZES
-from tests.interop.test_tokens import read
+from tests.interop.test_tokens import change_json, read
 from tinytron.cli.main import main
 from tinytron.interop.export import export
 from tinytron.interop.open import open_model
@@ -68,10 +68,6 @@ def old_style(folder: Path, out: Path) -> Path:
     change_json(out / "tokenizer_config.json", chat_template=template.read_text())
     template.unlink()
     return out
-
-
-def change_json(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def train(source: Path, log_dir: Path, *flags: object) -> tuple[Path, str]:
@@ -125,7 +121,7 @@ def test_what_came_in_goes_out(ranks: Pools, chat: Path, tmp_path: Path, source:
 
 
 def test_generation_stops_where_transformers_does(chat: Path, tmp_path: Path) -> None:
-    """At the ends of generation_config.json; the one of config.json separates documents."""
+    """At the ends of generation_config.json, too; the one of config.json separates documents."""
     _, config = open_model(chat)
     assert tokenizer_of_run(config, None, chat).stop_tokens == (1, 2)
     folder = shutil.copytree(chat, tmp_path / "hf")
@@ -133,7 +129,7 @@ def test_generation_stops_where_transformers_does(chat: Path, tmp_path: Path) ->
         (folder / "generation_config.json").write_text(broken)
         assert tokenizer_of_run(open_model(folder)[1], None, folder).stop_tokens == (1,)
     change_json(folder / "generation_config.json", eos_token_id=4)
-    assert tokenizer_of_run(open_model(folder)[1], None, folder).stop_tokens == (4,)
+    assert tokenizer_of_run(open_model(folder)[1], None, folder).stop_tokens == (1, 4)
 
 
 def test_ids_of_more_rows_are_suppressed_and_the_rest_stays(ranks: Pools, chat: Path, tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def _with_ids(tokenizer: TokenizerFiles) -> _Around:
         ids = f"ids = torch.tensor([{first or [0]}])  # no tokenizer came with the checkpoint"
         return ("import torch", ours), (ids,), "tokens[0].tolist()"
     if record.kind == "encoding_name":
-        imports = ("import tiktoken", "import torch", ours)
+        imports: tuple[str, ...] = ("import tiktoken", "import torch", ours)
         loads, encoded = f'tiktoken.get_encoding("{record.name}")', f'tokenizer.encode("{_PROMPT}")'
     else:
         imports = ("import torch", f"{ours}, AutoTokenizer")

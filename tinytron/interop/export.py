@@ -13,6 +13,7 @@ import torch
 
 from tinytron.checkpoint.load import load_weights
 from tinytron.checkpoint.model import SavedModel, saved_model
+from tinytron.distributed.param_spec import ParamSpec
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.interop.architectures import write_architecture
 from tinytron.interop.card import model_card
@@ -81,8 +82,14 @@ def export(
 
 
 def _parts(family: Family, saved: SavedModel, weights: Mapping[str, torch.Tensor]) -> dict[str, Part]:
-    """The family's tensors by name, as views of ``weights``. Raises before anything is written: CheckpointError unless
-    the weights fit the architecture, ConfigError for a weight that no family has."""
+    """The family's tensors by name, as views of ``weights``. Raises: as ``checked_specs``."""
+    specs = checked_specs(saved, weights)
+    return {part.name: part for spec in specs for part in family.parts(spec, weights[spec.name], saved.config)}
+
+
+def checked_specs(saved: SavedModel, weights: Mapping[str, torch.Tensor]) -> list[ParamSpec]:
+    """The facts about the parameters of ``saved``. Raises before anything is written: CheckpointError unless the
+    ``weights`` fit the architecture, ConfigError for a weight that no family has."""
     empty = GPT(saved.config, device="meta", seed=None)
     load_weights(empty, {n: torch.empty_like(w, device="meta") for n, w in weights.items()}, str(saved.file))
     biases = [name for name, weight in weights.items() if name.endswith("router.bias") and bool(weight.any())]
@@ -91,8 +98,7 @@ def _parts(family: Family, saved: SavedModel, weights: Mapping[str, torch.Tensor
             f"{biases[0]} is not zero (--moe_bias_update_rate), and no Hugging Face family has such a bias; "
             "keep the weights as a checkpoint"
         )
-    specs = empty.param_specs()
-    return {part.name: part for spec in specs for part in family.parts(spec, weights[spec.name], saved.config)}
+    return empty.param_specs()
 
 
 def _write_weights(out: Path, parts: Mapping[str, Part], dtype: torch.dtype, max_shard_size: int) -> tuple[int, int]:
@@ -100,7 +106,8 @@ def _write_weights(out: Path, parts: Mapping[str, Part], dtype: torch.dtype, max
 
     def tensor(name: str) -> torch.Tensor:
         value = parts[name].view.reshape(parts[name].shape)
-        _check_finite(name, value, dtype)
+        name_of = {kind: text for text, kind in DTYPES.items()}
+        check_finite(name, value, dtype, f"--dtype {name_of[dtype]}", "--dtype bf16")
         return value
 
     sizes = {name: math.prod(part.shape) * dtype.itemsize for name, part in parts.items()}
@@ -115,18 +122,17 @@ def _write_weights(out: Path, parts: Mapping[str, Part], dtype: torch.dtype, max
     return len(shards), sum(sizes.values())
 
 
-def _check_finite(name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
-    """Raises: ConfigError for numbers that ``dtype`` has not; CheckpointError for NaN or infinite ones."""
+def check_finite(name: str, value: torch.Tensor, dtype: torch.dtype, option: str, works: str) -> None:
+    """Raises: ConfigError for numbers that ``dtype``, which the flag ``option`` asks for, cannot hold, and ``works`` can;
+    CheckpointError for NaN or infinite ones."""
     if value.numel() == 0:
         return
     largest = value.abs().amax()
     if not bool(largest.isfinite()):
         raise CheckpointError(f"{name} holds NaN or infinite weights; export an earlier checkpoint")
     if not bool(largest.to(dtype).isfinite()):
-        name_of = {kind: text for text, kind in DTYPES.items()}
         raise ConfigError(
-            f"--dtype {name_of[dtype]} ends at {torch.finfo(dtype).max:g}, and {name} has {float(largest):g}; "
-            "use --dtype bf16"
+            f"{option} ends at {torch.finfo(dtype).max:g}, and {name} has {float(largest):g}; use {works}"
         )
 
 

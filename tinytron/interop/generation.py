@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,10 @@ def generation_file(folder: Path) -> Path | None:
 
 
 def with_generation_ends(facts: TokenFacts, path: Path | None) -> TokenFacts:
-    """``facts`` with the ends that generation_config.json names: transformers stops at those, and at the ones of
-    config.json only without that file. The end that separates documents stays the first if it is one of them."""
+    """``facts`` with the further ends that generation_config.json names: transformers stops at those, and config.json often
+    names only one of them, which stays the first."""
     named = TokenFacts.of_import(_settings(path)).ends
-    if not named:
-        return facts
-    first = [facts.end] if facts.end in named and facts.end is not None else []
-    return TokenFacts(
-        tuple(dict.fromkeys([*first, *named])), facts.prepend, facts.begin, facts.pad, facts.first, facts.inherited
-    )
+    return replace(facts, ends=tuple(dict.fromkeys([*facts.ends, *named])))
 
 
 def generation_settings(
