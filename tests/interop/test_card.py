@@ -56,7 +56,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_snippet_uses_the_exported_tokenizer(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any] | None
 ) -> None:
-    """Whatever its settings say about the inputs of models."""
+    """Also one whose settings do not say which inputs models take."""
     tokenizer = None
     if given is not None:
         tokenizer = tmp_path / "given"

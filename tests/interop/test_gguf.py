@@ -359,7 +359,7 @@ def test_a_tokenizer_is_needed_and_an_end(tmp_path: Path) -> None:
         tokenizer_metadata(TokenizerFiles((path,), TokenFacts((0,))), VOCAB)
 
 
-# What llama.cpp does not have.
+# Options that llama.cpp lacks.
 
 SIZES: dict[str, Any] = {
     "block_size": 32, "vocab_size": 41, "num_layer": 2, "num_attention_heads": 4, "num_key_value_heads": 2,

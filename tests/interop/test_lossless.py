@@ -1,5 +1,5 @@
-"""What comes in with a Hugging Face model goes out again: token ids, chat template, special tokens, settings of generation.
-What training changed wins, and a line says so."""
+"""Exports keep what came with a Hugging Face model: token ids, chat template, special tokens, settings of generation. The
+tokens that training changed win, and a line says so."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def test_another_tokenizer_of_an_export_gets_the_tokens_of_the_model(chat: Path,
 
 
 def test_special_tokens_of_a_map_travel(chat: Path, tmp_path: Path) -> None:
-    """Of a tokenizer that has no tokenizer_config.json."""
+    """The tokenizer has no tokenizer_config.json."""
     folder = shutil.copytree(chat, tmp_path / "hf")
     (folder / "tokenizer_config.json").unlink()
     (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": PAD, "unk_token": UNK}))

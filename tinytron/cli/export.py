@@ -41,7 +41,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         metavar="PATH",
         help="tokenizer.json, or a folder with a tokenizer; default: that of the training data, if it is there",
     )
-    parser.add_argument("--max_shard_size", type=byte_count, metavar="SIZE", help=f"of one file; default: {_SHARD}")
+    parser.add_argument("--max_shard_size", type=byte_count, metavar="SIZE", help=f"largest file; default: {_SHARD}")
     parser.add_argument("--gguf", choices=KINDS, help="write one GGUF file for llama.cpp, with weights of this type")
     return parser
 

@@ -30,7 +30,7 @@ from tinytron.utils.training import DTYPES
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the family, the number of tensors and files, bytes in all, the tokenizer with what is known of
+    """A finished export: the family, the number of tensors and files, bytes in all, the tokenizer with what is known of
     its tokens, and a line for each setting of an imported model that training changed."""
 
     family: Family

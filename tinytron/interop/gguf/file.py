@@ -28,7 +28,7 @@ from tinytron.utils.training import sync_folder
 
 @dataclass(frozen=True)
 class ExportedGGUF:
-    """What was written: the architecture by llama.cpp's name, the number of tensors, the size of the file, the tokenizer,
+    """A finished file: the architecture by llama.cpp's name, the number of tensors, the size of the file, the tokenizer,
     and how many rows without a token were left out."""
 
     architecture: str
@@ -43,7 +43,7 @@ def export_gguf(checkpoint: Path, out: Path, kind: str, *, tokenizer: Path | Non
     the type ``kind`` (one of ``KINDS``). Norms, biases and routers are fp32 in all of them. ``out`` appears whole or not
     at all; one tensor at a time is in memory.
 
-    Raises: ConfigError if llama.cpp has not the architecture or cannot read the tokenizer, ``out`` is there, or the
+    Raises: ConfigError if llama.cpp lacks the architecture or cannot read the tokenizer, ``out`` is there, or the
     package gguf is missing; CheckpointError if the checkpoint is missing or damaged; OSError if the disk refuses.
     """
     if out.exists() or out.is_symlink():

@@ -83,7 +83,7 @@ def architecture_for(model_type: str, config: ModelConfig) -> Architecture:
 
 
 def _lacking(found: Architecture, config: ModelConfig) -> Iterator[tuple[str, str]]:
-    """What the model has and llama.cpp's architecture does not, and the rule of the latter."""
+    """Pairs of an option of the model that llama.cpp's architecture lacks, and the rule of that architecture."""
     windows = {window for layer in range(config.num_layer) if (window := config.window(layer))}
     if windows and min(windows) < config.block_size:
         yield f"--sliding_window {min(windows)}", f"has no window below --block_size {config.block_size}"
@@ -158,8 +158,8 @@ def tensors(
     weights: Mapping[str, torch.Tensor],
     vocab_size: int,
 ) -> Iterator[Tensor]:
-    """All tensors of the file, as views of ``weights``. Rows behind the first ``vocab_size`` ids, which no token has, are
-    left out."""
+    """All tensors of the file, as views of ``weights``. Rows after the first ``vocab_size`` ids have no token
+    and are left out."""
     if config.rope_scaling == "llama3":
         scaled, _ = rotary_frequencies(config)
         half = config.rotary_dim // 2

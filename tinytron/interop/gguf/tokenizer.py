@@ -23,8 +23,8 @@ def tokenizer_metadata(tokenizer: TokenizerFiles, vocab_size: int) -> dict[str, 
     """The keys of the tokenizer of a model with ``vocab_size`` rows, for all ids up to the last one that a token has: their
     texts and types, merges, how texts are split, the tokens that begin and end them, and the chat template.
 
-    Raises: ConfigError if there is no byte-level BPE, it splits or changes texts as llama.cpp cannot, or no token ends
-    them.
+    Raises: ConfigError if the tokenizer is not a byte-level BPE, splits or changes texts in a way that llama.cpp cannot, or
+    has no token that ends them.
     """
     path = next((path for path in tokenizer.files if path.name == TOKENIZER), None)
     if path is None:
