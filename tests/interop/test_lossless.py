@@ -120,6 +120,16 @@ def test_what_came_in_goes_out(ranks: Pools, chat: Path, tmp_path: Path, source:
         assert facts_of(out) == wanted
 
 
+def test_a_tokenizer_that_names_another_end_than_its_model_stays(chat: Path, tmp_path: Path) -> None:
+    """As those of some published chat models do."""
+    folder = shutil.copytree(chat, tmp_path / "hf")
+    change_json(folder / "tokenizer_config.json", eos_token=TURN)
+    assert main(["import", str(folder), "--out", str(tmp_path / "own")]) == 0
+    assert export(tmp_path / "own", tmp_path / "out").changes == ()
+    assert facts_of(tmp_path / "out") == facts_of(folder)
+    assert facts_of(folder)["special"]["eos_token"] == TURN
+
+
 def test_generation_stops_where_transformers_does(chat: Path, tmp_path: Path) -> None:
     """At the ends of generation_config.json, too; the one of config.json separates documents."""
     _, config = open_model(chat)
