@@ -30,6 +30,7 @@ setup(
         "wandb": ["wandb"],
         "lm-eval": ["lm-eval"],
         "hub": ["huggingface_hub"],
+        "gguf": ["gguf"],
         "config": ["pyyaml"],
         "cli": ["omegaconf"],
         "s3": ["s3fs"],
@@ -38,7 +39,7 @@ setup(
             *QUICKSTART,
             *("pytest", "hypothesis", "ruff", "mypy", "types-tqdm", "datasets", "transformers", "s3fs", "moto[server]"),
             "pyyaml",
-            *("tiktoken", 'triton; platform_system == "Linux"'),
+            *("tiktoken", "gguf", 'triton; platform_system == "Linux"'),
         ],
     },
 )

@@ -115,8 +115,13 @@ def save(name: str, folder: Path, dtype: torch.dtype = torch.float64, **options:
 
 
 def change_config(folder: Path, **values: Any) -> None:
-    """Set keys of a folder's config.json; ``None`` removes one."""
-    path = folder / "config.json"
+    """Set keys of a folder's config.json, and ids of tokens in its generation_config.json, too; ``None`` removes one."""
+    _change(folder / "config.json", values)
+    if (generation := folder / "generation_config.json").is_file():
+        _change(generation, {key: value for key, value in values.items() if key.endswith("_token_id")})
+
+
+def _change(path: Path, values: dict[str, Any]) -> None:
     config = json.loads(path.read_text()) | values
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None or key not in values}))
 

@@ -74,6 +74,10 @@ def read(folder: Path, name: str) -> dict[str, Any]:
     return content
 
 
+def change_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
 def ids_in(folder: Path) -> tuple[Any, Any]:
     """End and begin of an export, the same in both of its files."""
     config, generation = read(folder, "config"), read(folder, "generation_config")

@@ -1,22 +1,29 @@
-"""``tinytron export``: a checkpoint as a folder that transformers opens."""
+"""``tinytron export``: a checkpoint as a folder that transformers opens, or as a GGUF file for llama.cpp."""
 
 from __future__ import annotations
 
 import argparse
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
+from tinytron.errors import ConfigError
 from tinytron.interop.export import export
+from tinytron.interop.gguf import KINDS, export_gguf
 from tinytron.interop.tokenizer import TokenizerFiles
 from tinytron.utils.flags import Parser, parse_strictly
 from tinytron.utils.paths import user_path
 from tinytron.utils.training import DTYPES
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_SHARD = "5GB"
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = Parser(prog=prog, description="Write a checkpoint as a folder that transformers opens.")
+    parser = Parser(
+        prog=prog,
+        description="Write a checkpoint as a folder that transformers opens, or (--gguf) as a file for llama.cpp.",
+    )
     parser.add_argument(
         "--checkpoint",
         type=user_path,
@@ -24,7 +31,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         metavar="PATH",
         help="run folder (its newest checkpoint), <step>_model.pt, or <step>_consolidated.pt",
     )
-    parser.add_argument("--out", type=user_path, required=True, metavar="FOLDER", help="new folder")
+    parser.add_argument(
+        "--out", type=user_path, required=True, metavar="PATH", help="new folder; with --gguf a new file"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="type of the weights; default: as they are")
     parser.add_argument(
         "--tokenizer",
@@ -32,9 +41,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         metavar="PATH",
         help="tokenizer.json, or a folder with a tokenizer; default: that of the training data, if it is there",
     )
-    parser.add_argument(
-        "--max_shard_size", type=byte_count, default=byte_count("5GB"), metavar="SIZE", help="of one file; default: 5GB"
-    )
+    parser.add_argument("--max_shard_size", type=byte_count, metavar="SIZE", help=f"largest file; default: {_SHARD}")
+    parser.add_argument("--gguf", choices=KINDS, help="write one GGUF file for llama.cpp, with weights of this type")
     return parser
 
 
@@ -49,16 +57,30 @@ def byte_count(text: str) -> int:
 def main(argv: Sequence[str], prog: str = "tinytron export") -> None:
     """Write the checkpoint that ``argv`` names. Raises: TinytronError; OSError."""
     args = parse_strictly(_parser(prog), argv)
+    if args.gguf is not None:
+        _main_gguf(args)
+        return
     made = export(
         args.checkpoint,
         args.out,
         dtype=DTYPES[args.dtype] if args.dtype else None,
         tokenizer=args.tokenizer,
-        max_shard_size=args.max_shard_size,
+        max_shard_size=byte_count(_SHARD) if args.max_shard_size is None else args.max_shard_size,
     )
     files = f"{made.files} file{'s' if made.files > 1 else ''}"
     print(f"wrote {args.out}: {made.family.architecture}, {made.tensors} tensors, {made.bytes:,} bytes in {files}")
-    print(about_tokens(made.tokenizer))
+    for line in (about_tokens(made.tokenizer), *made.changes):
+        print(line)
+
+
+def _main_gguf(args: argparse.Namespace) -> None:
+    for flag in ("dtype", "max_shard_size"):
+        if getattr(args, flag) is not None:
+            raise ConfigError(f"--{flag} is about folders, and --gguf {args.gguf} writes a file; drop one of the two")
+    made = export_gguf(args.checkpoint, args.out, args.gguf, tokenizer=args.tokenizer)
+    print(f"wrote {args.out}: {made.architecture}, {made.tensors} tensors in {args.gguf}, {made.bytes:,} bytes")
+    left_out = f"; {made.left_out:,} rows without a token are left out" if made.left_out else ""
+    print(about_tokens(replace(made.tokenizer, unused=())) + left_out)
 
 
 def about_tokens(tokenizer: TokenizerFiles) -> str:

@@ -13,11 +13,13 @@ import torch
 
 from tinytron.checkpoint.load import load_weights
 from tinytron.checkpoint.model import SavedModel, saved_model
+from tinytron.distributed.param_spec import ParamSpec
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.interop.architectures import write_architecture
 from tinytron.interop.card import model_card
 from tinytron.interop.families import Family, Part
 from tinytron.interop.folder import check_new, new_folder
+from tinytron.interop.generation import GENERATION, generation_settings
 from tinytron.interop.safetensors import write_safetensors
 from tinytron.interop.tokenizer import TokenizerFiles, exported_tokenizer
 from tinytron.interop.weights import SAFETENSORS
@@ -28,14 +30,15 @@ from tinytron.utils.training import DTYPES
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the family, the number of tensors and files, bytes in all, and the tokenizer with what is known of
-    its tokens."""
+    """A finished export: the family, the number of tensors and files, bytes in all, the tokenizer with what is known of
+    its tokens, and a line for each setting of an imported model that training changed."""
 
     family: Family
     tensors: int
     files: int
     bytes: int
     tokenizer: TokenizerFiles
+    changes: tuple[str, ...] = ()
 
 
 def export(
@@ -46,11 +49,13 @@ def export(
     tokenizer: Path | None = None,
     max_shard_size: int = 5 * 10**9,
     name: str | None = None,
+    revision: str | None = None,
     replace: bool = False,
 ) -> Exported:
     """Write the weights of a run, a checkpoint or a consolidated file to the folder ``out``, in ``dtype`` (default: their
     own), in files of at most ``max_shard_size`` bytes. ``out`` appears whole or not at all; with ``replace`` in the place
-    of an older one. ``name``: what the model card calls the model (default: as the folder).
+    of an older one. ``name``: what the model card calls and loads the model (default: as the folder), and ``revision`` the
+    branch that it loads from the hub.
 
     Raises: ConfigError if no family has the architecture, ``out`` is there, or the tokenizer does not fit; CheckpointError
     if the checkpoint is missing or damaged; OSError if the disk refuses.
@@ -70,15 +75,21 @@ def export(
     dtype = dtype or weights["wte.weight"].dtype
     with new_folder(out, replace=replace) as folder:
         files, size = _write_weights(folder, parts, dtype, max_shard_size)
-        _write_settings(folder, settings, dtype, found)
-        found.write(folder, saved.config.block_size)
-        (folder / "README.md").write_text(model_card(saved, family, dtype, found, name or out.name))
-    return Exported(family, len(parts), files, size, found)
+        changes = _write_settings(folder, settings, dtype, found)
+        changes += found.write(folder, saved.config.block_size)
+        (folder / "README.md").write_text(model_card(saved, family, dtype, found, name or out.name, revision))
+    return Exported(family, len(parts), files, size, found, tuple(changes))
 
 
 def _parts(family: Family, saved: SavedModel, weights: Mapping[str, torch.Tensor]) -> dict[str, Part]:
-    """The family's tensors by name, as views of ``weights``. Raises before anything is written: CheckpointError unless
-    the weights fit the architecture, ConfigError for a weight that no family has."""
+    """The family's tensors by name, as views of ``weights``. Raises: as ``checked_specs``."""
+    specs = checked_specs(saved, weights)
+    return {part.name: part for spec in specs for part in family.parts(spec, weights[spec.name], saved.config)}
+
+
+def checked_specs(saved: SavedModel, weights: Mapping[str, torch.Tensor]) -> list[ParamSpec]:
+    """The facts about the parameters of ``saved``. Raises before anything is written: CheckpointError unless the
+    ``weights`` fit the architecture, ConfigError for a weight that no family has."""
     empty = GPT(saved.config, device="meta", seed=None)
     load_weights(empty, {n: torch.empty_like(w, device="meta") for n, w in weights.items()}, str(saved.file))
     biases = [name for name, weight in weights.items() if name.endswith("router.bias") and bool(weight.any())]
@@ -87,8 +98,7 @@ def _parts(family: Family, saved: SavedModel, weights: Mapping[str, torch.Tensor
             f"{biases[0]} is not zero (--moe_bias_update_rate), and no Hugging Face family has such a bias; "
             "keep the weights as a checkpoint"
         )
-    specs = empty.param_specs()
-    return {part.name: part for spec in specs for part in family.parts(spec, weights[spec.name], saved.config)}
+    return empty.param_specs()
 
 
 def _write_weights(out: Path, parts: Mapping[str, Part], dtype: torch.dtype, max_shard_size: int) -> tuple[int, int]:
@@ -96,7 +106,8 @@ def _write_weights(out: Path, parts: Mapping[str, Part], dtype: torch.dtype, max
 
     def tensor(name: str) -> torch.Tensor:
         value = parts[name].view.reshape(parts[name].shape)
-        _check_finite(name, value, dtype)
+        name_of = {kind: text for text, kind in DTYPES.items()}
+        check_finite(name, value, dtype, f"--dtype {name_of[dtype]}", "--dtype bf16")
         return value
 
     sizes = {name: math.prod(part.shape) * dtype.itemsize for name, part in parts.items()}
@@ -111,18 +122,17 @@ def _write_weights(out: Path, parts: Mapping[str, Part], dtype: torch.dtype, max
     return len(shards), sum(sizes.values())
 
 
-def _check_finite(name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
-    """Raises: ConfigError for numbers that ``dtype`` has not; CheckpointError for NaN or infinite ones."""
+def check_finite(name: str, value: torch.Tensor, dtype: torch.dtype, option: str, works: str) -> None:
+    """Raises: ConfigError for numbers that ``dtype``, which the flag ``option`` asks for, cannot hold, and ``works`` can;
+    CheckpointError for NaN or infinite ones."""
     if value.numel() == 0:
         return
     largest = value.abs().amax()
     if not bool(largest.isfinite()):
         raise CheckpointError(f"{name} holds NaN or infinite weights; export an earlier checkpoint")
     if not bool(largest.to(dtype).isfinite()):
-        name_of = {kind: text for text, kind in DTYPES.items()}
         raise ConfigError(
-            f"--dtype {name_of[dtype]} ends at {torch.finfo(dtype).max:g}, and {name} has {float(largest):g}; "
-            "use --dtype bf16"
+            f"{option} ends at {torch.finfo(dtype).max:g}, and {name} has {float(largest):g}; use {works}"
         )
 
 
@@ -139,11 +149,10 @@ def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return groups
 
 
-def _write_settings(out: Path, settings: dict[str, Any], dtype: torch.dtype, tokenizer: TokenizerFiles) -> None:
+def _write_settings(out: Path, settings: dict[str, Any], dtype: torch.dtype, tokenizer: TokenizerFiles) -> list[str]:
     ids = tokenizer.facts.as_import()
     common = {"torch_dtype": str(dtype).removeprefix("torch."), "use_cache": True}
     (out / "config.json").write_text(json.dumps({**settings, **ids, **common}, indent=2))
-    generation: dict[str, Any] = {"do_sample": True, **{key: value for key, value in ids.items() if value is not None}}
-    if tokenizer.unused:
-        generation["suppress_tokens"] = list(tokenizer.unused)
-    (out / "generation_config.json").write_text(json.dumps(generation, indent=2))
+    generation, changes = generation_settings(tokenizer.generation, tokenizer.facts, tokenizer.unused)
+    (out / GENERATION).write_text(json.dumps(generation, indent=2))
+    return changes

@@ -15,6 +15,7 @@ from tinytron.checkpoint.files import CheckpointFiles
 from tinytron.checkpoint.model import CONFIG, is_saved_model
 from tinytron.errors import ConfigError
 from tinytron.interop.folder import check_new, new_folder
+from tinytron.interop.generation import GENERATION
 from tinytron.interop.hub import model_folder
 from tinytron.interop.load import about_ignored, architecture_of, load_pretrained
 from tinytron.interop.tokenizer import TOKENIZER_FILES, files_in, imported_facts
@@ -25,8 +26,8 @@ from tinytron.text.run_tokenizer import TOKENS
 def import_model(name: str, out: Path, dtype: torch.dtype, say: Callable[[str], object] = lambda text: None) -> GPT:
     """Write the model ``name``, a folder or a name on the hub, to the folder ``out`` in ``dtype``, as ``--init_from``,
     ``generate`` and ``export`` take it: ``00000_model.pt``, a config.json, which keeps the ids of the tokens that begin and
-    end texts, and the files of the tokenizer. There are no optimizer states, so nothing to resume. What is left out of the
-    model's configuration is said.
+    end texts, the files of the tokenizer, and the settings of generation. There are no optimizer states, so nothing to
+    resume. What is left out of the model's configuration is said.
 
     Raises: ConfigError or CheckpointError if the model cannot be had or built, or ``out`` is there; OSError if the disk
     refuses.
@@ -37,12 +38,13 @@ def import_model(name: str, out: Path, dtype: torch.dtype, say: Callable[[str], 
     model = GPT(architecture_of(name), dtype=dtype, seed=None)
     if ignored := load_pretrained(model, name):
         say(f"read {name}{about_ignored(ignored)}")
-    folder = model_folder(name, weights=False, more=TOKENIZER_FILES)
+    folder = model_folder(name, weights=False, more=(*TOKENIZER_FILES, GENERATION))
     config = {"model": dataclasses.asdict(model.config), TOKENS: imported_facts(folder).as_section()}
     description = {"config": config, "source": name, "versions": {"tinytron": tinytron.__version__}}
     with new_folder(out) as made:
         torch.save(model.state_dict(), CheckpointFiles(made, 0).model)
         (made / CONFIG).write_text(json.dumps(description, indent=2))
-        for path in files_in(folder):
-            shutil.copyfile(path, made / path.name)
+        for path in (*files_in(folder), folder / GENERATION):
+            if path.is_file():
+                shutil.copyfile(path, made / path.name)
     return model

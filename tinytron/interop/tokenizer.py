@@ -13,6 +13,7 @@ from tinytron.checkpoint.load import read_json
 from tinytron.checkpoint.model import CONFIG, is_saved_model, saved_model
 from tinytron.data.manifest import TOKENIZER, TokenizerFacts
 from tinytron.errors import CheckpointError, ConfigError, DataError
+from tinytron.interop.generation import GENERATION, generation_file, with_generation_ends
 from tinytron.interop.hub import model_folder
 from tinytron.text.run_tokenizer import (
     TOKENS,
@@ -30,13 +31,19 @@ TOKENIZER_FILES = (
     TOKENIZER, TOKENIZER_CONFIG, _MAP, "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
     "spiece.model", "chat_template.jinja",
 )  # fmt: skip
+_VOCABULARIES = (TOKENIZER, "vocab.json", "tokenizer.model", "spiece.model")
 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """Files to copy; the ``facts`` that generation uses, too; the texts of the tokens that end and begin documents, where
-    they are known; the ids of the model that no token has (``unused``), as far as that is known; the ``record`` in the
-    data's manifest; and why files were ``left_behind``."""
+    """The tokenizer that goes with weights, and the facts about its tokens.
+
+    ``files`` are copied, and ``generation`` is the file of generation settings of an imported model. ``facts`` are those
+    that generation uses, ``end_token`` and ``begin_token`` the texts of the tokens that end and begin documents, and
+    ``unused`` the ids of the model that no token has; as far as each is known. ``record`` is that of the data's manifest.
+    ``left_behind`` says why there is no tokenizer, and ``left_out`` why an imported model's settings are not here. ``own``
+    files are those of an imported model whose tokens no training has changed: they stay as they are.
+    """
 
     files: tuple[Path, ...]
     facts: TokenFacts = field(default_factory=TokenFacts)
@@ -45,48 +52,74 @@ class TokenizerFiles:
     unused: tuple[int, ...] = ()
     record: TokenizerFacts | None = None
     left_behind: str = ""
+    left_out: str = ""
+    generation: Path | None = None
+    own: bool = False
+
+    @property
+    def kept(self) -> tuple[Path, ...]:
+        """The files that a run keeps copies of."""
+        return self.files if self.generation is None else (*self.files, self.generation)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the files make a tokenizer, rather than say something about one."""
+        return any(path.name in _VOCABULARIES for path in self.files)
 
     def as_section(self) -> dict[str, Any]:
         """The section ``TOKENS`` of a run's configuration."""
         record = None if self.files or self.record is None else asdict(self.record)
         return {**self.facts.as_section(), "tokenizer": record}
 
-    def write(self, out: Path, block_size: int) -> None:
+    def write(self, out: Path, block_size: int) -> list[str]:
         """Copy the files to ``out``, with the tokens that end and begin documents in their configuration; a tokenizer.json
         without one gets what else transformers needs. transformers then puts the same token before a text as
-        ``RunTokenizer.prompt_ids``. Raises: OSError."""
+        ``RunTokenizer.prompt_ids``. The ``own`` files of an imported model stay as they are.
+
+        Returns a line for each setting of the files that training changed. Raises: OSError.
+        """
         for path in self.files:
             shutil.copyfile(path, out / path.name)
-        named = {"eos_token": self.end_token, "bos_token": self.begin_token}
-        tokens: dict[str, str | bool] = {key: text for key, text in named.items() if text is not None}
         names = {path.name for path in self.files}
+        if self.own and TOKENIZER_CONFIG in names:
+            return []
+        named = {"eos_token": self.end_token, "bos_token": self.begin_token}
+        tokens: dict[str, Any] = {key: text for key, text in named.items() if text is not None}
+        notes: list[str] = []
+        if self.own and _MAP in names:  # transformers reads it only where tokenizer_config.json names no tokens
+            tokens |= _object(out / _MAP) or {}
         if TOKENIZER in names and self.facts.first is None:
-            tokens |= self._write_begin(out / TOKENIZER)
+            begins, notes = self._write_begin(out / TOKENIZER)
+            tokens |= begins
         if TOKENIZER_CONFIG in names:
-            _set_tokens(out / TOKENIZER_CONFIG, tokens, add=True)
+            notes += _set_tokens(out / TOKENIZER_CONFIG, tokens, add=True)
         elif TOKENIZER in names:
             config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size}
             config["clean_up_tokenization_spaces"] = False
+            config["model_input_names"] = ["input_ids", "attention_mask"]  # decoders refuse token_type_ids
             (out / TOKENIZER_CONFIG).write_text(json.dumps({**config, **tokens}, indent=2))
-        if _MAP in names:
+        if _MAP in names and not self.own:
             _set_tokens(out / _MAP, tokens, add=False)
+        return notes
 
-    def _write_begin(self, path: Path) -> dict[str, bool]:
+    def _write_begin(self, path: Path) -> tuple[dict[str, bool], list[str]]:
         """Let the copied tokenizer.json ``path`` put before a text what training did: the end-of-text token if documents
-        begin with it, and otherwise nothing. Returns what tokenizer_config.json says about that. A tokenizer that does so
-        already stays as it is."""
-        wanted = self.facts.end if self.facts.prepend else None
-        if _leading_id(path) != wanted:
-            token = self.end_token if self.facts.prepend else None
-            if wanted is not None and token is None:  # an id without a text cannot be put there
-                return {}
-            content = json.loads(without_bom(path.read_bytes()))
-            kept = without_tokens(content.get("post_processor"))
-            added = [] if wanted is None or token is None else [_template(token, wanted)]
-            content["post_processor"] = {"type": "Sequence", "processors": [*kept, *added]} if kept or added else None
-            path.write_text(json.dumps(content, indent=2, ensure_ascii=False))
-            return {"add_bos_token": wanted is not None}
-        return {} if wanted is None else {"add_bos_token": True}
+        begin with it, and otherwise nothing. Returns what tokenizer_config.json says about that, and a line if another
+        token was put there before. A tokenizer that does so already stays as it is."""
+        wanted, before = self.facts.end if self.facts.prepend else None, _leading_id(path)
+        if before == wanted:
+            return ({} if wanted is None else {"add_bos_token": True}), []
+        token = self.end_token if self.facts.prepend else None
+        if wanted is not None and token is None:  # an id without a text cannot be put there
+            return {}, []
+        content = json.loads(without_bom(path.read_bytes()))
+        kept = without_tokens(content.get("post_processor"))
+        added = [] if wanted is None or token is None else [_template(token, wanted)]
+        content["post_processor"] = {"type": "Sequence", "processors": [*kept, *added]} if kept or added else None
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False))
+        now = "none" if token is None else token
+        note = f"{TOKENIZER}: the token before a text was {before} and is {now}, as in the training data"
+        return {"add_bos_token": wanted is not None}, [] if before is None else [note]
 
 
 def _template(token: str, number: int) -> dict[str, Any]:
@@ -104,14 +137,20 @@ def _template(token: str, number: int) -> dict[str, Any]:
     }
 
 
-def _set_tokens(path: Path, tokens: Mapping[str, str | bool], *, add: bool) -> None:
-    """Set ``tokens`` in a JSON file where it has others, with ``add`` also where it has none."""
+def _object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in ``path``; ``None`` if it holds something else, which is not for us to mend."""
     try:
-        config = json.loads(path.read_bytes())
-    except ValueError:  # not for us to mend
-        return
-    if not isinstance(config, dict):
-        return
+        content = json.loads(without_bom(path.read_bytes()))
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _set_tokens(path: Path, tokens: Mapping[str, Any], *, add: bool) -> list[str]:
+    """Set ``tokens`` in a JSON file where it has others, with ``add`` also where it has none. Returns a line for each that
+    was another one."""
+    if (config := _object(path)) is None:
+        return []
     wrong = {
         key: value
         for key, value in tokens.items()
@@ -119,6 +158,11 @@ def _set_tokens(path: Path, tokens: Mapping[str, str | bool], *, add: bool) -> N
     }
     if wrong:
         path.write_text(json.dumps({**config, **wrong}, indent=2, ensure_ascii=False))
+    return [
+        f"{path.name}: {key} was {token_text(config[key]) or config[key]} and is {value}, as in the training data"
+        for key, value in wrong.items()
+        if config.get(key) is not None
+    ]
 
 
 def exported_tokenizer(
@@ -156,7 +200,10 @@ def exported_tokenizer(
         texts.setdefault(record.eot_id, record.eot_token)
     begin_id = facts.end if facts.prepend else facts.begin
     end, begin = (texts.get(-1 if number is None else number) for number in (facts.end, begin_id))
-    return TokenizerFiles(files, facts, end, begin, _unused(vocabulary.values(), record, vocab_size), record)
+    unused = _unused(vocabulary.values(), record, vocab_size)
+    generation = None if checkpoint is None else generation_file(checkpoint.parent)
+    own = facts.inherited and given is None
+    return TokenizerFiles(files, facts, end, begin, unused, record, generation=generation, own=own)
 
 
 def tokenizer_of_data(dataset_path: str | None, vocab_size: int) -> TokenizerFiles:
@@ -167,20 +214,47 @@ def tokenizer_of_data(dataset_path: str | None, vocab_size: int) -> TokenizerFil
 def run_tokens(vocab_size: int, data: Mapping[str, Any], sources: Sequence[str]) -> TokenizerFiles:
     """The tokenizer and the facts that a run keeps, for the day when its data has moved: those of the ``data``, or where
     that tells nothing those of the first of the ``sources`` that has any: the checkpoint that it continues from, and the
-    weights that it begins with. A source that cannot be read is passed over: loading it says why."""
+    weights that it begins with. A source with the same tokenizer as the data adds its other files: chat template, special
+    tokens, settings of generation. A source that cannot be read is passed over: loading it says why."""
     try:
         found = exported_tokenizer(vocab_size, data)
     except ConfigError:  # not what training depends on
         found = TokenizerFiles(())
+    own = found.is_complete or found.record is not None
     for source in sources:
-        if found.files or found.record is not None:
-            break
         try:
             inherited = initial_tokens(source, vocab_size)
         except (CheckpointError, ConfigError):
             continue
+        if own:
+            return _with_companions(found, inherited, source)
         found = replace(inherited, facts=found.facts) if found.facts.ends else inherited
+        if found.files or found.record is not None:
+            break
     return found
+
+
+def _with_companions(found: TokenizerFiles, inherited: TokenizerFiles, source: str) -> TokenizerFiles:
+    """The tokenizer of the data with the files of the weights ``source`` that say more about the same tokens."""
+    more = tuple(path for path in inherited.files if path.name not in _VOCABULARIES)
+    if not more and inherited.generation is None:
+        return found
+    theirs, ours = (_tokens_of(files.files) for files in (inherited, found))
+    if not theirs or not theirs.items() <= ours.items():
+        why = f"the data has another tokenizer than {source}, so that one's chat template and settings are left behind"
+        return replace(found, left_out=why)
+    facts = found.facts
+    if facts.end in inherited.facts.ends:  # the model's other ends still end its texts
+        facts = replace(facts, ends=tuple(dict.fromkeys([*facts.ends, *inherited.facts.ends])))
+    return replace(found, files=(*found.files, *more), facts=facts, generation=inherited.generation)
+
+
+def _tokens_of(files: Sequence[Path]) -> dict[str, int]:
+    path = next((path for path in files if path.name == TOKENIZER), None)
+    try:
+        return {} if path is None else read_vocabulary(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # told when the file is used
+        return {}
 
 
 def initial_tokens(name: str, vocab_size: int) -> TokenizerFiles:
@@ -194,19 +268,20 @@ def initial_tokens(name: str, vocab_size: int) -> TokenizerFiles:
             return exported_tokenizer(vocab_size, saved.section("data"), checkpoint=saved.file, imported=tokens)
         except ConfigError as error:
             return TokenizerFiles((), TokenFacts.of_import(tokens), left_behind=str(error))
-    folder = model_folder(name, weights=False, more=TOKENIZER_FILES)
+    folder = model_folder(name, weights=False, more=(*TOKENIZER_FILES, GENERATION))
     facts, files = imported_facts(folder), files_in(folder)
     try:
         _vocabulary(files, vocab_size, name)
     except ConfigError as error:
         return TokenizerFiles((), facts, left_behind=str(error))
-    return TokenizerFiles(files, facts)
+    return TokenizerFiles(files, facts, generation=generation_file(folder))
 
 
 def imported_facts(folder: Path) -> TokenFacts:
     """The facts about the tokens of the Hugging Face model in ``folder``, and what its tokenizer puts before every text.
     Raises: CheckpointError without a config.json."""
-    facts = TokenFacts.of_import(read_json(folder / CONFIG))
+    facts = replace(TokenFacts.of_import(read_json(folder / CONFIG)), inherited=True)
+    facts = with_generation_ends(facts, generation_file(folder))
     return facts.put_before(_leading_id(folder / TOKENIZER))
 
 

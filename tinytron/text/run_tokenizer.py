@@ -101,13 +101,15 @@ def _folder(path: str) -> Path:
 class TokenFacts:
     """What a model has learned about tokens: ``ends``, of which the first separates documents, and whether texts begin with
     it (``prepend``). ``begin`` and ``pad`` are those that an imported model names, and ``first`` is what its tokenizer puts
-    before every text if that is not the end. Ids, or ``None`` where there is none."""
+    before every text if that is not the end. Ids, or ``None`` where there is none. ``inherited`` facts are those of an
+    imported model, which no data has replaced."""
 
     ends: tuple[int, ...] = ()
     prepend: bool = False
     begin: int | None = None
     pad: int | None = None
     first: int | None = None
+    inherited: bool = False
 
     @property
     def end(self) -> int | None:
@@ -129,7 +131,8 @@ class TokenFacts:
             return tuple(number for number in values if type(number) is int and number >= 0)
 
         begin, pad, first = (next(iter(numbers(key)), None) for key in ("bos", "pad", "first"))
-        return cls(numbers("eos"), ids.get("prepend") is True, begin, pad, first)
+        prepend, inherited = (ids.get(key) is True for key in ("prepend", "inherited"))
+        return cls(numbers("eos"), prepend, begin, pad, first, inherited)
 
     def put_before(self, number: int | None) -> TokenFacts:
         """These facts for a tokenizer that puts ``number`` before every text (``None``: nothing that is known)."""
@@ -144,7 +147,8 @@ class TokenFacts:
 
     def as_section(self) -> dict[str, Any]:
         """What ``TOKENS`` holds."""
-        return {**self.as_import(), "prepend": self.prepend, "first_token_id": self.first}
+        more = {"prepend": self.prepend, "first_token_id": self.first, "inherited": self.inherited}
+        return {**self.as_import(), **more}
 
 
 def token_facts(
@@ -172,7 +176,8 @@ def token_facts(
     if eot_id is not None:
         return TokenFacts.of_end(eot_id, prepend)
     found_end = None if file is None else _own_end(file)
-    return TokenFacts.of_end(found_end, prepend and bool(data.folders)).put_before(known.first)
+    own = TokenFacts.of_end(found_end, prepend and bool(data.folders)).put_before(known.first)
+    return replace(own, inherited=known.inherited)
 
 
 def _own_end(file: Path) -> int | None:

@@ -72,14 +72,17 @@ class Exports:
             return ""
         out = self._out(files.step)
         try:
-            export(files.model, out, name=self.config.ckpt.hub_model_id, replace=True)
+            hub, last = self.config.ckpt.hub_model_id, files.step == self.last_step
+            revision = None if hub is None or last else f"step{files.step}"
+            made = export(files.model, out, name=hub, revision=revision, replace=True)
             names = [str(path.relative_to(self.run_folder)) for path in sorted(out.iterdir())]
         except Exception as error:  # a run of weeks does not end because of its by-product
             return f"; error: not exported to {out} ({first_line(error)}), the checkpoint is whole"
         if self.mirror is not None:
             self.mirror.push_files(names)
         self._upload(files.step, again=True)
-        return f"; exported to {out}"
+        changes = "".join(f"; {line}" for line in made.changes)
+        return f"; exported to {out}{changes}"
 
     def report(self) -> list[str]:
         """What uploads have ended."""

@@ -54,11 +54,13 @@ class RunFolder:
         self.description = describe_run(config, state.layout)
         tokens = agree_slowly(lambda: tokens_of(config, self.path), state.groups["world"])
         self.description["config"][TOKENS] = tokens.as_section()
-        self._tokenizer, unreadable = _contents(tokens.files)
+        self._tokenizer, unreadable = _contents(tokens.kept)
         copied = "" if self.mirror is None else f", copied to {self.mirror.remote.url}"
         self.notes = [f"run folder: {self.path}{copied}", *remove_leftovers_of_saves(config, self.path, state)]
         if why := tokens.left_behind or unreadable:
             self.notes.append(f"the run keeps no copy of the tokenizer: {why}")
+        if tokens.left_out:
+            self.notes.append(tokens.left_out)
         if 4 * len(tokens.unused) > config.model.vocab_size:
             size, unused = config.model.vocab_size, len(tokens.unused)
             self.notes.append(
