@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -18,6 +19,22 @@ os.environ["OMP_NUM_THREADS"] = "1"  # also for the processes that tests start
 torch.set_num_threads(1)
 if not torch.cuda.is_available():  # before anything imports triton: our kernels then run in its interpreter
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m picks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test with ``@pytest.mark.sample(n)`` all cells but n are slow. The n are drawn by their names: the same ones
+    everywhere, and likely to have every value of every parameter among them."""
+    cells: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sample") and not item.get_closest_marker("slow"):
+            cells.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for of_test in cells.values():
+        mark = of_test[0].get_closest_marker("sample")
+        assert mark is not None, "collected by it"
+        drawn = sorted(of_test, key=lambda item: hashlib.sha256(item.nodeid.encode()).digest())
+        for item in drawn[mark.args[0] :]:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

@@ -424,6 +424,7 @@ def _losses(folder: Path, name: str) -> list[float]:
 
 
 @pytest.mark.parametrize("launcher", [(), TWO], ids=["one process", "two"])
+@pytest.mark.sample(1)
 def test_a_mistake_ends_in_one_line_without_traceback(made: Path, tmp_path: Path, launcher: tuple[str, ...]) -> None:
     flags = ("--dataset_path", made / "c.jsonl", "--vocab_size", 100)
     ended = _run(tmp_path, *flags, launcher=launcher, HF_TOKENIZER=str(made / "tokenizer.json"))

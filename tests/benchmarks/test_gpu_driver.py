@@ -232,6 +232,7 @@ def test_without_a_gpu_the_first_part_says_so(tmp_path: Path) -> None:
     assert line.endswith("sees no CUDA device; use --rehearse on a CPU")
 
 
+@pytest.mark.slow
 def test_the_rehearsal_runs_every_part(tmp_path: Path) -> None:
     """All parts as on a GPU, at toy sizes: nothing is wrong, and every target has a figure to be compared with."""
     out, path = tmp_path / "out", f"{Path(sys.executable).parent}:{os.environ['PATH']}"

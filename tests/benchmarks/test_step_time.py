@@ -42,6 +42,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return out, done.stdout
 
 
+@pytest.mark.slow
 def test_variants_are_one_function_before_they_are_timed(written: tuple[Path, str]) -> None:
     _, printed = written
     lines = [line for line in printed.splitlines() if "same losses in fp32" in line]
@@ -51,6 +52,7 @@ def test_variants_are_one_function_before_they_are_timed(written: tuple[Path, st
     assert all("plain torch" in line and "tinytron" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_tables_are_written(written: tuple[Path, str]) -> None:
     out, printed = written
     tables = json.loads(Path(f"{out}.json").read_text())["tables"]
@@ -76,6 +78,7 @@ def test_tables_are_written(written: tuple[Path, str]) -> None:
     assert "| **tinytron** | bf16 + fp32 main |" in printed
 
 
+@pytest.mark.slow
 def test_the_chart_is_a_picture(written: tuple[Path, str]) -> None:
     pytest.importorskip("matplotlib")
     out, _ = written

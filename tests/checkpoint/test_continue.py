@@ -45,6 +45,7 @@ CELLS = [(world, kind) for world in (1, 2) for kind in KINDS]
 @pytest.mark.parametrize(
     ("world", "kind"), [pytest.param(*c, marks=[pytest.mark.slow] if c[1] == "workers" else []) for c in CELLS]
 )
+@pytest.mark.sample(6)
 def test_a_resumed_run_is_bit_identical(ranks: Pools, tmp_path: Path, world: int, kind: str) -> None:
     flags, patience = (*RUN, *KINDS[kind]), 300 if kind == "workers" else 60  # eight processes that each load torch
     unbroken = ranks(world).run(run_until, tmp_path / "unbroken", 0, *flags, timeout=patience)
@@ -66,6 +67,7 @@ def _assert_equal(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("saved_on", [1, 2, 4])
+@pytest.mark.sample(3)
 def test_states_load_bit_equal_on_any_world(ranks: Pools, tmp_path: Path, saved_on: int, precision: str) -> None:
     """Main weights, both moments and the step counter; and the weights the model computes with."""
     flags = ("--max_steps", 2, "--precision", precision)

@@ -69,6 +69,7 @@ def die() -> None:
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.sample(4)
 def test_a_save_cut_short_is_never_picked_up(
     ranks: Pools, tmp_path: Path, copy: Path, saved: Path, world: int, cut: str
 ) -> None:
@@ -202,6 +203,7 @@ def two(ranks: Pools, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("file", ["00004_model.pt", "00004_meta.pt", "00004_opt/.metadata", "00004_opt/__1_0.distcp"])
 @pytest.mark.parametrize("where", [0.0, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.sample(7)
 def test_one_flipped_bit_is_noticed_and_the_checkpoint_before_is_used(
     ranks: Pools, two: Path, tmp_path: Path, file: str, where: float
 ) -> None:
@@ -261,6 +263,7 @@ def test_the_checkpoint_before_is_only_announced_where_there_is_one(
 
 @pytest.mark.parametrize("blocked", ["00002_model.pt.tmp", "00002_meta.pt.tmp", "00002_opt"])
 @pytest.mark.parametrize("mode", ["--async_save", "--no-async_save"])
+@pytest.mark.sample(3)
 def test_training_goes_on_when_the_disk_refuses_a_save(ranks: Pools, tmp_path: Path, blocked: str, mode: str) -> None:
     ranks(2).run(run_until, tmp_path, 1, *FLAGS)
     path = _run_folder(tmp_path) / blocked

@@ -38,6 +38,7 @@ def _loaded(log_dir: Path, *flags: object) -> Run:
         *(pytest.param(b, a, marks=pytest.mark.slow if "compiled" in (a, b) else ()) for a, b in PAIRS),
     ],
 )
+@pytest.mark.sample(3)
 def test_each_loads_the_others_checkpoints(ranks: Pools, tmp_path: Path, saved_by: str, loaded_by: str) -> None:
     first = ranks(2).run(run_until, tmp_path, 0, *FLAGS, "--max_steps", 2, *WAYS[saved_by])
     load = (*FLAGS, *WAYS[loaded_by], "--resume_path", first[0].folder)  # the precision is in a folder's name

@@ -69,6 +69,7 @@ def _values(run: Run, *names: str) -> list[float]:
 
 @pytest.mark.parametrize("optimizer", ["adam", pytest.param("muon", marks=pytest.mark.slow), "normuon"])
 @pytest.mark.parametrize(("world", "sep", "ep"), LAYOUTS)
+@pytest.mark.sample(4)
 def test_any_layout_loads_all_states_and_goes_on(
     ranks: Pools, saved: Callable[[str], Saved], tmp_path: Path, world: int, sep: int, ep: int, optimizer: str
 ) -> None:

@@ -226,6 +226,7 @@ def _assert_one_line(stderr: str, says: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("name", ["unknown flag", "token id"])
+@pytest.mark.sample(1)
 def test_the_launcher_passes_the_line_and_the_status_on(place: Path, name: str) -> None:
     """With our launcher: before any rank has joined, and when only one rank has seen the bad shard."""
     wrong = WRONG[name]

@@ -106,6 +106,7 @@ def test_plan_is_the_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert said(capsys, "pretrain", *TINY, "--dry_run") == (0, planned, "")
 
 
+@pytest.mark.slow
 def test_two_processes_train_through_the_one_door(tmp_path: Path) -> None:
     logs = []
     for processes in (1, 2):

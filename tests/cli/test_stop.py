@@ -92,6 +92,7 @@ def _stop(
         pytest.param(INT, "everybody", ("--num_workers", 1), id="ctrl_c_everybody", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.sample(1)
 def test_a_signal_saves_and_ends_in_one_line(
     tmp_path: Path, number: signal.Signals, to: str, flags: tuple[object, ...]
 ) -> None:

@@ -25,6 +25,7 @@ def _job(mutant: Mutant, case: Case, folder: Path) -> object:
 
 
 @pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.sample(20)
 def test_parity_sees_the_mutant(ranks: Pools, tmp_path: Path, name: str) -> None:
     mutant, case = MUTANTS[name]
     results = ranks(case.world).run(_job, mutant, case, tmp_path)
@@ -33,6 +34,7 @@ def test_parity_sees_the_mutant(ranks: Pools, tmp_path: Path, name: str) -> None
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sample(4)
 def test_parity_holds_without_mutants(ranks: Pools, tmp_path: Path, name: str) -> None:
     case = CASES[name]
     found = differences(case, ranks(case.world).run(run_case, case, tmp_path))
@@ -50,6 +52,7 @@ GATE = Mutant("tinytron.training.build:param_wait_hook", "optimizer.finish_gathe
 
 
 @pytest.mark.parametrize("name", ["dense", "sep", "experts", "muon"])
+@pytest.mark.sample(2)
 def test_the_forward_waits_for_the_parameters_it_needs(ranks: Pools, tmp_path: Path, name: str) -> None:
     case = CASES[name]
     results = ranks(case.world).run(run_mutated, LATE, run_case, case, tmp_path / "late")

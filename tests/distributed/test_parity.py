@@ -52,6 +52,7 @@ def _assert_parity(ranks: Pools, case: Case, folder: Path, tolerance: float = 0.
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
 @pytest.mark.parametrize("shard", [True, False], ids=["shard", "replicate"])
 @pytest.mark.parametrize(("world", "accumulation", "mask"), ACCUMULATIONS)
+@pytest.mark.sample(20)
 def test_adamw(
     ranks: Pools, tmp_path: Path, world: int, accumulation: int, mask: Mask, shard: bool, precision: Precision
 ) -> None:
@@ -63,6 +64,7 @@ def test_adamw(
 
 @pytest.mark.parametrize(("world", "sep"), [layout for layout in DENSE_LAYOUTS if layout[1] > 1])
 @pytest.mark.parametrize(("shard", "overlap", "accumulation"), PAIRS)
+@pytest.mark.sample(5)
 def test_sequence_parallelism(
     ranks: Pools, tmp_path: Path, world: int, sep: int, shard: bool, overlap: bool, accumulation: int
 ) -> None:
@@ -86,6 +88,7 @@ def test_the_dense_matrix(ranks: Pools, tmp_path: Path, world: int, sep: int, kv
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
 @pytest.mark.parametrize("shard", [True, False], ids=["shard", "replicate"])
 @pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.sample(4)
 def test_sgd_with_momentum(ranks: Pools, tmp_path: Path, world: int, shard: bool, precision: Precision) -> None:
     recipe = Recipe(optimizer="sgd", max_lr=0.1, clip=0.3)
     for accumulation, small in ((1, True), (2, False)):
@@ -103,6 +106,7 @@ def test_sgd_with_momentum(ranks: Pools, tmp_path: Path, world: int, shard: bool
         pytest.param({"mask": "all"}, id="no_valid_target"),
     ],
 )
+@pytest.mark.sample(6)
 def test_variants(ranks: Pools, tmp_path: Path, world: int, change: dict[str, Any]) -> None:
     case = dataclasses.replace(Case(world, mask="uneven", precision="fp64"), **change)
     for shard in (True, False):
@@ -130,6 +134,7 @@ def test_a_bf16_wire_is_close(ranks: Pools, tmp_path: Path, world: int, sep: int
 
 @pytest.mark.parametrize(("world", "sep", "ep"), LAYOUTS)
 @pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.sample(9)
 def test_experts(ranks: Pools, tmp_path: Path, world: int, sep: int, ep: int, number: int) -> None:
     """Two of the four pairs per layout, so that layouts with the same groups get all."""
     place = LAYOUTS.index((world, sep, ep))
@@ -159,6 +164,7 @@ def test_experts_in_fp32(ranks: Pools, tmp_path: Path, world: int, sep: int, ep:
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize(("world", "sep", "ep"), [(1, 1, 1), (2, 1, 1), (2, 2, 2), (4, 1, 4), (4, 2, 2), (4, 4, 1)])
+@pytest.mark.sample(4)
 def test_padding_is_no_token_and_few_labels_change_no_balance(
     ranks: Pools, tmp_path: Path, world: int, sep: int, ep: int, kind: str
 ) -> None:
@@ -186,6 +192,7 @@ MUON_LAYOUTS = [(1, 1, 1), (2, 1, 1), (2, 2, 1), (4, 1, 1), (4, 2, 2), (4, 1, 4)
 
 @pytest.mark.parametrize("optimizer", ["muon", "normuon"])
 @pytest.mark.parametrize(("world", "sep", "ep"), MUON_LAYOUTS)
+@pytest.mark.sample(5)
 def test_muon(ranks: Pools, tmp_path: Path, world: int, sep: int, ep: int, optimizer: Any) -> None:
     """Sharded by whole tensors is not sharded is one process; experts each by themselves."""
     recipe = dataclasses.replace(CLIPPED, optimizer=optimizer, max_lr=0.01)

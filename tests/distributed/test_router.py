@@ -33,6 +33,7 @@ def _case(world: int, sep: int, ep: int, experts: Experts, **more: Any) -> Case:
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("world", "sep", "ep"), PLACES)
+@pytest.mark.sample(6)
 def test_recomputation_changes_nothing(
     ranks: Pools, tmp_path: Path, world: int, sep: int, ep: int, kind: str, recompute: str
 ) -> None:
@@ -44,6 +45,7 @@ def test_recomputation_changes_nothing(
 
 @pytest.mark.parametrize(("world", "sep", "ep"), [(2, 2, 1), (4, 2, 2), (4, 1, 4)])
 @pytest.mark.parametrize("recompute", ["full", "selective"])
+@pytest.mark.sample(2)
 def test_recomputation_is_bit_identical(
     ranks: Pools, tmp_path: Path, world: int, sep: int, ep: int, recompute: str
 ) -> None:

@@ -201,6 +201,7 @@ def _train_poisoned(case: Case, folder: Path, where: str) -> dict[str, Any]:
 @pytest.mark.parametrize("where", ["loss", "forward"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize(("world", "sep", "ep", "shard"), [(2, 1, 2, True), (4, 2, 4, True), (4, 1, 2, False)])
+@pytest.mark.sample(4)
 def test_a_step_with_nan_on_one_rank_changes_nothing_anywhere(
     ranks: Pools, tmp_path: Path, world: int, sep: int, ep: int, shard: bool, optimizer: Any, where: str
 ) -> None:

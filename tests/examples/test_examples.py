@@ -119,6 +119,7 @@ def _first_loss_by_hand(log_dir: Path, *flags: str) -> float:
     return sum(means) / len(means)
 
 
+@pytest.mark.slow
 def test_own_loss_is_the_mean_over_sequences_on_every_layout(ranks: Pools, tmp_path: Path) -> None:
     one, _, _ = run_printed("own_loss", tmp_path / "one")
     two, _, _ = run_printed("own_loss_2", tmp_path / "two")

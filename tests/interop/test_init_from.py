@@ -112,6 +112,7 @@ LAYOUTS: list[tuple[str, int, tuple[object, ...]]] = [
 
 
 @pytest.mark.parametrize(("name", "world", "flags"), LAYOUTS)
+@pytest.mark.sample(6)
 def test_steps_are_those_of_torch_on_their_model(
     ranks: Pools, tmp_path: Path, name: str, world: int, flags: tuple[object, ...]
 ) -> None:

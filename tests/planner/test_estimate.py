@@ -30,6 +30,7 @@ CASES = {name: case for name, case in {**STEPS, **MORE}.items() if name not in N
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sample(8)
 def test_the_estimate_is_within_a_quarter_of_the_plan(name: str) -> None:
     world, flags = CASES[name]
     config = config_of(*WIDE, "--use_mock_data", *flags)

@@ -63,6 +63,7 @@ QUICK = {
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in STEPS])
+@pytest.mark.sample(2)
 def test_a_step_is_within_five_percent(ranks: Pools, tmp_path: Path, name: str) -> None:
     world, flags = STEPS[name]
     # The least of three: gloo's threads let go of what they exchanged some time after it is there.

@@ -122,6 +122,7 @@ def test_text_is_fetched_by_sample(hub: Hub, download: Download, tmp_path: Path)
         (("--tokens", "gpt2", "--num_files", 4), "fineweb_train_000004.bin: "),
     ],
 )
+@pytest.mark.sample(5)
 def test_mistakes_are_one_line(download: Download, tmp_path: Path, flags: tuple[object, ...], message: str) -> None:
     place = () if "--target_dir" in flags else ("--target_dir", tmp_path / "out")
     done = download(*flags, *place)

@@ -49,6 +49,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("saved_dict", ("--dataset_split", "test"), TEXTS[5:9]),
     ],
 )
+@pytest.mark.sample(5)
 def test_data_sets(
     made: Path, tmp_path: Path, path: str, flags: tuple[str, ...], texts: list[str], workers: int, streaming: bool
 ) -> None:

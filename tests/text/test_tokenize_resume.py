@@ -74,6 +74,7 @@ FLAGS = ("--val_fraction", 0.2, "--num_tokens_per_file", 300, "--chunksize", 3)
 
 
 @pytest.mark.parametrize(("tokenizer", "before"), [("tokenizer.json", True), ("tokenizer.json", False), (None, True)])
+@pytest.mark.sample(1)
 def test_killed_at_every_write_it_goes_on_to_the_same_bytes(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: str | None, before: bool
 ) -> None:
@@ -314,6 +315,7 @@ def test_kill_9_at_random_moments(corpus: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.sample(1)
 def test_a_signal_stops_it_cleanly(corpus: Path, tmp_path: Path, number: signal.Signals) -> None:
     running = _start(corpus, tmp_path, "--num_proc", 2, "--chunksize", 2)
     while not list(tmp_path.glob("*.bin")):

@@ -131,6 +131,7 @@ def test_a_weight_of_0_is_as_good_as_an_ignored_label(ranks: Pools, tmp_path: Pa
 
 @pytest.mark.parametrize("trainer", [ByKey, ByDocument])
 @pytest.mark.parametrize(("world", "sep"), [(1, 1), (2, 1), (2, 2), (4, 2)])
+@pytest.mark.sample(4)
 def test_data_of_ones_own_says_what_is_padding(
     ranks: Pools, tmp_path: Path, trainer: type[Loads], world: int, sep: int
 ) -> None:
