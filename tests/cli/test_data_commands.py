@@ -54,6 +54,17 @@ def command(*words: object) -> str:
     return done.stdout
 
 
+def follow(printed: str) -> str:
+    """What the command prints that ``printed`` ends with, as a user would type it."""
+    last = printed.splitlines()[-1]
+    assert last.startswith("next: ")
+    done = subprocess.run(
+        last.removeprefix("next: "), shell=True, capture_output=True, text=True, timeout=300, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_two_commands_from_text_to_training(tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"document {n}: " + "to be or not to be, " * (n % 7 + 1)}) for n in range(200)]
     (tmp_path / "texts.jsonl").write_text("\n".join(lines))
@@ -77,6 +88,10 @@ def test_two_commands_from_text_to_training(tmp_path: Path) -> None:
     )
     assert "step 2/2 | loss" in trained
     assert "step 2 | val loss" in trained
+    assert follow(trained).startswith("the")
+    (run,) = (tmp_path / "advice").iterdir()
+    exported = command("-m", "tinytron", "export", "--checkpoint", run, "--out", tmp_path / "export")
+    assert follow(exported) == follow(trained)  # the same weights, the same text
     flags = [flag for flag in TINY if flag != "--use_mock_data"]
     flags += ["--vocab_size", 300, "--dataset_path", tmp_path / "out", "--log_dir", tmp_path / "log", "--max_steps", 2]
     command("pretrain_debug.py", *flags, "--do_val", "--packing", "best_fit", "--document_mask")

@@ -201,6 +201,7 @@ class Trainer(RankAttributes):
         if self.step >= last:
             self._say(f"already trained: {self.step} of {last} steps are done")
             self.saver.close(self._say)
+            self._say_what_is_next()
             return
         self.reporter.begin_training(self.config)
         with contextlib.closing(self.reporter), self.guards.active(), self._init_profiler(self.config) as profiler:
@@ -228,6 +229,7 @@ class Trainer(RankAttributes):
                 self.saver.close(self._say, wait=not self.guards.ends)
                 self.folder.push_logs()
             self.guards.leave(self.step, self._say)
+            self._say_what_is_next()
 
     def train_step(self, microbatches: list[Batch]) -> None:
         """One optimizer step on this rank's part of the global batch. Collective; the host waits for no result."""
@@ -344,6 +346,10 @@ class Trainer(RankAttributes):
         due = self.due.save(self.step) or (self.guards.ends and self.saver.enabled)
         if due and self.step != self.saver.saved:  # a dropped step leaves the one before it, which may be saved already
             self.save()
+
+    def _say_what_is_next(self) -> None:
+        if self.saver.enabled:
+            self._say(self.folder.next_command(self.raw_model))
 
     def _say(self, *texts: str) -> None:
         self.reporter.say(*texts)

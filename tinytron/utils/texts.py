@@ -1,7 +1,11 @@
-"""Text that users wrote: files with or without a byte order mark, and strings that are not all characters."""
+"""Text that users wrote, in files with or without a byte order mark or strings that are not all characters; and commands to
+print for them."""
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import sys
 from collections.abc import Iterator
 
 BOM = "\ufeff"
@@ -27,3 +31,10 @@ def numbered_lines(content: bytes) -> Iterator[tuple[int, str]]:
         text = without_bom(line).removesuffix(b"\r").decode("utf-8")
         if text and not text.isspace():
             yield number, text
+
+
+def next_command(*words: object) -> str:
+    """``next: tinytron ...``, a line to print last, with a command that works as it stands: where ``tinytron`` is not on the
+    path, it names this Python instead."""
+    program = ["tinytron"] if shutil.which("tinytron") else [sys.executable, "-m", "tinytron"]
+    return f"next: {shlex.join([*program, *map(str, words)])}"

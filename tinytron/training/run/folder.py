@@ -13,6 +13,7 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
+import torch.nn as nn
 
 import tinytron
 from tinytron.checkpoint.files import bytes_of, complete_checkpoints, leftovers, remove_leftovers
@@ -25,12 +26,14 @@ from tinytron.errors import CheckpointError, ConfigError
 from tinytron.interop.tokenizer import TokenizerFiles, run_tokens
 from tinytron.metrics.routing import ROUTES, keep_traces_until
 from tinytron.metrics.sinks.files import JsonLog, TextLog
+from tinytron.model import GPT
 from tinytron.text.run_tokenizer import TOKENS
 from tinytron.training.config import BALANCED, Config
 from tinytron.training.run.resume import checkpoints_to_resume
 from tinytron.training.world import first_on_node
 from tinytron.utils.lock import lock_folder
 from tinytron.utils.remote import is_remote, local_folder
+from tinytron.utils.texts import next_command
 from tinytron.utils.training import write_atomically
 
 T = TypeVar("T")
@@ -55,6 +58,7 @@ class RunFolder:
         tokens = agree_slowly(lambda: tokens_of(config, self.path), state.groups["world"])
         self.description["config"][TOKENS] = tokens.as_section()
         self._tokenizer, unreadable = _contents(tokens.kept)
+        self._has_tokenizer = tokens.is_complete and not unreadable
         copied = "" if self.mirror is None else f", copied to {self.mirror.remote.url}"
         self.notes = [f"run folder: {self.path}{copied}", *remove_leftovers_of_saves(config, self.path, state)]
         if why := tokens.left_behind or unreadable:
@@ -93,6 +97,12 @@ class RunFolder:
 
         action = (lambda: writable(self._config, write)) if self._state.is_master else list
         return agree(action, self._state.groups["world"])
+
+    def next_command(self, model: nn.Module) -> str:
+        """A line with a command for what may be done with ``model``, once it is trained and saved here."""
+        if self._has_tokenizer and isinstance(model, GPT):
+            return next_command("generate", "--checkpoint", self.path, "--prompt", "the")
+        return next_command("checkpoint", "inspect", self.path)
 
     def push_logs(self) -> None:
         """Complete the log files of the remote copy, if there is one."""
