@@ -34,7 +34,7 @@ def numbered_lines(content: bytes) -> Iterator[tuple[int, str]]:
 
 
 def next_command(*words: object) -> str:
-    """``next: tinytron ...``, a line to print last, with a command that works as it stands: where ``tinytron`` is not on the
-    path, it names this Python instead."""
+    """``next: tinytron ...``, a line to print last, with a command that works as it stands: where ``tinytron`` is not on
+    the path, it names this Python instead."""
     program = ["tinytron"] if shutil.which("tinytron") else [sys.executable, "-m", "tinytron"]
     return f"next: {shlex.join([*program, *map(str, words)])}"
