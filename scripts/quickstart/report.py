@@ -31,7 +31,7 @@ from tinytron.utils.texts import next_command
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 
-PREPARED = "prepared.json"  # of prepare.py, with prompts
+PREPARED = "prepared.json"  # written by prepare.py; holds the prompts
 SAMPLE_TOKENS = 120
 
 

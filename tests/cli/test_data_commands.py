@@ -55,7 +55,7 @@ def command(*words: object) -> str:
 
 
 def follow(printed: str) -> str:
-    """What the command prints that ``printed`` ends with, as a user would type it."""
+    """The output of the command that ``printed`` ends with, as a user would type it."""
     last = printed.splitlines()[-1]
     assert last.startswith("next: ")
     done = subprocess.run(

@@ -51,7 +51,7 @@ def logits_of(model: GPT, ids: list[int]) -> torch.Tensor:
 
 
 def greedy(model: GPT, prompt: list[int], count: int, vocab_size: int | None = None) -> list[int]:
-    """The ``count`` likeliest tokens of the first ``vocab_size`` after ``prompt``, everything computed anew for each; of a
+    """The ``count`` likeliest tokens of the first ``vocab_size`` after ``prompt``, all computed again for each; of a
     text that is too long the newest half is kept."""
     ids, made = list(prompt), list[int]()
     for _ in range(count):

@@ -82,7 +82,7 @@ def test_a_cpu_is_measured() -> None:
 
 
 def traced_steps(first: int, last: int, run: int, trace: Path, done: int = 0) -> set[int]:
-    """Numbers of the steps found in the trace of a run of ``run`` steps that goes on after ``done``."""
+    """Numbers of the steps found in the trace of a run of ``run`` steps that continues after ``done``."""
     with build_profiler(first, last, trace, done=done) as profiler:
         for step in range(done + 1, run + 1):
             with torch.profiler.record_function(f"training step {step}"):

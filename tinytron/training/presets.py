@@ -17,7 +17,7 @@ from tinytron.utils.flags import nearest
 
 @dataclass(frozen=True)
 class Preset:
-    """What a preset stands for: ``about`` says it in a line, ``parameters`` counts them at the vocabulary of the preset
+    """The flags of a preset. ``about`` describes it in a line, ``parameters`` counts them at the vocabulary of the preset
     (or the default one), and ``options`` holds values by the name of their flag."""
 
     about: str
@@ -46,9 +46,8 @@ def _rates(max_lr: float, min_lr: float) -> dict[str, Any]:
     return {"max_lr": max_lr, "min_lr": min_lr}
 
 
-_ADAM = _rates(
-    6e-4, 6e-5
-)  # AdamW from 0.1B to 3B, as in scripts/lib/launch.sh; the default of 4e-3 is for smaller models
+# AdamW from 0.1B to 3B, as in scripts/lib/launch.sh; the default of 4e-3 is for smaller models.
+_ADAM = _rates(6e-4, 6e-5)
 # Muon takes a peak rate of 0.02 at these sizes; embeddings and norms, which AdamW updates, take half of it.
 _MUON = {"optimizer": "muon", "max_lr": 0.02, "min_lr": 2e-4, "embedding_lr_mult": 0.5, "scalar_lr_mult": 0.5}
 _MODERN = {"init_std": 0.02, **_MUON}

@@ -37,7 +37,7 @@ class LossSums(NamedTuple):
 
 def checked_sums(losses: Any) -> LossSums:
     """``losses``, which a user's own ``_loss`` may have returned. Raises: ConfigError unless they are ``LossSums`` of
-    scalars; a mean would be divided once more."""
+    scalars; a mean would be divided twice."""
     if not isinstance(losses, LossSums):
         raise ConfigError(
             f"_loss returned a {type(losses).__name__}; return sums, which are divided once, over all ranks: "

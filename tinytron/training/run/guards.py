@@ -53,7 +53,7 @@ class Guards:
     def active(self) -> Iterator[None]:
         """Around the training loop: signals are caught and stalls are watched. Collective."""
         self._request, self._agreement = StopRequest(first=self._promise), StopAgreement()
-        self._signal, self._dropped, self._error = 0, False, None  # a notebook may go on after a stop
+        self._signal, self._dropped, self._error = 0, False, None  # a notebook may continue after a stop
         self._slow = self.acts_within_steps = True  # until the first steps have shown how long they take
         try:
             with self._request.listening(), self._watchdog.watching():
@@ -164,7 +164,7 @@ class StopAgreement:
     def poll(self, tell: tuple[int, int], *, last: bool) -> list[int] | None:
         """Tell a stop signal that this rank received (0: none) and one more number. Returns the largest of each that any
         rank told at the poll before, ``None`` if there was none. Nothing is told once a signal was, and with ``last``,
-        when there is no next poll."""
+        after which no rank polls."""
         told: list[int] | None = None
         if self._work is not None:
             self._work.wait()

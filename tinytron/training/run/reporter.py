@@ -102,7 +102,7 @@ class Reporter:
         return {**records[-1].fields(), "seconds": seconds / len(records), **speed}
 
     def _raise_peak(self, reached: float) -> None:
-        """The peak is no lower than what training ``reached``, in FLOP/s; it may have been measured on a busy machine."""
+        """Raise the peak to what training ``reached``, in FLOP/s: it may have been measured on a busy machine."""
         if reached <= self._peak_flops:
             return
         if not self._peak_raised:

@@ -57,7 +57,7 @@ def resume(
         say(f"resuming after step {files.step} from {files.model}")
         if before := other_optimizer(meta, optimizer):
             now = type(optimizer.inner).__name__
-            say(f"the optimizer was {before} and is {now}: momentum and other states do not fit, and begin anew")
+            say(f"the optimizer was {before} and is {now}: momentum and other states do not fit, and start from zero")
         for difference in differences:
             say(f"changed since the checkpoint: {difference}")
         return meta
