@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from tests.helpers.corpus import workers as live_workers
 from tinytron.errors import ConfigError, DataError
 from tinytron.text.worker_pool import ROOM, WorkerPool
+from tinytron.utils.signals import STOP_SIGNALS
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,31 @@ def test_it_stops_when_asked(workers: int) -> None:
             got.append(task)
     assert got == list(range(6))
     assert not live_workers()
+
+
+def _signalled(number: int) -> None:
+    server = forkserver._forkserver  # type: ignore[attr-defined]
+    ensure_running = server.ensure_running
+
+    def ensured_and_hit() -> None:
+        known = server._forkserver_pid
+        ensure_running()
+        if known is None:
+            os.kill(server._forkserver_pid, number)  # while it loads its modules
+
+    server.ensure_running = ensured_and_hit
+    forkserver.ensure_running = ensured_and_hit
+    got: list[int] = []
+    _squares(Square(), 2, iter(range(9)), got)
+    assert got == list(range(9))
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_to_the_whole_job_leaves_the_server_of_workers_alone(number: signal.Signals) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=_signalled, args=(number,))
+    process.start()
+    process.join(timeout=60)
+    assert process.exitcode == 0
 
 
 def _orphan(folder: str) -> None:

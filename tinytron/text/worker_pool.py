@@ -15,10 +15,12 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, Generic, TypeVar
 
 from tinytron.errors import DataError, TinytronError
+from tinytron.utils.signals import STOP_SIGNALS
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -42,6 +44,7 @@ class WorkerPool(Generic[Task, Result]):
         # Forked from a server without threads: a fork of this process, with its threads, may hang.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
+        start_deaf_server()
         for _ in range(self._count):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), name=WORKER, daemon=True)
@@ -112,6 +115,20 @@ class WorkerPool(Generic[Task, Result]):
                 future.set_result(answer)
 
 
+def start_deaf_server() -> None:
+    """Start the server that the workers are forked from, with the stop signals blocked, in it and so in them.
+
+    Such a signal reaches all processes of a job, and the main one decides. Without this it ends a server that is still
+    loading its modules, and the next worker to be started is an ``EOFError``.
+    """
+    resource_tracker.ensure_running()  # now, because it would unblock two of them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _Feed(Generic[Task, Result]):
     """Tasks for threads: read one by one, with a place in the order of results, while there is room."""
 
@@ -151,8 +168,6 @@ class _Feed(Generic[Task, Result]):
 
 def _serve(pipe: Connection) -> None:
     """A worker process: until the pipe closes."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole job; the main process decides
-        signal.signal(number, signal.SIG_IGN)
     # One thread per worker. putenv, because native libraries (not Python) read these.
     os.putenv("TOKENIZERS_PARALLELISM", "false")
     os.putenv("RAYON_NUM_THREADS", "1")
