@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.runs import ROOT, TINY, read_logs
+from tests.helpers.runs import ROOT, TINY, follow, read_logs
 from tinytron.cli.tokenize import training_command
 from tinytron.data.manifest import Manifest, ShardFacts, TokenizerFacts
 from tinytron.distributed.layout import ParallelLayout
@@ -54,17 +54,6 @@ def command(*words: object) -> str:
     return done.stdout
 
 
-def follow(printed: str) -> str:
-    """The output of the command that ``printed`` ends with, as a user would type it."""
-    last = printed.splitlines()[-1]
-    assert last.startswith("next: ")
-    done = subprocess.run(
-        last.removeprefix("next: "), shell=True, capture_output=True, text=True, timeout=300, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_two_commands_from_text_to_training(tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"document {n}: " + "to be or not to be, " * (n % 7 + 1)}) for n in range(200)]
     (tmp_path / "texts.jsonl").write_text("\n".join(lines))
@@ -89,6 +78,9 @@ def test_two_commands_from_text_to_training(tmp_path: Path) -> None:
     assert "step 2/2 | loss" in trained
     assert "step 2 | val loss" in trained
     assert follow(trained).startswith("the")
+    again = command(*shlex.split(advice[1]), "--precision", "fp32", "--max_steps", 2, "--log_dir", tmp_path / "advice")
+    assert "already trained: 2 of 2 steps are done" in again
+    assert follow(again) == follow(trained)
     (run,) = (tmp_path / "advice").iterdir()
     exported = command("-m", "tinytron", "export", "--checkpoint", run, "--out", tmp_path / "export")
     assert follow(exported) == follow(trained)  # the same weights, the same text

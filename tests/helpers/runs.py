@@ -148,3 +148,14 @@ def run_well(*arguments: object, cwd: Path, **options: Any) -> Finished:
     finished = run(*arguments, cwd=cwd, **options)
     assert finished.code == 0, f"exit status {finished.code}\n{finished.stdout}\n{finished.stderr}"
     return finished
+
+
+def follow(printed: str) -> str:
+    """The output of the command that ``printed`` ends with, as a user would type it."""
+    last = printed.splitlines()[-1]
+    assert last.startswith("next: ")
+    done = subprocess.run(
+        last.removeprefix("next: "), shell=True, capture_output=True, text=True, timeout=300, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -18,7 +18,7 @@ import torch
 pytest.importorskip("tokenizers")
 
 from tests.helpers.corpus import Naive, contents, make_texts, tokens_of
-from tests.helpers.runs import ROOT, TINY, config_of
+from tests.helpers.runs import ROOT, TINY, config_of, follow
 from tinytron.errors import DataError
 from tinytron.text.tokenize import finished
 from tinytron.utils.model import train_flops_per_token
@@ -227,4 +227,5 @@ def test_the_report_is_in_bits_per_byte(tmp_path: Path) -> None:
     assert len(prompts) == 3
     assert all(f"--- sample ---\n{prompt}" in report for prompt in prompts)
     assert "import os" not in report
+    assert follow(report).startswith("the")
     assert (folder / "loss.png").stat().st_size > 1000
