@@ -46,8 +46,8 @@ class Guards:
         self._notice = threading.Timer(0, str)
         self._signal, self._dropped = 0, False
         self._error: TrainingError | None = None
-        self._step_began = 0.0
-        self.acts_within_steps = True
+        self._slow, self._step_began = True, 0.0
+        self.acts_within_steps = False
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -60,6 +60,7 @@ class Guards:
                 yield
         finally:
             self._notice.cancel()
+            self.acts_within_steps = False  # a step by hand
 
     def _promise(self, number: int) -> None:
         """After Ctrl-C, should the step take long, say that it was heard."""
@@ -155,6 +156,7 @@ class StopAgreement:
     def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo")
         self._told = torch.zeros(2, dtype=torch.int32)
+        self._values = self._told.numpy()  # the same memory, read and written without an operation of torch
         self._work: Work | None = None
 
     def wait(self) -> None:
@@ -168,8 +170,8 @@ class StopAgreement:
         told: list[int] | None = None
         if self._work is not None:
             self._work.wait()
-            told, self._work = self._told.tolist(), None
+            told, self._work = self._values.tolist(), None
         if not last and not (told and told[0]):
-            self._told = torch.tensor(tell, dtype=torch.int32)
+            self._values[:] = tell
             self._work = dist.all_reduce(self._told, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return told
