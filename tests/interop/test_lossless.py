@@ -193,7 +193,8 @@ def test_an_end_that_the_model_did_not_have_replaces_its_ends(
     run, _ = ranks(1).run(train, chat, tmp_path / "log", "--dataset_path", data)[0]
     assert main(["export", "--checkpoint", str(run), "--out", str(tmp_path / "out")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1:] == [
+    assert lines[-1].startswith("next: ")
+    assert lines[1:-1] == [
         f"generation stops at {UNK} (4)",
         "generation_config.json: eos_token_id was [2, 1] and is 4, as in the training data",
         "generation_config.json: bos_token_id was 0 and is none, as in the training data",
