@@ -44,7 +44,8 @@ class WorkerPool(Generic[Task, Result]):
         # Forked from a server without threads: a fork of this process, with its threads, may hang.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
-        start_deaf_server()
+        if self._count:
+            start_deaf_server()
         for _ in range(self._count):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), name=WORKER, daemon=True)
