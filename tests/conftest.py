@@ -23,7 +23,7 @@ if not torch.cuda.is_available():  # before anything imports triton: our kernels
 
 @pytest.hookimpl(tryfirst=True)  # before -m picks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test with ``@pytest.mark.sample(n)`` all cells but n are slow. The n are drawn by their names: the same ones
+    """Mark as slow all but n cells of a test with ``@pytest.mark.sample(n)``. The n are drawn by their names: the same ones
     everywhere, and likely to have every value of every parameter among them."""
     cells: dict[str, list[pytest.Item]] = {}
     for item in items:

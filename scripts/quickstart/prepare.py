@@ -36,7 +36,7 @@ from tinytron.utils.training import write_atomically
 
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}
 CODE_PROMPTS = ("def read_lines(path):\n", "class Stack:\n", "import os\n")  # for the standard library
-PROMPTS, PROMPT_CHARS = 3, 60  # for other text: so many lines of its held-out part, of at most so many characters
+PROMPTS, PROMPT_CHARS = 3, 60  # for other text: lines of its held-out part, and the length of each at most
 HELD_OUT = 20  # one part in 20 is kept for validation: whole files, or of few files the end of each
 MIN_BYTES = 100_000
 FLAGS, LOCK = "prepared.json", "prepare.lock"  # the first is written last

@@ -40,7 +40,7 @@ def test_every_character_is_one_token_and_comes_back(made: tuple[Path, TextToken
     assert [list(ids) for ids in encoded] == [[ALPHABET.index(c) for c in text] for text in (*TEXTS, "")]
     assert [tokenizer.decode([int(i) for i in ids]) for ids in encoded] == [*TEXTS, ""]
     library = tokenizers.Tokenizer.from_file(str(path))
-    library.encode_special_tokens = True  # what a text spells is text
+    library.encode_special_tokens = True  # text that spells a special token is text
     assert [library.encode(text).ids for text in TEXTS] == [list(ids) for ids in encoded[:-1]]
     assert token_bytes(path.read_bytes()) == [*(len(c.encode()) for c in ALPHABET), 0]
 
@@ -52,7 +52,7 @@ def test_other_characters_are_an_error(made: tuple[Path, TextTokenizer], missing
         tokenizer.encode(["not", f"no{missing}t"])
     if missing == "z":
         library = tokenizers.Tokenizer.from_file(str(path))
-        with pytest.raises(Exception, match="Missing"):  # nor do other programs drop it in silence
+        with pytest.raises(Exception, match="Missing"):  # other programs do not drop it in silence either
             library.encode("noz")
 
 

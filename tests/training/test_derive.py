@@ -126,7 +126,7 @@ def test_the_documented_debug_command_runs() -> None:
     """1,280 mock samples of 4,096 tokens are ten steps, fewer than the default warm-up of 1,000."""
     info = derive(Config(), ParallelLayout(8), 1280)
     assert (info.max_steps, info.warmup_steps, info.grad_accum_steps) == (10, 1, 2)
-    assert info.notes == ()  # nobody asked for those 1,000
+    assert info.notes == ()  # no flag asked for those 1,000
 
 
 # Profile window.

@@ -16,7 +16,13 @@ from tinytron.training.config import Config
 from tinytron.training.config_files import as_json
 from tinytron.training.presets import PRESETS, preset_table
 
-SMALL_HEADS = {"nanogpt-char-cpu", "0.25b", "0.3b-a0.17b", "1b", "7b"}  # of nanoGPT's README and of our first scripts
+SMALL_HEADS = {
+    "nanogpt-char-cpu",
+    "0.25b",
+    "0.3b-a0.17b",
+    "1b",
+    "7b",
+}  # those of nanoGPT's README and our first scripts
 PUBLISHED = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "smollm-135m": 134_515_008, "pythia-160m": 162_322_944}
 
 

@@ -104,8 +104,7 @@ def load_checkpoint(
     Collective.
 
     The states of an optimizer of another class are left out (``other_optimizer``). A rank that the saving run did not have
-    keeps its fresh random state. Raises: CheckpointError on every rank if a file
-    is damaged or the model does not fit.
+    keeps its fresh random state. Raises: CheckpointError on every rank if a file is damaged or the model does not fit.
     """
     from tinytron.checkpoint.optimizer_state import load_optimizer_state  # torch's DCP takes a second to import
 

@@ -26,8 +26,8 @@ from tinytron.text.run_tokenizer import TOKENS
 def import_model(name: str, out: Path, dtype: torch.dtype, say: Callable[[str], object] = lambda text: None) -> GPT:
     """Write the model ``name``, a folder or a name on the hub, to the folder ``out`` in ``dtype``, as ``--init_from``,
     ``generate`` and ``export`` take it: ``00000_model.pt``, a config.json, which keeps the ids of the tokens that begin and
-    end texts, the files of the tokenizer, and the settings of generation. There are no optimizer states, so nothing to
-    resume. What is left out of the model's configuration is said.
+    end texts, the files of the tokenizer, and the settings of generation. Optimizer states are not among them, so a run
+    cannot resume from it. What is left out of the model's configuration is said.
 
     Raises: ConfigError or CheckpointError if the model cannot be had or built, or ``out`` is there; OSError if the disk
     refuses.

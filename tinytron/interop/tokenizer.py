@@ -41,7 +41,7 @@ class TokenizerFiles:
     ``files`` are copied, and ``generation`` is the file of generation settings of an imported model. ``facts`` are those
     that generation uses, ``end_token`` and ``begin_token`` the texts of the tokens that end and begin documents, and
     ``unused`` the ids of the model that no token has; as far as each is known. ``record`` is that of the data's manifest.
-    ``left_behind`` says why there is no tokenizer, and ``left_out`` why an imported model's settings are not here. ``own``
+    ``left_behind`` says why a tokenizer is missing, and ``left_out`` why an imported model's settings are not here. ``own``
     files are those of an imported model whose tokens no training has changed: they stay as they are.
     """
 

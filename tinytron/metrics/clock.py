@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+LONG_STEP_SECONDS = 5.0  # of a longer step its progress is shown, and a stop does not wait for its end
+
 
 class TrainClock:
     """A stopwatch that can be paused. ``now`` is injectable, so that tests need not wait."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -58,12 +59,17 @@ class CharacterEncoder:
 
     def __call__(self, texts: list[str]) -> list[npt.NDArray[np.int64]]:
         """Shapes: one [characters] per text. Raises: DataError for a character that has no token."""
-        known = sorted(self.vocabulary)
-        codes = np.array([*map(ord, known), 0x110000], np.uint32)  # the last is no character: every search ends there
-        ids = np.array([*(self.vocabulary[character] for character in known), -1], np.int64)
-        return [self._encoded(text, codes, ids) for text in texts]
+        return [self._encoded(text) for text in texts]
 
-    def _encoded(self, text: str, codes: npt.NDArray[np.uint32], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    @cached_property
+    def _table(self) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+        """The code points, sorted, and their ids; one above all characters is the last, so that every search ends there."""
+        known = sorted(self.vocabulary)
+        codes = np.array([*map(ord, known), 0x110000], np.uint32)
+        return codes, np.array([*(self.vocabulary[character] for character in known), -1], np.int64)
+
+    def _encoded(self, text: str) -> npt.NDArray[np.int64]:
+        codes, ids = self._table
         found = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
         place = np.searchsorted(codes, found)
         missing = codes[place] != found

@@ -202,12 +202,13 @@ def _of_backend(kind: Kind, name: str, tokenizer: Any, serialized: bytes, end: s
     added = tokenizer.get_added_tokens_decoder()
     specials = {token.content: number for number, token in sorted(added.items()) if token.special}
     sha256, size = hashlib.sha256(serialized).hexdigest(), 1 + max(vocabulary.values(), default=-1)
-    characters = characters_of(json.loads(serialized))
-    encode: Encode = _Fast(
-        _plain(_without_special_pieces(tokenizer, {*specials, *END_TOKENS, *([end] if end else [])}))
-    )
-    if characters is not None:
+    encode: Encode
+    is_by_words = type(tokenizer.model).__name__ == "WordLevel"  # other files, often of megabytes, need no parsing
+    if is_by_words and (characters := characters_of(json.loads(serialized))) is not None:
         encode = CharacterEncoder(name, characters)
+    else:
+        plain = _without_special_pieces(tokenizer, {*specials, *END_TOKENS, *([end] if end else [])})
+        encode = _Fast(_plain(plain))
     return TextTokenizer(
         kind, name, encode, size, end, specials, vocabulary.get, serialized, sha256, tokenizer.decode,
         _unused(vocabulary.values(), size),

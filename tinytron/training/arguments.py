@@ -85,8 +85,8 @@ def parse_args(
 ) -> argparse.Namespace:
     """Parse ``argv`` (default: the command line), with the flags of further ``sections`` such as ``MyTrainer.sections``;
     ``given`` of the result are the flags that stand there. Raises: ConfigError for unknown flags, naming the nearest known
-    one, and for values of the wrong type or a preset beside weights. The options of ``--config`` files count as if they
-    stood before all flags, and those of the ``--preset`` before them."""
+    one, and for values of the wrong type or a preset together with weights. The options of ``--config`` files count as if
+    they stood before all flags, and those of the ``--preset`` before them."""
     parser = build_parser(sections, prog)
     argv = [*_words_of_names(parser, argv, all_sections(sections)), *(sys.argv[1:] if argv is None else argv)]
     args = parse_strictly(parser, argv, USUAL_NAMES)

@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 
-_TAKEN = ("help", "given", "sections", "config", "preset")  # what the parser and parse_args add to the flags
+_TAKEN = ("help", "given", "sections", "config", "preset")  # names that the parser and parse_args add to the flags
 
 
 def all_sections(further: Mapping[str, type]) -> dict[str, type]:

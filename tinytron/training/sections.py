@@ -159,7 +159,7 @@ class OptimConfig:
     max_lr: Annotated[float, Flag("peak learning rate", at_least=0, at_most=1000)] = 4e-3
     min_lr: Annotated[float, Flag("learning rate of the last step (cosine, wsd)", at_least=0, at_most=1000)] = 3e-5
     warmup_steps: Annotated[
-        int, Flag("linear warm-up; a run that is no longer than it gets a tenth of its steps", "steps", at_least=0)
+        int, Flag("linear warm-up; a run of at most this length gets a tenth of its steps", "steps", at_least=0)
     ] = 1000
     lr_schedule: Annotated[str, Flag("shape after the warm-up", choices=tuple(SCHEDULES))] = "cosine"
     wsd_decay_fraction: Annotated[

@@ -90,8 +90,9 @@ def _synchronize(device: torch.device) -> None:
 def build_profiler(
     first_step: int, last_step: int, trace: Path, *, done: int = 0, say: Callable[[str], None] = print
 ) -> profile:
-    """A profiler of the steps ``first_step..last_step`` (counted from 1, both included) for a run with ``done`` steps
-    behind it. It writes a Chrome trace, in which ``ProfilerStep#15`` is step 15, and says where it is and what took time.
+    """A profiler of the steps ``first_step..last_step`` (counted from 1, both included) for a run that has completed
+    ``done`` steps. It writes a Chrome trace, in which ``ProfilerStep#15`` is step 15, and says where it is and what took
+    time.
 
     Call ``step()`` after every training step; the trace is written when the window closes or, for a shorter run, when
     the profiler stops with at least one profiled step.

@@ -10,9 +10,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from tinytron.metrics.clock import LONG_STEP_SECONDS
 from tinytron.metrics.sinks.base import Record, RunInfo, Sink
 
-LONG_STEP_SECONDS = 5.0  # how far a longer step has come is shown, too
 LINE_SECONDS = 60.0  # between two lines about it, without a terminal
 
 

@@ -20,13 +20,13 @@ from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.replicas import check_replicas
 from tinytron.errors import TrainingError
 from tinytron.metrics import SpikeDetector
+from tinytron.metrics.clock import LONG_STEP_SECONDS
 from tinytron.training.config import Config
 from tinytron.training.run.unfinished_step import StepDropped
 from tinytron.utils.signals import StopRequest
 from tinytron.utils.watchdog import Watchdog
 
 _PATIENCE_SECONDS = 2.0
-LONG_STEP_SECONDS = 5.0  # a signal does not wait for the end of a longer one
 
 
 class Guards:

@@ -107,8 +107,8 @@ class Reporter:
             return
         if not self._peak_raised:
             self.say(
-                f"training reached {reached / 1e12:.3g} TFLOP/s, more than the peak of {self._peak_flops / 1e12:.3g} that "
-                "was taken for MFU; from here on MFU is relative to the highest rate so far"
+                f"training reached {reached / 1e12:.3g} TFLOP/s, more than the peak of {self._peak_flops / 1e12:.3g} "
+                "taken for MFU; from here on MFU is relative to the highest rate so far"
             )
         self._peak_flops, self._peak_raised = reached, True
 
