@@ -179,6 +179,36 @@ def test_ctrl_c_before_training_is_one_line_for_all_ranks(tmp_path: Path) -> Non
     assert (finished.code, finished.stderr) == (130, "interrupted\n")
 
 
+THREADS = """
+import os, signal, sys
+from pathlib import Path
+from tinytron.cli import entry
+from tinytron.training import Trainer, build_config, parse_args
+
+
+class Stopped(Trainer):
+    def train_step(self, microbatches):
+        super().train_step(microbatches)
+        if "stopped" in sys.argv[0] and self.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    entry.run(lambda: Stopped(build_config(parse_args())).train())
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    Path(f"threads{os.environ['RANK']}").write_text(str(sorted(set(names))))
+"""
+
+
+@pytest.mark.parametrize("name", ["ended", "stopped"])
+def test_threads_of_process_groups_end_before_the_interpreter(tmp_path: Path, name: str) -> None:
+    """One that frees a tensor while the interpreter shuts down would abort the process."""
+    (tmp_path / f"{name}.py").write_text(THREADS)
+    run_well(*LONG, "--max_steps", 3, cwd=tmp_path, processes=2, script=tmp_path / f"{name}.py")
+    left = [(tmp_path / f"threads{rank}").read_text() for rank in (0, 1)]
+    assert not [text for text in left if "gloo" in text], left
+
+
 @pytest.mark.slow
 def test_the_same_command_goes_on(ranks: Pools, tmp_path: Path) -> None:
     """A stopped and resumed run logs what one that was left alone does."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import io
 import json
 import os
@@ -27,13 +28,13 @@ def run(command: Callable[[], int | None]) -> None:
     _print_anything()
     try:
         status = status_of(command)
+        if status in (_USER_ERROR, _INTERRUPTED):
+            os._exit(status)  # not sys.exit: a peer may be in a collective, and taking its group down would wait for it
     except SystemExit as end:
-        if end.code in (None, 0, _INTERRUPTED):  # a run that was asked to stop, and has saved
-            _destroy_group()
-        raise
-    if status in (_USER_ERROR, _INTERRUPTED):
-        os._exit(status)  # not sys.exit: a peer may be inside a collective, and taking the group down would wait for it
-    _destroy_group()
+        if end.code not in (None, 0, _INTERRUPTED):
+            raise
+        status = end.code or 0  # a run that was asked to stop, and has saved
+    _destroy_groups()
     if status:
         sys.exit(status)
 
@@ -97,10 +98,13 @@ def _last_line(error: TinytronError) -> str:
     return last.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
 
 
-def _destroy_group() -> None:
+def _destroy_groups() -> None:
+    """Take all process groups down, and end their threads. One that is about to drop a tensor when the interpreter shuts
+    down, on a busy machine, would end the process by SIGABRT ("terminate called without an active exception")."""
     if "torch.distributed" not in sys.modules:  # a command that never needed it
         return
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()  # a trainer, which refers to groups, is part of circles

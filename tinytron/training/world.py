@@ -6,6 +6,7 @@ import os
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # imported later, its functions' defaults would keep the world's group forever
 
 from tinytron.distributed.agreement import agree
 from tinytron.distributed.collectives import sum_over
