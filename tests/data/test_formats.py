@@ -181,7 +181,7 @@ def test_more_tokens_than_the_header_can_count_are_refused(tmp_path: Path, monke
         (GOLDEN_U16[:1023], "1023 bytes are not a token shard: its header alone has 1024"),
         (
             header(magic=7) + bytes(6),
-            "magic number 7 at byte 0 is none of 20250805, 20240520, 20240801: .*--token_dtype",
+            "magic number 7 at byte 0 is not one of 20250805, 20240520, 20240801: .*--token_dtype",
         ),
         (header(version=2) + bytes(6), "version 2 at byte 4, but only version 1 of 20250805 is known"),
         (LLMC[:4] + b"\x02" + LLMC[5:], "version 2 at byte 4, but only version 1 of 20240520 is known"),

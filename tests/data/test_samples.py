@@ -176,7 +176,7 @@ def test_a_damaged_packing_is_refused(tmp_path: Path, at: int) -> None:
 def test_a_packing_that_cannot_be_kept_is_an_error(tmp_path: Path) -> None:
     shard = write(tmp_path, documents([5, 3, 4]))
     (tmp_path / "train_000000.pack4.tmp").mkdir()
-    with pytest.raises(DataError, match=r"pack4 cannot be written \(Is a directory\); --packing best_fit keeps"):
+    with pytest.raises(DataError, match=r"pack4 cannot be written \(Is a directory\); --packing best_fit stores"):
         make_pack_files([shard], 4)
 
 

@@ -118,7 +118,10 @@ def test_text_is_fetched_by_sample(hub: Hub, download: Download, tmp_path: Path)
         (("--num_workers", 0), "--num_workers 0 must be in 1..1000"),
         (("--num_worker", 1), "unknown argument --num_worker; did you mean --num_workers?"),
         (("--sample", "350BT"), "fineweb-edu/sample/350BT holds no parquet files; use another --sample"),
-        (("--tokens", "gpt2", "--target_dir", "/dev/null/x"), "cannot be created (Not a directory); use another folder"),
+        (
+            ("--tokens", "gpt2", "--target_dir", "/dev/null/x"),
+            "cannot be created (Not a directory); use another folder",
+        ),
         (("--tokens", "gpt2", "--num_files", 4), "fineweb_train_000004.bin: "),
     ],
 )

@@ -72,7 +72,7 @@ def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path: Path, monkeyp
 
     assert list(files_below(tmp_path / "nowhere")) == []
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(DataError, match=r"closed cannot be read \(Permission denied\); give it read permission"):
+    with pytest.raises(DataError, match=r"closed cannot be read \(Permission denied\); make it readable"):
         list(files_below(tmp_path))
 
 

@@ -51,7 +51,7 @@ def read_header(
     dtypes: tuple[np.dtype[Any], ...] = TOKEN_DTYPES,
 ) -> ShardHeader:
     """Read the header, and check it and the file's length. If ``headerless`` is given, a file without a known magic number
-    holds tokens of that type from its first byte on. ``dtypes`` maps the dtype ids of timl v1 to types.
+    holds tokens of that type, starting at its first byte. ``dtypes`` maps the dtype ids of timl v1 to types.
 
     Raises: DataError naming the file and the byte offset of the problem.
     """
@@ -76,8 +76,8 @@ def read_header(
         raise DataError(f"{path}: {len(raw)} bytes are not a token shard: its header alone has {HEADER_BYTES}")
     if not known:
         raise DataError(
-            f"{path}: magic number {magic} at byte 0 is none of {', '.join(map(str, (MAGIC, *_LLMC)))}: not a token shard "
-            "(for files without a header, give their type: --token_dtype uint16 or uint32)"
+            f"{path}: magic number {magic} at byte 0 is not one of {', '.join(map(str, (MAGIC, *_LLMC)))}: not a token "
+            "shard (for files without a header, give their type: --token_dtype uint16 or uint32)"
         )
     version, dtype, count, at = _read_numbers(path, numbers, dtypes)
     if numbers[1] != version:

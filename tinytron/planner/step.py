@@ -39,10 +39,10 @@ class Workload:
 class StepMemory:
     """Bytes on one rank in a step.
 
-    ``tables``: rotary angles, router biases and counters. ``batch``: the ids, labels and masks of a step. ``layers``: the
-    values that each block keeps for its backward pass. ``activations``: all of ``layers``, the embedding's output, masks
-    and the final norm. ``loss``: the gradients that the fused loss computes in the forward pass. ``peak``: activations,
-    loss and everything else that is alive at the peak, which is in ``peak_phase``.
+    ``tables``: rotary angles, router biases and counters. ``batch``: a step's ids, labels, positions and padding marks.
+    ``layers``: the values that each block keeps for its backward pass. ``activations``: all of ``layers``, the embedding's
+    output, masks and the final norm. ``loss``: the gradients that the fused loss computes in the forward pass.
+    ``peak``: activations, loss and everything else that is alive at the peak, which is in ``peak_phase``.
     """
 
     tables: int

@@ -62,7 +62,7 @@ def plan_dispatch(expert_Tk: torch.Tensor, num_experts: int, group: dist.Process
 
 
 class Dispatched(NamedTuple):
-    """Rows on their way to the experts."""
+    """Rows that are being sent to the experts."""
 
     rows: torch.Tensor
     routes: DispatchPlan
