@@ -17,9 +17,9 @@ class Documents(NamedTuple):
     """The document boundaries in a flattened batch: tokens of different documents do not attend to each other.
 
     ``cu_seqlens`` is int32 ``[n_documents + 1]``, ascending from 0 to B * S, and includes the start of every row (a
-    document never spans two rows). ``max_len`` is the length of the longest document in tokens. ``mask`` ``[B, 1, S,
-    S]`` is for backends that do not take boundaries; they add it to the scores: 0 where a query (row) may attend to a
-    key (column), else -inf.
+    document never spans two rows). ``max_len`` is the length of the longest document in tokens. ``mask``
+    ``[B, 1, S, S]`` is for backends that do not take boundaries; they add it to the scores: 0 where a query (row) may
+    attend to a key (column), else -inf.
     """
 
     cu_seqlens: torch.Tensor
