@@ -99,7 +99,7 @@ def consolidate(files: CheckpointFiles, out: Path | None = None) -> Path:
     """
     out = out or files.folder / f"{files.step:05d}_consolidated.pt"
     if checkpoint_of(out) is not None:
-        raise ConfigError(f"--out {out} has the name of a checkpoint's part; use another name")
+        raise ConfigError(f"--out {out} has the name of a part of a checkpoint; use another name")
     if found := problems(files):
         raise CheckpointError(found[0])
     meta = read_meta(files.meta)
