@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable
 
 from tinytron.errors import TinytronError
-from tinytron.utils.launcher import local_rank_variable
+from tinytron.utils.launcher import is_first_on_node
+from tinytron.utils.signals import INTERRUPTED, interruptible, say_interrupted
 
 _GRACE_SECONDS = 5.0
 _USER_ERROR = 2
-_INTERRUPTED = 130  # 128 + SIGINT
 _READER_GONE = 141  # 128 + SIGPIPE
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of writing, which name no file
 
@@ -26,17 +26,20 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of writing, whi
 def run(command: Callable[[], int | None]) -> None:
     """Call ``command`` and end the process unless its status (see ``status_of``) is 0."""
     _print_anything()
-    try:
-        status = status_of(command)
-        if status in (_USER_ERROR, _INTERRUPTED):
-            os._exit(status)  # not sys.exit: a peer may be in a collective, and taking its group down would wait for it
-    except SystemExit as end:
-        if end.code not in (None, 0, _INTERRUPTED):
-            raise
-        status = end.code or 0  # a run that was asked to stop, and has saved
-    _destroy_groups()
-    if status:
-        sys.exit(status)
+    with interruptible():
+        try:
+            status = status_of(command)
+            if status in (_USER_ERROR, INTERRUPTED):
+                os._exit(
+                    status
+                )  # not sys.exit: a peer may be in a collective, and taking its group down would wait for it
+        except SystemExit as end:
+            if end.code not in (None, 0, INTERRUPTED):
+                raise
+            status = end.code or 0  # a run that was asked to stop, and has saved
+        _destroy_groups()
+        if status:
+            sys.exit(status)
 
 
 def status_of(command: Callable[[], int | None]) -> int:
@@ -56,9 +59,8 @@ def status_of(command: Callable[[], int | None]) -> int:
         return _said(str(error))
     except KeyboardInterrupt:
         sys.stdout.flush()
-        if _is_first():
-            print("interrupted", file=sys.stderr, flush=True)
-        return _INTERRUPTED
+        say_interrupted()
+        return INTERRUPTED
     return status or 0
 
 
@@ -70,14 +72,9 @@ def _print_anything() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _is_first() -> bool:
-    """Whether this process speaks for those of its node."""
-    return os.environ.get(local_rank_variable(os.environ), "0") == "0"
-
-
 def _said(text: str) -> int:
     # All ranks raise the same error. Local rank 0 says it; the others give the launcher time to stop them.
-    if not _is_first():
+    if not is_first_on_node(os.environ):
         time.sleep(_GRACE_SECONDS)
     sys.stdout.flush()
     print(f"error: {text}", file=sys.stderr, flush=True)

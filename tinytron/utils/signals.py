@@ -11,11 +11,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+
+from tinytron.utils.launcher import is_first_on_node
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+INTERRUPTED = 128 + signal.SIGINT  # the exit status after Ctrl-C
 _END = b"\0"  # no signal has this number
 # Within this time a copy of the first signal is the same one, on another way; somebody who hits Ctrl-C twice means it.
 SAME_SIGNAL_SECONDS = {signal.SIGTERM: 2.0, signal.SIGUSR1: 2.0, signal.SIGINT: 0.5}
+NATIVE_CALL_SECONDS = 3.0  # for a native call to return after Ctrl-C
 
 
 class StopRequest:
@@ -46,12 +51,16 @@ class StopRequest:
             self._leave(128 + number)
 
     @contextlib.contextmanager
-    def listening(self, numbers: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterator[None]:
+    def listening(
+        self,
+        numbers: Sequence[signal.Signals] = STOP_SIGNALS,
+        handler: Callable[[int, FrameType | None], object] = lambda number, frame: None,
+    ) -> Iterator[None]:
         """Receive the signals in this context, then put the old handlers back. Only a main thread may; elsewhere this
-        does nothing.
+        does nothing. Python also calls ``handler``, in the main thread.
 
-        A thread reads them, through a socket that the interpreter's C handler writes to. A handler in Python would have
-        to wait for the main thread, which may sit in a collective that never ends.
+        A thread reads them, through a socket that the interpreter's C handler writes to. The handler in Python, without which
+        nothing is written, has to wait for the main thread, which may sit in a collective that never ends.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -59,7 +68,7 @@ class StopRequest:
         reader, writer = socket.socketpair()
         writer.setblocking(False)
         numbers = heard(numbers)
-        old_handlers = {number: signal.signal(number, _leave_to_the_thread) for number in numbers}
+        old_handlers = {number: signal.signal(number, handler) for number in numbers}
         old_writer = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         thread = threading.Thread(target=self._read, args=(reader, numbers), name="stop signals", daemon=True)
         thread.start()
@@ -86,8 +95,55 @@ def heard(numbers: Sequence[signal.Signals] = STOP_SIGNALS) -> list[signal.Signa
     return [number for number in numbers if not (ignored and number == signal.SIGINT)]
 
 
-def _leave_to_the_thread(number: int, frame: object) -> None:
-    """Nothing: but without a handler in Python nobody would write to the socket."""
+class _Interruption(StopRequest):
+    """Ctrl-C as a KeyboardInterrupt, once. While another handler is in place, such as a launcher's, it does nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(first=self._await_the_main_thread)
+        self._raised = False
+
+    def take(self, number: int) -> None:
+        if signal.getsignal(signal.SIGINT) == self.raise_once:
+            super().take(number)
+
+    def raise_once(self, number: int, frame: object) -> None:
+        """The handler, which Python calls in the main thread. Raises: KeyboardInterrupt the first time."""
+        if not self._raised:
+            self._raised = True
+            raise KeyboardInterrupt
+
+    def _await_the_main_thread(self, number: int) -> None:
+        timer = threading.Timer(NATIVE_CALL_SECONDS, self._leave_if_stuck)
+        timer.daemon = True
+        timer.start()
+
+    def _leave_if_stuck(self) -> None:
+        if not self._raised:
+            say_interrupted()
+            self._leave(INTERRUPTED)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Around a command: the first Ctrl-C raises KeyboardInterrupt, and a second one ends the process at once.
+
+    A copy of the first one within ``SAME_SIGNAL_SECONDS`` does not count: a terminal signals a launcher and its workers
+    alike, and the launcher's copy would interrupt what cleans up, and end in a traceback. A main thread that does not come
+    back from a native call ends the process after ``NATIVE_CALL_SECONDS``: torch waits 30 minutes for a rank that is
+    missing, and Python raises nothing meanwhile. Other handlers than Python's own stay in place.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    interruption = _Interruption()
+    with interruption.listening([signal.SIGINT], interruption.raise_once):
+        yield
+
+
+def say_interrupted() -> None:
+    """Say that Ctrl-C ended the process, once on each node."""
+    if is_first_on_node(os.environ):
+        print("interrupted", file=sys.stderr, flush=True)
 
 
 def ignore_group_signals(*_: object) -> None:
