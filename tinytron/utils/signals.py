@@ -59,8 +59,8 @@ class StopRequest:
         """Receive the signals in this context, then put the old handlers back. Only a main thread may; elsewhere this
         does nothing. Python also calls ``handler``, in the main thread.
 
-        A thread reads them, through a socket that the interpreter's C handler writes to. The handler in Python, without which
-        nothing is written, has to wait for the main thread, which may sit in a collective that never ends.
+        A thread reads them, through a socket that the interpreter's C handler writes to. The handler in Python, without
+        which nothing is written, has to wait for the main thread, which may sit in a collective that never ends.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
