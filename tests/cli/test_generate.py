@@ -86,7 +86,7 @@ def test_text_as_the_model_gives_it(made: Path, capsys: pytest.CaptureFixture[st
     )
     assert out == f"{PROMPT}{expected}\n"
     assert f"read {len(ids)} tokens at " in err
-    assert "6 new ones at " in err
+    assert "wrote 6 at " in err
     assert "0 stopped, 1 ended by length" in err
 
 

@@ -169,7 +169,7 @@ from datetime import timedelta
 import torch.distributed
 from tinytron.utils.signals import interruptible
 
-with interruptible():
+with interruptible(lambda: os.write(2, b"interrupted\\n")):
     try:
         print("up", flush=True)
         {work}
@@ -242,7 +242,7 @@ def test_other_handlers_of_ctrl_c_keep_working_inside(interruptible_process: Sta
 def test_a_process_that_ignores_ctrl_c_is_left_as_it_is() -> None:
     old = signal.signal(INT, signal.SIG_IGN)
     try:
-        with interruptible():
+        with interruptible(lambda: None):
             assert signal.getsignal(INT) == signal.SIG_IGN
     finally:
         signal.signal(INT, old)

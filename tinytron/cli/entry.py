@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable
 
 from tinytron.errors import TinytronError
-from tinytron.utils.launcher import is_first_on_node
-from tinytron.utils.signals import INTERRUPTED, interruptible, say_interrupted
+from tinytron.utils.launcher import local_rank_variable
+from tinytron.utils.signals import INTERRUPTED, interruptible
 
 _GRACE_SECONDS = 5.0
 _USER_ERROR = 2
@@ -26,7 +26,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of writing, whi
 def run(command: Callable[[], int | None]) -> None:
     """Call ``command`` and end the process unless its status (see ``status_of``) is 0."""
     _print_anything()
-    with interruptible():
+    with interruptible(_say_interrupted):
         try:
             status = status_of(command)
             if status in (_USER_ERROR, INTERRUPTED):
@@ -59,7 +59,7 @@ def status_of(command: Callable[[], int | None]) -> int:
         return _said(str(error))
     except KeyboardInterrupt:
         sys.stdout.flush()
-        say_interrupted()
+        _say_interrupted()
         return INTERRUPTED
     return status or 0
 
@@ -72,9 +72,19 @@ def _print_anything() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def _say_interrupted() -> None:
+    if _is_first():
+        print("interrupted", file=sys.stderr, flush=True)
+
+
+def _is_first() -> bool:
+    """Whether this process speaks for those of its node."""
+    return os.environ.get(local_rank_variable(os.environ), "0") == "0"
+
+
 def _said(text: str) -> int:
     # All ranks raise the same error. Local rank 0 says it; the others give the launcher time to stop them.
-    if not is_first_on_node(os.environ):
+    if not _is_first():
         time.sleep(_GRACE_SECONDS)
     sys.stdout.flush()
     print(f"error: {text}", file=sys.stderr, flush=True)
@@ -85,7 +95,7 @@ def _said(text: str) -> int:
 def _tell_torchrun(text: str) -> None:
     """Write ``text`` to the file from which torchrun takes what it says, last of all, about a worker that has failed."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        with contextlib.suppress(OSError), open(path, "w") as file:
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
             json.dump({"message": text, "timestamp": int(time.time())}, file)
 
 

@@ -32,11 +32,6 @@ def local_rank_variable(environment: Mapping[str, str]) -> str:
     return next((name for name in names if name in environment), _LOCAL_RANKS[0])
 
 
-def is_first_on_node(environment: Mapping[str, str]) -> bool:
-    """Whether this process speaks for those of its node, as its ``environment`` says."""
-    return environment.get(local_rank_variable(environment), "0") == "0"
-
-
 def await_name(host: str, *, seconds: float, every: float = 2.0) -> None:
     """Wait until ``host`` has an address: the name of a node that starts at the same time may not be known yet. Raises:
     ConfigError after ``seconds``."""

@@ -28,7 +28,7 @@ def lock_folder(folder: Path, remedy: str) -> IO[str]:
     try:
         file = _open_shared(path)
     except BlockingIOError:  # a colleague's process has it
-        raise _in_use(folder, path.read_text(), remedy) from None
+        raise _in_use(folder, path.read_text(encoding="utf-8"), remedy) from None
     except PermissionError as error:
         raise ConfigError(
             f"run folder {folder} cannot be written; ask its owner, {_owner(folder)}, or use another --exp_name"
@@ -68,7 +68,7 @@ def wait_for_lock(path: Path, say: Callable[[str], object]) -> Iterator[None]:
         shared = _open_shared(path)
     except BlockingIOError:  # a colleague's process has it
         say(waits)
-        with open(path) as other:
+        with open(path, encoding="utf-8") as other:
             fcntl.lockf(other, fcntl.LOCK_SH)
         shared = _open_shared(path)
     with shared as file:
@@ -81,12 +81,12 @@ def wait_for_lock(path: Path, say: Callable[[str], object]) -> Iterator[None]:
 def _open_shared(path: Path) -> IO[str]:
     """The lock file, which everybody who may write its folder may use. Raises: PermissionError."""
     try:
-        file = open(path, "a+")  # noqa: SIM115  # stays open: the lock lives as long as the file
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  # stays open: the lock lives as long as the file
     except PermissionError:
         if not path.exists():
             raise
         _remove_free_lock(path)  # of a colleague who made it for himself
-        file = open(path, "a+")  # noqa: SIM115
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
     with contextlib.suppress(PermissionError):  # it is somebody else's
         os.fchmod(file.fileno(), 0o666)
     return file
@@ -94,7 +94,7 @@ def _open_shared(path: Path) -> IO[str]:
 
 def _remove_free_lock(path: Path) -> None:
     """Raises: PermissionError unless nobody holds the lock and the folder may be written."""
-    with open(path) as file:  # a shared lock needs no more
+    with open(path, encoding="utf-8") as file:  # a shared lock needs no more
         fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         path.unlink()
 

@@ -13,8 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
-from tinytron.utils.launcher import is_first_on_node
-
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 INTERRUPTED = 128 + signal.SIGINT  # the exit status after Ctrl-C
 _END = b"\0"  # no signal has this number
@@ -76,8 +74,8 @@ class StopRequest:
             yield
         finally:
             signal.set_wakeup_fd(old_writer)
-            for number, handler in old_handlers.items():
-                signal.signal(number, handler or signal.SIG_DFL)  # None: one that was not made in Python
+            for number, old in old_handlers.items():
+                signal.signal(number, old or signal.SIG_DFL)  # None: one that was not made in Python
             with writer:
                 writer.send(_END)
             thread.join()  # a thread that runs keeps this object, and the owner of ``first``, alive
@@ -98,9 +96,9 @@ def heard(numbers: Sequence[signal.Signals] = STOP_SIGNALS) -> list[signal.Signa
 class _Interruption(StopRequest):
     """Ctrl-C as a KeyboardInterrupt, once. While another handler is in place, such as a launcher's, it does nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[], object]) -> None:
         super().__init__(first=self._await_the_main_thread)
-        self._raised = False
+        self._say, self._raised = say, False
 
     def take(self, number: int) -> None:
         if signal.getsignal(signal.SIGINT) == self.raise_once:
@@ -119,31 +117,25 @@ class _Interruption(StopRequest):
 
     def _leave_if_stuck(self) -> None:
         if not self._raised:
-            say_interrupted()
+            self._say()
             self._leave(INTERRUPTED)
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
+def interruptible(say: Callable[[], object]) -> Iterator[None]:
     """Around a command: the first Ctrl-C raises KeyboardInterrupt, and a second one ends the process at once.
 
     A copy of the first one within ``SAME_SIGNAL_SECONDS`` does not count: a terminal signals a launcher and its workers
     alike, and the launcher's copy would interrupt what cleans up, and end in a traceback. A main thread that does not come
-    back from a native call ends the process after ``NATIVE_CALL_SECONDS``: torch waits 30 minutes for a rank that is
-    missing, and Python raises nothing meanwhile. Other handlers than Python's own stay in place.
+    back from a native call ends the process after ``NATIVE_CALL_SECONDS``, with what ``say`` prints: torch waits 30 minutes
+    for a rank that is missing, and Python raises nothing meanwhile. Other handlers than Python's own stay in place.
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
-    interruption = _Interruption()
+    interruption = _Interruption(say)
     with interruption.listening([signal.SIGINT], interruption.raise_once):
         yield
-
-
-def say_interrupted() -> None:
-    """Say that Ctrl-C ended the process, once on each node."""
-    if is_first_on_node(os.environ):
-        print("interrupted", file=sys.stderr, flush=True)
 
 
 def ignore_group_signals(*_: object) -> None:
