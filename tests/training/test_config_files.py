@@ -51,7 +51,7 @@ def test_a_section_without_options_is_allowed(tmp_path: Path) -> None:
 
 
 def test_a_preset_inside_a_section_is_told_where_it_belongs(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="preset is no option of model; put it outside the sections"):
+    with pytest.raises(ConfigError, match="preset is not an option of model; put it outside the sections"):
         config_of("--config", write(tmp_path / "a.json", {"model": {"preset": "tiny"}}))
 
 
