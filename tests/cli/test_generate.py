@@ -85,8 +85,8 @@ def test_text_as_the_model_gives_it(made: Path, capsys: pytest.CaptureFixture[st
         capsys, "--checkpoint", made / "run", "--prompt", PROMPT, "--max_new_tokens", 6, "--temperature", 0
     )
     assert out == f"{PROMPT}{expected}\n"
-    assert f"{len(ids)} prompt tokens at " in err
-    assert "6 new ones at " in err
+    assert f"read {len(ids)} tokens at " in err
+    assert "wrote 6 at " in err
     assert "0 stopped, 1 ended by length" in err
 
 
@@ -125,7 +125,7 @@ def test_as_a_program(made: Path) -> None:
         [*map(str, command), "--max_new_tokens", "3"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "1 prompt tokens" in done.stderr
+    assert "read 1 tokens at" in done.stderr
     assert "Warning" not in done.stderr
 
 

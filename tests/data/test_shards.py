@@ -207,6 +207,16 @@ def with_manifest(folder: Path, *shards: Path, vocab_size: int = 100) -> None:
     write_manifest(folder, Manifest("uint16", "timl", tokenizer, **rest, empty=0, complete=True, shards=facts))
 
 
+def test_an_id_outside_the_vocabulary_names_the_size_that_the_manifest_knows(tmp_path: Path) -> None:
+    path = shard(tmp_path, [1, 2, 99])
+    with_manifest(tmp_path, path, vocab_size=100)
+    with pytest.raises(DataError, match="not below --vocab_size 65; use --vocab_size 100, the size of the tokenizer"):
+        TokenShardDataset(open_shards([path]), 2, 65).check_token_ids()
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(DataError, match="not below --vocab_size 65; use the vocabulary size of the tokenizer"):
+        samples([path], 2, 65).check_token_ids()
+
+
 def test_what_a_manifest_says_is_not_read_from_the_shards(tmp_path: Path) -> None:
     paths = [shard(tmp_path, range(10 + n), f"train_{n}.bin") for n in range(2)]
     with_manifest(tmp_path, *paths)

@@ -43,6 +43,25 @@ def _parsed(files: list[Path]) -> list[tuple[Path, ast.Module]]:
     return [(path, ast.parse(path.read_text())) for path in files]
 
 
+def _without_encoding(tree: ast.AST) -> list[int]:
+    """The lines that read or write text in the encoding of the user's locale."""
+    found = []
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        named = {word.arg: word.value for word in call.keywords}
+        opens = isinstance(call.func, ast.Name) and call.func.id == "open"
+        mode = named.get("mode", call.args[1] if opens and len(call.args) > 1 else ast.Constant("r"))
+        is_text = opens and isinstance(mode, ast.Constant) and "b" not in str(mode.value)
+        is_text |= isinstance(call.func, ast.Attribute) and call.func.attr in ("read_text", "write_text")
+        if is_text and "encoding" not in named:
+            found.append(call.lineno)
+    return found
+
+
+def test_text_files_are_utf_8_whatever_the_locale() -> None:
+    parsed = _parsed(sorted(PACKAGE.rglob("*.py")))
+    assert not [f"{_name(path)}:{line}" for path, tree in parsed for line in _without_encoding(tree)]
+
+
 def _functions(tree: ast.AST) -> Iterator[Function]:
     return (node for node in ast.walk(tree) if isinstance(node, Function))
 

@@ -43,6 +43,18 @@ def test_a_file_says_what_flags_say(tmp_path: Path, name: str, text: str) -> Non
     assert config_of(*flags, f"--config={tmp_path / name}") == expected  # wherever it stands
 
 
+def test_a_section_without_options_is_allowed(tmp_path: Path) -> None:
+    """As in YAML where every line of a section is a comment."""
+    assert config_of("--config", write(tmp_path / "a.json", {"model": None, "optim": {}, "max_lr": 0.5})) == config_of(
+        "--max_lr", 0.5
+    )
+
+
+def test_a_preset_inside_a_section_is_told_where_it_belongs(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="preset is not an option of model; put it outside the sections"):
+        config_of("--config", write(tmp_path / "a.json", {"model": {"preset": "tiny"}}))
+
+
 def test_flags_win_over_files_and_later_files_over_earlier_ones(tmp_path: Path) -> None:
     first = write(tmp_path / "a.json", {"max_lr": 0.1, "min_lr": 0.01, "max_steps": 7, "steps_to_profile": [3, 4]})
     second = write(tmp_path / "b.json", {"max_lr": 0.2, "max_steps": None, "eval_tasks": []})

@@ -138,7 +138,7 @@ def test_a_foreign_model_is_not_exported(ranks: Pools, tmp_path: Path) -> None:
     [
         (
             ("--export_every", 3, "--save_every_steps", 2),
-            "--export_every 3 ... --save_every_steps 2 ... use 2",
+            "--export_every 3 ... --save_every_steps 2 ... use 2, or --save_every_steps 3",
         ),
         (("--export_every", 2, "--no-do_save"), "--export_every 2 ... drop it, or --no-do_save"),
         (("--export_every", -1), "--export_every -1 must be at least 0"),

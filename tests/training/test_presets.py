@@ -97,6 +97,8 @@ def test_a_file_names_a_preset(tmp_path: Path) -> None:
         (("--preset",), "argument --preset: expected one argument; see --help"),
         (("--preset", "tiny", "--num_layre", "2"), "unknown argument --num_layre; did you mean --num_layer"),
         (("--preset", "tiny", "--init_from", "x"), "--preset tiny .* --init_from x has its own; leave one out"),
+        (("--preset", "tiny", "--optimizer", "adam"), "for --optimizer muon; give .* adam, such as --max_lr 0.004$"),
+        (("--preset", "gpt2", "--optimizer", "muon"), "for --optimizer adam; give .* muon, such as --max_lr 0.02$"),
         (("--preset", "tiny", "--num_attention_heads", "3"), "--num_key_value_heads 2 must divide"),
     ],
 )
@@ -104,6 +106,17 @@ def test_mistakes_are_one_error(given: tuple[str, ...], text: str) -> None:
     with pytest.raises(ConfigError, match=text) as error:
         built(*given)
     assert "\n" not in str(error.value)
+
+
+def test_another_optimizer_comes_with_its_own_rate() -> None:
+    config = built("--preset", "tiny", "--optimizer", "adam", "--max_lr", 1e-3)
+    assert (config.optim.optimizer, config.optim.max_lr, config.model.num_layer) == ("adam", 1e-3, 4)
+
+
+def test_a_preset_that_a_complete_file_overrules_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(as_json(built("--preset", "tiny")))
+    with pytest.raises(ConfigError, match=r"--preset gpt2 changes nothing: .* give all of its options; leave one out"):
+        built("--config", tmp_path / "run.json", "--preset", "gpt2")
 
 
 @pytest.mark.parametrize(

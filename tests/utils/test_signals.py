@@ -8,13 +8,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.runs import ROOT
-from tinytron.utils.signals import SAME_SIGNAL_SECONDS, STOP_SIGNALS, StopRequest
+from tinytron.utils.signals import NATIVE_CALL_SECONDS, SAME_SIGNAL_SECONDS, STOP_SIGNALS, StopRequest, interruptible
 
+StartInterruptible = Callable[..., "subprocess.Popen[str]"]
 TERM, USR1, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
 
 
@@ -153,3 +155,94 @@ print(alive, os.waitpid(helper, 0)[1])
 def test_a_helper_ends_for_its_parent_only() -> None:
     stdout, stderr = _script(HELPER).communicate(timeout=30)
     assert (stdout, stderr) == ("True 0\n", "")
+
+
+@pytest.fixture
+def interruptible_process() -> Iterator[StartInterruptible]:
+    """Starts a process that does ``work`` in the context and ``cleaning`` after a KeyboardInterrupt, then ends with 3."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(work: str, cleaning: str = "pass") -> subprocess.Popen[str]:
+        code = f"""
+import os, signal, time
+from datetime import timedelta
+import torch.distributed
+from tinytron.utils.signals import interruptible
+
+with interruptible(lambda: os.write(2, b"interrupted\\n")):
+    try:
+        print("up", flush=True)
+        {work}
+    except KeyboardInterrupt:
+        {cleaning}
+        os._exit(3)
+"""
+        command = [sys.executable, "-c", code]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        time.sleep(0.3)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.0002, 0.001])
+def test_a_copy_of_ctrl_c_does_not_interrupt_what_follows_the_first(
+    gap: float, interruptible_process: StartInterruptible
+) -> None:
+    """A launcher passes on what the terminal has sent to its workers already."""
+    process = interruptible_process("time.sleep(60)", "time.sleep(0.2)")
+    process.send_signal(INT)
+    time.sleep(gap)
+    process.send_signal(INT)
+    assert process.communicate(timeout=20) == ("", "")
+    assert process.returncode == 3
+
+
+def test_a_second_ctrl_c_ends_the_process_also_while_it_cleans_up(interruptible_process: StartInterruptible) -> None:
+    process = interruptible_process("time.sleep(60)", "print('cleaning', flush=True); time.sleep(60)")
+    process.send_signal(INT)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "cleaning\n"
+    time.sleep(SAME_SIGNAL_SECONDS[INT] + 0.1)
+    process.send_signal(INT)
+    assert process.communicate(timeout=20) == ("", "second SIGINT: leaving at once\n")
+    assert process.returncode == 130
+
+
+def test_ctrl_c_ends_a_native_call_that_does_not_return(interruptible_process: StartInterruptible) -> None:
+    """As torch's wait for a rank that is missing, which ignores signals for 30 minutes."""
+    wait = "torch.distributed.TCPStore('127.0.0.1', 0, 1, True, timedelta(minutes=30)).wait(['never'])"
+    process = interruptible_process(wait)
+    began = time.monotonic()
+    process.send_signal(INT)
+    assert process.communicate(timeout=20) == ("", "interrupted\n")
+    assert process.returncode == 130
+    assert time.monotonic() - began > NATIVE_CALL_SECONDS * 0.9
+
+
+def test_other_handlers_of_ctrl_c_keep_working_inside(interruptible_process: StartInterruptible) -> None:
+    """As that of a launcher, which passes it on, as often as it comes."""
+    inside = "signal.signal(2, lambda *_: print('mine', flush=True)); time.sleep(60)"
+    process = interruptible_process(inside)
+    assert process.stdout is not None
+    for _ in range(2):
+        process.send_signal(INT)
+        assert process.stdout.readline() == "mine\n"
+        time.sleep(SAME_SIGNAL_SECONDS[INT] + 0.1)
+    time.sleep(NATIVE_CALL_SECONDS)
+    assert process.poll() is None
+
+
+def test_a_process_that_ignores_ctrl_c_is_left_as_it_is() -> None:
+    old = signal.signal(INT, signal.SIG_IGN)
+    try:
+        with interruptible(lambda: None):
+            assert signal.getsignal(INT) == signal.SIG_IGN
+    finally:
+        signal.signal(INT, old)

@@ -42,4 +42,4 @@ def updated(readme: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text()))
+    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -15,10 +15,10 @@ from collections.abc import Callable
 
 from tinytron.errors import TinytronError
 from tinytron.utils.launcher import local_rank_variable
+from tinytron.utils.signals import INTERRUPTED, interruptible
 
 _GRACE_SECONDS = 5.0
 _USER_ERROR = 2
-_INTERRUPTED = 130  # 128 + SIGINT
 _READER_GONE = 141  # 128 + SIGPIPE
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of writing, which name no file
 
@@ -26,17 +26,20 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of writing, whi
 def run(command: Callable[[], int | None]) -> None:
     """Call ``command`` and end the process unless its status (see ``status_of``) is 0."""
     _print_anything()
-    try:
-        status = status_of(command)
-        if status in (_USER_ERROR, _INTERRUPTED):
-            os._exit(status)  # not sys.exit: a peer may be in a collective, and taking its group down would wait for it
-    except SystemExit as end:
-        if end.code not in (None, 0, _INTERRUPTED):
-            raise
-        status = end.code or 0  # a run that was asked to stop, and has saved
-    _destroy_groups()
-    if status:
-        sys.exit(status)
+    with interruptible(_say_interrupted):
+        try:
+            status = status_of(command)
+            if status in (_USER_ERROR, INTERRUPTED):
+                os._exit(
+                    status
+                )  # not sys.exit: a peer may be in a collective, and taking its group down would wait for it
+        except SystemExit as end:
+            if end.code not in (None, 0, INTERRUPTED):
+                raise
+            status = end.code or 0  # a run that was asked to stop, and has saved
+        _destroy_groups()
+        if status:
+            sys.exit(status)
 
 
 def status_of(command: Callable[[], int | None]) -> int:
@@ -56,9 +59,8 @@ def status_of(command: Callable[[], int | None]) -> int:
         return _said(str(error))
     except KeyboardInterrupt:
         sys.stdout.flush()
-        if _is_first():
-            print("interrupted", file=sys.stderr, flush=True)
-        return _INTERRUPTED
+        _say_interrupted()
+        return INTERRUPTED
     return status or 0
 
 
@@ -68,6 +70,11 @@ def _print_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
+
+
+def _say_interrupted() -> None:
+    if _is_first():
+        print("interrupted", file=sys.stderr, flush=True)
 
 
 def _is_first() -> bool:
@@ -88,7 +95,7 @@ def _said(text: str) -> int:
 def _tell_torchrun(text: str) -> None:
     """Write ``text`` to the file from which torchrun takes what it says, last of all, about a worker that has failed."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        with contextlib.suppress(OSError), open(path, "w") as file:
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
             json.dump({"message": text, "timestamp": int(time.time())}, file)
 
 

@@ -13,7 +13,7 @@ from tinytron.interop.gguf import KINDS, export_gguf
 from tinytron.interop.tokenizer import TokenizerFiles
 from tinytron.utils.flags import Parser, parse_strictly
 from tinytron.utils.paths import user_path
-from tinytron.utils.texts import next_command
+from tinytron.utils.texts import next_generation
 from tinytron.utils.training import DTYPES
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -73,7 +73,7 @@ def main(argv: Sequence[str], prog: str = "tinytron export") -> None:
     for line in (about_tokens(made.tokenizer), *made.changes):
         print(line)
     if made.tokenizer.is_complete:
-        print(next_command("generate", "--checkpoint", args.out, "--prompt", "the"))
+        print(next_generation(args.out))
 
 
 def _main_gguf(args: argparse.Namespace) -> None:

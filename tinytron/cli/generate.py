@@ -137,8 +137,8 @@ def summary(result: Generation) -> str:
     cut = sum(sample.cuts > 0 for sample in result.samples)
     more = f" | {cut} longer than the model's window, continued from the newest half of it" if cut else ""
     return (
-        f"{result.prefill_tokens} prompt tokens at {result.prefill_rate:,.0f} tok/s, "
-        f"{sum(len(s.tokens) for s in result.samples)} new ones at {result.decode_rate:,.0f} tok/s | "
+        f"read {result.prefill_tokens} tokens at {result.prefill_rate:,.0f} tok/s, "
+        f"wrote {sum(len(s.tokens) for s in result.samples)} at {result.decode_rate:,.0f} tok/s | "
         f"{ends.count('stop')} stopped, {ends.count('length')} ended by length{more}"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ import torch
 from torch.utils.data import Dataset
 
 from tinytron.data.batch import FIELDS, Batch
+from tinytron.data.manifest import read_manifest
 from tinytron.data.mixture import MixtureOrder
 from tinytron.data.pack_files import PackFile
 from tinytron.data.shards import Shard
@@ -178,7 +180,7 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
             offset = shard.offset + at * tokens.dtype.itemsize
             raise DataError(
                 f"{shard.path}: token id {int(shard.tokens[at])} at byte {offset} is not below --vocab_size "
-                f"{self.vocab_size}; use the vocabulary size of the tokenizer that wrote it"
+                f"{self.vocab_size}; use {_vocabulary_size_for(shard, int(shard.tokens[at]))}"
             )
 
     def describe(self) -> list[str]:
@@ -258,6 +260,15 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
     def fingerprint(self) -> str:
         """The sources' fingerprints, by name."""
         return ", ".join(f"{n}={d.fingerprint()}" for n, d in zip(self.names, self.datasets, strict=True))
+
+
+def _vocabulary_size_for(shard: Shard, token: int) -> str:
+    """The vocabulary size that makes ``token`` valid: that of the tokenizer, if the shard's manifest tells it."""
+    with contextlib.suppress(DataError):  # a damaged manifest
+        manifest = read_manifest(shard.path.parent)
+        if manifest is not None and manifest.tokenizer.vocab_size > token:
+            return f"--vocab_size {manifest.tokenizer.vocab_size}, the size of the tokenizer that wrote it, or more"
+    return "the vocabulary size of the tokenizer that wrote it"
 
 
 def read_rows(samples: Sequence[tuple[TokenShardDataset, int]]) -> Batch:

@@ -77,7 +77,9 @@ def export(
         files, size = _write_weights(folder, parts, dtype, max_shard_size)
         changes = _write_settings(folder, settings, dtype, found)
         changes += found.write(folder, saved.config.block_size)
-        (folder / "README.md").write_text(model_card(saved, family, dtype, found, name or out.name, revision))
+        (folder / "README.md").write_text(
+            model_card(saved, family, dtype, found, name or out.name, revision), encoding="utf-8"
+        )
     return Exported(family, len(parts), files, size, found, tuple(changes))
 
 
@@ -118,7 +120,7 @@ def _write_weights(out: Path, parts: Mapping[str, Part], dtype: torch.dtype, max
     if len(shards) > 1:
         places = {member: name for name, members in zip(names, shards, strict=True) for member in members}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
-        (out / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=2))
+        (out / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
     return len(shards), sum(sizes.values())
 
 
@@ -152,7 +154,7 @@ def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 def _write_settings(out: Path, settings: dict[str, Any], dtype: torch.dtype, tokenizer: TokenizerFiles) -> list[str]:
     ids = tokenizer.facts.as_import()
     common = {"torch_dtype": str(dtype).removeprefix("torch."), "use_cache": True}
-    (out / "config.json").write_text(json.dumps({**settings, **ids, **common}, indent=2))
+    (out / "config.json").write_text(json.dumps({**settings, **ids, **common}, indent=2), encoding="utf-8")
     generation, changes = generation_settings(tokenizer.generation, tokenizer.facts, tokenizer.unused)
-    (out / GENERATION).write_text(json.dumps(generation, indent=2))
+    (out / GENERATION).write_text(json.dumps(generation, indent=2), encoding="utf-8")
     return changes

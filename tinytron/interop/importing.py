@@ -43,7 +43,7 @@ def import_model(name: str, out: Path, dtype: torch.dtype, say: Callable[[str], 
     description = {"config": config, "source": name, "versions": {"tinytron": tinytron.__version__}}
     with new_folder(out) as made:
         torch.save(model.state_dict(), CheckpointFiles(made, 0).model)
-        (made / CONFIG).write_text(json.dumps(description, indent=2))
+        (made / CONFIG).write_text(json.dumps(description, indent=2), encoding="utf-8")
         for path in (*files_in(folder), folder / GENERATION):
             if path.is_file():
                 shutil.copyfile(path, made / path.name)

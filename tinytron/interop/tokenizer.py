@@ -97,7 +97,7 @@ class TokenizerFiles:
             config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size}
             config["clean_up_tokenization_spaces"] = False
             config["model_input_names"] = ["input_ids", "attention_mask"]  # decoders refuse token_type_ids
-            (out / TOKENIZER_CONFIG).write_text(json.dumps({**config, **tokens}, indent=2))
+            (out / TOKENIZER_CONFIG).write_text(json.dumps({**config, **tokens}, indent=2), encoding="utf-8")
         if _MAP in names and not self.own:
             _set_tokens(out / _MAP, tokens, add=False)
         return notes
@@ -116,7 +116,7 @@ class TokenizerFiles:
         kept = without_tokens(content.get("post_processor"))
         added = [] if wanted is None or token is None else [_template(token, wanted)]
         content["post_processor"] = {"type": "Sequence", "processors": [*kept, *added]} if kept or added else None
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False))
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
         now = "none" if token is None else token
         note = f"{TOKENIZER}: the token before a text was {before} and is {now}, as in the training data"
         return {"add_bos_token": wanted is not None}, [] if before is None else [note]
@@ -157,7 +157,7 @@ def _set_tokens(path: Path, tokens: Mapping[str, Any], *, add: bool) -> list[str
         if value not in (config.get(key), token_text(config.get(key))) and (add or key in config)
     }
     if wrong:
-        path.write_text(json.dumps({**config, **wrong}, indent=2, ensure_ascii=False))
+        path.write_text(json.dumps({**config, **wrong}, indent=2, ensure_ascii=False), encoding="utf-8")
     return [
         f"{path.name}: {key} was {token_text(config[key]) or config[key]} and is {value}, as in the training data"
         for key, value in wrong.items()

@@ -75,7 +75,7 @@ class RoutingReport:
         ) * B  # as GlobalBatchSampler deals them
         tokens = recorded.input_ids_Bs.flatten().tolist()
         padding = [False] * (B * s) if recorded.padding_Bs is None else recorded.padding_Bs.flatten().tolist()
-        with open(path, "a") as file:
+        with open(path, "a", encoding="utf-8") as file:
             for layer, choice in zip(self._layers, recorded.choices, strict=True):
                 columns = zip(tokens, *(column.tolist() for column in choice), strict=True)
                 for t, (token, experts, weights, margin) in enumerate(columns):

@@ -12,7 +12,14 @@ from tinytron.data.manifest import TOKENIZER, TokenizerFacts, read_manifest
 from tinytron.data.mixture_file import read_mixture
 from tinytron.data.remote import local_dataset_path
 from tinytron.errors import ConfigError, DataError
-from tinytron.text.tokenizer_files import named_end, read_specials, read_vocabulary, tokenizer_file, usual_ends
+from tinytron.text.tokenizer_files import (
+    named_end,
+    read_tokenizer,
+    specials_of,
+    tokenizer_file,
+    usual_ends,
+    vocabulary_of,
+)
 from tinytron.text.tokenizers import TextTokenizer, from_file, from_hub, from_tiktoken
 from tinytron.utils.remote import is_remote
 from tinytron.utils.texts import whole_characters
@@ -182,7 +189,8 @@ def token_facts(
 
 def _own_end(file: Path) -> int | None:
     try:
-        vocabulary, specials = read_vocabulary(file), read_specials(file)
+        content = read_tokenizer(file)
+        vocabulary, specials = vocabulary_of(content), specials_of(content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     candidates = (named_end(file), *usual_ends(specials))

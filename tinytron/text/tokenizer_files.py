@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,15 @@ def usual_ends(specials: Collection[str]) -> list[str]:
     return sorted(END_TOKENS, key=lambda token: token not in specials)
 
 
-def read_vocabulary(path: Path) -> dict[str, int]:
-    """The tokens of a tokenizer.json, added ones too, and their ids. Raises: OSError; ValueError, KeyError, TypeError or
-    AttributeError for a file of another form."""
-    content = json.loads(without_bom(path.read_bytes()))
+def read_tokenizer(path: Path) -> dict[str, Any]:
+    """The content of a tokenizer.json. Raises: OSError; ValueError for what is not JSON."""
+    content: dict[str, Any] = json.loads(without_bom(path.read_bytes()))
+    return content
+
+
+def vocabulary_of(content: Mapping[str, Any]) -> dict[str, int]:
+    """The tokens in the ``content`` of a tokenizer.json, added ones too, and their ids. Raises: ValueError, KeyError,
+    TypeError or AttributeError for a file of another form."""
     vocab = content["model"]["vocab"]
     pairs = vocab.items() if isinstance(vocab, dict) else ((piece, number) for number, (piece, *_) in enumerate(vocab))
     tokens = {str(token): int(number) for token, number in pairs}
@@ -31,9 +36,13 @@ def read_vocabulary(path: Path) -> dict[str, int]:
     return tokens
 
 
-def read_specials(path: Path) -> set[str]:
-    """The special tokens of a tokenizer.json. Raises: as ``read_vocabulary``."""
-    content = json.loads(without_bom(path.read_bytes()))
+def read_vocabulary(path: Path) -> dict[str, int]:
+    """``vocabulary_of`` the tokenizer.json ``path``. Raises: as ``read_tokenizer`` and ``vocabulary_of``."""
+    return vocabulary_of(read_tokenizer(path))
+
+
+def specials_of(content: Mapping[str, Any]) -> set[str]:
+    """The special tokens in the ``content`` of a tokenizer.json. Raises: as ``vocabulary_of``."""
     return {str(added.get("content")) for added in content.get("added_tokens") or [] if added.get("special")}
 
 
@@ -55,7 +64,7 @@ def named_end(path: Path) -> str | None:
 def leading_id(path: Path) -> int | None:
     """The id that the post-processor of the tokenizer.json ``path`` puts before every text, if there is one. It alone
     decides in transformers 5, whatever ``add_bos_token`` in tokenizer_config.json says. Raises: as ``read_vocabulary``."""
-    return _first_of(json.loads(without_bom(path.read_bytes())).get("post_processor"))
+    return _first_of(read_tokenizer(path).get("post_processor"))
 
 
 def _first_of(processor: dict[str, Any] | None) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from types import MappingProxyType
 from typing import Any
 
@@ -12,8 +12,9 @@ from tinytron.errors import ConfigError
 from tinytron.interop import model_options
 from tinytron.training.config import Config, all_sections
 from tinytron.training.config_files import PRESET, options_in, words_of
-from tinytron.training.presets import PRESETS, preset_options
+from tinytron.training.presets import GOOD_MAX_LR, PRESETS, preset_options
 from tinytron.training.run.exports import check_exportable
+from tinytron.training.sections import OptimConfig
 from tinytron.utils.flags import Parser, add_flag, config_fields, parse_strictly
 from tinytron.utils.paths import one_spelling
 
@@ -85,28 +86,49 @@ def parse_args(
 ) -> argparse.Namespace:
     """Parse ``argv`` (default: the command line), with the flags of further ``sections`` such as ``MyTrainer.sections``;
     ``given`` of the result are the flags that stand there. Raises: ConfigError for unknown flags, naming the nearest known
-    one, and for values of the wrong type or a preset together with weights. The options of ``--config`` files count as if
+    one, and for values of the wrong type or a preset that does not fit. The options of ``--config`` files count as if
     they stood before all flags, and those of the ``--preset`` before them."""
     parser = build_parser(sections, prog)
-    argv = [*_words_of_names(parser, argv, all_sections(sections)), *(sys.argv[1:] if argv is None else argv)]
-    args = parse_strictly(parser, argv, USUAL_NAMES)
-    named = {name: vars(args).pop(name, None) for name in _NAMES}
-    if named[PRESET] is not None and args.init_from is not None:
-        raise ConfigError(
-            f"--preset {named[PRESET]} gives the sizes of a new model, and --init_from {args.init_from} has its own; "
-            "leave one out"
-        )
+    preset, of_preset, of_files = _words_of_names(parser, argv, all_sections(sections))
+    argv = [*of_files, *(sys.argv[1:] if argv is None else argv)]
+    args = parse_strictly(parser, [*of_preset, *argv], USUAL_NAMES)
+    for name in _NAMES:
+        vars(args).pop(name, None)
     for action in parser._actions:
         action.default = argparse.SUPPRESS
-    args.given = frozenset(vars(parse_strictly(parser, argv))) - {*_NAMES}
+    given = vars(parse_strictly(parser, argv)).keys() - {*_NAMES}
+    if preset is not None:
+        _check_preset(preset, args, given)
+    args.given = frozenset(given | vars(parse_strictly(parser, of_preset)).keys())
     args.sections = sections
     return args
 
 
+def _check_preset(name: str, args: argparse.Namespace, given: Set[str]) -> None:
+    """Raises: ConfigError if ``--preset`` and the flags that are ``given`` in addition do not go together."""
+    if args.init_from is not None:
+        raise ConfigError(
+            f"--preset {name} gives the sizes of a new model, and --init_from {args.init_from} has its own; leave one out"
+        )
+    options = preset_options(name)
+    if options.keys() <= given:
+        raise ConfigError(
+            f"--preset {name} changes nothing: flags and --config files, which win over it, give all of its options; "
+            "leave one out"
+        )
+    tuned_for = options.get("optimizer", OptimConfig.optimizer)
+    if args.optimizer != tuned_for and "max_lr" not in given:
+        raise ConfigError(
+            f"--preset {name} has a --max_lr for --optimizer {tuned_for}; give one for --optimizer {args.optimizer}, such "
+            f"as --max_lr {GOOD_MAX_LR[args.optimizer]}"
+        )
+
+
 def _words_of_names(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, sections: Mapping[str, type]
-) -> list[str]:
-    """The words that the preset and the files of ``argv`` stand for. A file may name the preset, too."""
+) -> tuple[str | None, list[str], list[str]]:
+    """The preset of ``argv``, the words that it stands for, and those that the files stand for. A file may name the
+    preset, too."""
     names = Parser(add_help=False)
     names.add_argument("--config", action="append", default=[])
     names.add_argument(f"--{PRESET}")
@@ -122,7 +144,7 @@ def _words_of_names(
         except ConfigError as error:
             raise ConfigError(f"--config {file}: {str(error).removesuffix('; see --help')}") from error
     preset = found.get(PRESET) if named.preset is None else named.preset
-    return [*(words_of(preset_options(preset)) if preset is not None else ()), *words_of(found)]
+    return preset, [] if preset is None else words_of(preset_options(preset)), words_of(found)
 
 
 def build_config(args: argparse.Namespace) -> Config:

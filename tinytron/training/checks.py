@@ -106,7 +106,8 @@ def _check_exports(ckpt: CkptConfig) -> None:
     if ckpt.save_every_steps and ckpt.export_every % ckpt.save_every_steps:
         raise ConfigError(
             f"--export_every {ckpt.export_every} must be a multiple of --save_every_steps {ckpt.save_every_steps}: what is "
-            f"exported is a checkpoint; use {round_to(ckpt.export_every, ckpt.save_every_steps)}"
+            f"exported is a checkpoint; use {round_to(ckpt.export_every, ckpt.save_every_steps)}, or --save_every_steps "
+            f"{ckpt.export_every}"
         )
 
 

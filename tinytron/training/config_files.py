@@ -34,8 +34,10 @@ def options_in(file: str, sections: Mapping[str, type], usual: Mapping[str, str]
             if not isinstance(value, str):
                 raise ConfigError(f"--config {file}: preset must be a name, not {json.dumps(value)}; use preset: tiny")
             found[PRESET] = value
-        elif key in fields and isinstance(value, dict):
-            for name, inner in value.items():
+        elif key in fields and (value is None or isinstance(value, dict)):
+            for name, inner in (value or {}).items():  # None: a section whose lines are all comments
+                if name == PRESET:
+                    raise ConfigError(f"--config {file}: preset is not an option of {key}; put it outside the sections")
                 if name in known and name not in fields[key]:
                     home = next(section for section, infos in fields.items() if name in infos)
                     raise ConfigError(f"--config {file}: {name} is no option of {key}; it is one of {home}")

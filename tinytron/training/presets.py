@@ -46,10 +46,18 @@ def _rates(max_lr: float, min_lr: float) -> dict[str, Any]:
     return {"max_lr": max_lr, "min_lr": min_lr}
 
 
+# A first peak rate to try, by optimizer, for the smaller models.
+GOOD_MAX_LR: Mapping[str, float] = MappingProxyType({"adam": 4e-3, "muon": 0.02})
 # AdamW from 0.1B to 3B, as in scripts/lib/launch.sh; the default of 4e-3 is for smaller models.
 _ADAM = _rates(6e-4, 6e-5)
 # Muon takes a peak rate of 0.02 at these sizes; embeddings and norms, which AdamW updates, take half of it.
-_MUON = {"optimizer": "muon", "max_lr": 0.02, "min_lr": 2e-4, "embedding_lr_mult": 0.5, "scalar_lr_mult": 0.5}
+_MUON = {
+    "optimizer": "muon",
+    "max_lr": GOOD_MAX_LR["muon"],
+    "min_lr": 2e-4,
+    "embedding_lr_mult": 0.5,
+    "scalar_lr_mult": 0.5,
+}
 _MODERN = {"init_std": 0.02, **_MUON}
 _GPT2 = {
     **{"vocab_size": 50257, "norm_type": "layer", "norm_eps": 1e-5, "mlp_type": "gelu_tanh", "bias": True},

@@ -28,7 +28,7 @@ def lock_folder(folder: Path, remedy: str) -> IO[str]:
     try:
         file = _open_shared(path)
     except BlockingIOError:  # another user's process holds it
-        raise _in_use(folder, path.read_text(), remedy) from None
+        raise _in_use(folder, path.read_text(encoding="utf-8"), remedy) from None
     except PermissionError as error:
         raise ConfigError(
             f"run folder {folder} cannot be written; ask its owner, {_owner(folder)}, or use another --exp_name"
@@ -68,7 +68,7 @@ def wait_for_lock(path: Path, say: Callable[[str], object]) -> Iterator[None]:
         shared = _open_shared(path)
     except BlockingIOError:  # another user's process holds it
         say(waits)
-        with open(path) as other:
+        with open(path, encoding="utf-8") as other:
             fcntl.lockf(other, fcntl.LOCK_SH)
         shared = _open_shared(path)
     with shared as file:
@@ -81,12 +81,12 @@ def wait_for_lock(path: Path, say: Callable[[str], object]) -> Iterator[None]:
 def _open_shared(path: Path) -> IO[str]:
     """Open the lock file and let every user with write access to its folder use it. Raises: PermissionError."""
     try:
-        file = open(path, "a+")  # noqa: SIM115  # stays open, because closing it would release the lock
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  # stays open, because closing it would release the lock
     except PermissionError:
         if not path.exists():
             raise
         _remove_free_lock(path)  # another user made it without access for others
-        file = open(path, "a+")  # noqa: SIM115
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
     with contextlib.suppress(PermissionError):  # the file may belong to another user
         os.fchmod(file.fileno(), 0o666)
     return file
@@ -95,7 +95,7 @@ def _open_shared(path: Path) -> IO[str]:
 def _remove_free_lock(path: Path) -> None:
     """Remove the lock file. Raises: PermissionError if the folder is not writable, BlockingIOError if a process holds the
     lock."""
-    with open(path) as file:  # read access is enough for a shared lock
+    with open(path, encoding="utf-8") as file:  # read access is enough for a shared lock
         fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         path.unlink()
 

@@ -35,7 +35,9 @@ def memory_of(device: torch.device) -> Memory | None:
 
 def _machine(file: Path) -> Memory | None:
     try:
-        numbers = {name: 1024 * int(size) for name, size in re.findall(r"(\w+):\s+(\d+) kB", file.read_text())}
+        numbers = {
+            name: 1024 * int(size) for name, size in re.findall(r"(\w+):\s+(\d+) kB", file.read_text(encoding="utf-8"))
+        }
         return Memory(numbers["MemTotal"], numbers["MemAvailable"])
     except (OSError, KeyError):
         return None
@@ -43,6 +45,6 @@ def _machine(file: Path) -> Memory | None:
 
 def _number(file: Path) -> int | None:
     try:
-        return int(file.read_text())  # "max" means unlimited
+        return int(file.read_text(encoding="utf-8"))  # "max" means unlimited
     except (OSError, ValueError):
         return None

@@ -11,12 +11,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+INTERRUPTED = 128 + signal.SIGINT  # the exit status after Ctrl-C
 _END = b"\0"  # no signal has this number
 # A signal that repeats the first one within this time is a copy that arrived by another path. The time is shorter for
 # Ctrl-C, because a user who presses it twice means it.
 SAME_SIGNAL_SECONDS = {signal.SIGTERM: 2.0, signal.SIGUSR1: 2.0, signal.SIGINT: 0.5}
+NATIVE_CALL_SECONDS = 3.0  # for a native call to return after Ctrl-C
 
 
 class StopRequest:
@@ -49,12 +52,16 @@ class StopRequest:
             self._leave(128 + number)
 
     @contextlib.contextmanager
-    def listening(self, numbers: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterator[None]:
+    def listening(
+        self,
+        numbers: Sequence[signal.Signals] = STOP_SIGNALS,
+        handler: Callable[[int, FrameType | None], object] = lambda number, frame: None,
+    ) -> Iterator[None]:
         """Receive the signals in this context, then restore the old handlers. This works only in the main thread; in other
-        threads it does nothing.
+        threads it does nothing. Python also calls ``handler``, in the main thread.
 
-        A thread reads the signals from a socket that the interpreter's C handler writes to. A Python handler would have to
-        wait for the main thread, which may be in a collective that never ends.
+        A thread reads the signals from a socket. CPython writes to it only for signals that have a Python handler, and that
+        handler has to wait for the main thread, which may be in a collective that never ends.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -62,7 +69,7 @@ class StopRequest:
         reader, writer = socket.socketpair()
         writer.setblocking(False)
         numbers = heard(numbers)
-        old_handlers = {number: signal.signal(number, _leave_to_the_thread) for number in numbers}
+        old_handlers = {number: signal.signal(number, handler) for number in numbers}
         old_writer = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         thread = threading.Thread(target=self._read, args=(reader, numbers), name="stop signals", daemon=True)
         thread.start()
@@ -70,8 +77,8 @@ class StopRequest:
             yield
         finally:
             signal.set_wakeup_fd(old_writer)
-            for number, handler in old_handlers.items():
-                signal.signal(number, handler or signal.SIG_DFL)  # None: the old handler was not installed from Python
+            for number, old in old_handlers.items():
+                signal.signal(number, old or signal.SIG_DFL)  # None: the old handler was not installed from Python
             with writer:
                 writer.send(_END)
             thread.join()  # a running thread would keep this object, and the owner of ``first``, alive
@@ -90,8 +97,49 @@ def heard(numbers: Sequence[signal.Signals] = STOP_SIGNALS) -> list[signal.Signa
     return [number for number in numbers if not (ignored and number == signal.SIGINT)]
 
 
-def _leave_to_the_thread(number: int, frame: object) -> None:
-    """No-op handler: CPython writes to the wakeup socket only for signals that have a Python handler."""
+class _Interruption(StopRequest):
+    """Ctrl-C as a KeyboardInterrupt, once. While another handler is in place, such as a launcher's, it does nothing."""
+
+    def __init__(self, say: Callable[[], object]) -> None:
+        super().__init__(first=self._await_the_main_thread)
+        self._say, self._raised = say, False
+
+    def take(self, number: int) -> None:
+        if signal.getsignal(signal.SIGINT) == self.raise_once:
+            super().take(number)
+
+    def raise_once(self, number: int, frame: object) -> None:
+        """The handler, which Python calls in the main thread. Raises: KeyboardInterrupt the first time."""
+        if not self._raised:
+            self._raised = True
+            raise KeyboardInterrupt
+
+    def _await_the_main_thread(self, number: int) -> None:
+        timer = threading.Timer(NATIVE_CALL_SECONDS, self._leave_if_stuck)
+        timer.daemon = True
+        timer.start()
+
+    def _leave_if_stuck(self) -> None:
+        if not self._raised:
+            self._say()
+            self._leave(INTERRUPTED)
+
+
+@contextlib.contextmanager
+def interruptible(say: Callable[[], object]) -> Iterator[None]:
+    """Around a command: the first Ctrl-C raises KeyboardInterrupt, and a second one ends the process at once.
+
+    A copy of the first one within ``SAME_SIGNAL_SECONDS`` does not count: a terminal signals a launcher and its workers
+    alike, and the launcher's copy would interrupt the cleanup and end in a traceback. If the main thread does not return from
+    a native call within ``NATIVE_CALL_SECONDS``, ``say`` is called and the process ends: torch waits 30 minutes for a missing
+    rank, and Python raises nothing meanwhile. Handlers other than Python's own stay in place.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    interruption = _Interruption(say)
+    with interruption.listening([signal.SIGINT], interruption.raise_once):
+        yield
 
 
 def ignore_group_signals(*_: object) -> None:

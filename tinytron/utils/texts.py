@@ -38,3 +38,8 @@ def next_command(*words: object) -> str:
     path, it uses this Python instead."""
     program = ["tinytron"] if shutil.which("tinytron") else [sys.executable, "-m", "tinytron"]
     return f"next: {shlex.join([*program, *map(str, words)])}"
+
+
+def next_generation(checkpoint: object, *words: object) -> str:
+    """``next_command`` for a text from the model at ``checkpoint``, with further flags in ``words``."""
+    return next_command("generate", "--checkpoint", checkpoint, "--prompt", "the", *words)

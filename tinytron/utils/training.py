@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -77,20 +78,27 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Call ``write(file)`` on a temporary file next to ``path``, flush it to disk, and rename it into place. So a reader
-    sees either the old file or the complete new one, whatever happens. A failed write leaves nothing behind."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        try:
-            write(file)
-            file.flush()
+@contextlib.contextmanager
+def appears_whole(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
+    """A temporary file next to ``path``, with ``suffix`` after its name, to write to. At the end it is flushed to
+    disk and renamed into place. So a reader sees either the old file or the complete new one, whatever happens. After an
+    error it is removed."""
+    temporary = path.with_name(path.name + suffix)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        except BaseException:
-            temporary.unlink(missing_ok=True)  # frees the space on a full disk
-            raise
-    os.replace(temporary, path)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # frees the space on a full disk
+        raise
     sync_folder(path.parent)
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Call ``write(file)`` on a file that ``appears_whole`` at ``path``."""
+    with appears_whole(path) as temporary, open(temporary, "wb") as file:
+        write(file)
 
 
 def sync_folder(folder: Path) -> None:

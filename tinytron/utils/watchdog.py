@@ -81,7 +81,7 @@ class Watchdog:
         place = locate_frame(sys._current_frames().get(thread))
         text = f"rank {self.rank}: no step completed for {self.seconds + overdue:.1f} s, after step {step}; {place}"
         try:
-            with open(self.path, "a") as file:
+            with open(self.path, "a", encoding="utf-8") as file:
                 print(text, file=file, flush=True)
                 faulthandler.dump_traceback(file, all_threads=True)
             text += f"; stacks: {self.path}"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from tinytron.interop.gguf.tokenizer import tokenizer_metadata
 from tinytron.interop.tokenizer import TokenizerFiles, exported_tokenizer
 from tinytron.text.run_tokenizer import TOKENS
 from tinytron.utils.optional import require_package
-from tinytron.utils.training import sync_folder
+from tinytron.utils.training import appears_whole
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,8 @@ def export_gguf(checkpoint: Path, out: Path, kind: str, *, tokenizer: Path | Non
     rows = len(of_tokenizer["tokenizer.ggml.tokens"])
     parts = list(tensors(found, config, specs, weights, rows))
     general = {"general.name": out.stem, "general.file_type": KINDS[kind][1], "general.quantization_version": 2}
-    with _appears_whole(out) as path:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with appears_whole(out, f".tmp.{os.getpid()}") as path:
         writer = gguf.GGUFWriter(path, found.name)
         try:
             for key, value in (general | model_metadata(found, config, rows) | of_tokenizer).items():
@@ -72,23 +71,6 @@ def export_gguf(checkpoint: Path, out: Path, kind: str, *, tokenizer: Path | Non
         finally:
             writer.close()
     return ExportedGGUF(found.name, len(parts), out.stat().st_size, known, config.vocab_size - rows)
-
-
-@contextmanager
-def _appears_whole(out: Path) -> Iterator[Path]:
-    """A temporary neighbor of the file ``out``; it becomes ``out`` at the end, on the disk, and is removed after an
-    error."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp.{os.getpid()}")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, out)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(out.parent)
 
 
 def _add(gguf: Any, writer: Any, key: str, value: Any) -> None:

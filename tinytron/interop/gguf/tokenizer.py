@@ -9,7 +9,7 @@ from typing import Any
 from tinytron.data.manifest import TOKENIZER
 from tinytron.errors import ConfigError
 from tinytron.interop.tokenizer import TokenizerFiles
-from tinytron.text.tokenizer_files import TOKENIZER_CONFIG, read_vocabulary, token_text
+from tinytron.text.tokenizer_files import TOKENIZER_CONFIG, read_tokenizer, token_text, vocabulary_of
 from tinytron.utils.texts import without_bom
 
 _NORMAL, _CONTROL, _USER, _UNUSED = 1, 3, 4, 5  # llama_token_type
@@ -31,8 +31,8 @@ def tokenizer_metadata(tokenizer: TokenizerFiles, vocab_size: int) -> dict[str, 
         known = "" if tokenizer.record is None else f" (the data was made with {tokenizer.record.name})"
         raise ConfigError(f"--gguf needs a {TOKENIZER}{known}, and none is known; use --tokenizer path/to/{TOKENIZER}")
     try:
-        content = json.loads(without_bom(path.read_bytes()))
-        vocabulary = read_vocabulary(path)
+        content = read_tokenizer(path)
+        vocabulary = vocabulary_of(content)
         model, added = content["model"], content.get("added_tokens") or []
         specials = {int(token["id"]): bool(token["special"]) for token in added}
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", [])]
@@ -145,5 +145,5 @@ def _chat_template(files: tuple[Path, ...]) -> dict[str, str]:
         found = named.get("default")
     for path in files:
         if path.name == "chat_template.jinja":
-            found = path.read_text()
+            found = path.read_text(encoding="utf-8")
     return {"tokenizer.chat_template": found} if isinstance(found, str) and found else {}

@@ -33,7 +33,7 @@ from tinytron.training.run.resume import checkpoints_to_resume
 from tinytron.training.world import first_on_node
 from tinytron.utils.lock import lock_folder
 from tinytron.utils.remote import is_remote, local_folder
-from tinytron.utils.texts import next_command
+from tinytron.utils.texts import next_command, next_generation
 from tinytron.utils.training import write_atomically
 
 T = TypeVar("T")
@@ -101,7 +101,7 @@ class RunFolder:
     def next_command(self, model: nn.Module) -> str:
         """A line with a command for what may be done with ``model``, once it is trained and saved here."""
         if self._has_tokenizer and isinstance(model, GPT):
-            return next_command("generate", "--checkpoint", self.path, "--prompt", "the")
+            return next_generation(self.path)
         return next_command("checkpoint", "inspect", self.path)
 
     def push_logs(self) -> None:
