@@ -327,7 +327,9 @@ def test_errors_are_one_line_and_leave_nothing(tmp_path: Path, capsys: pytest.Ca
     text = refusal("import", run, "--out", tmp_path / "new", capsys=capsys)
     assert text == f"error: {run} is Tinytron's own already; use it with --init_from"
     text = refusal("import", "no such/name/here", "--out", tmp_path / "new", capsys=capsys)
-    assert text == ("error: no such/name/here is no folder with a model, and no name such as openai-community/gpt2")
+    assert text == (
+        "error: no such/name/here is neither the folder of a model nor a name on the hub, such as openai-community/gpt2"
+    )
     empty = tmp_path / "empty"
     empty.mkdir()
     text = refusal("export", "--checkpoint", empty, "--out", tmp_path / "new", capsys=capsys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,15 +20,16 @@ CONFIG = "config.json"  # describes a run, or an imported model; next to its wei
 
 class SavedModel(NamedTuple):
     """A file of weights, their architecture, and the record of their checkpoint (for an imported model no more than its
-    configuration)."""
+    configuration). ``read`` gives the weights where the file does not hold them in Tinytron's form."""
 
     file: Path
     config: ModelConfig
     meta: CheckpointMeta
+    read: Callable[[], dict[str, torch.Tensor]] | None = None
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The whole ``state_dict``, read where it is used. Raises: CheckpointError if the file is damaged."""
-        return read_weights(self.file, mmap=True)
+        return read_weights(self.file, mmap=True) if self.read is None else self.read()
 
     def section(self, name: str) -> dict[str, Any]:
         """A section of the configuration that the checkpoint's run had; empty if nothing is known of it."""

@@ -1,12 +1,12 @@
-"""Text that users wrote, in files with or without a byte order mark or strings that are not all characters; and commands to
-print for them."""
+"""Text that users wrote, in files with or without a byte order mark or strings that are not all characters; and tables and
+commands to print for them."""
 
 from __future__ import annotations
 
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 BOM = "\ufeff"
 _BOM_BYTES = BOM.encode()
@@ -38,3 +38,15 @@ def next_command(*words: object) -> str:
     the path, it names this Python instead."""
     program = ["tinytron"] if shutil.which("tinytron") else [sys.executable, "-m", "tinytron"]
     return f"next: {shlex.join([*program, *map(str, words)])}"
+
+
+def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """The lines of a table. A column is as wide as its longest entry; those in ``right`` are aligned at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            text.rjust(width) if i in right else text.ljust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
