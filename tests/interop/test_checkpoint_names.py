@@ -1,4 +1,4 @@
-"""What ``--checkpoint`` takes: a safetensors file, a name on the hub and a URL are the model that they name."""
+"""Names that ``--checkpoint`` takes: a safetensors file, a name on the hub, a URL, and mistyped ones."""
 
 from __future__ import annotations
 

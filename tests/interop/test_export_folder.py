@@ -52,6 +52,21 @@ def test_tokens_template_and_settings_are_those_of_the_folder(
     assert run_snippet(tmp_path / "out", monkeypatch)[1]
 
 
+def test_a_tokenizer_of_an_older_form_travels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a tokenizer.json, which our own generation needs: no command to generate is proposed."""
+    save("gpt2", tmp_path / "hf", torch.float32)
+    files = {
+        "vocab.json": '{"a": 0, "b": 1}',
+        "merges.txt": "#version: 0.2\n",
+        "tokenizer_config.json": '{"eos_token": "b"}',
+    }
+    for file, content in files.items():
+        (tmp_path / "hf" / file).write_text(content)
+    export(tmp_path / "hf", tmp_path / "out")
+    assert {file: (tmp_path / "out" / file).read_text() for file in files} == files
+    assert "next:" not in capsys.readouterr().out
+
+
 def test_ignored_keys_are_told(chat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     shutil.copytree(chat, tmp_path / "hf")
     change_config(tmp_path / "hf", unsloth_version="1")

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+from tinytron.data.manifest import TOKENIZER
 from tinytron.errors import ConfigError
 from tinytron.interop.export import export
 from tinytron.interop.gguf import KINDS, export_gguf
@@ -74,7 +75,7 @@ def main(argv: Sequence[str], prog: str = "tinytron export") -> None:
     print(f"wrote {args.out}: {made.family.architecture}, {made.tensors} tensors, {made.bytes:,} bytes in {files}")
     for line in (about_tokens(made.tokenizer), *made.changes):
         print(line)
-    if made.tokenizer.is_complete:
+    if any(path.name == TOKENIZER for path in made.tokenizer.files):  # the only form that generate reads
         print(next_command("generate", "--checkpoint", args.out, "--prompt", "the"))
 
 

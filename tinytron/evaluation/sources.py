@@ -1,4 +1,4 @@
-"""What ``tinytron evaluate --data`` measures: each path, or each source of a mixture, on the local disk."""
+"""The data that ``tinytron evaluate --data`` measures: each path, or each source of a mixture, on the local disk."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class Measured:
 
 
 def data_sources(paths: Sequence[str], say: Say = lambda text: None) -> Measured:
-    """What the ``--data`` ``paths`` name: folders or patterns of token shards, files of texts, mixture files, or URLs of
-    the first two, which are downloaded first (``say`` gets a line). Token shards are measured on their validation split,
-    or on the training split if there is none.
+    """The data that ``paths`` (``--data``) name: folders or patterns of token shards, files of texts, mixture files, or
+    URLs of the first two, which are downloaded first (``say`` gets a line). Token shards are measured on their validation
+    split, or on the training split if there is none.
 
-    A mixture is measured as the trainer validates: on the sources that have validation shards. One without any is measured
-    on all of its training shards. Raises: DataError for data that is missing; ConfigError for a damaged mixture file and
-    for a path that is given twice; StorageError for a URL that cannot be read.
+    A mixture is measured as the trainer validates: on the sources that have validation shards. A mixture without any is
+    measured on the training shards of all its sources. Raises: DataError for data that is missing; ConfigError for a
+    damaged mixture file and for a path that is given twice; StorageError for a URL that cannot be read.
     """
     sources: list[DataSource] = []
     left_out: list[str] = []
@@ -79,7 +79,7 @@ def _of_mixture(path: str, prefix: str, say: Say) -> tuple[list[DataSource], lis
 
 
 def _split(local: str) -> str:
-    """The split to measure. Raises: DataError if there are no shards."""
+    """The split to measure. Raises: DataError if no shard is found."""
     if find_shards(local, "val"):
         return "val"
     find_shards(local, "train")

@@ -20,7 +20,7 @@ from tinytron.model.modules.loss import LossSums, checked_sums
 
 
 class ValSums(NamedTuple):
-    """What a validation adds up: the loss in ``nats``, its ``normalizer`` and the ``weight`` of the targets, the number of
+    """Sums of a validation: the loss in ``nats``, its ``normalizer`` and the ``weight`` of the targets, the number of
     targets (``tokens``), their loss without weights (``plain_nats``) and their ``text_bytes``, 0 where those are not known;
     and of every auxiliary value (``aux``) its sum and what that is divided by."""
 
@@ -62,7 +62,7 @@ class ValResult(NamedTuple):
     """``loss`` in nats per token over ``tokens`` targets (weighted, if they have weights), or per what the objective
     counts instead; NaN if there is none. ``bits_per_byte`` (not weighted), if it is known which bytes tokens stand for; of
     a mixture also the same for every source; ``aux``: the objective's auxiliary values by name, divided by their own counts
-    or like the loss. ``sums`` is what all these are quotients of."""
+    or like the loss. ``sums`` are the numbers that these are quotients of."""
 
     loss: float
     tokens: int

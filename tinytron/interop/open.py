@@ -1,5 +1,5 @@
-"""Any model by the name that ``--checkpoint`` takes: Tinytron's own checkpoints and Hugging Face models; here, on the hub,
-or behind a URL."""
+"""Any model by the name that ``--checkpoint`` takes: Tinytron's own checkpoints and Hugging Face models, on the local disk,
+on the hub or at a URL."""
 
 from __future__ import annotations
 

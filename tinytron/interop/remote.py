@@ -1,4 +1,4 @@
-"""Checkpoints behind URLs: downloaded to the local disk before they are opened."""
+"""Checkpoints at URLs: downloaded to the local disk before they are opened."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def fetch_checkpoint(url: str, say: Callable[[str], object] = lambda text: None)
     or folder; ``say`` gets a line before the download.
 
     A file that was downloaded before is kept only if the checkpoint's record has its SHA-256: a run that began again has
-    files of the same names and sizes. Raises: CheckpointError if there is no checkpoint; ConfigError and StorageError as
+    files of the same names and sizes. Raises: CheckpointError if ``url`` holds none; ConfigError and StorageError as
     ``RemoteFolder``.
     """
     place, _, last = url.rstrip("/").rpartition("/")
