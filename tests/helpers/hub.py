@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub: what huggingface_hub asks for when it lists and fetches files of data sets."""
+"""A stand-in for the Hugging Face hub: what huggingface_hub asks for when it fetches data sets and models."""
 
 from __future__ import annotations
 
@@ -68,9 +68,14 @@ def serving(files: dict[str, bytes]) -> Iterator[Hub]:
         def _answer(self, with_body: bool) -> None:
             path, asked = unquote(self.path.partition("?")[0]), self.headers.get("Range")
             hub.requests.append((self.command, path, asked))
-            if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/[^/]+/(.+)", path):
-                self._send(200, _tree(hub.files, *found.groups()), {"Content-Type": "application/json"}, with_body)
-            elif (found := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)) and (
+            json_type = {"Content-Type": "application/json"}
+            if found := re.fullmatch(r"/api/(?:datasets|models)/([^/]+/[^/]+)/tree/[^/]+(?:/(.+))?", path):
+                self._send(200, _tree(hub.files, found[1], found[2] or ""), json_type, with_body)
+            elif (found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/[^/]+", path)) and any(
+                name.startswith(f"{found[1]}/") for name in hub.files
+            ):
+                self._send(200, json.dumps({"id": found[1], "sha": COMMIT}).encode(), json_type, with_body)
+            elif (found := re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)) and (
                 content := hub.files.get("/".join(found.groups()))
             ) is not None:
                 self._send_file("/".join(found.groups()), content, asked, with_body)
@@ -105,7 +110,7 @@ def serving(files: dict[str, bytes]) -> Iterator[Hub]:
 
 
 def _tree(files: dict[str, bytes], repo: str, folder: str) -> bytes:
-    prefix = f"{repo}/{folder}/"
+    prefix = f"{repo}/{folder}/" if folder else f"{repo}/"
     return json.dumps(
         [
             {"type": "file", "path": name.removeprefix(f"{repo}/"), "size": len(content), "oid": "0" * 40}

@@ -177,19 +177,19 @@ def test_pickled_weights_are_fetched_where_there_are_no_others(
 
 
 def test_what_the_hub_does_not_give_is_told(hub: list[Any]) -> None:
-    text = "owner/none is no folder here, and the hub does not give it (404 Client Error); use a local folder"
+    text = "owner/none is not a folder here, and the hub download failed (404 Client Error); use a local folder"
     assert refusal("owner/none", ConfigError) == text
 
 
 def test_the_hub_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    text = "a/b is no folder here; to fetch it: pip install huggingface_hub; or give a folder"
+    text = "a/b is not a folder here; to download it from the hub: pip install huggingface_hub; or give a folder"
     assert refusal("a/b", ConfigError) == text
 
 
 def test_a_file_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    text = f"{tmp_path}/file is no folder with a model, and no name such as openai-community/gpt2"
+    text = f"{tmp_path}/file is neither the folder of a model nor a name on the hub, such as openai-community/gpt2"
     assert refusal(tmp_path / "file", ConfigError) == text
 
 

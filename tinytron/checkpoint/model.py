@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,16 +19,18 @@ CONFIG = "config.json"  # describes a run or an imported model; it is next to th
 
 
 class SavedModel(NamedTuple):
-    """A weights file, its architecture, and its checkpoint's metadata (for an imported model only the configuration)."""
+    """A weights file, its architecture, and its checkpoint's metadata (for an imported model only the configuration).
+    ``read`` returns the weights of a file that does not hold them in Tinytron's form."""
 
     file: Path
     config: ModelConfig
     meta: CheckpointMeta
+    read: Callable[[], dict[str, torch.Tensor]] | None = None
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The whole ``state_dict``, memory-mapped: a tensor is read when it is used. Raises: CheckpointError if the file is
-        damaged."""
-        return read_weights(self.file, mmap=True)
+        """The whole ``state_dict``, memory-mapped if the file allows it: a tensor is read when it is used. Raises:
+        CheckpointError if the file is damaged."""
+        return read_weights(self.file, mmap=True) if self.read is None else self.read()
 
     def section(self, name: str) -> dict[str, Any]:
         """One section of the run's configuration; empty if it is unknown."""

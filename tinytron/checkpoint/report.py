@@ -17,6 +17,7 @@ from tinytron.checkpoint.load import read_file, read_meta
 from tinytron.checkpoint.meta import CheckpointMeta
 from tinytron.checkpoint.optimizer_state import state_of, stored_states
 from tinytron.errors import CheckpointError
+from tinytron.utils.texts import table
 
 
 @dataclass(frozen=True)
@@ -150,10 +151,10 @@ def show_folder(report: dict[str, Any]) -> str:
         )
         for c in report["checkpoints"]
     ]
-    lines = [report["folder"], *_table([title, *rows], right=range(9))]
+    lines = [report["folder"], *table([title, *rows], right=range(9))]
     if report["leftovers"]:
         lines += ["", "left by interrupted saves, or part of a save in progress:"]
-        lines += _table([(left["name"], _size(left["bytes"])) for left in report["leftovers"]], right=[1])
+        lines += table([(left["name"], _size(left["bytes"])) for left in report["leftovers"]], right=[1])
     return "\n".join(lines)
 
 
@@ -176,7 +177,7 @@ def show_checkpoint(report: dict[str, Any]) -> str:
         ("code", f"{report['git']}; {', '.join(f'{name} {version}' for name, version in versions.items())}"),
         ("command", " ".join(report["command"])),
     ]
-    lines = [f"checkpoint {report['step']} of {report['folder']}", *_table(facts), ""]
+    lines = [f"checkpoint {report['step']} of {report['folder']}", *table(facts), ""]
     count = _number(report["parameters"], ",")
     return "\n".join(
         [*lines, *_tensor_table(report["tensors"]), f"{len(report['tensors'])} tensors, {count} parameters"]
@@ -194,19 +195,7 @@ def _tensor_table(tensors: Sequence[dict[str, Any]]) -> list[str]:
         row = (name, "x".join(str(size) for size in tensor["shape"]), tensor["dtype"], states)
         counts[row] = counts.get(row, 0) + 1
     rows = [(row[0], str(count), *row[1:]) for row, count in counts.items()]
-    return _table([("tensor", "count", "shape", "dtype", "states"), *rows], right=[1, 2])
-
-
-def _table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Lines of a table whose columns are as wide as their longest entry; columns in ``right`` are right-aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            text.rjust(width) if i in right else text.ljust(width)
-            for i, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    return table([("tensor", "count", "shape", "dtype", "states"), *rows], right=[1, 2])
 
 
 def _number(value: float | None, form: str) -> str:

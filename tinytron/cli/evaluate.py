@@ -6,23 +6,26 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from tinytron.cli.generate import CHECKPOINT_HELP
 from tinytron.data import Batch
 from tinytron.errors import ConfigError
 from tinytron.evaluation.choices import Item, encode_items, log_probs, read_items, summarize
-from tinytron.evaluation.held_out import default_seq_len, held_out, is_texts, measure
+from tinytron.evaluation.held_out import default_seq_len, held_out, measure
+from tinytron.evaluation.sources import DataSource, Measured, data_sources
+from tinytron.evaluation.validate import ValResult, total
 from tinytron.inference.engine import not_finite
-from tinytron.interop.open import model_source, open_model
+from tinytron.interop.open import CHECKPOINT_HELP, local_checkpoint, open_model
 from tinytron.model import GPT
 from tinytron.model.modules.loss import LossSums
 from tinytron.text.run_tokenizer import RunTokenizer, tokenizer_of_run
 from tinytron.utils.flags import Parser, parse_strictly, whole_number
-from tinytron.utils.paths import user_path
+from tinytron.utils.paths import expanded, user_path
+from tinytron.utils.texts import table
 from tinytron.utils.training import DTYPES, device_of, write_atomically
 
 
@@ -33,13 +36,16 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--checkpoint", type=user_path, required=True, metavar="PATH", help=CHECKPOINT_HELP)
+    add("--checkpoint", type=expanded, required=True, metavar="MODEL", help=CHECKPOINT_HELP)
     add("--tasks", type=user_path, nargs="+", default=[], metavar="FILE", help="files of items, a line of JSON each")
     add(
         "--data",
-        type=user_path,
+        type=expanded,
+        nargs="+",
+        default=[],
         metavar="PATH",
-        help="measure the loss on this: a folder or pattern of token shards, or a file of text (.txt, .jsonl, .parquet)",
+        help="measure the loss on these: folders or patterns of token shards, files of text (.txt, .jsonl, .parquet), URLs "
+        "of either, or mixture files (.json)",
     )
     add(
         "--text_key",
@@ -49,7 +55,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )
     add("--seq_len", type=whole_number, help="tokens per sample of --data; default: as trained, or at most 4096")
     add("--tokenizer", type=user_path, metavar="FILE", help="a tokenizer.json; default: the one beside the run's data")
-    add("--out", type=user_path, metavar="FILE", help="default: results.json beside the checkpoint")
+    add(
+        "--out",
+        type=user_path,
+        metavar="FILE",
+        help="default: results.json next to a local checkpoint, else in this folder",
+    )
     add("--batch_tokens", type=whole_number, default=8192, help="tokens computed at a time, padding included")
     add("--device", help="default: cuda if there is a GPU, else cpu")
     add("--dtype", choices=DTYPES, help="precision of weights; default: that of the file")
@@ -60,23 +71,29 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Answer the tasks, measure the loss, write and return the results. Raises: TinytronError; OSError (a full disk)."""
     if args.batch_tokens < 1:
         raise ConfigError(f"--batch_tokens {args.batch_tokens} must be at least 1")
-    if not args.tasks and args.data is None:
+    if not args.tasks and not args.data:
         raise ConfigError("nothing to evaluate; give --tasks FILE.jsonl, --data PATH, or both")
     names = [path.stem for path in args.tasks]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"--tasks has two files called {min(twice)}, one name in the results; rename one")
     tasks = {path.stem: read_items(path) for path in args.tasks}
-    source = model_source(args.checkpoint)
+    data = data_sources(args.data, say=print) if args.data else None
+    source = local_checkpoint(args.checkpoint, say=print)
+    is_here = Path(args.checkpoint.removeprefix("file://")).exists()
     model, config = open_model(source, device_of(args.device), DTYPES.get(args.dtype), say=print)
-    content: dict[str, Any] = {"checkpoint": str(source), "torch": str(torch.__version__)}
+    content: dict[str, Any] = {
+        "checkpoint": str(source) if is_here else args.checkpoint,
+        "torch": str(torch.__version__),
+    }
     if tasks:
-        tokenizer = tokenizer_of_run(config, args.tokenizer, args.checkpoint)
+        tokenizer = tokenizer_of_run(config, args.tokenizer, source)
         content["results"] = {
             name: _answer(name, items, model, tokenizer, args.batch_tokens) for name, items in tasks.items()
         }
-    if args.data is not None:
-        content["data"] = _measure(args, model, config)
-    out = args.out or (source if source.is_dir() else source.parent) / "results.json"
+    if data is not None:
+        content["data"] = _measure(args, data, model, config, source)
+    beside = source if source.is_dir() else source.parent
+    out = args.out or (beside if is_here else Path()) / "results.json"
     write_atomically(out, lambda file: file.write(json.dumps(content, indent=2).encode() + b"\n"))
     print(f"wrote {out}")
     return content
@@ -102,27 +119,64 @@ def _answer(name: str, items: list[Item], model: GPT, tokenizer: RunTokenizer, b
     return found
 
 
-def _measure(args: argparse.Namespace, model: GPT, config: dict[str, Any]) -> dict[str, Any]:
-    """The loss on ``--data``. Token shards need no tokenizer."""
+def _measure(
+    args: argparse.Namespace, data: Measured, model: GPT, config: dict[str, Any], checkpoint: Path
+) -> dict[str, Any]:
+    """The loss on ``--data``, in all and by source. Token shards need no tokenizer."""
     longest = model.config.block_size
     seq_len = default_seq_len(config, longest) if args.seq_len is None else args.seq_len
     if not 1 <= seq_len <= longest:
         raise ConfigError(f"--seq_len {seq_len} must be 1 to {longest}, the longest sequence that the model reads")
     tokenizer: RunTokenizer | None = None
     try:
-        tokenizer = tokenizer_of_run(config, args.tokenizer, args.checkpoint)
+        tokenizer = tokenizer_of_run(config, args.tokenizer, checkpoint)
     except ConfigError:
-        if args.tokenizer is not None or is_texts(args.data):
+        if args.tokenizer is not None or any(source.split is None for source in data.sources):
             raise
-    data = held_out(args.data, model, config, tokenizer, seq_len, args.batch_tokens, args.text_key)
-    found = measure(model, data).fields()
+    batches = [
+        held_out(source, model, config, tokenizer, seq_len, args.batch_tokens, args.text_key) for source in data.sources
+    ]  # all of them first: what is wrong with the last is said before the first is measured
+    results = [measure(model, of_source) for of_source in batches]
+    if not data.several:
+        return {**_report_one(data.sources[0], results[0], seq_len), "seq_len": seq_len}
+    whole = total([result.sums for result in results]).result()
+    _report_all(data, results, whole, seq_len)
+    by_source = {
+        source.name: {"path": source.path, "split": source.split, **result.fields()}
+        for source, result in zip(data.sources, results, strict=True)
+    }
+    return {"seq_len": seq_len, **whole.fields(), "sources": by_source, "left_out": list(data.left_out)}
+
+
+def _report_one(source: DataSource, result: ValResult, seq_len: int) -> dict[str, Any]:
+    """Print the loss on one source, and return it."""
+    found = result.fields()
     bits = "" if "bits_per_byte" not in found else f", {found['bits_per_byte']:.4f} bits per byte"
-    what = "" if data.split is None else f" ({data.split} split)"
+    what = "" if source.split is None else f" ({source.split} split)"
     print(
-        f"{args.data}{what}: loss {found['loss']:.4f} nats per token, perplexity {found['perplexity']:.4f}{bits} over "
+        f"{source.path}{what}: loss {found['loss']:.4f} nats per token, perplexity {found['perplexity']:.4f}{bits} over "
         f"{found['tokens']:,} tokens in samples of {seq_len}"
     )
-    return {"path": str(args.data), "split": data.split, "seq_len": seq_len, **found}
+    return {"path": source.path, "split": source.split, **found}
+
+
+def _report_all(data: Measured, results: Sequence[ValResult], whole: ValResult, seq_len: int) -> None:
+    """Print a table with a row for each source, and one for all of them."""
+
+    def row(name: str, split: str, fields: Mapping[str, Any]) -> tuple[str, ...]:
+        bits = fields.get("bits_per_byte")
+        numbers = (f"{fields[key]:.4f}" for key in ("loss", "perplexity"))
+        return name, split, f"{fields['tokens']:,}", *numbers, "-" if bits is None else f"{bits:.4f}"
+
+    rows = [
+        ("source", "split", "tokens", "loss", "perplexity", "bits per byte"),
+        *(row(s.name, s.split or "-", r.fields()) for s, r in zip(data.sources, results, strict=True)),
+        row("total", "", whole.fields()),
+    ]
+    print("\n".join(table(rows, right=range(2, 6))))
+    print(f"loss in nats per token, in samples of {seq_len} tokens; the total counts every token alike")
+    for name in data.left_out:
+        print(f"{name} has no validation shards and is left out, as in the validation of a training run")
 
 
 def main(argv: Sequence[str], prog: str = "tinytron evaluate") -> None:

@@ -7,12 +7,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+from tinytron.data.manifest import TOKENIZER
 from tinytron.errors import ConfigError
 from tinytron.interop.export import export
 from tinytron.interop.gguf import KINDS, export_gguf
+from tinytron.interop.open import CHECKPOINT_HELP
 from tinytron.interop.tokenizer import TokenizerFiles
 from tinytron.utils.flags import Parser, parse_strictly
-from tinytron.utils.paths import user_path
+from tinytron.utils.paths import expanded, user_path
 from tinytron.utils.texts import next_generation
 from tinytron.utils.training import DTYPES
 
@@ -27,10 +29,10 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--checkpoint",
-        type=user_path,
+        type=expanded,
         required=True,
-        metavar="PATH",
-        help="run folder (its newest checkpoint), <step>_model.pt, or <step>_consolidated.pt",
+        metavar="MODEL",
+        help=CHECKPOINT_HELP,
     )
     parser.add_argument(
         "--out", type=user_path, required=True, metavar="PATH", help="new folder; with --gguf a new file"
@@ -40,7 +42,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--tokenizer",
         type=user_path,
         metavar="PATH",
-        help="tokenizer.json, or a folder with a tokenizer; default: that of the training data, if it is there",
+        help="tokenizer.json, or a folder with a tokenizer; default: that of the run, its training data or the model",
     )
     parser.add_argument("--max_shard_size", type=byte_count, metavar="SIZE", help=f"largest file; default: {_SHARD}")
     parser.add_argument("--gguf", choices=KINDS, help="write one GGUF file for llama.cpp, with weights of this type")
@@ -67,12 +69,13 @@ def main(argv: Sequence[str], prog: str = "tinytron export") -> None:
         dtype=DTYPES[args.dtype] if args.dtype else None,
         tokenizer=args.tokenizer,
         max_shard_size=byte_count(_SHARD) if args.max_shard_size is None else args.max_shard_size,
+        say=print,
     )
     files = f"{made.files} file{'s' if made.files > 1 else ''}"
     print(f"wrote {args.out}: {made.family.architecture}, {made.tensors} tensors, {made.bytes:,} bytes in {files}")
     for line in (about_tokens(made.tokenizer), *made.changes):
         print(line)
-    if made.tokenizer.is_complete:
+    if any(path.name == TOKENIZER for path in made.tokenizer.files):  # the only form that generate reads
         print(next_generation(args.out))
 
 
@@ -80,7 +83,7 @@ def _main_gguf(args: argparse.Namespace) -> None:
     for flag in ("dtype", "max_shard_size"):
         if getattr(args, flag) is not None:
             raise ConfigError(f"--{flag} is about folders, and --gguf {args.gguf} writes a file; drop one of the two")
-    made = export_gguf(args.checkpoint, args.out, args.gguf, tokenizer=args.tokenizer)
+    made = export_gguf(args.checkpoint, args.out, args.gguf, tokenizer=args.tokenizer, say=print)
     print(f"wrote {args.out}: {made.architecture}, {made.tensors} tensors in {args.gguf}, {made.bytes:,} bytes")
     left_out = f"; {made.left_out:,} rows without a token are left out" if made.left_out else ""
     print(about_tokens(replace(made.tokenizer, unused=())) + left_out)

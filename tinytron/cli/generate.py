@@ -13,14 +13,12 @@ from typing import TextIO
 from tinytron.errors import ConfigError
 from tinytron.inference.engine import Generation, Piece, complete
 from tinytron.inference.sampler import SamplingOptions
-from tinytron.interop.open import open_model
+from tinytron.interop.open import CHECKPOINT_HELP, local_checkpoint, open_model
 from tinytron.text.run_tokenizer import tokenizer_of_run
 from tinytron.utils.flags import Parser, parse_strictly, whole_number
-from tinytron.utils.paths import user_path
+from tinytron.utils.paths import expanded, user_path
 from tinytron.utils.texts import numbered_lines, whole_characters
 from tinytron.utils.training import DTYPES, device_of
-
-CHECKPOINT_HELP = "run folder, a weights file in it, or a Hugging Face folder"
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -31,7 +29,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--checkpoint", type=user_path, required=True, metavar="PATH", help=CHECKPOINT_HELP)
+    add("--checkpoint", type=expanded, required=True, metavar="MODEL", help=CHECKPOINT_HELP)
     add("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may be given several times")
     add(
         "--prompts_file",
@@ -155,8 +153,9 @@ def run(args: argparse.Namespace) -> None:
     if args.batch_size < 1:
         raise ConfigError(f"--batch_size {args.batch_size} must be at least 1")
     texts, device = read_prompts(args), device_of(args.device)
-    model, config = open_model(args.checkpoint, device, DTYPES.get(args.dtype), say=_to_stderr)
-    found = tokenizer_of_run(config, args.tokenizer, args.checkpoint)
+    source = local_checkpoint(args.checkpoint, say=_to_stderr)
+    model, config = open_model(source, device, DTYPES.get(args.dtype), say=_to_stderr)
+    found = tokenizer_of_run(config, args.tokenizer, source)
     if args.eot is not None:
         found = dataclasses.replace(found, prepend=args.eot, begin=None)
     checked = SamplingOptions(**options, stop=tuple(args.stop), stop_tokens=found.stop_tokens)

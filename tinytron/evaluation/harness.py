@@ -20,7 +20,7 @@ from tinytron.errors import ConfigError
 from tinytron.evaluation.choices import Row, encode_pair, score_rows
 from tinytron.inference import SamplingOptions, complete
 from tinytron.inference.engine import not_finite
-from tinytron.interop.open import open_model
+from tinytron.interop.open import local_checkpoint, open_model
 from tinytron.model import GPT
 from tinytron.text.run_tokenizer import RunTokenizer, tokenizer_of_run
 from tinytron.utils.sequences import IGNORE_INDEX
@@ -46,17 +46,17 @@ def harness_model(
     batch_tokens: int = 8192,
     max_new_tokens: int = 256,
 ) -> Any:
-    """An ``lm_eval.api.model.LM`` for a run folder, a weights file or a Hugging Face folder, as ``open_model`` reads
-    it. ``batch_tokens`` are
-    computed at a time; ``max_new_tokens`` are generated where a task does not say how many.
+    """An ``lm_eval.api.model.LM`` for any model that ``open_model`` opens. ``batch_tokens`` are computed at a time;
+    ``max_new_tokens`` are generated where a task does not say how many.
 
-    Raises: ConfigError without the package or a tokenizer; CheckpointError.
+    Raises: ConfigError without the package or a tokenizer; also as ``open_model``.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("lm-evaluation-harness is not installed: pip install lm-eval")
     base: type = importlib.import_module("lm_eval.api.model").LM
-    model, config = open_model(checkpoint, device, dtype)
-    found = tokenizer_of_run(config, tokenizer, Path(checkpoint))
+    source = local_checkpoint(checkpoint)
+    model, config = open_model(source, device, dtype)
+    found = tokenizer_of_run(config, tokenizer, source)
     answers = Answers(model, found, batch_tokens, max_new_tokens)
     methods = {
         "loglikelihood": lambda self, requests: answers.loglikelihood(requests),

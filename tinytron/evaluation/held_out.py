@@ -1,6 +1,6 @@
 """Loss of any model on held-out data: token shards, or a file of texts that the model's tokenizer encodes.
 
-path -> samples of ``seq_len`` training pairs, cut as in training -> batches on the device -> ``validate``
+source -> samples of ``seq_len`` training pairs, cut as in training -> batches on the device -> ``validate``
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tinytron.data import Batch, SampleOptions, TokenShardDataset, build_val_loa
 from tinytron.data.pack_files import make_pack_files
 from tinytron.data.shards import EndOfText, open_shards
 from tinytron.errors import ConfigError, DataError
+from tinytron.evaluation.sources import DataSource
 from tinytron.evaluation.validate import ValResult, validate
 from tinytron.inference.engine import not_finite
 from tinytron.model import GPT
@@ -35,17 +36,10 @@ _DOCUMENTS_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Batches on the host, once through; what they are made of (``split`` of token shards, or ``None`` for texts); and the
-    bytes of every token id, if they are known."""
+    """Batches on the host, once through, and the bytes of every token id, if they are known."""
 
     batches: Iterable[Batch]
-    split: str | None
     token_bytes: list[int] | None
-
-
-def is_texts(path: Path) -> bool:
-    """True for a file that is not a token shard."""
-    return path.is_file() and path.suffix != ".bin"
 
 
 def default_seq_len(config: Mapping[str, Any], block_size: int, longest: int = 4096) -> int:
@@ -56,7 +50,7 @@ def default_seq_len(config: Mapping[str, Any], block_size: int, longest: int = 4
 
 
 def held_out(
-    path: Path,
+    source: DataSource,
     model: GPT,
     config: Mapping[str, Any],
     tokenizer: RunTokenizer | None,
@@ -64,31 +58,29 @@ def held_out(
     batch_tokens: int,
     text_key: str = "text",
 ) -> HeldOut:
-    """The data at ``path``: a folder of token shards or a pattern of them (the validation split if there is one, else the
-    training split), or a file of texts (rows have them as ``text_key``). ``config`` has the sections of the run that
-    trained the model: token shards are cut and masked as its ``data`` section says.
+    """The data of ``source``: one split of its token shards, or a file of texts (rows have them as ``text_key``).
+    ``config`` has the sections of the run that trained the model: token shards are cut and masked as its ``data`` section
+    says.
 
     Raises: DataError for data that is missing, damaged or shorter than one sample; ConfigError for texts without a
-    ``tokenizer``, for shards that were made with another one, and for mixtures.
+    ``tokenizer``, and for shards that were made with another one.
     """
     rows = max(1, batch_tokens // seq_len)
-    if path.suffix == ".json":
-        raise ConfigError(f"--data {path}: mixtures are not measured as a whole; give the path of one of its sources")
-    if is_texts(path):
+    if source.split is None:
         if tokenizer is None:
-            raise ConfigError(f"no tokenizer to read {path} with; give --tokenizer path/to/tokenizer.json")
-        sizes = _bytes_of(tokenizer)
-        return HeldOut(_cut(_tokens_of_file(path, tokenizer, text_key), seq_len, rows, str(path)), None, sizes)
-    dataset, split = _shards(str(path), model, config.get("data", {}), seq_len)
+            raise ConfigError(f"no tokenizer to read {source.path} with; give --tokenizer path/to/tokenizer.json")
+        tokens = _tokens_of_file(Path(source.local), tokenizer, text_key)
+        return HeldOut(_cut(tokens, seq_len, rows, source.path), _bytes_of(tokenizer))
+    dataset = _shards(source.local, source.split, model, config.get("data", {}), seq_len)
     if tokenizer is not None:
-        _require_same(str(path), tokenizer)
+        _require_same(source, tokenizer)
     loader = build_val_loader(
         dataset, num_samples=len(dataset), micro_batch=rows, dp_rank=0, dp_size=1, num_workers=0, pin_memory=False
     )
-    sizes = token_bytes_of_data(str(path))
+    sizes = token_bytes_of_data(source.local)
     if sizes is None and tokenizer is not None:
         sizes = _bytes_of(tokenizer)
-    return HeldOut(loader, split, sizes)
+    return HeldOut(loader, sizes)
 
 
 def measure(model: GPT, data: HeldOut) -> ValResult:
@@ -113,15 +105,9 @@ def measure(model: GPT, data: HeldOut) -> ValResult:
     return result
 
 
-def _shards(path: str, model: GPT, data: Mapping[str, Any], seq_len: int) -> tuple[TokenShardDataset, str]:
-    try:
-        paths, split = find_shards(path, "val"), "val"
-        if not paths:
-            paths, split = find_shards(path, "train"), "train"
-    except DataError as error:
-        raise DataError(str(error).replace("--dataset_path", "--data")) from error
+def _shards(path: str, split: str, model: GPT, data: Mapping[str, Any], seq_len: int) -> TokenShardDataset:
     eot = None if data.get("eot_id") is None else EndOfText(data["eot_id"], data.get("eot_position", "prepend"))
-    shards = open_shards(paths, data.get("token_dtype"), eot)
+    shards = open_shards(find_shards(path, split), data.get("token_dtype"), eot)
     reading = SampleOptions(
         data.get("document_mask", False),
         data.get("cross_document_loss", True),
@@ -132,12 +118,12 @@ def _shards(path: str, model: GPT, data: Mapping[str, Any], seq_len: int) -> tup
         make_pack_files(shards, seq_len)
     dataset = TokenShardDataset(shards, seq_len, model.config.vocab_size, reading)
     dataset.check_token_ids()
-    return dataset, split
+    return dataset
 
 
-def _require_same(path: str, tokenizer: RunTokenizer) -> None:
+def _require_same(source: DataSource, tokenizer: RunTokenizer) -> None:
     """Raises: ConfigError if the tokenizer.json next to the shards has tokens that are others to the model."""
-    for file in tokenizers_of_data(path).files[:1]:
+    for file in tokenizers_of_data(source.local).files[:1]:
         try:
             theirs = read_vocabulary(file)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -145,8 +131,8 @@ def _require_same(path: str, tokenizer: RunTokenizer) -> None:
         for token, number in theirs.items():
             if (own := tokenizer.tokenizer.token_id(token)) != number:
                 raise ConfigError(
-                    f"--data {path} was made with another tokenizer than the model's: {token!r} is {number} there and "
-                    f"{own} here; tokenize its texts with {tokenizer.tokenizer.name}, or give a file of texts"
+                    f"--data {source.path} was made with another tokenizer than the model's: {token!r} is {number} there "
+                    f"and {own} here; tokenize its texts with {tokenizer.tokenizer.name}, or give a file of texts"
                 )
 
 

@@ -19,17 +19,57 @@ from tinytron.metrics.sources import SourceLoss, bits_per_byte, bytes_of_labels,
 from tinytron.model.modules.loss import LossSums, checked_sums
 
 
+class ValSums(NamedTuple):
+    """Sums of a validation: the loss in ``nats``, its ``normalizer`` and the ``weight`` of the targets, the number of
+    targets (``tokens``), their loss without weights (``plain_nats``) and their ``text_bytes``, 0 where those are not known;
+    and of every auxiliary value (``aux``) its sum and what that is divided by."""
+
+    nats: float
+    normalizer: float
+    weight: float
+    tokens: float
+    plain_nats: float
+    text_bytes: float
+    aux: Mapping[str, tuple[float, float]] = MappingProxyType({})
+
+    def result(self, sources: Mapping[str, SourceLoss] = MappingProxyType({})) -> ValResult:
+        """The means. NaN is the loss of nothing."""
+        some = self.weight and self.normalizer
+        return ValResult(
+            self.nats / self.weight * (self.tokens / self.normalizer) if some else math.nan,
+            int(self.tokens),
+            dict(sources),
+            bits_per_byte(self.plain_nats, self.text_bytes),
+            {name: value / max(count, 1.0) for name, (value, count) in self.aux.items()},
+            self,
+        )
+
+
+def total(parts: Sequence[ValSums]) -> ValSums:
+    """The sums of all ``parts`` together, as if their batches had been one validation. Bytes are known only if they are for
+    every part."""
+    columns = zip(*(part[:6] for part in parts), strict=True)
+    nats, normalizer, weight, tokens, plain_nats, text_bytes = (float(sum(column)) for column in columns)
+    known = all(part.text_bytes for part in parts)
+    aux: dict[str, tuple[float, float]] = {}
+    for name, (value, count) in ((name, pair) for part in parts for name, pair in part.aux.items()):
+        before = aux.get(name, (0.0, 0.0))
+        aux[name] = (before[0] + value, before[1] + count)
+    return ValSums(nats, normalizer, weight, tokens, plain_nats, text_bytes if known else 0.0, aux)
+
+
 class ValResult(NamedTuple):
     """``loss`` in nats per token over ``tokens`` targets (weighted, if they have weights), or per what the objective
     counts instead; NaN if there is none. ``bits_per_byte`` (not weighted), if it is known which bytes tokens stand for; of
     a mixture also the same for every source; ``aux``: the objective's auxiliary values by name, divided by their own counts
-    or like the loss."""
+    or like the loss. ``sums`` are the numbers that these are quotients of."""
 
     loss: float
     tokens: int
     sources: dict[str, SourceLoss]
-    bits_per_byte: float | None = None
-    aux: Mapping[str, float] = MappingProxyType({})
+    bits_per_byte: float | None
+    aux: Mapping[str, float]
+    sums: ValSums
 
     def fields(self) -> dict[str, Any]:
         """What the log keeps."""
@@ -81,13 +121,9 @@ def validate(
         sum_over(sums, state.groups["world"])
     nats, count, weight, tokens, plain_nats, text_bytes = sums.tolist()
     divisors = _sum_by_name(aux_counts, state)
-    return ValResult(
-        nats / weight * (tokens / count) if weight and count else math.nan,
-        int(tokens),
-        by_source.flush() if sources and by_source is not None else {},
-        bits_per_byte(plain_nats, text_bytes),
-        {name: value / max(divisors.get(name, count), 1.0) for name, value in _sum_by_name(aux, state).items()},
-    )
+    means = {name: (value, divisors.get(name, count)) for name, value in _sum_by_name(aux, state).items()}
+    found = by_source.flush() if sources and by_source is not None else {}
+    return ValSums(nats, count, weight, tokens, plain_nats, text_bytes, means).result(found)
 
 
 def _sum_by_name(values: Mapping[str, torch.Tensor], state: ParallelState | None) -> dict[str, float]:

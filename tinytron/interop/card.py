@@ -59,7 +59,7 @@ pipeline_tag: text-generation
 ---
 # {name}
 
-Trained with Tinytron {tinytron.__version__}, written by `tinytron export`.
+{"Trained with" if train else "Converted by"} Tinytron {tinytron.__version__}, written by `tinytron export`.
 
 | | |
 |---|---|

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tinytron.checkpoint.load import load_weights
-from tinytron.checkpoint.model import SavedModel, saved_model
+from tinytron.checkpoint.model import SavedModel
 from tinytron.distributed.param_spec import ParamSpec
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.interop.architectures import write_architecture
@@ -20,6 +20,7 @@ from tinytron.interop.card import model_card
 from tinytron.interop.families import Family, Part
 from tinytron.interop.folder import check_new, new_folder
 from tinytron.interop.generation import GENERATION, generation_settings
+from tinytron.interop.open import Say, open_saved
 from tinytron.interop.safetensors import write_safetensors
 from tinytron.interop.tokenizer import TokenizerFiles, exported_tokenizer
 from tinytron.interop.weights import SAFETENSORS
@@ -42,7 +43,7 @@ class Exported:
 
 
 def export(
-    checkpoint: Path,
+    checkpoint: Path | str,
     out: Path,
     *,
     dtype: torch.dtype | None = None,
@@ -51,20 +52,21 @@ def export(
     name: str | None = None,
     revision: str | None = None,
     replace: bool = False,
+    say: Say = lambda text: None,
 ) -> Exported:
-    """Write the weights of a run, a checkpoint or a consolidated file to the folder ``out``, in ``dtype`` (default: their
-    own), in files of at most ``max_shard_size`` bytes. ``out`` appears whole or not at all; with ``replace`` in the place
-    of an older one. ``name``: what the model card calls and loads the model (default: as the folder), and ``revision`` the
-    branch that it loads from the hub.
+    """Write the weights of ``checkpoint``, whatever ``open_saved`` opens, to the folder ``out``, in ``dtype`` (default:
+    their own), in files of at most ``max_shard_size`` bytes. ``out`` appears whole or not at all; with ``replace`` in the
+    place of an older one. ``name``: what the model card calls and loads the model (default: as the folder), and
+    ``revision`` the branch that it loads from the hub.
 
     Raises: ConfigError if no family has the architecture, ``out`` is there, or the tokenizer does not fit; CheckpointError
-    if the checkpoint is missing or damaged; OSError if the disk refuses.
+    if the checkpoint is missing or damaged; OSError if the disk refuses; also as ``open_saved``, which ``say`` is for.
     """
     if not replace:
         check_new(out)
     if max_shard_size < 1:
         raise ConfigError(f"--max_shard_size {max_shard_size} must be at least 1; use 5GB")
-    saved = saved_model(checkpoint)
+    saved = open_saved(checkpoint, say)
     family, settings = write_architecture(saved.config)
     weights = saved.weights()
     parts = _parts(family, saved, weights)

@@ -9,36 +9,55 @@ from pathlib import Path
 from tinytron.errors import ConfigError, first_line
 from tinytron.interop.weights import PICKLED, SAFETENSORS
 
+_SCHEME = "hf://"
+_NAME = re.compile(r"(?:hf://)?(?P<repository>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
+_FILES = (".pt", ".bin", ".safetensors", ".json")  # no model on the hub has such a name; a mistyped path may
+
+
+def is_hub_name(name: str) -> bool:
+    """True for the form of a name on the hub: ``model``, ``owner/model`` or ``hf://owner/model``, each also with
+    ``@revision``."""
+    return _NAME.fullmatch(name) is not None and not name.endswith(_FILES)
+
 
 def model_folder(name: str, *, weights: bool, more: Sequence[str] = ()) -> Path:
-    """The local folder ``name``, or where the hub's ``owner/model`` (or ``owner/model@revision``) is kept once the needed
-    files are there: config.json, with ``weights`` those too, and as many of ``more`` as there are. Processes that ask at
-    once share one download.
+    """The local folder ``name``, or the folder in the hub's cache that holds the model of that name (see ``is_hub_name``)
+    after a download of the needed files: config.json, with ``weights`` those too, and as many of ``more`` as there are.
+    Processes that ask at once share one download.
 
+    A name whose first part is a folder here is taken for a mistyped path; with ``hf://`` it is always one on the hub.
     Raises: ConfigError if there is no such folder or model, or the package for it is missing.
     """
     path = Path(name)
     if path.is_dir():
         return path
-    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", name):
-        raise ConfigError(f"{name} is no folder with a model, and no name such as openai-community/gpt2")
+    found = _NAME.fullmatch(name)
+    if path.exists() or found is None or not is_hub_name(name):
+        raise ConfigError(
+            f"{name} is neither the folder of a model nor a name on the hub, such as openai-community/gpt2"
+        )
+    if len(path.parts) > 1 and Path(path.parts[0]).is_dir():
+        raise ConfigError(
+            f"{name} does not exist in the folder {path.parts[0]}; if the hub has a model of that name, use "
+            f"{_SCHEME}{name}"
+        )
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise ConfigError(
-            f"{name} is no folder here; to fetch it: pip install huggingface_hub; or give a folder"
+            f"{name} is not a folder here; to download it from the hub: pip install huggingface_hub; or give a folder"
         ) from error
-    repository, _, revision = name.partition("@")
+    repository, revision = found["repository"], found["revision"]
     patterns = ["config.json", "*.index.json", "*.safetensors"] if weights else ["config.json"]
     patterns += more
     try:
-        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
         if weights and not any((folder / f"{SAFETENSORS}{end}").exists() for end in ("", ".index.json")):
             snapshot_download(
-                repository, revision=revision or None, allow_patterns=["config.json", f"{Path(PICKLED).stem}*.bin"]
+                repository, revision=revision, allow_patterns=["config.json", f"{Path(PICKLED).stem}*.bin"]
             )
-    except Exception as error:  # the network, and what the hub says, come as all sorts
+    except Exception as error:  # the network and the hub raise many types
         raise ConfigError(
-            f"{name} is no folder here, and the hub does not give it ({first_line(error)}); use a local folder"
+            f"{name} is not a folder here, and the hub download failed ({first_line(error)}); use a local folder"
         ) from error
     return folder

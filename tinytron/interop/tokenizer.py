@@ -192,6 +192,8 @@ def exported_tokenizer(
         files, what = _given_files(given), f"--tokenizer {given}"
     elif file is not None:
         files = (file,) if file in found.files else files_in(file.parent)
+    elif checkpoint is not None and TokenFacts.of_import(imported or {}).inherited:
+        files = files_in(checkpoint.parent)  # a tokenizer of an older form, without a tokenizer.json
     vocabulary = _vocabulary(files, vocab_size, what)
     prepend = data.get("eot_position", "prepend") == "prepend"
     facts = token_facts(found, file, given=given, eot_id=data.get("eot_id"), prepend=prepend, imported=imported)

@@ -15,7 +15,8 @@ SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 
 
 class HFWeights:
-    """All tensors of ``folder`` by name: their ``shapes``, and ``get``, which maps a file and reads what is used.
+    """All tensors of ``folder`` by name: their ``shapes``, and ``get``, which maps a file and reads what is used. ``files``
+    are the names of the files that hold them.
 
     Raises: CheckpointError if the files are missing, damaged, or not what their index says.
     """
@@ -25,7 +26,9 @@ class HFWeights:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._get: dict[str, Callable[[str], torch.Tensor]] = {}
-        for name, wanted in self._files().items():
+        found = self._files()
+        self.files = tuple(found)
+        for name, wanted in found.items():
             self._open(folder / name, wanted)
 
     def get(self, name: str) -> torch.Tensor:

@@ -49,6 +49,7 @@ USUAL_NAMES = {
     **dict.fromkeys(("--compile", "--torch_compile"), "--use_compile"),
     **dict.fromkeys(("--gradient_checkpointing", "--activation_checkpointing"), "--recompute full"),
     "--lr_scheduler_type": "--lr_schedule",
+    "--checkpoint": "--init_from for the weights of a model, or --resume_path for a run,",
 }
 
 

@@ -1,11 +1,11 @@
-"""Text from users, which may have a byte order mark or invalid characters; and commands to print for users."""
+"""Text from users, which may have a byte order mark or invalid characters; tables and commands to print for users."""
 
 from __future__ import annotations
 
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 BOM = "\ufeff"
 _BOM_BYTES = BOM.encode()
@@ -43,3 +43,15 @@ def next_command(*words: object) -> str:
 def next_generation(checkpoint: object, *words: object) -> str:
     """``next_command`` for a text from the model at ``checkpoint``, with further flags in ``words``."""
     return next_command("generate", "--checkpoint", checkpoint, "--prompt", "the", *words)
+
+
+def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """The lines of a table. A column is as wide as its longest entry; those in ``right`` are aligned at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            text.rjust(width) if i in right else text.ljust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

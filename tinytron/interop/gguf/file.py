@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tinytron.checkpoint.model import saved_model
 from tinytron.errors import ConfigError
 from tinytron.interop.architectures import write_architecture
 from tinytron.interop.export import check_finite, checked_specs
 from tinytron.interop.gguf.kinds import KINDS, Q8_BLOCK
 from tinytron.interop.gguf.model import Tensor, architecture_for, model_metadata, tensors
 from tinytron.interop.gguf.tokenizer import tokenizer_metadata
+from tinytron.interop.open import Say, open_saved
 from tinytron.interop.tokenizer import TokenizerFiles, exported_tokenizer
 from tinytron.text.run_tokenizer import TOKENS
 from tinytron.utils.optional import require_package
@@ -36,18 +36,21 @@ class ExportedGGUF:
     left_out: int
 
 
-def export_gguf(checkpoint: Path, out: Path, kind: str, *, tokenizer: Path | None = None) -> ExportedGGUF:
-    """Write the weights of a run, a checkpoint or a consolidated file, and their tokenizer, to the GGUF file ``out``, in
+def export_gguf(
+    checkpoint: Path | str, out: Path, kind: str, *, tokenizer: Path | None = None, say: Say = lambda text: None
+) -> ExportedGGUF:
+    """Write the weights of ``checkpoint``, whatever ``open_saved`` opens, and their tokenizer, to the GGUF file ``out``, in
     the type ``kind`` (one of ``KINDS``). Norms, biases and routers are fp32 in all of them. ``out`` appears whole or not
-    at all; one tensor at a time is in memory.
+    at all. Of Tinytron's own weights one tensor at a time is in memory, of a Hugging Face model all of them.
 
     Raises: ConfigError if llama.cpp lacks the architecture or cannot read the tokenizer, ``out`` is there, or the
-    package gguf is missing; CheckpointError if the checkpoint is missing or damaged; OSError if the disk refuses.
+    package gguf is missing; CheckpointError if the checkpoint is missing or damaged; OSError if the disk refuses; also as
+    ``open_saved``, which ``say`` is for.
     """
     if out.exists() or out.is_symlink():
         raise ConfigError(f"--out {out} is there already; use another name, or remove it")
     gguf = require_package("gguf", "gguf")
-    saved = saved_model(checkpoint)
+    saved = open_saved(checkpoint, say)
     config = saved.config
     family, _ = write_architecture(config)
     found = architecture_for(family.model_type, config)
