@@ -3,7 +3,7 @@
 torch's fused kernel for CPUs multiplies tiles one by one, at a tenth of the rate that ``bmm`` reaches there. Here a tile is
 some rows of queries, of all heads that share a key head, times all keys so far: the products are large, scores above
 the diagonal are left out tile by tile, and a tile stays in the cache. As in FlashAttention (arXiv:2205.14135, section 3.1)
-the scores are never held as a whole, and are computed again in the backward pass. Measured in docs/performance.md.
+the scores are never held as a whole, and are computed again in the backward pass. Measured in docs/speed.md.
 
 Letters: B batch, S sequence, N query heads, K key/value heads, H head dimension; U = B * K pairs of a row and a key head,
 G = N / K query heads of a pair; M tiles of r tokens each, R = G * r rows of a tile; n pairs and t keys of one product.
