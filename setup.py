@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 QUICKSTART = ["tokenizers", "matplotlib"]
 DATA = ["datasets", "transformers", "tokenizers", "tiktoken"]
+DOCS = ["mkdocs-material", "mkdocstrings[python]"]
 
 setup(
     name="tinytron",
@@ -32,11 +33,13 @@ setup(
         "hub": ["huggingface_hub"],
         "gguf": ["gguf"],
         "config": ["pyyaml"],
+        "docs": DOCS,
         "cli": ["omegaconf"],
         "s3": ["s3fs"],
         "gcs": ["gcsfs"],
         "dev": [
             *QUICKSTART,
+            *DOCS,
             *("pytest", "hypothesis", "ruff", "mypy", "types-tqdm", "datasets", "transformers", "s3fs", "moto[server]"),
             "pyyaml",
             *("tiktoken", "gguf", 'triton; platform_system == "Linux"'),

@@ -3,8 +3,8 @@ print the validation losses as a Markdown table.
 
 python benchmarks/preset_rates.py --preset tiny --data data/quickstart/NAME --vocab_size 4096 --max_steps 120 [-- more flags]
 
-All runs draw the same samples in the same order from the same initial weights. Every run gets --warmup_steps, a tenth of its
-steps unless given, and a cosine down to a tenth (AdamW) or a hundredth (Muon) of the peak, as the presets do.
+All runs draw the same samples in the same order from the same initial weights. Each warms up for --warmup_steps (default: a
+tenth of its steps) and follows a cosine down to a tenth (AdamW) or a hundredth (Muon) of the peak, as the presets do.
 Interrupted? The same command continues.
 """
 

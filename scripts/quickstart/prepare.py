@@ -67,8 +67,7 @@ def _shape(layers: int, hidden: int, heads: int, kv_heads: int, intermediate: in
 
 
 # The larger model needs about two million tokens to be worth its FLOPs. With fewer FLOPs than that, the smaller one reads
-# 2.3 times the text, in steps of half the size, and is validated less often (docs/performance.md, The quickstart on slow
-# CPUs).
+# 2.3 times the text, in steps of half the size, and is validated less often (docs/benchmarks.md, The quickstart).
 LARGER_FROM = 6e13  # FLOPs
 LARGER = CpuSize(_shape(6, 256, 4, 2, 704, 8192), 3.6e7, 0.25, 0.01, "fast enough for the larger of two models", 4, 420)
 SMALLER = CpuSize(

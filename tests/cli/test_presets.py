@@ -72,7 +72,7 @@ def test_the_documented_table_is_that_of_the_command() -> None:
     done = subprocess.run(
         command, cwd=ROOT, env=_environment(PYTHONPATH=ROOT), capture_output=True, text=True, check=True
     )
-    documented = (ROOT / "docs" / "performance.md").read_text()
+    documented = (ROOT / "docs" / "benchmarks.md").read_text()
     planned = done.stdout.splitlines()
     assert len(planned) == 4
     assert [line for line in planned if line not in documented.splitlines()] == []

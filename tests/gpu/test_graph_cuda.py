@@ -1,5 +1,5 @@
 """Parts of a training step as a CUDA graph: captured once, replayed on other tokens, against the same eagerly. What stands
-in the way of more is in docs/performance.md."""
+in the way of more is in docs/speed.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/architecture.md is true: its counts, files and rooms, and its pictures as far as can be told without a browser."""
+"""docs/architecture.md and docs/ways.md are true: counts, files, rooms, and the syntax of the pictures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 from tests.house.line_counts import PACKAGE, PAGE, ROOT, files_of, tables, updated
 
 TEXT = PAGE.read_text()
-PICTURES = re.findall(r"```mermaid\n(.*?)```", TEXT, re.DOTALL)
+WAYS = (ROOT / "docs" / "ways.md").read_text()
+PICTURES = re.findall(r"```mermaid\n(.*?)```", WAYS, re.DOTALL)
 NODE = re.compile(r'(\w+)(?:\["([^"`<>]+)"\])?')
 
 
@@ -39,8 +40,8 @@ def test_counts_are_rounded_and_stay_while_they_are_about_right() -> None:
     assert updated(page.format(f"{2 * lines - 1}", "9,999")) == page.format(f"{2 * lines - 1}", right)
 
 
-def test_files_that_the_page_mentions_are_there() -> None:
-    mentioned = set(re.findall(r"`([\w./]+(?:\.py|/))`", TEXT))
+def test_files_that_the_pages_mention_are_there() -> None:
+    mentioned = set(re.findall(r"`([\w./]+(?:\.py|/))`", TEXT + WAYS))
     assert len(mentioned) > 40
     assert not [name for name in mentioned if not ((PACKAGE / name).exists() or (ROOT / name).exists())]
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.runs import ROOT
-from tinytron.cli.config_tables import updated
+from tinytron.cli.config_tables import PAGES, tables, updated
 from tinytron.errors import ConfigError
 from tinytron.model.gpt import GPT
 from tinytron.training.arguments import build_config, parse_args
@@ -42,7 +41,7 @@ def test_a_preset_builds_the_model_that_it_states(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_flags_of_the_readme_are_the_same_run(name: str) -> None:
+def test_the_flags_of_the_table_are_the_same_run(name: str) -> None:
     lines = [row.strip("|\n ").split(" | ") for row in preset_table().splitlines()]
     (row,) = (row for row in lines if row[0].startswith(f"`{name}`,"))
     words = [word for column, cell in zip(lines[0], row, strict=True) if "--" in column for word in (column, cell)]
@@ -51,11 +50,13 @@ def test_the_flags_of_the_readme_are_the_same_run(name: str) -> None:
     assert by_hand.config_hash() == built("--preset", name).config_hash()
 
 
-def test_the_readme_is_current() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert updated(readme) == readme, "run: python -m tinytron.cli.config_tables"
-    assert preset_table() in readme
-    assert preset_table() in updated(readme.replace("15.83M", "99M"))
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_the_reference_pages_are_current(path: Path) -> None:
+    page = path.read_text()
+    assert updated(page) == page, "run: python -m tinytron.cli.config_tables"
+    made = {"flags": tables, "presets": preset_table}[path.stem]()
+    assert made in page
+    assert made in updated(page.replace(made.splitlines()[-1], "| changed by hand |"))
 
 
 def test_the_sizes_of_the_documentation() -> None:

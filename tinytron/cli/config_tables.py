@@ -1,4 +1,4 @@
-"""The tables of presets and flags in README.md: ``python -m tinytron.cli.config_tables`` rewrites them from the code."""
+"""The tables of flags and presets in docs/reference; ``python -m tinytron.cli.config_tables`` rewrites them."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from tinytron.training.config import all_sections
 from tinytron.training.presets import preset_table
 from tinytron.utils.flags import FieldInfo, config_fields
 
-README = Path(__file__).parents[2] / "README.md"
+REFERENCE = Path(__file__).parents[2] / "docs" / "reference"
+PAGES = (REFERENCE / "flags.md", REFERENCE / "presets.md")
 _MARKED = re.compile(r"(<!-- (configuration|preset) tables: begin -->\n).*?(<!-- \2 tables: end -->)", re.DOTALL)
 
 
 def tables(sections: Mapping[str, type] = MappingProxyType({})) -> str:
-    """One Markdown table per section, the built-in ones and further ``sections``; a star marks what is part of the run's
-    identity."""
+    """One heading and Markdown table per section, for the built-in ones and further ``sections``. A star marks an option
+    that is part of the run's identity."""
     parts = []
     for section, cls in all_sections(sections).items():
         title = (cls.__doc__ or "").split("\n")[0].split(" Raises:")[0].rstrip(".")
-        parts.append(f"**{section}** ({title.lower()})\n\n| flag | default | meaning |\n|---|---|---|\n")
+        parts.append(f"## {section}\n{title}.\n\n| flag | default | meaning |\n|---|---|---|\n")
         parts += [_row(info) for info in config_fields(cls)]
         parts.append("\n")
-    return "".join(parts)
+    return "".join(parts).rstrip("\n") + "\n"
 
 
 def _row(info: FieldInfo) -> str:
@@ -35,11 +36,12 @@ def _row(info: FieldInfo) -> str:
     return f"| `{name}`{star} | `{default}` | {info.flag.text}{choices} |\n"
 
 
-def updated(readme: str) -> str:
-    """``readme`` with current tables between its markers."""
+def updated(page: str) -> str:
+    """``page`` with current tables between its markers."""
     made = {"configuration": tables, "preset": preset_table}
-    return _MARKED.sub(lambda match: match[1] + made[match[2]]() + match[3], readme)
+    return _MARKED.sub(lambda match: match[1] + made[match[2]]() + match[3], page)
 
 
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in PAGES:
+        path.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")

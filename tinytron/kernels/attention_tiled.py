@@ -3,7 +3,7 @@
 torch's fused CPU kernel multiplies tiles one by one, at a tenth of the rate of ``bmm``. Here a tile consists of a few rows
 of queries, for all heads that share a key head, and all keys up to their position. So the products are large, scores above
 the diagonal are skipped tile by tile, and a tile stays in the cache. As in FlashAttention (arXiv:2205.14135, section 3.1)
-the scores are never in memory as a whole, and the backward pass recomputes them. docs/performance.md has measurements.
+the scores are never in memory as a whole, and the backward pass recomputes them. docs/speed.md has measurements.
 
 Letters: B batch, S sequence, N query heads, K key/value heads, H head dimension; U = B * K pairs of a row and a key head,
 G = N / K query heads of a pair; M tiles of r tokens each, R = G * r rows of a tile; n pairs and t keys of one product.

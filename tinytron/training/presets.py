@@ -177,7 +177,8 @@ def preset_options(name: str) -> dict[str, Any]:
 
 
 def preset_table() -> str:
-    """The presets as a Markdown table, for README.md: a column for each of the five sizes, and one for all other flags."""
+    """The presets as a Markdown table, for docs/reference/presets.md: a column for each of the five sizes, and one for all
+    other flags."""
     shape = list(_shape(0, 0, 0, 0, 0))
     names = ["preset", "parameters", *(f"`--{name}`" for name in shape), "and"]
     lines = [f"| {' | '.join(names)} |\n", f"|---|---:|{'---:|' * len(shape)}---|\n"]

@@ -1,6 +1,6 @@
 """Every option of a training run by section, as frozen dataclasses: the one source of names, defaults, help and bounds.
 
-The command line (arguments.py) and the tables in README.md are generated from here.
+The command line (arguments.py) and the tables in docs/reference are generated from here.
 """
 
 from __future__ import annotations

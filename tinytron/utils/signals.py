@@ -130,9 +130,9 @@ def interruptible(say: Callable[[], object]) -> Iterator[None]:
     """Around a command: the first Ctrl-C raises KeyboardInterrupt, and a second one ends the process at once.
 
     A copy of the first one within ``SAME_SIGNAL_SECONDS`` does not count: a terminal signals a launcher and its workers
-    alike, and the launcher's copy would interrupt the cleanup and end in a traceback. If the main thread does not return from
-    a native call within ``NATIVE_CALL_SECONDS``, ``say`` is called and the process ends: torch waits 30 minutes for a missing
-    rank, and Python raises nothing meanwhile. Handlers other than Python's own stay in place.
+    alike, and the launcher's copy would interrupt the cleanup and end in a traceback. If the main thread does not return
+    from a native call within ``NATIVE_CALL_SECONDS``, ``say`` is called and the process ends: torch waits 30 minutes for a
+    missing rank, and Python raises nothing meanwhile. Handlers other than Python's own stay in place.
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
