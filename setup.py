@@ -38,7 +38,7 @@ setup(
         "dev": [
             *QUICKSTART,
             *("pytest", "hypothesis", "ruff", "mypy", "types-tqdm", "datasets", "transformers", "s3fs", "moto[server]"),
-            "pyyaml",
+            *("pyyaml", "omegaconf"),
             *("tiktoken", "gguf", 'triton; platform_system == "Linux"'),
         ],
     },

@@ -6,7 +6,7 @@
 #   bash scripts/test.sh tests/model     some
 set -euo pipefail
 source "$(dirname "$0")/lib/env.sh"
-modules="torch numpy tqdm tokenizers matplotlib pytest hypothesis ruff mypy datasets transformers tiktoken gguf s3fs moto"
+modules="torch numpy tqdm tokenizers matplotlib pytest hypothesis ruff mypy datasets transformers tiktoken gguf omegaconf s3fs moto"
 if [ "$(uname)" = Linux ]; then modules="$modules triton"; fi # there is none for other systems
 # shellcheck disable=SC2086  # one word a module
 need_python dev $modules
