@@ -1,12 +1,12 @@
-"""Where two runs sent the same token to different experts.
+"""Find the tokens that two runs sent to different experts.
 
 python scripts/compare_routes.py RUN_FOLDER OTHER_RUN_FOLDER
 
-Both runs must have been made with --moe_route_trace; their layouts may differ, but then give each a --log_dir of its own:
-the layout is no part of a run folder's name. Tokens are matched by step, layer, row of the global batch and position; what
-only one run traced (another micro-batch size, another interval) is left out. Prints, per layer, the flips (other experts,
-in whatever order) and the largest margin of a flipped token in either run. Exit status: 0 without a flip, 1 with flips, 2
-if the runs cannot be compared.
+Both runs must use --moe_route_trace. Their layouts may differ; then give each run its own --log_dir, because the layout is
+not part of a run folder's name. Tokens are matched by step, layer, row of the global batch and position; tokens that only
+one run traced (because of another micro-batch size or interval) are left out. For each layer, the script prints the number
+of flips (tokens whose set of experts differs) and the largest margin of a flipped token in either run. Exit status: 0
+without flips, 1 with flips, 2 if the runs cannot be compared.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tinytron.metrics.routing import ROUTES
 
 
 class Place(NamedTuple):
-    """Which decision a line is about."""
+    """The decision that a line of the trace describes."""
 
     step: int
     layer: int
@@ -33,7 +33,7 @@ class Place(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What it was."""
+    """A routing decision for one token."""
 
     token: int
     experts: frozenset[int]
@@ -41,7 +41,7 @@ class Decision(NamedTuple):
 
 
 def read_routes(folder: Path) -> dict[Place, Decision]:
-    """The traces of all ranks. Raises: DataError if there are none, or a line is damaged or stands twice."""
+    """The traces of all ranks. Raises: DataError if there are none, or if a line is damaged or occurs twice."""
     paths = sorted(folder.glob(ROUTES.format("*")))
     if not paths:
         raise DataError(f"{folder} has no {ROUTES.format('*')}; give the folder of a run made with --moe_route_trace")
@@ -54,18 +54,21 @@ def read_routes(folder: Path) -> dict[Place, Decision]:
                     place = Place(*(fields[name] for name in Place._fields))
                     decision = Decision(fields["token"], frozenset(fields["experts"]), float(fields["margin"]))
                 except (ValueError, KeyError, TypeError) as error:
-                    raise DataError(f"{path}, line {number} is no whole line; resume the run to repair it") from error
+                    raise DataError(f"{path}, line {number} is incomplete; resume the run to repair it") from error
                 if place in routes:
-                    raise DataError(f"{path}, line {number}: {place} stands twice; use a run folder of one run only")
+                    raise DataError(f"{path}, line {number}: {place} occurs twice; use the folder of a single run")
                 routes[place] = decision
     return routes
 
 
 def compare(one: dict[Place, Decision], other: dict[Place, Decision]) -> tuple[list[str], int]:
-    """A report in lines, and the number of flips. Raises: DataError if no token is in both, or one differs itself."""
+    """The lines of a report, and the number of flips. Raises: DataError if the runs have no decision in common, or
+    different tokens at the same place."""
     common = sorted(one.keys() & other.keys())
     if not common:
-        raise DataError("no step, layer, row and position is in both traces; compare runs that report the same steps")
+        raise DataError(
+            "the traces have no step, layer, row and position in common; compare runs that report the same steps"
+        )
     for place in common:
         if one[place].token != other[place].token:
             raise DataError(
@@ -85,7 +88,7 @@ def compare(one: dict[Place, Decision], other: dict[Place, Decision]) -> tuple[l
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Folders -> report -> exit status."""
+    """Compare the runs in two folders, print the report, and set the exit status."""
     parser = argparse.ArgumentParser(description="compare the experts that two runs chose for the same tokens")
     parser.add_argument("folders", nargs=2, type=Path, metavar="RUN_FOLDER")
     one, other = (read_routes(folder) for folder in parser.parse_args(arguments).folders)

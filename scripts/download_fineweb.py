@@ -1,10 +1,11 @@
-"""FineWeb from the hub: text for tokenize_dataset.py, or token shards that are ready for training.
+"""Download FineWeb from the Hugging Face hub, as text for tokenize_dataset.py or as token shards that are ready for
+training.
 
 python scripts/download_fineweb.py --dataset fineweb-edu --sample 10BT --num_files 2     parquet files of text
 python scripts/download_fineweb.py --tokens gpt2 --num_files 9                           0.9 billion tokens of gpt2
 
-A connection that breaks is taken up where it was. Interrupted? The same command keeps the files that are whole, and
-fetches the others. Needs: pip install huggingface_hub
+A download whose connection breaks continues where it stopped. After an interruption, the same command keeps the complete
+files and fetches the others. Needs: pip install huggingface_hub
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ from tinytron.utils.training import sync_folder
 
 TEXT_REPOS = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
 SAMPLES = ("10BT", "100BT", "350BT")
-TOKEN_REPO, TOKEN_FILES = "kjj0/fineweb100B-gpt2", 1028  # of training, of 10^8 tokens each; and one of validation
+TOKEN_REPO = "kjj0/fineweb100B-gpt2"
+TOKEN_FILES = 1028  # training files of 10^8 tokens each; there is also one validation file
 GPT2_VOCABULARY = 50304  # 50257, rounded up to a multiple of 128
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A file of a repository; ``size`` in bytes if it is known, else it is a token file, which says its own."""
+    """A file of a repository; ``size`` is in bytes, or ``None`` for a token file, whose header gives its size."""
 
     repo: str
     name: str
@@ -45,11 +47,11 @@ class Wanted:
 
     @property
     def local(self) -> str:
-        """Its name here."""
+        """The file's local name."""
         return self.name.rpartition("/")[2]
 
     def check(self, path: Path) -> None:
-        """Raises: DataError if the file is not whole."""
+        """Check that the downloaded file is complete. Raises: DataError."""
         if self.size is None:
             read_header(path)
         elif path.stat().st_size != self.size:
@@ -59,12 +61,13 @@ class Wanted:
 
 
 def wanted_files(args: argparse.Namespace) -> list[Wanted]:
-    """What the options ask for. Raises: DataError if the hub cannot be asked."""
+    """The files that the options select. Raises: DataError if the hub cannot be reached."""
     if args.tokens:
         count = TOKEN_FILES if args.num_files is None else args.num_files
         names = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, count + 1))]
         return [Wanted(TOKEN_REPO, name) for name in names]
-    repo, folder = TEXT_REPOS[args.dataset], f"sample/{args.sample}"
+    repo = TEXT_REPOS[args.dataset]
+    folder = f"sample/{args.sample}"
     hub = require_package("huggingface_hub")
     with as_data_error(f"{repo}/{folder}", "check the network and the names"):
         listed = list(hub.HfApi().list_repo_tree(repo, folder, repo_type="dataset"))
@@ -75,8 +78,8 @@ def wanted_files(args: argparse.Namespace) -> list[Wanted]:
 
 
 def fetch(file: Wanted, target: Path, temporary: Path) -> bool:
-    """Bring ``file`` into the folder ``target`` unless it is there whole; whether it had to be fetched. It arrives under
-    its name when it is whole. Raises: DataError."""
+    """Download ``file`` to the folder ``target`` unless a complete copy is there; returns whether it was downloaded. The
+    file gets its name only once it is complete. Raises: DataError."""
     place = target / file.local
     if place.exists():
         try:
@@ -85,23 +88,25 @@ def fetch(file: Wanted, target: Path, temporary: Path) -> bool:
         except DataError:
             place.unlink()
     hub = require_package("huggingface_hub")
-    with as_data_error(f"{file.repo}/{file.name}", "check the network; the same command keeps what is whole"):
+    with as_data_error(f"{file.repo}/{file.name}", "check the network; the same command keeps complete files"):
         arrived = Path(hub.hf_hub_download(file.repo, file.name, repo_type="dataset", local_dir=temporary))
         try:
             file.check(arrived)
         except DataError:
-            arrived.unlink()  # or the next call would take it for whole
+            arrived.unlink()  # otherwise the next call would treat it as complete
             raise
         partial = place.with_name(place.name + ".part")
-        shutil.move(arrived, partial)  # across disks this is a copy, which may be interrupted
+        shutil.move(arrived, partial)  # between disks this is a copy, which may be interrupted
         partial.replace(place)
         sync_folder(target)
     return True
 
 
 def fetch_all(files: Sequence[Wanted], target: Path, temporary: Path, workers: int) -> int:
-    """Fetch by ``workers`` threads; returns how many were not there yet. Raises: the first error, and starts no more."""
-    pool, fetched = ThreadPoolExecutor(workers), 0
+    """Fetch files with ``workers`` threads and return the number of files downloaded. Raises: the first error; no further
+    downloads start after it."""
+    pool = ThreadPoolExecutor(workers)
+    fetched = 0
     try:
         jobs = [pool.submit(fetch, file, target, temporary) for file in files]
         for job in tqdm(as_completed(jobs), total=len(jobs), unit="file", file=sys.stderr):
@@ -114,15 +119,15 @@ def fetch_all(files: Sequence[Wanted], target: Path, temporary: Path, workers: i
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options. Raises: ConfigError."""
+    """Parse the options. Raises: ConfigError."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", choices=list(TEXT_REPOS), default="fineweb-edu", help="which text (fineweb-edu)")
-    parser.add_argument("--sample", choices=SAMPLES, default="10BT", help="which sample of it, by gpt2 tokens (10BT)")
-    parser.add_argument("--tokens", choices=["gpt2"], help="not text, but 10^8 tokens of FineWeb per file")
-    parser.add_argument("--num_files", type=int, help="so many of its files, from the first; default: all")
+    parser.add_argument("--dataset", choices=list(TEXT_REPOS), default="fineweb-edu", help="text dataset (fineweb-edu)")
+    parser.add_argument("--sample", choices=SAMPLES, default="10BT", help="size of the sample in gpt2 tokens (10BT)")
+    parser.add_argument("--tokens", choices=["gpt2"], help="fetch FineWeb as tokens instead of text, 10^8 per file")
+    parser.add_argument("--num_files", type=int, help="fetch only the first N files; default: all")
     parser.add_argument("--target_dir", type=user_path, help="default: data/<dataset>_<sample>, or data/fineweb_gpt2")
     parser.add_argument(
-        "--tmp_dir", type=user_path, help="for files on their way; default: .download in the target folder"
+        "--tmp_dir", type=user_path, help="folder for incomplete files; default: .download in the target folder"
     )
     parser.add_argument("--num_workers", type=int, default=10, help="files fetched at a time (10)")
     args = parse_strictly(parser, argv)
@@ -136,7 +141,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def next_command(args: argparse.Namespace) -> str:
-    """What to do with the files."""
+    """The command to run next with the files."""
     words: list[Any]
     if args.tokens:
         pattern = args.target_dir / "fineweb_train_*.bin"
@@ -148,7 +153,7 @@ def next_command(args: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    """Options -> files."""
+    """Download the files that the options select."""
     args = parse_args()
     require_package("huggingface_hub.utils").disable_progress_bars()
     files = wanted_files(args)
@@ -157,8 +162,8 @@ def main() -> None:
         for folder in (args.target_dir, temporary):
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"{error.filename}: cannot be made ({error.strerror}); use another folder") from error
-    for left_over in temporary.rglob("*.incomplete"):  # by a call that was killed; nothing goes on with it
+        raise DataError(f"{error.filename}: cannot be created ({error.strerror}); use another folder") from error
+    for left_over in temporary.rglob("*.incomplete"):  # left by a killed call; no later call can continue them
         left_over.unlink()
     fetched = fetch_all(files, args.target_dir, temporary, args.num_workers)
     if args.tmp_dir is None:

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# All checks: style (ruff), types (mypy) and tests (pytest), the first two run by the tests themselves.
+# All checks: style (ruff), types (mypy) and tests (pytest); the tests themselves run the first two.
 #
-#   bash scripts/test.sh                 what CI runs
-#   bash scripts/test.sh -m slow         the long ones
-#   bash scripts/test.sh tests/model     some
+#   bash scripts/test.sh                 the tests that CI runs
+#   bash scripts/test.sh -m slow         the slow tests
+#   bash scripts/test.sh tests/model     the tests of one folder
 set -euo pipefail
 source "$(dirname "$0")/lib/env.sh"
 modules="torch numpy tqdm tokenizers matplotlib pytest hypothesis ruff mypy datasets transformers tiktoken gguf omegaconf s3fs moto"
-if [ "$(uname)" = Linux ]; then modules="$modules triton"; fi # there is none for other systems
-# shellcheck disable=SC2086  # one word a module
+if [ "$(uname)" = Linux ]; then modules="$modules triton"; fi # triton exists only for Linux
+# shellcheck disable=SC2086  # each word is a module
 need_python dev $modules
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # tests start several processes at a time
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # tests start several processes at once
 case " $* " in
     *" -m "*) exec "$PYTHON" -m pytest "$@" ;;
     *) exec "$PYTHON" -m pytest -m "not slow and not gpu" "$@" ;;

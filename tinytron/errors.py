@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class TinytronError(Exception):
-    """Base of every error that is no bug of the code; entry points print it as one line and exit with status 2."""
+    """Base of every error that is not a bug in the code; entry points print it as one line and exit with status 2."""
 
 
 class ConfigError(TinytronError):
@@ -12,7 +12,7 @@ class ConfigError(TinytronError):
 
 
 class DataError(TinytronError):
-    """A data file or data set is missing, damaged, or does not fit the configuration."""
+    """A data file or dataset is missing, damaged, or does not fit the configuration."""
 
 
 class CheckpointError(TinytronError):
@@ -20,7 +20,7 @@ class CheckpointError(TinytronError):
 
 
 class TrainingError(TinytronError):
-    """A run cannot go on: its loss leaps (``--spike_action stop``), or its replicas are no longer the same."""
+    """A run cannot continue: its loss spiked (``--spike_action stop``), or its replicas diverged."""
 
 
 class StorageError(TinytronError):
@@ -28,5 +28,5 @@ class StorageError(TinytronError):
 
 
 def first_line(error: BaseException | str) -> str:
-    """What an error of other people's code says, in one line."""
+    """The first line of an error message from a library; an empty string if the error has no message."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__

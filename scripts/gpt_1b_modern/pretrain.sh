@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# 1.5B dense GPT of about the size of gpt_1b in the proportions that GPUs like: heads of 128 (the size attention kernels
-# are fastest at), one key/value head for four query heads (a fourth of the cache when generating), normalized queries and
-# keys (scores that cannot grow), a narrower feed-forward layer and more blocks. The head is tied: one of its own would add
-# 7 % of parameters, gradients and states. On token shards, 1,048,576 tokens per step:
+# 1.5B dense GPT, about the size of gpt_1b, in proportions that suit GPUs: heads of 128 (the size at which attention kernels
+# are fastest), one key/value head for four query heads (a fourth of the cache when generating), normalized queries and keys
+# (so that scores cannot grow), a narrower feed-forward layer and more blocks. The head is tied: an untied one would add 7 %
+# to parameters, gradients and states. Trains on token shards, with 1,048,576 tokens per step:
 #
 #   DATASET_PATH=path/to/shards bash scripts/gpt_1b_modern/pretrain.sh [--max_steps 100000 ...]
 #   bash scripts/gpt_1b_modern/pretrain.sh --dry_run --dry_run_world_size 8 --backend nccl     what it needs on 8 GPUs

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# 8B dense GPT on token shards (folder with train_*.bin and val_*.bin), 4,194,304 tokens per step; blocks are computed again
-# in the backward pass, to leave room for the weights:
+# 8B dense GPT on token shards (folder with train_*.bin and val_*.bin), 4,194,304 tokens per step; the backward pass
+# recomputes the blocks, to leave room for the weights:
 #
 #   DATASET_PATH=path/to/shards bash scripts/gpt_7b/pretrain.sh [--max_steps 100000 ...]
 #   bash scripts/gpt_7b/pretrain.sh --dry_run --dry_run_world_size 64 --backend nccl     what it needs on 64 GPUs

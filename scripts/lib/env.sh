@@ -1,7 +1,7 @@
-# Sourced, not run. `need_python EXTRA MODULE...` leaves an interpreter that can import every MODULE in $PYTHON: the
-# active one if it can, else the one of .venv in the checkout, which is made and filled when needed.
+# Source this file; do not run it. `need_python EXTRA MODULE...` sets $PYTHON to an interpreter that can import every
+# MODULE: the active one if possible, otherwise the one in the checkout's .venv, which is created and filled when necessary.
 #
-#   TORCH_SPEC='torch==2.11.0'   take this torch instead of the one in constraints.txt
+#   TORCH_SPEC='torch==2.11.0'   use this torch instead of the one in constraints.txt
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 cd "$ROOT"
@@ -30,7 +30,7 @@ _base_python() { # the newest Python >= 3.10 on this machine
     return 1
 }
 
-find_python() { # MODULE...: leaves an interpreter that can import them in $PYTHON; fails if there is none
+find_python() { # MODULE...: sets $PYTHON to an interpreter that can import them; fails if there is none
     local candidate
     for candidate in python python3 "$ROOT/.venv/bin/python"; do
         if _has "$candidate" "$@"; then
@@ -59,12 +59,12 @@ need_python() {
 _install() {
     local extra="$1" base constraints="$ROOT/constraints.txt"
     shift
-    if command -v flock >/dev/null 2>&1; then # one at a time, also of several nodes that share the folder
+    if command -v flock >/dev/null 2>&1; then # one installation at a time, even if several nodes share the folder
         exec 9>"$ROOT/.venv.lock"
         flock 9
         if _has "$ROOT/.venv/bin/python" "$@"; then return; fi
     fi
-    if ! "$ROOT/.venv/bin/python" -m pip --version >/dev/null 2>&1; then # none, or one left half-made
+    if ! "$ROOT/.venv/bin/python" -m pip --version >/dev/null 2>&1; then # there is no .venv, or an incomplete one
         rm -rf "$ROOT/.venv"
         base="$(_base_python)"
         echo "setting up .venv with $("$base" --version) (once; this takes a minute or more)" >&2

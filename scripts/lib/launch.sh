@@ -1,8 +1,8 @@
-# Sourced by scripts/*/pretrain.sh. `launch SCRIPT FLAG...` runs SCRIPT through torchrun on the GPUs of this node, or on CPU
-# processes. Environment variables (with their defaults):
+# scripts/*/pretrain.sh source this file. `launch SCRIPT FLAG...` runs SCRIPT through torchrun on this node's GPUs, or in
+# CPU processes. Environment variables (with their defaults):
 #
 #   NUM_NODES=1 NODE_RANK=0 MASTER_ADDR=localhost MASTER_PORT=29500     several nodes: run the script on each
-#   NUM_GPUS=(all there are)   GPUs to use on this node; 0: CPU processes
+#   NUM_GPUS=(all)             GPUs to use on this node; 0: CPU processes
 #   NPROC=1                    number of CPU processes, when no GPU is used
 #   SEP_SIZE=1 BATCH_SIZE=8 SEQ_LEN=4096 GBS=1024     GBS: global batch in sequences
 #   MAX_LR=6e-4 MIN_LR=6e-5 LR_WARMUP_STEPS=2 SEED=1337

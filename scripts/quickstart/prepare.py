@@ -3,8 +3,8 @@
 python scripts/quickstart/prepare.py [--data path/to/text/files] [--out data/quickstart] [--workers 1]
 
 Without ``--data`` the corpus is the source code of the running Python's standard library (without its tests), which every
-machine has. Progress goes to stderr; the last thing printed, to stdout, are the flags for pretrain_debug.py. A second
-call finds everything done and prints the same flags.
+machine has. Progress goes to stderr; only the flags for pretrain_debug.py are printed to stdout, at the end. A second call
+finds everything done and prints the same flags.
 """
 
 from __future__ import annotations
@@ -36,18 +36,21 @@ from tinytron.utils.training import write_atomically
 
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}
 CODE_PROMPTS = ("def read_lines(path):\n", "class Stack:\n", "import os\n")  # for the standard library
-PROMPTS, PROMPT_CHARS = 3, 60  # for other text: lines of its held-out part, and the length of each at most
-HELD_OUT = 20  # one part in 20 is kept for validation: whole files, or of few files the end of each
+PROMPTS, PROMPT_CHARS = 3, 60  # for other text: number of prompts, lines of the held-out part, and their maximum length
+HELD_OUT = 20  # one part in 20 is kept for validation: whole files, or the end of each file if there are few
 MIN_BYTES = 100_000
-FLAGS, LOCK = "prepared.json", "prepare.lock"  # the first is written last
-CPU_SECONDS = 360  # the time to train for
+FLAGS, LOCK = "prepared.json", "prepare.lock"  # FLAGS is written last
+CPU_SECONDS = 360  # the target training time
 CPU_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class CpuSize:
-    """A model for CPUs: its ``flags``, the FLOPs of one of its tokens, the part of the rate of large products that its
-    small ones reach with all else that a step does (in bf16; fp32 twice as much), and its peak learning rate of Muon."""
+    """A model for CPUs.
+
+    ``flops`` is the FLOPs per token. ``part`` is the model's training speed relative to the rate of large matrix products,
+    including all other work of a step (in bf16; twice that in fp32). ``max_lr`` is the peak learning rate of Muon.
+    """
 
     flags: dict[str, Any]
     flops: float
@@ -63,8 +66,9 @@ def _shape(layers: int, hidden: int, heads: int, kv_heads: int, intermediate: in
     return shape | {"intermediate_size": intermediate, "seq_len": 256, "total_batch_size": tokens}
 
 
-# The larger one needs some two million tokens to be worth its FLOPs. With fewer FLOPs than that, the smaller one reads 2.3
-# times the text, in steps of half the size, and is validated less often (docs/performance.md, The quickstart on slow CPUs).
+# The larger model needs about two million tokens to be worth its FLOPs. With fewer FLOPs than that, the smaller one reads
+# 2.3 times the text, in steps of half the size, and is validated less often (docs/performance.md, The quickstart on slow
+# CPUs).
 LARGER_FROM = 6e13  # FLOPs
 LARGER = CpuSize(_shape(6, 256, 4, 2, 704, 8192), 3.6e7, 0.25, 0.01, "fast enough for the larger of two models", 4, 420)
 SMALLER = CpuSize(
@@ -73,12 +77,13 @@ SMALLER = CpuSize(
 
 
 def say(text: str) -> None:
-    """Progress for people; stdout is for the flags."""
+    """Print progress to stderr; stdout is for the flags."""
     print(text, file=sys.stderr, flush=True)
 
 
 def find_files(data: str | None) -> list[Path]:
-    """The corpus: every file below ``data``, or the standard library's sources. Raises: DataError if there is none."""
+    """The files of the corpus: every file below ``data``, or the standard library's sources. Raises: DataError if there are
+    none."""
     root = Path(data) if data else Path(sysconfig.get_paths()["stdlib"])
     if root.is_file():
         return [root]
@@ -93,7 +98,7 @@ def find_files(data: str | None) -> list[Path]:
 
 
 def read_documents(files: list[Path]) -> Iterator[tuple[str, str]]:
-    """Name and text of the files that are UTF-8; others are skipped."""
+    """Name and text of each UTF-8 file; other files are skipped."""
     for path in files:
         try:
             text = path.read_text(encoding="utf-8")
@@ -104,8 +109,8 @@ def read_documents(files: list[Path]) -> Iterator[tuple[str, str]]:
 
 
 def split(documents: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
-    """Training and held-out texts: about a 20th of all, in whole files chosen by a hash of their names (no large ones, so
-    that there are many), or if there are few files the end of each."""
+    """The training texts and the held-out texts. About a 20th of the corpus is held out: whole files, chosen by a hash of
+    their names (no large ones, so that there are many), or the end of each file if there are few."""
     if len(documents) < 2 * HELD_OUT:
         cuts = [(text, len(text) - len(text) // HELD_OUT) for _, text in documents]
         return [text[:cut] for text, cut in cuts], [text[cut:] for text, cut in cuts if text[cut:]]
@@ -120,32 +125,33 @@ def split(documents: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
 
 
 def prompts_from(held_out: list[str]) -> list[str]:
-    """Beginnings for samples: lines of the held-out text, evenly spread, cut at a space where they are long."""
+    """Prompts for samples: evenly spread lines of the held-out text; long lines are cut at a space."""
     lines = [line for text in held_out for line in text.splitlines() if len(line.split()) > 1]
     chosen = [lines[(2 * n + 1) * len(lines) // (2 * PROMPTS)] for n in range(PROMPTS)] if lines else held_out[:PROMPTS]
     return [cut_at_space(line.strip(), PROMPT_CHARS) for line in dict.fromkeys(chosen)]
 
 
 def cut_at_space(line: str, longest: int) -> str:
-    """``line``, or as many of its words as fit into ``longest`` characters; at least a part of the first one."""
+    """``line``, or as many of its words as fit into ``longest`` characters, but at least a part of the first word."""
     return line if len(line) <= longest else line[: longest + 1].rpartition(" ")[0] or line[:longest]
 
 
 def cpu_size(rate: float) -> tuple[CpuSize, int]:
-    """The model for a CPU whose bf16 products run at ``rate`` [FLOP/s], and the steps that it makes in ``CPU_SECONDS``."""
+    """The model for a CPU whose bf16 products run at ``rate`` [FLOP/s], and its number of steps in ``CPU_SECONDS``."""
     size = LARGER if CPU_SECONDS * rate * LARGER.part >= LARGER_FROM else SMALLER
     steps = int(CPU_SECONDS * rate * size.part / (size.flags["total_batch_size"] * size.flops))
     return size, max(100, min(size.most_steps, steps))
 
 
 def choose_model(train_tokens: int, vocab_size: int) -> dict[str, Any]:
-    """Model and training length for this machine: a larger preset with a GPU, one sized for minutes without."""
+    """Model and training length for this machine: a larger model with a GPU, otherwise one that trains in minutes."""
     flags: dict[str, Any]
     if torch.cuda.is_available():
         flags = {"num_layer": 12, "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
         flags |= {"intermediate_size": 1536, "seq_len": 1024, "total_batch_size": 32 * 1024, "dropout": 0.1}
         flags |= {"max_lr": 1e-2, "min_lr": 1e-4, "precision": "bf16"}
-        steps, validations = max(200, 10 * train_tokens // (32 * 1024)), 4
+        steps = max(200, 10 * train_tokens // (32 * 1024))
+        validations = 4
     else:
         rates = {p: measured_matmul_rate(torch.device("cpu"), dtype) for p, dtype in CPU_PRECISIONS.items()}
         precision = max(rates, key=lambda p: rates[p])
@@ -166,7 +172,7 @@ def choose_model(train_tokens: int, vocab_size: int) -> dict[str, Any]:
 
 
 def write_texts(path: Path, texts: list[str]) -> int:
-    """Write JSON lines, unless an earlier call has done so; returns the bytes of the texts."""
+    """Write the texts as JSON lines, unless an earlier call has done so; returns their size in bytes."""
     if not path.exists():  # the tokenizer pipeline continues only from a file that has not changed
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
         write_atomically(path, lambda file: file.write(lines.encode()))
@@ -174,7 +180,7 @@ def write_texts(path: Path, texts: list[str]) -> int:
 
 
 def write_corpus(folder: Path, files: list[Path], vocab_size: int, data: str | None) -> dict[str, Any]:
-    """Tokenizer and shards into ``folder``; returns the ``flags`` for training on them and ``prompts`` for samples."""
+    """Write tokenizer and shards to ``folder``; returns the ``flags`` for training on them and ``prompts`` for samples."""
     documents = list(read_documents(files))
     size = sum(len(text.encode()) for _, text in documents)
     if size < MIN_BYTES:
@@ -194,15 +200,16 @@ def write_corpus(folder: Path, files: list[Path], vocab_size: int, data: str | N
     )
     manifest = tokenize_dataset(options, say=say, repair=True).manifest
     assert manifest is not None, "only a request to stop ends without a manifest"
-    found, tokens = manifest.tokenizer.vocab_size, manifest.tokens["train"]
+    found = manifest.tokenizer.vocab_size
+    tokens = manifest.tokens["train"]
     say(f"tokenizer: {found} tokens of {train_bytes / tokens:.2f} bytes; {tokens:,} to train on")
     prompts = prompts_from(held_out) if data else CODE_PROMPTS
     return {"flags": choose_model(tokens, found), "prompts": prompts}
 
 
 def prepare(folder: Path, files: list[Path], vocab_size: int, data: str | None) -> dict[str, Any]:
-    """The flags of ``folder``, which is filled first unless an earlier call has done so. One process at a time; a later
-    one continues what an interrupted one has begun."""
+    """The training flags for ``folder``, which is filled first unless an earlier call has done so. Only one process works
+    at a time, and a later one continues the work of an interrupted one."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with wait_for_lock(folder / LOCK, say):

@@ -1,9 +1,9 @@
-"""Quickstart, part 3: what a run has learned.
+"""Quickstart, part 3: report on the trained model.
 
 python scripts/quickstart/report.py [the flags of the training run]
 
-Prints samples from the model and its validation loss, in nats per token and in bits per byte next to the figures of gzip -9
-and xz -9 for the same bytes, and draws the loss curve. Needs a run on the shards of scripts/quickstart/prepare.py.
+Prints samples from the model and its validation loss, in nats per token and in bits per byte; the latter is compared with
+gzip -9 and xz -9 on the same bytes. Draws the loss curve. Needs a run on the shards of scripts/quickstart/prepare.py.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def read_bits_per_byte(folder: Path) -> float | None:
 
 
 def held_out_text(tokenizer: TextTokenizer, shards: list[Path], seq_len: int) -> bytes:
-    """The text of the targets of validation: of every shard all tokens but the first, in whole samples."""
+    """The text of the validation targets: the tokens of every shard in whole samples, without the shard's first token."""
     texts = []
     for shard in shards:
         tokens = open_shard(shard)
@@ -73,7 +73,7 @@ def held_out_text(tokenizer: TextTokenizer, shards: list[Path], seq_len: int) ->
 
 
 def draw(losses: dict[str, list[tuple[int, float]]], gzip_loss: float, xz_loss: float, path: Path) -> None:
-    """The loss curve, with the compressors' marks, as a PNG."""
+    """Draw the loss curve, with lines for the compressors, and save it as a PNG."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(*zip(*losses["train"], strict=True), color="tab:blue", alpha=0.35, linewidth=0.8, label="training batch")
     if losses["val"]:
@@ -89,8 +89,8 @@ def draw(losses: dict[str, list[tuple[int, float]]], gzip_loss: float, xz_loss: 
 
 
 def read_prompts(folder: Path) -> list[str]:
-    """Beginnings of samples that suit the data, as prepare.py has chosen them; what an earlier version prepared has none,
-    and then documents begin with nothing."""
+    """The prompts that prepare.py chose for the data. A folder from an earlier version has none; then samples start
+    without a prompt."""
     try:
         found: dict[str, list[str]] = json.loads((folder / PREPARED).read_text())
     except OSError:
@@ -99,7 +99,7 @@ def read_prompts(folder: Path) -> list[str]:
 
 
 def print_samples(files: CheckpointFiles, found: RunTokenizer, texts: list[str]) -> None:
-    """A continuation of each of the ``texts`` by the trained model, on the best device."""
+    """Print a continuation of each of ``texts`` by the trained model, on a GPU if there is one."""
     model, _ = load_model(files.model, "cuda" if torch.cuda.is_available() else "cpu")
     prompts = [found.prompt_ids(prompt) for prompt in texts]
     options = SamplingOptions(max_new_tokens=SAMPLE_TOKENS, temperature=0.7, top_k=50, stop_tokens=found.stop_tokens)
@@ -128,7 +128,7 @@ def main() -> None:
         "gzip -9": 8 * len(gzip.compress(text, 9)) / len(text),
         "xz -9": 8 * len(lzma.compress(text, preset=9)) / len(text),
     }
-    to_nats = val_loss / model_bits  # of one token; the bytes per token are in it
+    to_nats = val_loss / model_bits  # from bits per byte to nats per token
     draw(losses, bits["gzip -9"] * to_nats, bits["xz -9"] * to_nats, files.folder / "loss.png")
     print(f"\nvalidation loss after {files.step} steps: {val_loss:.4f} nats per token")
     print(f"the same {len(text):,} held-out bytes in bits per byte (less is better):")

@@ -2,8 +2,8 @@
 
 python scripts/shakespeare_char/compare.py [--data input.txt] [-- flags for all runs]
 
-The last tenth of the text is held out, as nanoGPT does. nanoGPT estimates its validation loss from 20 random batches, here
-it is that of all held-out text.
+The last tenth of the text is held out, as in nanoGPT. nanoGPT estimates its validation loss from 20 random batches; here it
+is computed on all held-out text.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from tinytron.utils.training import write_atomically
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 PUBLISHED = 1.88  # nanoGPT's README, section "I only have a macbook", after the same 2,000 steps
 COMMON = ("--max_steps", "2000", "--precision", "fp32", "--do_val", "--val_every_steps", "500", "--log_every", "100")
-# The same depth, width, batch and rates; rotary positions, RMSNorm, SwiGLU of as many parameters, and heads of 64.
+# The same depth, width, batch and rates, but with rotary positions, RMSNorm, SwiGLU with the same number of parameters, and
+# heads of 64.
 MODERN = (
     *("--preset", "nanogpt-char-cpu", "--position_type", "rotary", "--norm_type", "rms", "--norm_eps", "1e-6"),
     *("--mlp_type", "swiglu", "--intermediate_size", "352", "--num_attention_heads", "2", "--num_key_value_heads", "2"),
@@ -41,7 +42,8 @@ RUNS = {
 
 
 def find_text(data: str | None, folder: Path, url: str = URL) -> Path:
-    """The text file: ``data``, or the one at ``url``, which is kept in ``folder``. Raises: DataError if there is none."""
+    """The text file: ``data``, or the file at ``url``, which is cached in ``folder``. Raises: DataError if there is
+    none."""
     if data is not None:
         if not Path(data).is_file():
             raise DataError(f"DATA={data} is not a file; name a text file, such as DATA=input.txt")
@@ -62,7 +64,7 @@ def find_text(data: str | None, folder: Path, url: str = URL) -> Path:
 
 
 def prepare(text: Path, folder: Path) -> list[str]:
-    """Token shards of the characters of ``text``; returns the flags of their place and size."""
+    """Write character-level token shards of ``text``; returns the flags for training on them."""
     shards = folder / recipe_hash({"files": file_states([text])})[:8]
     options = TokenizeOptions(
         dataset_path=str(text),
@@ -86,12 +88,13 @@ def validation_loss(config: Config) -> float:
 
 
 def main() -> int:
-    """Prepare, train what is not trained yet, and print the table. Returns the status of a run that fails."""
+    """Prepare the data, train the models that are not trained yet, and print the table. Returns the exit status of the
+    first run that fails, or zero."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="text file; default: tiny Shakespeare, downloaded")
-    parser.add_argument("--folder", type=Path, default=Path("data/shakespeare_char"), help="where text and shards go")
-    parser.add_argument("--log_dir", default="log/shakespeare_char", help="where the runs go")
-    parser.add_argument("flags", nargs="*", help="for all runs, after --")
+    parser.add_argument("--folder", type=Path, default=Path("data/shakespeare_char"), help="folder for text and shards")
+    parser.add_argument("--log_dir", default="log/shakespeare_char", help="folder for the runs")
+    parser.add_argument("flags", nargs="*", help="training flags for all runs, after --")
     args = parser.parse_args()
     data = prepare(find_text(args.data, args.folder), args.folder)
     rows = []

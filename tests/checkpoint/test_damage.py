@@ -215,7 +215,7 @@ def test_one_flipped_bit_is_noticed_and_the_checkpoint_before_is_used(
     result, said = ranks(2).run(said_until, tmp_path / "log", 0, *FLAGS, "--max_steps", 6)[0]
     if "resuming after step 4" not in said or not file.endswith("meta.pt"):  # a zip has gaps whose content is nothing
         assert f"error: {path} cannot be read" in said
-        assert "using the checkpoint before" in said
+        assert "using the previous checkpoint" in said
         assert "resuming after step 2" in said
     unbroken = ranks(2).run(run_until, tmp_path / "unbroken", 0, *FLAGS, "--max_steps", 6)[0]
     assert result.log == unbroken.log
@@ -242,7 +242,7 @@ def test_without_an_undamaged_checkpoint_nothing_starts_anew(ranks: Pools, two: 
     first, second = ranks(2).run(user_error, Trainer, tmp_path / "log", *FLAGS, "--max_steps", 6)
     assert first == second
     assert "00004_model.pt cannot be read (it has" in first
-    assert "pass --no-resume to start anew" in first
+    assert "pass --no-resume to start over" in first
 
 
 def test_the_checkpoint_before_is_only_announced_where_there_is_one(
@@ -255,7 +255,7 @@ def test_the_checkpoint_before_is_only_announced_where_there_is_one(
     found, said = [CheckpointFiles(tmp_path, step) for step in (4, 2)], list[str]()
     with pytest.raises(CheckpointError, match=r"^4 is damaged; no undamaged checkpoint is left"):
         load.first_undamaged(found, cast(Any, None), said.append)
-    assert said == ["error: 4 is damaged; using the checkpoint before"]
+    assert said == ["error: 4 is damaged; using the previous checkpoint"]
 
 
 # A disk that refuses.
@@ -281,7 +281,7 @@ def test_a_last_save_that_fails_is_an_error_of_the_run(ranks: Pools, tmp_path: P
     first, second = ranks(2).run(user_error, Trainer, tmp_path, *FLAGS)
     assert first == second
     assert first.startswith("CheckpointError: checkpoint 4 was NOT saved (")
-    assert first.endswith("free the disk and run the same command again")
+    assert first.endswith("free disk space and run the same command again")
     assert [files.step for files in complete_checkpoints(_run_folder(tmp_path))] == [2]
 
 

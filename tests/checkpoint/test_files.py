@@ -85,9 +85,9 @@ def test_a_file_that_is_not_what_was_written_is_told_by_its_size_or_its_content(
     sums = {"part": checksum(path)}
     verify(tmp_path, sums, ["part"])
     for content, text in (
-        (b"fou", "it has 3 bytes, 4 were written"),
-        (b"fours", "it has 5 bytes, 4 were written"),
-        (b"five", "its SHA-256 is not that of what was written"),
+        (b"fou", "it has 3 bytes, but 4 were written"),
+        (b"fours", "it has 5 bytes, but 4 were written"),
+        (b"five", "its SHA-256 differs from the one recorded when it was written"),
     ):
         path.write_bytes(content)
         with pytest.raises(CheckpointError) as caught:

@@ -72,7 +72,7 @@ def test_a_failed_push_is_said_and_made_up_for(
         said = capsys.readouterr().err.splitlines()
         assert len(said) == 3
         assert all(line.startswith(f"error: {storage}: cannot write ") for line in said)
-        assert all("(reset by peer); training goes on" in line for line in said)
+        assert all("(reset by peer); training continues" in line for line in said)
     assert RemoteFolder(storage).list() == {}
     done = breaking(monkeypatch, mirror, "put_file", "nothing")
     mirror.push_files(second.part_names())
@@ -143,7 +143,7 @@ def test_a_newer_local_checkpoint(storage: str, tmp_path: Path, capsys: pytest.C
     mirror.push_commit(2)
     files = make(alone, 4)
     mirror_of(alone, storage)._restore(several_nodes=True)  # the other nodes' parts are out of reach
-    assert "checkpoint 4 never got to" in capsys.readouterr().err
+    assert "checkpoint 4 never reached" in capsys.readouterr().err
     assert newest_checkpoint(alone) == CheckpointFiles(alone, 2)
     assert (alone / "00004_meta.pt.unpushed").exists()
     make(alone, files.step)

@@ -197,7 +197,7 @@ def test_verify_wants_every_element_of_every_parameter(run: Path, capsys: pytest
     assert f"{run / '00001_opt'} lacks final_norm.weight" in first
     assert f"{run / '00001_opt'} has 64 of the 65 elements of blocks.0.mlp.router.weight/main" in first
     assert f"{run / '00002_opt/__1_0.distcp'} has no checksum in 00002_meta.pt" in second
-    assert f"{run / '00003_opt'} has 16 elements of final_norm.weight/main, the parameter 17" in third
+    assert f"{run / '00003_opt'} has 16 elements of final_norm.weight/main, but the parameter 17" in third
     assert last == "checkpoint 4: ok"
 
 
@@ -298,7 +298,7 @@ def test_consolidate_needs_room(run: Path, capsys: pytest.CaptureFixture[str]) -
     ("change", "expected"),
     [
         (lambda weights: weights.pop(NORM), f"it has states of {NORM}, which 00004_model.pt lacks"),
-        (lambda weights: weights.update({NORM: torch.zeros(17)}), f"{NORM}/main has another size than {NORM}"),
+        (lambda weights: weights.update({NORM: torch.zeros(17)}), f"{NORM}/main and {NORM} differ in size"),
     ],
 )
 def test_consolidate_refuses_states_of_another_model(

@@ -51,13 +51,13 @@ WRONG = {
         ("--seq_len 24 exceeds --block_size 12; use --block_size 24",), ("--seq_len", "24", "--total_batch_size", "96")
     ),
     "no epoch": Wrong(("do not fill one global batch", "--max_epochs 4"), ("--mock_data_num_samples", "2")),
-    "no folder": Wrong(("--dataset_path nowhere is no folder and matches no file",), (*SHARDS, "nowhere")),
+    "no folder": Wrong(("--dataset_path nowhere is not a folder and matches no file",), (*SHARDS, "nowhere")),
     "no shards": Wrong(("--dataset_path empty has no train_*.bin",), (*SHARDS, "empty")),
     "no shard": Wrong(("matches no file",), (*SHARDS, "good/train_9*.bin")),
     "corrupt shard": Wrong(("corrupt/train_1.bin: magic number", "at byte 0"), (*SHARDS, "corrupt")),
     "truncated shard": Wrong(("truncated/train_1.bin", "it is truncated or damaged"), (*SHARDS, "truncated")),
     "short shard": Wrong(("no shard holds one sample of --seq_len 12 + 1 tokens",), (*SHARDS, "short")),
-    "not a shard": Wrong(("text/train_0.bin: 5 bytes are no token shard",), (*SHARDS, "text")),
+    "not a shard": Wrong(("text/train_0.bin: 5 bytes are not a token shard",), (*SHARDS, "text")),
     "token id": Wrong(
         ("large/train_1.bin: token id 61 at byte 1044 is not below --vocab_size 61",), (*SHARDS, "large")
     ),
@@ -79,13 +79,13 @@ WRONG = {
         ("--attn_backend flash needs the flash-attn package: pip install flash-attn",), ("--attn_backend", "flash")
     ),
     "varlen": Wrong(
-        ("--attn_backend varlen runs on CUDA in bf16 or fp16 only, not on cpu in torch.bfloat16; use sdpa",),
+        ("--attn_backend varlen runs only on CUDA in bf16 or fp16, not on cpu in torch.bfloat16; use sdpa",),
         ("--attn_backend", "varlen", "--head_dim", "8", "--precision", "bf16"),
     ),
 }
 for name in ("use_liger_kernel", "use_cut_cross_entropy", "use_triton_kernels"):
     WRONG[name] = Wrong(
-        (f"--{name} runs on CUDA only, not on cpu; drop --{name}",), (f"--{name}", "--precision", "bf16")
+        (f"--{name} runs only on CUDA, not on cpu; drop --{name}",), (f"--{name}", "--precision", "bf16")
     )
 EXPERTS = ("--use_moe", "--num_experts", "6", "--num_experts_per_tok", "2")
 # On four ranks; each is raised before process groups are made.

@@ -259,14 +259,14 @@ def test_weights_that_are_not_there(run: Path, tmp_path: Path) -> None:
         tmp_path / "empty"
     )
     torch.save({"optimizer": {}}, run / "other.pt")
-    assert "holds no weights of a GPT (no wte.weight)" in told(run / "other.pt")
+    assert "does not hold GPT weights (no wte.weight)" in told(run / "other.pt")
     config = json.loads((run / "config.json").read_text())["config"]
     (run / "config.json").write_text(json.dumps({"config": config | {"model": config["model"] | {"num_layer": 2}}}))
-    assert "is of a different model" in told(run)
+    assert "is from a different model" in told(run)
     (run / "config.json").write_text(json.dumps({"config": {"model": 3}}))
-    assert "does not describe a model (it has no config.model); use what a run wrote" in told(run)
+    assert "does not describe a model (it has no config.model); use a file that a run wrote" in told(run)
     (run / "config.json").unlink()
-    assert "needs its run's config.json beside it, which is not there; copy both" in told(run)
+    assert "needs its run's config.json next to it, but there is none; copy both" in told(run)
 
 
 def test_a_configuration_of_another_version() -> None:

@@ -94,7 +94,7 @@ def _no_end(tokens: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: _change(f, _flip, told=False), "train_000000.bin: its content is not what was written (sha256)"),
+        (lambda f: _change(f, _flip, told=False), "train_000000.bin: its sha256 differs from the one in the manifest"),
         (lambda f: _change(f, _large, told=True), "train_000000.bin: token id 60000 is not below the vocabulary of"),
         (lambda f: _change(f, _no_end, told=True), f"train_000000.docs: a document does not begin at {EOT}"),
         (lambda f: _change(f, lambda t: t[:-1], told=True), "train_000000.bin: 499 tokens, but the manifest says 500"),
@@ -105,13 +105,13 @@ def _no_end(tokens: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
             lambda f: write_shard(f / "val_000000.docs", [0], np.uint32),
             "val_000000.docs: 1 documents, but the manifest",
         ),
-        (lambda f: _starts(f, lambda s: s[::-1]), "train_000000.docs: places of documents that do not rise, or lie"),
-        (lambda f: _starts(f, lambda s: [*s[:-1], 500]), "train_000000.docs: places of documents that do not rise"),
+        (lambda f: _starts(f, lambda s: s[::-1]), "train_000000.docs: the document offsets do not ascend, or are"),
+        (lambda f: _starts(f, lambda s: [*s[:-1], 500]), "train_000000.docs: the document offsets do not ascend"),
         (lambda f: write_shard(f / "train_000009.bin", [1]), "train_000009.bin: not in the manifest"),
         (lambda f: _edit(f, dtype="uint32"), "timl, uint16, but the manifest says timl, uint32"),
         (
             lambda f: _edit(f, tokens={"train": 1, "val": 2}),
-            "numbers of tokens and documents of train are not the sums",
+            "token and document counts of train are not the sums",
         ),
         (lambda f: (f / "manifest.json").unlink(), "has no manifest.json: hashes, documents and vocabulary cannot be"),
     ],

@@ -74,7 +74,7 @@ def test_other_headers_are_told_apart_by_their_magic_number(
     path = tmp_path / "a.bin"
     path.write_bytes(golden)
     if tokens is None:
-        with pytest.raises(DataError, match="12 bytes are no token shard"):
+        with pytest.raises(DataError, match="12 bytes are not a token shard"):
             read_header(path)
         return
     for headerless in (None, np.uint32):  # a type for files without a header does not matter here
@@ -96,12 +96,12 @@ def test_files_without_a_header_need_their_type(tmp_path: Path, dtype: str, toke
     path = tmp_path / "train.bin"
     path.write_bytes(b"\x01\0\x02\0\x03\0\x04\0")
     assert open_shard(path, dtype).tolist() == tokens
-    with pytest.raises(DataError, match=r"train\.bin: 8 bytes are no token shard"):
+    with pytest.raises(DataError, match=r"train\.bin: 8 bytes are not a token shard"):
         open_shard(path)
     path.write_bytes(b"\x01\0\x02\0\x03")
     begins = 4
     with pytest.raises(
-        DataError, match=rf"5 bytes are no whole number of {dtype} tokens .*: byte {begins} begins a part"
+        DataError, match=rf"5 bytes are not a whole number of {dtype} tokens .*: the one at byte {begins} is cut off"
     ):
         open_shard(path, dtype)
     path.write_bytes(b"")
@@ -123,13 +123,13 @@ def test_weights_are_written_and_read(tmp_path: Path) -> None:
     assert path.read_bytes() == WEIGHTS
     assert open_weights(path).tolist() == [1.0, -0.5]
     path.write_bytes(GOLDEN_U16)
-    with pytest.raises(DataError, match="promises 3 weights, so 1036 bytes, but the file has 1030"):
+    with pytest.raises(DataError, match="declares 3 weights, so 1036 bytes, but the file has 1030"):
         open_weights(path)
     path.write_bytes(GOLDEN_U32)
-    with pytest.raises(DataError, match=r"dtype id 1 at byte 8, expected 0 \(float32\)$"):
+    with pytest.raises(DataError, match=r"dtype id 1 at byte 8, but expected 0 \(float32\)$"):
         open_weights(path)
     path.write_bytes(LLMC)
-    with pytest.raises(DataError, match="magic number 20240520 at byte 0 is that of tokens, not of float32 values"):
+    with pytest.raises(DataError, match="magic number 20240520 at byte 0 stands for tokens, not for float32 values"):
         open_weights(path)
 
 
@@ -177,30 +177,30 @@ def test_more_tokens_than_the_header_can_count_are_refused(tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        (b"", "0 bytes are no token shard: its header alone has 1024"),
-        (GOLDEN_U16[:1023], "1023 bytes are no token shard: its header alone has 1024"),
+        (b"", "0 bytes are not a token shard: its header alone has 1024"),
+        (GOLDEN_U16[:1023], "1023 bytes are not a token shard: its header alone has 1024"),
         (
             header(magic=7) + bytes(6),
-            "magic number 7 at byte 0 is none of 20250805, 20240520, 20240801: .*--token_dtype",
+            "magic number 7 at byte 0 is not one of 20250805, 20240520, 20240801: .*--token_dtype",
         ),
-        (header(version=2) + bytes(6), "version 2 at byte 4, only version 1 of 20250805 is known"),
-        (LLMC[:4] + b"\x02" + LLMC[5:], "version 2 at byte 4, only version 1 of 20240520 is known"),
-        (LLAMA[:4] + b"\x01" + LLAMA[5:], "version 1 at byte 4, only version 7 of 20240801 is known"),
-        (LLMC[:-1], r"header \(byte 8\) promises 3 tokens, so 1030 bytes, but the file has 1029"),
-        (LLMC_SHORT[:-1], "17 bytes are no token shard: its header alone has 1024"),
-        (header(dtype_id=2) + bytes(6), r"dtype id 2 at byte 8, expected 0 \(uint16\) or 1 \(uint32\)"),
-        (header(dtype_id=-1) + bytes(6), r"dtype id -1 at byte 8, expected 0 \(uint16\) or 1 \(uint32\)"),
-        (header(count=-1), r"the header \(byte 12\) promises -1 tokens"),
-        (header(count=-512), r"the header \(byte 12\) promises -512 tokens, so 0 bytes"),
+        (header(version=2) + bytes(6), "version 2 at byte 4, but only version 1 of 20250805 is known"),
+        (LLMC[:4] + b"\x02" + LLMC[5:], "version 2 at byte 4, but only version 1 of 20240520 is known"),
+        (LLAMA[:4] + b"\x01" + LLAMA[5:], "version 1 at byte 4, but only version 7 of 20240801 is known"),
+        (LLMC[:-1], r"header \(byte 8\) declares 3 tokens, so 1030 bytes, but the file has 1029"),
+        (LLMC_SHORT[:-1], "17 bytes are not a token shard: its header alone has 1024"),
+        (header(dtype_id=2) + bytes(6), r"dtype id 2 at byte 8, but expected 0 \(uint16\) or 1 \(uint32\)"),
+        (header(dtype_id=-1) + bytes(6), r"dtype id -1 at byte 8, but expected 0 \(uint16\) or 1 \(uint32\)"),
+        (header(count=-1), r"the header \(byte 12\) declares -1 tokens"),
+        (header(count=-512), r"the header \(byte 12\) declares -512 tokens, so 0 bytes"),
         (
             GOLDEN_U16[:-1],
-            r"\(byte 12\) promises 3 tokens, so 1030 bytes, but the file has 1029: it is truncated",
+            r"\(byte 12\) declares 3 tokens, so 1030 bytes, but the file has 1029: it is truncated",
         ),
         (
             GOLDEN_U16 + b"\0",
-            r"\(byte 12\) promises 3 tokens, so 1030 bytes, but the file has 1031: .* or damaged",
+            r"\(byte 12\) declares 3 tokens, so 1030 bytes, but the file has 1031: .* or damaged",
         ),
-        (header(dtype_id=1) + bytes(6), r"promises 3 tokens, so 1036 bytes, but the file has 1030: .*; write it again"),
+        (header(dtype_id=1) + bytes(6), r"declares 3 tokens, so 1036 bytes, but the file has 1030: .*; write it again"),
     ],
 )
 def test_damage_is_named_with_file_and_offset(tmp_path: Path, content: bytes, text: str) -> None:

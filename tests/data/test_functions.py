@@ -201,7 +201,7 @@ def test_sizes_below_one(tmp_path: Path, fn: Any) -> None:
 def test_an_id_too_large_for_int32(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.bin", [1, 2, 3, 2**31 - 1, 5, 2**31], np.uint32)
     with pytest.raises(
-        DataError, match=r"a\.bin: token id 2147483648 is above 2147483647; it is damaged, write it again"
+        DataError, match=r"a\.bin: token id 2147483648 is above 2147483647; the file is damaged, write it again"
     ):
         list(data_loader(str(tmp_path / "a.bin"), 1, 3))
     first = next(data_loader(str(tmp_path / "a.bin"), 1, 3))

@@ -275,7 +275,7 @@ def test_a_long_header_is_not_taken_for_tokens(tmp_path: Path) -> None:
     assert open_shard(path).tolist() == list(range(600))
     assert len(content[:-1012]) == 12 + 2 * 600
     check(path, content[:-1012])
-    assert "promises 600 tokens, so 2224 bytes, but the file has 1212" in refusal(lambda: read_header(path), path)
+    assert "declares 600 tokens, so 2224 bytes, but the file has 1212" in refusal(lambda: read_header(path), path)
 
 
 @pytest.mark.parametrize("damaged", range(3))

@@ -57,8 +57,8 @@ def _write(folder: Path, facts: object) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "other"}, r'is no manifest of token shards \("format": "tinytron tokens"\); remove it'),
-        ({"version": 2}, "version 2, only version 1 is known; update tinytron"),
+        ({"format": "other"}, r'is not a manifest of token shards \("format": "tinytron tokens"\); remove it'),
+        ({"version": 2}, "version 2, but only version 1 is known; update tinytron"),
         ({"shards": None}, r"manifest.json is damaged \(.*\); tokenize again with --overwrite"),
         ({"shards": [{"name": "x"}]}, r"is damaged \('tokens'\)"),
         ({"documents": [1]}, r"is damaged \(documents is list\)"),

@@ -327,8 +327,8 @@ def test_the_mixture_ends_when_all_that_a_stage_uses_is_used_up(stages: Any) -> 
     assert sorted(Counter(positions(order, 0, 200)).values()) == [1] * 100 + [2] * 50
     assert order.counts(200).tolist() == [100, 100]
     text = (
-        rf"mix\.json: the mixture ends after 1600 tokens, when a, b \(all that stage {len(stages)} uses\) have given their "
-        "max_epochs or max_tokens; lower --max_steps to no more tokens than that, or raise a cap"
+        rf"mix\.json: the mixture ends after 1600 tokens, when a, b \(all that stage {len(stages)} uses\) have reached "
+        "their max_epochs or max_tokens; lower --max_steps to no more tokens than that, or raise a cap"
     )
     for ask in (lambda: order(np.array([3, 200])), lambda: order.counts(201)):
         with pytest.raises(DataError, match=text):
@@ -369,9 +369,9 @@ def test_the_description_has_tokens_weights_epochs_segments_and_ends() -> None:
     assert f"gives {counts[1]}K tokens ({counts[1] / 100:.3g} epochs)" in code
     ends = [order.segments[i].start for i in range(1, 4)]
     assert segments == [
-        f"  stage 1, from 0 tokens to {ends[0]}K tokens: web 0.75, code 0.25; web used up there",
+        f"  stage 1, from 0 tokens to {ends[0]}K tokens: web 0.75, code 0.25; web used up at its end",
         f"  stage 1, from {ends[0]}K tokens to 1M tokens: code 1",
-        f"  stage 2, from 1M tokens to {ends[2] / 1000:.4g}M tokens: code 0.3333, math 0.6667; math used up there",
+        f"  stage 2, from 1M tokens to {ends[2] / 1000:.4g}M tokens: code 0.3333, math 0.6667; math used up at its end",
         f"  stage 2, from {ends[2] / 1000:.4g}M tokens to the end of the run: code 1",
     ]
     assert "2 sources, 2T tokens" in MixtureOrder(mixed([(None, [1, 1])]), [10**9] * 2, 1000, 7).describe()[0]

@@ -91,9 +91,9 @@ def staged(*stages: Any) -> dict[str, Any]:
 BOTH = {"web": 1, "code": 1}
 NUMBER = r"positive number, 1e-12 to 1e\+15; use"
 MALFORMED: dict[str, tuple[Any, str]] = {
-    "empty": ("", r'this is no JSON: Expecting value: line 1 column 1 \(char 0\); write {"sources": \[\.\.\.\]}'),
-    "cut off": ('{"sources": [', "this is no JSON: Expecting value: line 1 column 14"),
-    "too deep": ("[" * 100_000, "this is no JSON: maximum recursion depth"),
+    "empty": ("", r'this is not JSON: Expecting value: line 1 column 1 \(char 0\); write {"sources": \[\.\.\.\]}'),
+    "cut off": ('{"sources": [', "this is not JSON: Expecting value: line 1 column 14"),
+    "too deep": ("[" * 100_000, "this is not JSON: maximum recursion depth"),
     "an exponent beyond all": ('{"sources": 1e99999999999999999999}', "sources is Infinity.*a list"),
     "a list": ([], r'the file is \[\].*object; use {"sources": \[\.\.\.\]}'),
     "a key twice": ('{"sources": [], "sources": []}', "the key 'sources' .*twice.*; give it once"),
@@ -110,7 +110,7 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "no name": (source(name=None), r'sources\[1\]\.name is not given.*made of letters, .*; use "web"'),
     "a name with a space": (source(name="a b"), r'sources\[1\]\.name is "a b".*made of letters'),
     "a name of another kind": (source(name=3), r"sources\[1\]\.name is 3.*made of letters"),
-    "duplicate name": (source(name="web"), r"sources\[1\]\.name 'web' is taken; .*a name of its own"),
+    "duplicate name": (source(name="web"), r"sources\[1\]\.name 'web' is taken; .*a different name"),
     "no path": (source(path=None), r'sources\[1\]\.path is not given.*token shards; use "data/code"'),
     "empty path": (source(path=""), r'sources\[1\]\.path is "".*token shards'),
     "no weight": (source(weight=None), rf"sources\[1\]\.weight is not given.*{NUMBER} 1$"),

@@ -155,7 +155,7 @@ def test_a_packing_is_kept_and_made_again_for_other_tokens(tmp_path: Path) -> No
     assert pickle.loads(pickle.dumps(PackFile(shard, 4))).pieces(0) == PackFile(shard, 4).pieces(0)
     for texts in (documents([3, 4, 5]), documents([5, 3, 4], seed=1), documents([5, 3, 5])):
         other = write(tmp_path, texts)
-        with pytest.raises(DataError, match=r"pack4 is a packing of other tokens than those of train_000000\.bin"):
+        with pytest.raises(DataError, match=r"pack4 is not a packing of the tokens in train_000000\.bin"):
             PackFile(other, 4)
         make_pack_files([other], 4)
         PackFile(other, 4)
@@ -176,7 +176,7 @@ def test_a_damaged_packing_is_refused(tmp_path: Path, at: int) -> None:
 def test_a_packing_that_cannot_be_kept_is_an_error(tmp_path: Path) -> None:
     shard = write(tmp_path, documents([5, 3, 4]))
     (tmp_path / "train_000000.pack4.tmp").mkdir()
-    with pytest.raises(DataError, match=r"pack4 cannot be written \(Is a directory\); --packing best_fit keeps"):
+    with pytest.raises(DataError, match=r"pack4 cannot be written \(Is a directory\); --packing best_fit stores"):
         make_pack_files([shard], 4)
 
 
@@ -231,7 +231,7 @@ def test_weights_must_fit_their_tokens_and_be_there_for_all(tmp_path: Path) -> N
         TokenShardDataset(shards, 4, VOCAB)
     write_weights(tmp_path / "train_0.weights", np.ones(9))
     dataset = TokenShardDataset([Shard(shard.path) for shard in shards], 4, VOCAB)
-    assert dataset.describe()[-1] == "tokens are weighted: .weights files lie beside the shards"
+    assert dataset.describe()[-1] == "tokens are weighted: there are .weights files next to the shards"
     with pytest.raises(DataError, match=r"train_1\.bin has no train_1\.weights, but train_0 has; write them for all"):
         all_rows(dataset)
 

@@ -49,11 +49,11 @@ def test_every_bit_and_every_place_counts(monkeypatch: pytest.MonkeyPatch, dtype
 @pytest.mark.parametrize(
     ("group", "hashes", "says"),
     [
-        ([0, 1, 2, 3], [7, 7, 8, 7], "rank 2 holds"),
-        ([1, 3, 5], [9, 7, 7], "rank 1 holds"),
-        ([0, 1, 2, 3, 4], [7, 8, 7, 9, 7], "ranks 1, 3 hold"),
-        ([0, 1], [7, 8], "there is no majority, each of ranks 0 | 1 holds"),
-        ([0, 1, 2, 3], [7, 8, 8, 7], "there is no majority, each of ranks 0, 3 | 1, 2 holds"),
+        ([0, 1, 2, 3], [7, 7, 8, 7], "rank 2 differs from the majority"),
+        ([1, 3, 5], [9, 7, 7], "rank 1 differs from the majority"),
+        ([0, 1, 2, 3, 4], [7, 8, 7, 9, 7], "ranks 1, 3 differ from the majority"),
+        ([0, 1], [7, 8], "there is no majority among ranks 0 | 1"),
+        ([0, 1, 2, 3], [7, 8, 8, 7], "there is no majority among ranks 0, 3 | 1, 2"),
     ],
 )
 def test_the_majority_is_right(group: list[int], hashes: list[int], says: str) -> None:
@@ -90,20 +90,19 @@ def test_equal_replicas_are_silent(ranks: Pools, dtype: torch.dtype, ep: int) ->
 @pytest.mark.parametrize(
     ("name", "rank", "ep", "says"),
     [
-        ("wte.weight", 2, 0, "rank 2 holds other dense parameters (first: wte.weight)"),
-        ("wte.weight", 0, 2, "rank 0 holds other dense parameters (first: wte.weight)"),
+        ("wte.weight", 2, 0, "dense parameters (first: wte.weight): rank 2 differs from the majority"),
+        ("wte.weight", 0, 2, "dense parameters (first: wte.weight): rank 0 differs from the majority"),
         (
             "blocks.1.mlp.experts.down_proj",
             1,
             1,
-            "rank 1 holds other expert parameters (first: blocks.1.mlp.experts.down_proj)",
+            "expert parameters (first: blocks.1.mlp.experts.down_proj): rank 1 differs from the majority",
         ),
         (
             "blocks.1.mlp.experts.down_proj",
             1,
             2,
-            "there is no majority, each of ranks 1 | 3 holds other expert "
-            "parameters (first: blocks.1.mlp.experts.down_proj)",
+            "expert parameters (first: blocks.1.mlp.experts.down_proj): there is no majority among ranks 1 | 3",
         ),
     ],
 )
@@ -111,4 +110,4 @@ def test_a_changed_element_is_told_on_every_rank(ranks: Pools, name: str, rank: 
     for dtype in DTYPES:
         said = ranks(4).run(_damage, name, rank, dtype, ep, None)
         assert set(said) == {said[0]}
-        assert said[0].startswith(f"TrainingError: step 12: the replicas diverged: {says}; ")
+        assert said[0].startswith(f"TrainingError: step 12: the replicas diverged in their {says}; ")

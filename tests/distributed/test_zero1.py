@@ -259,7 +259,7 @@ def _attach_checks_shapes() -> None:
     cut = (Shard("dp", 0),)
     specs = [ParamSpec(s.name, s.shape, s.kind, cut if s.name == "shared" else ()) for s in specs_of(net)]
     optimizer = DistributedOptimizer(sgd(net))
-    with pytest.raises(ConfigError, match=r"parameter shared has the shape \[1000\].* this rank holds \[500\]"):
+    with pytest.raises(ConfigError, match=r"parameter shared has shape \[1000\].* this rank holds \[500\]"):
         optimizer.attach(net, specs, state)
 
 

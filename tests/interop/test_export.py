@@ -372,7 +372,7 @@ def test_a_folder_of_something_else_is_no_model(tmp_path: Path) -> None:
         export(run, tmp_path / "out")
     (run / "config.json").unlink()
     with pytest.raises(
-        CheckpointError, match=r"00000_model.pt needs its run's config.json beside it, which is not there"
+        CheckpointError, match=r"00000_model.pt needs its run's config.json next to it, but there is none"
     ):
         export(run, tmp_path / "out")
 
@@ -396,20 +396,20 @@ def test_a_changed_checkpoint_is_not_exported(
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"00006_model.pt cannot be read \(its SHA-256 is not"):
+    with pytest.raises(CheckpointError, match=r"00006_model.pt cannot be read \(its SHA-256 differs"):
         export(run, tmp_path / "out")
 
 
 def test_weights_of_another_model_are_not_exported(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", small())
     torch.save(small(hidden_size=32).state_dict(), run / "00000_model.pt")
-    with pytest.raises(CheckpointError, match=r"is of a different model \(\d+ differences\)"):
+    with pytest.raises(CheckpointError, match=r"is from a different model \(\d+ differences\)"):
         export(run, tmp_path / "out")
     torch.save({"optimizer": {}}, run / "00000_model.pt")
-    with pytest.raises(CheckpointError, match=r"00000_model.pt holds no weights of a GPT \(no wte.weight\)"):
+    with pytest.raises(CheckpointError, match=r"00000_model.pt does not hold GPT weights \(no wte.weight\)"):
         export(run, tmp_path / "out")
     torch.save({"wte.weight": [1.0]}, run / "00000_model.pt")
-    with pytest.raises(CheckpointError, match=r"00000_model.pt holds wte.weight, which is no tensor"):
+    with pytest.raises(CheckpointError, match=r"00000_model.pt holds wte.weight, which is not a tensor"):
         export(run, tmp_path / "out")
 
 

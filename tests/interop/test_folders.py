@@ -236,7 +236,7 @@ def test_nothing_is_copied_from_weights_that_do_not_fit(llama: Path) -> None:
     ("index", "text"),
     [
         ("no json", "model.safetensors.index.json cannot be read (Expecting value"),
-        ("[]", "model.safetensors.index.json holds no JSON object"),
+        ("[]", "model.safetensors.index.json does not hold a JSON object"),
         ("{}", "model.safetensors.index.json has no weight_map from tensors to files"),
         ('{"weight_map": {"a": 3}}', "has no weight_map from tensors to files"),
         (

@@ -303,7 +303,7 @@ def test_a_configuration_made_by_hand_must_fit(llama: Path) -> None:
 
 def test_other_models_load_their_weights_themselves(llama: Path, ranks: Pools, tmp_path: Path) -> None:
     (text,) = ranks(1).run(_foreign, llama, tmp_path / "log")
-    assert text == f"--init_from {llama} fills our GPT, and this is a Linear; load it yourself"
+    assert text == f"--init_from {llama} fills Tinytron's GPT, but this is a Linear; load it yourself"
 
 
 class Foreign(RowsTrainer):

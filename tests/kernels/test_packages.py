@@ -45,7 +45,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 @pytest.mark.parametrize("flag", CHECKS)
 def test_a_run_without_a_gpu_is_refused(calls: Counter[str], flag: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^--{flag} runs on CUDA only, not on cpu; drop --{flag}$"):
+    with pytest.raises(ConfigError, match=rf"^--{flag} runs only on CUDA, not on cpu; drop --{flag}$"):
         check(flag, CPU)
     if flag == "use_triton_kernels":  # has no stand-in: torch itself imports it
         pytest.importorskip("triton")
@@ -76,7 +76,7 @@ def test_a_run_is_refused_before_its_first_step(
     ranks: Pools, tmp_path: Path, flag: str, more: tuple[object, ...]
 ) -> None:
     for error in ranks(1).run(_refusal, tmp_path, f"--{flag}", "--precision", "bf16", *more):
-        assert error == f"--{flag} runs on CUDA only, not on cpu; drop --{flag}"
+        assert error == f"--{flag} runs only on CUDA, not on cpu; drop --{flag}"
     assert not list(tmp_path.iterdir())
 
 
@@ -168,7 +168,7 @@ def test_the_cut_loss_sums_in_fp32(calls: Counter[str]) -> None:
 
 
 def test_the_cut_loss_has_no_z_loss(calls: Counter[str]) -> None:
-    with pytest.raises(ValueError, match=r'z_loss_coef 0.1 does not go with by="cut"; use 0'):
+    with pytest.raises(ValueError, match=r'z_loss_coef 0.1 does not work with by="cut"; use 0'):
         fused_linear_cross_entropy(torch.randn(2, 3), torch.randn(5, 3), torch.arange(2), z_loss_coef=0.1, by="cut")
 
 

@@ -347,7 +347,7 @@ def test_only_common_places_are_compared(tmp_path: Path) -> None:
     lines, count = compare_routes.compare(*map(compare_routes.read_routes, (one, other)))
     assert (lines[0], count) == ("8 decisions compared; in one run only: 8", 0)
     keep_traces_until(other, 0)
-    with pytest.raises(DataError, match="is in both traces"):
+    with pytest.raises(DataError, match="the traces have no step, layer, row and position in common"):
         compare_routes.compare(*map(compare_routes.read_routes, (one, other)))
 
 
@@ -357,9 +357,9 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
         compare_routes.compare(*map(compare_routes.read_routes, (one, other)))
     text = (one / "routes_rank0.jsonl").read_text()
     (one / "routes_rank1.jsonl").write_text(text.splitlines(keepends=True)[3])
-    with pytest.raises(DataError, match=r"routes_rank1.jsonl, line 1: Place.* stands twice"):
+    with pytest.raises(DataError, match=r"routes_rank1.jsonl, line 1: Place.* occurs twice"):
         compare_routes.read_routes(one)
     for damaged in (text[:-9], "3\n", "{}\n", text.replace('"margin": 0.001', '"margin": []')):
         (other / "routes_rank0.jsonl").write_text(damaged)
-        with pytest.raises(DataError, match=r"routes_rank0.jsonl, line \d+ is no whole line; resume the run"):
+        with pytest.raises(DataError, match=r"routes_rank0.jsonl, line \d+ is incomplete; resume the run"):
             compare_routes.read_routes(other)

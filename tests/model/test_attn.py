@@ -130,7 +130,7 @@ def test_flash_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.bfloat16), ("cuda", torch.float32)])
 def test_flash_needs_a_gpu_and_sixteen_bits(monkeypatch: pytest.MonkeyPatch, device: str, dtype: torch.dtype) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(name=name))
-    text = rf"--attn_backend flash runs on CUDA in bf16 or fp16 only, not on {device} in {dtype}; use sdpa"
+    text = rf"--attn_backend flash runs only on CUDA in bf16 or fp16, not on {device} in {dtype}; use sdpa"
     with pytest.raises(ConfigError, match=text):
         check_device(Kernels(attention="flash"), torch.device(device), dtype)
 

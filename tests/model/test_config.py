@@ -149,12 +149,12 @@ def test_layers_from_first_k_dense_on_have_experts(use_moe: bool) -> None:
     [
         (
             {"rotary_fraction": 0.3},
-            "--rotary_fraction 0.3 turns 3 of 12 elements, which must be an even number; use 0.333333",
+            "--rotary_fraction 0.3 rotates 3 of 12 elements, but the number must be even; use 0.333333",
             {"rotary_fraction": 0.333334},
         ),
         (
             {"rotary_fraction": 0.01},
-            "--rotary_fraction 0.01 turns 0 of 12 elements, which must be an even number; use 0.166667",
+            "--rotary_fraction 0.01 rotates 0 of 12 elements, but the number must be even; use 0.166667",
             {"rotary_fraction": 0.166667},
         ),
         *(
@@ -172,7 +172,7 @@ def test_layers_from_first_k_dense_on_have_experts(use_moe: bool) -> None:
         *(
             (
                 {"rope_scaling": kind, "rope_scaling_factor": 4.0},
-                f"--rope_scaling {kind} needs the length the model had before; use --rope_original_block_size 16",
+                f"--rope_scaling {kind} needs the sequence length before the extension; use --rope_original_block_size 16",
                 {"rope_scaling": kind, "rope_scaling_factor": 4.0, "rope_original_block_size": 16},
             )
             for kind in ("llama3", "yarn")
@@ -198,7 +198,7 @@ def test_layers_from_first_k_dense_on_have_experts(use_moe: bool) -> None:
         ),
         (
             {"sliding_window": 4, "sliding_window_layers": (0, 2)},
-            "--sliding_window_layers 2 is no layer of --num_layer 2; use 0 to 1",
+            "--sliding_window_layers 2 is not a layer of --num_layer 2; use 0 to 1",
             {"sliding_window": 4, "sliding_window_layers": (0, 1)},
         ),
         (
@@ -209,7 +209,7 @@ def test_layers_from_first_k_dense_on_have_experts(use_moe: bool) -> None:
         ({"sliding_window": -1}, "--sliding_window -1 must be at least 0; use 0", {"sliding_window": 0}),
         (
             {"use_moe": True, "dense_layers": (-1,)},
-            "--dense_layers -1 is no layer of --num_layer 2; use 0 to 1",
+            "--dense_layers -1 is not a layer of --num_layer 2; use 0 to 1",
             {"use_moe": True, "dense_layers": (1,)},
         ),
         (
@@ -219,7 +219,7 @@ def test_layers_from_first_k_dense_on_have_experts(use_moe: bool) -> None:
         ),
         (
             {"use_moe": True, "mlp_type": "gelu"},
-            "--mlp_type gelu does not go with --use_moe: experts are swiglu; use swiglu",
+            "--mlp_type gelu does not work with --use_moe: experts are swiglu; use swiglu",
             {"use_moe": True, "mlp_type": "swiglu"},
         ),
         (

@@ -226,7 +226,7 @@ def test_second_backward_raises() -> None:
     hidden, weight, labels = problem()
     losses = fused_linear_cross_entropy(hidden, weight, labels)
     losses.objective.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="can be differentiated once only: call the model again"):
+    with pytest.raises(RuntimeError, match="can be differentiated only once: call the model again"):
         losses.objective.backward()
 
 

@@ -90,7 +90,7 @@ def test_shared_heads_are_announced_where_torch_asks_for_it(monkeypatch: pytest.
 
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.bfloat16), ("cuda", torch.float32)])
 def test_a_gpu_and_sixteen_bits_are_needed(device: str, dtype: torch.dtype) -> None:
-    text = rf"{VARLEN} runs on CUDA in bf16 or fp16 only, not on {device} in {dtype}; use sdpa"
+    text = rf"{VARLEN} runs only on CUDA in bf16 or fp16, not on {device} in {dtype}; use sdpa"
     with pytest.raises(ConfigError, match=text):
         check_device(Kernels(attention="varlen"), torch.device(device), dtype)
 
@@ -100,7 +100,7 @@ def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    text = rf"{VARLEN} needs a GPU of compute capability 8.0 \(Ampere\) or newer, and this is Tesla T4; use sdpa"
+    text = rf"{VARLEN} needs a GPU of compute capability 8.0 \(Ampere\) or newer, but this is Tesla T4; use sdpa"
     with pytest.raises(ConfigError, match=text):
         check_device(Kernels(attention="varlen"), torch.device("cuda"), torch.float16)
     capability = (8, 0)
@@ -108,7 +108,9 @@ def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_dropout_is_refused() -> None:
-    with pytest.raises(ConfigError, match=rf"--dropout 0.1 does not go with {VARLEN}, which has none; use --dropout 0"):
+    with pytest.raises(
+        ConfigError, match=rf"--dropout 0.1 does not work with {VARLEN}, which has no dropout; use --dropout 0"
+    ):
         attend(*make_qkv(4, 2), backend="varlen", dropout=0.1)
 
 

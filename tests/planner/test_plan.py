@@ -151,7 +151,7 @@ def test_the_launchers_world_is_planned_on_its_first_process(
         (("--attn_backend", "flash", "--backend", "gloo"), "--attn_backend flash"),
         (
             ("--attn_backend", "varlen", "--backend", "gloo", "--head_dim", 8, "--precision", "bf16"),
-            "--attn_backend varlen runs on CUDA",
+            "--attn_backend varlen runs only on CUDA",
         ),
     ],
 )

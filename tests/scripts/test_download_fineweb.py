@@ -90,7 +90,7 @@ def test_a_damaged_token_file_is_refused_and_fetched_again(hub: Hub, download: D
     flags = ("--tokens", "gpt2", "--num_files", 1, "--target_dir", target)
     done = download(*flags)
     assert done.returncode == 2
-    assert "the header (byte 8) promises 3000 tokens, so 7024 bytes, but the file has 6924" in done.stderr
+    assert "the header (byte 8) declares 3000 tokens, so 7024 bytes, but the file has 6924" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (target / "fineweb_train_000001.bin").exists()
     assert download(*flags).returncode == 2
@@ -118,7 +118,10 @@ def test_text_is_fetched_by_sample(hub: Hub, download: Download, tmp_path: Path)
         (("--num_workers", 0), "--num_workers 0 must be in 1..1000"),
         (("--num_worker", 1), "unknown argument --num_worker; did you mean --num_workers?"),
         (("--sample", "350BT"), "fineweb-edu/sample/350BT holds no parquet files; use another --sample"),
-        (("--tokens", "gpt2", "--target_dir", "/dev/null/x"), "cannot be made (Not a directory); use another folder"),
+        (
+            ("--tokens", "gpt2", "--target_dir", "/dev/null/x"),
+            "cannot be created (Not a directory); use another folder",
+        ),
         (("--tokens", "gpt2", "--num_files", 4), "fineweb_train_000004.bin: "),
     ],
 )

@@ -339,7 +339,7 @@ def test_two_at_once_take_turns(made: Path, tmp_path: Path, capfd: pytest.Captur
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
     assert sorted(path.suffix for path in tmp_path.glob("*.*")) == [".False", ".True"]
-    assert f"waiting for another process that prepares {out}" in capfd.readouterr().err
+    assert f"waiting for another process that is preparing {out}" in capfd.readouterr().err
 
 
 def test_a_file_system_without_locks_is_a_data_error(

@@ -182,7 +182,7 @@ def test_documents_that_nothing_tells_are_one_error(ranks: Pools, tmp_path: Path
     (tmp_path / "data" / "train_000000.docs").unlink()
     path = tmp_path / "data"
     for error in ranks(2).run(user_error, Trainer, tmp_path / "log", *FLAGS, "--dataset_path", path, *PACKED):
-        assert "nothing tells where documents begin" in error
+        assert "it is unknown where documents begin" in error
         assert "--eot_id" in error
     assert run_of(ranks, 2, path, tmp_path / "log", *PACKED, "--eot_id", 0).step == 6
 

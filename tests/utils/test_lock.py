@@ -39,7 +39,7 @@ def test_waiting_for_a_lock_takes_turns(tmp_path: Path) -> None:
     process, said = _holder(tmp_path, 0.3), list[str]()
     with wait_for_lock(tmp_path / "a.lock", said.append):
         assert (tmp_path / "done").exists()
-    assert said == [f"waiting for another process that prepares {tmp_path}"]
+    assert said == [f"waiting for another process that is preparing {tmp_path}"]
     process.join()
     with wait_for_lock(tmp_path / "a.lock", said.append):
         assert len(said) == 1
@@ -108,7 +108,7 @@ def test_a_colleagues_free_lock_is_no_obstacle(tmp_path: Path) -> None:
         command = [sys.executable, "-c", AS_ANOTHER_USER, str(tmp_path / "run"), "waits"]
         waiting = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
         assert waiting.stdout is not None
-        assert waiting.stdout.readline() == f"waiting for another process that prepares {tmp_path / 'run'}\n"
+        assert waiting.stdout.readline() == f"waiting for another process that is preparing {tmp_path / 'run'}\n"
     assert waiting.communicate(timeout=60)[0] == "my turn\n"
     (tmp_path / "run" / ".lock").chmod(0o644)
     assert other() == "locked"

@@ -72,7 +72,7 @@ def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path: Path, monkeyp
 
     assert list(files_below(tmp_path / "nowhere")) == []
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(DataError, match=r"closed cannot be read \(Permission denied\); give it read permission"):
+    with pytest.raises(DataError, match=r"closed cannot be read \(Permission denied\); make it readable"):
         list(files_below(tmp_path))
 
 
@@ -88,7 +88,7 @@ def test_a_path_begins_as_the_shell_reads_it(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("text", ["$NONE/a", "${NONE}", "~nobody-here/a", "$ /a", "$", "$HOME/$NONE", "$NONE/$HOME"])
 def test_a_path_names_no_user_or_variable_that_is_not_there(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NONE", raising=False)
-    with pytest.raises(ConfigError, match=re.escape(f"write ./{text} if its name begins so")):
+    with pytest.raises(ConfigError, match=re.escape(f"write ./{text} if its name starts like that")):
         user_path(text)
 
 

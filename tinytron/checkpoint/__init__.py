@@ -1,4 +1,4 @@
-"""Floor 3: checkpoints that are whole or absent, and load on any number of processes."""
+"""Floor 3: checkpoints. Each is either complete or absent, and loads on any number of processes."""
 
 from tinytron.checkpoint.files import (
     CheckpointFiles,

@@ -1,4 +1,4 @@
-"""The names of a checkpoint's files, which checkpoints of a folder are complete, and which are kept."""
+"""The file names of a checkpoint, the complete checkpoints of a folder, and the rule for which ones to keep."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tinytron.utils.training import sha256_of, sync_folder
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """One checkpoint: weights, optimizer states, and metadata. The metadata is written last: its presence says that the
-    rest is whole. ``step`` is the number of completed optimizer steps."""
+    """One checkpoint: weights, optimizer states, and metadata. The metadata is written last, so its presence says that
+    everything else is complete. ``step`` is the number of completed optimizer steps."""
 
     folder: Path
     step: int
@@ -34,12 +34,12 @@ class CheckpointFiles:
 
     @property
     def meta(self) -> Path:
-        """Step, configuration, data position, random states, and size and checksum of every other file."""
+        """Step, configuration, data position, random states, and the size and checksum of every other file."""
         return self.folder / f"{self.step:05d}_meta.pt"
 
     @property
     def complete(self) -> bool:
-        """Whether all parts are there."""
+        """True if all parts are present."""
         return self.meta.is_file() and self.model.is_file() and (self.optimizer / ".metadata").is_file()
 
     @property
@@ -48,7 +48,8 @@ class CheckpointFiles:
         return self.model, self.optimizer, self.meta
 
     def remove(self) -> None:
-        """Delete it, metadata first: from then on, whatever happens, nobody takes the rest for a checkpoint."""
+        """Delete the checkpoint, metadata first: if the deletion is interrupted after that, no reader takes what is left
+        for a checkpoint."""
         if self.meta.exists():
             self.meta.unlink()
             sync_folder(self.folder)
@@ -56,7 +57,7 @@ class CheckpointFiles:
         shutil.rmtree(self.optimizer, ignore_errors=True)
 
     def part_names(self) -> list[str]:
-        """All files but the metadata, relative to the folder, on whatever node each rank has written its own. Raises:
+        """All files except the metadata, relative to the folder, including those that other nodes hold. Raises:
         CheckpointError if the optimizer's table of contents is damaged."""
         from torch.distributed.checkpoint import FileSystemReader  # takes a second to import
 
@@ -68,14 +69,14 @@ class CheckpointFiles:
         return [self.model.name, *(f"{self.optimizer.name}/{name}" for name in (*states, ".metadata"))]
 
     def names_written_by(self, rank: int) -> list[str]:
-        """Those of ``part_names`` that ``rank`` wrote, as torch.distributed.checkpoint names them."""
+        """The subset of ``part_names`` that ``rank`` wrote, recognized by torch.distributed.checkpoint's file names."""
         states = sorted(self.optimizer.glob(f"__{rank}_*.distcp"))
         shared = [self.model, self.optimizer / ".metadata"] if rank == 0 else []
         return [str(path.relative_to(self.folder)) for path in (*states, *shared)]
 
 
 def damaged(path: Path, error: BaseException | str) -> CheckpointError:
-    """The error for a part that cannot be read, in one line."""
+    """A one-line error for a part that cannot be read."""
     return CheckpointError(f"{path} cannot be read ({first_line(error)})")
 
 
@@ -85,7 +86,7 @@ def complete_checkpoints(folder: Path) -> list[CheckpointFiles]:
 
 
 def checkpoints_with_metadata(folder: Path) -> list[CheckpointFiles]:
-    """The checkpoints of ``folder`` that have metadata, in whatever condition, oldest first."""
+    """The checkpoints of ``folder`` that have metadata, complete or not, oldest first."""
     found = (checkpoint_of(meta) for meta in folder.glob("*_meta.pt"))
     return sorted((files for files in found if files is not None), key=lambda files: files.step)
 
@@ -96,16 +97,16 @@ def newest_checkpoint(folder: Path) -> CheckpointFiles | None:
 
 
 def checkpoint_of(path: Path) -> CheckpointFiles | None:
-    """The checkpoint that the file, or folder of states, ``path`` is a part of by its name, else ``None``."""
+    """The checkpoint that ``path`` (a file or a folder of states) belongs to, judged by its name, or ``None``."""
     match = re.fullmatch(r"(\d+)_(model\.pt|meta\.pt|opt)", path.name)
     return CheckpointFiles(path.parent, int(match[1])) if match else None
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """What interrupted saves and removals left in ``folder``: temporary files, and parts whose metadata is not there.
-    Weights all by themselves are none: somebody may have kept just those.
+    """Files that interrupted saves and removals left in ``folder``: temporary files, and parts without metadata.
+    Weights on their own do not count: a user may have kept only those.
 
-    A save under way looks the same: only whoever holds the folder's lock may take them for leftovers.
+    A save in progress looks the same, so only the process that holds the folder's lock may treat these as leftovers.
     """
     found = []
     for path in sorted(folder.iterdir()):
@@ -121,7 +122,8 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Delete the ``leftovers`` of ``folder``, whose lock is held; returns them. Raises: OSError if the system refuses."""
+    """Delete the ``leftovers`` of ``folder`` and return them; the caller holds the folder's lock. Raises: OSError if the
+    system refuses."""
     found = leftovers(folder)
     for path in found:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -129,15 +131,15 @@ def remove_leftovers(folder: Path) -> list[Path]:
 
 
 def bytes_of(paths: Iterable[Path]) -> int:
-    """Bytes in files and folders; what is not there counts nothing."""
+    """Total bytes in files and folders; missing paths are skipped."""
     files = (inner for path in paths for inner in (path.rglob("*") if path.is_dir() else [path]))
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def find_checkpoints(path: str) -> list[CheckpointFiles]:
-    """The checkpoints that ``--resume_path`` names, best first: all of a run folder, or the one of a checkpoint's file.
+    """The checkpoints that ``--resume_path`` names, best first: every one in a run folder, or the one a file belongs to.
 
-    Raises: CheckpointError if there is none, or it is incomplete.
+    Raises: CheckpointError if there is no checkpoint, or it is incomplete.
     """
     place = Path(path)
     if place.is_dir() and not place.name.endswith("_opt"):
@@ -159,36 +161,39 @@ def find_checkpoints(path: str) -> list[CheckpointFiles]:
 
 
 def checksum(path: Path) -> dict[str, Any]:
-    """Size in bytes and SHA-256 of a file, as the metadata keeps them."""
+    """Size in bytes and SHA-256 of a file, in the form that the metadata stores."""
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def verify(folder: Path, sums: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> None:
-    """Compare the files ``names`` (relative to ``folder``) with their ``sums``.
+    """Compare the files ``names`` (relative to ``folder``) with their checksums ``sums``.
 
-    Raises: CheckpointError naming the first file that is missing or differs, and how.
+    Raises: CheckpointError naming the first file that is missing or differs, and how it differs.
     """
     for name in names:
-        path, expected = folder / name, sums[name]
+        path = folder / name
+        expected = sums[name]
         if not path.is_file():
             raise damaged(path, "it is missing")
         if (size := path.stat().st_size) != expected["bytes"]:
-            raise damaged(path, f"it has {size:,} bytes, {expected['bytes']:,} were written")
+            raise damaged(path, f"it has {size:,} bytes, but {expected['bytes']:,} were written")
         if checksum(path) != expected:
-            raise damaged(path, "its SHA-256 is not that of what was written")
+            raise damaged(path, "its SHA-256 differs from the one recorded when it was written")
 
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the newest ``keep_last``, every multiple of ``keep_every`` steps (0: none for that reason),
-    and with ``keep_best`` the one of the lowest validation loss. ``keep_last`` 0 means all, or beside the others 1."""
+    """The rule for which checkpoints to keep: the newest ``keep_last``, every multiple of ``keep_every`` steps (0: off),
+    and with ``keep_best`` the one with the lowest validation loss. ``keep_last`` 0 keeps all, or just 1 if another rule is
+    on."""
 
     keep_last: int = 0
     keep_every: int = 0
     keep_best: bool = False
 
     def to_prune(self, losses: Mapping[int, float | None]) -> list[int]:
-        """The steps to delete, oldest first. ``losses``: the validation loss of each complete checkpoint, where known."""
+        """The steps to delete, oldest first. ``losses`` maps each complete checkpoint's step to its validation loss, or
+        ``None`` if it is unknown."""
         newest = self.keep_last or int(bool(self.keep_every or self.keep_best))
         if newest == 0:
             return []

@@ -1,4 +1,4 @@
-"""Host memory that copies of a checkpoint go to."""
+"""Host memory for the in-memory copy of a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import torch
 
 
 class HostBuffers:
-    """Host memory kept from save to save: writing to fresh memory is slower than the copy itself. Pinned for GPUs, whose
-    copies are asynchronous then. It holds as much as this rank's part of a checkpoint."""
+    """Host buffers that are reused from save to save, because writing to fresh memory is slower than the copy itself.
+    Buffers for GPU tensors are pinned, which makes the copies asynchronous. Together they are as large as this rank's part
+    of a checkpoint."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
 
     def copy(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy of ``tensor`` that is valid until the next copy under the same key; on a GPU once it is synchronized."""
+        """Copy ``tensor`` into the buffer of ``key``, valid until the next copy under that key. The copy of a GPU tensor is
+        complete only after the device is synchronized."""
         buffer = self._buffers.get(key)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)

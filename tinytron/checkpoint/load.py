@@ -24,13 +24,13 @@ from tinytron.utils.training import set_rng_state
 
 
 def read_file(path: Path, *, mmap: bool = False) -> dict[str, Any]:
-    """``torch.load`` with plain types only; with ``mmap`` tensors are read where they are used.
+    """``torch.load`` restricted to plain types; with ``mmap`` a tensor is read from disk when it is used.
 
     Raises: CheckpointError if the file is missing or damaged.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # damaged pickles raise all sorts
+    except Exception as error:  # damaged pickles raise all kinds of exceptions
         raise damaged(path, error) from error
     if not isinstance(content, dict):
         raise damaged(path, f"it holds a {type(content).__name__}, not a dict")
@@ -38,36 +38,35 @@ def read_file(path: Path, *, mmap: bool = False) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises: CheckpointError if the file is missing or holds something else."""
+    """Read a JSON object. Raises: CheckpointError if the file is missing or holds something else."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({error})") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
+        raise CheckpointError(f"{path} does not hold a JSON object")
     return content
 
 
 def read_meta(path: Path) -> CheckpointMeta:
-    """The metadata of a checkpoint. It vouches for the other files, so its own checksums, those of a zip archive, which
-    ``torch.load`` takes on trust, are compared first. Raises: CheckpointError if it is missing or damaged."""
+    """Read the metadata of a checkpoint. It vouches for the other files, so this first verifies the checksums in its own
+    zip archive, which ``torch.load`` does not check. Raises: CheckpointError if it is missing or damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
-    except Exception as error:  # damaged archives raise all sorts
+    except Exception as error:  # damaged archives raise all kinds of exceptions
         raise damaged(path, error) from error
     if broken is not None:
-        raise damaged(path, f"the checksum of its part {broken} is wrong")
+        raise damaged(path, f"the checksum of {broken} in it is wrong")
     return CheckpointMeta.from_dict(read_file(path))
 
 
 def first_undamaged(
     found: Sequence[CheckpointFiles], group: dist.ProcessGroup, warn: Callable[[str], None]
 ) -> tuple[CheckpointFiles, CheckpointMeta]:
-    """The first of ``found`` whose files are what was written, and its metadata; ``warn`` hears of those passed over.
-    Collective.
+    """The first undamaged checkpoint of ``found`` and its metadata; calls ``warn`` for every one it skips. Collective.
 
-    Raises: CheckpointError on every rank if all are damaged: starting from nothing is a decision for the user.
+    Raises: CheckpointError on every rank if all are damaged: starting from scratch is a decision for the user.
     """
     errors: list[CheckpointError] = []
     for files in found:
@@ -76,16 +75,16 @@ def first_undamaged(
         except CheckpointError as error:
             errors.append(error)
             if len(errors) < len(found):
-                warn(f"error: {error}; using the checkpoint before")
+                warn(f"error: {error}; using the previous checkpoint")
     raise CheckpointError(
-        f"{errors[0]}; no undamaged checkpoint is left in {found[0].folder}: restore one, or pass --no-resume to start anew"
+        f"{errors[0]}; no undamaged checkpoint is left in {found[0].folder}: restore one, or pass --no-resume to start over"
     )
 
 
 def read_verified(files: CheckpointFiles, group: dist.ProcessGroup) -> CheckpointMeta:
-    """The metadata of a checkpoint whose files all are what was written; each rank reads a part of them. Collective.
+    """Verify every file of a checkpoint, each rank a share of them, and return the metadata. Collective.
 
-    Raises: CheckpointError on every rank, naming the first file that is not.
+    Raises: CheckpointError on every rank, naming the first damaged file.
     """
     meta = agree(lambda: read_meta(files.meta), group)
     mine = sorted(meta.files)[dist.get_rank(group) :: dist.get_world_size(group)]
@@ -100,10 +99,10 @@ def load_checkpoint(
     optimizer: DistributedOptimizer,
     state: ParallelState,
 ) -> None:
-    """Restore weights, main weights, optimizer states and random states; ``meta`` is what ``files.meta`` holds.
+    """Restore weights, main weights, optimizer states and random states; ``meta`` is the content of ``files.meta``.
     Collective.
 
-    The states of an optimizer of another class are left out (``other_optimizer``). A rank that the saving run did not have
+    The states of a different optimizer class are skipped (``other_optimizer``). A rank that the saving run did not have
     keeps its fresh random state. Raises: CheckpointError on every rank if a file is damaged or the model does not fit.
     """
     from tinytron.checkpoint.optimizer_state import load_optimizer_state  # torch's DCP takes a second to import
@@ -119,32 +118,33 @@ def load_checkpoint(
 
 
 def other_optimizer(meta: CheckpointMeta, optimizer: DistributedOptimizer) -> str | None:
-    """The class of the checkpoint's optimizer, if it is not that of ``optimizer``, to which its states mean nothing."""
+    """The class name of the checkpoint's optimizer if it differs from that of ``optimizer``, which then cannot use the
+    saved states; else ``None``."""
     return None if meta.optimizer in (None, type(optimizer.inner).__name__) else meta.optimizer
 
 
 def load_weights(
     model: nn.Module, weights: dict[str, torch.Tensor], source: str, state: ParallelState | None = None
 ) -> None:
-    """Copy ``weights``, those of the whole model, into ``model`` in place; with ``state`` only what this rank holds.
+    """Copy ``weights``, which cover the whole model, into ``model`` in place; with ``state`` only this rank's shards.
 
-    Raises: CheckpointError naming missing, unknown and misshapen tensors.
+    Raises: CheckpointError naming missing tensors, unknown tensors and tensors of the wrong shape.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     cut = {id(model.get_parameter(spec.name)): spec for spec in specs_of(model) if spec.shards and state is not None}
-    named = model.named_parameters(remove_duplicate=False)  # tied ones under every name
+    named = model.named_parameters(remove_duplicate=False)  # lists tied parameters under every name
     boxes = {name: box_of(cut[id(parameter)], state) for name, parameter in named if id(parameter) in cut}
     shapes |= {name: box.shape for name, box in boxes.items()}
     problems = [f"{n} is missing" for n in shapes.keys() - weights.keys()]
     problems += [f"{n} is unknown to this model" for n in weights.keys() - shapes.keys()]
     problems += [
-        f"{n} is {list(weights[n].shape)}, this model's {list(shapes[n])}"
+        f"{n} is {list(weights[n].shape)}, but {list(shapes[n])} in this model"
         for n in shapes.keys() & weights.keys()
         if shapes[n] != tuple(weights[n].shape)
     ]
     if problems:
         shown = "; ".join(sorted(problems)[:3])
         raise CheckpointError(
-            f"{source} is of a different model ({len(problems)} differences): {shown}; use the flags it was trained with"
+            f"{source} is from a different model ({len(problems)} differences): {shown}; use the flags it was trained with"
         )
     model.load_state_dict(weights | {name: box.cut(weights[name]) for name, box in boxes.items()})

@@ -1,4 +1,4 @@
-"""The record of a checkpoint: everything in it that is neither weights nor optimizer states."""
+"""Checkpoint metadata: everything in a checkpoint except weights and optimizer states."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ FORMAT_VERSION = 2
 class CheckpointMeta:
     """Content of ``<step>_meta.pt``, in plain types and tensors.
 
-    The run fills in the first block, the snapshot the second, and the writer ``files`` and ``rng`` when every other file is
-    on disk. A field that a file of an older version lacks has its default.
+    The run fills in the first block and the snapshot the second. The writer fills in ``files`` and ``rng`` once every
+    other file is on disk. A field that is missing from an older file keeps its default.
     """
 
-    format: int | None = None  # None: no metadata of ours
+    format: int | None = None  # None: Tinytron did not write this metadata
     run: dict[str, Any] = field(default_factory=dict)  # configuration, world size, command, versions
     identity: dict[str, Any] = field(default_factory=dict)  # values by "section.name"; see Config.identity
-    data: str | None = None  # identity of the data before this step
+    data: str | None = None  # fingerprint of the data that was used before this step
     data_position: dict[str, int] = field(default_factory=dict)  # in steps, samples and tokens
-    val_loss: float | None = None  # of this very step, in nats per token
-    guard: dict[str, Any] = field(default_factory=dict)  # the spike detector's window; empty without one
+    val_loss: float | None = None  # validation loss at this step, in nats per token
+    guard: dict[str, Any] = field(default_factory=dict)  # the spike detector's window; empty without a detector
     step: int | None = None  # completed optimizer steps
 
-    optimizer: str | None = None  # its class
-    counters: dict[str, Any] = field(default_factory=dict)  # of the optimizer
-    parameters: dict[str, list[int]] = field(default_factory=dict)  # global shapes of the trained ones, by name
+    optimizer: str | None = None  # class name
+    counters: dict[str, Any] = field(default_factory=dict)  # the optimizer's counters
+    parameters: dict[str, list[int]] = field(default_factory=dict)  # global shape of each trained parameter, by name
 
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # size and SHA-256, by path in the folder
     rng: list[dict[str, Any]] = field(default_factory=list)  # generator states, by rank
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> CheckpointMeta:
-        """The record that ``as_dict`` gave; keys of a later version are left out."""
+        """Rebuild the record from the output of ``as_dict``; unknown keys, from a later version, are dropped."""
         return cls(**{f.name: content[f.name] for f in fields(cls) if f.name in content})
 
     def as_dict(self) -> dict[str, Any]:
-        """The record as it is stored."""
+        """The record as a dictionary, as it is stored."""
         return {f.name: getattr(self, f.name) for f in fields(self)}

@@ -1,4 +1,4 @@
-"""The remote copy of a run folder: fetched when the run starts, completed with every save."""
+"""The remote copy of a run folder: fetched when the run starts, updated with every save."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ from tinytron.errors import StorageError, TinytronError
 from tinytron.utils.remote import RemoteFolder
 
 LOGS = ("log.txt", "log.jsonl", "config.json")
-_ADVICE = "training goes on with the local copy, and the next save tries again"
+_ADVICE = "training continues with the local copy, and the next save tries again"
 
 
 class Mirror:
-    """Keeps ``url`` like the local ``folder``. There, too, a checkpoint exists from its ``*_meta.pt`` on.
+    """Keeps ``url`` in sync with the local ``folder``. A remote checkpoint, too, exists once its ``*_meta.pt`` does.
 
-    Each rank has one and pushes the files it wrote. ``push_*`` and ``remove_checkpoint`` block, may be called from any
-    thread, and never raise for a storage that fails: they say so, keep what is missing in mind, and make up for it with the
-    next call. Raises: ConfigError as ``RemoteFolder``.
+    Each rank has its own mirror and pushes the files it wrote. ``push_*`` and ``remove_checkpoint`` block and may be called
+    from any thread. They never raise if the storage fails: they print the error, remember what is missing, and retry it
+    with the next call. Raises: ConfigError as ``RemoteFolder``.
     """
 
     def __init__(self, folder: Path, url: str, state: ParallelState, first_on_node: bool) -> None:
         self.folder, self.remote, self.state = folder, RemoteFolder(url), state
         self.first_on_node, self._lock = first_on_node, threading.RLock()
-        self._parts: set[str] = set()  # not there yet, as far as this rank wrote them
-        self._commits: set[int] = set()  # steps whose metadata is not there yet
-        self._removals: set[int] = set()  # steps that are to go from there
+        self._parts: set[str] = set()  # files this rank wrote that are not at the remote yet
+        self._commits: set[int] = set()  # steps whose metadata is not at the remote yet
+        self._removals: set[int] = set()  # steps still to be deleted at the remote
 
     def set_aside(self) -> None:
-        """Rename what is there (``.1``, ``.2``, ...), for a run that starts anew. Raises: StorageError."""
+        """Rename an existing remote folder (``.1``, ``.2``, ...) when a run starts over. Raises: StorageError."""
         if self.remote.list():
             names = (f"{self.remote.url}.{number}" for number in range(1, 10**6))
             self.remote.move(next(name for name in names if not RemoteFolder(name).list()))
 
     def restore(self) -> None:
-        """Fetch the newest checkpoint and the logs, where they are newer than the local ones. Collective; afterwards all
-        nodes have the same newest checkpoint.
+        """Fetch the newest checkpoint and the logs if they are newer than the local ones. Afterwards all nodes have the
+        same newest checkpoint. Collective.
 
         Raises: StorageError on every rank if the storage cannot be read.
         """
@@ -55,32 +55,32 @@ class Mirror:
         agree_slowly(lambda: self._restore(several_nodes=sum(firsts) > 1) if self.first_on_node else None, world)
 
     def push_files(self, names: Iterable[str]) -> None:
-        """Copy ``names`` (of a checkpoint all but its metadata), and what is missing from before."""
+        """Copy ``names`` (all files of a checkpoint except its metadata), and files that earlier calls failed to copy."""
         with self._lock:
             self._parts |= set(names)
             self._try(self._push_parts)
 
     def push_commit(self, step: int) -> None:
-        """Copy the logs, then the metadata of ``step``. For the master, when all ranks have pushed their parts: a
-        checkpoint of which a part is missing there stays without metadata until the part has come."""
+        """Copy the logs, then the metadata of ``step``. The master calls this once all ranks have pushed their parts. A
+        checkpoint with a part missing at the remote gets its metadata only after that part has arrived."""
         with self._lock:
             self._commits.add(step)
             self._try(self._push_commits)
 
     def push_logs(self) -> None:
-        """Copy the log files and config.json. For the master."""
+        """Copy the log files and config.json. Only the master calls this."""
         with self._lock:
             self._try(self._push_logs)
 
     def remove_checkpoint(self, step: int) -> None:
-        """Delete the files of ``step`` there, the metadata first. For the master."""
+        """Delete the remote files of ``step``, metadata first. Only the master calls this."""
         with self._lock:
             self._parts = {name for name in self._parts if not _is_of(name, step)}
             self._commits.discard(step)
             self._removals.add(step)
             self._try(self._remove)
 
-    # Each of the following raises StorageError, and leaves in the sets what is still to do.
+    # Each of the following methods may raise StorageError; the sets then still hold the work that remains.
 
     def _push_parts(self) -> None:
         self._remove()
@@ -92,10 +92,10 @@ class Mirror:
 
     def _push_commits(self) -> None:
         self._push_parts()
-        self._push_logs()  # before the metadata: the log of a restored run has all lines up to its checkpoint
+        self._push_logs()  # before the metadata, so that a restored run's log has every line up to its checkpoint
         present, missing = self.remote.list(), ""
         for files in [CheckpointFiles(self.folder, step) for step in sorted(self._commits)]:
-            if files.complete:  # it may have been deleted since
+            if files.complete:  # it may have been deleted in the meantime
                 if lacking := [name for name in files.part_names() if name not in present]:
                     missing = f"cannot write {files.meta.name} ({lacking[0]} is not there yet)"
                     continue
@@ -122,10 +122,10 @@ class Mirror:
         steps = [int(match[1]) for name in present if (match := re.fullmatch(r"(\d+)_meta\.pt", name))]
         newest, own = max(steps, default=-1), newest_checkpoint(self.folder)
         if several_nodes:
-            # Each node has the parts of its own ranks only, so what was never pushed cannot be loaded.
+            # Each node has only the parts of its own ranks, so a checkpoint that was never pushed cannot be loaded.
             while own is not None and own.step > newest:
                 unpushed = own.meta.rename(own.meta.with_name(f"{own.meta.name}.unpushed"))
-                print(f"checkpoint {own.step} never got to {self.remote.url}: left as {unpushed}", file=sys.stderr)
+                print(f"checkpoint {own.step} never reached {self.remote.url}: kept as {unpushed}", file=sys.stderr)
                 own = newest_checkpoint(self.folder)
         if newest >= 0 and (several_nodes or own is None or newest > own.step):
             self._pull(newest, [name for name in present if _is_of(name, newest)], present)
@@ -134,10 +134,11 @@ class Mirror:
             self.push_commit(own.step)
 
     def _pull(self, step: int, names: list[str], present: Iterable[str]) -> None:
-        """Fetch into a folder of its own, where an interrupted call goes on; then move, the metadata last."""
+        """Fetch into a separate folder, so that an interrupted call can continue there; then move the files, metadata
+        last."""
         files, arrived = CheckpointFiles(self.folder, step), self.folder / ".pull"
         print(f"fetching checkpoint {step} from {self.remote.url}", flush=True)
-        for name in LOGS:  # unlike a checkpoint they change, maybe at the same size
+        for name in LOGS:  # unlike a checkpoint's files they change, possibly without changing size
             (arrived / name).unlink(missing_ok=True)
         parts = [name for name in names if name != files.meta.name]
         parts += [name for name in LOGS if name in present]

@@ -1,4 +1,4 @@
-"""Saved models of Tinytron's own: a run's, one of its checkpoints, a consolidated file, or what an import wrote."""
+"""Models saved by Tinytron: a run folder, one of its checkpoints, a consolidated file, or an imported model."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from tinytron.checkpoint.meta import CheckpointMeta
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.model import GPT, ModelConfig
 
-CONFIG = "config.json"  # describes a run, or an imported model; next to its weights
+CONFIG = "config.json"  # describes a run or an imported model; it is next to the weights
 
 
 class SavedModel(NamedTuple):
-    """A file of weights, their architecture, and the record of their checkpoint (for an imported model no more than its
-    configuration)."""
+    """A weights file, its architecture, and its checkpoint's metadata (for an imported model only the configuration)."""
 
     file: Path
     config: ModelConfig
     meta: CheckpointMeta
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The whole ``state_dict``, read where it is used. Raises: CheckpointError if the file is damaged."""
+        """The whole ``state_dict``, memory-mapped: a tensor is read when it is used. Raises: CheckpointError if the file is
+        damaged."""
         return read_weights(self.file, mmap=True)
 
     def section(self, name: str) -> dict[str, Any]:
-        """A section of the configuration that the checkpoint's run had; empty if nothing is known of it."""
+        """One section of the run's configuration; empty if it is unknown."""
         found: dict[str, Any] = self.meta.run.get("config", {}).get(name, {})
         return found
 
 
 def is_saved_model(path: Path) -> bool:
-    """Whether ``path`` is Tinytron's: a file of weights, or the folder of a run or an import."""
+    """True if ``path`` was written by Tinytron: a weights file, or the folder of a run or an import."""
     if path.is_file():
         return path.suffix == ".pt"
     if not path.is_dir():
@@ -48,11 +48,11 @@ def is_saved_model(path: Path) -> bool:
 
 
 def saved_model(path: Path, *, check: bool = True) -> SavedModel:
-    """The newest model of a folder, or that of a weights file, compared with the checksums of its checkpoint, for which
-    the whole file is read, unless ``check`` is false.
+    """The newest model of a folder, or the model in a weights file. With ``check`` the file is read once in full and
+    compared with its checkpoint's checksums.
 
-    The checkpoint's own record describes it; weights without one are described by ``config.json`` next to them. Raises:
-    CheckpointError if there are no weights or no description, or they are not what was written.
+    The checkpoint's metadata describes the model; weights without metadata are described by the ``config.json`` next to
+    them. Raises: CheckpointError if the weights or the description are missing, or the weights are damaged.
     """
     file = weights_at(path)
     files = checkpoint_of(file)
@@ -71,11 +71,12 @@ def saved_model(path: Path, *, check: bool = True) -> SavedModel:
 def load_model(
     path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[GPT, dict[str, Any]]:
-    """The model of a run folder's newest checkpoint, or of one weights file in it (``00100_model.pt``, or what
-    ``consolidate`` writes), ready to evaluate; and the run's configuration by section, from ``config.json`` next to it.
+    """Load the model of a run folder's newest checkpoint, or of one weights file in it (``00100_model.pt``, or a file that
+    ``consolidate`` wrote). Returns the model in evaluation mode and the run's configuration by section, from the
+    ``config.json`` next to the weights.
 
-    ``dtype`` None is that of the file. Raises: CheckpointError if there are no weights, no configuration, or they do not
-    fit each other. Checksums are not compared: that reads every file twice.
+    ``dtype`` None keeps the file's. Raises: CheckpointError if weights or configuration are missing or do not fit each
+    other. Checksums are not compared: that would read every file twice.
     """
     file = weights_at(Path(path))
     sections = _sections_beside(file)
@@ -87,8 +88,8 @@ def load_model(
 
 
 def weights_at(path: Path) -> Path:
-    """The weights file ``path``, or the newest one of the folder ``path``: of a whole checkpoint if there is one. Raises:
-    CheckpointError if there is none."""
+    """The weights file ``path``, or the newest weights file in the folder ``path``, preferring a complete checkpoint.
+    Raises: CheckpointError if there is none."""
     if path.is_file():
         files = checkpoint_of(path)
         return path if files is None else files.model
@@ -107,37 +108,42 @@ def weights_at(path: Path) -> Path:
 
 
 def read_weights(file: Path, *, mmap: bool = False) -> dict[str, torch.Tensor]:
-    """The ``state_dict`` in a weights file, with ``mmap`` read where it is used. Raises: CheckpointError if the file is
-    damaged or holds something else."""
+    """The ``state_dict`` in a weights file; with ``mmap`` a tensor is read when it is used. Raises: CheckpointError if the
+    file is damaged or holds something else."""
     content = read_file(file, mmap=mmap)
-    inner = content.get("model")  # of a consolidated file
+    inner = content.get("model")  # a consolidated file has the state_dict under this key
     weights: dict[str, torch.Tensor] = inner if isinstance(inner, dict) else content
     if "wte.weight" not in weights:
-        raise CheckpointError(f"{file} holds no weights of a GPT (no wte.weight); use a file like 00100_model.pt")
+        raise CheckpointError(f"{file} does not hold GPT weights (no wte.weight); use a file like 00100_model.pt")
     if wrong := [name for name, value in weights.items() if not isinstance(value, torch.Tensor)]:
-        raise CheckpointError(f"{file} holds {wrong[0]}, which is no tensor")
+        raise CheckpointError(f"{file} holds {wrong[0]}, which is not a tensor")
     return weights
 
 
 def _sections_beside(file: Path) -> dict[str, Any]:
     path = file.with_name(CONFIG)
     if not path.is_file():
-        raise CheckpointError(f"{file} needs its run's {CONFIG} beside it, which is not there; copy both")
+        raise CheckpointError(f"{file} needs its run's {CONFIG} next to it, but there is none; copy both")
     return _sections(read_json(path), path)
 
 
 def _sections(description: Any, source: Path) -> dict[str, Any]:
-    """The configuration by section, out of what ``source`` says about a run."""
+    """The configuration by section from the run's ``description``, which was read from ``source``."""
     sections = description.get("config") if isinstance(description, dict) else None
     if not isinstance(sections, dict) or not isinstance(sections.get("model"), dict):
-        raise CheckpointError(f"{source} does not describe a model (it has no config.model); use what a run wrote")
+        raise CheckpointError(
+            f"{source} does not describe a model (it has no config.model); use a file that a run wrote"
+        )
     return sections
 
 
 def model_config_of(config: dict[str, Any], source: Path | str) -> ModelConfig:
-    """The ``ModelConfig`` in a saved configuration; options that came later have their defaults. Its ``block_size`` is the
-    length that a model with rotary positions was trained at, if it was trained from the start: behind that it has seen no
-    position. Raises: CheckpointError naming ``source`` for options that are unknown or contradict each other."""
+    """The ``ModelConfig`` in a saved configuration; options that were added later keep their defaults.
+
+    For a model with rotary positions that was trained from scratch, ``block_size`` becomes the training length: the model
+    has never seen a later position. Raises: CheckpointError naming ``source`` for options that are unknown or contradict
+    each other.
+    """
     saved: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in config["model"].items()}
     if unknown := saved.keys() - {f.name for f in dataclasses.fields(ModelConfig)}:
         raise CheckpointError(

@@ -1,8 +1,8 @@
-"""An optimizer's main weights and states by parameter name, independent of who owned which part.
+"""An optimizer's main weights and states by parameter name, independent of which rank owned which part.
 
 Keys: ``<parameter>/main`` (fp32 master weights), ``<parameter>/<state>`` (such as ``exp_avg``),
-``<parameter>/scalar.<state>`` (such as Adam's ``step``) and ``<parameter>/<sizes>.<state>`` for a state of another size
-than its parameter (such as ``64x1.second_moment`` of a matrix with 64 rows; only optimizers that own whole tensors).
+``<parameter>/scalar.<state>`` (such as Adam's ``step``) and ``<parameter>/<sizes>.<state>`` for a state whose size differs
+from its parameter's (such as ``64x1.second_moment`` for a matrix with 64 rows; only in optimizers that own whole tensors).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SIZES = re.compile(r"(\d+)x(\d+)\.(.+)")
 
 
 def owned_states(optimizer: DistributedOptimizer, buffers: HostBuffers) -> dict[str, FlatRanges]:
-    """Copies of every part that this rank owns."""
+    """Copies of all main weights and states that this rank owns, by key."""
     states: dict[str, FlatRanges] = {}
     for piece in optimizer.pieces():
         length = len(piece.main)
@@ -46,13 +46,13 @@ def owned_states(optimizer: DistributedOptimizer, buffers: HostBuffers) -> dict[
             elif value.ndim > 0:
                 label = "x".join(str(size) for size in value.shape[-2:])
                 states[f"{piece.name}/{label}.{key}"] = _other_size(piece, value)
-            elif runs[0].offset == 0:  # stored by the owner of the parameter's first element
+            elif runs[0].offset == 0:  # only the owner of the parameter's first element stores the scalar
                 states[f"{piece.name}/{SCALAR}{key}"] = FlatRanges.whole(value.reshape(1))
     return {key: replace(part, elements=buffers.copy(key, part.elements)) for key, part in states.items()}
 
 
 def write_optimizer_state(states: dict[str, FlatRanges], folder: Path, group: dist.ProcessGroup) -> dict[str, Any]:
-    """Write every rank's parts to ``folder``; returns the checksums of this rank's files, by name relative to the
+    """Write every rank's parts to ``folder`` and return the checksums of this rank's files, by name relative to the
     folder's parent. Collective over ``group``.
 
     Raises: CheckpointError on every rank if the disk refuses.
@@ -72,7 +72,8 @@ def write_optimizer_state(states: dict[str, FlatRanges], folder: Path, group: di
 
 
 def _other_size(piece: OwnedSlice, value: torch.Tensor) -> FlatRanges:
-    """The place of a state that is not as large as its parameter, which this rank owns whole (or whole experts of)."""
+    """The ranges of a state whose size differs from its parameter's; the rank owns the whole parameter (or whole
+    experts)."""
     box = piece.box.with_matrices(*value.shape[-2:])
     return FlatRanges(box.numel, box.runs(), value.view(-1))
 
@@ -80,10 +81,10 @@ def _other_size(piece: OwnedSlice, value: torch.Tensor) -> FlatRanges:
 def load_optimizer_state(
     optimizer: DistributedOptimizer, folder: Path, group: dist.ProcessGroup, *, main_only: bool = False
 ) -> None:
-    """Read this rank's parts, whatever layout wrote them, and create the states they belong to; with ``main_only`` only the
-    main weights. Collective.
+    """Read this rank's parts, whichever layout wrote them, and create the states they belong to; with ``main_only`` read
+    only the main weights. Collective.
 
-    Raises: CheckpointError on every rank if the folder is damaged, lacks a parameter or has it in another size.
+    Raises: CheckpointError on every rank if the folder is damaged, lacks a parameter, or has it in a different size.
     """
 
     def prepare() -> dict[str, FlatRanges]:
@@ -97,13 +98,13 @@ def load_optimizer_state(
 
 
 def read_states(wanted: dict[str, FlatRanges], folder: Path, group: dist.ProcessGroup | None = None) -> None:
-    """Read ranges of what ``folder`` holds, by key. Collective over ``group``; ``None``: this process reads alone.
+    """Fill the ranges ``wanted`` from ``folder``, by key. Collective over ``group``; ``None``: this process reads alone.
 
     Raises: CheckpointError on every rank if the folder is damaged.
     """
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist asks for that
             dcp.load(
                 dict(wanted),
                 storage_reader=dcp.FileSystemReader(folder),
@@ -116,7 +117,7 @@ def read_states(wanted: dict[str, FlatRanges], folder: Path, group: dist.Process
 
 
 def _first_reason(error: dcp.api.CheckpointException) -> str:
-    """What went wrong on the first of the ranks that failed, in one line."""
+    """The error of the first rank that failed, in one line."""
     reason = next(iter(error.failures.values()))[0]
     return first_line(reason)
 
@@ -125,13 +126,13 @@ def stored_states(folder: Path) -> dict[str, TensorStorageMetadata]:
     """Size, precision and chunks of every tensor in ``folder``, by key. Raises: CheckpointError if it is damaged."""
     try:
         entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    except Exception as error:  # damaged pickles raise all sorts
+    except Exception as error:  # damaged pickles raise all kinds of exceptions
         raise damaged(folder / ".metadata", error) from error
     return {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def state_of(key: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-    """Name and shape of the state under ``key`` (without its parameter) of a parameter of ``shape``."""
+    """Name and shape of the state stored under ``key`` (without the parameter's name) for a parameter of ``shape``."""
     if key.startswith(SCALAR):
         return key.removeprefix(SCALAR), ()
     if sizes := _SIZES.fullmatch(key):
@@ -142,7 +143,7 @@ def state_of(key: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
 def _prepare(
     optimizer: DistributedOptimizer, stored: dict[str, TensorStorageMetadata], folder: Path
 ) -> dict[str, FlatRanges]:
-    """The memory to read into. Which states exist is learned from the checkpoint: a fresh optimizer has none yet."""
+    """The memory to read into. The checkpoint determines which states exist: a fresh optimizer has none yet."""
     keys: dict[str, list[str]] = {}
     for name in stored:
         parameter, key = name.rsplit("/", 1)
@@ -151,13 +152,13 @@ def _prepare(
     for piece in optimizer.pieces():
         if piece.name not in keys:
             raise CheckpointError(
-                f"{folder} has no optimizer state of {piece.name}: it is of another model or optimizer"
+                f"{folder} has no optimizer state for {piece.name}: it is from a different model or optimizer"
             )
         state = optimizer.inner.state[piece.holder]
         for key in keys[piece.name]:
             name = f"{piece.name}/{key}"
             size, dtype = stored[name].size.numel(), stored[name].properties.dtype
-            if key.startswith(SCALAR):  # parameters of one bucket share the scalar; they all store the same value
+            if key.startswith(SCALAR):  # the parameters of a bucket share the scalar, so they all stored the same value
                 scalar = state.setdefault(
                     key.removeprefix(SCALAR), torch.zeros((), dtype=dtype, device=piece.main.device)
                 )
@@ -169,7 +170,7 @@ def _prepare(
                 wanted[name] = _other_size(piece, value)
                 continue
             if size != piece.numel:
-                raise CheckpointError(f"{folder}: {name} has {size} elements, this model's parameter {piece.numel}")
+                raise CheckpointError(f"{folder}: {name} has {size} elements, but this model's parameter {piece.numel}")
             part = piece.main
             if key != MAIN:
                 whole = state.setdefault(key, torch.zeros_like(piece.holder.data, dtype=dtype))

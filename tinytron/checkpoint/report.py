@@ -1,4 +1,4 @@
-"""What is in a run folder and in a checkpoint, as data and as tables."""
+"""Reports on a run folder and on a checkpoint, as data and as tables."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from tinytron.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Summary:
-    """One checkpoint in a line. Bytes are those on disk; ``None`` is what unreadable or older metadata does not say."""
+    """One line about a checkpoint. Bytes are measured on disk; ``None`` means that the metadata is unreadable or older
+    than the field."""
 
     step: int
-    status: str  # "complete", or what is wrong
+    status: str  # "complete", or a description of the damage
     tokens: int | None
     val_loss: float | None
     bytes_weights: int
@@ -37,9 +38,10 @@ class Summary:
 
 
 def summarize(files: CheckpointFiles) -> Summary:
-    """What can be said of a checkpoint in whatever condition."""
+    """The summary of a checkpoint, as far as a damaged one can be read."""
     missing = [path.name for path in files.parts if not path.exists()]
-    status, meta = "complete" if files.complete else "incomplete", CheckpointMeta()
+    status = "complete" if files.complete else "incomplete"
+    meta = CheckpointMeta()
     if missing:
         status += f": {', '.join(missing)} missing"
     try:
@@ -66,7 +68,7 @@ def summarize(files: CheckpointFiles) -> Summary:
 
 
 def folder_report(folder: Path, found: Sequence[CheckpointFiles]) -> dict[str, Any]:
-    """Summaries of the checkpoints ``found`` in ``folder``, and what interrupted saves left."""
+    """Summaries of the checkpoints ``found`` in ``folder``, and the leftovers of interrupted saves."""
     left = [{"name": path.name, "bytes": bytes_of([path])} for path in leftovers(folder)]
     return {"folder": str(folder), "checkpoints": [asdict(summarize(files)) for files in found], "leftovers": left}
 
@@ -92,7 +94,8 @@ def checkpoint_report(files: CheckpointFiles) -> dict[str, Any]:
 
 
 def states_by_parameter(files: CheckpointFiles) -> dict[str, dict[str, Any]]:
-    """Parameter -> key -> how the state is stored. Raises: CheckpointError if the folder of states is damaged."""
+    """Storage metadata of every state, as parameter -> key -> entry. Raises: CheckpointError if the folder of states is
+    damaged."""
     found: dict[str, dict[str, Any]] = {}
     for key, entry in stored_states(files.optimizer).items():
         parameter, state = key.rsplit("/", 1)
@@ -101,7 +104,8 @@ def states_by_parameter(files: CheckpointFiles) -> dict[str, dict[str, Any]]:
 
 
 def _tensors(files: CheckpointFiles) -> list[dict[str, Any]]:
-    states, tensors = states_by_parameter(files), []
+    states = states_by_parameter(files)
+    tensors = []
     places: dict[int, str] = {}
     for name, weight in read_file(files.model, mmap=True).items():
         shape = tuple(weight.shape)
@@ -125,11 +129,11 @@ def _dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# As text.
+# Text output.
 
 
 def show_folder(report: dict[str, Any]) -> str:
-    """``folder_report`` for people: a line per checkpoint and per leftover."""
+    """``folder_report`` as text: one line per checkpoint and per leftover."""
     title = ("step", "tokens", "val loss", "weights", "states", "total", "B/param", "saved", "ranks", "status")
     rows = [
         (
@@ -148,13 +152,13 @@ def show_folder(report: dict[str, Any]) -> str:
     ]
     lines = [report["folder"], *_table([title, *rows], right=range(9))]
     if report["leftovers"]:
-        lines += ["", "left by interrupted saves, or of one under way:"]
+        lines += ["", "left by interrupted saves, or part of a save in progress:"]
         lines += _table([(left["name"], _size(left["bytes"])) for left in report["leftovers"]], right=[1])
     return "\n".join(lines)
 
 
 def show_checkpoint(report: dict[str, Any]) -> str:
-    """``checkpoint_report`` for people. Tensors that differ in one number of their name share a line."""
+    """``checkpoint_report`` as text. Tensors whose names differ only in one number share a line."""
     layout, versions = report["layout"], report["versions"]
     zero = "sharded" if layout["use_distributed_optimizer"] else "not sharded"
     facts = [
@@ -164,8 +168,8 @@ def show_checkpoint(report: dict[str, Any]) -> str:
         ("val loss", _number(report["val_loss"], ".4f")),
         (
             "size",
-            f"{_size(report['bytes_weights'])} weights + {_size(report['bytes_states'])} states, in all "
-            f"{_size(report['bytes_total'])}, {_number(report['bytes_per_parameter'], '.1f')} bytes per parameter",
+            f"{_size(report['bytes_weights'])} weights + {_size(report['bytes_states'])} states, "
+            f"{_size(report['bytes_total'])} total, {_number(report['bytes_per_parameter'], '.1f')} bytes per parameter",
         ),
         ("layout", f"{report['world_size']} ranks, sep {layout['sep_size']}, ep {layout['ep_size']}, states {zero}"),
         ("training", f"{report['optimizer']} in {report['precision']}, data {report['data']}"),
@@ -194,7 +198,7 @@ def _tensor_table(tensors: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Columns as wide as their longest entry; those in ``right`` are aligned at the right."""
+    """Lines of a table whose columns are as wide as their longest entry; columns in ``right`` are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

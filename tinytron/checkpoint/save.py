@@ -1,4 +1,4 @@
-"""Writing a checkpoint: weights and states first, metadata last; in the background unless told otherwise."""
+"""Writing a checkpoint: weights and states first, metadata last. A background thread writes it unless ``wait`` is set."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ from tinytron.utils.training import sync_folder, write_atomically
 
 
 def write_checkpoint(snapshot: Snapshot, group: dist.ProcessGroup, mirror: Mirror | None = None) -> None:
-    """Write every rank's part of a snapshot and, once all are on disk, the metadata; then copy all to where ``mirror``
-    points. Collective over ``group``.
+    """Write every rank's part of a snapshot and, once all parts are on disk, the metadata; then push everything to
+    ``mirror``. Collective over ``group``.
 
-    Until ``*_meta.pt`` is in place the checkpoint does not exist for a reader; an older one of the same step stops
-    existing before its parts are overwritten. Raises: TinytronError on every rank if the disk refuses on one.
+    The checkpoint does not exist for a reader until ``*_meta.pt`` is in place. An older checkpoint of the same step loses
+    its metadata before its parts are overwritten. Raises: TinytronError on every rank if the disk refuses on one.
     """
     from tinytron.checkpoint.optimizer_state import write_optimizer_state  # torch's DCP takes a second to import
 
-    files, rank = snapshot.files, dist.get_rank(group)
-    staged = mirror is not None and mirror.first_on_node  # each node has a folder of its own
+    files = snapshot.files
+    rank = dist.get_rank(group)
+    staged = mirror is not None and mirror.first_on_node  # each node has its own folder
     agree(lambda: _clear(files) if rank == 0 or staged else None, group)
     sums = agree(lambda: _write_model(snapshot) if rank == 0 else {}, group)
     sums |= write_optimizer_state(snapshot.states, files.optimizer, group)
@@ -53,15 +54,15 @@ def _copy(files: CheckpointFiles, mirror: Mirror, group: dist.ProcessGroup) -> N
     rank = dist.get_rank(group)
     if rank == 0:
         mirror.remove_checkpoint(files.step)
-    agree(lambda: None, group)  # nothing is pushed before
+    agree(lambda: None, group)  # barrier: no rank pushes before the old checkpoint is removed
     mirror.push_files(files.names_written_by(rank))
-    agree(lambda: None, group)  # all have pushed
+    agree(lambda: None, group)  # barrier: every rank has pushed its parts
     if rank == 0:
         mirror.push_commit(files.step)
 
 
 def _clear(files: CheckpointFiles) -> None:
-    files.folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it during the run
+    files.folder.mkdir(parents=True, exist_ok=True)  # the user may have removed it during the run
     files.remove()
 
 
@@ -85,7 +86,7 @@ def to_prune(folder: Path, retention: Retention) -> list[CheckpointFiles]:
 
 
 def prune(folder: Path, retention: Retention) -> list[CheckpointFiles]:
-    """Delete the ``to_prune`` checkpoints of ``folder``; returns them. Raises: OSError if the system refuses."""
+    """Delete the ``to_prune`` checkpoints of ``folder`` and return them. Raises: OSError if the system refuses."""
     gone = to_prune(folder, retention)
     for files in gone:
         files.remove()
@@ -95,13 +96,13 @@ def prune(folder: Path, retention: Retention) -> list[CheckpointFiles]:
 def _val_loss(files: CheckpointFiles) -> float | None:
     try:
         return read_meta(files.meta).val_loss
-    except CheckpointError:  # damaged: certainly not the best
+    except CheckpointError:  # a damaged checkpoint is never the best
         return None
 
 
 class Consumer(Protocol):
-    """What else is made of checkpoints, on the master: ``committed`` is called in the saving thread, when ``files`` are on
-    disk and before any are pruned, and returns what to add to the report; it raises nothing."""
+    """A consumer of new checkpoints, such as an exporter, on the master. The saving thread calls ``committed`` once
+    ``files`` are on disk and before any checkpoint is pruned; it returns text to add to the report and never raises."""
 
     def committed(self, files: CheckpointFiles) -> str: ...
     def report(self) -> list[str]: ...
@@ -110,7 +111,7 @@ class Consumer(Protocol):
 
 @dataclass
 class Save:
-    """A save under way: the rest is set when it ends."""
+    """A save in progress; all fields but ``snapshot`` are set when it ends."""
 
     snapshot: Snapshot
     error: BaseException | None = None
@@ -121,9 +122,9 @@ class Save:
 class CheckpointSaver:
     """Saves a run's checkpoints into ``folder``, one at a time.
 
-    ``save`` returns once everything is copied to host memory; a thread writes it while training goes on. The thread's
-    collectives have a gloo group of their own, so they mix with nothing. A save that fails costs that checkpoint, never
-    the run: ``report`` says so.
+    ``save`` returns once everything is copied to host memory; a thread writes it while training continues. The thread's
+    collectives use their own gloo group, so they cannot mix with the training's. If a save fails, only that checkpoint is
+    lost, never the run: ``report`` returns the error.
     """
 
     def __init__(
@@ -143,17 +144,17 @@ class CheckpointSaver:
         self._group: dist.ProcessGroup | None = None
         self._save: Save | None = None
         self._thread: threading.Thread | None = None
-        self.failed: str | None = None  # why the last save that ended is not on disk
+        self.failed: str | None = None  # why the last finished save is not on disk; None if it is
 
     def save(self, step: int, meta: CheckpointMeta, *, wait: bool = False) -> list[str]:
-        """Start saving ``step`` (waiting for an earlier save first), or with ``wait`` save it; returns what there is to
-        report. Collective. ``meta`` holds what the run knows."""
+        """Start saving ``step``, after waiting for an earlier save; with ``wait`` also wait for this one. Returns messages
+        to print. ``meta`` has the fields that the run fills in. Collective."""
         messages = self.finish()
         if self._group is None:
             self._group = dist.new_group(backend="gloo")
         files = CheckpointFiles(self.folder, step)
         self._save = Save(take_snapshot(files, self.model, self.optimizer, meta, self.state, self._buffers))
-        # A daemon: a process that dies does not wait for a save, and a save cut short is none.
+        # A daemon thread: a dying process must not wait for a save, and an interrupted save leaves no checkpoint behind.
         self._thread = threading.Thread(target=self._write, args=(self._save,), name=f"save {step}", daemon=True)
         self._thread.start()
         return messages + self.finish() if wait else messages
@@ -161,17 +162,18 @@ class CheckpointSaver:
     def _write(self, save: Save) -> None:
         start = time.perf_counter()
         try:
-            assert self._group is not None, "made by save"
+            assert self._group is not None, "save creates the group before it starts the thread"
             write_checkpoint(save.snapshot, self._group, self.mirror)
             if self.consumer is not None:
                 save.note = self.consumer.committed(save.snapshot.files)
             self._prune(save, self._group)
-        except BaseException as error:  # handed to the training thread
+        except BaseException as error:  # ``finish`` raises or reports it in the training thread
             save.error = error
         save.seconds = time.perf_counter() - start
 
     def _prune(self, save: Save, group: dist.ProcessGroup) -> None:
-        """The master decides; of a staged run every node, and the remote copy, have their own files to delete."""
+        """Delete old checkpoints. The master decides which; in a run with a mirror every node deletes its own copies, and
+        the master the remote ones."""
         gone: list[int] = []
         if self.state.is_master:
             try:
@@ -190,12 +192,13 @@ class CheckpointSaver:
                 self.mirror.remove_checkpoint(step)
 
     def report(self) -> list[str]:
-        """What ended since the last call, for printing; waits for nothing. Raises: whatever is no refusal of the disk."""
+        """Messages about work that finished since the last call; does not wait. Raises: any error of the save other than
+        a TinytronError or OSError."""
         ended = [] if self._thread is None or self._thread.is_alive() else self.finish()
         return ended + (self.consumer.report() if self.consumer is not None else [])
 
     def finish(self) -> list[str]:
-        """Wait for the save under way, then as ``report``."""
+        """Wait for the save in progress, then return its messages. Raises: as ``report``."""
         if self._thread is None or self._save is None:
             return []
         self._thread.join()
@@ -207,14 +210,14 @@ class CheckpointSaver:
         if not isinstance(save.error, (TinytronError, OSError)):
             raise save.error
         self.failed = f"checkpoint {step} was NOT saved ({save.error})"
-        return [f"error: {self.failed}; training goes on, the next save tries again"]
+        return [f"error: {self.failed}; training continues, the next save tries again"]
 
     def close(self, say: Callable[[str], None], *, wait: bool = True) -> None:
-        """Wait for the last save, and with ``wait`` for what the consumer still does. Raises: CheckpointError if the save
-        failed: the end of the run is not on disk."""
+        """Wait for the last save, and with ``wait`` for the consumer's remaining work. Raises: CheckpointError if the save
+        failed, because then the end of the run is not on disk."""
         for message in self.finish():
             say(message)
         if self.consumer is not None:
             self.consumer.close(say, wait=wait)
         if self.failed is not None:
-            raise CheckpointError(f"{self.failed}; free the disk and run the same command again")
+            raise CheckpointError(f"{self.failed}; free disk space and run the same command again")

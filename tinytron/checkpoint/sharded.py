@@ -1,7 +1,7 @@
-"""Flat tensors of which each rank owns some ranges, for torch.distributed.checkpoint (DCP).
+"""Flat tensors whose ranges are spread over the ranks, for torch.distributed.checkpoint (DCP).
 
-DCP stores a tensor as chunks with global offsets and reads any ranges of it back, so a state saved by 4 ranks loads on
-1 or 8. The planners below tell it the chunks of plain flat ranges, which it knows only of DTensors.
+DCP stores a tensor as chunks with global offsets and reads back any ranges of it, so a state saved by 4 ranks loads on
+1 or 8. On its own DCP knows the chunks of DTensors only; the planners below describe plain flat ranges to it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from tinytron.distributed.sharding import Run
 
 @dataclass(frozen=True, eq=False)
 class FlatRanges:
-    """One logical tensor of ``numel`` elements, of which this rank owns ``elements`` (1-D, not copied): those of ``runs``,
-    one after the other."""
+    """This rank's part of one logical tensor of ``numel`` elements: ``elements`` (1-D, not copied) holds the elements of
+    ``runs``, one run after the other."""
 
     numel: int
     runs: tuple[Run, ...]
@@ -29,16 +29,16 @@ class FlatRanges:
 
     @classmethod
     def whole(cls, elements: torch.Tensor) -> FlatRanges:
-        """All of a tensor, given 1-D."""
+        """The ranges of a rank that owns the whole tensor; ``elements`` is 1-D."""
         return cls(len(elements), (Run(0, len(elements)),), elements)
 
     def chunks(self) -> list[ChunkStorageMetadata]:
-        """The owned ranges as DCP describes them."""
+        """The owned ranges in DCP's form."""
         return [ChunkStorageMetadata(torch.Size([run.offset]), torch.Size([run.length])) for run in self.runs]
 
 
 def _by_index(ranges: dict[str, FlatRanges]) -> dict[MetadataIndex, torch.Tensor]:
-    """The elements of every range, as DCP asks for them."""
+    """The elements of every range, by the index that DCP uses to ask for them."""
     parts: dict[MetadataIndex, torch.Tensor] = {}
     for name, owned in ranges.items():
         elements = owned.elements.split([run.length for run in owned.runs])
@@ -47,7 +47,7 @@ def _by_index(ranges: dict[str, FlatRanges]) -> dict[MetadataIndex, torch.Tensor
 
 
 class FlatSavePlanner(DefaultSavePlanner):
-    """Plans the writing of ``ranges`` by name; equal ranges of several ranks are written once."""
+    """Plans the writing of ``ranges``, by name; DCP writes a range that several ranks own only once."""
 
     def __init__(self, ranges: dict[str, FlatRanges]) -> None:
         super().__init__(flatten_state_dict=False)
@@ -70,7 +70,7 @@ class FlatSavePlanner(DefaultSavePlanner):
 
 
 class FlatLoadPlanner(DefaultLoadPlanner):
-    """Plans the reading into ``ranges`` by name."""
+    """Plans the reading into ``ranges``, by name."""
 
     def __init__(self, ranges: dict[str, FlatRanges]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -78,7 +78,7 @@ class FlatLoadPlanner(DefaultLoadPlanner):
 
     def create_local_plan(self) -> LoadPlan:
         """One read per stored chunk that overlaps an owned range."""
-        assert self.metadata is not None, "set by DCP before planning"
+        assert self.metadata is not None, "DCP sets it before planning"
         entries: dict[str, Any] = self.metadata.state_dict_metadata
         return LoadPlan(
             [

@@ -1,4 +1,4 @@
-"""A copy of everything a checkpoint holds, in host memory: training goes on while it is written."""
+"""A copy in host memory of everything a checkpoint holds, so that training continues while it is written."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tinytron.utils.training import rng_state
 
 @dataclass(frozen=True)
 class Snapshot:
-    """This rank's part of a checkpoint. ``weights`` is empty on all but the master; ``states`` maps the keys of
+    """This rank's part of a checkpoint. ``weights`` is empty except on the master; ``states`` maps the keys of
     ``optimizer_state`` to this rank's ranges."""
 
     files: CheckpointFiles
@@ -39,8 +39,8 @@ def take_snapshot(
     state: ParallelState,
     buffers: HostBuffers,
 ) -> Snapshot:
-    """Copy what ``files`` will hold, and complete ``meta`` with what only the copies tell. Collective; the host waits for
-    the device."""
+    """Copy everything that ``files`` will hold, and fill in the fields of ``meta`` that depend on it. Collective; the host
+    waits for the device."""
     from tinytron.checkpoint.optimizer_state import owned_states  # torch's DCP takes a second to import
 
     weights = consolidated_weights(model, state, buffers)
@@ -55,14 +55,16 @@ def take_snapshot(
 
 
 def consolidated_weights(model: nn.Module, state: ParallelState, buffers: HostBuffers) -> dict[str, torch.Tensor]:
-    """``state_dict`` of the whole model, on the master: all experts, tied tensors tied, as CPU tensors of their own
-    (parameters are views of large buffers). Collective over the ranks that hold the pieces of what the master has a piece
-    of; empty on other ranks."""
+    """``state_dict`` of the whole model on the master, with all experts; empty on other ranks.
+
+    The tensors are CPU copies (parameters are views of large buffers), and tied tensors stay tied. Collective over the
+    ranks that hold the other pieces of the master's sharded tensors.
+    """
     shardings = {spec.name: Sharding.of(spec, state.layout) for spec in specs_of(model) if spec.shards}
     weights: dict[str, torch.Tensor] = {}
     copies: dict[int, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():
-        place = tensor.data_ptr()  # of the parameter: one gathered below may get the memory of the one before
+        place = tensor.data_ptr()  # taken before gathering: gathered tensors may reuse each other's memory
         if name in shardings:
             tensor = _gathered(tensor, shardings[name], state)
         if state.is_master:
@@ -73,7 +75,7 @@ def consolidated_weights(model: nn.Module, state: ParallelState, buffers: HostBu
 
 
 def _gathered(piece: torch.Tensor, sharding: Sharding, state: ParallelState) -> torch.Tensor:
-    """The whole tensor on the master and the ranks that hold its other pieces; elsewhere ``piece``, unchanged."""
+    """The whole tensor on the master and the ranks that hold its other pieces; other ranks get ``piece`` back."""
     axis = state.layout.pieces(sharding.axes)
     holders = state.layout.group_of(0, axis)  # the master is rank 0
     if state.rank not in holders or len(holders) == 1:

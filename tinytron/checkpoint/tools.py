@@ -1,4 +1,4 @@
-"""Checking, consolidating and pruning checkpoints: one process, whatever layout wrote them."""
+"""Checking, consolidating and pruning checkpoints in one process, whichever layout wrote them."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from tinytron.utils.training import write_atomically
 
 
 def checkpoints_at(path: Path) -> list[CheckpointFiles]:
-    """The checkpoints of a run folder that have metadata, in whatever condition, oldest first; or the one that the file
-    ``path`` is a part of. Raises: CheckpointError if there is none."""
+    """The checkpoints of a run folder that have metadata, complete or not, oldest first; or the checkpoint that the file
+    ``path`` belongs to. Raises: CheckpointError if ``path`` is neither."""
     one = checkpoint_of(path)
     if one is not None and path.exists():
         return [one]
@@ -47,7 +47,8 @@ def checkpoints_at(path: Path) -> list[CheckpointFiles]:
 
 
 def problems(files: CheckpointFiles) -> list[str]:
-    """What is wrong with a checkpoint: files that are not what was written, states that do not cover their parameter."""
+    """One line for each problem of a checkpoint: files that changed since they were written, and states that do not cover
+    their parameter."""
     try:
         meta = read_meta(files.meta)
     except CheckpointError as error:
@@ -76,12 +77,12 @@ def _uncovered(files: CheckpointFiles, parameters: dict[str, list[int]]) -> list
         if count != size:
             found.append(f"{files.optimizer} has {count} of the {size} elements of {key}")
         elif size != expected:
-            found.append(f"{files.optimizer} has {size} elements of {key}, the parameter {expected}")
+            found.append(f"{files.optimizer} has {size} elements of {key}, but the parameter {expected}")
     return found
 
 
 def covered(chunks: Iterable[ChunkStorageMetadata]) -> int:
-    """The number of elements in the union of flat ranges."""
+    """Number of elements in the union of flat ranges."""
     count = end = 0
     for start, length in sorted((chunk.offsets[0], chunk.sizes[0]) for chunk in chunks):
         count += max(0, start + length - max(start, end))
@@ -90,42 +91,44 @@ def covered(chunks: Iterable[ChunkStorageMetadata]) -> int:
 
 
 def consolidate(files: CheckpointFiles, out: Path | None = None) -> Path:
-    """Write main weights and optimizer states as plain tensors of their real shapes into one file; returns its path.
+    """Write main weights and optimizer states as plain tensors in their real shapes to one file, and return its path.
 
-    The file: ``{"step", "model": {name: tensor}, "optimizer": {name: {state: tensor}}, "meta"}``; ``model`` is a whole
-    ``state_dict``, tied tensors tied. Raises: CheckpointError for a damaged checkpoint, ConfigError for the name of one of
-    its parts, OSError if the disk refuses.
+    The file holds ``{"step", "model": {name: tensor}, "optimizer": {name: {state: tensor}}, "meta"}``; ``model`` is a whole
+    ``state_dict`` in which tied tensors stay tied. Raises: CheckpointError for a damaged checkpoint, ConfigError if ``out``
+    has the name of a checkpoint part, OSError if the disk refuses.
     """
     out = out or files.folder / f"{files.step:05d}_consolidated.pt"
     if checkpoint_of(out) is not None:
-        raise ConfigError(f"--out {out} would be a part of a checkpoint; use another name")
+        raise ConfigError(f"--out {out} has the name of a part of a checkpoint; use another name")
     if found := problems(files):
         raise CheckpointError(found[0])
-    meta, weights = read_meta(files.meta), read_file(files.model, mmap=True)
+    meta = read_meta(files.meta)
+    weights = read_file(files.model, mmap=True)
     content: dict[str, Any] = {
         "step": files.step,
         "model": {},
         "optimizer": {},
         "meta": {
             key: value for key, value in meta.as_dict().items() if key not in ("files", "rng")
-        },  # of the other files
+        },  # "files" and "rng" describe the sharded files
     }
     wanted: dict[str, FlatRanges] = {}
-    states, places = states_by_parameter(files), dict[int, torch.Tensor]()
+    states = states_by_parameter(files)
+    places = dict[int, torch.Tensor]()
     if unknown := states.keys() - weights.keys():
         raise damaged(files.optimizer, f"it has states of {min(unknown)}, which {files.model.name} lacks")
     for name, weight in weights.items():
         for key, entry in states.get(name, {}).items():
             state, shape = state_of(key, tuple(weight.shape))
             if entry.size.numel() != math.prod(shape):
-                raise damaged(files.optimizer, f"{name}/{key} has another size than {name}")
+                raise damaged(files.optimizer, f"{name}/{key} and {name} differ in size")
             tensor = _on_disk(out, shape, entry.properties.dtype)
             wanted[f"{name}/{key}"] = FlatRanges.whole(tensor.view(-1))
             if key == MAIN:
                 places[weight.data_ptr()] = tensor
             else:
                 content["optimizer"].setdefault(name, {})[state] = tensor
-    # A tied tensor is its twin's main weights; what is not trained is as it is.
+    # A tied tensor takes the main weights of the tensor it is tied to; an untrained tensor stays as it is.
     content["model"] = {name: places.get(weight.data_ptr(), weight) for name, weight in weights.items()}
     read_states(wanted, files.optimizer)
     write_atomically(out, lambda file: torch.save(content, file))
@@ -133,18 +136,18 @@ def consolidate(files: CheckpointFiles, out: Path | None = None) -> Path:
 
 
 def _on_disk(out: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor in a file without a name beside ``out``: the checkpoint need not fit into memory, as ``torch.save`` wants
-    all tensors before it writes the first."""
+    """A tensor backed by an unnamed file next to ``out``. ``torch.save`` needs all tensors before it writes the first, and
+    the checkpoint need not fit into memory."""
     with tempfile.NamedTemporaryFile(dir=out.parent, prefix=f"{out.name}.", suffix=".tmp") as file:
         count = math.prod(shape)
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, a crash later
+        if hasattr(os, "posix_fallocate"):  # on a full disk this raises an error; writing to the map would crash
             os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
         return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """What was deleted, or would be."""
+    """Files that were deleted, or that a dry run would delete."""
 
     checkpoints: list[int]
     leftovers: list[str]
@@ -152,10 +155,11 @@ class Pruned:
 
 
 def prune_folder(folder: Path, retention: Retention, *, dry_run: bool = False) -> Pruned:
-    """Delete what ``retention`` does not keep and what interrupted saves left; with ``dry_run`` only say what.
+    """Delete the checkpoints that ``retention`` does not keep and the leftovers of interrupted saves; with ``dry_run`` only
+    list them.
 
-    Raises: ConfigError if a living run holds the folder, CheckpointError if the newest checkpoint is damaged (those
-    before may be all there is), OSError if the system refuses.
+    Raises: ConfigError if a live run holds the folder, CheckpointError if the newest checkpoint is damaged (the older ones
+    may be all that is left), OSError if the system refuses.
     """
     with lock_folder(folder, "stop it, or let it prune with --keep_last"):
         gone, left = to_prune(folder, retention), leftovers(folder)
@@ -173,7 +177,7 @@ def prune_folder(folder: Path, retention: Retention, *, dry_run: bool = False) -
 
 def _require_newest(folder: Path) -> None:
     newest = newest_checkpoint(folder)
-    assert newest is not None, "older ones were found"
+    assert newest is not None, "only an older checkpoint can be pruned, so there is a newest one"
     if found := problems(newest):
         raise CheckpointError(
             f"{found[0]}; nothing is deleted while the newest checkpoint is damaged: remove it yourself"

@@ -1,4 +1,4 @@
-"""Floor 2: token shards to samples to batches, in the order in which they are trained on. Never imports ``text``."""
+"""Floor 2: from token shards to samples to batches, in training order. Never imports ``text``."""
 
 from tinytron.data.batch import Batch
 from tinytron.data.formats import read_header, write_shard

@@ -1,4 +1,4 @@
-"""A micro-batch, and what may be given for one."""
+"""The micro-batch, and the objects that can be converted into one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from tinytron.errors import DataError
 from tinytron.utils.sequences import IGNORE_INDEX, Documents
 
-# What a sample may say of each of its tokens, and the type it has in a batch.
+# The per-token fields of a sample, and their types in a batch.
 FIELDS = {
     "input_ids": torch.int64,
     "labels": torch.int64,
@@ -19,22 +19,23 @@ FIELDS = {
     "padding": torch.bool,
 }
 REQUIRED = ("input_ids", "labels")
-_OURS = ("documents", "sources", "extras", "filling", "routing_scale")  # fields of a batch that no sample gives
-_NONE: Mapping[str, torch.Tensor] = {}  # not a MappingProxyType: loaders' processes pickle batches
+_OURS = ("documents", "sources", "extras", "filling", "routing_scale")  # fields of a batch that samples must not have
+_NONE: Mapping[str, torch.Tensor] = {}  # not a MappingProxyType: loader processes pickle batches
 
 
 class Batch(NamedTuple):
-    """One micro-batch: token ids and already shifted labels, int64 ``[B, S]``, and what else is known of them:
+    """One micro-batch: token ids and already shifted labels, int64 ``[B, S]``, and optional fields:
 
     ``weights``: how much each label counts, float32 ``[B, S]``, not negative; the loss is the weighted mean.
-    ``positions``: int64 ``[B, S]``, from 0 at the start of every document (and row): then tokens attend to their own
-    document only. ``documents``: the same in another form, of whole rows; made from the positions when a batch is used.
-    ``sources``: which source of a mixture each row is from, int64 ``[B]``.
-    ``extras``: what else the samples have, by name, ``[B, ...]``, for a ``_loss`` of the user's own. Under sequence
-    parallelism those of shape ``[B, S, ...]`` are cut like the ids; the others are whole on every rank.
-    ``filling``: how many of the rows are copies without a label, which fill up the last batch of validation.
+    ``positions``: int64 ``[B, S]``, counting from 0 at the start of every document (and row). If they are given, tokens
+    attend only to their own document. ``documents``: the same information for whole rows in another form; it is computed
+    from the positions when a batch is used.
+    ``sources``: the index of the mixture source of each row, int64 ``[B]``.
+    ``extras``: all other fields of the samples, by name, ``[B, ...]``, for a custom ``_loss``. Under sequence parallelism
+    extras of shape ``[B, S, ...]`` are split like the ids; the others are whole on every rank.
+    ``filling``: number of rows that are copies without labels, which fill up the last validation batch.
     ``padding``: true for tokens that only fill up a row, bool ``[B, S]``; a label of -100 does not make a token padding.
-    ``routing_scale``: what the routers' losses, which are sums over tokens, are multiplied by in a step's objective.
+    ``routing_scale``: the factor for the routers' losses, which are sums over tokens, in the step's objective.
     The last two are for models with experts, and ``None`` for others.
     """
 
@@ -51,12 +52,12 @@ class Batch(NamedTuple):
 
     @classmethod
     def of(cls, fields: Mapping[str, torch.Tensor]) -> Batch:
-        """From tensors by name: those of ``FIELDS`` in their type, all others as ``extras``."""
+        """A batch from tensors by name: names in ``FIELDS`` are converted to their types, all others become ``extras``."""
         known: dict[str, Any] = {name: fields[name].to(dtype) for name, dtype in FIELDS.items() if name in fields}
         return cls(**known, extras={name: tensor for name, tensor in fields.items() if name not in FIELDS})
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on ``device``; asynchronous from pinned memory."""
+        """Move the batch to ``device``; copies from pinned memory are asynchronous."""
         documents = self.documents
         if documents is not None:
             documents = documents._replace(cu_seqlens=documents.cu_seqlens.to(device, non_blocking=True))
@@ -71,7 +72,7 @@ class Batch(NamedTuple):
         return (self.labels != IGNORE_INDEX).sum()
 
     def target_weight(self) -> torch.Tensor:
-        """Sum of the valid labels' weights, a float64 scalar; without weights their number."""
+        """Sum of the valid labels' weights, float64 scalar; without weights, the number of valid labels."""
         valid = self.labels != IGNORE_INDEX
         return (valid if self.weights is None else self.weights * valid).sum(dtype=torch.float64)
 
@@ -82,16 +83,17 @@ class Batch(NamedTuple):
         return (~self.padding).sum()
 
     def model_inputs(self) -> dict[str, Any]:
-        """What the model is given next to ``input_ids`` and ``labels``: only what there is, and no ``extras``."""
+        """The model's arguments in addition to ``input_ids`` and ``labels``: all fields that are set, without
+        ``extras``."""
         names = ("positions", "documents", "weights", "padding", "routing_scale")
         optional = {name: getattr(self, name) for name in names}
         return {name: value for name, value in optional.items() if value is not None}
 
 
 def as_batch(item: Any) -> Batch:
-    """A ``Batch`` from what a loader of the user's own gave: a ``Batch``, a dict with ``input_ids`` and ``labels`` (and
-    ``weights``, ``positions``, ``padding`` and extras if there are any), or the first two in a row. Raises: DataError for
-    anything else."""
+    """Convert an item of a custom loader into a ``Batch``. The item is a ``Batch``, a dict with ``input_ids`` and
+    ``labels`` (and optionally ``weights``, ``positions``, ``padding`` and extras), or a pair ``(input_ids, labels)``.
+    Raises: DataError for anything else."""
     if isinstance(item, Batch):
         return item
     extras: dict[str, torch.Tensor] = {}
@@ -117,8 +119,8 @@ def as_batch(item: Any) -> Batch:
 
 
 def _extras(item: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """What ``item`` has next to ``FIELDS``, as tensors; ``None`` counts as not given. Raises: DataError for what cannot
-    travel in a batch."""
+    """The entries of ``item`` that are not in ``FIELDS``, as tensors; ``None`` counts as not given. Raises: DataError for
+    a reserved name or a value that is not a tensor."""
     extras = {}
     for name, value in item.items():
         if name in FIELDS or value is None:
@@ -136,7 +138,8 @@ def _extras(item: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def as_sample(item: Any) -> dict[str, torch.Tensor]:
-    """A dataset item as a dict of rows: given so, or made from ``seq_len + 1`` contiguous token ids. Raises: DataError."""
+    """Convert a dataset item into a dict of rows. The item is such a dict, or ``seq_len + 1`` contiguous token ids. Raises:
+    DataError."""
     if isinstance(item, dict):
         if missing := set(REQUIRED) - item.keys():
             raise DataError(f"a dataset item has keys {sorted(item)} but lacks {sorted(missing)}")
@@ -151,8 +154,8 @@ def as_sample(item: Any) -> dict[str, torch.Tensor]:
 
 
 def collate(items: Batch | Sequence[Any]) -> Batch:
-    """Samples one under the other; a dataset may also have done that itself (``__getitems__``). Raises: DataError if their
-    lengths or their fields differ."""
+    """Stack samples into a batch; a dataset with ``__getitems__`` may already have done so. Raises: DataError if the
+    samples' lengths or fields differ."""
     if isinstance(items, Batch):
         return items
     samples = [as_sample(item) for item in items]
@@ -174,10 +177,11 @@ def collate(items: Batch | Sequence[Any]) -> Batch:
 
 
 def masked(batch: Batch, rows: Sequence[int]) -> Batch:
-    """The batch with ``rows`` as filling: none of their labels counts, and all their tokens are padding."""
+    """The batch with ``rows`` turned into filling: all their labels are ignored, and all their tokens are padding."""
     if not rows:
         return batch
     labels = batch.labels.clone()
     padding = torch.zeros_like(labels, dtype=torch.bool) if batch.padding is None else batch.padding.clone()
-    labels[list(rows)], padding[list(rows)] = IGNORE_INDEX, True
+    labels[list(rows)] = IGNORE_INDEX
+    padding[list(rows)] = True
     return batch._replace(labels=labels, padding=padding, filling=len(rows))

@@ -1,13 +1,13 @@
-"""Token files: what their bytes mean. One reader for all formats, told apart by the first number of the file.
+"""Formats of token files. One reader handles all of them and tells them apart by the first number of the file.
 
     name      header                                                      then, little-endian
     timl v1   256 int32: 20250805, 1, dtype id, count, zeros              uint16 (id 0) or uint32 (1); weights: float32 (0)
     llm.c     256 int32: 20240520, 1, count, zeros                        uint16
               256 int32: 20240801, 7, count, zeros                        uint32
               3 int32 only: 20240520, 1, count                            uint16
-    none      nothing: the reader must be told the type                   uint16 or uint32
+    none      no header: the caller must give the type                    uint16 or uint32
 
-Headers of 256 int32 end at byte 1024, whatever else has been written about the second format: its readers start there.
+Headers of 256 int32 end at byte 1024. Some descriptions of the second format say otherwise, but its readers start there.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from tinytron.utils.training import write_atomically
 
 MAGIC, VERSION = 20250805, 1
 HEADER_BYTES, SHORT_HEADER_BYTES = 1024, 12
-_LOOKED_AT = 4096  # tokens of a file without a header
+_LOOKED_AT = 4096  # tokens of a file without a header that are checked for a wrong width
 TOKEN_DTYPES: tuple[np.dtype[Any], ...] = (np.dtype("<u2"), np.dtype("<u4"))
 WEIGHT_DTYPES: tuple[np.dtype[Any], ...] = (np.dtype("<f4"),)
 MAX_TOKENS = 2**31 - 1  # the count is an int32
 
 FileFormat = Literal["timl", "llmc"]
 LLMC_MAGIC, LLMC_VERSION = 20240520, 1
-_LLMC = {LLMC_MAGIC: (LLMC_VERSION, TOKEN_DTYPES[0]), 20240801: (7, TOKEN_DTYPES[1])}  # magic: version and type
+_LLMC = {LLMC_MAGIC: (LLMC_VERSION, TOKEN_DTYPES[0]), 20240801: (7, TOKEN_DTYPES[1])}  # magic -> version and type
 
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """What a file says it holds: ``count`` values of ``dtype`` from byte ``offset`` on. ``file_format`` is ``timl``,
-    ``llmc`` or ``none``."""
+    """The content a header declares: ``count`` values of ``dtype`` that start at byte ``offset``. ``file_format`` is
+    ``timl``, ``llmc`` or ``none``."""
 
     dtype: np.dtype[Any]
     count: int
@@ -50,10 +50,10 @@ def read_header(
     headerless: npt.DTypeLike | None = None,
     dtypes: tuple[np.dtype[Any], ...] = TOKEN_DTYPES,
 ) -> ShardHeader:
-    """Read and check the header and the file's length. A file that starts with no known magic number holds tokens of type
-    ``headerless`` from its first byte on, if that is given; ``dtypes`` are those that the ids of timl v1 stand for.
+    """Read the header, and check it and the file's length. If ``headerless`` is given, a file without a known magic number
+    holds tokens of that type, starting at its first byte. ``dtypes`` maps the dtype ids of timl v1 to types.
 
-    Raises: DataError naming the file and the byte offset of what is wrong.
+    Raises: DataError naming the file and the byte offset of the problem.
     """
     try:
         with open(path, "rb") as file:
@@ -73,19 +73,20 @@ def read_header(
     if dtypes is TOKEN_DTYPES and _is_short(numbers, raw, size):
         return ShardHeader(TOKEN_DTYPES[0], numbers[2], SHORT_HEADER_BYTES, "llmc")
     if len(raw) < HEADER_BYTES:
-        raise DataError(f"{path}: {len(raw)} bytes are no token shard: its header alone has {HEADER_BYTES}")
+        raise DataError(f"{path}: {len(raw)} bytes are not a token shard: its header alone has {HEADER_BYTES}")
     if not known:
         raise DataError(
-            f"{path}: magic number {magic} at byte 0 is none of {', '.join(map(str, (MAGIC, *_LLMC)))}: not a token shard "
-            "(for files without a header, give their type: --token_dtype uint16 or uint32)"
+            f"{path}: magic number {magic} at byte 0 is not one of {', '.join(map(str, (MAGIC, *_LLMC)))}: not a token "
+            "shard (for files without a header, give their type: --token_dtype uint16 or uint32)"
         )
     version, dtype, count, at = _read_numbers(path, numbers, dtypes)
     if numbers[1] != version:
-        raise DataError(f"{path}: version {numbers[1]} at byte 4, only version {version} of {magic} is known")
-    expected, what = HEADER_BYTES + count * dtype.itemsize, "weights" if dtypes is WEIGHT_DTYPES else "tokens"
+        raise DataError(f"{path}: version {numbers[1]} at byte 4, but only version {version} of {magic} is known")
+    expected = HEADER_BYTES + count * dtype.itemsize
+    what = "weights" if dtypes is WEIGHT_DTYPES else "tokens"
     if count < 0 or size != expected:
         raise DataError(
-            f"{path}: the header (byte {at}) promises {count} {what}, so {expected} bytes, but the file has {size}: "
+            f"{path}: the header (byte {at}) declares {count} {what}, so {expected} bytes, but the file has {size}: "
             "it is truncated or damaged; write it again"
         )
     return ShardHeader(dtype, count, file_format="llmc" if magic in _LLMC else "timl")
@@ -94,32 +95,34 @@ def read_header(
 def _read_numbers(
     path: Path, numbers: list[int], dtypes: tuple[np.dtype[Any], ...]
 ) -> tuple[int, np.dtype[Any], int, int]:
-    """Version and type that belong to the magic number, the count, and the byte at which the count stands."""
+    """Version and type that belong to the magic number, the count, and the byte offset of the count."""
     if numbers[0] in _LLMC:
         version, dtype = _LLMC[numbers[0]]
         if dtypes is not TOKEN_DTYPES:
-            raise DataError(f"{path}: magic number {numbers[0]} at byte 0 is that of tokens, not of {dtypes[0]} values")
+            raise DataError(
+                f"{path}: magic number {numbers[0]} at byte 0 stands for tokens, not for {dtypes[0]} values"
+            )
         return version, dtype, numbers[2], 8
     if not 0 <= numbers[2] < len(dtypes):
         names = " or ".join(f"{number} ({dtype})" for number, dtype in enumerate(dtypes))
-        raise DataError(f"{path}: dtype id {numbers[2]} at byte 8, expected {names}")
+        raise DataError(f"{path}: dtype id {numbers[2]} at byte 8, but expected {names}")
     return VERSION, dtypes[numbers[2]], numbers[3], 12
 
 
 def _is_short(numbers: list[int], raw: bytes, size: int) -> bool:
-    """Whether a file has the header of three numbers: only if its length fits that, and not the long one."""
+    """True if a file has the short header of three numbers; its length must fit that header and not the long one."""
     if len(numbers) < 3 or numbers[:2] != [LLMC_MAGIC, LLMC_VERSION] or numbers[2] < 0:
         return False
-    # Nothing but zeros is the rest of a long header, and the last 1012 bytes of the file are missing.
+    # If only zeros follow, they are the rest of a long header, and the last 1012 bytes of the file are missing.
     return size == SHORT_HEADER_BYTES + 2 * numbers[2] and (numbers[2] == 0 or any(raw[SHORT_HEADER_BYTES:]))
 
 
 def _is_text(raw: bytes) -> bool:
-    """Whether the first bytes of a file are those of a text in UTF-8: tokens soon have a byte that no text has."""
+    """True if the first bytes of a file are UTF-8 text; token ids soon contain a byte that text never has."""
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        if error.start < len(raw) - 3:  # not only the last character, which is cut
+        if error.start < len(raw) - 3:  # only the last character may be invalid, because it can be cut off
             return False
         text = raw[: error.start].decode("utf-8-sig")
     return len(raw) >= 32 and all(character.isprintable() or character in "\t\r\n" for character in text)
@@ -130,25 +133,25 @@ def _headerless(path: Path, size: int, dtype: np.dtype[Any]) -> ShardHeader:
         raise DataError(f"token dtype {dtype} is not one of uint16, uint32")
     if size % dtype.itemsize:
         raise DataError(
-            f"{path}: {size} bytes are no whole number of {dtype} tokens (--token_dtype): byte "
-            f"{size - size % dtype.itemsize} begins a part of one; it is truncated, or of another type"
+            f"{path}: {size} bytes are not a whole number of {dtype} tokens (--token_dtype): the one at byte "
+            f"{size - size % dtype.itemsize} is cut off; the file is truncated, or has another type"
         )
     _check_width(path, np.fromfile(path, dtype, min(size // dtype.itemsize, _LOOKED_AT)))
     return ShardHeader(dtype, size // dtype.itemsize, 0, "none")
 
 
 def _check_width(path: Path, first: npt.NDArray[Any]) -> None:
-    """Raises: DataError for the ``first`` tokens of a file if each is but half of a number: the upper halves, of little
-    variety, follow the lower ones."""
+    """Check that the ``first`` tokens of a file are whole numbers and not halves of wider ones. In the latter case every
+    second token is an upper half and has a small value. Raises: DataError."""
     low, high = first[::2], first[1::2]
-    if len(first) < 32 or 4 * np.count_nonzero(low) < len(low):  # too little to tell
+    if len(first) < 32 or 4 * np.count_nonzero(low) < len(low):  # too few values to tell
         return
     if int(high.max()) == 0 or (int(high.max()) < 16 and int(low.max()) >= 256):
         advice = "use --token_dtype uint32" if first.itemsize == 2 else "write them as uint32"
         raise DataError(
-            f"{path}: every second token is {int(high.max())} or less, so these are numbers of more than "
+            f"{path}: every second token is {int(high.max())} or less, so these numbers have more than "
             f"{8 * first.itemsize} bits; {advice} (or, if the tokens really are like that, write them with "
-            "tinytron.data.write_shard: its header says how wide they are)"
+            "tinytron.data.write_shard: its header gives their width)"
         )
 
 
@@ -167,19 +170,20 @@ def _map(path: Path, header: ShardHeader) -> npt.NDArray[Any]:
         return np.empty(0, header.dtype)
     try:
         return np.memmap(path, header.dtype, mode="r", offset=header.offset, shape=(header.count,))
-    except (OSError, ValueError) as error:  # removed or cut since its header was read
+    except (OSError, ValueError) as error:  # the file was removed or truncated after its header was read
         raise DataError(f"{path}: cannot be mapped ({error}); check --dataset_path") from error
 
 
 def write_shard(
     path: Path, tokens: npt.ArrayLike, dtype: npt.DTypeLike = np.uint16, file_format: FileFormat = "timl"
 ) -> None:
-    """Write token ids as one shard; the file appears whole or not at all.
+    """Write token ids as one shard; the file appears complete or not at all.
 
-    Raises: DataError for more than 2^31 - 1 tokens, ids that are no integers, an id that ``dtype`` cannot hold, or a
-    ``dtype`` that the format has no place for.
+    Raises: DataError for more than 2^31 - 1 tokens, ids that are not integers, an id that ``dtype`` cannot hold, or a
+    ``dtype`` that the format does not support.
     """
-    tokens, target = np.asarray(tokens), np.dtype(dtype).newbyteorder("<")
+    tokens = np.asarray(tokens)
+    target = np.dtype(dtype).newbyteorder("<")
     if target not in TOKEN_DTYPES:
         raise DataError(f"token dtype {target} is not one of uint16, uint32")
     if file_format == "llmc" and target != TOKEN_DTYPES[0]:
@@ -193,8 +197,8 @@ def write_shard(
 
 
 def write_weights(path: Path, weights: npt.ArrayLike) -> None:
-    """Write float32 values as one timl v1 file; it appears whole or not at all. Raises: DataError for more than 2^31 - 1
-    values."""
+    """Write float32 values as one timl v1 file, which appears complete or not at all. Raises: DataError for more than
+    2^31 - 1 values."""
     _write(path, (MAGIC, VERSION, 0), np.asarray(weights, WEIGHT_DTYPES[0]))
 
 

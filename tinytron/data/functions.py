@@ -1,9 +1,9 @@
-"""Data loaders as plain functions: ``fn(file_pattern, per_device_batch_size, block_size)`` gives an iterator of
-dictionaries of tensors. The interface of timl, for training code that brings such functions along.
+"""Data loaders as plain functions: ``fn(file_pattern, per_device_batch_size, block_size)`` returns an iterator of
+dictionaries of tensors. This is timl's interface, for training code that comes with such functions.
 
-B is ``per_device_batch_size``, S is ``block_size``. A global batch is contiguous: the next ``ranks * B * S`` tokens of a
-file, of which rank r reads the r-th part. Files are read in the order of their names; what a file has left at its end that
-is too short for a global batch is dropped. Nothing is shuffled.
+B is ``per_device_batch_size``, S is ``block_size``. A global batch is contiguous: it is the next ``ranks * B * S``
+tokens of a file, and rank r reads the r-th part. Files are read in the order of their names; the end of a file that is
+too short for a global batch is dropped. Nothing is shuffled.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from tinytron.errors import ConfigError, DataError
 from tinytron.utils.sequences import IGNORE_INDEX
 
 DataLoaderFn = Callable[[str, int, int], Iterator[dict[str, torch.Tensor]]]
-_LARGEST_ID = 2**31 - 1  # of the int32 that ids are given in
+_LARGEST_ID = 2**31 - 1  # ids are returned as int32
 
 
 def data_loader(
     file_pattern: str, per_device_batch_size: int, block_size: int, group: dist.ProcessGroup | None = None
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """This rank's ``{"input_ids": int32 [B, S], "labels": int64 [B, S]}`` of every global batch, labels shifted by one.
+    """This rank's ``{"input_ids": int32 [B, S], "labels": int64 [B, S]}`` of every global batch, with labels shifted by
+    one.
 
-    The label after a file's last token, which no file has, is -100. ``group`` has the ranks that share a global batch
-    (default: all; without torch.distributed, one). Raises: ConfigError for sizes below 1; DataError for a pattern without
-    files, files that all hold less than one global batch, damaged files, and ids above 2^31 - 1.
+    The last token of a file has no next token, so its label is -100. ``group`` has the ranks that share a global batch
+    (default: all; without torch.distributed, one). Raises: ConfigError for sizes below 1; DataError for a pattern that
+    matches no files, if every file holds less than one global batch, for damaged files, and for ids above 2^31 - 1.
     """
     parts = _parts(file_pattern, per_device_batch_size, block_size, TOKEN_DTYPES, group)
     return (_tokens(path, values, per_device_batch_size, block_size) for path, values in parts)
@@ -44,8 +45,8 @@ def data_loader_floats(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """This rank's ``{"weights": float32 [B, S]}`` of every global batch, from files with one float32 for every token.
 
-    Beside ``data_loader`` on token files of the same lengths, a weight stands where its token is the label; where there is
-    no label, it is 0. Raises: as ``data_loader``.
+    The weights line up with the labels that ``data_loader`` reads from token files of the same lengths; the weight of a
+    missing label is 0. Raises: as ``data_loader``.
     """
     parts = _parts(file_pattern, per_device_batch_size, block_size, WEIGHT_DTYPES, group)
     return (
@@ -55,14 +56,15 @@ def data_loader_floats(
 
 
 def get_num_tokens(file_pattern: str) -> int:
-    """Tokens in all files of the pattern, by their headers. Raises: DataError for no or damaged files."""
+    """Number of tokens in all files of the pattern, according to their headers. Raises: DataError if no file matches, or
+    one is damaged."""
     return sum(count for _, count in _counts(file_pattern, TOKEN_DTYPES))
 
 
 class FunctionLoader:
-    """A loader function and its arguments, to be iterated any number of times: each epoch calls the function anew.
+    """A loader function and its arguments. It can be iterated any number of times: each epoch calls the function again.
 
-    ``num_samples`` assumes files of tokens, read as ``data_loader`` does by the ranks of ``group``.
+    ``num_samples`` assumes token files that the ranks of ``group`` read as ``data_loader`` does.
     """
 
     def __init__(
@@ -81,8 +83,8 @@ class FunctionLoader:
 
     @property
     def num_samples(self) -> int:
-        """Rows of ``block_size`` tokens that all ranks together read in an epoch, by the headers. Raises: DataError and
-        ConfigError as ``data_loader``."""
+        """Number of rows of ``block_size`` tokens that all ranks together read in an epoch, according to the headers.
+        Raises: DataError and ConfigError as ``data_loader``."""
         _, world = _rank_and_world(self.group)
         rows = world * self.per_device_batch_size
         files = _long_enough(self.file_pattern, self.per_device_batch_size, self.block_size, TOKEN_DTYPES, world)
@@ -105,11 +107,12 @@ def _counts(file_pattern: str, dtypes: tuple[np.dtype[Any], ...]) -> list[tuple[
 def _long_enough(
     file_pattern: str, batch: int, block: int, dtypes: tuple[np.dtype[Any], ...], world: int
 ) -> list[tuple[Path, int]]:
-    """Files that hold at least one global batch, and their lengths."""
+    """The files that hold at least one global batch, with their lengths."""
     for name, value in (("per_device_batch_size", batch), ("block_size", block)):
         if value < 1:
             raise ConfigError(f"{name} {value} must be at least 1; use {8 if name.startswith('per') else 1024}")
-    files, needed = _counts(file_pattern, dtypes), world * batch * block
+    files = _counts(file_pattern, dtypes)
+    needed = world * batch * block
     found = [(path, count) for path, count in files if count >= needed]
     if not found:
         path, count = max(files, key=lambda file: file[1])
@@ -123,7 +126,8 @@ def _long_enough(
 def _parts(
     file_pattern: str, batch: int, block: int, dtypes: tuple[np.dtype[Any], ...], group: dist.ProcessGroup | None
 ) -> Iterator[tuple[Path, npt.NDArray[Any]]]:
-    """This rank's values of every global batch and the one after them, if the file has it. Checked before the first."""
+    """This rank's values of every global batch, plus the next value if the file has one. The arguments are checked at once,
+    before the first value is read."""
     rank, world = _rank_and_world(group)
     files = _long_enough(file_pattern, batch, block, dtypes, world)
     own = batch * block
@@ -139,14 +143,16 @@ def _parts(
 
 def _tokens(path: Path, values: npt.NDArray[Any], batch: int, block: int) -> dict[str, torch.Tensor]:
     if int(values.max()) > _LARGEST_ID:
-        raise DataError(f"{path}: token id {int(values.max())} is above {_LARGEST_ID}; it is damaged, write it again")
+        raise DataError(
+            f"{path}: token id {int(values.max())} is above {_LARGEST_ID}; the file is damaged, write it again"
+        )
     inputs = values[: batch * block].astype(np.int32).reshape(batch, block)
     labels = _shifted(values, batch, block, np.int64(IGNORE_INDEX))
     return {"input_ids": torch.from_numpy(inputs), "labels": torch.from_numpy(labels)}
 
 
 def _shifted(values: npt.NDArray[Any], batch: int, block: int, missing: np.generic) -> npt.NDArray[Any]:
-    """``values`` from the second on as ``[B, S]`` of the type of ``missing``, which stands where there is none."""
+    """``values`` shifted left by one, ``[B, S]``, in the type of ``missing``, which fills the end if values run out."""
     shifted = np.full(batch * block, missing, missing.dtype)
     shifted[: len(values) - 1] = values[1:]
     return shifted.reshape(batch, block)

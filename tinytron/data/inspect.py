@@ -1,4 +1,4 @@
-"""What a folder of token shards holds, and whether it is what its manifest says."""
+"""Describing a folder of token shards, and verifying it against its manifest."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ def open_tokens(path: Path) -> tuple[Tokens, str]:
 
 
 def find_token_files(folder: Path) -> list[Path]:
-    """Its shards, by name. Raises: DataError if there is none."""
+    """The shards of ``folder``, sorted by name. Raises: DataError if there is none."""
     found = sorted(folder.glob("*.bin"))
     if not found:
         raise DataError(f"{folder} holds no token shards (*.bin); give a folder that tokenize_dataset.py wrote")
     return found
 
 
-# Info.
+# tinytron data info
 
 
 def describe(folder: Path) -> list[str]:
-    """Lines about a folder of shards. Raises: DataError."""
-    manifest, files = read_manifest(folder), find_token_files(folder)
+    """Lines of text that describe a folder of shards. Raises: DataError."""
+    manifest = read_manifest(folder)
+    files = find_token_files(folder)
     tokens, file_format = open_tokens(files[0])
     lines = [f"folder     {folder}", f"format     {file_format}, {tokens.dtype.name}"]
     if manifest is None:
@@ -81,13 +82,14 @@ def _first_text(folder: Path, path: Path, tokens: Tokens) -> str | None:
     return text
 
 
-# Verify.
+# tinytron data verify
 
 
 def problems(folder: Path) -> Iterator[str]:
-    """What is wrong with a folder of shards, one line each. Raises: DataError if it has no shard, or a damaged
-    manifest."""
-    manifest, files = read_manifest(folder), find_token_files(folder)
+    """One line for each problem of a folder of shards. Raises: DataError if it has no shard, or its manifest is
+    damaged."""
+    manifest = read_manifest(folder)
+    files = find_token_files(folder)
     if manifest is None:
         yield f"{folder} has no manifest.json: hashes, documents and vocabulary cannot be checked"
         for path in files:
@@ -100,7 +102,7 @@ def problems(folder: Path) -> Iterator[str]:
     for split, count in manifest.tokens.items():
         shards = manifest.shards_of(split)
         if (count, manifest.documents.get(split)) != (sum(s.tokens for s in shards), sum(s.documents for s in shards)):
-            yield f"{folder}: the manifest's numbers of tokens and documents of {split} are not the sums of its shards"
+            yield f"{folder}: the manifest's token and document counts of {split} are not the sums over its shards"
 
 
 def _readable(path: Path) -> Iterator[str]:
@@ -121,7 +123,7 @@ def _shard_problems(path: Path, shard: ShardFacts, manifest: Manifest) -> Iterat
     if len(tokens) != shard.tokens:
         yield f"{path}: {len(tokens)} tokens, but the manifest says {shard.tokens}"
     if sha256_of(path) != shard.sha256:
-        yield f"{path}: its content is not what was written (sha256)"
+        yield f"{path}: its sha256 differs from the one in the manifest"
     if (largest := _largest(tokens)) >= manifest.tokenizer.vocab_size:
         yield f"{path}: token id {largest} is not below the vocabulary of {manifest.tokenizer.vocab_size}"
     yield from _sidecar_problems(path.with_suffix(".docs"), tokens, shard, manifest)
@@ -140,7 +142,7 @@ def _sidecar_problems(path: Path, tokens: Tokens, shard: ShardFacts, manifest: M
     if len(starts) != shard.documents:
         yield f"{path}: {len(starts)} documents, but the manifest says {shard.documents}"
     if len(starts) and (starts[0] < 0 or (np.diff(starts) <= 0).any() or starts[-1] >= len(tokens)):
-        yield f"{path}: places of documents that do not rise, or lie outside the shard"
+        yield f"{path}: the document offsets do not ascend, or are outside the shard"
         return
     if manifest.tokenizer.eot_id is None:
         return

@@ -1,5 +1,5 @@
-"""From samples to the micro-batches of a step. The samples of global step t are a function of (data, seed, t) alone;
-a layout decides only who computes which rows, so one integer is the whole state of the loader.
+"""From samples to the micro-batches of a step. The samples of global step t depend only on (data, seed, t); the parallel
+layout decides only which rank computes which rows, so a single integer is the whole state of the loader.
 
 order: position -> sample   GlobalBatchSampler: step -> this rank's rows   DataLoader: rows -> Batch   Prefetcher: ahead
 """
@@ -19,17 +19,17 @@ from tinytron.data.order import Order
 from tinytron.errors import DataError
 from tinytron.utils.signals import ignore_group_signals
 
-_AHEAD = 2**14  # positions whose samples are worked out at once: one by one, an order costs more than reading the rows
+_AHEAD = 2**14  # positions looked up in the order at once: one at a time, that takes longer than reading the rows
 
 
 def micro_batch_rows(global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> range:
-    """First rows of this rank's micro-batches within a step: micro-batch m of rank r has the rows from
-    ``(m * dp_size + r) * micro_batch`` on."""
+    """The first row of each of this rank's micro-batches within a step: micro-batch m of rank r begins at row
+    ``(m * dp_size + r) * micro_batch``."""
     return range(dp_rank * micro_batch, global_batch, micro_batch * dp_size)
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
-    """Sample numbers of this data-parallel rank's micro-batches, from ``start_step`` to ``stop_step`` (None: without end).
+    """Sample numbers of this data-parallel rank's micro-batches, from ``start_step`` to ``stop_step`` (None: endless).
 
     Step t takes positions ``t * global_batch .. (t + 1) * global_batch - 1`` of ``order``. Sizes are in samples.
     """
@@ -54,7 +54,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
             step += steps
 
     def _batches(self, step: int, steps: int) -> list[list[int]]:
-        """This rank's micro-batches of ``steps`` steps from ``step`` on."""
+        """This rank's micro-batches of the next ``steps`` steps, starting at ``step``."""
         first = micro_batch_rows(self.global_batch, self.micro_batch, self.dp_rank, self.dp_size)
         starts = np.add.outer(np.arange(step, step + steps, dtype=np.int64) * self.global_batch, first)
         positions = np.add.outer(starts.ravel(), np.arange(self.micro_batch))
@@ -62,9 +62,9 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
 
 class _ValSampler(Sampler[list[int]]):
-    """Every sample once, in order, dealt to the ranks in micro-batches; -1 stands for a row that is not there.
+    """Yields every sample once, in order, dealt to the ranks in micro-batches; -1 stands for a missing row.
 
-    All ranks get the same number of batches, so that a model with collectives in its forward never waits in vain.
+    All ranks get the same number of batches; otherwise a model with collectives in its forward pass would deadlock.
     """
 
     def __init__(self, num_samples: int, micro_batch: int, dp_rank: int, dp_size: int) -> None:
@@ -80,7 +80,7 @@ class _ValSampler(Sampler[list[int]]):
 
 
 class _OrMasked(Dataset[Any]):
-    """``dataset`` with sample -1: the first sample with every label ignored."""
+    """``dataset`` with an additional sample -1: the first sample with every label ignored."""
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset
@@ -91,7 +91,7 @@ class _OrMasked(Dataset[Any]):
 
 
 def fetch(dataset: Dataset[Any], indices: list[int]) -> Any:
-    """Samples ``indices``: at once if the data set can (``__getitems__``), else one by one."""
+    """The samples ``indices``: all at once if the dataset has ``__getitems__``, else one by one."""
     at_once = getattr(dataset, "__getitems__", None)
     return at_once(indices) if callable(at_once) else [dataset[index] for index in indices]
 
@@ -110,11 +110,11 @@ def size_of(dataset: Dataset[Any]) -> int:
 def build_train_loader(
     dataset: Dataset[Any], sampler: GlobalBatchSampler, *, num_workers: int, pin_memory: bool, ahead: int = 0
 ) -> DataLoader[Batch]:
-    """Micro-batches of this rank without end, in the sampler's order whatever the number of workers, who together keep at
-    least ``ahead`` of them ready."""
+    """Endless micro-batches of this rank, in the sampler's order for any number of workers. The workers together keep at
+    least ``ahead`` micro-batches ready."""
     if num_workers == 0:
         return _loader(dataset, sampler, 0, pin_memory)
-    each = max(2, -(-ahead // num_workers))  # 2: torch's own
+    each = max(2, -(-ahead // num_workers))  # 2 is torch's default
     return _loader(dataset, sampler, num_workers, pin_memory, persistent_workers=True, prefetch_factor=each)
 
 
@@ -142,7 +142,7 @@ def _loader(
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=pin_memory and torch.cuda.is_available(),
-        generator=torch.Generator(),  # or every start would draw from the generator that dropout uses
+        generator=torch.Generator(),  # without one, every pass would draw from the generator that dropout uses
         worker_init_fn=ignore_group_signals,
         **options,
     )

@@ -1,4 +1,4 @@
-"""What a folder of token shards says about itself: ``manifest.json``, written when all else is there."""
+"""``manifest.json``, the description of a folder of token shards; it is written after all other files."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import Any
 from tinytron.errors import DataError
 from tinytron.utils.training import write_atomically
 
-MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"  # the second, if the tokenizer can be saved as one
+MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"  # a folder has the second only if the tokenizer can be saved so
 FORMAT, VERSION = "tinytron tokens", 1
 
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """The tokenizer that made the ids: ``kind`` is the flag that named it, ``sha256`` that of tokenizer.json or of the
-    serialized vocabulary. ``eot_position`` is ``prepend``, ``append`` or, without a token between documents, ``none``."""
+    """The tokenizer that made the ids. ``kind`` is the flag that named it, ``sha256`` is the hash of tokenizer.json or
+    of the serialized vocabulary. ``eot_position`` is ``prepend``, ``append`` or, without a token between documents,
+    ``none``."""
 
     kind: str
     name: str
@@ -31,7 +32,7 @@ class TokenizerFacts:
 
 @dataclass(frozen=True)
 class ShardFacts:
-    """One file: its tokens, the documents that begin in it, and the hash of its content."""
+    """One shard: its number of tokens, the number of documents that begin in it, and the hash of its content."""
 
     name: str
     tokens: int
@@ -43,10 +44,10 @@ class ShardFacts:
 class Manifest:
     """A folder of token shards.
 
-    ``source`` tells the path, configuration, split, text key and local files, ``options`` whatever else decides the
-    tokens, ``command`` makes the same again. ``documents`` and ``tokens`` count by split, and ``empty`` the documents
-    that were left out, without text or shorter than ``--min_chars``. Not ``complete``: made with ``--max_file_index``, and
-    can be continued.
+    ``source`` has the path, configuration, split, text key and local files; ``options`` everything else that determines the
+    tokens; ``command`` reproduces the folder. ``documents`` and ``tokens`` are counts by split. ``empty`` counts the
+    documents that were left out because they had no text or less than ``--min_chars``. A folder that is not
+    ``complete`` was made with ``--max_file_index`` and can be continued.
     """
 
     dtype: str
@@ -69,7 +70,7 @@ class Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write ``manifest.json``, whole or not at all. Raises: OSError."""
+    """Write ``manifest.json``; it appears complete or not at all. Raises: OSError."""
     facts = dataclasses.asdict(manifest)
     ordered = {"format": facts.pop("format"), "version": facts.pop("version"), **facts}
     text = json.dumps(ordered, indent=2) + "\n"
@@ -77,7 +78,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of ``folder``; ``None`` if it has none. Raises: DataError for a damaged one, or one of a later
+    """The manifest of ``folder``, or ``None`` if it has none. Raises: DataError if it is damaged or from a later
     version."""
     path = folder / MANIFEST
     try:
@@ -88,10 +89,10 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise DataError(f"{path} cannot be read ({error}); tokenize again with --overwrite, or remove it") from error
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise DataError(
-            f'{path} is no manifest of token shards ("format": "{FORMAT}"); remove it, or use another folder'
+            f'{path} is not a manifest of token shards ("format": "{FORMAT}"); remove it, or use another folder'
         )
     if facts.get("version") != VERSION:
-        raise DataError(f"{path}: version {facts.get('version')}, only version {VERSION} is known; update tinytron")
+        raise DataError(f"{path}: version {facts.get('version')}, but only version {VERSION} is known; update tinytron")
     try:
         tokenizer = _typed(TokenizerFacts, facts.pop("tokenizer"))
         shards = [_typed(ShardFacts, shard) for shard in facts.pop("shards")]
@@ -102,7 +103,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def _typed(cls: type, facts: dict[str, Any]) -> Any:
-    """``cls(**facts)`` with every field there, and numbers and texts where they belong. Raises: TypeError, KeyError."""
+    """``cls(**facts)`` with every field checked to be present and of its type. Raises: TypeError, KeyError."""
     wanted = {"str": str, "int": int, "bool": bool}
     for info in dataclasses.fields(cls):
         kind = wanted.get(str(info.type), dict if str(info.type).startswith("dict") else object)

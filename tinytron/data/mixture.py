@@ -1,15 +1,16 @@
-"""Weighted mixtures of data sources: which sample stands at a position of the run, as a formula.
+"""Weighted mixtures of data sources: a formula that maps each position of the run to a sample.
 
-The run is a row of segments: a stage, or what a stage leaves when a source of it is used up. A segment is walked in blocks
-of M positions. With weights w_1 + w_2 + ... = 1 and W_k = w_1 + ... + w_k, source k has in the first B blocks
+The run is a sequence of segments. A segment is a stage, or the remainder of a stage after one of its sources is used up.
+Each segment is divided into blocks of M positions. With weights w_1 + w_2 + ... = 1 and W_k = w_1 + ... + w_k, the
+number of positions that source k has in the first B blocks is
 
     T_k(B) = floor(W_k M B) - floor(W_(k-1) M B)
 
-positions: less than one away from w_k M B however long the run, and together M B. Block b holds T_k(b+1) - T_k(b) of them,
-which is never negative: floor(W_k M (b+1)) - floor(W_k M b) is at least floor(W_k M), the same of W_(k-1) at most
-ceil(W_(k-1) M), and W_k M >= W_(k-1) M + 1, for a weight is 0 (then T_k is 0) or at least 1/M. A permutation of its own
-shuffles each block. The positions of a source, in order, walk through the source's own epochs, whose orders know nothing of
-the mixture.
+This differs from w_k M B by less than one, however long the run, and the sources' counts sum to M B. Block b holds
+T_k(b+1) - T_k(b) positions of source k. This is never negative: floor(W_k M (b+1)) - floor(W_k M b) is at least
+floor(W_k M); the same difference for W_(k-1) is at most ceil(W_(k-1) M); and W_k M >= W_(k-1) M + 1, because a weight is 0
+(then T_k is 0) or at least 1/M. Each block has its own random permutation. The positions of a source, in order, walk
+through the source's own epochs, whose orders do not depend on the mixture.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ from tinytron.data.permutation import Permutation
 from tinytron.errors import ConfigError, DataError
 
 Ints = npt.NDArray[np.int64]
-ENDLESS = 2**62  # positions; what would end later never ends
+ENDLESS = 2**62  # positions; a segment that would end later counts as endless
 _SHUFFLE = 0x6D6978  # keeps the keys of blocks apart from those of sources
 _CACHED_BLOCKS = 8
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Positions ``start`` to ``end`` - 1 (None: without end), of which source k takes ``weights[k]``; ``used[k]`` of its
-    samples came before."""
+    """Positions ``start`` to ``end`` - 1 (None: endless), of which source k gets the share ``weights[k]``. ``used[k]`` of
+    its samples were used in earlier segments."""
 
     number: int
     stage: int
@@ -48,7 +49,8 @@ class Segment:
 
     def before_block(self, block: int) -> list[int]:
         """T_k(block) for every source k."""
-        edges, total = [0], Fraction(0)
+        edges = [0]
+        total = Fraction(0)
         for weight in self.weights:
             total += weight
             edges.append(total.numerator * BLOCK * block // total.denominator)
@@ -56,12 +58,14 @@ class Segment:
 
 
 class MixtureOrder:
-    """Sample ids of the positions of a run, in the concatenation of the sources of ``sizes`` samples: the id of a sample is
-    the sizes of the sources before its own, plus its number there. A function of (arguments, position) alone.
+    """Maps the positions of a run to sample ids, as a function of (arguments, position) alone. Ids number the samples
+    of all sources in a row: the id of a sample is the total size of the sources before its own, plus its number in its
+    source.
 
-    ``seq_len`` is the tokens of one sample: stages and ``max_tokens`` are rounded down to samples, ``max_epochs`` too.
-    ``fingerprints`` say what the sources hold. Positions, counts and ids are in samples. Raises: ConfigError for a stage
-    or a cap of less than one sample.
+    ``sizes`` has each source's number of samples. ``seq_len`` is the number of tokens per sample: stages,
+    ``max_tokens`` and ``max_epochs`` are rounded down to whole samples. ``fingerprints`` identify the sources'
+    contents. Positions, counts and ids are in samples. Raises: ConfigError for a stage or a cap of less than one
+    sample.
     """
 
     def __init__(
@@ -79,18 +83,18 @@ class MixtureOrder:
             None if stage.tokens is None else self._samples(stage.tokens, f"stages[{number}].tokens")
             for number, stage in enumerate(mixture.stages)
         ]
-        # Every source has a key of its own, so that its order is the same in whatever mixture it is.
+        # Every source has its own key, so that its order is the same in every mixture.
         self.keys = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") for name in self.names]
         self.walks = [ShuffledEpochs(size, seed, key) for size, key in zip(self.sizes, self.keys, strict=True)]
-        self.capacity: int | None = None  # samples, if every source ends
+        self.capacity: int | None = None  # samples until a stage has no source left; None: endless
         self._cache: dict[tuple[int, int], tuple[Ints, Ints]] = {}
         self.segments = self._lay_out()
         self._starts: Ints = np.array([segment.start for segment in self.segments], np.int64)
 
     @property
     def num_samples(self) -> int:
-        """The default length of a run: every source's cap, or size if it has none, together; at most ``capacity``. It is a
-        length only: the weights decide how much of it every source gets."""
+        """The default length of a run: the sum of the sources' caps, or sizes where there is no cap; at most ``capacity``.
+        It determines only the length: how much each source contributes is up to the weights."""
         total = sum(size if cap is None else cap for size, cap in zip(self.sizes, self.caps, strict=True))
         return total if self.capacity is None else min(total, self.capacity)
 
@@ -111,18 +115,19 @@ class MixtureOrder:
         return ids
 
     def counts(self, position: int) -> Ints:
-        """Samples of every source among positions 0 to ``position`` - 1. Raises: DataError beyond ``capacity``."""
+        """Number of samples of each source among positions 0 to ``position`` - 1. Raises: DataError beyond ``capacity``."""
         self._check_end(position)
         segment = self.segments[int(np.searchsorted(self._starts, position, side="right")) - 1]
         return np.array(self._counts_of(segment, position - segment.start), np.int64)
 
     def source_of(self, ids: Ints) -> Ints:
-        """The number of the source that each sample id belongs to."""
+        """The index of the source that each sample id belongs to."""
         return np.searchsorted(self.ends, ids, side="right").astype(np.int64)
 
     def fingerprint(self, position: int) -> str:
-        """A hash of all that the samples before ``position`` depend on, the seed left out: two mixtures with the same one
-        agree on them, whatever comes later. What the sources used so far hold, and every segment's length and weights."""
+        """A hash of everything that the samples before ``position`` depend on, except the seed: the contents of the sources
+        used so far, and each segment's length and weights. Two mixtures with the same hash agree on those samples, whatever
+        comes later."""
         contents = dict(zip(self.names, zip(self.sizes, self.fingerprints, strict=True), strict=True))
         parts: list[object] = [self.seq_len]
         for segment in self.segments:
@@ -133,8 +138,8 @@ class MixtureOrder:
         return f"mixture:{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
     def describe(self, num_samples: int | None = None) -> list[str]:
-        """Lines for the user about a run of ``num_samples`` (by default its own; at most ``capacity``): what every source
-        gives, and what every part of the run consists of."""
+        """Lines for the user about a run of ``num_samples`` (default: ``self.num_samples``; at most ``capacity``): the
+        contribution of each source, and the composition of each segment."""
         length = self.num_samples if num_samples is None else num_samples
         length = length if self.capacity is None else min(length, self.capacity)
         used = self.counts(length).tolist()
@@ -153,7 +158,7 @@ class MixtureOrder:
             line = f"  stage {segment.stage + 1}, from {self._tokens(segment.start)} "
             line += f"to {'the end of the run' if end is None else self._tokens(end)}: {parts}"
             over = [] if end is None else self._used_up_at(segment, end)
-            lines.append(f"{line}; {', '.join(over)} used up there" if over else line)
+            lines.append(f"{line}; {', '.join(over)} used up at its end" if over else line)
         if self.capacity is not None:
             lines.append(f"  the mixture ends after {self._tokens(self.capacity)}, all used up")
         return lines
@@ -179,7 +184,7 @@ class MixtureOrder:
             names = [name for name, weight in zip(self.names, self.stage_weights[last.stage], strict=True) if weight]
             raise DataError(
                 f"{self.file}: the mixture ends after {self.capacity * self.seq_len} tokens, when {', '.join(names)} (all "
-                f"that stage {last.stage + 1} uses) have given their max_epochs or max_tokens; lower --max_steps to no "
+                f"that stage {last.stage + 1} uses) have reached their max_epochs or max_tokens; lower --max_steps to no "
                 "more tokens than that, or raise a cap"
             )
 
@@ -194,7 +199,9 @@ class MixtureOrder:
         return int(tokens // self.seq_len)
 
     def _cap(self, mixture: Mixture, number: int) -> int | None:
-        source, key, caps = mixture.sources[number], f"sources[{number}]", []
+        source = mixture.sources[number]
+        key = f"sources[{number}]"
+        caps = []
         if source.max_tokens is not None:
             caps.append(self._samples(source.max_tokens, f"{key}.max_tokens"))
         if (epochs := source.max_epochs) is not None:
@@ -208,9 +215,12 @@ class MixtureOrder:
         return min(caps, default=None)
 
     def _lay_out(self) -> list[Segment]:
-        """The segments, and ``capacity``. Every one ends a stage or a source, so they are few."""
+        """Build the segments and set ``capacity``. There are few of them, because each one ends a stage or a source."""
         segments: list[Segment] = []
-        start, stage, stage_start, used = 0, 0, 0, [0] * len(self.sizes)
+        start = 0
+        stage = 0
+        stage_start = 0
+        used = [0] * len(self.sizes)
         while True:
             left = [None if cap is None else cap - u for cap, u in zip(self.caps, used, strict=True)]
             weights = [Fraction(0) if rest == 0 else w for w, rest in zip(self.stage_weights[stage], left, strict=True)]
@@ -232,11 +242,13 @@ class MixtureOrder:
             used = self._counts_of(segment, end - start)
             start = end
             if size is not None and end == stage_start + size:
-                stage, stage_start = stage + 1, end
+                stage += 1
+                stage_start = end
 
     def _length_until(self, segment: Segment, source: int, count: int) -> int:
-        """Positions of ``segment`` up to and with the ``count``-th of ``source``, or ``ENDLESS``."""
-        # T(B) is less than 1 away from w M B, and w M >= 1: not too far to begin with, and at most three rounds.
+        """Number of positions of ``segment`` up to and including the ``count``-th of ``source``, or ``ENDLESS``."""
+        # T(B) is less than 1 away from w M B, and w M >= 1. So this starts no later than the block that is wanted, and the
+        # loop below takes at most three rounds.
         block = int((count - 1) / (segment.weights[source] * BLOCK))
         if block * BLOCK >= ENDLESS:
             return ENDLESS
@@ -249,7 +261,7 @@ class MixtureOrder:
     # Blocks.
 
     def _make_block(self, segment: Segment, block: int) -> tuple[Ints, Ints]:
-        """Source of every position of a block, and how many samples that source gave before it in the whole run."""
+        """The source of each position of a block, and the number of that source's samples before it in the whole run."""
         before, after = segment.before_block(block), segment.before_block(block + 1)
         bounds = np.cumsum([high - low for low, high in zip(before, after, strict=True)])
         shuffle = Permutation(BLOCK, self.seed, _SHUFFLE, segment.number, block)
@@ -262,7 +274,7 @@ class MixtureOrder:
         return sources, ranks
 
     def _block(self, segment: Segment, block: int) -> tuple[Ints, Ints]:
-        """``_make_block``, remembered for a while: a batch is often less than a block."""
+        """``_make_block`` with a small cache, because a batch is often smaller than a block."""
         key = (segment.number, block)
         if key not in self._cache:
             if len(self._cache) >= _CACHED_BLOCKS:
@@ -271,11 +283,11 @@ class MixtureOrder:
         return self._cache[key]
 
     def _walk(self, source: int, ranks: Ints) -> Ints:
-        """The ids of samples ``ranks`` of a source's walk through its epochs."""
+        """The sample ids at positions ``ranks`` of a source's own order."""
         return self.walks[source](ranks) + (self.ends[source] - self.sizes[source])
 
     def _counts_of(self, segment: Segment, length: int) -> list[int]:
-        """Samples of every source before position ``length`` of ``segment``."""
+        """Number of samples of each source before position ``length`` of ``segment``."""
         block, rest = divmod(length, BLOCK)
         counts = [used + before for used, before in zip(segment.used, segment.before_block(block), strict=True)]
         if rest:
@@ -286,7 +298,7 @@ class MixtureOrder:
 
 
 def _groups(values: Ints) -> Iterator[tuple[int, Ints]]:
-    """Every different value and the places where it stands, both ascending."""
+    """Each distinct value and the indices where it occurs, both ascending."""
     order = np.argsort(values, kind="stable")
     cuts = np.flatnonzero(np.diff(values[order])) + 1
     for places in np.split(order, cuts):

@@ -1,5 +1,5 @@
-"""The mixture file: which sources are mixed, in which proportions, for how long. Checked here as far as the file alone
-allows; numbers are kept as fractions of their decimal text, so that 0.1 is a tenth."""
+"""The mixture file: the sources of a mixture, their proportions, and the length of each stage. This module checks
+everything that needs only the file. Numbers become exact fractions of their decimal text, so that 0.1 is a tenth."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SOURCE_KEYS = ("name", "path", "weight", "max_epochs", "max_tokens")
 
 @dataclass(frozen=True)
 class Source:
-    """One data set of the mixture; ``path`` as ``--dataset_path`` takes it. Caps are over the whole run."""
+    """One dataset of the mixture; ``path`` is a value that ``--dataset_path`` accepts. Caps apply to the whole run."""
 
     name: str
     path: str
@@ -33,7 +33,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the run: ``tokens`` long (None: to the end), ``weights`` in the order of the sources, summing to 1."""
+    """A part of the run that lasts ``tokens`` (None: to the end). ``weights`` follow the order of the sources and sum to
+    1."""
 
     tokens: Fraction | None
     weights: tuple[Fraction, ...]
@@ -54,9 +55,9 @@ def read_mixture(path: str | Path) -> Mixture:
         {"sources": [{"name": "web", "path": "data/web", "weight": 0.7, "max_epochs": 2, "max_tokens": 1e9}, ...],
          "stages": [{"tokens": 1e9, "weights": {"web": 0.5, "code": 0.5}}, ..., {"weights": {"code": 1}}]}
 
-    Weights are relative. Without ``stages`` every source has a ``weight``; with them the stages have them all, and a source
-    that a stage does not name, or gives 0, is not used there. Each stage but the last lasts ``tokens``. Paths are relative
-    to the file. Raises: ConfigError naming file, key, rule and a value that works.
+    Weights are relative. Without ``stages`` every source has a ``weight``. With ``stages`` only the stages have
+    weights, and a stage does not use a source that it leaves out or gives 0. Each stage but the last lasts ``tokens``.
+    Paths are relative to the file. Raises: ConfigError naming file, key, rule and a value that works.
     """
     check = _Checker(str(path))
     top = check.fields(check.read(), "the file", ("sources", "stages"), '{"sources": [...]}')
@@ -67,7 +68,7 @@ def read_mixture(path: str | Path) -> Mixture:
     for number, entry in enumerate(entries):
         source, weight = _source(check, entry, f"sources[{number}]", has_stages)
         if source.name in given:
-            check.fail(f"sources[{number}].name {source.name!r} is taken; give every source a name of its own")
+            check.fail(f"sources[{number}].name {source.name!r} is taken; give each source a different name")
         sources.append(source)
         given[source.name] = weight
     if has_stages:
@@ -79,7 +80,7 @@ def read_mixture(path: str | Path) -> Mixture:
 
 
 def _source(check: _Checker, entry: Any, key: str, has_stages: bool) -> tuple[Source, Fraction]:
-    """The source, and its weight (0 if the stages have the weights)."""
+    """The source and its weight (0 if the stages have the weights)."""
     fields = check.fields(entry, key, _SOURCE_KEYS, '{"name": "web", "path": "data/web", "weight": 1}')
     name, place = fields.get("name"), fields.get("path")
     if isinstance(place, str):
@@ -89,9 +90,7 @@ def _source(check: _Checker, entry: Any, key: str, has_stages: bool) -> tuple[So
     if not isinstance(place, str) or not place:
         check.fail(f'{key}.path is {_shown(place)}, but must name token shards; use "data/{name}"')
     if has_stages and "weight" in fields:
-        check.fail(
-            f"{key}.weight cannot be given beside stages, which have weights of their own; leave one of them out"
-        )
+        check.fail(f"{key}.weight cannot be combined with stages, which have their own weights; leave one of them out")
     weight = Fraction(0) if has_stages else check.number(fields.get("weight"), f"{key}.weight", "1")
     caps = [
         check.number(fields[cap], f"{key}.{cap}", works) if cap in fields else None
@@ -105,12 +104,11 @@ def _stages(check: _Checker, value: Any, names: list[str]) -> list[Stage]:
     entries = check.entries(value, "stages", '[{"tokens": 1e9, "weights": {...}}, {"weights": {...}}]')
     stages = []
     for number, entry in enumerate(entries):
-        key, last = f"stages[{number}]", number == len(entries) - 1
+        key = f"stages[{number}]"
+        last = number == len(entries) - 1
         fields = check.fields(entry, key, ("tokens", "weights"), f'{{"weights": {{"{names[0]}": 1}}}}')
         if last and "tokens" in fields:
-            check.fail(
-                f"{key}.tokens cannot be given for the last stage, which lasts to the end of the run; leave it out"
-            )
+            check.fail(f"{key}.tokens cannot be given for the last stage, which lasts until the run ends; leave it out")
         tokens = None if last else check.number(fields.get("tokens"), f"{key}.tokens", "1e9")
         shares = check.fields(fields.get("weights"), f"{key}.weights", names, f'{{"{names[0]}": 1}}', "source")
         keys = [f"{key}.weights.{name}" for name in names]
@@ -128,29 +126,29 @@ def _stages(check: _Checker, value: Any, names: list[str]) -> list[Stage]:
 
 
 def _normalized(check: _Checker, weights: list[Fraction], keys: list[str]) -> tuple[Fraction, ...]:
-    """Weights that sum to 1. Raises: ConfigError for one so small that a block could do without the source."""
+    """The weights scaled to sum to 1. Raises: ConfigError for a weight so small that a block could lack the source."""
     total = sum(weights, Fraction(0))
     for weight, key in zip(weights, keys, strict=True):
         if weight and weight * BLOCK < total:
             enough = float((total - weight) / (BLOCK - 1)) * 1.0001
             check.fail(
-                f"{key} is {float(weight / total):.3g} of the weights together, below 1/{BLOCK}; use {enough:.6g} or more"
+                f"{key} is {float(weight / total):.3g} of the total weight, below 1/{BLOCK}; use {enough:.6g} or more"
             )
     return tuple(weight / total for weight in weights)
 
 
 class _Checker:
-    """The rules of one file; every failure starts with its name."""
+    """The rules of one mixture file; every error message starts with the file's name."""
 
     def __init__(self, file: str) -> None:
         self.file = file
 
     def fail(self, message: str) -> NoReturn:
-        """Raises: ConfigError, always."""
+        """Always raise a ConfigError."""
         raise ConfigError(f"{self.file}: {message}")
 
     def read(self) -> Any:
-        """The JSON value; every number is a Decimal (an exponent may be too large for anything else)."""
+        """The JSON value with every number as a Decimal (other types could not hold a very large exponent)."""
         try:
             text = Path(self.file).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
@@ -165,7 +163,7 @@ class _Checker:
                 object_pairs_hook=self._without_duplicates,
             )
         except (ValueError, RecursionError) as error:
-            self.fail(f"this is no JSON: {first_line(error)}; write " + '{"sources": [...]}')
+            self.fail(f"this is not JSON: {first_line(error)}; write " + '{"sources": [...]}')
 
     def _without_duplicates(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -176,7 +174,7 @@ class _Checker:
         return found
 
     def fields(self, value: Any, key: str, known: Iterable[str], works: str, what: str = "key") -> dict[str, Any]:
-        """``value`` if it is an object with known keys only."""
+        """``value``, checked to be an object that has only known keys."""
         known = list(known)
         if not isinstance(value, dict):
             self.fail(f"{key} is {_shown(value)}, but must be an object; use {works}")
@@ -187,13 +185,13 @@ class _Checker:
         return dict(value)
 
     def entries(self, value: Any, key: str, works: str) -> list[Any]:
-        """``value`` if it is a list with something in it."""
+        """``value``, checked to be a list that is not empty."""
         if not isinstance(value, list) or not value:
             self.fail(f"{key} is {_shown(value)}, but must be a list with at least one entry; use {works}")
         return list(value)
 
     def number(self, value: Any, key: str, works: str, zero: bool = False) -> Fraction:
-        """``value`` if it is a positive number (or 0 if ``zero``), exactly."""
+        """``value`` as an exact fraction, checked to be a positive number (or 0 if ``zero``)."""
         good = isinstance(value, Decimal) and value.is_finite()
         if not good or not (_SMALLEST <= value <= _LARGEST or (zero and value == 0)):
             rule = "must be 0 or a positive number" if zero else "must be a positive number"
@@ -204,7 +202,7 @@ class _Checker:
 def _decimal(text: str) -> Decimal:
     try:
         return Decimal(text)
-    except ArithmeticError:  # an exponent of 20 digits
+    except ArithmeticError:  # for example an exponent of 20 digits
         return Decimal("Infinity")
 
 

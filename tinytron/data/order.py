@@ -1,4 +1,4 @@
-"""In which order samples are trained on: a function from the position in the whole run to the number of a sample."""
+"""The training order of samples: a function from a position in the whole run to a sample number."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tinytron.data.permutation import Permutation
 
 
 class Order(Protocol):
-    """``num_samples`` is how many positions a run has that asks for one epoch."""
+    """A training order. ``num_samples`` is the number of positions in one epoch."""
 
     @property
     def num_samples(self) -> int: ...
@@ -21,14 +21,14 @@ class Order(Protocol):
 
 
 class ShuffledEpochs:
-    """Every sample once per epoch; each epoch in an order of its own, given by (seed, epoch)."""
+    """Every sample once per epoch, and each epoch in a different order, determined by (seed, epoch)."""
 
     def __init__(self, num_samples: int, *key: int) -> None:
         self.num_samples, self.key = num_samples, key
-        self._permutations: dict[int, Permutation] = {}  # of the current epochs; the result does not depend on it
+        self._permutations: dict[int, Permutation] = {}  # a cache for the current epochs
 
     def __call__(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Sample numbers. Shapes: any, kept."""
+        """The sample numbers at ``positions``, which may have any shape; the result has the same shape."""
         epochs, within = np.divmod(positions, self.num_samples)
         samples = np.empty_like(positions)
         for epoch in np.unique(epochs).tolist():

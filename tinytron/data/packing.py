@@ -1,7 +1,8 @@
-"""Whole documents into rows of fixed length with little left over: best-fit-decreasing bin packing (Ding et al.,
+"""Packs whole documents into rows of fixed length with little padding: best-fit-decreasing bin packing (Ding et al.,
 arXiv:2404.10830, section 3). Only documents longer than a row are cut.
 
-Bins are counted, not kept one by one: all pieces of one length and all bins of one room are dealt with at once.
+Bins are counted instead of stored one by one: all pieces of one length, and all bins with the same room, are processed
+together.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ _WORD = 256  # rooms per word of the bitmap: 65,536 rooms are 256 words of 256 b
 
 
 class PackIndex(NamedTuple):
-    """Which pieces of a shard stand in which row; all uint32.
+    """The rows of a shard and the pieces in each row; all arrays are uint32.
 
     Row r holds pieces ``row_ends[r - 1] .. row_ends[r] - 1`` (from 0 for r = 0), the longest first. A piece
-    ``(start, length)`` stands for the training pairs ``start .. start + length - 1``: token i as input, token i + 1 as
+    ``(start, length)`` stands for the training pairs ``start .. start + length - 1``: token i is the input, token i + 1 the
     label.
     """
 
@@ -33,14 +34,14 @@ def pack_index(starts: npt.ArrayLike, num_tokens: int, seq_len: int) -> PackInde
 
     ``starts`` are the offsets at which documents begin, ascending. Every pair ``0 .. num_tokens - 2`` is in one piece, and
     no piece crosses a document's start: a document's last pair has the next one's first token as its label. Tokens before
-    the first start are a document too: the rest of one that began in the shard before. Documents of more than ``seq_len``
-    pairs are cut into pieces of ``seq_len`` and a rest.
+    the first start are a document too: the rest of one that began in the previous shard. Documents of more than ``seq_len``
+    pairs are cut into pieces of ``seq_len`` and a remainder.
     """
     assert 0 <= num_tokens < 2**32, f"{num_tokens} tokens in a shard: offsets are uint32"
     edges = np.concatenate(([0], np.asarray(starts, dtype=np.int64), [num_tokens]))
     assert (np.diff(edges) >= 0).all(), f"document starts must ascend, from 0 to {num_tokens}"
-    edges = np.minimum(edges, max(0, num_tokens - 1))  # of pairs there is one less
-    counts = -(-np.diff(edges) // seq_len)  # pieces per document; none where a document has no pair
+    edges = np.minimum(edges, max(0, num_tokens - 1))  # there is one pair fewer than there are tokens
+    counts = -(-np.diff(edges) // seq_len)  # pieces per document; a document without pairs has none
     ends = counts.cumsum()
     within = np.arange(counts.sum()) - np.repeat(ends - counts, counts)
     piece_starts = np.repeat(edges[:-1], counts) + within * seq_len
@@ -50,12 +51,13 @@ def pack_index(starts: npt.ArrayLike, num_tokens: int, seq_len: int) -> PackInde
 
 
 def best_fit(lengths: npt.ArrayLike, capacity: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Pieces into bins of ``capacity``: from the longest to the shortest (equal ones as given), each into the bin with the
-    least room that it fits in (of equal ones, that which has had this room longest), else into a new one.
+    """Pack pieces into bins of ``capacity``. Pieces are taken from the longest to the shortest (equal ones in the order
+    given). Each goes into the bin with the least room that it fits into (among equals, the one that has had this room the
+    longest), or into a new bin.
 
-    ``lengths`` are from 1 to ``capacity``. Returns ``(order, bin_ends)``: the pieces bin by bin, bins in the order in
-    which they were opened; bin b holds ``order[bin_ends[b - 1] : bin_ends[b]]``. At most 11/9 of the fewest bins
-    possible plus 4, as first-fit-decreasing (Johnson et al., SIAM J. Comput. 3(4), 1974).
+    ``lengths`` are from 1 to ``capacity``. Returns ``(order, bin_ends)``: the pieces bin by bin, with bins in the order in
+    which they were opened; bin b holds ``order[bin_ends[b - 1] : bin_ends[b]]``. Uses at most 11/9 of the fewest bins
+    possible plus 4, like first-fit-decreasing (Johnson et al., SIAM J. Comput. 3(4), 1974).
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     if len(sizes) == 0:
@@ -63,7 +65,7 @@ def best_fit(lengths: npt.ArrayLike, capacity: int) -> tuple[npt.NDArray[np.int6
     assert ((sizes >= 1) & (sizes <= capacity)).all(), f"pieces must have 1 to {capacity} tokens"
     key = capacity - sizes
     if capacity <= 2**16:
-        key = key.astype(np.uint16)  # for which numpy's stable sort takes linear time
+        key = key.astype(np.uint16)  # numpy's stable sort takes linear time for this type
     descending = np.argsort(key, kind="stable")
     bins = _bins_of(np.bincount(sizes, minlength=capacity + 1), capacity)
     order = descending[np.argsort(bins, kind="stable")]
@@ -71,19 +73,22 @@ def best_fit(lengths: npt.ArrayLike, capacity: int) -> tuple[npt.NDArray[np.int6
 
 
 def _bins_of(count_of: npt.NDArray[np.int64], capacity: int) -> npt.NDArray[np.int64]:
-    """The bin of every piece, longest first, when there are ``count_of[length]`` of each length.
+    """The bin of each piece, longest piece first; there are ``count_of[length]`` pieces of each length.
 
-    Pieces of one length go on into one bin until it has no room for another: till then it is the fullest that fits. So
-    bins of equal room that stand in a row are filled, and moved to their new room, as one.
+    Pieces of one length fill a bin until it has no room for another, because until then it is the fullest bin that fits. So
+    consecutive bins with equal room are filled, and moved to their new room, as one group.
     """
     rooms = _Rooms(capacity)
-    firsts, bins, fill = [], [], []  # runs of pieces: into how many bins from which on, and how many into each
+    # Per run of equal pieces: the first bin, the number of bins, and the pieces per bin.
+    firsts = []
+    bins = []
+    fill = []
     opened = 0
     for length in np.flatnonzero(count_of)[::-1].tolist():
         left = int(count_of[length])
         while left:
             room = rooms.least(length)
-            if room < 0:  # as many new bins as the pieces left need
+            if room < 0:  # open as many new bins as the remaining pieces need
                 room = capacity
                 needed = -(-left // (room // length))
                 rooms.put(room, opened, needed)
@@ -105,8 +110,8 @@ def _bins_of(count_of: npt.NDArray[np.int64], capacity: int) -> npt.NDArray[np.i
 
 
 class _Rooms:
-    """Which bins have how much room: queues of groups ``(first bin, how many)``, and a bitmap of the rooms that there are,
-    in two levels so that its numbers are short."""
+    """The bins by the room they have left: queues of groups ``(first bin, number of bins)``, and a bitmap of the rooms that
+    occur. The bitmap has two levels to keep its integers short."""
 
     def __init__(self, capacity: int) -> None:
         self.groups: defaultdict[int, deque[tuple[int, int]]] = defaultdict(deque)
@@ -114,7 +119,7 @@ class _Rooms:
         self.used_words = 0  # bit w is set if words[w] is not 0
 
     def least(self, length: int) -> int:
-        """The least room of at least ``length`` that a bin has; -1 if none has."""
+        """The smallest room of at least ``length`` among all bins; -1 if there is none."""
         word, bit = divmod(length, _WORD)
         if found := self.words[word] >> bit:
             return length + _lowest_bit(found)
@@ -124,7 +129,7 @@ class _Rooms:
         return -1
 
     def put(self, room: int, first: int, count: int) -> None:
-        """Bins ``first .. first + count - 1`` now have ``room``, as the last ones."""
+        """Append bins ``first .. first + count - 1`` to the queue of ``room``."""
         groups = self.groups[room]
         if not groups:
             self.words[room // _WORD] |= 1 << room % _WORD
@@ -135,7 +140,7 @@ class _Rooms:
         groups.append((first, count))
 
     def take(self, room: int, most: int) -> tuple[int, int]:
-        """The first bins of ``room`` that stand in a row, ``most`` at most: ``(first bin, how many)``."""
+        """Take up to ``most`` consecutive bins from the front of the queue of ``room``: ``(first bin, number of bins)``."""
         groups = self.groups[room]
         first, count = groups.popleft()
         if count > most:

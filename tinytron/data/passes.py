@@ -1,6 +1,6 @@
-"""Passes over a loader of the user's own. It may shuffle by torch's global generator, as ``DataLoader(shuffle=True)`` does,
-or by the number of the epoch, as ``DistributedSampler`` does. Both follow from (seed, rank, pass) here, so that a resumed
-run passes over what it has read and reads the rest."""
+"""Passes over a custom loader. The loader may shuffle with torch's global generator, as ``DataLoader(shuffle=True)`` does,
+or by epoch number, as ``DistributedSampler`` does. This module derives both from (seed, rank, pass), so that a resumed run
+skips what it has already read and reads the rest."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tinytron.errors import DataError
 
 
 def one_pass(loader: Iterable[Any], seed: int, rank: int = 0, number: int = 0) -> Iterator[Any]:
-    """The items of ``loader``. Up to the first one, when torch's samplers shuffle and workers get their seeds, (seed, rank,
-    number) seed the global CPU generator; then its old state is put back."""
+    """The items of ``loader``. Torch's samplers shuffle, and workers get their seeds, before the first item; until then
+    (seed, rank, number) seed the global CPU generator. Afterwards its old state is restored."""
     digest = hashlib.sha256(f"{seed}:{rank}:{number}".encode()).digest()
     generator = torch.default_generator
     state = generator.get_state()
@@ -30,9 +30,9 @@ def one_pass(loader: Iterable[Any], seed: int, rank: int = 0, number: int = 0) -
 
 
 def endless(loader: Iterable[Any], seed: int, rank: int, skip: int = 0) -> Iterator[Any]:
-    """Pass after pass without the first ``skip`` items; ``rank`` numbers the ranks that read different data. Before each
-    pass its number is given to every ``set_epoch`` of the loader, its samplers and its dataset. Raises: DataError for a
-    pass without items."""
+    """The items of pass after pass over ``loader``, without the first ``skip``. ``rank`` numbers the ranks that read
+    different data. Before each pass, its number goes to every ``set_epoch`` of the loader, its samplers and its dataset.
+    Raises: DataError for a pass without items."""
     for number in count():
         for set_epoch in _epoch_setters(loader):
             set_epoch(number)

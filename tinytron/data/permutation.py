@@ -1,4 +1,4 @@
-"""A random order of n items as a formula: no index array, so 10^12 samples cost no memory and no start-up time."""
+"""A random order of n items as a formula, without an index array, so 10^12 samples need no memory and no start-up time."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 class Permutation:
-    """A bijection of ``range(n)`` chosen by ``key``: a Feistel network over the next even number of bits, walked along
-    its cycle until the value is below n (Black and Rogaway, CT-RSA 2002)."""
+    """A bijection of ``range(n)`` chosen by ``key``: a Feistel network over the next even number of bits, applied
+    repeatedly until the value is below n (cycle walking; Black and Rogaway, CT-RSA 2002)."""
 
     def __init__(self, n: int, *key: int) -> None:
         assert n > 0, "a permutation needs at least one item"

@@ -1,4 +1,4 @@
-"""Work done ahead by a thread, in the same order."""
+"""A thread that computes items ahead of their use and keeps their order."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ T = TypeVar("T")
 
 
 def prefetched(items: Iterable[T], depth: int) -> Generator[T, None, None]:
-    """The same items in the same order, up to ``depth`` of them made by a thread ahead of the one in use (0: each made
-    here, when asked for).
+    """The same items in the same order; a thread computes up to ``depth`` of them ahead of the one in use (0: no thread,
+    each item is computed on request).
 
-    What making one raises is raised here in its place. Closing the iterator ends the thread.
+    An exception raised while computing an item is raised here in that item's place. Closing the iterator ends the thread.
     """
     if depth <= 0:
         yield from items
         return
     ready: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
-    free, closed = threading.Semaphore(depth), threading.Event()
+    free = threading.Semaphore(depth)
+    closed = threading.Event()
 
     def work() -> None:
         try:
             source = iter(items)
             while free.acquire() and not closed.is_set():
                 ready.put((next(source), None))
-        except BaseException as error:  # StopIteration too; raised where the items are used
+        except BaseException as error:  # includes StopIteration; the consumer raises it
             ready.put((None, error))
 
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
@@ -44,4 +45,6 @@ def prefetched(items: Iterable[T], depth: int) -> Generator[T, None, None]:
     finally:
         closed.set()
         free.release()
-        thread.join(timeout=5)  # a read from a dead disk may never return; the thread does not keep the process alive
+        thread.join(
+            timeout=5
+        )  # a read from a dead disk may never return; a daemon thread does not keep the process alive

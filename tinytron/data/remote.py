@@ -1,4 +1,4 @@
-"""Token shards behind a URL: fetched to the local disk before they are opened."""
+"""Token shards at a URL: they are fetched to the local disk before they are opened."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from tinytron.data.shards import split_of
 from tinytron.errors import DataError
 from tinytron.utils.remote import RemoteFolder, staging_folder
 
-SIDECARS = (".docs", ".weights")  # of a shard; what follows from it (.pack*) is made again
+SIDECARS = (".docs", ".weights")  # the files that belong to a shard; derived files (.pack*) are rebuilt locally
 
 
 def local_dataset_path(url: str) -> str:
-    """Where ``fetch_shards`` leaves the shards of ``url``: a local folder, or a pattern of local files."""
+    """The local folder, or the pattern of local files, where ``fetch_shards`` puts the shards of ``url``."""
     folder, pattern = _split(url)
     local = staging_folder(folder)
     return str(local / pattern) if pattern else str(local)
 
 
 def fetch_shards(url: str) -> None:
-    """Bring the shards of a folder ``s3://bucket/folder``, or those that a pattern ``s3://bucket/folder/train_*.bin``
-    matches, the files that belong to them and the json files beside them here. What is here already in the same size is
-    not fetched again, so an interrupted call goes on where it was; a local shard that is no longer there goes. What is
-    fetched is compared with the hash in ``manifest.json``, if there is one.
+    """Fetch the shards of a folder ``s3://bucket/folder``, or those that match a pattern
+    ``s3://bucket/folder/train_*.bin``, with their sidecar files and the folder's json files.
 
-    Raises: DataError if there is no shard; ConfigError and StorageError as ``RemoteFolder``.
+    A local file of the same size is not fetched again, so an interrupted call continues where it stopped. A local shard
+    that the remote folder no longer has is deleted. Fetched files are compared with the hashes in ``manifest.json``, if
+    there is one. Raises: DataError if there is no shard; ConfigError and StorageError as ``RemoteFolder``.
     """
     folder, pattern = _split(url)
     local, remote = staging_folder(folder), RemoteFolder(folder)
@@ -44,14 +44,14 @@ def fetch_shards(url: str) -> None:
     beside = {str(PurePosixPath(name).with_suffix(suffix)) for name in shards for suffix in SIDECARS}
     remote.pull([name for name in present if name.endswith(".json")], local)
     manifest = read_manifest(local) if MANIFEST in present else None
-    # Only of what is to come: hashing all that is here would take longer than a restart should.
+    # Check only newly fetched files: hashing every local file would make a restart too slow.
     known = manifest.shards if manifest else []
     hashes = {shard.name: shard.sha256 for shard in known if not (local / shard.name).exists()}
     remote.pull([*shards, *sorted(beside.intersection(present))], local, hashes)
 
 
 def _split(url: str) -> tuple[str, str]:
-    """Folder and pattern; the pattern is empty if ``url`` names a folder."""
+    """The folder and the pattern in ``url``; the pattern is empty if ``url`` names a folder."""
     folder, _, last = url.rstrip("/").rpartition("/")
     is_pattern = last.endswith(".bin") or any(c in last for c in "*?[")
     return (folder, last) if is_pattern else (url.rstrip("/"), "")

@@ -1,4 +1,4 @@
-"""Samples made from token shards: neighboring windows of a shard, or rows packed with whole documents."""
+"""Samples from token shards: consecutive windows of a shard, or rows packed with whole documents."""
 
 from __future__ import annotations
 
@@ -22,16 +22,19 @@ from tinytron.data.shards import Shard
 from tinytron.errors import DataError
 from tinytron.utils.sequences import IGNORE_INDEX
 
-NOTED_SHARE = 0.01  # of tokens that are not used, above which it is said
+NOTED_SHARE = 0.01  # ``describe`` mentions unused tokens above this share
 Piece = tuple[int, int]  # first token, and number of training pairs (token, next token)
 
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """How tokens become samples. ``document_mask``: tokens attend to their own document, in which positions count from 0;
-    ``cross_document_loss``: a document's last token is trained to predict the next one's first; ``packing``: ``concat``
-    cuts the token stream every ``seq_len`` tokens, ``best_fit`` fills rows with whole documents; ``mark_padding``: samples
-    say which tokens only fill up their row, for models with experts."""
+    """The rules that turn tokens into samples.
+
+    ``document_mask``: tokens attend only to their own document, in which positions count from 0.
+    ``cross_document_loss``: a document's last token is trained to predict the next document's first token.
+    ``packing``: ``concat`` cuts the token stream every ``seq_len`` tokens, ``best_fit`` fills rows with whole documents.
+    ``mark_padding``: samples mark the tokens that only fill up their row, for models with experts.
+    """
 
     document_mask: bool = False
     cross_document_loss: bool = True
@@ -40,16 +43,16 @@ class SampleOptions:
 
     @property
     def needs_documents(self) -> bool:
-        """Whether it matters where documents begin."""
+        """True if the samples depend on where documents begin."""
         return self.document_mask or not self.cross_document_loss or self.packing == "best_fit"
 
 
 class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
     """Samples of ``seq_len`` training pairs (a token and the next one), numbered through the shards in the given order.
 
-    ``concat``: sample i of a shard is ``tokens[i*S : i*S + S + 1]``, S = ``seq_len``: neighbors share one token, so
-    every token but a shard's first is a target once; the remainder is dropped and no sample crosses shards. ``best_fit``: a
-    sample is a row of the shard's packing (packing.py); what is left of a row is padding: token 0, no target.
+    ``concat``: sample i of a shard is ``tokens[i*S : i*S + S + 1]``, S = ``seq_len``. Neighbors share one token, so every
+    token except a shard's first is a target once; the remainder is dropped, and no sample crosses shards. ``best_fit``: a
+    sample is a row of the shard's packing (packing.py); the unused end of a row is padding with token 0 and no target.
 
     Raises: DataError for a damaged shard, for shards without a single sample, and on access for a token id of
     ``vocab_size`` or more.
@@ -68,14 +71,14 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
             counts = [max(0, shard.count - 1) // seq_len for shard in self.shards]
         self.ends = list(accumulate(counts))
         self._counting = np.arange(seq_len)
-        self.passed_over: list[Path] = []  # files beside the shards that belong to no split
+        self.passed_over: list[Path] = []  # token files in the folder that belong to neither split
         if not len(self):
             sizes = ", ".join(f"{shard.path.name}: {shard.count}" for shard in self.shards[:5])
             raise DataError(
                 f"no shard holds one sample of --seq_len {seq_len} + 1 tokens ({sizes} tokens); use a shorter --seq_len"
             )
         if self.reading.needs_documents:
-            self.shards[0].starts_between(0, 1)  # that something tells where they begin
+            self.shards[0].starts_between(0, 1)  # fail now if document boundaries are unknown
         self.weighted = self.shards[0].weights is not None
 
     def __len__(self) -> int:
@@ -83,12 +86,12 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
 
     @property
     def paths(self) -> list[Path]:
-        """The files, in order."""
+        """The shards' files, in order."""
         return [shard.path for shard in self.shards]
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in all shards."""
+        """Number of tokens in all shards."""
         return sum(shard.count for shard in self.shards)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
@@ -96,18 +99,20 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
         return {name: rows[0] for name in FIELDS if (rows := getattr(batch, name)) is not None}
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """The samples ``indices``, one under the other; read straight into the batch."""
+        """The samples ``indices`` as a batch; they are read straight into its memory."""
         return read_rows([(self, index) for index in indices])
 
     def read(self, index: int, into: dict[str, npt.NDArray[Any]], row: int) -> None:
-        """Sample ``index`` into row ``row`` of arrays ``[B, S]`` of any content, by the names of ``Batch``."""
+        """Write sample ``index`` into row ``row`` of uninitialized arrays ``[B, S]``, which are named as in ``Batch``."""
         number = bisect_right(self.ends, index)
-        shard, at = self.shards[number], 0
+        shard = self.shards[number]
+        at = 0  # tokens of the row filled so far
         inputs, labels = into["input_ids"][row], into["labels"][row]
         weights = into["weights"][row] if "weights" in into else None
         positions = into["positions"][row] if "positions" in into else None
         for first, count in self._pieces(number, index - (self.ends[number - 1] if number else 0)):
-            tokens, place = shard.tokens[first : first + count + 1], slice(at, at + count)
+            tokens = shard.tokens[first : first + count + 1]
+            place = slice(at, at + count)
             self._check(number, first, tokens)
             inputs[place], labels[place] = tokens[:-1], tokens[1:]
             if weights is not None:
@@ -118,24 +123,26 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
             into["padding"][row] = self._counting >= at
         if at == self.seq_len:
             return
-        inputs[at:], labels[at:] = 0, IGNORE_INDEX
+        inputs[at:] = 0
+        labels[at:] = IGNORE_INDEX
         if weights is not None:
             weights[at:] = 0
         if positions is not None:
-            positions[at:] = self._counting[: self.seq_len - at]  # the unused end is a document of its own
+            positions[at:] = self._counting[: self.seq_len - at]  # the unused end counts as a separate document
 
     def _pieces(self, number: int, row: int) -> list[Piece]:
-        """What row ``row`` of shard ``number`` is made of."""
+        """The pieces that make up row ``row`` of shard ``number``."""
         return self.packs[number].pieces(row) if self.packs else [(row * self.seq_len, self.seq_len)]
 
     def _mark_documents(
         self, shard: Shard, first: int, labels: npt.NDArray[np.int64], positions: npt.NDArray[np.int64] | None
     ) -> None:
-        """Fill in the positions of the piece from token ``first`` on, and take out labels that begin another document."""
+        """Fill in the positions of the piece that starts at token ``first``, and ignore labels that begin another
+        document."""
         if positions is None and self.reading.cross_document_loss:
             return
         count = len(labels)
-        if self.packs:  # a piece is of one document; the label of its last token may begin another
+        if self.packs:  # a piece is part of one document; the label of its last token may begin another
             if positions is not None:
                 positions[:] = self._counting[:count]
             if not self.reading.cross_document_loss and len(shard.starts_between(first + count, first + count + 1)):
@@ -146,7 +153,7 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
             labels[starts - 1] = IGNORE_INDEX
         if positions is not None:
             edges = np.concatenate(([0], starts, [count]))
-            began = edges[:-1].repeat(edges[1:] - edges[:-1])  # of each token, where its document did
+            began = edges[:-1].repeat(edges[1:] - edges[:-1])  # for each token, the start of its document
             np.subtract(self._counting[:count], began, out=positions)
 
     def _weights(self, shard: Shard, first: int, last: int) -> npt.NDArray[np.float32]:
@@ -175,16 +182,16 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
             )
 
     def describe(self) -> list[str]:
-        """What there is to say about the samples beside their number."""
+        """Notes for the user about the samples: skipped files, unused tokens, packing, weights."""
         notes = []
         if self.passed_over:
             names = ", ".join(path.name for path in self.passed_over[:5])
-            notes.append(f"passed over, as their names are neither of training nor of validation shards: {names}")
+            notes.append(f"skipped, because the file names mark neither training nor validation shards: {names}")
         unused = 1 - len(self) * self.seq_len / max(1, self.num_tokens)
         if not self.packs and unused > NOTED_SHARE:
             notes.append(
-                f"{unused:.0%} of the tokens are not used: what is left of each shard after sequences of {self.seq_len}; "
-                "make fewer, longer shards, or use a shorter --seq_len"
+                f"{unused:.0%} of the tokens are not used: they are left over when shards are cut into sequences of "
+                f"{self.seq_len}; make fewer, longer shards, or use a shorter --seq_len"
             )
         if self.packs:
             used = 1 - self.num_tokens / (len(self) * self.seq_len)
@@ -192,12 +199,13 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
                 f"best-fit packing: {len(self):,} sequences of {self.seq_len} tokens, {used:.2%} of them unused"
             )
         if self.weighted:
-            notes.append("tokens are weighted: .weights files lie beside the shards")
+            notes.append("tokens are weighted: there are .weights files next to the shards")
         return notes
 
     def check_token_ids(self, part: int = 0, parts: int = 1, limit: int = 2**28) -> None:
-        """Look for ids outside the vocabulary in every ``parts``-th shard of those that no manifest vouches for: all
-        tokens, or if those are more than ``limit`` about as many, evenly spread (the rest is checked on access).
+        """Look for ids outside the vocabulary in the shards that no manifest vouches for; this call checks every
+        ``parts``-th of them. It checks all tokens, or about ``limit`` evenly spread ones if there are more (the others are
+        checked on access).
 
         Raises: DataError naming file, byte and id.
         """
@@ -211,8 +219,8 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
                 self._check(number, first, shard.tokens[first : first + block])
 
     def fingerprint(self) -> str:
-        """A hash of what identifies the samples, but not of where they lie: the shards' own hashes if their manifests have
-        them, else sizes, types and the first and last tokens."""
+        """A hash that identifies the samples, independent of their path: made from the hashes in the shards' manifests, or
+        without those from sizes, types and the first and last tokens."""
         digest = hashlib.sha256()
         for shard in self.shards:
             known = f"{shard.count}:{shard.sha256}:{self.seq_len};".encode() if shard.sha256 else None
@@ -222,9 +230,9 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
 
 
 class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
-    """The samples of several data sets, numbered one data set after the other; batches say which ``sources`` they are from.
+    """The samples of several datasets, numbered one dataset after the other; a batch has the ``sources`` of its rows.
 
-    ``names`` are those of the sources; ``order`` says when each sample is trained on.
+    ``datasets`` maps the sources' names to their datasets; ``order`` is the training order of the samples.
     """
 
     def __init__(self, datasets: Mapping[str, TokenShardDataset], order: MixtureOrder | None = None) -> None:
@@ -248,12 +256,12 @@ class MixtureDataset(Dataset[dict[str, torch.Tensor]]):
         return source, index - (self.ends[source - 1] if source else 0)
 
     def fingerprint(self) -> str:
-        """Those of the sources, by name."""
+        """The sources' fingerprints, by name."""
         return ", ".join(f"{n}={d.fingerprint()}" for n, d in zip(self.names, self.datasets, strict=True))
 
 
 def read_rows(samples: Sequence[tuple[TokenShardDataset, int]]) -> Batch:
-    """A batch of samples, each given as its data set and its number there; all have the same length."""
+    """A batch of samples, each given as a dataset and a number in it; all samples have the same length."""
     shape = len(samples), samples[0][0].seq_len
     rows: dict[str, npt.NDArray[Any]] = {"input_ids": np.empty(shape, np.int64), "labels": np.empty(shape, np.int64)}
     if any(dataset.weighted for dataset, _ in samples):

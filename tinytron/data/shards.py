@@ -1,7 +1,7 @@
-"""Token shards: which files belong to a split, and one file with all that lies beside it.
+"""Token shards: the files of a split, and one shard with the files that belong to it.
 
 train_000000.bin       the tokens (formats.py)
-train_000000.docs      where documents begin, in tokens: uint32 in a timl v1 file; else the end-of-text token tells
+train_000000.docs      document starts, in tokens: uint32 in a timl v1 file; without it the end-of-text token marks them
 train_000000.weights   how much each token counts as a target: float32 in a timl v1 file; optional
 manifest.json          tokenizer, documents and hashes of the folder (manifest.py); optional
 """
@@ -44,19 +44,21 @@ _SPLIT = re.compile(rf"(?<![a-z])({'|'.join(_SPLITS)}|held[-_ ]out|hold[-_ ]out)
 
 
 def split_of(name: str) -> str | None:
-    """``train``, ``val`` or ``test`` for file names that have such a word, in any case, between other characters than
-    letters: ``train_000001.bin``, ``fineweb-val-000000.bin``, ``Valid.bin``; else ``None``. A test split is neither trained
-    on nor validated on. Of two such words the first one counts."""
+    """``train``, ``val`` or ``test`` if the file name has such a word, upper or lower case, not next to other letters:
+    ``train_000001.bin``, ``fineweb-val-000000.bin``, ``Valid.bin``; else ``None``. If there are two such words, the first
+    one counts. A test split is used for neither training nor validation."""
     match = _SPLIT.search(name)
     return _SPLITS[re.sub("[-_ ]", "", match[1].lower())] if match else None
 
 
 def find_shards(dataset_path: str, split: str) -> list[Path]:
-    """The shards of ``split``, ``train`` or ``val``, sorted: of a folder the ``*.bin`` whose names say so; of the files
-    that a glob pattern matches those whose names say so, or else their folders' names where several folders match; for
-    ``train`` also those that say nothing.
+    """The shards of ``split``, which is ``train`` or ``val``, sorted.
 
-    Raises: DataError if there is no such folder, or it has no training shard.
+    ``dataset_path`` is a folder, whose ``*.bin`` are chosen by name, or a glob pattern. Files that match a pattern are
+    chosen by name too. If several folders match, the folder's name decides for a file whose own name has no split.
+    Matching files without any split are training shards.
+
+    Raises: DataError if there is no such folder, or no training shard.
     """
     splits = _splits_at(dataset_path)
     says = (split, None) if split == "train" and not Path(dataset_path).is_dir() else (split,)
@@ -69,23 +71,23 @@ def find_shards(dataset_path: str, split: str) -> list[Path]:
     if splits:
         first = next(iter(splits))
         raise DataError(
-            f"--dataset_path {dataset_path} matches held-out files only, such as {first.name}; "
-            "give a pattern that matches training shards, too"
+            f"--dataset_path {dataset_path} matches only held-out files, such as {first.name}; "
+            "give a pattern that also matches training shards"
         )
     raise DataError(
-        f"--dataset_path {dataset_path} is no folder and matches no file; "
+        f"--dataset_path {dataset_path} is not a folder and matches no file; "
         "give a folder with train_*.bin and val_*.bin, or a pattern such as 'shards/train_*.bin'"
     )
 
 
 def passed_over(dataset_path: str) -> list[Path]:
-    """The token files at ``dataset_path`` that belong to neither split by their names, sorted."""
+    """The token files at ``dataset_path`` whose names belong to neither split, sorted."""
     says = (None, "test") if Path(dataset_path).is_dir() else ("test",)
     return [path for path, split in _splits_at(dataset_path).items() if split in says]
 
 
 def _splits_at(dataset_path: str) -> dict[Path, str | None]:
-    """The ``*.bin`` of the folder, or the files that the pattern matches, sorted, and what their names say."""
+    """The ``*.bin`` of the folder, or the files that match the pattern, sorted, each with the split that its name gives."""
     folder = Path(dataset_path)
     if folder.is_dir():
         return {path: split_of(path.name) for path in sorted(folder.glob("*.bin"))}
@@ -95,17 +97,17 @@ def _splits_at(dataset_path: str) -> dict[Path, str | None]:
 
 
 class EndOfText(NamedTuple):
-    """The token between documents, and on which side of a document it stands."""
+    """The token between documents, and the side of a document that it is on."""
 
     token: int
     position: Literal["prepend", "append"] = "prepend"
 
 
 class Shard:
-    """One token file, mapped when it is first used. What a manifest says of it is taken as known: ``facts``, and
-    ``vocab_size``, below which all ids are.
+    """One token file, memory-mapped when it is first used. A manifest's entries for it are trusted: ``facts``, and
+    ``vocab_size``, which bounds all ids.
 
-    Raises: DataError as ``formats.read_header``, at once without ``facts``, else when it is first used.
+    Raises: DataError as ``formats.read_header``: without ``facts`` in the constructor, otherwise when it is first used.
     """
 
     def __init__(
@@ -121,7 +123,7 @@ class Shard:
         self.sha256 = facts.sha256 if facts else None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the maps: another process makes its own."""
+        """The state without the memory maps: another process makes its own."""
         maps = ("tokens", "weights", "document_starts")
         return {name: value for name, value in self.__dict__.items() if name not in maps}
 
@@ -135,7 +137,7 @@ class Shard:
 
     @cached_property
     def weights(self) -> npt.NDArray[np.float32] | None:
-        """How much each token counts as a target, ``[count]``, if there is such a file."""
+        """The weight of each token as a target, ``[count]``, or ``None`` without a ``.weights`` file."""
         path = self.path.with_suffix(".weights")
         if not path.exists():
             return None
@@ -146,7 +148,8 @@ class Shard:
 
     @cached_property
     def document_starts(self) -> npt.NDArray[np.uint32] | None:
-        """Where documents begin, ascending, if there is such a file; the first may run on from the shard before."""
+        """The offsets where documents begin, ascending, or ``None`` without a ``.docs`` file. Tokens before the first
+        offset continue a document of the previous shard."""
         path = self.path.with_suffix(".docs")
         if not path.exists():
             return None
@@ -156,18 +159,18 @@ class Shard:
         return starts
 
     def starts_between(self, first: int, last: int) -> npt.NDArray[np.int64]:
-        """The documents that begin at a token ``first .. last - 1``: their offsets in the shard, ascending.
+        """The offsets, ascending, of the documents that begin at a token ``first .. last - 1`` of the shard.
 
-        Raises: DataError if neither a ``.docs`` file nor an end-of-text token tells.
+        Raises: DataError if there is neither a ``.docs`` file nor an end-of-text token.
         """
         starts = self.document_starts
         if starts is not None:
-            # uint32 bounds: with others numpy would copy the whole array to a common type.
+            # The bounds are uint32, because with another type numpy would copy the whole array to a common one.
             low, high = starts.searchsorted(np.array([first, last], np.uint32))
             return starts[low:high].astype(np.int64)
         if self.eot is None:
             raise DataError(
-                f"{self.path}: nothing tells where documents begin (no {self.path.stem}.docs, no manifest.json); give "
+                f"{self.path}: it is unknown where documents begin (no {self.path.stem}.docs, no manifest.json); give "
                 "--eot_id, the token between documents, or drop --document_mask and --packing best_fit"
             )
         shift = 1 if self.eot.position == "append" else 0
@@ -176,33 +179,34 @@ class Shard:
 
     @property
     def offset(self) -> int:
-        """The byte at which the tokens begin."""
+        """The byte offset of the first token."""
         return read_header(self.path, self.headerless).offset
 
     def fingerprint(self, seq_len: int) -> bytes:
-        """Size, type and the first and last 2^15 tokens, read as samples of ``seq_len``."""
+        """The size, the type, ``seq_len``, and the first and last 2^15 tokens, as bytes."""
         ends = self.tokens[: 2**15].tobytes() + self.tokens[-(2**15) :].tobytes()
         return f"{self.count}:{self.tokens.dtype}:{seq_len};".encode() + ends
 
 
 def open_shards(paths: Sequence[Path], headerless: str | None = None, eot: EndOfText | None = None) -> list[Shard]:
-    """The shards ``paths``. Those that a manifest beside them knows are not opened yet: only their sizes are looked at.
+    """The shards ``paths``. A shard that the manifest in its folder lists is not opened yet; only its size is checked.
 
-    Raises: DataError for files of other sizes than their manifest or header says, and as ``read_manifest``.
+    Raises: DataError for files whose size disagrees with their manifest or header, and as ``read_manifest``.
     """
     manifests = {folder: read_manifest(folder) for folder in {path.parent for path in paths}}
     known = {folder / shard.name: shard for folder, found in manifests.items() if found for shard in found.shards}
     shards = []
     for path in paths:
-        manifest, facts = manifests[path.parent], known.get(path)
+        manifest = manifests[path.parent]
+        facts = known.get(path)
         if manifest is None or facts is None:
             shards.append(Shard(path, headerless, eot))
             continue
         expected = HEADER_BYTES + facts.tokens * np.dtype(manifest.dtype).itemsize
         if (size := path.stat().st_size) != expected:
             raise DataError(
-                f"{path}: {size} bytes, but with the {facts.tokens} tokens of its {MANIFEST} it has {expected}: it is "
-                "truncated or another file; tokenize again, or remove the manifest"
+                f"{path}: {size} bytes, but {facts.tokens} tokens in its {MANIFEST} make {expected}: it is truncated or "
+                "another file; tokenize again, or remove the manifest"
             )
         written = manifest.tokenizer
         separator = eot

@@ -1,4 +1,4 @@
-"""Iterable data sets: samples that come one after another, without numbers."""
+"""Iterable datasets, whose samples have an order but no random access."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tinytron.errors import DataError
 
 
 class StreamLoader:
-    """This rank's micro-batches of an iterable data set, which must give every rank the same samples in the same order.
+    """This rank's micro-batches of an iterable dataset, which must give every rank the same samples in the same order.
 
-    Sample p of the stream is row ``p % global_batch`` of step ``p // global_batch``, so that the order depends on no
-    layout; a rank passes over the rows of the others. After its end the stream begins again, with ``set_epoch(epoch)``
-    called before if the data set has that. From ``start_step`` on: with ``dataset.skip(n)`` (as Hugging Face's have) if it
-    has that, else by reading and dropping.
+    Sample p of the stream is row ``p % global_batch`` of step ``p // global_batch``, so the order does not depend on the
+    layout; each rank skips the rows of the others. When the stream ends it starts again; if the dataset has ``set_epoch``,
+    that is called first. To begin at ``start_step``, the loader calls ``dataset.skip(n)`` (Hugging Face datasets have
+    it) if there is one, and otherwise reads and drops samples.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class StreamLoader:
         self.start_step = 0
 
     def __iter__(self) -> Iterator[Batch]:
-        """Without end. Raises: DataError if the data set gives no sample."""
+        """Endless micro-batches. Raises: DataError if the dataset gives no sample."""
         first = self.start_step * self.global_batch
         rows: list[Any] = []
         for position, item in enumerate(self._walk(first), start=first):
@@ -40,14 +40,15 @@ class StreamLoader:
                     rows = []
 
     def _walk(self, first: int) -> Iterator[Any]:
-        """The samples of one epoch after the other, without the ``first`` ones."""
-        skip, epoch = getattr(self.dataset, "skip", None), 0
+        """The samples of one epoch after the other, without the first ``first``."""
+        skip = getattr(self.dataset, "skip", None)
+        epoch = 0
         if first and callable(skip):
             some = False
             for item in skip(first):
                 some = True
                 yield item
-            if some:  # else the end of the stream was before that
+            if some:  # otherwise the stream ended before ``first``
                 first, epoch = 0, 1
         while True:
             set_epoch = getattr(self.dataset, "set_epoch", None)
@@ -64,9 +65,9 @@ class StreamLoader:
 
 
 class ValStreamLoader:
-    """This rank's share of the first ``num_samples`` samples of an iterable data set (``None``: of all), each once.
+    """This rank's share of the first ``num_samples`` samples of an iterable dataset (``None``: of all samples), each once.
 
-    All ranks get equally many batches; rows that are not there have only labels that are ignored.
+    All ranks get the same number of batches; every label of a missing row is ignored.
     """
 
     def __init__(
@@ -76,7 +77,8 @@ class ValStreamLoader:
         self.micro_batch, self.dp_rank, self.dp_size = micro_batch, dp_rank, dp_size
 
     def __iter__(self) -> Iterator[Batch]:
-        samples, group = islice(self.dataset, self.num_samples), self.micro_batch * self.dp_size
+        samples = islice(self.dataset, self.num_samples)
+        group = self.micro_batch * self.dp_size
         while rows := list(islice(samples, group)):
             here = len(rows)
             rows += [rows[0]] * (group - here)

@@ -1,4 +1,4 @@
-"""Floor 1: ranks, groups, exchanges, and the optimizer that is sharded over them."""
+"""Floor 1: ranks, process groups, exchanges between ranks, and the sharded optimizer."""
 
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.parallel_state import ParallelState

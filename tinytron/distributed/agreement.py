@@ -1,4 +1,4 @@
-"""Agreement: an error on one rank becomes the same error on all, so that no rank waits for one that stopped."""
+"""Agreement: an error on one rank becomes the same error on all ranks, so that no rank waits for one that stopped."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ T = TypeVar("T")
 
 
 def agree(action: Callable[[], T], group: dist.ProcessGroup) -> T:
-    """Run ``action`` on every rank of ``group``; if it raises a ``TinytronError`` or ``OSError`` anywhere, every rank
+    """Run ``action`` on every rank of ``group``; if it raises a ``TinytronError`` or ``OSError`` on any of them, every rank
     raises the error of the lowest such rank. Collective.
 
-    For whatever depends on a machine's files or environment: without it the healthy ranks would wait in their next
-    collective for the one that stopped.
+    Use it for anything that depends on a machine's files or environment. Otherwise the healthy ranks would wait in their
+    next collective for the rank that stopped.
     """
     result: T | None = None
     error: Exception | None = None
@@ -36,18 +36,18 @@ def agree(action: Callable[[], T], group: dist.ProcessGroup) -> T:
 
 
 def agree_slowly(action: Callable[[], T], group: dist.ProcessGroup) -> T:
-    """``agree`` for an ``action`` that may take longer than a collective's timeout, such as a download: it runs in a
-    thread, while the ranks tell each other every second that they are alive. Once it has failed on one rank, no rank
-    waits for the others'. Collective."""
+    """``agree`` for an ``action`` that may take longer than a collective's timeout, such as a download. The action runs in
+    a thread while the ranks tell each other every second that they are alive. Once it has failed on one rank, no rank
+    waits for the actions of the others. Collective."""
     job: Future[T] = Future()
 
     def work() -> None:
         try:
             job.set_result(action())
-        except BaseException as error:  # raised again in the calling thread
+        except BaseException as error:  # re-raised in the calling thread
             job.set_exception(error)
 
-    threading.Thread(target=work, daemon=True).start()  # daemon: an action that was given up does not keep the process
+    threading.Thread(target=work, daemon=True).start()  # daemon: an abandoned action must not keep the process alive
     states = [(False, False)] * dist.get_world_size(group)
     while not (all(done for done, _ in states) or any(failed for _, failed in states)):
         wait([job], timeout=1.0)
@@ -57,7 +57,7 @@ def agree_slowly(action: Callable[[], T], group: dist.ProcessGroup) -> T:
 
 
 def require_same(value: object, group: dist.ProcessGroup, message: str) -> None:
-    """Raise a DataError with ``message`` on every rank if ``value`` is not the same on all. Collective."""
+    """Check that ``value`` is the same on all ranks. Collective. Raises: DataError with ``message`` on every rank."""
     values: list[object] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     if any(other != values[0] for other in values):

@@ -1,4 +1,4 @@
-"""Sums and gathers over ranks, started here and waited for later."""
+"""Sums and gathers over ranks; most of them are asynchronous and return work to wait for."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or di
 
 
 class Work(Protocol):
-    """An exchange under way."""
+    """An exchange in progress."""
 
     def wait(self) -> Any:
-        """Make its results usable by what comes next on this device."""
+        """Wait for the results, so that later operations on this device can use them."""
 
 
 class _WorkGroup:
-    """Several exchanges, waited for as one."""
+    """Several exchanges that are waited for together."""
 
     def __init__(self, works: Sequence[Work]) -> None:
         self.works = works
@@ -32,10 +32,11 @@ class _WorkGroup:
 
 
 class SummedExchange:
-    """A reduce-scatter out of messages: every rank sends each other one its part, and sums what arrives.
+    """A reduce-scatter made of messages: each rank sends every other rank its part and sums the parts it receives.
 
-    Parts travel in ``wire_dtype`` and are summed in ``own``'s precision, peers in rank order: nothing is rounded between
-    hops. On gloo it costs about a third of the native reduce-scatter, which also copies the whole buffer first.
+    Parts travel in ``wire_dtype`` and are summed in the precision of ``own``, in rank order, so there is no rounding
+    between hops. On gloo it takes about a third of the time of the native reduce-scatter, which also copies the whole
+    buffer first.
     """
 
     def __init__(
@@ -49,16 +50,16 @@ class SummedExchange:
         self._work: Work = _WorkGroup([])
 
     def start(self) -> SummedExchange:
-        """Send this rank's parts, and expect the others' parts of ``own``."""
-        # On a CPU the memory is kept: writing into new pages takes longer than the sum.
+        """Start sending the other ranks' parts of ``whole`` and receiving their parts of ``own``."""
+        # On a CPU the memory is reused: writing to new pages takes longer than the sum.
         if not self._parts or self.own_N.device.type != "cpu":
             self._parts = [torch.empty_like(self.own_N, dtype=self.wire_dtype) for _ in self.peers]
-        self._sent = [self.whole_WN[r].to(self.wire_dtype) for r in self.peers]  # alive until they are gone
+        self._sent = [self.whole_WN[r].to(self.wire_dtype) for r in self.peers]  # kept alive until the sends complete
         self._work = _exchange([*zip(self.peers, self._sent, self._parts, strict=True)], self.group)
         return self
 
     def wait(self) -> None:
-        """Sum: ``own`` then holds the total."""
+        """Wait for the messages and add them up; ``own`` then holds the total."""
         self._work.wait()
         self._sent = []
         for part in self._parts:
@@ -66,7 +67,8 @@ class SummedExchange:
 
 
 def _exchange(messages: Sequence[tuple[int, torch.Tensor, torch.Tensor]], group: dist.ProcessGroup) -> Work:
-    """Start one message to and one from each peer: (its rank in ``group``, what it gets, where its own goes)."""
+    """Start one message to and one from each peer. ``messages`` are (peer's rank in ``group``, tensor to send, tensor to
+    receive into)."""
     operations = []
     for peer, sent, received in messages:
         operations.append(dist.P2POp(dist.isend, sent, group=group, group_peer=peer))
@@ -75,7 +77,7 @@ def _exchange(messages: Sequence[tuple[int, torch.Tensor, torch.Tensor]], group:
 
 
 def start_reduce_scatter(own: torch.Tensor, whole: torch.Tensor, group: dist.ProcessGroup) -> Work:
-    """Start summing ``whole`` (1-D) over ``group``; ``own``, this rank's range of it, holds the sum once waited for."""
+    """Start summing ``whole`` (1-D) over ``group``; after the wait ``own``, this rank's range of it, holds the sum."""
     work: Work = _reduce_scatter(own, whole, op=dist.ReduceOp.SUM, group=group, async_op=True)
     return work
 
@@ -87,9 +89,9 @@ def start_all_reduce(whole: torch.Tensor, group: dist.ProcessGroup) -> Work:
 
 
 def start_all_gather(whole: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup) -> Work:
-    """Start collecting every rank's ``own`` range into ``whole``, of which it is a view.
+    """Start collecting every rank's ``own`` range into ``whole``; ``own`` is a view of ``whole``.
 
-    On gloo by messages, which need no copies of the buffer and take about 2/3 of the time.
+    On gloo this uses messages, which need no copies of the buffer and take about 2/3 of the time.
     """
     if dist.get_backend(group) != "nccl":
         parts = list(enumerate(whole.view(dist.get_world_size(group), -1)))

@@ -1,4 +1,4 @@
-"""Differentiable exchanges of rows between ranks: an operator, and an exchange that other work hides."""
+"""Differentiable exchanges of rows between ranks: one as an operator, and one that overlaps with other work."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def all_to_all(
 
     Shapes: ``[sum(send), ...] -> [sum(recv), ...]``. ``send[r]`` rows go to rank r, ``recv[r]`` come from it; ``None``
     means equal parts. Collective: all ranks of ``group``, in the same call order. Peers that disagree on a count are not
-    caught (gloo returns wrong rows in silence): exchange the counts first. Source: GShard, arXiv:2006.16668, section 3.
+    detected (gloo silently returns wrong rows): exchange the counts first. Source: GShard, arXiv:2006.16668, section 3.
     """
     out: torch.Tensor = _all_to_all(rows, send or [], recv or [], group.group_name)
     return out
 
 
-# An operator of our own: one step of a compiled graph, which selective recomputation can keep.
+# A custom operator, so that it is a single node of a compiled graph, whose output selective recomputation can keep.
 @torch.library.custom_op("tinytron::all_to_all", mutates_args=())
 def _all_to_all(rows: torch.Tensor, send: list[int], recv: list[int], group: str) -> torch.Tensor:
     out = _room(rows, send, recv, group)
-    joined = _resolve_process_group(group)  # type: ignore[arg-type]  # a str until torch 2.12
+    joined = _resolve_process_group(group)  # type: ignore[arg-type]  # its parameter was a str until torch 2.12
     dist.all_to_all_single(out, rows.contiguous(), recv or None, send or None, group=joined)
     return out
 
@@ -50,40 +50,40 @@ _all_to_all.register_autograd(_exchange_back, setup_context=_keep_splits)
 
 
 class Exchange:
-    """An exchange of rows like ``all_to_all``, started here and waited for later, so that other work hides it: what is
-    computed between ``start`` and ``finish``, and in the backward pass the gradient of just that. Collective.
+    """An exchange of rows like ``all_to_all`` that overlaps with other work: the computation between ``start`` and
+    ``finish`` in the forward pass, and the gradient of that computation in the backward pass. Collective.
 
-    One object serves one exchange. Autograd runs what was recorded last first; so the gradient of ``finish``, which
-    starts the way back, comes before the gradients of what lies between, and that of ``start``, which waits, after them.
-    Differentiable once.
+    One object serves one exchange. Autograd runs operations in the reverse of the order in which they were recorded. So the
+    backward of ``finish``, which starts the exchange of gradients, runs before the gradients of the work in between, and
+    the backward of ``start``, which waits for the exchange, runs after them. Differentiable once.
     """
 
     def __init__(self, group: dist.ProcessGroup, send: list[int], recv: list[int]) -> None:
         self.group, self.send, self.recv = group, send, recv
         self._work: Work | None = None
         self._sent: torch.Tensor | None = None
-        self.gradient: torch.Tensor | None = None  # on its way back
+        self.gradient: torch.Tensor | None = None  # the gradient being received, between the two backward calls
 
     def start(self, rows: torch.Tensor) -> torch.Tensor:
-        """Send ``rows``; the result, ``[sum(recv), ...]``, is for ``finish`` only."""
+        """Start sending ``rows``; pass the result, ``[sum(recv), ...]``, to ``finish`` and nothing else."""
         arriving: torch.Tensor = _StartExchange.apply(rows, self)
         return arriving
 
     def finish(self, arriving: torch.Tensor) -> torch.Tensor:
-        """What has arrived."""
+        """Wait for the exchange and return the received rows."""
         arrived: torch.Tensor = _FinishExchange.apply(arriving, self)
         return arrived
 
     def start_exchange(self, rows: torch.Tensor, send: list[int], recv: list[int]) -> torch.Tensor:
-        """Start one way; the result is filled once ``wait`` has returned."""
-        self._sent = rows.contiguous()  # alive until it is gone
+        """Start an exchange in one direction; the result is valid once ``wait`` has returned."""
+        self._sent = rows.contiguous()  # kept alive until the send completes
         out = rows.new_empty(sum(recv), *rows.shape[1:])
         self._work = dist.all_to_all_single(out, self._sent, recv, send, group=self.group, async_op=True)
         return out
 
     def wait(self) -> None:
-        """Wait for what was started last; on a GPU the stream waits, not the host."""
-        if self._work is not None:  # it is where a plan only pretends to send
+        """Wait for the exchange that was started last; on a GPU the stream waits, not the host."""
+        if self._work is not None:  # it is None when the memory planner runs this with fake process groups
             self._work.wait()
         self._work = self._sent = None
 
@@ -99,7 +99,7 @@ class _StartExchange(torch.autograd.Function):
     def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor, None]:
         ctx.exchange.wait()
         gradient, ctx.exchange.gradient = ctx.exchange.gradient, None
-        assert gradient is not None, "finish starts its exchange"
+        assert gradient is not None, "the backward of finish starts this exchange"
         return gradient, None
 
 
@@ -115,4 +115,4 @@ class _FinishExchange(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         exchange: Exchange = ctx.exchange
         exchange.gradient = exchange.start_exchange(grad, exchange.recv, exchange.send)
-        return grad, None  # of the right shape; the real one is on its way
+        return grad, None  # a placeholder of the right shape; the backward of start returns the real gradient

@@ -1,4 +1,4 @@
-"""Who sits where: pure rank arithmetic, so a 1,024-rank layout is tested on a laptop."""
+"""The placement of ranks on meshes: pure arithmetic, so a 1,024-rank layout can be tested on a laptop."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def divisors(n: int) -> list[int]:
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """One world, factored once per mesh: dense tensors see ``dp x sep``, experts see ``edp x ep``.
+    """One world of ranks, factored once per mesh: ``dp x sep`` for dense tensors, ``edp x ep`` for experts.
 
-    The rightmost axis of a mesh is adjacent ranks; the leftmost takes what the others leave, and
-    the size of every other axis is a field here. So a further axis is its name in ``meshes`` and
-    its field. ``ep`` 0 means ``sep``, the documented sequence-expert joint group.
+    Ranks along the rightmost axis of a mesh are adjacent. The size of the leftmost axis is whatever
+    the others leave; the size of every other axis is a field here. So a new axis needs only its name
+    in ``meshes`` and its field. ``ep`` 0 means ``sep``, the documented sequence-expert joint group.
 
     Where a method takes an axis, it may also be ``"world"`` (all ranks), ``"self"`` (each rank
     alone), or several axes of one mesh joined by ``*`` (``"dp*tp"``: ranks that differ in either).
@@ -52,12 +52,12 @@ class ParallelLayout:
 
     @property
     def dp(self) -> int:
-        """Number of data-parallel replicas of a sequence-parallel group."""
+        """Number of data-parallel replicas of each sequence-parallel group."""
         return self.size("dp")
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """Every axis that has groups of ranks: the world, mesh axes and their products, each rank alone."""
+        """Every axis that has process groups: the world, mesh axes and their products, and each rank alone."""
         names = {"world": None}
         for mesh in self.meshes.values():
             for count in range(1, len(mesh)):
@@ -72,7 +72,7 @@ class ParallelLayout:
         return size
 
     def coordinate(self, rank: int, axis: str) -> int:
-        """The place of ``rank`` in its group of ``axis``."""
+        """The index of ``rank`` within its group of ``axis``."""
         return _place(rank, self._factors(axis))
 
     def ranks(self, axis: str) -> list[list[int]]:
@@ -83,7 +83,8 @@ class ParallelLayout:
 
     def group_of(self, rank: int, axis: str) -> list[int]:
         """The group of ``axis`` that ``rank`` is in, ascending."""
-        factors, offsets = self._factors(axis), [0]
+        factors = self._factors(axis)
+        offsets = [0]
         for length, stride in factors:
             offsets = [offset + i * stride for offset in offsets for i in range(length)]
         first = rank - offsets[_place(rank, factors)]
@@ -101,23 +102,23 @@ class ParallelLayout:
         raise ConfigError(f"no mesh has the axes {', '.join(axes)} together; use those of one of {known}")
 
     def pieces(self, axes: Collection[str]) -> str:
-        """The axis along which ranks hold the different pieces of a tensor that is cut over ``axes``."""
+        """The axis along which ranks hold different pieces of a tensor that is cut over ``axes``."""
         mesh = self.meshes[self.mesh_of(axes)]
         return _product(mesh, [axis for axis in mesh if axis in axes])
 
     def replicas(self, axes: Collection[str]) -> str:
         """The axis along which ranks hold the same piece of a tensor that is cut over ``axes``.
 
-        Its gradient is summed, and its optimizer state sharded, over just these ranks: the world for
-        dense parameters, ``edp`` for experts. That is right on every mesh because the objective is
-        the sum of what all ranks compute: where several ranks compute the same loss, the global
-        number of targets counts it as often.
+        Over exactly these ranks the tensor's gradient is summed and its optimizer state sharded: the
+        world for dense parameters, ``edp`` for experts. That is right on every mesh because the
+        objective is the sum over all ranks. If several ranks compute the same loss, the global number
+        of targets counts it just as many times.
         """
         mesh = self.meshes[self.mesh_of(axes)]
         return _product(mesh, [axis for axis in mesh if axis not in axes])
 
     def _factors(self, axis: str) -> list[tuple[int, int]]:
-        """Size and stride of the mesh axes that ``axis`` is made of, slowest first."""
+        """Size and stride of each mesh axis in ``axis``, slowest first."""
         if axis == "self":
             return []
         if axis == "world":
@@ -141,7 +142,7 @@ def _place(rank: int, factors: list[tuple[int, int]]) -> int:
 
 
 def _product(mesh: tuple[str, ...], axes: list[str]) -> str:
-    """The name of several axes of ``mesh`` together."""
+    """The name of the product of several axes of ``mesh``."""
     if not axes:
         return "self"
     return "world" if len(axes) == len(mesh) else "*".join(axes)

@@ -1,4 +1,4 @@
-"""A layout and this process's place in it: one frozen object, passed down, never global."""
+"""A layout and this process's place in it: one frozen object that is passed down and never global."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class ParallelState:
     def create(cls, layout: ParallelLayout, device: torch.device) -> ParallelState:
         """Build every group. Collective over the world, which must be initialized (``dist.init_process_group``).
 
-        Axes whose groups hold the same ranks share one process group: fewer NCCL communicators, and with them memory.
+        Axes whose groups hold the same ranks share one process group, which saves NCCL communicators and their memory.
         """
         made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
         groups = {}
-        for axis in layout.axes:  # creating a group is collective: every rank creates every axis, in this order
+        for axis in layout.axes:  # creating a group is collective, so every rank creates every axis in this order
             members = tuple(tuple(group) for group in layout.ranks(axis))
             if members not in made:
                 made[members] = dist.new_subgroups_by_enumeration([list(group) for group in members])[0]
@@ -36,7 +36,7 @@ class ParallelState:
 
     @classmethod
     def of_group(cls, group: dist.ProcessGroup, device: torch.device) -> ParallelState:
-        """A world that is just ``group``, for parameters that are not sharded. It has no other groups."""
+        """A state whose world is ``group``, for parameters that are not sharded. It has no other groups."""
         return cls(ParallelLayout(dist.get_world_size(group)), dist.get_rank(group), device, {"world": group})
 
     def group_rank(self, axis: str) -> int:

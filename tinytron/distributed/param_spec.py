@@ -1,4 +1,4 @@
-"""A parameter's passport: what ZeRO, clipping, checkpoints, planning and conversion need to know about it."""
+"""The specification of a parameter, for ZeRO, clipping, checkpoints, planning and conversion."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Kind = Literal["matrix", "router", "embedding", "head", "norm", "bias"]
 
 
 class Shard(NamedTuple):
-    """A cut: dimension ``dim`` of the global tensor is spread, in equal parts, over mesh axis ``axis``."""
+    """A cut of a tensor: dimension ``dim`` of the global tensor is split into equal parts over mesh axis ``axis``."""
 
     axis: str
     dim: int
@@ -20,15 +20,15 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """Facts about one parameter, stated by the module that creates it; no reader guesses from a name.
+    """Facts about one parameter. The module that creates it states them, so no reader has to guess from a name.
 
-    ``name`` is the key in ``state_dict``; ``shape`` is that of the global tensor (all experts), and
-    ``shards`` say along which mesh axes and dimensions it is cut (empty: every rank holds all of
-    it). Which ranks sum its gradient and share its optimizer state follows from them and the layout
-    (``ParallelLayout.replicas``). ``stacked``: dimension 0 counts tensors that have nothing to do
-    with each other (experts), each initialized and exported by its own index. ``writes_residual``
-    marks projections into the residual stream; ``row_blocks`` are the heights of separate matrices
-    packed into one (empty: it is one).
+    ``name`` is the key in ``state_dict``; ``shape`` is the shape of the global tensor (all experts).
+    ``shards`` list the mesh axes and dimensions that the tensor is cut along (empty: every rank holds
+    all of it). Together with the layout they determine the ranks that sum its gradient and share its
+    optimizer state (``ParallelLayout.replicas``). ``stacked``: dimension 0 counts independent tensors
+    (experts), and each is initialized and exported by its own index. ``writes_residual`` marks
+    projections into the residual stream. ``row_blocks`` are the heights of separate matrices that are
+    packed into this tensor (empty: it is a single matrix).
     """
 
     name: str
@@ -41,7 +41,7 @@ class ParamSpec:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The mesh axes that it is cut over, in alphabetical order."""
+        """The mesh axes that the tensor is cut over, in alphabetical order."""
         return tuple(sorted({shard.axis for shard in self.shards}))
 
     @property
@@ -51,7 +51,8 @@ class ParamSpec:
 
 
 def specs_of(model: nn.Module) -> list[ParamSpec]:
-    """``model.param_specs()``, or for a foreign module the plain facts: matrices by dimension, not sharded."""
+    """The result of ``model.param_specs()``. A module without that method gets default specs: unsharded, and a matrix if
+    it has at least two dimensions."""
     if callable(own := getattr(model, "param_specs", None)):
         specs: list[ParamSpec] = own()
         return specs

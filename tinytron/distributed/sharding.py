@@ -1,4 +1,4 @@
-"""Which part of a global tensor each rank holds: pure arithmetic on a layout, without processes.
+"""The part of a global tensor that each rank holds: pure arithmetic on a layout, without processes.
 
     Sharding(layout, (4, 6), (Shard("a", 0), Shard("b", 1))) with 2 ranks along each axis, on the last rank:
 
@@ -7,7 +7,7 @@
         . . . X X X        its elements in the flattened global tensor:
         . . . X X X        Run(15, 3), Run(21, 3)
 
-ZeRO, the gradient norm, checkpoints, conversion, the planner and initialization all ask here.
+ZeRO, the gradient norm, checkpoints, conversion, the planner and initialization all use this module.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tinytron.errors import ConfigError
 
 
 class Run(NamedTuple):
-    """``length`` consecutive elements of a flattened tensor, from ``offset`` on."""
+    """``length`` consecutive elements of a flattened tensor, starting at ``offset``."""
 
     offset: int
     length: int
@@ -35,7 +35,7 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Box:
-    """A box in a global tensor of ``shape``: ``size[d]`` elements from ``start[d]`` on along each dimension d."""
+    """A box in a global tensor of ``shape``: along each dimension d, ``size[d]`` elements starting at ``start[d]``."""
 
     shape: tuple[int, ...]
     start: tuple[int, ...]
@@ -43,7 +43,7 @@ class Box:
 
     @classmethod
     def whole(cls, shape: Sequence[int]) -> Box:
-        """All of a tensor of ``shape``."""
+        """The box that covers a whole tensor of ``shape``."""
         return cls(tuple(shape), (0,) * len(shape), tuple(shape))
 
     @property
@@ -57,12 +57,12 @@ class Box:
         return tuple(slice(first, first + count) for first, count in zip(self.start, self.size, strict=True))
 
     def with_matrices(self, rows: int, columns: int) -> Box:
-        """The box of a tensor that has ``rows`` x ``columns`` elements for each of this one's matrices."""
+        """The corresponding box of a tensor with a ``rows`` x ``columns`` matrix for each matrix of this one."""
         last = (rows, columns)
         return Box((*self.shape[:-2], *last), (*self.start[:-2], 0, 0), (*self.size[:-2], *last))
 
     def stack(self) -> Box:
-        """All of those tensors, counted by dimension 0, of which the box has a part."""
+        """The box extended to whole tensors: every tensor of the stack (along dimension 0) that this box has a part of."""
         rest = self.shape[1:]
         return Box(self.shape, (self.start[0], *(0 for _ in rest)), (self.size[0], *rest))
 
@@ -71,23 +71,23 @@ class Box:
         return whole[self.slices]
 
     def within(self, outer: Box) -> Box:
-        """The same elements, as a box in the tensor that just ``outer`` holds."""
+        """The same elements as a box in the tensor that consists of ``outer`` only."""
         start = tuple(own - other for own, other in zip(self.start, outer.start, strict=True))
         return Box(outer.size, start, self.size)
 
     def runs(self, first: int = 0, last: int | None = None) -> tuple[Run, ...]:
-        """Where the elements ``[first, last)`` of the flattened box (default: all) are in the flattened global tensor.
+        """The positions of elements ``[first, last)`` of the flattened box (default: all) in the flattened global tensor.
 
-        In the box's order. One run if at most dimension 0 is cut, else about one per row of the
-        last dimension that is cut.
+        The runs are in the box's order. There is one run if at most dimension 0 is cut, otherwise about
+        one per row of the last dimension that is cut.
         """
         last = math.prod(self.size) if last is None else last
         if last <= first:
             return ()
         strides = [math.prod(self.shape[d + 1 :]) for d in range(len(self.shape))]
         base = sum(place * stride for place, stride in zip(self.start, strides, strict=True))
-        inner = max((d for d, count in enumerate(self.size) if count != self.shape[d]), default=0)  # the last one cut
-        length = math.prod(self.size[inner:])  # elements that are consecutive in the global tensor, too
+        inner = max((d for d, count in enumerate(self.size) if count != self.shape[d]), default=0)  # last dimension cut
+        length = math.prod(self.size[inner:])  # elements that are consecutive in the global tensor as well
         found = []
         for row in range(first // length, -(-last // length)):
             places = [int(place) for place in np.unravel_index(row, self.size[:inner])]
@@ -99,10 +99,10 @@ class Box:
 
 @dataclass(frozen=True)
 class Sharding:
-    """A global tensor of ``shape`` over the ranks of ``layout``: cut into equal boxes along each of ``shards``.
+    """A global tensor of ``shape`` that is cut into equal boxes, along each of ``shards``, over the ranks of ``layout``.
 
-    Of several shards of one dimension, later ones cut the boxes of earlier ones. Raises:
-    ConfigError, where a box is asked for, if a dimension cannot be cut into equal parts.
+    If several shards cut the same dimension, the later ones cut the boxes of the earlier ones. Methods
+    that compute a box raise a ConfigError if a dimension cannot be cut into equal parts.
     """
 
     layout: ParallelLayout
@@ -125,7 +125,7 @@ class Sharding:
         return self.box(0).size
 
     def box(self, rank: int) -> Box:
-        """What ``rank`` holds."""
+        """The box that ``rank`` holds."""
         start, size = [0] * len(self.shape), list(self.shape)
         for axis, dim in self.shards:
             parts = self.layout.size(axis)
@@ -139,7 +139,7 @@ class Sharding:
         return Box(self.shape, tuple(start), tuple(size))
 
     def whole(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The global tensor of all ``pieces``, given in the order of ``layout.pieces(axes)``."""
+        """The global tensor assembled from all ``pieces``, which are in the order of ``layout.pieces(axes)``."""
         holders = self.layout.group_of(0, self.layout.pieces(self.axes))
         out = pieces[0].new_empty(self.shape)
         for rank, piece in zip(holders, pieces, strict=True):
@@ -156,5 +156,5 @@ def whole_shape(local: Sequence[int], shards: Sequence[Shard], layout: ParallelL
 
 
 def box_of(spec: ParamSpec, state: ParallelState | None) -> Box:
-    """The part of parameter ``spec`` that this process holds: all of it without a ``state``."""
+    """The part of parameter ``spec`` that this process holds; without a ``state``, all of it."""
     return Sharding.of(spec, state.layout).box(state.rank) if state is not None else Box.whole(spec.shape)

@@ -1,4 +1,4 @@
-"""Who sits where and who owns what, for people."""
+"""A readable report of the rank layout and of the optimizer's buffers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer
 
 _MESHES = {"dense": "dense parameters", "expert": "experts"}
-# What the ranks of a group of an axis do.
+# The relation between the ranks of a group, by axis.
 _AXES = {
     "sep": "share each sequence",
     "dp": "hold the same part of different sequences",
@@ -16,7 +16,7 @@ _AXES = {
 
 
 def describe_topology(layout: ParallelLayout, optimizer: DistributedOptimizer) -> str:
-    """A readable report: the groups of each axis, and per flat buffer its size, buckets, owners and padding."""
+    """A readable report: the groups of each axis, and for each flat buffer its size, buckets, owners and padding."""
     factors = {name: " x ".join(f"{axis} {layout.size(axis)}" for axis in mesh) for name, mesh in layout.meshes.items()}
     meshes = ", ".join(f"{product} for {_MESHES.get(name, name)}" for name, product in factors.items())
     lines = [f"topology: {layout.world_size} processes = {meshes}"]

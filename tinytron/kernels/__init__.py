@@ -1,2 +1,2 @@
-"""Floor 1: one file per operation, with its definition, the backward pass by hand, our Triton kernel (in the file
-next to it, ``*_triton.py``) and the optional package; ``choice.py`` says which of them computes it."""
+"""Floor 1: one file per operation. It has the definition, a hand-written backward pass, and the calls of our Triton kernel
+(in ``*_triton.py`` next to it) and of the optional package; ``choice.py`` selects one of them."""

@@ -1,4 +1,4 @@
-"""Causal attention with grouped key/value heads (GQA, arXiv:2305.13245), by any backend.
+"""Causal attention with grouped key/value heads (GQA, arXiv:2305.13245), with a choice of backends.
 
 Letters: B batch, S sequence, N query heads, K key/value heads, H head dimension, T = B * S tokens.
 """
@@ -16,8 +16,8 @@ from tinytron.kernels.attention_tiled import can_tile, tiled_attention
 from tinytron.kernels.choice import Backend, check_varlen_dropout
 from tinytron.utils.sequences import Documents, rows_as_documents, visible
 
-VARLEN_BACKENDS = frozenset({"flash", "varlen"})  # backends that take documents' boundaries and windows, not masks
-# From torch 2.12 on varlen_attn is told that query heads share keys; 2.11 takes them as they are.
+VARLEN_BACKENDS = frozenset({"flash", "varlen"})  # backends that take document boundaries and windows, not masks
+# Since torch 2.12 varlen_attn must be told that query heads share keys; 2.11 infers it from the shapes.
 _SHARED_HEADS: dict[str, Any] = {"enable_gqa": True} if TorchVersion(torch.__version__) >= "2.12" else {}
 
 
@@ -33,11 +33,11 @@ def attend(
 ) -> torch.Tensor:
     """Causal attention, ``[B, S, N, H] -> [B, S, N, H]``; ``N`` is a multiple of ``K``.
 
-    With ``window`` (arXiv:2310.06825, section 2) a token sees the last ``window`` tokens, itself included; a
-    mask that ``documents`` brings is used as it is. Backends: ``sdpa`` is torch's fused kernel; ``auto`` is
-    the same, and on CPUs ``tiled_attention`` where it is faster; ``flash`` the flash-attn package; ``varlen``
-    torch's kernels for documents; ``math`` the readable reference: explicit scores, softmax in fp32 (fp64
-    for fp64 inputs).
+    With ``window`` (arXiv:2310.06825, section 2) a token attends to the last ``window`` tokens, including
+    itself. If ``documents`` has a mask, that is used as it is. Backends: ``sdpa`` is torch's fused kernel;
+    ``auto`` is ``sdpa``, or on CPUs ``tiled_attention`` where that is faster; ``flash`` is the flash-attn
+    package; ``varlen`` is torch's kernel for documents; ``math`` is the readable reference with explicit
+    scores and a softmax in fp32 (fp64 for fp64 inputs).
     """
     if backend == "varlen":
         return _attend_varlen(q_BSNH, k_BSKH, v_BSKH, documents, window, dropout)
@@ -51,7 +51,7 @@ def attend(
     if backend == "auto" and can_tile(q_BSNH, dropout):
         return tiled_attention(q_BSNH, k_BSKH, v_BSKH, mask)
     if mask is not None and q_BSNH.is_cuda:
-        # With a mask CUDA's fused kernels need a key for every query head: else all scores would be held.
+        # With a mask, CUDA's fused kernels need a key per query head; otherwise all scores would be in memory.
         k_BSKH, v_BSKH = (one_per_query_head(t, q_BSNH.shape[2]) for t in (k_BSKH, v_BSKH))
     out_BNSH = F.scaled_dot_product_attention(
         q_BSNH.transpose(1, 2),
@@ -66,7 +66,7 @@ def attend(
 
 
 def one_per_query_head(x_BSKH: torch.Tensor, N: int) -> torch.Tensor:
-    """``[B, S, K, H] -> [B, S, N, H]``: each key or value head as often as query heads share it."""
+    """Repeat each key or value head for every query head that shares it: ``[B, S, K, H] -> [B, S, N, H]``."""
     return x_BSKH.repeat_interleave(N // x_BSKH.shape[2], dim=2)
 
 
@@ -97,7 +97,7 @@ def _attend_flash(
     dropout: float,
 ) -> torch.Tensor:
     flash = importlib.import_module("flash_attn")
-    options = {"window_size": (window - 1, 0)} if window else {}  # further tokens to the left and to the right
+    options = {"window_size": (window - 1, 0)} if window else {}  # additional tokens to the left and to the right
     if documents is None:
         out: torch.Tensor = flash.flash_attn_func(q_BSNH, k_BSKH, v_BSKH, dropout_p=dropout, causal=True, **options)
         return out
@@ -129,7 +129,7 @@ def _attend_varlen(
     check_varlen_dropout(dropout)
     (B, S, N, _), K = q_BSNH.shape, k_BSKH.shape[2]
     cu_seqlens, longest, _ = documents or rows_as_documents(B, S, q_BSNH.device)
-    out_TNH: Any = varlen.varlen_attn(  # a tensor, as nothing else is asked for
+    out_TNH: Any = varlen.varlen_attn(  # a tensor, because no auxiliary output is requested
         q_BSNH.flatten(0, 1),
         k_BSKH.flatten(0, 1),
         v_BSKH.flatten(0, 1),
@@ -137,7 +137,7 @@ def _attend_varlen(
         cu_seqlens,
         longest,
         longest,
-        window_size=(window - 1 if window else -1, 0),  # further tokens to the left (-1: all) and right
+        window_size=(window - 1 if window else -1, 0),  # additional tokens to the left (-1: all) and to the right
         **(_SHARED_HEADS if N != K else {}),
     )
     out: torch.Tensor = out_TNH.view_as(q_BSNH)

@@ -1,9 +1,9 @@
-"""Causal attention on CPUs, from batched matrix products over tiles of the score matrix.
+"""Causal attention on CPUs, built from batched matrix products over tiles of the score matrix.
 
-torch's fused kernel for CPUs multiplies tiles one by one, at a tenth of the rate that ``bmm`` reaches there. Here a tile is
-some rows of queries, of all heads that share a key head, times all keys so far: the products are large, scores above
-the diagonal are left out tile by tile, and a tile stays in the cache. As in FlashAttention (arXiv:2205.14135, section 3.1)
-the scores are never held as a whole, and are computed again in the backward pass. Measured in docs/performance.md.
+torch's fused CPU kernel multiplies tiles one by one, at a tenth of the rate of ``bmm``. Here a tile consists of a few rows
+of queries, for all heads that share a key head, and all keys up to their position. So the products are large, scores above
+the diagonal are skipped tile by tile, and a tile stays in the cache. As in FlashAttention (arXiv:2205.14135, section 3.1)
+the scores are never in memory as a whole, and the backward pass recomputes them. docs/performance.md has measurements.
 
 Letters: B batch, S sequence, N query heads, K key/value heads, H head dimension; U = B * K pairs of a row and a key head,
 G = N / K query heads of a pair; M tiles of r tokens each, R = G * r rows of a tile; n pairs and t keys of one product.
@@ -19,38 +19,39 @@ import torch
 
 from tinytron.utils.matmul import onednn
 
-SHORTEST, LONGEST = 32, 2048  # tokens; outside, torch's kernel is as fast
-_SCORES = 2**19  # of a tile, about: 2 MiB in fp32
+SHORTEST, LONGEST = 32, 2048  # tokens; outside this range torch's kernel is as fast
+_SCORES = 2**19  # approximate number of scores in a tile: 2 MiB in fp32
 
 
 def can_tile(q_BSNH: torch.Tensor, dropout: float) -> bool:
-    """Whether ``tiled_attention`` takes these queries, and is the faster one."""
+    """True if ``tiled_attention`` supports these queries and is faster than torch's kernel."""
     fits = SHORTEST <= q_BSNH.shape[1] <= LONGEST and q_BSNH.dtype != torch.float16
-    on_cpu = q_BSNH.device.type == "cpu" and not q_BSNH.is_cuda  # a planner may pretend
+    on_cpu = q_BSNH.device.type == "cpu" and not q_BSNH.is_cuda  # the memory planner fakes is_cuda
     return on_cpu and dropout == 0 and fits
 
 
 def tiled_attention(
     q_BSNH: torch.Tensor, k_BSKH: torch.Tensor, v_BSKH: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Softmax attention of every token to those up to itself: ``[B, S, N, H] -> [B, S, N, H]``, ``N`` a multiple of ``K``.
+    """Causal softmax attention: ``[B, S, N, H] -> [B, S, N, H]``; ``N`` is a multiple of ``K``.
 
-    ``mask`` ``[1 or B, 1, S, S]`` (constant) is added to the scores in the place of the causal rule, and is -inf above the
-    diagonal, too. Scores and softmax are in fp32 (fp64 for fp64 inputs), and so are sums over tiles; weights and their
-    gradients meet values in the inputs' precision, as in fused kernels. One operation for ``torch.compile``.
+    ``mask`` ``[1 or B, 1, S, S]`` (constant) is added to the scores instead of the causal mask; it must be -inf above the
+    diagonal. Scores, softmax and sums over tiles are in fp32 (fp64 for fp64 inputs). Products of weights or their gradients
+    with values are in the inputs' precision, as in fused kernels. For ``torch.compile`` this is a single operation.
     """
     out: torch.Tensor = _forward(q_BSNH, k_BSKH, v_BSKH, mask)
     return out
 
 
 def _tile_length(S: int) -> int:
-    """A divisor of ``S``, about an eighth of it, between 64 and 256; ``S`` itself if it has none of use."""
+    """A divisor of ``S`` between 64 and 256, about an eighth of it; ``S`` itself if it has no suitable divisor."""
     wanted = max(64, min(256, S // 8))
     return next((S // M for M in range(-(-S // wanted), S // 16 + 1) if S % M == 0), S)
 
 
 class _Tile(NamedTuple):
-    """Pairs ``pairs``, the rows ``number`` of each, the first ``t`` keys; ``shape`` of its scores: n, G, r, t."""
+    """One tile: the pairs ``pairs``, row block ``number`` of each, and the first ``t`` keys. ``shape`` is the shape of its
+    scores: n, G, r, t."""
 
     pairs: slice
     number: int
@@ -58,28 +59,32 @@ class _Tile(NamedTuple):
 
     @property
     def rows(self) -> tuple[int, slice]:
-        """Index of ``[n, R, H]`` in ``[M, U, R, H]``."""
+        """The tile's index into ``[M, U, R, H]``, which selects ``[n, R, H]``."""
         return self.number, self.pairs
 
     @property
     def keys(self) -> tuple[slice, slice]:
-        """Index of ``[n, t, H]`` in ``[U, S, H]``."""
+        """The tile's index into ``[U, S, H]``, which selects ``[n, t, H]``."""
         return self.pairs, slice(0, self.shape[3])
 
     def scores(self, buffer: torch.Tensor) -> torch.Tensor:
-        """``[n, R, t]`` at the beginning of a flat buffer."""
+        """A view ``[n, R, t]`` of the beginning of a flat buffer."""
         n, G, r, t = self.shape
         return buffer[: n * G * r * t].view(n, G * r, t)
 
 
 class _Scores:
-    """Softmax weights tile by tile, in buffers that all tiles share: on a CPU, touching fresh memory costs more than the
-    arithmetic on it."""
+    """Computes softmax weights tile by tile, in buffers that all tiles share, because on a CPU touching fresh memory takes
+    longer than the arithmetic on it."""
 
     def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> None:
         (self.B, S, N, H), self.K = q.shape, k.shape[2]
-        self.G, self.r, U = N // self.K, _tile_length(S), self.B * self.K
-        self.dtype, self.scale, self.mask = q.dtype, H**-0.5, mask
+        self.G = N // self.K
+        self.r = _tile_length(S)
+        U = self.B * self.K
+        self.dtype = q.dtype
+        self.scale = H**-0.5
+        self.mask = mask
         self.compute = torch.promote_types(self.dtype, torch.float32)
         self.q_MURH, self.k_USH, self.v_USH = self.by_tile(q), self.by_pair(k), self.by_pair(v)
         self._wide_q, self._wide_k = self.q_MURH.to(self.compute), self.k_USH.to(self.compute)
@@ -90,14 +95,14 @@ class _Scores:
         self._future = torch.full((self.r, self.r), float("-inf"), dtype=self.compute).triu_(1)
 
     def by_tile(self, x_BSNH: torch.Tensor) -> torch.Tensor:
-        """``[B, S, N, H] -> [M, U, R, H]``, contiguous: so is a tile of it, which oneDNN would copy otherwise."""
+        """``[B, S, N, H] -> [M, U, R, H]``, contiguous, so that each tile is contiguous and oneDNN does not copy it."""
         B, S, _, H = x_BSNH.shape
         x_BMrKGH = x_BSNH.reshape(B, S // self.r, self.r, self.K, self.G, H)
         x_MURH = x_BMrKGH.permute(1, 0, 3, 4, 2, 5).reshape(S // self.r, B * self.K, self.G * self.r, H)
         return x_MURH.contiguous()
 
     def from_tiles(self, x_MURH: torch.Tensor) -> torch.Tensor:
-        """``by_tile`` undone, contiguous."""
+        """The inverse of ``by_tile``, contiguous."""
         M, _, _, H = x_MURH.shape
         x_MBKGrH = x_MURH.view(M, self.B, self.K, self.G, self.r, H)
         return x_MBKGrH.permute(1, 0, 4, 2, 3, 5).reshape(self.B, M * self.r, self.K * self.G, H).contiguous()
@@ -107,7 +112,7 @@ class _Scores:
         return x_BSKH.transpose(1, 2).flatten(0, 1).contiguous()
 
     def from_pairs(self, x_USH: torch.Tensor) -> torch.Tensor:
-        """``by_pair`` undone, contiguous."""
+        """The inverse of ``by_pair``, contiguous."""
         return x_USH.unflatten(0, (self.B, self.K)).transpose(1, 2).contiguous()
 
     def tiles(self) -> Iterator[_Tile]:
@@ -118,15 +123,16 @@ class _Scores:
                 yield _Tile(pairs, number, (pairs.stop - pair, self.G, self.r, (number + 1) * self.r))
 
     def multiply(self, left: torch.Tensor, right: torch.Tensor, tile: _Tile, scale: float = 1.0) -> torch.Tensor:
-        """``scale * left @ right^T`` in the precision of softmax, ``[n, R, t]``; valid until the next product."""
+        """``scale * left @ right^T``, ``[n, R, t]``, in the softmax precision; valid until the next product."""
         out = tile.scores(self._products)
         with onednn() if self.dtype == torch.bfloat16 else contextlib.nullcontext():
             return torch.baddbmm(out, left, right.mT, beta=0, alpha=scale, out=out)
 
     def weights(self, tile: _Tile) -> torch.Tensor:
-        """Softmax over the keys of a tile: ``[n, R, t]``; valid until the next tile."""
+        """The softmax over a tile's keys, ``[n, R, t]``; valid until the next tile."""
         scores = self.multiply(self._wide_q[tile.rows], self._wide_k[tile.keys], tile, self.scale)
-        first, t = tile.number * self.r, tile.shape[3]
+        first = tile.number * self.r
+        t = tile.shape[3]
         if self.mask is None:
             scores.view(tile.shape)[..., first:].add_(self._future)
         else:
@@ -151,7 +157,8 @@ def _attend_backward(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     scores = _Scores(q, k, v, mask)
-    compute, grad_MURH = scores.compute, scores.by_tile(grad)
+    compute = scores.compute
+    grad_MURH = scores.by_tile(grad)
     wide_grad, wide_v = grad_MURH.to(compute), scores.v_USH.to(compute)
     dq_MURH = torch.empty_like(scores.q_MURH)
     dk_USH, dv_USH = (torch.zeros(scores.k_USH.shape, dtype=compute) for _ in range(2))
@@ -170,7 +177,7 @@ def _attend_backward(
 
 _forward = torch.library.custom_op("tinytron::tiled_attention", _attend, mutates_args=())
 _backward = torch.library.custom_op("tinytron::tiled_attention_backward", _attend_backward, mutates_args=())
-PARTS: dict[Any, Callable[..., Any]] = {  # what the operations are made of, for those who count memory
+PARTS: dict[Any, Callable[..., Any]] = {  # the implementation of each operation, for the memory planner
     torch.ops.tinytron.tiled_attention.default: _attend,
     torch.ops.tinytron.tiled_attention_backward.default: _attend_backward,
 }

@@ -1,7 +1,7 @@
-"""The choice of an implementation for every operation that has several, and whether that choice can run.
+"""The choice of an implementation for every operation that has several, and checks that the choice can run.
 
-Each operation has a file of its own in this folder. Its public function takes the chosen implementation
-by name, and decides at the call what depends on the call: device, precision, and whether torch compiles.
+Each operation has its own file in this folder. Its public function takes the name of the chosen implementation.
+Anything that depends on the call is decided there: device, precision, and whether torch is compiling.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ TritonKernel = Literal["torch", "triton"]
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """The implementation of every operation, as it is handed to constructors.
+    """The implementation of every operation, as passed to constructors.
 
-    ``torch`` is PyTorch, with our own backward passes where torch's keep more than they need; ``triton``
-    our Triton kernels; ``liger`` and ``cut`` those of the liger-kernel and cut-cross-entropy packages.
-    attention.py describes the attention backends.
+    ``torch`` is PyTorch, with hand-written backward passes where torch's keep more than they need. ``triton``
+    stands for our Triton kernels; ``liger`` and ``cut`` for the kernels of the liger-kernel and
+    cut-cross-entropy packages. attention.py describes the attention backends.
     """
 
     attention: Backend = "auto"
@@ -46,8 +46,8 @@ class Kernels:
         use_triton_kernels: bool = False,
         use_cut_cross_entropy: bool = False,
     ) -> Kernels:
-        """The choice that the flags of these names make. With both ``use_triton_kernels`` and
-        ``use_cut_cross_entropy`` the package computes the loss, and our kernels the rest."""
+        """The choice that corresponds to the flags of these names. If both ``use_triton_kernels`` and
+        ``use_cut_cross_entropy`` are set, the package computes the loss, and our kernels the rest."""
         by_liger: LigerKernel = "liger" if use_liger_kernel else "torch"
         by_triton: TritonKernel = "triton" if use_triton_kernels else "torch"
         return cls(
@@ -61,17 +61,17 @@ class Kernels:
 
     @property
     def liger(self) -> bool:
-        """Some operation is computed by liger-kernel."""
+        """True if liger-kernel computes any operation."""
         return "liger" in (self.rms_norm, self.swiglu)
 
     @property
     def triton(self) -> bool:
-        """Some operation is computed by our Triton kernels."""
+        """True if our Triton kernels compute any operation."""
         return "triton" in (self.cross_entropy, self.expert_rows, self.gram)
 
     @property
     def cut(self) -> bool:
-        """The loss is computed by cut-cross-entropy."""
+        """True if cut-cross-entropy computes the loss."""
         return self.cross_entropy == "cut"
 
 
@@ -79,7 +79,7 @@ DEFAULT = Kernels()
 
 
 class _Package(NamedTuple):
-    """Requirement of a flag for CUDA kernels: a pip package, and ``names`` in one of its modules."""
+    """The requirement of a flag for CUDA kernels: a pip package, and ``names`` that one of its modules must have."""
 
     name: str
     module: str
@@ -92,8 +92,8 @@ _CUT = _Package("cut-cross-entropy", "cut_cross_entropy", ("linear_cross_entropy
 
 
 def check_device(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises: ConfigError unless the chosen kernels run on ``device`` in ``dtype``, and their packages are
-    installed."""
+    """Check that the chosen kernels run on ``device`` in ``dtype``, and that their packages are installed. Raises:
+    ConfigError."""
     _check_backend(kernels.attention, device, dtype)
     if kernels.liger:
         _check_package("use_liger_kernel", _LIGER, device)
@@ -104,16 +104,14 @@ def check_device(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> 
 
 
 def check_model(kernels: Kernels, precision: str, *, head_dim: int, dropout: float) -> None:
-    """Rules on ``precision`` (bf16, fp16, fp32 or fp64) and on the attention's shape, on whatever device.
-
-    Raises: ConfigError unless the chosen kernels compute in that precision and with such heads.
-    """
+    """Check, for any device, that the chosen kernels support ``precision`` (bf16, fp16, fp32 or fp64), the heads and the
+    dropout. Raises: ConfigError."""
     if kernels.attention == "varlen":
         _check_sixteen_bits("--attn_backend varlen", precision, "--attn_backend sdpa")
         check_varlen_dropout(dropout)
         if head_dim % 8 or head_dim > 256:
             raise ConfigError(
-                f"--attn_backend varlen wants --head_dim to be a multiple of 8 up to 256, not {head_dim}; "
+                f"--attn_backend varlen needs --head_dim to be a multiple of 8 up to 256, not {head_dim}; "
                 f"use {min(256, -(-head_dim // 8) * 8)}, or --attn_backend sdpa"
             )
     for flag, asked in (("use_liger_kernel", kernels.liger), ("use_triton_kernels", kernels.triton)):
@@ -124,10 +122,10 @@ def check_model(kernels: Kernels, precision: str, *, head_dim: int, dropout: flo
 
 
 def check_varlen_dropout(dropout: float) -> None:
-    """Raises: ConfigError for a ``dropout``, which torch's kernels for documents do not have."""
+    """Check that there is no ``dropout``, which torch's kernels for documents do not support. Raises: ConfigError."""
     if dropout:
         raise ConfigError(
-            f"--dropout {dropout} does not go with --attn_backend varlen, which has none; use --dropout 0, or "
+            f"--dropout {dropout} does not work with --attn_backend varlen, which has no dropout; use --dropout 0, or "
             "--attn_backend sdpa"
         )
 
@@ -144,20 +142,20 @@ def _check_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -
         raise ConfigError("--attn_backend flash needs the flash-attn package: pip install flash-attn; or use sdpa")
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         raise ConfigError(
-            f"--attn_backend {backend} runs on CUDA in bf16 or fp16 only, not on {device.type} in {dtype}; use sdpa"
+            f"--attn_backend {backend} runs only on CUDA in bf16 or fp16, not on {device.type} in {dtype}; use sdpa"
         )
     if backend == "varlen" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
         raise ConfigError(
-            "--attn_backend varlen needs a GPU of compute capability 8.0 (Ampere) or newer, and this is "
+            "--attn_backend varlen needs a GPU of compute capability 8.0 (Ampere) or newer, but this is "
             f"{torch.cuda.get_device_name(device)}; use sdpa"
         )
 
 
 def _check_package(flag: str, package: _Package, device: torch.device) -> None:
-    """Raises: ConfigError unless ``device`` is a CUDA device and ``package`` is installed, and not too old."""
+    """Check that ``device`` is a CUDA device, and that ``package`` is installed and new enough. Raises: ConfigError."""
     name, module, names = package
     if device.type != "cuda":
-        raise ConfigError(f"--{flag} runs on CUDA only, not on {device.type}; drop --{flag}")
+        raise ConfigError(f"--{flag} runs only on CUDA, not on {device.type}; drop --{flag}")
     try:
         found = importlib.import_module(module)
     except ImportError as error:

@@ -1,9 +1,8 @@
-"""Output head and cross entropy in one, without ever holding the [tokens, vocabulary] logits.
+"""Output head and cross entropy in one operation that never holds all [tokens, vocabulary] logits.
 
-The gradients are computed in the forward pass, chunk by chunk, while a chunk's logits are at hand:
-nothing is computed twice and only one chunk is alive (the idea of Cut Your Losses,
-arXiv:2411.09009, and Liger, arXiv:2410.10989, in plain PyTorch). Letters: T tokens, t tokens of one
-chunk, D model dimension, V vocabulary.
+The forward pass also computes the gradients, chunk by chunk, while a chunk's logits are in memory. So nothing
+is computed twice, and only one chunk is alive (the idea of Cut Your Losses, arXiv:2411.09009, and Liger,
+arXiv:2410.10989, in plain PyTorch). Letters: T tokens, t tokens of one chunk, D model dimension, V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,28 +29,28 @@ def linear_cross_entropy(
     chunk_tokens: int | None = None,
     by: LossKernel = "torch",
 ) -> Losses:
-    """Sum over tokens of ``weight * (-log softmax(hidden @ weight.T)[label] + z_loss_coef * lse²)``,
-    where lse is the logsumexp of a token's logits (z-loss: PaLM, arXiv:2204.02311, section 5).
+    """The sum over tokens of ``weight * (-log softmax(hidden @ weight.T)[label] + z_loss_coef * lse²)``, where
+    lse is the logsumexp of a token's logits (z-loss: PaLM, arXiv:2204.02311, section 5).
 
-    Returns this objective, differentiable once in ``hidden_TD`` and ``weight_VD``; the same without
-    z-loss, detached; and every token's cross entropy ``[T]``, detached and not weighted.
+    Returns this objective, differentiable once in ``hidden_TD`` and ``weight_VD``; the same sum without z-loss,
+    detached; and every token's cross entropy ``[T]``, detached and not weighted.
 
-    Labels equal to ``ignore_index`` count as zero; ``weights_T`` (floats, constants; default 1) weigh
-    the others: 0 is as if ignored. Sums, softmax and the weight's gradient are in fp32 (fp64 for fp64
-    inputs); the matrix products are in the inputs' precision. ``chunk_tokens`` bounds the live logits;
-    by default it follows from V and the device.
+    Labels equal to ``ignore_index`` count as zero. ``weights_T`` (floats, constants; default 1) weigh the
+    others; a weight of 0 is the same as an ignored label. Sums, softmax and the weight's gradient are in fp32
+    (fp64 for fp64 inputs); the matrix products are in the inputs' precision. ``chunk_tokens`` bounds the live
+    logits; the default depends on V and the device.
 
-    ``triton``: everything between the products by cross_entropy_triton.py, which needs no logits in
-    fp32 (fp64 stays with torch). ``cut``: all of it by the cut-cross-entropy package, which has no
+    With ``triton``, cross_entropy_triton.py computes everything between the products and needs no logits in
+    fp32 (fp64 stays with torch). With ``cut``, the cut-cross-entropy package computes everything; it has no
     z-loss and no chunks. Raises: ValueError for a ``z_loss_coef`` with ``cut``.
     """
-    if not torch.is_grad_enabled():  # or the gradients would be computed needlessly
+    if not torch.is_grad_enabled():  # otherwise the forward pass would compute gradients needlessly
         hidden_TD = hidden_TD.detach()
         weight_VD = weight_VD.detach()
     if by == "cut":
         return _by_package(hidden_TD, weight_VD, labels_T, weights_T, z_loss_coef, ignore_index)
     if chunk_tokens is None:
-        # Logits of one chunk: many keep a GPU busy; on a CPU fewer stay in its cache.
+        # Number of logits in a chunk: a GPU needs many to stay busy; on a CPU a smaller chunk stays in the cache.
         elements = 2**27 if hidden_TD.is_cuda else 2**22
         chunk_tokens = max(128, elements // weight_VD.shape[0])
     by_triton = by == "triton" and hidden_TD.dtype != torch.float64
@@ -71,18 +70,17 @@ def cross_entropy_(
     ignore_index: int,
     gradient: bool,
 ) -> torch.Tensor:
-    """The eager twin of ``cross_entropy_triton.cross_entropy_``, which says what it does, in fp32 or
-    fp64."""
+    """The eager counterpart of ``cross_entropy_triton.cross_entropy_`` (described there), in fp32 or fp64."""
     valid_t = label_t != ignore_index
     index_t1 = torch.where(valid_t, label_t, 0).unsqueeze(1)
     label_z_t = logits_tV.gather(1, index_t1).squeeze(1)
     max_t1 = logits_tV.amax(1, keepdim=True)
-    exp_tV = logits_tV.sub_(max_t1).exp_()  # in place and once: the gradient needs the same exponentials
+    exp_tV = logits_tV.sub_(max_t1).exp_()  # computed once, in place: the gradient needs the same exponentials
     sum_t1 = exp_tV.sum(1, keepdim=True)
     lse_t = (max_t1 + sum_t1.log()).squeeze(1)
     torch.mul(lse_t - label_z_t, valid_t, out=nll_t)
     if gradient:
-        # d objective / d z = weight * (p (1 + 2 z_coef lse) - onehot(label)), and zero for ignored labels
+        # d objective / d z = weight * (p (1 + 2 z_coef lse) - onehot(label)); zero for ignored labels
         scale_t = (1 + 2 * z_loss_coef * lse_t) * counted_t
         exp_tV.mul_(scale_t.unsqueeze(1) / sum_t1)
         exp_tV.scatter_add_(1, index_t1, -counted_t.unsqueeze(1))
@@ -114,7 +112,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             counted_t = (labels_T[chunk] != ignore_index).to(logits.dtype)
             if weights_T is not None:
                 counted_t = counted_t * weights_T[chunk].to(logits.dtype)
-            nll_t, z_tV = per_token[chunk], logits.of(hidden_TD[chunk], weight_VD)
+            nll_t = per_token[chunk]
+            z_tV = logits.of(hidden_TD[chunk], weight_VD)
             lse_t = rows_(
                 z_tV, labels_T[chunk], counted_t, nll_t, z_loss_coef, ignore_index=ignore_index, gradient=grads.wanted
             )
@@ -131,9 +130,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_objective: torch.Tensor, *_: torch.Tensor) -> tuple[Any, ...]:
         if ctx.grads is None:
-            raise RuntimeError("the fused loss can be differentiated once only: call the model again")
+            raise RuntimeError("the fused loss can be differentiated only once: call the model again")
         grad_hidden, grad_weight = ctx.grads
-        ctx.grads = None  # scaled in place below
+        ctx.grads = None  # they are scaled in place below, so they cannot be used again
         if grad_hidden is not None:
             grad_hidden.mul_(grad_objective)
         if grad_weight is not None:
@@ -142,8 +141,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _Logits:
-    """The logits of one chunk at a time, in buffers that all chunks share: on a CPU, touching fresh
-    memory costs more than the arithmetic on it. ``dtype`` is the precision of softmax and sums."""
+    """The logits of one chunk at a time, in buffers that all chunks share, because on a CPU touching fresh
+    memory takes longer than the arithmetic on it. ``dtype`` is the precision of softmax and sums."""
 
     def __init__(self, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, size: int, by_triton: bool) -> None:
         V = len(weight_VD)
@@ -154,17 +153,17 @@ class _Logits:
         self._wide = None if in_place else hidden_TD.new_empty(size, V, dtype=self.dtype)
 
     def of(self, h_tD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
-        """The logits ``[t, V]``, valid until the next chunk's; the caller overwrites them."""
+        """The logits ``[t, V]``, valid until the next call; the caller may overwrite them."""
         product_tV = torch.mm(h_tD, weight_VD.t(), out=self._product[: len(h_tD)])
         return product_tV if self._wide is None else self._wide[: len(h_tD)].copy_(product_tV)
 
     def rounded(self, grad_tV: torch.Tensor) -> torch.Tensor:
-        """What the logits have become, in the inputs' precision."""
+        """The gradient that has overwritten the logits, in the inputs' precision."""
         return grad_tV if self._wide is None else self._product[: len(grad_tV)].copy_(grad_tV)
 
 
 class _Gradients:
-    """The gradients of both inputs, filled chunk by chunk; ``None`` for an input that needs none."""
+    """The gradients of both inputs, filled chunk by chunk; ``None`` for an input that needs no gradient."""
 
     def __init__(self, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, needed: tuple[bool, ...]) -> None:
         want_hidden, want_weight = needed[:2]
@@ -175,7 +174,7 @@ class _Gradients:
         self._part_VD = torch.empty_like(weight_VD) if want_weight else None
 
     def add(self, grad_tV: torch.Tensor, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, chunk: slice) -> None:
-        """Add what the gradient of a chunk's logits gives."""
+        """Add the contribution of a chunk, given the gradient of its logits."""
         if self.hidden_TD is not None:
             torch.mm(grad_tV, weight_VD, out=self.hidden_TD[chunk])
         if self.weight_VD is not None:
@@ -183,8 +182,8 @@ class _Gradients:
 
 
 def _accumulate(total_VD: torch.Tensor, part_VD: torch.Tensor) -> None:
-    """``total += part``. CPUs first copy all of a ``part`` of lower precision, into fresh memory: there
-    it is added a few rows at a time, whose copies stay in the cache."""
+    """``total += part``. If ``part`` has a lower precision, torch first copies all of it to fresh memory on
+    CPUs. So it is added there a few rows at a time, whose copies stay in the cache."""
     at_once = part_VD.is_cuda or part_VD.dtype == total_VD.dtype
     rows = len(part_VD) if at_once else max(1, 2**17 // part_VD.shape[1])
     for total, part in zip(total_VD.split(rows), part_VD.split(rows), strict=True):
@@ -192,7 +191,7 @@ def _accumulate(total_VD: torch.Tensor, part_VD: torch.Tensor) -> None:
 
 
 def _rows_kernel(by_triton: bool) -> Callable[..., torch.Tensor]:
-    """What turns a chunk's logits into losses and gradients."""
+    """The function that turns a chunk's logits into losses and gradients."""
     if not by_triton:
         return cross_entropy_
     from tinytron.kernels import cross_entropy_triton  # needs the triton package
@@ -208,17 +207,16 @@ def _by_package(
     z_loss_coef: float,
     ignore_index: int,
 ) -> Losses:
-    """``linear_cross_entropy`` without z-loss, in bf16 or fp16, by the kernels of cut-cross-entropy
-    (arXiv:2411.09009): no logits in memory at all, not even of a chunk.
+    """``linear_cross_entropy`` without z-loss, in bf16 or fp16, with the kernels of cut-cross-entropy
+    (arXiv:2411.09009). It holds no logits in memory, not even those of a chunk.
 
-    The package leaves out gradients below the inputs' precision (its ``filter_eps``), sums the weight's
-    gradient in that precision and in no fixed order, and counts the valid labels, for which the host
-    waits.
+    The package drops gradients below the inputs' precision (its ``filter_eps``), and sums the weight's
+    gradient in that precision and in no fixed order. It counts the valid labels, for which the host waits.
     """
-    if z_loss_coef:  # the package does not give the log-partition
-        raise ValueError(f'z_loss_coef {z_loss_coef} does not go with by="cut"; use 0')
+    if z_loss_coef:  # the package does not return the logsumexp
+        raise ValueError(f'z_loss_coef {z_loss_coef} does not work with by="cut"; use 0')
     package = importlib.import_module("cut_cross_entropy")
-    # Per target: only then can they be weighted, and only then does the loss of each come out.
+    # No reduction, because the losses must be weighted and are also returned per token.
     nll_T = package.linear_cross_entropy(hidden_TD, weight_VD, labels_T, ignore_index=ignore_index, reduction="none")
     nll_T = nll_T.to(torch.promote_types(nll_T.dtype, torch.float32))
     objective = (nll_T if weights_T is None else nll_T * weights_T.to(nll_T.dtype)).sum()

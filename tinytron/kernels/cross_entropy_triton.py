@@ -1,9 +1,8 @@
-"""The row-wise part of the fused head and loss: what cross_entropy.py does to a chunk's logits between its
-two matrix products, in two passes over them. Needs the triton package. Letters: t tokens of a chunk, V
-vocabulary.
+"""The row-wise part of the fused head and loss: the work on a chunk's logits between the two matrix products of
+cross_entropy.py, in two passes. Needs the triton package. Letters: t tokens of a chunk, V vocabulary.
 
-Pass 1 keeps a running maximum and a running sum of exponentials (online softmax, arXiv:1805.02867); pass 2 puts the
-gradient where the logits were. No copy of the logits in fp32 is in memory: fp32 is in registers only.
+Pass 1 keeps a running maximum and a running sum of exponentials (online softmax, arXiv:1805.02867). Pass 2 overwrites the
+logits with the gradient. There is no fp32 copy of the logits in memory: fp32 values exist only in registers.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-MAX_BLOCK = 4096  # logits in registers at a time: 16 a thread
+MAX_BLOCK = 4096  # logits in registers at a time: 16 per thread
 
 
 @triton.jit
@@ -33,9 +32,9 @@ def _rows(
     target = tl.load(label + row)
     ignored = target == IGNORE
     known = (target >= 0) & (target < V)
-    unknown = float("nan")  # a label that is no token: the loss says so, where indexing would stop the process
+    unknown = float("nan")  # for a label outside the vocabulary: the loss becomes NaN instead of stopping the process
     target_z = tl.load(z + target, mask=known, other=unknown).to(tl.float32)
-    read = tl.where(ignored, 0, V)  # ignored rows are written only
+    read = tl.where(ignored, 0, V)  # ignored rows are only written
     column = tl.arange(0, BLOCK)
     top = -float("inf")
     total = 0.0
@@ -53,7 +52,7 @@ def _rows(
     if GRADIENT:
         count = tl.where(ignored, 0.0, tl.where(known, tl.load(counted + row), unknown))
         scale = (1.0 + 2.0 * z_loss_coef * log_sum) * count / total
-        tl.debug_barrier()  # every warp has the label's logit before any of them overwrites it
+        tl.debug_barrier()  # every warp must have read the label's logit before another warp overwrites it
         for start in range(0, V, BLOCK):
             at = start + column
             x = tl.load(z + at, mask=at < read, other=-float("inf")).to(tl.float32)
@@ -72,12 +71,12 @@ def cross_entropy_(
     ignore_index: int,
     gradient: bool,
 ) -> torch.Tensor:
-    """Cross entropy of each row into ``nll_t`` (fp32; zero where the label is ``ignore_index``); returns the logarithm of
-    each row's sum of exponentials (fp32; zero there, too).
+    """Write the cross entropy of each row to ``nll_t`` (fp32; zero where the label is ``ignore_index``), and return the
+    logsumexp of each row (fp32; also zero there).
 
-    With ``gradient`` the logits (contiguous; bf16, fp16 or fp32) become the gradient of the sum over rows of
-    ``counted * (nll + z_loss_coef * lse²)``, rounded once; ``counted_t`` (fp32) is zero for ignored rows, which are not
-    read. A label that is no token makes its row's loss and gradient NaN.
+    With ``gradient`` the logits (contiguous; bf16, fp16 or fp32) are overwritten with the gradient of the sum over rows of
+    ``counted * (nll + z_loss_coef * lse²)``, rounded once. ``counted_t`` (fp32) is zero for ignored rows, which are not
+    read. A label outside the vocabulary makes its row's loss and gradient NaN.
     """
     assert logits_tV.is_contiguous(), "the kernel writes in place"
     t, V = logits_tV.shape

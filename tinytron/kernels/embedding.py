@@ -1,4 +1,4 @@
-"""The rows of a table, with a gradient that is summed in fp32."""
+"""An embedding lookup whose gradient is summed in fp32."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 
 def embedding(weight_VD: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """``weight[ids]``: ``[...] -> [..., D]``.
+    """The rows ``weight[ids]``: ``[...] -> [..., D]``.
 
-    Its gradient is summed in fp32 (fp64): torch's CPU kernel sums in the weight's own precision, and in
-    bf16 a token that occurs 256 times stops counting.
+    The gradient is summed in fp32 (or fp64). torch's CPU kernel sums in the weight's precision, and
+    in bf16 further occurrences of a token that has occurred 256 times would no longer count.
     """
     rows: torch.Tensor = _Embedding.apply(weight_VD, ids)
     return rows
@@ -28,5 +28,5 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         (ids,) = ctx.saved_tensors
         wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
-        # The native kernel rather than index_add_: it is deterministic on CUDA.
+        # The native kernel instead of index_add_, because it is deterministic on CUDA.
         return torch.ops.aten.embedding_dense_backward(wide, ids, ctx.rows, -1, False), None

@@ -1,12 +1,12 @@
-"""The rows of experts on one rank: tokens copied to their choices, rows permuted, choices summed.
+"""Operations on the rows of experts on one rank: copying tokens to their choices, permuting rows, summing choices.
 
-Each function has a backward pass by hand: left to autograd, gathers would add atomically in it, and
-rows would be kept in fp32. Sums run over a token's choices in their order, so repeats are bit-identical.
-``triton`` is one pass each by expert_rows_triton.py; it is not for fp64, nor for compiled code, where
-inductor fuses the same.
+Each function has a hand-written backward pass. In autograd's, gathers would add atomically, and rows would be kept
+in fp32. Sums run over a token's choices in order, so repeated runs are bit-identical. With ``triton``,
+expert_rows_triton.py does each in one pass; it is not used for fp64, nor in compiled code, where inductor fuses
+the same operations.
 
-Letters: T tokens, k choices per token, R = T k rows, D model dimension. ``order_R`` maps a row to its
-choice (token * k + which choice), and ``inverse_R`` a choice to its row.
+Letters: T tokens, k choices per token, R = T k rows, D model dimension. ``order_R`` maps a row to its choice
+(token * k + number of the choice), and ``inverse_R`` a choice to its row.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tinytron.kernels.choice import TritonKernel
 def copy_to_choices(
     x_TD: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor, top_k: int, by: TritonKernel = "torch"
 ) -> torch.Tensor:
-    """The token of every row: ``[T, D] -> [R, D]``. The gradient is summed in fp32 (fp64)."""
+    """The token of every row: ``[T, D] -> [R, D]``. The gradient is summed in fp32 (or fp64)."""
     rows_RD: torch.Tensor = _CopyToChoices.apply(x_TD, order_R, inverse_R, top_k, _fused(by, x_TD))
     return rows_RD
 
@@ -41,8 +41,8 @@ def weighted_sum(
 ) -> torch.Tensor:
     """Sum over a token's choices of weight times row: ``[R, D] -> [T, D]``, in the rows' precision.
 
-    Computed in the weights' precision (fp32) and rounded once. The backward pass keeps the rows as they
-    are.
+    The sum is computed in the weights' precision (fp32) and rounded once. The rows are kept for the backward pass
+    in their own precision.
     """
     if _fused(by, rows_RD):
         from tinytron.kernels import expert_rows_triton  # needs the triton package
@@ -53,7 +53,7 @@ def weighted_sum(
 
 
 def _fused(by: TritonKernel, rows: torch.Tensor) -> bool:
-    """Our Triton kernel computes this call."""
+    """True if our Triton kernel computes this call."""
     return by == "triton" and rows.dtype != torch.float64 and not torch.compiler.is_compiling()
 
 

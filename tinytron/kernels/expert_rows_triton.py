@@ -1,8 +1,8 @@
-"""The rows of experts gathered and summed per token, and the gradients of that: the sums of expert_rows.py,
-each in one pass. Needs the triton package.
+"""Triton kernels for the sums of expert_rows.py, each in one pass: experts' rows gathered and summed per token, and the
+gradients of that. Needs the triton package.
 
-Sums in fp32 over a token's choices in their order, one rounding, no atomics: repeats are bit-identical. Letters as there: T
-tokens, k choices per token, R = T k rows, D model dimension.
+Sums are in fp32, over a token's choices in order, rounded once and without atomics, so repeated runs are bit-identical.
+Letters as in expert_rows.py: T tokens, k choices per token, R = T k rows, D model dimension.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _sum_rows(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < D
     total = tl.zeros([BLOCK], tl.float32)
-    for choice in tl.static_range(K):  # unrolled: the loads of all choices are under way at once
+    for choice in tl.static_range(K):  # unrolled, so that the loads of all choices are in flight at once
         row = tl.load(place + token * K + choice)
         x = tl.load(rows + row * D + column, mask=inside, other=0.0).to(tl.float32)
         if WEIGHTED:
@@ -52,7 +52,7 @@ def _spread(
     K: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    # One program per choice. A token's gradient is read by k neighbors, so but once from memory.
+    # One program per choice. k neighboring programs read a token's gradient, so memory is read only once.
     choice = tl.program_id(0).to(tl.int64)
     row = tl.load(place + choice)
     factor = tl.load(weight + choice)
@@ -70,7 +70,7 @@ def _spread(
 
 
 def _sizes(D: int) -> dict[str, int]:
-    """Block and warps for rows of ``D`` elements: at most 8 elements a thread."""
+    """Block size and number of warps for rows of ``D`` elements: at most 8 elements per thread."""
     block = min(triton.next_power_of_2(D), MAX_BLOCK)
     return {"BLOCK": block, "num_warps": max(1, min(8, block // 256))}
 
@@ -78,9 +78,10 @@ def _sizes(D: int) -> dict[str, int]:
 def sum_choices(
     rows_RD: torch.Tensor, place_R: torch.Tensor, weight_Tk: torch.Tensor | None, top_k: int
 ) -> torch.Tensor:
-    """For each token the sum of its ``top_k`` rows, those at ``place_R[token * top_k + choice]``, each times its weight
-    (fp32) if given: ``[R, D] -> [T, D]`` in the rows' precision. Not differentiable by itself."""
-    (R, D), sizes = rows_RD.shape, _sizes(rows_RD.shape[1])
+    """For each token the sum of its ``top_k`` rows, which are at ``place_R[token * top_k + choice]``, each multiplied
+    by its weight (fp32) if given: ``[R, D] -> [T, D]`` in the rows' precision. Not differentiable by itself."""
+    R, D = rows_RD.shape
+    sizes = _sizes(D)
     out = rows_RD.new_empty(R // top_k, D)
     with torch.cuda.device_of(rows_RD):  # Triton launches on the current device
         _sum_rows[(R // top_k, triton.cdiv(D, sizes["BLOCK"]))](
@@ -114,7 +115,7 @@ class _WeightedSum(torch.autograd.Function):
 def weighted_sum(rows_RD: torch.Tensor, weight_Tk: torch.Tensor, place_R: torch.Tensor) -> torch.Tensor:
     """``sum_choices`` with weights (fp32), differentiable once in rows and weights: ``[R, D] -> [T, D]``.
 
-    ``place_R`` is a permutation. Kept for backward are the rows as they are, not in fp32.
+    ``place_R`` is a permutation. The backward pass keeps the rows in their own precision, not in fp32.
     """
     out: torch.Tensor = _WeightedSum.apply(rows_RD, weight_Tk, place_R)
     return out

@@ -1,6 +1,6 @@
-"""Products of a matrix with its transpose, and the polynomial of one: what Muon iterates.
+"""The symmetric products in Muon's iteration: a matrix times its transpose, and a quadratic polynomial of the result.
 
-``triton`` is gram_triton.py, which computes half of a symmetric product and mirrors it (not in fp64).
+``triton`` uses gram_triton.py, which computes half of a symmetric product and mirrors it (not in fp64).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from tinytron.kernels.choice import TritonKernel
 
 
 def fuses(by: TritonKernel, dtype: torch.dtype) -> bool:
-    """Our Triton kernels compute products in ``dtype``."""
+    """True if our Triton kernels compute products in ``dtype``."""
     return by == "triton" and dtype != torch.float64
 
 

@@ -1,6 +1,6 @@
-"""Products that give a symmetric matrix, for half the work: the tiles on and below the diagonal are computed, and each is
-written a second time, mirrored. Needs the triton package. For Muon (optim/muon.py), whose steps are two such products of
-three. Letters: m rows, n columns of each matrix.
+"""Products whose result is symmetric, for half the work: only tiles on and below the diagonal are computed, and each is
+also written to its mirrored place. Needs the triton package. Two of the three products in a step of Muon (optim/muon.py)
+are of this kind. Letters: m rows, n columns of each matrix.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-FEW_TILES = 128  # as many as a large GPU has multiprocessors: below, smaller tiles keep more of them busy
+FEW_TILES = 128  # about the number of multiprocessors of a large GPU; below it, smaller tiles keep more of them busy
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def _tiles(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
-    # The triangle folded to a rectangle of rows of tiles + 1: row `fold` and, before it, row tiles - 1 - fold.
+    # The triangle of tiles is folded to a rectangle with tiles + 1 per row: row tiles - 1 - fold, then row `fold`.
     tiles = tl.cdiv(m, BLOCK)
     fold = tl.program_id(0) // (tiles + 1)
     along = tl.program_id(0) % (tiles + 1)
@@ -39,7 +39,7 @@ def _tiles(
     out += batch * m * m
     here = tl.arange(0, BLOCK)
     depth = tl.arange(0, BLOCK_K)
-    first_i = (i * BLOCK).to(tl.int64)  # offsets within a tile fit 32 bits, those of a tile may not
+    first_i = (i * BLOCK).to(tl.int64)  # offsets within a tile fit in 32 bits, but the offset of a tile may not
     first_j = (j * BLOCK).to(tl.int64)
     in_i = first_i + here < m
     in_j = first_j + here < m
@@ -66,13 +66,13 @@ def _tiles(
 
 
 def _launch(x: torch.Tensor, b: float, c: float, *, add: bool) -> torch.Tensor:
-    """``b x + c x xᵀ`` (without ``add``, ``c x xᵀ``) for every matrix of ``[..., m, n]``."""
+    """Compute ``b x + c x xᵀ`` (without ``add``, ``c x xᵀ``) for every matrix of ``[..., m, n]``."""
     m, n = x.shape[-2:]
     stack = math.prod(x.shape[:-2])
     out = x.new_empty(*x.shape[:-2], m, m)
     half = [tiles * (tiles + 1) // 2 for tiles in (triton.cdiv(m, 128), triton.cdiv(m, 64))]
     block, programs = (128, half[0]) if half[0] * stack >= FEW_TILES else (64, half[1])
-    # torch's own setting says whether fp32 products may be in TF32; other precisions have tensor cores of their own.
+    # torch's setting determines whether fp32 products may use TF32; other precisions have their own tensor cores.
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     with torch.cuda.device_of(x):  # Triton launches on the current device
         _tiles[(programs, stack)](
@@ -86,12 +86,13 @@ def _launch(x: torch.Tensor, b: float, c: float, *, add: bool) -> torch.Tensor:
 def gram(x: torch.Tensor) -> torch.Tensor:
     """``x @ x.mT``: ``[..., m, n] -> [..., m, m]`` in the precision of ``x`` (bf16, fp16, fp32), summed in fp32.
 
-    Products of fp32 are in TF32 where torch's setting allows it, else without tensor cores. To TF32 Triton may cut factors
-    off instead of rounding them (its documentation of ``tl.dot``).
+    fp32 products use TF32 if torch's setting allows it, otherwise no tensor cores. Triton may truncate factors to TF32
+    instead of rounding them (see its documentation of ``tl.dot``).
     """
     return _launch(x, 0.0, 1.0, add=False)
 
 
 def plus_square(a: torch.Tensor, b: float, c: float) -> torch.Tensor:
-    """``b a + c a @ a`` for symmetric ``a``: ``[..., m, m] -> [..., m, m]``, precision as in ``gram``, rounded once."""
+    """``b a + c a @ a`` for symmetric ``a``: ``[..., m, m] -> [..., m, m]``, in the same precision as ``gram``, rounded
+    once."""
     return _launch(a, b, c, add=True)

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-ROW_STEP = 32  # on CPUs an expert's rows are padded to a multiple
+ROW_STEP = 32  # on CPUs an expert's rows are padded to a multiple of this
 
 
 def has_grouped_product(weight_eFD: torch.Tensor) -> bool:
-    """torch has one product for all experts: in bf16, on CPUs in fp32; widths of whole 16 bytes."""
+    """True if torch has a single product for all experts: in bf16, or on CPUs in fp32, with widths of whole 16 bytes."""
     fits = weight_eFD.dtype == torch.bfloat16 or (weight_eFD.dtype == torch.float32 and weight_eFD.device.type == "cpu")
     return fits and all(width * weight_eFD.element_size() % 16 == 0 for width in weight_eFD.shape[1:])
 
@@ -22,10 +22,10 @@ def has_grouped_product(weight_eFD: torch.Tensor) -> bool:
 def grouped_linear(
     rows_QD: torch.Tensor, weight_eFD: torch.Tensor, rows_e: torch.Tensor, counts: Sequence[int] = ()
 ) -> torch.Tensor:
-    """Each row times its expert's transposed weight; rows are grouped by expert. ``[Q, D] -> [Q, F]``.
+    """Multiply each row by its expert's transposed weight: ``[Q, D] -> [Q, F]``; rows are grouped by expert.
 
-    One grouped GEMM, or else one product per expert, for which ``counts`` is ``rows_e`` on the host.
-    Experts without rows get a zero gradient.
+    This is one grouped GEMM if torch has one, else one product per expert, for which ``counts`` must have the
+    values of ``rows_e`` on the host. Experts without rows get a zero gradient.
     """
     if has_grouped_product(weight_eFD):
         ends_e = rows_e.cumsum(0).to(torch.int32)
@@ -35,13 +35,13 @@ def grouped_linear(
 
 
 def looped_linear(rows_QD: torch.Tensor, weight_eFD: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-    """``grouped_linear`` as one product per expert: any dtype, any device."""
+    """``grouped_linear`` as one product per expert, for any dtype and device."""
     rows = rows_QD.split(list(counts))
     return torch.cat([its @ weight.t() for its, weight in zip(rows, weight_eFD, strict=True)])
 
 
 def padded_count(rows_QD: torch.Tensor, counts: Sequence[int]) -> int | None:
-    """The number of rows that ``pad_rows`` makes of ``counts``; ``None`` where padding does not pay.
+    """The number of rows that ``pad_rows`` makes of ``counts``; ``None`` if padding is not worthwhile.
 
     oneDNN compiles one kernel per row count, which costs as much as the product; padding keeps distinct
     counts few.
@@ -54,9 +54,9 @@ def padded_count(rows_QD: torch.Tensor, counts: Sequence[int]) -> int | None:
 def pad_rows(
     rows_QD: torch.Tensor, rows_e: torch.Tensor, padded: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pad each expert's rows with zeros to a multiple of ``ROW_STEP``; ``padded`` rows in all, which
-    ``padded_count`` tells. Returns the rows, how many each expert has now, and the new place of every
-    old row ``[Q]``."""
+    """Pad each expert's rows with zeros to a multiple of ``ROW_STEP``, to ``padded`` rows in total (from
+    ``padded_count``). Returns the padded rows, the number of rows that each expert now has, and the new
+    place of every old row ``[Q]``."""
     wide_e = (rows_e + ROW_STEP - 1) // ROW_STEP * ROW_STEP
     shift_e = (wide_e.cumsum(0) - wide_e) - (rows_e.cumsum(0) - rows_e)
     place_Q = torch.arange(len(rows_QD), device=rows_QD.device)

@@ -12,16 +12,17 @@ from tinytron.kernels.choice import LigerKernel
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, by: LigerKernel = "torch") -> torch.Tensor:
-    """``[..., D] -> [..., D]`` in the precision of ``x``; statistics of 16-bit inputs are in fp32.
+    """RMSNorm over the last dimension, ``[..., D] -> [..., D]``, in the precision of ``x``; statistics of 16-bit
+    inputs are in fp32.
 
-    ``torch`` is torch's own function on CUDA and inside compiled code, elsewhere the one by hand. ``liger``
-    is the Triton kernel of the liger-kernel package (arXiv:2410.10989): the same function, rounding apart.
+    ``torch`` is torch's function on CUDA and inside compiled code, and a hand-written one elsewhere. ``liger`` is
+    the Triton kernel of the liger-kernel package (arXiv:2410.10989): the same function apart from rounding.
     """
     out: torch.Tensor
     if by == "liger":
         liger = importlib.import_module("liger_kernel.ops")
-        # "gemma": all of it in fp32, rounded once at the end, as torch does ("llama" rounds before the weight).
-        # Not in place: the gradient that comes in may have other readers.
+        # "gemma" computes everything in fp32 and rounds once at the end, like torch ("llama" rounds before the weight).
+        # It must not work in place, because other code may still read the incoming gradient.
         out = liger.LigerRMSNormFunction.apply(x, weight, eps, 0.0, "gemma", False)
         return out
     if x.is_cuda or torch.compiler.is_compiling():
@@ -31,8 +32,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, by: LigerKernel 
 
 
 class _RMSNormByHand(torch.autograd.Function):
-    """``F.rms_norm`` has no kernel for CPUs: its parts keep the input in fp32 twice for the backward pass.
-    This keeps the input as it is, and one number per row."""
+    """RMSNorm for CPUs, where ``F.rms_norm`` has no kernel of its own: it is composed of operations that keep the
+    input twice in fp32 for the backward pass. This function keeps the input as it is and one number per row."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -46,7 +47,7 @@ class _RMSNormByHand(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
-        wide = weight.to(scale.dtype)  # fp32, like everything that follows
+        wide = weight.to(scale.dtype)  # fp32, like everything below
         normal = torch.mul(x, scale)
         product = normal * grad
         grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)

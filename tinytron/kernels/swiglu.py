@@ -12,9 +12,9 @@ from tinytron.kernels.choice import LigerKernel
 
 
 def swiglu(gate_up: torch.Tensor, by: LigerKernel = "torch") -> torch.Tensor:
-    """``silu(gate) * up`` of the two halves of the last dimension, gate first: ``[..., 2F] -> [..., F]``.
+    """``silu(gate) * up`` for the two halves of the last dimension, gate first: ``[..., 2F] -> [..., F]``.
 
-    ``torch`` is the function by hand; in compiled code the compiler chooses what to keep. ``liger`` is the
+    ``torch`` is a hand-written function; in compiled code the compiler decides what to keep. ``liger`` is the
     Triton kernel of the liger-kernel package (arXiv:2410.10989), which copies neither half and computes in
     fp32.
     """
@@ -30,8 +30,8 @@ def swiglu(gate_up: torch.Tensor, by: LigerKernel = "torch") -> torch.Tensor:
 
 
 class _SwiGLUByHand(torch.autograd.Function):
-    """Keeps only ``[gate, up]`` for the backward pass, which computes ``silu(gate)`` again and writes both
-    gradients into one tensor."""
+    """SwiGLU that keeps only ``[gate, up]`` for the backward pass, which recomputes ``silu(gate)`` and writes both
+    gradients to one tensor."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: torch.Tensor) -> torch.Tensor:

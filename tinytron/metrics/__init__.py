@@ -1,4 +1,4 @@
-"""Floor 2: what is measured, and where it is shown and kept."""
+"""Floor 2: measurements of a run, and the sinks that show and store them."""
 
 from tinytron.metrics.clock import TrainClock
 from tinytron.metrics.expert_load import load_statistics

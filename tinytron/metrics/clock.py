@@ -1,4 +1,4 @@
-"""Time spent training: evaluation and saving are left out of tokens per second and MFU."""
+"""The time spent on training, without evaluation and saving, for tokens per second and MFU."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-LONG_STEP_SECONDS = 5.0  # of a longer step its progress is shown, and a stop does not wait for its end
+LONG_STEP_SECONDS = 5.0  # a longer step shows its progress, and a stop request does not wait for it to finish
 
 
 class TrainClock:
-    """A stopwatch that can be paused. ``now`` is injectable, so that tests need not wait."""
+    """A stopwatch that can be paused. Tests pass their own ``now``, so that they need not wait."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now = now
@@ -18,15 +18,16 @@ class TrainClock:
         self._paused = 0.0
 
     def lap(self) -> float:
-        """Seconds since the last lap, without pauses; starts the next lap."""
+        """Return the seconds since the last lap, without pauses, and start the next lap."""
         end = self._now()
         seconds = end - self._lap_start - self._paused
-        self._lap_start, self._paused = end, 0.0
+        self._lap_start = end
+        self._paused = 0.0
         return seconds
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time inside this context does not count."""
+        """Context whose duration does not count."""
         start = self._now()
         try:
             yield

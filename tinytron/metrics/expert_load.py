@@ -1,4 +1,4 @@
-"""How evenly the experts are used."""
+"""Statistics of how evenly tokens are spread over the experts."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from typing import Any
 
 
 def load_statistics(load_LE: list[list[int]], layers: Sequence[int] | None = None) -> list[dict[str, Any]]:
-    """Per expert layer, from the rows each expert got: their fractions; the entropy of those relative to an even load's (1
-    is even, 0 is one expert); the largest excess over the mean (``MaxVio`` of arXiv:2408.15664: 0 is even); and how many
-    experts got nothing. ``layers`` are the blocks that the rows belong to (default: counted from 0)."""
+    """Load statistics of each expert layer, computed from the number of rows that each expert got.
+
+    ``fractions`` are the experts' shares. ``entropy`` is their entropy relative to an even load (1 is even, 0 is a single
+    expert). ``max_violation`` is the largest excess over the mean (``MaxVio`` of arXiv:2408.15664: 0 is even). ``dead``
+    counts the experts that got no rows. ``layers`` are the block numbers of the rows of ``load_LE`` (default: from 0).
+    """
     statistics = []
     for layer, load_E in zip(layers or range(len(load_LE)), load_LE, strict=True):
-        total, experts = max(1, sum(load_E)), len(load_E)
+        total = max(1, sum(load_E))
+        experts = len(load_E)
         fractions = [rows / total for rows in load_E]
         entropy = -sum(f * math.log(f) for f in fractions if f > 0)
         statistics.append(

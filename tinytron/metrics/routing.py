@@ -1,6 +1,6 @@
-"""How surely the routers decide: statistics of their margins, and a trace of every token's experts to compare runs by.
+"""Reports on routing: statistics of the routers' margins, and a trace of each token's experts for comparing runs.
 
-Both are of the last micro-batch before a report. Letters: L expert layers, B rows of this rank's micro-batch, s its part of
+Both cover the last micro-batch before a report. Letters: L expert layers, B rows of this rank's micro-batch, s its part of
 a sequence, T = B s its tokens, k choices per token, N tokens of all ranks.
 """
 
@@ -24,12 +24,13 @@ THRESHOLDS = ("1e-3", "1e-4", "1e-5")
 
 
 class RoutingReport:
-    """Makes ``model``'s routers record, in every training forward: a few element-wise kernels on the scores, and no wait.
+    """Makes the routers of ``model`` record their decisions in every training forward pass. Recording takes a few
+    element-wise kernels on the scores and no wait.
 
-    ``micro_batches`` are those of a step. With ``trace`` each report appends to ``folder``'s ``routes_rank<r>.jsonl`` one
-    line per expert layer and token of this rank: step, layer (block), row in the step's global batch, position in the whole
-    sequence, token id, experts (best first), their weights, margin. Row and position do not depend on the layout. Padding
-    is left out of both.
+    ``micro_batches`` is the number per step. With ``trace`` each report appends lines to ``routes_rank<r>.jsonl`` in
+    ``folder``, one per expert layer and token of this rank: step, layer (block), row in the step's global batch, position
+    in the whole sequence, token id, experts (best first), their weights, margin. Row and position do not depend on the
+    layout. Statistics and trace leave out padding.
     """
 
     def __init__(
@@ -42,10 +43,10 @@ class RoutingReport:
             layer.router.record = True
 
     def report(self, step: int) -> list[dict[str, Any]]:
-        """``margin_statistics`` of every expert layer over all ranks' tokens, empty unless asked for. Collective; the host
-        waits, and writes the trace."""
+        """The ``margin_statistics`` of every expert layer over all ranks' tokens; empty if margins are off. Also writes the
+        trace if it is on. Collective; the host waits for the device."""
         recorded = self._model.recorded
-        if recorded is None:  # a loss of the user's own that never asked this model for its own
+        if recorded is None:  # a custom loss that never calls this model's own loss
             return []
         if self._path is not None:
             self._write(self._path, step, recorded)
@@ -55,14 +56,14 @@ class RoutingReport:
         if recorded.padding_Bs is not None:
             own = [values_2T[:, ~recorded.padding_Bs.flatten()] for values_2T in own]
         parts: list[Any] = [None] * self._state.layout.world_size
-        # As objects: a loader of the user's own may give the ranks different numbers of rows.
+        # Gathered as objects, because a custom loader may give the ranks different numbers of rows.
         dist.all_gather_object(parts, torch.stack(own).double().cpu().numpy(), group=self._state.groups["world"])
         whole = np.concatenate(parts, axis=2)
-        layers = zip(self._layers, whole, strict=True) if whole.size else ()  # there may be nothing but padding
+        layers = zip(self._layers, whole, strict=True) if whole.size else ()  # all tokens may be padding
         return [{"layer": layer, **margin_statistics(*values_2N)} for layer, values_2N in layers]
 
     def record(self, step: int) -> dict[str, Any]:
-        """``report`` as the log keeps it; nothing unless margins are asked for. Collective."""
+        """The entries of ``report`` for the log; empty if margins are off. Collective."""
         margins = self.report(step)
         return {"router_margin": margins} if margins else {}
 
@@ -86,14 +87,14 @@ class RoutingReport:
 
 
 def keep_traces_until(folder: Path, step: int) -> None:
-    """Drop the lines after ``step`` from the traces of all ranks, of which there may have been more than now."""
+    """Drop the lines after ``step`` from the traces of all ranks, including ranks that only an earlier run had."""
     for path in folder.glob(ROUTES.format("*")):
         keep_lines(path, lambda line: json.loads(line)["step"] <= step)
 
 
 def margin_statistics(margin_N: np.ndarray[Any, Any], entropy_N: np.ndarray[Any, Any]) -> dict[str, float]:
-    """Mean, smallest, and lower percentiles (values that occur: no interpolation) of the margins, in units of the scores;
-    the fractions of tokens at most 1e-3, 1e-4 and 1e-5 ahead; the mean entropy of the weights, in nats."""
+    """Statistics of routing margins, in units of the scores: mean, minimum, and lower percentiles (without interpolation);
+    the fractions of tokens with a margin of at most 1e-3, 1e-4 and 1e-5; and the mean entropy of the weights, in nats."""
     percentiles = {
         f"percentile_{q}": float(np.quantile(margin_N, float(q) / 100, method="lower")) for q in ("1", "0.1")
     }
@@ -107,6 +108,7 @@ def margin_statistics(margin_N: np.ndarray[Any, Any], entropy_N: np.ndarray[Any,
 
 
 def weight_entropy(weight_Tk: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats of each token's weights, made to sum to one: 0 for a single expert, ln k for k equal ones. ``[T]``"""
+    """Entropy in nats, ``[T]``, of each token's weights after they are normalized to sum to one: 0 for a single expert,
+    ln k for k equal ones."""
     total_T1 = weight_Tk.sum(-1, keepdim=True).clamp(min=torch.finfo(weight_Tk.dtype).tiny)
     return torch.special.entr(weight_Tk / total_T1).sum(-1)

@@ -1,4 +1,5 @@
-"""Results of the steps since the last report, kept on the device: the host waits once per report, not once per step."""
+"""Results of the steps since the last report. They stay on the device, so the host waits once per report instead of once
+per step."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from tinytron.distributed.collectives import sum_over
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What is known of one optimizer step: loss in nats per token of the global batch, norm before clipping, auxiliary
-    losses by name, each a mean over what it counts."""
+    """The results of one optimizer step: loss in nats per token of the global batch, gradient norm before clipping, and
+    auxiliary losses by name, each a mean over the items that it counts."""
 
     step: int
     loss: float
@@ -24,7 +25,7 @@ class StepRecord:
     aux: dict[str, float]
 
     def fields(self) -> dict[str, float]:
-        """All values by name, auxiliary losses too."""
+        """All values by name, including the auxiliary losses."""
         return {"step": self.step, "loss": self.loss, "lr": self.lr, "grad_norm": self.grad_norm, **self.aux}
 
 
@@ -46,11 +47,12 @@ class StepWindow:
         grad_norm: torch.Tensor,
         counts: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ) -> None:
-        """Keep one step's device scalars. ``parts`` has ``loss`` and any auxiliary terms, always the same; each is summed
-        over the ranks of the group, and divided by the sum of its ``counts`` if it has one."""
+        """Store one step's device scalars. ``parts`` has ``loss`` and any auxiliary terms, with the same names in every
+        step. Each is summed over the ranks of the group, and divided by the sum of its entry in ``counts`` if it has
+        one."""
         self._names = list(parts)
         self._steps.append((step, lr))
-        # Zeros where there is no count: the rows of all ranks are alike even if one rank's loss forgot its counts.
+        # A missing count becomes zero, so all ranks' rows have the same form even if one rank's loss forgot its counts.
         known = [counts.get(name, torch.zeros_like(value)) for name, value in parts.items()]
         self._parts.append(torch.stack([value.double() for value in (*parts.values(), *known)]))
         self._norms.append(grad_norm)
@@ -67,5 +69,7 @@ class StepWindow:
             means = [value / count if count else value for value, count in zip(own, counts, strict=True)]
             aux = dict(zip(self._names, means, strict=True))
             records.append(StepRecord(step, aux.pop("loss"), lr, norm, aux))
-        self._steps, self._parts, self._norms = [], [], []
+        self._steps = []
+        self._parts = []
+        self._norms = []
         return records

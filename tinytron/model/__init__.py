@@ -1,4 +1,4 @@
-"""Floor 2: the GPT, from small modules."""
+"""Floor 2: the GPT, built from small modules."""
 
 from tinytron.model.config import ModelConfig
 from tinytron.model.gpt import GPT

@@ -1,17 +1,17 @@
 """A transformer block.
 
-Where a block is cut, and what is kept for its backward pass, by ``--recompute``:
+The parts of a block, and the values that each part keeps for the backward pass, by ``--recompute``:
 
 | part | none | selective | full |
 |---|---|---|---|
 | dense block | all | outputs of matrix products, attention and exchanges | its input |
-| expert block, up to the router's logits | all | the same | its input |
+| expert block, up to the router's logits | all | outputs of matrix products, attention and exchanges | its input |
 | the router's choice and the row counts | kept | kept | kept |
 | dispatch, experts, sum | all | rows as exchanged, the experts' first product | its input |
 | the shared expert in it | all | outputs of matrix products | (the same input) |
 
-Recomputing the choice could break a tie differently and deadlock the ranks. ``torch.compile`` takes a dense
-block as a whole, and of an expert block the parts between two exchanges.
+Recomputing the choice could break a tie differently and deadlock the ranks. ``torch.compile`` compiles a dense block as
+a whole, and an expert block in the parts between two exchanges.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from tinytron.utils.sequences import Documents
 
 
 class Block(CompilesMethods):
-    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``. Shapes: ``[B, s, D] -> [B, s, D]``, and the routing's
-    statistics if the feed-forward layer is a mixture of experts."""
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``: ``[B, s, D] -> [B, s, D]``. If the feed-forward layer is a
+    mixture of experts, the block also returns routing statistics."""
 
     def __init__(
         self,
@@ -53,7 +53,8 @@ class Block(CompilesMethods):
         if config.is_moe_layer(layer):
             self.mlp = MoE(config, state, recompute, kernels)
         else:
-            width, bias = config.intermediate_size, config.has_mlp_bias
+            width = config.intermediate_size
+            bias = config.has_mlp_bias
             self.mlp = make_mlp(config.mlp_type, config.hidden_size, width, bias, kernels)
 
     def forward(
@@ -64,7 +65,7 @@ class Block(CompilesMethods):
         cache: LayerCache | None = None,
         padding_Bs: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, MoEStats | None]:
-        """``cache`` is for generation only: nothing is recomputed then. Statistics of the routing leave out
+        """Apply the block. ``cache`` is for generation, where nothing is recomputed. The routing statistics leave out
         ``padding_Bs``."""
         if not isinstance(self.mlp, MoE):
             out_BsD = recomputed(self.recompute, self._dense, x_BsD, rotation, documents, cache, dropout=self.dropout)
@@ -74,10 +75,10 @@ class Block(CompilesMethods):
         return x_BsD + self._drop(out_BsD), stats
 
     def compile_parts(self) -> None:
-        """Compile all of it; with experts the parts between two exchanges, because row counts are data.
+        """Compile the whole block, or with experts only the parts between two exchanges, because row counts are data.
 
-        ``recomputed`` is called inside of compiled code: the compiler then fuses across it. Outside, selective
-        recomputation would hold on to buffers that compiled code overwrites."""
+        ``recomputed`` is called inside compiled code, so that the compiler fuses across it. If it were called outside,
+        selective recomputation would keep buffers that compiled code overwrites."""
         if isinstance(self.mlp, MoE):
             self.compile_methods("_before_experts")
             self.mlp.compile_parts()
@@ -99,7 +100,7 @@ class Block(CompilesMethods):
         self, x_BsD: torch.Tensor, rotation: Rotation, documents: Documents | None, cache: LayerCache | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The residual stream, the experts' input and the router's logits ``[T, E]``."""
-        assert isinstance(self.mlp, MoE), "called for experts only"
+        assert isinstance(self.mlp, MoE), "only blocks with experts call this"
         x_BsD, normed_BsD = self._attended(x_BsD, rotation, documents, cache)
         return x_BsD, normed_BsD, self.mlp.router(normed_BsD.flatten(0, 1))
 
@@ -115,7 +116,7 @@ class Block(CompilesMethods):
 
 
 class ParallelBlock(Block):
-    """``x + attention(norm(x)) + mlp(other_norm(x))``, as GPT-NeoX has it (arXiv:2204.06745, section 2.1)."""
+    """``x + attention(norm(x)) + mlp(other_norm(x))``, as in GPT-NeoX (arXiv:2204.06745, section 2.1)."""
 
     def _attended(
         self, x_BsD: torch.Tensor, rotation: Rotation, documents: Documents | None, cache: LayerCache | None

@@ -1,4 +1,5 @@
-"""The architecture: what the weights mean. How they are computed (backend, recomputation) is not here."""
+"""The configuration of the architecture, which gives the weights their meaning. Options that only affect how results are
+computed (backend, recomputation) are elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from tinytron.utils.flags import Flag, check_bounds
 class ModelConfig:
     """Sizes and options of a GPT. Raises: ConfigError if they contradict each other."""
 
-    block_size: Annotated[int, Flag("longest sequence the model accepts; not given: seq_len", "tokens", at_least=1)] = (
+    block_size: Annotated[int, Flag("longest sequence the model accepts; default: seq_len", "tokens", at_least=1)] = (
         4096
     )
     vocab_size: Annotated[int, Flag("number of token ids", at_least=1)] = 50304
@@ -28,47 +29,55 @@ class ModelConfig:
     head_dim: Annotated[int | None, Flag("width of one head; default hidden_size / num_attention_heads")] = None
     mlp_type: Annotated[
         Literal["swiglu", "gelu", "gelu_tanh"],
-        Flag("feed-forward layer: gated by SiLU, or two matrices with GELU between them, exact or by tanh"),
+        Flag("feed-forward layer: SiLU-gated, or two matrices with a GELU between them, exact or with tanh"),
     ] = "swiglu"
     norm_type: Annotated[Literal["rms", "layer"], Flag("RMSNorm, or LayerNorm with a bias")] = "rms"
     norm_eps: Annotated[
-        float, Flag("added to the mean square or variance in the norms", above=0, at_most=1, works=1e-6)
+        float, Flag("epsilon added to the mean square or variance in the norms", above=0, at_most=1, works=1e-6)
     ] = 1e-6
     parallel_residual: Annotated[
-        bool, Flag("attention and feed-forward layer of a block read the same input, each through its own norm")
+        bool, Flag("a block's attention and feed-forward layer read the same input, each through its own norm")
     ] = False
     qk_norm: Annotated[bool, Flag("normalize queries and keys per head before the rotation")] = False
     bias: Annotated[bool, Flag("biases in the attention and feed-forward projections")] = False
-    qkv_bias: Annotated[bool, Flag("biases in the query, key and value projections, whatever bias says")] = False
-    attention_bias: Annotated[bool, Flag("biases in all projections of the attention, whatever bias says")] = False
-    mlp_bias: Annotated[bool, Flag("biases in the projections of the feed-forward layer, whatever bias says")] = False
+    qkv_bias: Annotated[bool, Flag("biases in the query, key and value projections, even if bias is off")] = False
+    attention_bias: Annotated[bool, Flag("biases in all attention projections, even if bias is off")] = False
+    mlp_bias: Annotated[bool, Flag("biases in the feed-forward projections, even if bias is off")] = False
     position_type: Annotated[
-        Literal["rotary", "learned"], Flag("queries and keys turned by position, or a table of block_size vectors")
+        Literal["rotary", "learned"], Flag("queries and keys rotated by position, or a table of block_size vectors")
     ] = "rotary"
     rope_theta: Annotated[
         float, Flag("base of the rotary position frequencies", above=1, at_most=1e30, works=10000.0)
     ] = 10000.0
-    rotary_fraction: Annotated[float, Flag("leading part of every head that is turned", "0 to 1")] = 1.0
+    rotary_fraction: Annotated[float, Flag("leading part of every head that is rotated", "0 to 1")] = 1.0
     rope_scaling: Annotated[
         Literal["none", "linear", "llama3", "yarn"],
-        Flag("rotary frequencies of a model that was stretched to longer sequences"),
+        Flag("scaling of the rotary frequencies in a model that was extended to longer sequences"),
     ] = "none"
-    rope_scaling_factor: Annotated[float, Flag("how many times longer; with rope_scaling")] = 1.0
+    rope_scaling_factor: Annotated[float, Flag("ratio of the extended length to the original; with rope_scaling")] = 1.0
     rope_original_block_size: Annotated[
-        int | None, Flag("length before the stretching; with llama3 and yarn", "tokens")
+        int | None, Flag("sequence length before the extension; with llama3 and yarn", "tokens")
     ] = None
-    rope_low_freq_factor: Annotated[float, Flag("llama3: turns in the original length, below: slowed down")] = 1.0
-    rope_high_freq_factor: Annotated[float, Flag("llama3: turns in the original length, above: as they were")] = 4.0
-    rope_beta_fast: Annotated[float, Flag("yarn: turns in the original length, above: as they were")] = 32.0
-    rope_beta_slow: Annotated[float, Flag("yarn: turns in the original length, below: slowed down")] = 1.0
+    rope_low_freq_factor: Annotated[
+        float, Flag("llama3: frequencies with fewer rotations than this over the original length are slowed down")
+    ] = 1.0
+    rope_high_freq_factor: Annotated[
+        float, Flag("llama3: frequencies with more rotations than this over the original length stay unchanged")
+    ] = 4.0
+    rope_beta_fast: Annotated[
+        float, Flag("yarn: frequencies with more rotations than this over the original length stay unchanged")
+    ] = 32.0
+    rope_beta_slow: Annotated[
+        float, Flag("yarn: frequencies with fewer rotations than this over the original length are slowed down")
+    ] = 1.0
     rope_attention_factor: Annotated[
-        float | None, Flag("yarn: queries and keys are multiplied by it; default 0.1 ln(rope_scaling_factor) + 1")
+        float | None, Flag("yarn: factor on queries and keys; default 0.1 ln(rope_scaling_factor) + 1")
     ] = None
     sliding_window: Annotated[
-        int, Flag("a token attends to so many, itself included; 0: all", "tokens", at_least=0, works=0)
+        int, Flag("attention window, including the current token; 0: no limit", "tokens", at_least=0, works=0)
     ] = 0
     sliding_window_layers: Annotated[
-        tuple[int, ...], Flag("layers, from 0, that sliding_window is for; none: all")
+        tuple[int, ...], Flag("layers, counted from 0, that use sliding_window; default: all")
     ] = ()
     dropout: Annotated[
         float,
@@ -79,7 +88,7 @@ class ModelConfig:
     init_std: Annotated[
         float,
         Flag(
-            "standard deviation of the initial weights; residual outputs get init_std / sqrt(2 num_layer)",
+            "standard deviation of the initial weights; projections into the residual use init_std / sqrt(2 num_layer)",
             above=0,
             at_most=10,
             works=0.013,
@@ -91,14 +100,18 @@ class ModelConfig:
     num_experts_per_tok: Annotated[int, Flag("experts that each token is sent to", at_least=1)] = 8
     moe_intermediate_size: Annotated[int, Flag("width of one expert", at_least=1)] = 256
     num_shared_experts: Annotated[
-        int, Flag("experts that every token passes, beside the chosen ones", at_least=0, works=0)
+        int, Flag("experts that process every token, in addition to the chosen ones", at_least=0, works=0)
     ] = 0
-    first_k_dense: Annotated[int, Flag("leading layers that keep the dense feed-forward", at_least=0, works=0)] = 0
-    dense_layers: Annotated[tuple[int, ...], Flag("more layers, from 0, that keep the dense feed-forward")] = ()
+    first_k_dense: Annotated[
+        int, Flag("number of leading layers that keep a dense feed-forward", at_least=0, works=0)
+    ] = 0
+    dense_layers: Annotated[
+        tuple[int, ...], Flag("further layers, counted from 0, that keep a dense feed-forward")
+    ] = ()
     moe_router_score: Annotated[
-        Literal["softmax", "sigmoid"], Flag("how router logits become scores; the choice is by score")
+        Literal["softmax", "sigmoid"], Flag("function that turns router logits into scores, which rank the experts")
     ] = "softmax"
-    norm_topk_prob: Annotated[bool, Flag("the chosen scores are divided by their sum")] = True
+    norm_topk_prob: Annotated[bool, Flag("divide the chosen experts' scores by their sum")] = True
     moe_aux_loss_coef: Annotated[
         float,
         Flag(
@@ -110,14 +123,19 @@ class ModelConfig:
     ] = 0.01
     moe_aux_loss_scope: Annotated[
         Literal["sequence", "batch"],
-        Flag("balance over each sequence, or a micro-batch of all ranks, whose size is then part of the identity"),
+        Flag("balance over each sequence, or a micro-batch of all ranks; then its size is part of the run's identity"),
     ] = "sequence"
     moe_z_loss_coef: Annotated[
         float,
-        Flag("weight of the squared log-sum of the router's logits, likewise", at_least=0, at_most=1e6, works=0),
+        Flag(
+            "weight of the router z-loss (squared logsumexp of the logits), a mean over tokens summed over layers",
+            at_least=0,
+            at_most=1e6,
+            works=0,
+        ),
     ] = 0.0
     moe_bias_update_rate: Annotated[
-        float, Flag("step of the loss-free balancing bias; 0: no bias", at_least=0, at_most=1e6, works=0)
+        float, Flag("step size of the loss-free balancing bias; 0: no bias", at_least=0, at_most=1e6, works=0)
     ] = 0.0
 
     def __post_init__(self) -> None:
@@ -134,10 +152,12 @@ class ModelConfig:
                 f"use at most {self.num_experts}"
             )
         if self.use_moe and self.mlp_type != "swiglu":
-            raise ConfigError(f"--mlp_type {self.mlp_type} does not go with --use_moe: experts are swiglu; use swiglu")
+            raise ConfigError(
+                f"--mlp_type {self.mlp_type} does not work with --use_moe: experts are swiglu; use swiglu"
+            )
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether block ``layer`` (from 0) has experts."""
+        """True if block ``layer`` (counted from 0) has experts."""
         return self.use_moe and layer >= self.first_k_dense and layer not in self.dense_layers
 
     @property
@@ -146,7 +166,7 @@ class ModelConfig:
         return tuple(layer for layer in range(self.num_layer) if self.is_moe_layer(layer))
 
     def window(self, layer: int) -> int:
-        """How many tokens one attends to in block ``layer``, itself included; 0: all before it."""
+        """Attention window of block ``layer`` in tokens, including the current one; 0: no limit."""
         chosen = not self.sliding_window_layers or layer in self.sliding_window_layers
         return self.sliding_window if chosen else 0
 
@@ -157,22 +177,22 @@ class ModelConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """Leading elements of a head that are turned by position; 0 with learned positions."""
+        """Number of leading elements of a head that are rotated by position; 0 with learned positions."""
         return int(self.resolved_head_dim * self.rotary_fraction) if self.position_type == "rotary" else 0
 
     @property
     def has_qkv_bias(self) -> bool:
-        """Whether queries, keys and values have biases."""
+        """True if the query, key and value projections have biases."""
         return self.bias or self.attention_bias or self.qkv_bias
 
     @property
     def has_out_bias(self) -> bool:
-        """Whether the attention's output projection has a bias."""
+        """True if the attention's output projection has a bias."""
         return self.bias or self.attention_bias
 
     @property
     def has_mlp_bias(self) -> bool:
-        """Whether the feed-forward layer's projections have biases."""
+        """True if the feed-forward projections have biases."""
         return self.bias or self.mlp_bias
 
 
@@ -183,7 +203,7 @@ def _check_heads(config: ModelConfig) -> None:
             f"--num_key_value_heads {kv_heads} must divide --num_attention_heads {heads}; use one of {divisors(heads)}"
         )
     if config.head_dim is None and hidden % heads:
-        # Those that also keep the head dimension even and the number of key and value heads a divisor.
+        # Suggest only values with an even head dimension that are multiples of the number of key and value heads.
         even = [n for n in divisors(hidden) if hidden // n % 2 == 0]
         fitting = [n for n in even if n % kv_heads == 0]
         raise ConfigError(
@@ -193,7 +213,7 @@ def _check_heads(config: ModelConfig) -> None:
 
 
 def _check_rotation(config: ModelConfig) -> None:
-    """Rules on rotary positions."""
+    """Check the rules on rotary positions. Raises: ConfigError."""
     head_dim, fraction = config.resolved_head_dim, config.rotary_fraction
     if head_dim % 2 or head_dim < 2:
         works = max(2, head_dim + head_dim % 2)
@@ -203,8 +223,8 @@ def _check_rotation(config: ModelConfig) -> None:
     if config.rotary_dim % 2 or config.rotary_dim < 2:
         even = max(2, config.rotary_dim + config.rotary_dim % 2)
         raise ConfigError(
-            f"--rotary_fraction {fraction} turns {config.rotary_dim} of {head_dim} elements, which must be an even "
-            f"number; use {even / head_dim:g}"
+            f"--rotary_fraction {fraction} rotates {config.rotary_dim} of {head_dim} elements, but the number must be "
+            f"even; use {even / head_dim:g}"
         )
     if config.rope_scaling == "none":
         return
@@ -212,7 +232,7 @@ def _check_rotation(config: ModelConfig) -> None:
         raise ConfigError(f"--rope_scaling_factor {config.rope_scaling_factor} must be in 1..1e6; use 8.0")
     if config.rope_scaling in ("llama3", "yarn") and (config.rope_original_block_size or 0) < 1:
         raise ConfigError(
-            f"--rope_scaling {config.rope_scaling} needs the length the model had before; "
+            f"--rope_scaling {config.rope_scaling} needs the sequence length before the extension; "
             f"use --rope_original_block_size {max(1, int(config.block_size / config.rope_scaling_factor))}"
         )
     for low, high, pair in (
@@ -229,11 +249,11 @@ def _check_rotation(config: ModelConfig) -> None:
 
 
 def _check_layers(config: ModelConfig) -> None:
-    """Rules on options for single layers."""
+    """Check the rules on options for single layers. Raises: ConfigError."""
     last = config.num_layer - 1
     for name in ("sliding_window_layers", "dense_layers"):
         if wrong := [layer for layer in getattr(config, name) if not 0 <= layer <= last]:
-            raise ConfigError(f"--{name} {wrong[0]} is no layer of --num_layer {config.num_layer}; use 0 to {last}")
+            raise ConfigError(f"--{name} {wrong[0]} is not a layer of --num_layer {config.num_layer}; use 0 to {last}")
     if config.sliding_window_layers and not config.sliding_window:
         raise ConfigError("--sliding_window_layers needs --sliding_window; use --sliding_window 4096")
     if not config.use_moe or config.moe_layers:

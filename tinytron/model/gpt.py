@@ -32,8 +32,8 @@ from tinytron.utils.sequences import Documents, visible
 
 
 class TracedBatch(NamedTuple):
-    """A micro-batch's tokens on this rank, and what each expert layer's router chose for them (``T = B s``, row-major);
-    which of them are padding, if any."""
+    """A micro-batch's tokens on this rank, the choices of each expert layer's router for them (``T = B s``, row-major), and
+    the mask of padding tokens, if there are any."""
 
     input_ids_Bs: torch.Tensor
     choices: list[RouterTrace]
@@ -41,10 +41,10 @@ class TracedBatch(NamedTuple):
 
 
 class GPT(nn.Module):
-    """The model. Weights are created on ``device`` in ``dtype`` and drawn by ``init_weights``; without a ``seed`` they are
-    whatever the memory holds, for a caller who sets them all. ``kernels`` compute its operations.
+    """The model. Weights are created on ``device`` in ``dtype`` and drawn by ``init_weights``. Without a ``seed`` they stay
+    uninitialized, for callers that set all of them. ``kernels`` selects the implementation of each operation.
 
-    ``forward(input_ids)`` gives logits; with ``labels`` it gives ``LossSums`` instead and never builds the logits. With
+    ``forward(input_ids)`` returns logits; with ``labels`` it returns ``LossSums`` instead and never builds the logits. With
     ``state`` (default: this process alone) the inputs are this rank's part of the sequences, and the experts are spread
     over the expert-parallel group. Raises: ConfigError if the heads do not fit the layout.
     """
@@ -72,7 +72,7 @@ class GPT(nn.Module):
         outer = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
-            with torch.device("meta"):  # torch's own initial values would be drawn in vain
+            with torch.device("meta"):  # otherwise torch would draw initial values that are thrown away
                 self.wte = TokenEmbedding(config.vocab_size, config.hidden_size)
                 learned = config.position_type == "learned"
                 self.wpe = TokenEmbedding(config.block_size, config.hidden_size) if learned else None
@@ -91,15 +91,16 @@ class GPT(nn.Module):
             torch.set_default_dtype(outer)
         if config.tied_lm_head:
             self.lm_head.weight = self.wte.weight
-        # Called with a module before its parameters are used; an optimizer that gathers them in the background waits
-        # here. (Not a forward hook: torch.compile would trace it.)
+        # The model calls this with a module before it uses the module's parameters; an optimizer that gathers parameters
+        # in the background waits here. (It is not a forward hook, because torch.compile would trace that.)
         self.wait_for_params: Callable[[nn.Module], None] = _no_wait
         self.moe_layers = [block.mlp for block in self.blocks if isinstance(block.mlp, MoE)]
-        # Rows per expert layer and expert: of the current optimizer step (this rank), and since the last report (all).
+        # Rows per expert layer and expert: in the current optimizer step (this rank), and since the last report (all
+        # ranks).
         shape = (len(self.moe_layers), config.num_experts)
         for name in ("step_load", "load"):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.int64, device=device), persistent=False)
-        self.recorded: TracedBatch | None = None  # of the last training forward, if the routers record
+        self.recorded: TracedBatch | None = None  # from the last training forward pass, if the routers record
         for layer in self.moe_layers:
             layer.router.bias.zero_()
         if seed is not None:
@@ -107,10 +108,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Draw every weight from Normal(0, init_std) by (seed, its name) alone: the same on every layout and device.
+        """Draw every weight from Normal(0, init_std) as a function of (seed, name) alone, so that weights are the same on
+        every layout and device.
 
-        Projections that write to the residual stream have init_std / sqrt(2 num_layer) (GPT-2, section 2.3); norms are
-        one, biases zero.
+        Projections into the residual stream use init_std / sqrt(2 num_layer) (GPT-2, section 2.3); norms are one, biases
+        zero.
         """
         residual_std = self.config.init_std / (2 * self.config.num_layer) ** 0.5
         for layer in self.moe_layers:
@@ -126,7 +128,7 @@ class GPT(nn.Module):
                 fill_normal(parameter, spec, box_of(spec, self.state), std, seed)
 
     def param_specs(self) -> list[ParamSpec]:
-        """One ``ParamSpec`` per parameter, in registration order; a tied head is the embedding and stands once."""
+        """One ``ParamSpec`` per parameter, in registration order; a tied head is listed once, as the embedding."""
         specs: dict[str, ParamSpec] = {}
         for prefix, module in self.named_modules():
             for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
@@ -155,9 +157,9 @@ class GPT(nn.Module):
         return ParamSpec(name, shape, kind, writes_residual=into_residual, row_blocks=row_blocks)
 
     def compile_blocks(self) -> None:
-        """Compile every block in place (parameter names stay); blocks share their compiled graphs."""
+        """Compile every block in place, without changing parameter names; blocks share their compiled graphs."""
         for block in self.blocks:
-            assert isinstance(block, Block), "made above"
+            assert isinstance(block, Block), "the constructor makes only Blocks"
             block.compile_parts()
 
     def hidden_states(
@@ -168,12 +170,13 @@ class GPT(nn.Module):
         cache: Sequence[LayerCache] | None = None,
         padding_Bs: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[MoEStats]]:
-        """Everything but the head: ``[B, s] -> [B, s, D]``, and the routing statistics of the expert layers, without those
-        of ``padding_Bs``.
+        """The output of everything except the head, ``[B, s] -> [B, s, D]``, and the routing statistics of the expert
+        layers without ``padding_Bs``.
 
-        ``positions`` (this rank's part) default to 0 .. S - 1; ``documents`` are those of the whole sequences, and their
-        mask is made here, once for all blocks of one sliding window. With a ``cache`` (one per block; instead of documents)
-        the ids follow those that it has seen, and ``positions`` are needed. Raises: ConfigError beyond ``block_size``.
+        ``positions`` (this rank's part) default to 0 .. S - 1. ``documents`` describe the whole sequences; their mask is
+        built here, once for all blocks with the same sliding window. With a ``cache`` (one entry per block, instead of
+        documents) the ids continue the tokens in the cache, and ``positions`` are required. Raises: ConfigError beyond
+        ``block_size``.
         """
         s = input_ids_Bs.shape[1]
         S = s * (self.state.layout.sep if self.state else 1)
@@ -215,11 +218,11 @@ class GPT(nn.Module):
         padding: torch.Tensor | None = None,
         routing_scale: torch.Tensor | None = None,
     ) -> torch.Tensor | LossSums:
-        """Logits ``[B, s, V]``, or with ``labels`` ``[B, s]`` (already shifted; -100 is ignored) the loss *sums*, in which
-        a target counts ``weights`` ``[B, s]`` times (default 1).
+        """Logits ``[B, s, V]``; with ``labels`` ``[B, s]`` (already shifted; -100 is ignored) the loss *sums*, in which a
+        target counts ``weights`` ``[B, s]`` times (default 1).
 
-        For the routers' losses and statistics alone: tokens of ``padding`` ``[B, s]`` do not count, and the losses, sums
-        over tokens, are multiplied by ``routing_scale``. For the defaults see ``routed_tokens``.
+        Two arguments affect only the routers' losses and statistics: tokens in ``padding`` ``[B, s]`` do not count, and
+        the losses, which are sums over tokens, are multiplied by ``routing_scale``. For the defaults see ``routed_tokens``.
         """
         routed: RoutedTokens | None = None
         if labels is not None and self.moe_layers:
@@ -257,7 +260,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def end_step(self, skipped: torch.Tensor | None = None) -> None:
-        """Once per optimizer step: sum the experts' load over all ranks and move the balancing bias against it, unless the
+        """Finish an optimizer step: sum the experts' load over all ranks and move the balancing bias against it, unless the
         step was ``skipped`` (a device scalar, 1 or 0). Collective over the world if there are expert layers."""
         if not self.moe_layers:
             return
@@ -279,13 +282,13 @@ class GPT(nn.Module):
 
 
 def _no_wait(module: nn.Module) -> None:
-    """The gate of a model whose parameters are never on their way."""
+    """The default ``wait_for_params``, for parameters that are never gathered in the background."""
 
 
 def fill_normal(parameter: torch.Tensor, spec: ParamSpec, box: Box, std: float, seed: int) -> None:
     """Set ``parameter``, the ``box`` of the global tensor that this rank holds, to its part of the global draw.
 
-    Of stacked tensors each is drawn by its own index, and only those that are here.
+    Stacked tensors are drawn one by one from their index, and only those that this rank holds.
     """
     if not spec.stacked:
         parameter.copy_(box.cut(named_normal(spec.name, spec.shape, std, seed)))
@@ -296,7 +299,7 @@ def fill_normal(parameter: torch.Tensor, spec: ParamSpec, box: Box, std: float, 
 
 
 def named_normal(name: str, shape: tuple[int, ...], std: float, seed: int) -> torch.Tensor:
-    """Normal(0, std) as a function of (seed, name) alone: fp32, drawn on the CPU, so that all devices agree."""
+    """A Normal(0, std) tensor that depends only on (seed, name): fp32, drawn on the CPU, so that all devices agree."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * std

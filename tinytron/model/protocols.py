@@ -1,7 +1,8 @@
-"""What the trainer asks of a model, beyond being a module that maps ``(input_ids, labels)`` to ``LossSums``.
+"""Optional interfaces between the trainer and a model. A model must only be a module that maps ``(input_ids, labels)`` to
+``LossSums``.
 
-Everything here is optional: a model has the members of a protocol, or goes without what they are for. ``param_specs()``
-(see distributed/param_spec.py) is of this kind, too.
+A model that lacks the members of a protocol does without the feature that needs them. ``param_specs()`` (see
+distributed/param_spec.py) is optional as well.
 """
 
 from __future__ import annotations
@@ -18,25 +19,25 @@ from tinytron.model.gpt import GPT, TracedBatch
 
 @runtime_checkable
 class EndsSteps(Protocol):
-    """A model with something to do after every optimizer step."""
+    """A model that does work after every optimizer step."""
 
     def end_step(self, skipped: torch.Tensor | None = None) -> None:
-        """Called on every rank, so it may be collective; ``skipped`` (1 or 0, on the device) says that the optimizer
-        rejected the step."""
+        """Finish a step. The trainer calls this on every rank, so it may be collective; ``skipped`` (a scalar on the
+        device) is 1 if the optimizer rejected the step, else 0."""
 
 
 @runtime_checkable
 class WaitsForParameters(Protocol):
-    """A model that calls ``wait_for_params(module)`` before it uses a module's parameters. They may still be on their
-    way from other ranks when its forward begins (``--overlap_param_gather``)."""
+    """A model that calls ``wait_for_params(module)`` before it uses a module's parameters. With ``--overlap_param_gather``
+    they may still be arriving from other ranks when the forward pass starts."""
 
     wait_for_params: Callable[[nn.Module], None]
 
 
 @runtime_checkable
 class HasExperts(Protocol):
-    """A model with expert layers, whose load and routers are logged; ``config.moe_layers`` are the numbers of their
-    blocks. With ``--use_moe`` its forward is also given ``padding`` and ``routing_scale`` (``Batch``)."""
+    """A model with expert layers, whose load and routing are logged; ``config.moe_layers`` are the numbers of their
+    blocks. With ``--use_moe`` its forward also gets ``padding`` and ``routing_scale`` (``Batch``)."""
 
     config: Any
     moe_layers: Sequence[Any]
@@ -47,8 +48,8 @@ class HasExperts(Protocol):
 
 
 def require_gpt(model: nn.Module, uses: str, remedy: str) -> GPT:
-    """``model``, if it is our GPT, whose weights can be converted. Raises: ConfigError saying what ``uses`` it, and the
-    ``remedy``."""
+    """``model``, checked to be Tinytron's GPT, whose weights can be converted. Raises: ConfigError that starts with
+    ``uses``, a flag and a verb, and ends with ``remedy``."""
     if not isinstance(model, GPT):
-        raise ConfigError(f"{uses} our GPT, and this is a {type(model).__name__}; {remedy}")
+        raise ConfigError(f"{uses} Tinytron's GPT, but this is a {type(model).__name__}; {remedy}")
     return model

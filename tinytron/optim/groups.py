@@ -1,4 +1,4 @@
-"""Which parameters are updated how: weight decay, learning-rate multiplier, Muon or AdamW."""
+"""Parameter groups of the optimizer: weight decay, learning-rate multiplier, and Muon or AdamW for each parameter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from tinytron.distributed.param_spec import Kind, ParamSpec
 
-# The class whose learning-rate multiplier a kind of parameter has.
+# The learning-rate class of each kind of parameter.
 _LR_CLASS: dict[Kind, str] = {
     "matrix": "matrix",
     "router": "matrix",
@@ -32,9 +32,10 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Optimizer groups that cover every trainable parameter exactly once.
 
-    Matrices and the head decay, embeddings by choice, norms and biases only with ``decay_all``. Each group carries
-    ``lr_mult`` (from ``lr_mults`` by class: matrix, embedding, head, scalar; 1 if missing), by which the trainer multiplies
-    the scheduled rate. With ``muon``, matrices (not the router's) get ``kind="muon"`` and their ``row_blocks``.
+    Weight decay applies to matrices and the head, to embeddings with ``decay_embeddings``, and to norms and biases only
+    with ``decay_all``. Each group has an ``lr_mult`` (from ``lr_mults`` by class: matrix, embedding, head, scalar; 1 if
+    missing), by which the trainer multiplies the scheduled rate. With ``muon``, matrices except the router's get
+    ``kind="muon"`` and their ``row_blocks``.
     """
     by_name = {spec.name: spec for spec in specs}
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}

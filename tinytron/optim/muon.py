@@ -1,7 +1,7 @@
-"""Muon: momentum, orthogonalized (Jordan et al., 2024), for matrices; AdamW for everything else, in one optimizer.
+"""One optimizer that uses Muon (orthogonalized momentum; Jordan et al., 2024) for matrices and AdamW for everything else.
 
 The polar factor comes from Polar Express (arXiv:2505.16932), the optional second moment from NorMuon (arXiv:2510.05491),
-the sign rule of the weight decay from Cautious Weight Decay (arXiv:2510.12402).
+and the sign rule of the weight decay from Cautious Weight Decay (arXiv:2510.12402).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.optim.adamw import adamw
 from tinytron.kernels.choice import DEFAULT, Kernels, TritonKernel
 from tinytron.kernels.gram import fuses, gram, plus_square
 
-# (a, b, c) of X <- aX + (bA + cA²)X per iteration, A = XXᵀ: Polar Express for 5 iterations with safety margin 2e-2.
+# (a, b, c) of each iteration X <- aX + (bA + cA²)X, A = XXᵀ: Polar Express for 5 iterations with safety margin 2e-2.
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -27,15 +27,15 @@ POLAR_EXPRESS = (
 
 
 def orthogonalize(matrix: torch.Tensor, steps: int = 5, *, by: TritonKernel = "torch") -> torch.Tensor:
-    """About the nearest matrix with singular values 1, for each matrix of ``[..., rows, cols]``; in its
-    own precision.
+    """An approximation of the nearest matrix with singular values 1, for each matrix of ``[..., rows, cols]``, computed in
+    the precision of ``matrix``.
 
-    ``steps`` beyond 5 repeat the last coefficients. A zero matrix stays zero. ``by`` computes the
-    symmetric products.
+    ``steps`` beyond 5 repeat the last coefficients. A zero matrix stays zero. ``by`` is the kernel for the symmetric
+    products.
     """
     x = matrix / (torch.linalg.matrix_norm(matrix, keepdim=True) * 1.02 + 1e-6)
     wide = x.shape[-2] <= x.shape[-1]  # iterate on the smaller Gram matrix
-    turned = not wide and fuses(by, x.dtype)  # the kernel multiplies rows; torch either, without a copy
+    turned = not wide and fuses(by, x.dtype)  # the kernel only multiplies rows; torch needs no copy for either
     if turned:
         x = x.mT.contiguous()
     rows = wide or turned
@@ -47,16 +47,18 @@ def orthogonalize(matrix: torch.Tensor, steps: int = 5, *, by: TritonKernel = "t
 
 
 class Muon(torch.optim.Optimizer):
-    """Groups with ``kind="muon"`` hold whole matrices ``[rows, cols]`` or stacks ``[experts, rows, cols]`` (each expert is
-    orthogonalized by itself); groups with ``kind="adamw"`` hold anything.
+    """Muon and AdamW in one optimizer. Groups with ``kind="muon"`` hold whole matrices ``[rows, cols]`` or stacks
+    ``[experts, rows, cols]`` (each expert is orthogonalized separately); groups with ``kind="adamw"`` hold any parameters.
 
-    Muon step: m <- momentum m + (1 - momentum) g; u = (1 - momentum) g + momentum m; u <- orthogonalize(u) for each of
-    the matrix's ``row_blocks`` (packed projections), times sqrt(max(1, rows / cols)); with ``normuon`` u is divided by the
-    root of its running mean square along the longer side and scaled back to its norm; decay applies where it and the
-    update agree in sign (``cautious``). A step with ``found_inf`` set to 1 changes nothing, without asking the device.
+    Muon step: m <- momentum m + (1 - momentum) g; u = (1 - momentum) g + momentum m; u <- orthogonalize(u) for each of the
+    matrix's ``row_blocks`` (packed projections), times sqrt(max(1, rows / cols)). With ``normuon``, u is divided by the
+    root of its running mean square along the longer side and scaled back to its norm. With ``cautious``, decay applies
+    only where it and the update agree in sign. A step with ``found_inf`` set to 1 changes nothing, and the host does
+    not wait.
 
-    A matrix whose gradient is all zeros, such as an expert without tokens, has no update in that step: orthogonalized,
-    what is left of its momentum would move it at full speed for hundreds of steps. Its momentum and its weights decay.
+    A matrix whose gradient is all zeros, such as an expert without tokens, gets no update in that step. Otherwise its
+    remaining momentum, once orthogonalized, would move it at full speed for hundreds of steps. Its momentum and its
+    weights still decay.
     """
 
     _step_supports_amp_scaling = True  # reads self.found_inf, like torch's fused optimizers
@@ -110,7 +112,7 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
         grad, momentum, lr = p.grad, group["momentum"], group["lr"]
-        assert grad is not None, "filtered by step"
+        assert grad is not None, "step passes only parameters with a gradient"
         new_momentum = torch.lerp(grad, state["momentum_buffer"], momentum)
         look_ahead = torch.lerp(grad, new_momentum, momentum)
         sizes = group["row_blocks"] or look_ahead.shape[-2]
@@ -125,7 +127,7 @@ class Muon(torch.optim.Optimizer):
         p.copy_(self._unless_skipped(p - lr * (update + decay), p))
 
     def _direction(self, block: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-        """The update of one matrix, or of each of a stack; zero where the step's ``grad`` is."""
+        """The update of one matrix, or of each matrix of a stack; zero for a matrix whose ``grad`` is zero."""
         rows, cols = block.shape[-2:]
         moves = torch.linalg.vector_norm(grad, ord=math.inf, dim=(-2, -1), keepdim=True) != 0
         block = torch.where(moves, block, 0.0)
@@ -139,7 +141,7 @@ class Muon(torch.optim.Optimizer):
         moment = torch.lerp(mean_square, state["second_moment"], group["normuon_beta2"])
         scaled = update * moment.clamp(min=1e-10).rsqrt()
         norms = [torch.linalg.matrix_norm(u, keepdim=True) for u in (update, scaled)]
-        moment = torch.where(norms[0] != 0, moment, state["second_moment"])  # a matrix without an update has no square
+        moment = torch.where(norms[0] != 0, moment, state["second_moment"])  # without an update, keep the old moment
         state["second_moment"].copy_(self._unless_skipped(moment, state["second_moment"]))
         return scaled * (norms[0] / norms[1].clamp(min=1e-30))
 

@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the optimizer step."""
+"""The learning rate as a pure function of the optimizer step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# What is left of the way down to min_lr when the part ``done`` of it, 0 to 1, is over.
+# The share of the decay from max_lr to min_lr that remains when the fraction ``done`` of its steps, 0 to 1, is over.
 DECAY_SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda done: 1 - done,
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
@@ -16,9 +16,9 @@ DECAY_SHAPES: dict[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True)
 class Schedule:
-    """``schedule(t)`` is the rate of optimizer step t, counted from 0; micro-batches do not count.
+    """A learning-rate schedule: ``schedule(t)`` is the rate of optimizer step t, counted from 0 (not in micro-batches).
 
-    Warm-up: ``max_lr * (t + 1) / warmup_steps``. Then the function ``name`` of ``SCHEDULES``.
+    During warm-up it is ``max_lr * (t + 1) / warmup_steps``, then the function ``name`` of ``SCHEDULES``.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Schedule:
         return SCHEDULES[self.name](self, step)
 
     def decayed(self, step: int, start: int, shape: str) -> float:
-        """The rate on the way from ``max_lr`` at ``start`` down to exactly ``min_lr`` at the last step."""
+        """The rate of a decay from ``max_lr`` at step ``start`` to exactly ``min_lr`` at the last step."""
         last = self.max_steps - 1
         if step >= last:
             return self.min_lr
@@ -44,7 +44,7 @@ class Schedule:
 
 
 def _cosine(schedule: Schedule, step: int) -> float:
-    """A half wave from the warm-up to the last step."""
+    """A half cosine wave from the end of the warm-up to the last step."""
     return schedule.decayed(step, schedule.warmup_steps, "cosine")
 
 
@@ -53,12 +53,12 @@ def _constant(schedule: Schedule, step: int) -> float:
 
 
 def _wsd(schedule: Schedule, step: int) -> float:
-    """Warm-up, stable, decay (arXiv:2404.06395, section 4): ``max_lr``, and down over the last ``decay_fraction`` of the
-    steps in ``decay_shape``."""
+    """Warm-up, stable, decay (arXiv:2404.06395, section 4): ``max_lr``, then a decay of shape ``decay_shape`` over the last
+    ``decay_fraction`` of the steps."""
     decay_steps = max(1, round(schedule.decay_fraction * schedule.max_steps))
     start = max(schedule.warmup_steps, schedule.max_steps - decay_steps)
     return schedule.decayed(step, start, schedule.decay_shape)
 
 
-# The rate after the warm-up, by name. A new schedule is a function and a line here.
+# The schedules by name, for the steps after the warm-up. To add one, add a function and an entry here.
 SCHEDULES: dict[str, Callable[[Schedule, int], float]] = {"cosine": _cosine, "constant": _constant, "wsd": _wsd}

@@ -1,1 +1,1 @@
-"""Floor 3: how much memory a configuration needs, before anything is allocated."""
+"""Floor 3: a plan of the memory that a configuration needs, made before anything is allocated."""

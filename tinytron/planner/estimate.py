@@ -1,5 +1,5 @@
-"""About how much memory a run needs, by formulas that take no time: the plan itself (memory.py) runs a step on tensors
-without memory, which may take minutes."""
+"""A quick estimate of a run's memory from formulas. The plan itself (memory.py) runs a step on tensors without memory,
+which may take minutes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from tinytron.utils.model import count_parameters
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """About what one rank needs at the fullest moment of a step with AdamW: within a quarter, and rather less than more,
-    but without the scores of ``--attn_backend math`` and the masks of dropout. Sizes are those of whole sequences."""
+    """An estimate of one rank's peak memory in a step with AdamW. It is within a quarter of the plan, and more often too
+    low than too high. It leaves out the scores of ``--attn_backend math`` and dropout masks. Sizes are for whole
+    sequences."""
 
     dtype: torch.dtype
     batch_size: int
@@ -26,8 +27,8 @@ class Estimate:
     on_cpu: bool = False
 
     def bytes(self, config: ModelConfig, layout: ParallelLayout) -> int:
-        """For a model on a layout."""
-        head = config.vocab_size * config.hidden_size * 4  # its gradient, made in the forward pass
+        """The estimate for a model on a layout, in bytes."""
+        head = config.vocab_size * config.hidden_size * 4  # the head's gradient, which the forward pass computes
         return _held(config, self, layout) + _activations(config, self, layout) + head
 
 
@@ -35,7 +36,7 @@ def _held(config: ModelConfig, work: Estimate, layout: ParallelLayout) -> int:
     count = count_parameters(config).total
     experts = len(config.moe_layers) * config.num_experts * 3 * config.hidden_size * config.moe_intermediate_size
     size = work.dtype.itemsize
-    states = 2 * max(4, size) + (4 if size < 4 else 0)  # two moments, and main weights if the parameters have 16 bits
+    states = 2 * max(4, size) + (4 if size < 4 else 0)  # two moments, plus main weights if the parameters have 16 bits
     pieces = layout.world_size if work.shard else 1
     here = count - experts + experts // layout.ep
     owned = (count - experts) // pieces + experts // max(pieces, layout.ep)
@@ -45,11 +46,11 @@ def _held(config: ModelConfig, work: Estimate, layout: ParallelLayout) -> int:
 
 
 def _activations(config: ModelConfig, work: Estimate, layout: ParallelLayout) -> int:
-    """Bytes kept for the backward pass: the outputs of each block's products, and what lies between them."""
+    """Bytes kept for the backward pass: the outputs of each block's products, and the values between them."""
     tokens = work.batch_size * work.seq_len // layout.sep
     head = config.resolved_head_dim
     heads = head * (config.num_attention_heads + 2 * config.num_key_value_heads)
-    inputs = 3 if config.mlp_type == "swiglu" else 2  # matrices' outputs of the width, and what the activation gives
+    inputs = 3 if config.mlp_type == "swiglu" else 2  # tensors of the MLP's width: outputs of matrices and activation
     dense = config.intermediate_size * inputs
     chosen = config.num_experts_per_tok * (config.moe_intermediate_size * inputs + 2 * config.hidden_size)
     mixed = chosen + config.num_shared_experts * config.moe_intermediate_size * inputs

@@ -1,4 +1,4 @@
-"""What is alive on a device, byte by byte, while a piece of torch code runs."""
+"""Tracking of the bytes that are alive on a device while a piece of torch code runs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from tinytron.kernels.attention_tiled import PARTS
 
 
 class AllocationTracker(TorchDispatchMode):
-    """Counts the storages that operators make inside ``with ledger:``: ``live`` bytes now, ``peak`` at most, and in which
-    ``phase`` (a name that the caller sets) the peak was. Storages of ``known`` tensors are there already and do not count.
+    """Counts the storages that operators allocate inside ``with ledger:``: ``live`` is the current number of bytes,
+    ``peak`` the maximum, and ``peak_phase`` the ``phase`` (a name that the caller sets) of the peak. Storages of
+    ``known`` tensors already exist and do not count.
 
-    Views share a storage, which counts once and whole for as long as anything holds a part of it. Our own operations
-    (``PARTS``) are looked into. Memory that a kernel of torch's takes and gives back before it returns is not seen, but for
-    one case: element-wise kernels on a CPU (``on_cpu``) copy operands that are of another precision than the result.
+    Views share a storage. It counts once and in full as long as anything holds a part of it. The tracker looks inside our
+    own operations (``PARTS``). It does not see memory that a torch kernel allocates and frees before it returns, with one
+    exception: element-wise kernels on a CPU (``on_cpu``) copy operands whose precision differs from the result's.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = (), *, on_cpu: bool = False) -> None:
@@ -28,7 +29,7 @@ class AllocationTracker(TorchDispatchMode):
         self.on_cpu = on_cpu
         self.live = self.peak = 0
         self.phase = self.peak_phase = ""
-        self._known = {t.untyped_storage()._cdata: t for t in known}  # kept, so that no address is given out again
+        self._known = {t.untyped_storage()._cdata: t for t in known}  # kept alive, so that no address is reused
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -53,7 +54,8 @@ class AllocationTracker(TorchDispatchMode):
 
     def _see(self, live: int) -> None:
         if live > self.peak:
-            self.peak, self.peak_phase = live, self.phase
+            self.peak = live
+            self.peak_phase = self.phase
 
     def _remove(self, key: int, size: int, _: object) -> None:
         del self._alive[key]
@@ -61,7 +63,7 @@ class AllocationTracker(TorchDispatchMode):
 
 
 def _converted(operands: Any) -> int:
-    """Bytes of the copies of ``operands`` that are not of their common precision."""
+    """Bytes of the copies of those ``operands`` that do not have the common precision."""
     tensors = [leaf for leaf in tree_leaves(operands) if isinstance(leaf, torch.Tensor) and leaf.ndim > 0]
     if len({t.dtype for t in tensors}) < 2:
         return 0

@@ -1,4 +1,4 @@
-"""The memory of a training run, by kind, from its configuration and layout: nothing of it is allocated."""
+"""The memory of a training run, by kind, computed from its configuration and layout without allocating it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from tinytron.model import GPT
 from tinytron.planner.states import PlannedBuffer, ResidentMemory, held, muon_working_memory, plan_buffers
 from tinytron.planner.step import StepMemory, Workload, step_memory
 
-# What cuBLAS keeps on a GPU since Hopper (32 MiB by default, and what CUBLAS_WORKSPACE_CONFIG=:4096:8 asks for).
+# The workspace that cuBLAS keeps on Hopper and newer GPUs (32 MiB by default, and with CUBLAS_WORKSPACE_CONFIG=:4096:8).
 CUBLAS_WORKSPACE = 32 * 2**20
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of the rank that holds most (``held.rank``), and of the files of a checkpoint.
+    """Bytes on the rank that holds the most (``held.rank``), and bytes of a checkpoint's files.
 
-    ``optimizer_step`` is working memory of the update beside what is held; ``weights`` are those of the whole model as a
-    checkpoint has them, ``saved`` main weights and optimizer states of all ranks; ``library`` is kept by cuBLAS.
+    ``optimizer_step`` is the update's working memory in addition to ``held``. ``weights`` is the whole model in a
+    checkpoint; ``saved`` is the main weights and optimizer states of all ranks; ``library`` is cuBLAS's workspace.
     """
 
     held: ResidentMemory
@@ -33,12 +33,12 @@ class MemoryPlan:
 
     @property
     def resident(self) -> int:
-        """What is on the device all the time."""
+        """Bytes that are on the device all the time."""
         return self.held.total + self.step.tables + self.step.batch + self.library
 
     @property
     def moments(self) -> dict[str, int]:
-        """The most that is alive at a time, by what the rank does then."""
+        """The peak of each activity of the rank, in bytes."""
         return {
             "forward and backward": self.resident + self.step.peak,
             "optimizer step": self.resident + max(self.optimizer_step, self.held.sent),
@@ -47,12 +47,12 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """Bytes on the device at the fullest moment."""
+        """Bytes on the device at the highest peak."""
         return max(self.moments.values())
 
     @property
     def host(self) -> int:
-        """Host memory of the first rank for the copy that a checkpoint is written from."""
+        """Bytes of host memory on the first rank for the in-memory copy of a checkpoint."""
         return self.weights + self.held.snapshot
 
     @property
@@ -69,8 +69,8 @@ def plan_memory(
     layout: ParallelLayout,
     muon: Mapping[str, Any],
 ) -> MemoryPlan:
-    """The plan of ``model`` (made by ``meta_model``; used up) and of the optimizer with these ``groups`` and wrapper
-    ``options``; ``muon`` are the settings of Muon's groups, if there are such."""
+    """The plan for ``model`` (from ``meta_model``; it cannot be used again) and an optimizer with these ``groups`` and
+    wrapper ``options``. ``muon`` has the settings of Muon's groups, if there are any."""
     specs = model.param_specs()
     buffers = plan_buffers(model, [{**group, **muon} for group in groups], specs, layout, options)
     of_rank = held(buffers, layout, options, work.device)
@@ -88,7 +88,7 @@ def plan_memory(
 
 
 def _saved(buffers: Sequence[PlannedBuffer], layout: ParallelLayout) -> int:
-    """Main weights and states of the whole model: each shard once, of every piece of the parameters that are cut."""
+    """Bytes of the whole model's main weights and states: each shard counts once, for every piece of a cut parameter."""
     return sum(
         b.saved_bytes(shard, first_piece=piece == 0)
         for b in buffers

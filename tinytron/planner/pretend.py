@@ -1,4 +1,4 @@
-"""Stand-ins that let a training step run without memory, other ranks or a GPU: fake tensors know shapes, not values."""
+"""Stand-ins that let a training step run without memory, other ranks or a GPU: fake tensors have shapes but no values."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ _aten = torch.ops.aten
 
 
 class PretendGroup:
-    """A process group of ``size`` ranks in which nothing is sent: results keep their shapes."""
+    """A process group of ``size`` ranks that sends nothing: only the shapes of results are right."""
 
-    group_name = ""  # operators look it up only where there is memory
+    group_name = ""  # operators look it up only for real tensors
 
     def __init__(self, size: int) -> None:
         self._size = size
 
     def size(self) -> int:
-        """Ranks of the group."""
+        """Number of ranks in the group."""
         return self._size
 
     def all_to_all_single(self, *_: Any) -> None:
-        """What ``dist.all_to_all_single`` calls."""
+        """Called by ``dist.all_to_all_single``."""
 
-    alltoall_base = all_to_all_single  # its name before torch 2.13
+    alltoall_base = all_to_all_single  # the name before torch 2.13
 
     def allreduce(self, *_: Any) -> None:
-        """What ``dist.all_reduce`` calls."""
+        """Called by ``dist.all_reduce``."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class PretendState(ParallelState):
 
 
 class FakeDeviceMode(TorchFunctionMode):
-    """Inside, fake CPU tensors are treated as if they were on a ``kind`` device.
+    """Inside this mode, fake CPU tensors are treated as if they were on a ``kind`` device.
 
-    On a CPU all is left to torch. For a GPU the three operators that keep other tensors there are replaced: attention
-    (flash kernels in 16 bit, memory-efficient ones in fp32 and with masks, else all scores), RMSNorm and dropout; and
-    ``is_cuda`` is true, which decides about the loss' chunks.
+    For a CPU nothing changes. For a GPU the mode replaces the three operators that keep different tensors there: attention
+    (flash kernels in 16 bit, memory-efficient kernels in fp32 and with masks, otherwise all scores), RMSNorm and dropout.
+    It also sets ``is_cuda`` to true, which determines the chunk size of the loss.
     """
 
     def __init__(self, kind: DeviceKind) -> None:
@@ -84,10 +84,10 @@ def _attention_of_cuda(
     is_causal: bool = False,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """The kernel that torch takes on a GPU since Ampere."""
+    """The attention kernel that torch uses on Ampere and newer GPUs."""
     if q.dtype in (torch.bfloat16, torch.float16) and attn_mask is None and q.shape[-1] <= 256:
         return _aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
-    if q.dtype != torch.float64 and not enable_gqa:  # that kernel wants a key for every query
+    if q.dtype != torch.float64 and not enable_gqa:  # the memory-efficient kernel needs a key head per query head
         if attn_mask is not None:
             attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
         return _aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True, dropout_p, is_causal)[0]
@@ -99,12 +99,13 @@ def _dropout_of_cuda(x: torch.Tensor, p: float = 0.5, training: bool = True, inp
 
 
 class UniformRoutingMode(TorchDispatchMode):
-    """Inside, routers send every expert the same number of rows (``expert_rows`` are what ``plan_dispatch`` reads on the
-    host), and ``grouped_mm`` has shapes in any precision: torch has them for bf16 only, and kernels also for fp32."""
+    """Inside this mode, routers send every expert the same number of rows: ``plan_dispatch`` reads ``expert_rows`` on the
+    host. ``grouped_mm`` also works on fake tensors of any precision; torch supports only bf16 there, although it has
+    kernels for fp32 as well."""
 
     def __init__(self, expert_rows: list[int]) -> None:
         super().__init__()
-        self._rows = itertools.cycle(expert_rows)  # a fake tensor's tolist asks for one after the other
+        self._rows = itertools.cycle(expert_rows)  # tolist of a fake tensor asks for the numbers one by one
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _aten._local_scalar_dense.default:
@@ -112,14 +113,14 @@ class UniformRoutingMode(TorchDispatchMode):
         if func is not _aten._grouped_mm.default:
             return func(*args, **(kwargs or {}))
         a, b, offs = (*args, *(kwargs or {}).values())[:3]
-        # [Q, D] x [e, D, F] -> [Q, F]; of its backward also [D, Q] x [Q, F] -> [e, D, F]
+        # [Q, D] x [e, D, F] -> [Q, F]; the backward pass also needs [D, Q] x [Q, F] -> [e, D, F]
         groups = () if b.ndim == 3 else (len(offs),)
         return a.new_empty(*groups, a.shape[0], b.shape[-1])
 
 
 def with_fake_memory(model: nn.Module, fake: Any) -> list[torch.Tensor]:
     """Give a model that was built on the meta device parameters and buffers in the fake memory of ``fake`` (a
-    ``FakeTensorMode``), tied ones tied; returns them, each once."""
+    ``FakeTensorMode``), and return them, each once. Tied parameters stay tied."""
     made: dict[int, Any] = {}
     with fake:
         for module in model.modules():

@@ -1,4 +1,4 @@
-"""A memory plan for people."""
+"""A readable report of a memory plan."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ _GIB = 2**30
 
 
 def rows(plan: MemoryPlan) -> list[tuple[str, int, str]]:
-    """The kinds of memory with bytes and a remark; they add up to the peak of forward and backward."""
+    """The kinds of memory, each with its bytes and a remark. Their sum is the peak of forward and backward."""
     held, step = plan.held, plan.step
     layer = f"{max(step.layers) / 2**20:.1f} MiB in the largest block" if step.layers else ""
     return [
         ("parameters", held.parameters, "flat buffers, padding included"),
-        ("gradients", held.gradients, "summed there, too"),
+        ("gradients", held.gradients, "in flat buffers, too"),
         ("main weights", held.main, "this rank's shard"),
         ("optimizer states", held.optimizer, "this rank's shard"),
-        ("exchange buffers", held.exchange, "gradients of other ranks on their way"),
+        ("exchange buffers", held.exchange, "gradients received from other ranks"),
         ("tables and batch", step.tables + step.batch + plan.library, "rotary angles, token ids, cuBLAS"),
         ("activations", step.activations, f"kept for the backward pass; {layer}"),
-        ("loss", step.loss, "gradients that the head makes in the forward pass"),
-        ("temporary", step.peak - step.activations - step.loss, f"at the fullest moment, in the {step.peak_phase}"),
+        ("loss", step.loss, "gradients that the head computes in the forward pass"),
+        ("temporary", step.peak - step.activations - step.loss, f"at the peak, in the {step.peak_phase}"),
     ]
 
 
 def table(plan: MemoryPlan) -> str:
-    """The rows as Markdown, and the sum."""
+    """The rows and their sum as a Markdown table."""
     lines = ["| memory of a rank | GiB | |", "|---|---:|---|"]
     lines += [f"| {kind} | {_gib(size)} | {remark} |" for kind, size, remark in rows(plan)]
     lines.append(f"| **forward and backward** | **{_gib(plan.moments['forward and backward'])}** | the sum |")
@@ -39,8 +39,9 @@ def table(plan: MemoryPlan) -> str:
 def describe(
     plan: MemoryPlan, config: ModelConfig, work: Workload, layout: ParallelLayout, device_memory: int | None = None
 ) -> str:
-    """The table, and what else is known before a run. ``device_memory`` in bytes, if it is known."""
-    count, flops = count_parameters(config), train_flops_per_token(config, work.seq_len)
+    """The table and other facts that are known before a run. ``device_memory`` is in bytes, or ``None`` if unknown."""
+    count = count_parameters(config)
+    flops = train_flops_per_token(config, work.seq_len)
     active = f", {count.active / 1e6:.2f}M of them active" if count.active != count.total else ""
     tokens = layout.dp * work.micro_batches * work.batch_size * work.seq_len
     experts = f", experts shared by {layout.ep} and used evenly" if config.use_moe else ""
@@ -69,5 +70,5 @@ def _verdict(peak: int, device_memory: int | None) -> str:
 
 
 def _gib(size: int) -> str:
-    """Three digits behind the point below 100 GiB."""
+    """``size`` in GiB, with three decimals below 100 GiB."""
     return f"{size / _GIB:.3f}" if size < 100 * _GIB else f"{size / _GIB:.1f}"

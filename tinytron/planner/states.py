@@ -1,5 +1,5 @@
-"""What stays in memory between steps: parameters, gradients, main weights, optimizer states. Arithmetic on the layouts of
-the flat buffers, byte for byte what the wrapped optimizer allocates."""
+"""The memory that is held between steps: parameters, gradients, main weights and optimizer states. It follows from the
+layouts of the flat buffers and matches the wrapped optimizer's allocations byte for byte."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class PlannedBuffer:
 
     @property
     def whole_tensors(self) -> bool:
-        """Whether ranks own whole matrices (Muon) instead of ranges of elements."""
+        """True if ranks own whole matrices (for Muon) instead of ranges of elements."""
         return bool(self.options.get("kind") == "muon")
 
     @property
     def owned(self) -> int:
-        """Elements that each rank owns, padding included."""
+        """Number of elements that each rank owns, including padding."""
         return self.layout.numel // self.layout.num_shards
 
     @property
@@ -54,31 +54,32 @@ class PlannedBuffer:
 
     @property
     def main_bytes(self) -> int:
-        """Main weights of one shard; none of their own where the parameters are as precise."""
+        """Bytes of one shard's main weights; none if the parameters have the same precision."""
         return self.owned * self.main_dtype.itemsize if self.dtype != self.main_dtype else 0
 
     def shard_of(self, rank: int, layout: ParallelLayout, sharded: bool) -> int:
-        """Which shard ``rank`` of the world owns: its place among the ranks that hold the same parameters."""
+        """The shard that ``rank`` of the world owns: its index among the ranks that hold the same parameters."""
         return layout.coordinate(rank, layout.replicas(self.axes)) if sharded else 0
 
     def state_bytes(self, shard: int) -> int:
-        """Optimizer states of one shard."""
+        """Bytes of one shard's optimizer states."""
         size = self.main_dtype.itemsize
         if not self.whole_tensors:
             return 2 * self.owned * size + SCALAR * len(self.layout.buckets)
         return sum(muon_state(self.shapes[index], self.options) * size for index in self.owned_tensors(shard))
 
     def owned_tensors(self, shard: int) -> list[int]:
-        """The members that ``shard`` owns (``whole_tensors``)."""
+        """The indices of the members that ``shard`` owns (with ``whole_tensors``)."""
         ranges = [self.layout.owned(bucket, shard) for bucket in range(len(self.layout.buckets))]
         return [
             slot.index for slot in self.layout.slots if ranges[slot.bucket][0] <= slot.start < ranges[slot.bucket][1]
         ]
 
     def saved_bytes(self, shard: int, *, first_piece: bool = True) -> int:
-        """What a checkpoint holds of one shard: main weights and states without padding. Counters are stored once for the
-        whole tensor, with its first piece."""
-        size, total = self.main_dtype.itemsize, 0
+        """Bytes of one shard in a checkpoint: main weights and states without padding. A tensor's counters are stored only
+        once, with its first piece."""
+        size = self.main_dtype.itemsize
+        total = 0
         for slot in self.layout.slots:
             first, last = self.layout.owned(slot.bucket, shard)
             here = max(0, min(last, slot.end) - max(first, slot.start))
@@ -92,8 +93,8 @@ class PlannedBuffer:
 
 
 def muon_state(shape: Sequence[int], options: Mapping[str, Any]) -> int:
-    """Elements of Muon's states of one matrix, or stack of them: the momentum, and NorMuon's mean squares, one for each
-    row or column, whichever are more."""
+    """Number of elements in Muon's states for one matrix or a stack of matrices: the momentum, and NorMuon's mean squares,
+    one for each row or each column, whichever there are more of."""
     second = math.prod(shape[:-2]) * max(shape[-2:]) if options.get("normuon") else 0
     return math.prod(shape) + second
 
@@ -105,15 +106,16 @@ def plan_buffers(
     layout: ParallelLayout,
     options: Options,
 ) -> list[PlannedBuffer]:
-    """The flat buffers that ``DistributedOptimizer`` makes of ``model``'s parameters in the optimizer's ``groups``: one per
-    group, precision and mesh axes that cut its members."""
+    """The flat buffers that ``DistributedOptimizer`` builds for ``model`` and the optimizer's ``groups``: one for each
+    combination of group, precision and sharding axes."""
     names = {id(p): name for name, p in model.named_parameters()}
     by_name = {spec.name: spec for spec in specs}
     buffers = []
     for given in groups:
         for group in group_parameters(given["params"], given, names, by_name):
             shards = layout.size(layout.replicas(group.axes)) if options.shard else 1
-            numels, shapes = [p.numel() for p in group.params], tuple(tuple(p.shape) for p in group.params)
+            numels = [p.numel() for p in group.params]
+            shapes = tuple(tuple(p.shape) for p in group.params)
             planned = plan_buffer(numels, shards, options.bucket_numel, whole_tensors=group.whole_tensors)
             members = tuple(spec.name for spec in group.specs)
             buffers.append(PlannedBuffer(planned, members, shapes, group.params[0].dtype, group.axes, given))
@@ -122,10 +124,12 @@ def plan_buffers(
 
 @dataclass(frozen=True)
 class ResidentMemory:
-    """Bytes that one rank holds between steps; ``exchange`` are buffers for gradients on the wire, ``sent`` those that
-    live only until the gradients of a step are summed. ``start`` is the most while the buffers are made, one after the
-    other, and the model's own memory is still there. ``snapshot`` is what the first rank copies to host memory for a
-    checkpoint, without the weights."""
+    """Bytes that one rank holds between steps.
+
+    ``exchange`` is for buffers of gradients on the wire; ``sent`` is for those that exist only until the gradients of a
+    step are summed. ``start`` is the peak while the buffers are built one after the other and the model's original memory
+    still exists. ``snapshot`` is the copy in the first rank's host memory for a checkpoint, without the weights.
+    """
 
     rank: int
     parameters: int
@@ -139,12 +143,12 @@ class ResidentMemory:
 
     @property
     def total(self) -> int:
-        """All that is on the device from step to step."""
+        """All bytes that stay on the device from step to step."""
         return self.parameters + self.gradients + self.main + self.optimizer + self.exchange
 
 
 def held(buffers: Sequence[PlannedBuffer], layout: ParallelLayout, options: Options, device: str) -> ResidentMemory:
-    """The bytes of the rank that holds most; ranks differ where Muon owns whole matrices."""
+    """The memory of the rank that holds the most; ranks differ if they own whole matrices (for Muon)."""
     states = [[b.state_bytes(shard) for shard in range(b.layout.num_shards)] for b in buffers]
 
     def optimizer_of(rank: int) -> int:
@@ -160,7 +164,7 @@ def held(buffers: Sequence[PlannedBuffer], layout: ParallelLayout, options: Opti
             exchange += arriving
             sent += arriving if wire != b.main_dtype else 0
     gradients = sum(b.layout.numel * b.main_dtype.itemsize for b in buffers)
-    if not options.grad_as_view:  # autograd's own, which are copied into the buffers
+    if not options.grad_as_view:  # autograd allocates gradients of its own, which are copied into the buffers
         gradients += sum(math.prod(shape) * b.main_dtype.itemsize for b in buffers for shape in b.shapes)
     return ResidentMemory(
         rank=rank,
@@ -176,19 +180,20 @@ def held(buffers: Sequence[PlannedBuffer], layout: ParallelLayout, options: Opti
 
 
 def _start(buffers: Sequence[PlannedBuffer]) -> int:
-    """Bytes at the fullest moment of moving the parameters into their buffers; each moves on its own."""
+    """The peak in bytes while the parameters move into their buffers, one buffer after the other."""
     most = made = 0
     left = sum(b.own_parameters for b in buffers)
     for b in buffers:
         made += b.layout.numel * (b.dtype.itemsize + b.main_dtype.itemsize)
-        most, left = max(most, made + left), left - b.own_parameters
+        most = max(most, made + left)
+        left -= b.own_parameters
         made += b.main_bytes
     return max(most, made)
 
 
 def muon_working_memory(buffers: Sequence[PlannedBuffer], settings: Mapping[str, Any], device: str) -> int:
-    """Bytes beside its states that Muon's step takes at most: matrices are updated one after the other, so those of the
-    largest. ``settings`` are the constructor's options (``ns_steps``, ``normuon``, ``cautious``)."""
+    """Peak bytes that Muon's step needs in addition to its states. Matrices are updated one after the other, so the largest
+    one determines it. ``settings`` are the constructor's options (``ns_steps``, ``normuon``, ``cautious``)."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from tinytron.optim import Muon
@@ -199,9 +204,10 @@ def muon_working_memory(buffers: Sequence[PlannedBuffer], settings: Mapping[str,
     for shape, row_blocks, dtype in kinds:
         with FakeTensorMode():
             parameter = nn.Parameter(torch.empty(shape, dtype=dtype))
-            parameter.grad, found = torch.empty(shape, dtype=dtype), torch.zeros(())
+            parameter.grad = torch.empty(shape, dtype=dtype)
+            found = torch.zeros(())
             muon = Muon([{"params": [parameter], "kind": "muon", "row_blocks": row_blocks}], lr=1e-3, **settings)
-            muon.found_inf = found  # as from the second step on
+            muon.found_inf = found  # as in every step after the first
             ledger = AllocationTracker([parameter, parameter.grad, found], on_cpu=device == "cpu")
             with ledger:
                 muon.step()

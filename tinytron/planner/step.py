@@ -1,4 +1,4 @@
-"""The memory of one micro-batch's forward and backward: the model's own code, run on tensors without memory."""
+"""The memory of one micro-batch's forward and backward pass, measured by running the model on tensors without memory."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tinytron.utils.sequences import Documents
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What one rank computes with, as far as it decides about memory. ``batch_size`` and ``seq_len`` are those of the
-    whole sequences that the ranks of a sequence-parallel group share."""
+    """The properties of one rank's work that determine its memory. ``batch_size`` and ``seq_len`` describe the whole
+    sequences that the ranks of a sequence-parallel group share."""
 
     dtype: torch.dtype
     batch_size: int
@@ -37,10 +37,13 @@ class Workload:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of one rank. ``tables``: rotary angles, router biases and counters; ``batch``: ids, labels and marks of a step;
-    ``layers``: what each block keeps for its backward pass; ``activations``: these, the embedding's output, masks and the
-    final norm; ``loss``: the gradients that the fused loss makes in the forward pass; ``peak``: activations, loss and
-    whatever is alive beside them at the fullest moment, which is in ``peak_phase``."""
+    """Bytes on one rank in a step.
+
+    ``tables``: rotary angles, router biases and counters. ``batch``: a step's ids, labels, positions and padding marks.
+    ``layers``: the values that each block keeps for its backward pass. ``activations``: all of ``layers``, the embedding's
+    output, masks and the final norm. ``loss``: the gradients that the fused loss computes in the forward pass.
+    ``peak``: activations, loss and everything else that is alive at the peak, which is in ``peak_phase``.
+    """
 
     tables: int
     batch: int
@@ -52,8 +55,8 @@ class StepMemory:
 
 
 def meta_model(config: ModelConfig, work: Workload, layout: ParallelLayout) -> GPT:
-    """The model of rank 0 as shapes only. Raises: ConfigError if the heads do not fit the layout."""
-    # Kernels for documents keep what torch's flash kernel keeps, and their package need not be there to plan.
+    """The model of rank 0 with shapes only. Raises: ConfigError if the heads do not fit the layout."""
+    # Kernels for documents keep the same tensors as torch's flash kernel, and planning must not need their package.
     flash = work.attn_backend in VARLEN_BACKENDS
     model = GPT(
         config,
@@ -72,7 +75,7 @@ def meta_model(config: ModelConfig, work: Workload, layout: ParallelLayout) -> G
 
 
 def step_memory(model: GPT, work: Workload, layout: ParallelLayout) -> StepMemory:
-    """Run forward and backward of ``model`` (from ``meta_model``, whose parameters become fake ones) once."""
+    """Run one forward and backward pass of ``model`` (from ``meta_model``; its parameters become fake tensors)."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     fake = FakeTensorMode()
@@ -81,7 +84,9 @@ def step_memory(model: GPT, work: Workload, layout: ParallelLayout) -> StepMemor
     with fake:
         model.step_load = torch.zeros(model.step_load.shape, dtype=torch.int64)
         ids_Bs, labels_Bs = (torch.zeros(B, s, dtype=torch.int64) for _ in range(2))
-        positions, documents, scale = None, None, torch.zeros(())
+        positions = None
+        documents = None
+        scale = torch.zeros(())
         if work.documents:
             positions = torch.zeros(B, s, dtype=torch.int64)
             documents = Documents(torch.zeros(B + 1, dtype=torch.int32), work.seq_len)
@@ -96,7 +101,8 @@ def step_memory(model: GPT, work: Workload, layout: ParallelLayout) -> StepMemor
             ledger.phase = "forward"
             sums = model(ids_Bs, labels_Bs, positions, documents, padding=padding, routing_scale=scale)
             assert isinstance(sums, LossSums), "labels were given"
-            after_forward, ledger.phase = ledger.live, "backward"
+            after_forward = ledger.live
+            ledger.phase = "backward"
             _backward(sums.objective / ids_Bs.numel())
     parameters = sum(p.nbytes for p in model.parameters())
     return StepMemory(
@@ -111,13 +117,15 @@ def step_memory(model: GPT, work: Workload, layout: ParallelLayout) -> StepMemor
 
 
 def _backward(loss: torch.Tensor) -> None:
-    """``loss.backward()``, which would turn ``FakeDeviceMode`` off inside, where blocks are computed again."""
-    engine, seed = torch.autograd.Variable._execution_engine, torch.ones_like(loss)
+    """Run the backward pass. ``loss.backward()`` would disable ``FakeDeviceMode``, in which blocks must be recomputed."""
+    engine = torch.autograd.Variable._execution_engine
+    seed = torch.ones_like(loss)
     engine.run_backward((loss,), (seed,), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def _mark_blocks(model: GPT, ledger: AllocationTracker) -> list[int]:
-    """Filled by the next forward with the living bytes before and after every block, and last those before the loss."""
+    """A list that the next forward pass fills with the live bytes before and after every block, and then before the
+    loss."""
     marks: list[int] = []
 
     def mark(*_: object) -> None:
@@ -135,8 +143,8 @@ def _mark_blocks(model: GPT, ledger: AllocationTracker) -> list[int]:
 
 
 def _expect_gradients(model: GPT, *, accumulated: bool) -> list[torch.Tensor]:
-    """Treat gradients as the flat buffers do: the first ones are moved there and freed, those of later micro-batches are
-    cast and added to what is there (which is returned)."""
+    """Handle gradients as the flat buffers do: the first gradients are moved to the buffers and freed; gradients of later
+    micro-batches are cast and added to the buffers. Returns the buffers' gradients, if any exist before the pass."""
     there: list[torch.Tensor] = []
     for parameter in model.parameters():
         if accumulated:
@@ -154,8 +162,9 @@ def _forget(parameter: torch.Tensor) -> None:
 
 
 def _even_rows(config: ModelConfig, layout: ParallelLayout, tokens: int) -> list[int]:
-    """What ``plan_dispatch`` reads if all experts get nearly the same: rows sent to and got from each rank, rows of each
-    expert. By turns half a ``ROW_STEP`` more and less: the padding to whole ones is half a step on average."""
+    """The numbers that ``plan_dispatch`` reads if all experts get nearly the same load: rows sent to and received from each
+    rank, and rows of each expert. Experts alternately get half a ``ROW_STEP`` more and less, because padding to whole
+    steps adds half a step on average."""
     rows = tokens * config.num_experts_per_tok
     ranks, experts = _shares(rows, layout.ep), _shares(rows, config.num_experts // layout.ep)
     half = min(ROW_STEP // 2, *experts)

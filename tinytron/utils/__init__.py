@@ -1,1 +1,1 @@
-"""Floor 0: helpers that know nothing of the rest of the library."""
+"""Floor 0: helpers that do not depend on the rest of the library."""

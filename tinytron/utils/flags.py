@@ -1,5 +1,5 @@
-"""What a configuration field says about itself next to its type and default: help, bounds, choices. The command line is
-made from that, and values are checked by it; and the parser of all command lines."""
+"""Metadata of configuration fields (help, bounds, choices), from which the command line is generated and values are
+checked; and the parser of all command lines."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from tinytron.utils.paths import expanded
 class Flag:
     """Metadata of one configuration field, next to its type: ``Annotated[int, Flag("help", "tokens", at_least=1)]``.
 
-    ``identity`` says whether the value is part of what the run *is* (and so of the config hash that names its
-    folder) or only of how it is executed (layout, paths, intervals, limits). The bounds hold for numbers that are not
-    ``None``, and NaN keeps none; ``works`` is a value that the error proposes, ``rule`` says the bounds in other words.
-    Only with ``infinite`` may a number be that. ``choices`` are the allowed values, where the type is not a ``Literal`` of
-    them: usually a table's keys. A ``path`` may begin with ``~`` or a ``$VARIABLE``. ``bare`` is the
-    choice that the flag alone makes.
+    ``identity``: the value is part of what the run *is*, and so of the config hash that names its folder; false for options
+    that only affect how the run is executed (layout, paths, intervals, limits). The bounds apply to numbers that are not
+    ``None``, and NaN violates all of them. ``works`` is a value for the error message to suggest, and ``rule`` states the
+    bounds in other words. A number may be infinite only with ``infinite``. ``choices`` are the allowed values if the type
+    is not a ``Literal``, usually a table's keys. A ``path`` may begin with ``~`` or a ``$VARIABLE``. ``bare`` is the choice
+    that the flag without a value stands for.
     """
 
     help: str
@@ -62,12 +62,12 @@ class Flag:
 
     @property
     def bounded(self) -> bool:
-        """True if there is any bound; without one, the section has a rule of its own."""
+        """True if there is any bound; a section with an unbounded number has its own check."""
         return any(bound is not None for bound in (self.at_least, self.above, self.at_most, self.below))
 
     @property
     def bounds(self) -> str:
-        """The bounds in words, as an error says them after "must be"."""
+        """The bounds in words, in the form that follows "must be" in an error."""
         if self.rule:
             return self.rule
         if self.at_least is not None and self.at_most is not None:
@@ -93,7 +93,7 @@ class FieldInfo:
 
     @property
     def choices(self) -> tuple[Any, ...] | None:
-        """The allowed values of a ``Literal`` field, or those that its flag names, else ``None``."""
+        """The allowed values of a ``Literal`` field, or the ``choices`` of its flag, else ``None``."""
         if self.flag.choices is not None:
             return self.flag.choices
         return typing.get_args(self.type) if typing.get_origin(self.type) is typing.Literal else None
@@ -102,12 +102,12 @@ class FieldInfo:
 def config_fields(cls: type) -> tuple[FieldInfo, ...]:
     """Every field of the dataclass ``cls`` in declaration order.
 
-    Raises: TypeError if a field carries no ``Flag`` (then it would have no help text).
+    Raises: TypeError if a field has no ``Flag`` (it would have no help text).
     """
     return _resolved_fields(cls)
 
 
-@functools.cache  # resolving annotations takes 5 ms a class, and a run asks for them some 70 times
+@functools.cache  # resolving annotations takes 5 ms per class, and a run needs them about 70 times
 def _resolved_fields(cls: Any) -> tuple[FieldInfo, ...]:
     hints = typing.get_type_hints(cls, include_extras=True)
     infos = []
@@ -130,7 +130,8 @@ def check_bounds(section: Any) -> None:
     """Compare every field of the dataclass instance ``section`` with the bounds and choices of its flag. Raises:
     ConfigError for the first value that breaks them, with a value that works where the flag names one."""
     for info in config_fields(type(section)):
-        value, flag = getattr(section, info.name), info.flag
+        value = getattr(section, info.name)
+        flag = info.flag
         if value is None and info.optional:
             continue
         if info.choices is not None and value not in info.choices:
@@ -145,13 +146,14 @@ def check_bounds(section: Any) -> None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean X?"`` for the known name most like ``name``, or an empty string when none is close."""
+    """``"; did you mean X?"`` for the known name closest to ``name``, or an empty string if none is close."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {match[0]}?" if match else ""
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises ConfigError instead of printing the usage and exiting; flags are spelled out, also those of subcommands."""
+    """A parser that raises ConfigError instead of printing the usage and exiting. Flags cannot be abbreviated, not even
+    those of subcommands."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **options})
@@ -165,8 +167,8 @@ def parse_strictly(
     argv: Sequence[str] | None = None,
     usual: Mapping[str, str] = types.MappingProxyType({}),
 ) -> argparse.Namespace:
-    """Parse ``argv`` (default: the command line). Raises: ConfigError for values of the wrong type and for unknown flags,
-    with what ``usual`` says of names that other programs have, else with the nearest known one."""
+    """Parse ``argv`` (default: the command line). Raises: ConfigError for values of the wrong type and for unknown
+    flags. It suggests our name for a flag of other programs that ``usual`` lists, or else the closest known flag."""
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0].replace("-", "_").replace("__", "--", 1)
@@ -176,7 +178,7 @@ def parse_strictly(
 
 
 def _options(parser: argparse.ArgumentParser) -> list[str]:
-    """The spellings of all flags, those of subcommands included."""
+    """The spellings of all flags, including those of subcommands."""
     found: list[str] = []
     for action in parser._actions:
         found += action.option_strings
@@ -187,11 +189,13 @@ def _options(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def add_flag(group: argparse._ActionsContainer, info: FieldInfo) -> None:
-    """The flag of one configuration field; booleans as ``--flag``, ``--no-flag`` and ``--flag true|false``."""
-    name, default, text = info.name, info.default, info.flag.text.replace("%", "%%")
+    """Add the flag of one configuration field; booleans get ``--flag``, ``--no-flag`` and ``--flag true|false``."""
+    name = info.name
+    default = info.default
+    text = info.flag.text.replace("%", "%%")
     if info.type is bool:
         group.add_argument(f"--{name}", action=_Switch, default=default, help=text)
-        # `--no_flag` is an accepted spelling of `--no-flag`, like all other flags with underscores.
+        # `--no_flag` is also accepted for `--no-flag`, because all other flags have underscores.
         group.add_argument(f"--no_{name}", dest=name, action="store_false", default=default, help=argparse.SUPPRESS)
     elif info.choices is not None:
         alone: dict[str, Any] = {"nargs": "?", "const": info.flag.bare} if info.flag.bare else {}
@@ -202,12 +206,14 @@ def add_flag(group: argparse._ActionsContainer, info: FieldInfo) -> None:
         kind = expanded if info.flag.path else inner[0]
         group.add_argument(f"--{name}", nargs=count, type=kind, default=default, help=text)
     else:
-        kind = expanded if info.flag.path else whole_number if info.type is int else info.type
+        kind = whole_number if info.type is int else info.type
+        if info.flag.path:
+            kind = expanded
         group.add_argument(f"--{name}", type=kind, default=default, help=text, metavar=info.type.__name__.upper())
 
 
 def whole_number(text: str) -> int:
-    """``134217728``, also spelled ``2**27``, ``134_217_728`` or, if it is whole, ``1e6``; of 64 bits. Raises:
+    """Parse a whole number of at most 64 bits, such as ``134217728``, ``2**27``, ``134_217_728`` or ``1e6``. Raises:
     argparse.ArgumentTypeError."""
     base, power, exponent = text.partition("**")
     try:
@@ -246,6 +252,6 @@ class _Switch(argparse.BooleanOptionalAction):
         given = {"true": True, "false": False}.get(str(values).lower())
         if given is None or str(option_string).startswith("--no-"):
             parser.error(
-                f"argument {option_string}: {values} is too much; use --{self.dest} true or --{self.dest} false"
+                f"argument {option_string} does not accept {values}; use --{self.dest} true or --{self.dest} false"
             )
         setattr(namespace, self.dest, given)

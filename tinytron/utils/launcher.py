@@ -1,4 +1,4 @@
-"""What launchers tell a process about its place, without importing torch."""
+"""Reading and checking what launchers tell a process about its place in the job, without importing torch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Mapping
 
 from tinytron.errors import ConfigError
 
-# The process's number on its node, as torchrun, srun, Open MPI and Intel MPI call it.
+# The variables in which torchrun, srun, Open MPI and Intel MPI give a process's number on its node.
 _LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
-NAME_SECONDS = 60.0  # to wait for the name of the first of several nodes
+NAME_SECONDS = 60.0  # maximum wait for the host name of the first of several nodes
 
 
 def check_meeting_place(host: str, port: int | None, *, several: bool) -> None:
-    """Check where all processes meet (``port`` ``None``: not given); with ``several`` the name may come to be known late.
-    Raises: ConfigError for an address or a port at which torch would wait forever."""
+    """Check the address where all processes meet (``port`` ``None``: not given). With ``several`` nodes, wait if the name
+    cannot be resolved yet. Raises: ConfigError for an address or a port at which torch would wait forever."""
     if port is not None and not 1 <= port <= 65535:
         raise ConfigError(
             f"--master_port {port} (MASTER_PORT) must be in 1..65535; use 29500, or on one node --standalone, "
@@ -26,16 +26,17 @@ def check_meeting_place(host: str, port: int | None, *, several: bool) -> None:
 
 
 def local_rank_variable(environment: Mapping[str, str]) -> str:
-    """The variable of ``environment`` with this process's number on its node: ``LOCAL_RANK``, or that of another launcher
-    if a script has set ``RANK`` only. Without one, all processes of a node would take its first GPU."""
+    """The variable in ``environment`` that has this process's number on its node: ``LOCAL_RANK``, or another launcher's
+    variable if a script has set only ``RANK``. Without one, all processes of a node would use its first GPU."""
     names = _LOCAL_RANKS if "RANK" in environment else _LOCAL_RANKS[:1]
     return next((name for name in names if name in environment), _LOCAL_RANKS[0])
 
 
 def await_name(host: str, *, seconds: float, every: float = 2.0) -> None:
-    """Wait until ``host`` has an address: the name of a node that starts at the same time may not be known yet. Raises:
-    ConfigError after ``seconds``."""
-    end, waited = time.monotonic() + seconds, False
+    """Wait until ``host`` has an address, because the name of a node that starts at the same time may not be known yet.
+    Raises: ConfigError after ``seconds``."""
+    end = time.monotonic() + seconds
+    waited = False
     while True:
         try:
             socket.getaddrinfo(host, None)

@@ -1,7 +1,7 @@
 """Locks on folders. A lock belongs to a process: the kernel releases it when the process ends, however it ends.
 
-The locks are POSIX record locks (``lockf``), which a forked child does not inherit: a loader worker that outlives its
-killed run holds nothing. They do not keep threads of one process apart.
+The locks are POSIX record locks (``lockf``), which a forked child does not inherit, so a loader worker that outlives its
+killed run does not keep the lock. They do not exclude threads of the same process.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from tinytron.errors import ConfigError
 
 
 def lock_folder(folder: Path, remedy: str) -> IO[str]:
-    """Refuse to share ``folder``: keep others out until the result is closed or this process ends.
+    """Lock ``folder`` against other processes until the returned file is closed or this process ends.
 
-    A file system without locks locks nothing. Raises: ConfigError if another process holds the lock, naming its host and
-    process, and ``remedy``, what the user can do.
+    On a file system without locks this does nothing. Raises: ConfigError if another process holds the lock; it names that
+    process and its host, and ends with ``remedy``, the user's way out.
     """
     path = folder / ".lock"
     try:
         file = _open_shared(path)
-    except BlockingIOError:  # a colleague's process has it
+    except BlockingIOError:  # another user's process holds it
         raise _in_use(folder, path.read_text(), remedy) from None
     except PermissionError as error:
         raise ConfigError(
@@ -51,7 +51,7 @@ def lock_folder(folder: Path, remedy: str) -> IO[str]:
 def _owner(path: Path) -> str:
     try:
         return path.owner()
-    except KeyError:  # of another machine
+    except KeyError:  # a user of another machine
         return f"user {path.stat().st_uid}"
 
 
@@ -61,12 +61,12 @@ def _in_use(folder: Path, holder: str, remedy: str) -> ConfigError:
 
 @contextlib.contextmanager
 def wait_for_lock(path: Path, say: Callable[[str], object]) -> Iterator[None]:
-    """Take turns: hold the lock of the file ``path`` and so of its folder, after waiting for the process that has it,
-    which ``say`` is told. Raises: OSError, also from a file system without locks."""
-    waits = f"waiting for another process that prepares {path.parent}"
+    """Hold the lock file ``path``, which locks its folder, and wait first if another process holds it; ``say`` is called
+    before a wait. Raises: OSError, also on a file system without locks."""
+    waits = f"waiting for another process that is preparing {path.parent}"
     try:
         shared = _open_shared(path)
-    except BlockingIOError:  # a colleague's process has it
+    except BlockingIOError:  # another user's process holds it
         say(waits)
         with open(path) as other:
             fcntl.lockf(other, fcntl.LOCK_SH)
@@ -79,28 +79,29 @@ def wait_for_lock(path: Path, say: Callable[[str], object]) -> Iterator[None]:
 
 
 def _open_shared(path: Path) -> IO[str]:
-    """The lock file, which everybody who may write its folder may use. Raises: PermissionError."""
+    """Open the lock file and let every user with write access to its folder use it. Raises: PermissionError."""
     try:
-        file = open(path, "a+")  # noqa: SIM115  # stays open: the lock lives as long as the file
+        file = open(path, "a+")  # noqa: SIM115  # stays open, because closing it would release the lock
     except PermissionError:
         if not path.exists():
             raise
-        _remove_free_lock(path)  # of a colleague who made it for himself
+        _remove_free_lock(path)  # another user made it without access for others
         file = open(path, "a+")  # noqa: SIM115
-    with contextlib.suppress(PermissionError):  # it is somebody else's
+    with contextlib.suppress(PermissionError):  # the file may belong to another user
         os.fchmod(file.fileno(), 0o666)
     return file
 
 
 def _remove_free_lock(path: Path) -> None:
-    """Raises: PermissionError unless nobody holds the lock and the folder may be written."""
-    with open(path) as file:  # a shared lock needs no more
+    """Remove the lock file. Raises: PermissionError if the folder is not writable, BlockingIOError if a process holds the
+    lock."""
+    with open(path) as file:  # read access is enough for a shared lock
         fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         path.unlink()
 
 
 def _try_lock(file: IO[str]) -> bool:
-    """Take the lock unless another process has it. Raises: OSError from a file system without locks."""
+    """Take the lock if it is free; returns whether it was. Raises: OSError on a file system without locks."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -1,8 +1,8 @@
-"""Which library multiplies fp32 matrices on a CPU.
+"""The library that multiplies fp32 matrices on a CPU.
 
-torch hands 16-bit products to oneDNN and fp32 ones to its BLAS (MKL), which on AMD CPUs uses half of the vectors. oneDNN
-gets those, too, when it is permitted to round inputs to bf16 (precision "medium"); it makes use of that permission only
-where the CPU has matrix units (AMX), and computes in fp32 elsewhere.
+torch uses oneDNN for 16-bit products, and for fp32 products its BLAS (MKL), which uses only half the vector width on AMD
+CPUs. torch also uses oneDNN for the latter if rounding inputs to bf16 is permitted (precision "medium"). oneDNN makes
+use of that permission only if the CPU has matrix units (AMX); otherwise it computes in fp32.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 _SETTINGS: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-_SIZE = 192  # of the products that are compared; above the size from which torch asks oneDNN
+_SIZE = 192  # size of the products to compare, large enough for torch to use oneDNN
 
 
 @contextlib.contextmanager
 def onednn() -> Iterator[None]:
-    """Inside, oneDNN multiplies fp32 matrices, and may round inputs to bf16: exact, if they are bf16 already."""
+    """Inside this context oneDNN multiplies fp32 matrices and may round inputs to bf16, which is exact if their values
+    already are bf16."""
     before = _SETTINGS.fp32_precision
     _SETTINGS.fp32_precision = "bf16"
     try:
@@ -29,8 +30,8 @@ def onednn() -> Iterator[None]:
 
 
 def onednn_keeps_fp32() -> bool:
-    """Whether oneDNN's fp32 products are exact here, tried out: against fp64 they may not be off by more than four times
-    what the BLAS is off."""
+    """True if oneDNN's fp32 products are exact on this machine. A trial decides: compared with fp64, their error may
+    be at most four times the BLAS's."""
     if not torch.backends.mkldnn.is_available():
         return False
     generator = torch.Generator().manual_seed(0)
@@ -46,6 +47,6 @@ def onednn_keeps_fp32() -> bool:
 
 
 def use_onednn() -> None:
-    """Let oneDNN multiply fp32 matrices from now on, in all of this process."""
-    # The same setting by its older name: torch's getter, which torch.compile calls too, refuses what the newer one set.
+    """Use oneDNN for fp32 matrices from now on, in the whole process."""
+    # The setting's older name, because torch's getter, which torch.compile also calls, rejects values set by the newer one.
     torch.set_float32_matmul_precision("medium")

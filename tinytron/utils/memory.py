@@ -1,4 +1,4 @@
-"""How much memory a machine has, without a package for it."""
+"""The memory of a machine, read without an additional package."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _USES = ("memory.current", "memory/memory.usage_in_bytes")
 
 
 class Memory(NamedTuple):
-    """Bytes in total, and those that are free."""
+    """Total and free bytes."""
 
     total: int
     free: int
 
 
 def memory_of(device: torch.device) -> Memory | None:
-    """The memory of a GPU, of the machine, or of a container that is given less; ``None`` if the system does not tell."""
+    """The memory of a GPU or of the machine, or the smaller limit of a container; ``None`` if it is unknown."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return Memory(total, free)

@@ -1,4 +1,4 @@
-"""Exact parameter and FLOP counts of a GPT, from its configuration alone (checked against counted ones, P14)."""
+"""Exact parameter and FLOP counts of a GPT, computed from its configuration (tests compare them with real counts, P14)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class GPTShape(Protocol):
-    """The fields of ``ModelConfig`` that decide sizes (floor 0 cannot import it)."""
+    """The fields of ``ModelConfig`` that determine sizes (floor 0 cannot import it)."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -55,8 +55,8 @@ class GPTShape(Protocol):
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Numbers of parameters: all of them, those one token uses, and those in the token embedding. All learned positions
-    count as used."""
+    """Numbers of parameters: in total, used by one token, and in the token embedding. All learned positions count as
+    used."""
 
     total: int
     active: int
@@ -64,7 +64,7 @@ class ParameterCount:
 
 
 def count_parameters(shape: GPTShape) -> ParameterCount:
-    """Parameters of the model that ``shape`` describes; tied embedding and head are counted once."""
+    """Count the parameters of the model that ``shape`` describes; tied embedding and head count once."""
     D, H = shape.hidden_size, shape.resolved_head_dim
     q, kv = shape.num_attention_heads * H, shape.num_key_value_heads * H
     per_norm = 2 if shape.norm_type == "layer" else 1  # weight and bias
@@ -79,7 +79,7 @@ def count_parameters(shape: GPTShape) -> ParameterCount:
     experts, dense = _layers(shape)
     expert = 3 * D * shape.moe_intermediate_size
     shared_width = shape.num_shared_experts * shape.moe_intermediate_size
-    # Router and shared experts.
+    # The router and the shared experts, which every token uses.
     everywhere = D * shape.num_experts + (feed_forward(shared_width) if shared_width else 0)
     mlps = dense * feed_forward(shape.intermediate_size) + experts * everywhere
     embedding = shape.vocab_size * D
@@ -94,23 +94,23 @@ def count_parameters(shape: GPTShape) -> ParameterCount:
 
 
 def _mlp_inputs(shape: GPTShape) -> int:
-    """Matrices of the feed-forward layer that read its input; one more writes its output."""
+    """Number of matrices in the feed-forward layer that read its input; another one writes its output."""
     return 2 if shape.mlp_type == "swiglu" else 1
 
 
 def _layers(shape: GPTShape) -> tuple[int, int]:
-    """How many layers have experts, and how many a dense feed-forward."""
+    """The number of layers with experts, and the number with a dense feed-forward."""
     experts = sum(shape.is_moe_layer(layer) for layer in range(shape.num_layer))
     return experts, shape.num_layer - experts
 
 
 def train_flops_per_token(shape: GPTShape, seq_len: int, *, causal: bool = True) -> float:
-    """Floating-point operations of forward and backward for one token of a ``seq_len`` sequence.
+    """Floating-point operations of the forward and backward pass for one token of a ``seq_len`` sequence.
 
-    Only matrix products count (a multiply-add is 2), backward is twice the forward, recomputation is not counted, so
-    the ratio to the peak is MFU, not HFU (PaLM, arXiv:2204.02311, appendix B). With ``causal`` a token attends to
-    (seq_len + 1) / 2 positions on average, to fewer in layers with a sliding window; without, to all (what
-    ``torch.utils.flop_counter`` assumes).
+    Only matrix products count (a multiply-add is 2), and the backward pass counts twice the forward pass. Recomputation is
+    not counted, so the ratio to the peak is MFU, not HFU (PaLM, arXiv:2204.02311, appendix B). With ``causal`` a token
+    attends to (seq_len + 1) / 2 positions on average, or fewer in layers with a sliding window. Otherwise it attends to all
+    positions, as ``torch.utils.flop_counter`` assumes.
     """
     D, H = shape.hidden_size, shape.resolved_head_dim
     q, kv = shape.num_attention_heads * H, shape.num_key_value_heads * H
@@ -126,6 +126,6 @@ def train_flops_per_token(shape: GPTShape, seq_len: int, *, causal: bool = True)
 
 
 def _attended(seq_len: int, window: int) -> float:
-    """Positions that a token sees on average, itself included; ``window`` 0: all before it."""
+    """Average number of positions that a token attends to, including its own; ``window`` 0: no limit."""
     w = min(window or seq_len, seq_len)
     return w - w * (w - 1) / (2 * seq_len)

@@ -1,4 +1,4 @@
-"""Optional packages, and one-line errors for what goes wrong inside them."""
+"""Optional packages, and one-line errors for exceptions inside them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tinytron.errors import ConfigError, DataError, TinytronError
 
 
 def require_package(name: str, extra: str = "data") -> Any:
-    """Import an optional package. Raises: ConfigError with the command that installs it, with the ``extra`` of ours."""
+    """Import an optional package. Raises: ConfigError with the command that installs it, using our ``extra``."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -22,8 +22,8 @@ def require_package(name: str, extra: str = "data") -> Any:
 
 @contextlib.contextmanager
 def as_data_error(where: str, advice: str = "") -> Iterator[None]:
-    """Turn any exception of other people's code into a one-line DataError that starts with ``where`` and ends in
-    ``advice``."""
+    """Context that turns any exception of a third-party library into a one-line DataError, which starts with ``where`` and
+    ends with ``advice``."""
     try:
         yield
     except TinytronError:

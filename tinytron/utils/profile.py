@@ -18,7 +18,7 @@ PARTS = (FORWARD, BACKWARD, EXCHANGE, UPDATE)
 
 # Dense TFLOP/s by a part of the device name (manufacturers' data sheets), for (fp32, 16-bit). The 32-bit column is the
 # TF32 tensor-core rate where the device has one, because that is what fp32 matmuls use unless --disable_tf32 is given.
-# The first name that matches whole words counts, so a longer name stands before its prefix.
+# The first name that matches whole words is used, so a longer name comes before its prefix.
 PEAK_TFLOPS: dict[str, tuple[float, float]] = {
     "GH200": (494.5, 989.0),
     "H200": (494.5, 989.0),
@@ -41,20 +41,20 @@ PEAK_TFLOPS: dict[str, tuple[float, float]] = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """The device's peak matmul rate in FLOP/s, and where the figure comes from: ``"data sheet"`` or ``"measured"``."""
+    """The device's peak matmul rate in FLOP/s, and the source of the figure: ``"data sheet"`` or ``"measured"``."""
     column = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 1}.get(dtype)
     if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
         column = None  # without TF32 the table does not apply
     if device.type == "cuda" and column is not None:
         name = torch.cuda.get_device_name(device)
         for part, rates in PEAK_TFLOPS.items():
-            if re.search(rf"\b{part}\b", name):  # an RTX A4000 is no A40
+            if re.search(rf"\b{part}\b", name):  # an RTX A4000 is not an A40
                 return rates[column] * 1e12, "data sheet"
     return measured_matmul_rate(device, dtype), "measured"
 
 
 def measured_matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """The best FLOP/s that square matmuls reached within about ``seconds``, with the threads this process has."""
+    """The best FLOP/s of square matmuls within about ``seconds``, using this process's threads."""
     return matmul_rates(device, dtype, seconds)[0]
 
 
@@ -63,8 +63,8 @@ def matmul_rates(
 ) -> tuple[float, float]:
     """The best and the median FLOP/s of ``size x size`` matmuls (default: 8192 on a GPU, 1536 on a CPU) within ``seconds``.
 
-    The data are random, because GPUs multiply constants faster. They come from a generator of their own: measuring does
-    not change a run's random numbers.
+    The data are random, because GPUs multiply constants faster. They come from a separate generator, so measuring does not
+    change a run's random numbers.
     """
     size = size or (8192 if device.type == "cuda" else 1536)
     generator = torch.Generator(device).manual_seed(0)
@@ -90,9 +90,9 @@ def _synchronize(device: torch.device) -> None:
 def build_profiler(
     first_step: int, last_step: int, trace: Path, *, done: int = 0, say: Callable[[str], None] = print
 ) -> profile:
-    """A profiler of the steps ``first_step..last_step`` (counted from 1, both included) for a run that has completed
-    ``done`` steps. It writes a Chrome trace, in which ``ProfilerStep#15`` is step 15, and says where it is and what took
-    time.
+    """A profiler of the steps ``first_step..last_step`` (counted from 1, inclusive) for a run that has completed ``done``
+    steps. It writes a Chrome trace, in which ``ProfilerStep#15`` is step 15, and reports the trace's path and the most
+    expensive operations.
 
     Call ``step()`` after every training step; the trace is written when the window closes or, for a shorter run, when
     the profiler stops with at least one profiled step.
@@ -113,14 +113,14 @@ def build_profiler(
             say(line)
 
     profiler = profile(activities=activities, schedule=action, on_trace_ready=write)
-    profiler.step_num = done + 1  # the step under way: the profiler itself would begin to count at 0
-    profiler.current_action = action(done + 1)  # type: ignore[assignment]  # mypy keeps to the first value's members
+    profiler.step_num = done + 1  # the current step; by itself the profiler would count from 0
+    profiler.current_action = action(done + 1)  # type: ignore[assignment]  # mypy infers the first value's literal type
     return profiler
 
 
 def costliest(profiler: profile, rows: int = 12) -> list[str]:
-    """A table, in lines: how the profiled time divides into the marked ``PARTS`` of a step, and the operations that took
-    the most time themselves, without those that they call. On a GPU the time is the device's."""
+    """Lines of a table with the share of each marked part of a step (``PARTS``) in the profiled time, and the operations
+    with the most self time, which excludes the operations they call. On a GPU it is device time."""
     averages = profiler.key_averages()
     on_device = torch.cuda.is_available()
 

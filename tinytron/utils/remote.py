@@ -1,7 +1,7 @@
-"""Folders behind URLs (s3://, gs://, ...): staged on the local disk, copied file by file through fsspec.
+"""Remote folders (s3://, gs://, ...), which are staged on the local disk and copied file by file with fsspec.
 
-Everything else works on local paths: ``local_folder`` says where a folder is staged, ``RemoteFolder`` copies.
-Credentials and endpoints come from where each file system looks for them (``AWS_*``, ``FSSPEC_*``), never from the URL.
+Everything else works on local paths: ``local_folder`` gives the folder's staging place, and ``RemoteFolder`` copies.
+Credentials and endpoints come from each file system's usual sources (``AWS_*``, ``FSSPEC_*``), never from the URL.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from tinytron.utils.training import sha256_of
 
 T = TypeVar("T")
 
-EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # protocol: what to install
-PAUSES = (1.0, 3.0)  # seconds before each further attempt; s3fs and gcsfs make several of their own within one
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # protocol -> extra to install
+PAUSES = (1.0, 3.0)  # seconds before each further attempt; s3fs and gcsfs retry several times within one attempt
 TRANSFERS = 4  # files copied at a time
 
-# Trying again does not help against these; the names are those of botocore and google.auth, which may be missing.
+# Errors that a retry does not fix. The names are from botocore and google.auth, which may not be installed.
 _PERMANENT = (FileNotFoundError, PermissionError, ImportError, ValueError, TypeError)
 _PERMANENT_NAMES = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError"}
 
 
 def is_remote(path: str) -> bool:
-    """Whether ``path`` is a URL of another file system than the local one."""
+    """True if ``path`` is a URL that does not name the local file system."""
     return "://" in path and not path.startswith("file://")
 
 
 def staging_folder(url: str) -> Path:
-    """Where the files of ``url`` lie locally: a folder of ``$TINYTRON_CACHE`` (default ``~/.cache/tinytron``), named after
-    the URL, with a hash that keeps similar ones apart."""
+    """The local folder for the files of ``url``. It is in ``$TINYTRON_CACHE`` (default ``~/.cache/tinytron``) and named
+    after the URL, with a hash that distinguishes similar URLs."""
     url = url.rstrip("/")
     cache = os.environ.get("TINYTRON_CACHE") or Path.home() / ".cache" / "tinytron"
     readable = re.sub(r"[^A-Za-z0-9.-]+", "_", url)[-60:]
@@ -44,15 +44,15 @@ def staging_folder(url: str) -> Path:
 
 
 def local_folder(path: str) -> Path:
-    """The local folder to work in: ``path`` itself, without ``file://``, or where a URL is staged."""
+    """The local folder to work in: ``path`` itself, without ``file://``, or the staging folder of a URL."""
     return staging_folder(path) if is_remote(path) else Path(path.removeprefix("file://"))
 
 
 class RemoteFolder:
-    """The files below ``url``. Methods block, may be called from any thread, and try again after transient errors.
+    """The files below ``url``. Methods block, may be called from any thread, and retry after transient errors.
 
-    Raises: ConfigError for an unknown protocol, one whose package is not installed, or a password in the URL; later
-    StorageError, in one line, for everything the storage refuses.
+    Raises: ConfigError for an unknown protocol, a protocol whose package is not installed, or a password in the URL. The
+    methods raise a one-line StorageError for everything that the storage refuses.
     """
 
     def __init__(self, url: str) -> None:
@@ -65,7 +65,7 @@ class RemoteFolder:
             )
         import fsspec
 
-        options = {"auto_mkdir": True} if protocol == "local" else {}  # the others make folders, or have none
+        options = {"auto_mkdir": True} if protocol == "local" else {}  # others create folders, or have no folders
         try:
             self._fs, self._root = fsspec.core.url_to_fs(self.url, **options)
         except ImportError as error:
@@ -76,7 +76,7 @@ class RemoteFolder:
             raise ConfigError(f"{self.url}: {first_line(error)}; use s3://, gs:// or a local folder") from error
 
     def list(self) -> dict[str, int]:
-        """Sizes in bytes of all files below, by name relative to the folder; empty if there is none."""
+        """Sizes in bytes of all files below the folder, by relative name; empty if there are none."""
 
         def find() -> dict[str, Any]:
             self._fs.invalidate_cache()
@@ -86,7 +86,7 @@ class RemoteFolder:
         return {name.removeprefix(self._root).lstrip("/"): int(info["size"]) for name, info in found.items()}
 
     def push(self, local_root: Path, names: Sequence[str]) -> None:
-        """Copy the files ``names`` of ``local_root`` there, over what is there."""
+        """Copy the files ``names`` from ``local_root`` to the remote folder, overwriting existing files."""
 
         def put(name: str) -> None:
             self._fs.put_file(str(local_root / name), self._path(name))
@@ -94,11 +94,12 @@ class RemoteFolder:
         self._each("write", names, put)
 
     def pull(self, names: Sequence[str], local_root: Path, sha256: Mapping[str, str] | None = None) -> None:
-        """Copy the files ``names`` below ``local_root``, each whole or not at all.
+        """Copy the files ``names`` from the remote folder to ``local_root``; each appears complete or not at all.
 
-        One that lies there with the same size, and the same hash if ``sha256`` gives it, is not copied again.
+        A local file with the same size, and the same hash if ``sha256`` has one, is not copied again.
         """
-        hashes, sizes = sha256 or {}, self.list()
+        hashes = sha256 or {}
+        sizes = self.list()
         for name in names:
             if name not in sizes:
                 raise StorageError(f"{self.url}: cannot read {name} (it is not there)")
@@ -120,7 +121,7 @@ class RemoteFolder:
         self._each("read", names, get)
 
     def remove(self, names: Sequence[str]) -> None:
-        """Delete the files ``names``; those that are not there need not be."""
+        """Delete the files ``names``; missing files are not an error."""
 
         def delete(name: str) -> None:
             try:
@@ -131,8 +132,9 @@ class RemoteFolder:
         self._each("delete", names, delete)
 
     def move(self, url: str) -> None:
-        """Rename the folder: copy all files to ``url``, of the same file system, then delete them here."""
-        names, target = sorted(self.list()), RemoteFolder(url)
+        """Rename the folder: copy all files to ``url``, on the same file system, then delete the originals."""
+        names = sorted(self.list())
+        target = RemoteFolder(url)
 
         def copy(name: str) -> None:
             self._fs.cp_file(self._path(name), target._path(name))
@@ -144,7 +146,7 @@ class RemoteFolder:
         return f"{self._root}/{name}"
 
     def _each(self, operation: str, names: Sequence[str], action: Callable[[str], None]) -> None:
-        """``action`` of every name, a few at a time. Raises: StorageError, the first; names not begun are left."""
+        """Call ``action`` on every name, several at a time. Raises: the first StorageError; pending names are skipped."""
         with ThreadPoolExecutor(TRANSFERS) as pool:
             jobs = [pool.submit(self._attempt, operation, name, lambda n=name: action(n)) for name in names]
             try:
@@ -155,11 +157,11 @@ class RemoteFolder:
                 raise
 
     def _attempt(self, operation: str, name: str, action: Callable[[], T]) -> T:
-        """``action``, again after a pause if it fails for a reason that may pass."""
+        """Call ``action``; if it fails with an error that may be transient, retry after a pause."""
         for pause in (*PAUSES, None):
             try:
                 return action()
-            except Exception as error:  # every file system has errors of its own
+            except Exception as error:  # every file system has its own error classes
                 permanent = isinstance(error, _PERMANENT) or type(error).__name__ in _PERMANENT_NAMES
                 if permanent or pause is None:
                     raise StorageError(f"{self.url}: cannot {operation} {name} ({first_line(error)})") from error
@@ -168,9 +170,9 @@ class RemoteFolder:
 
 
 def _difference(path: Path, size: int, sha256: str | None) -> str:
-    """How a file is not what it should be; empty if it is."""
+    """The difference between a file and its expected size and hash in words; empty if there is none."""
     if (got := path.stat().st_size) != size:
-        return f"{got} bytes came instead of {size}"
+        return f"{got} bytes arrived instead of {size}"
     if sha256 is None:
         return ""
     found = sha256_of(path)

@@ -1,4 +1,4 @@
-"""Rows of tokens, as data, kernels and model see them: which labels count, where documents begin, which tokens see which.
+"""Facts about rows of tokens that data, kernels and model share: ignored labels, document boundaries, attention masks.
 
 Letters: B batch, S sequence.
 """
@@ -10,15 +10,16 @@ from typing import NamedTuple
 
 import torch
 
-IGNORE_INDEX = -100  # a label that is no target
+IGNORE_INDEX = -100  # a label that is not a target
 
 
 class Documents(NamedTuple):
-    """Where documents begin in the flattened batch: tokens of different documents do not see each other.
+    """The document boundaries in a flattened batch: tokens of different documents do not attend to each other.
 
-    ``cu_seqlens`` is int32 ``[n_documents + 1]``, from 0 to B * S, ascending, with every row's start among its values
-    (a document never spans two rows); ``max_len`` is the longest document in tokens. ``mask`` ``[B, 1, S, S]`` is what
-    backends without boundaries of their own add to the scores: 0 where a query (row) may see a key (column), else -inf.
+    ``cu_seqlens`` is int32 ``[n_documents + 1]``, ascending from 0 to B * S, and includes the start of every row (a
+    document never spans two rows). ``max_len`` is the length of the longest document in tokens. ``mask``
+    ``[B, 1, S, S]`` is for backends that do not take boundaries; they add it to the scores: 0 where a query (row) may
+    attend to a key (column), else -inf.
     """
 
     cu_seqlens: torch.Tensor
@@ -26,8 +27,9 @@ class Documents(NamedTuple):
     mask: torch.Tensor | None = None
 
     def with_mask(self, B: int, S: int, dtype: torch.dtype, window: int = 0) -> Documents:
-        """With the mask, made unless there is one: once for all layers of one ``window`` (0: none). In the queries'
-        ``dtype``: a mask of bools is converted in every layer, and every layer keeps its copy for the backward pass."""
+        """The documents with a mask, which is built unless it exists; all layers with the same ``window`` (0: no limit) can
+        share it. The mask has the queries' ``dtype``, because every layer would convert a boolean mask and keep its copy
+        for the backward pass."""
         if self.mask is not None:
             return self
         token = torch.arange(B * S, dtype=torch.int32, device=self.cu_seqlens.device)
@@ -40,8 +42,8 @@ class Documents(NamedTuple):
 
 
 def documents_of(positions_BS: torch.Tensor) -> Documents:
-    """The documents of rows whose positions begin at 0 at every document's start, and so at every row's. ``positions_BS``
-    are those of whole sequences (before they are cut among ranks) and on the host, which counts in them."""
+    """The documents of rows whose positions restart at 0 at the start of every document, and so of every row.
+    ``positions_BS`` are for whole sequences (before they are cut among ranks) and are on the host, which reads them."""
     starts_BS = positions_BS == 0
     assert bool(starts_BS[:, 0].all()), "positions must begin at 0 in every row"
     end = torch.tensor([starts_BS.numel()])
@@ -58,12 +60,12 @@ def documents_without_target(
     S: int | None = None,
     total: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """True for the tokens of documents none of whose labels is a target of a weight above 0, bool ``[B, s]``: the unused
-    end of a row, as data that says no more about its padding has it. A single token may be the last one of a text, and is
-    not padding.
+    """A mask of the tokens in documents without any target of a weight above 0, bool ``[B, s]``. In data that does not mark
+    its padding, the unused end of a row looks like this. A document of a single token may be the last token of a text, so
+    it does not count as padding.
 
-    ``labels_Bs`` is the part of the rows that begins at column ``first`` of ``S``; ``total`` sums the targets of every
-    document, int64 ``[n_documents]``, over the other parts.
+    ``labels_Bs`` is the part of the rows that begins at column ``first`` of ``S``; ``total`` sums the documents' target
+    counts, int64 ``[n_documents]``, over all parts.
     """
     B, s = labels_Bs.shape
     row_B1 = torch.arange(B, device=labels_Bs.device).unsqueeze(1) * (S or s)
@@ -81,15 +83,15 @@ def documents_without_target(
 
 
 def rows_as_documents(B: int, S: int, device: torch.device) -> Documents:
-    """Every row a document."""
+    """The documents of a batch in which every row is one document."""
     return Documents(torch.arange(0, B * S + 1, S, dtype=torch.int32, device=device), S)
 
 
 def visible(
     documents: Documents | None, window: int, B: int, S: int, dtype: torch.dtype, device: torch.device
 ) -> Documents | None:
-    """Mask of a layer with ``window`` (0: none): ``documents`` with their mask; the mask of the window
-    alone, the same ``[1, 1, S, S]`` for all rows; or ``None``, if every token sees all before it."""
+    """The mask of a layer with ``window`` (0: no limit): ``documents`` with their mask; without documents the mask of the
+    window, ``[1, 1, S, S]`` for all rows; or ``None`` if every token attends to all tokens before it."""
     window = window if window < S else 0
     if documents is not None:
         return documents.with_mask(B, S, dtype, window)

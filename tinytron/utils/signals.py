@@ -1,4 +1,4 @@
-"""Being asked to stop: by Ctrl-C, or by SIGTERM and SIGUSR1, which schedulers like SLURM send before they take a machine
+"""Requests to stop: Ctrl-C, or SIGTERM and SIGUSR1, which schedulers such as SLURM send before they take a machine
 away."""
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from collections.abc import Callable, Iterator, Sequence
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _END = b"\0"  # no signal has this number
-# Within this time a copy of the first signal is the same one, on another way; somebody who hits Ctrl-C twice means it.
+# A signal that repeats the first one within this time is a copy that arrived by another path. The time is shorter for
+# Ctrl-C, because a user who presses it twice means it.
 SAME_SIGNAL_SECONDS = {signal.SIGTERM: 2.0, signal.SIGUSR1: 2.0, signal.SIGINT: 0.5}
 
 
 class StopRequest:
-    """The first stop signal that this process got since ``listening``, in ``received`` (0: none); a second one ends the
-    process at once, with status 128 + its number.
+    """Receives stop signals. ``received`` is the number of the first signal since ``listening`` (0: none). A second signal
+    ends the process at once, with status 128 + its number.
 
-    A scheduler may signal a launcher and its workers alike, and the launcher passes its copy on: the same signal again
-    within ``SAME_SIGNAL_SECONDS`` does not count. ``first`` is called with the first one; ``leave`` ends the process,
-    ``now`` is the time in seconds.
+    A scheduler may signal both a launcher and its workers, and the launcher passes its copy on. So the same signal within
+    ``SAME_SIGNAL_SECONDS`` does not count. ``first`` is called with the first signal's number, ``leave`` ends the process,
+    and ``now`` returns the time in seconds.
     """
 
     def __init__(
@@ -34,12 +35,14 @@ class StopRequest:
         first: Callable[[int], object] = lambda number: None,
     ) -> None:
         self.received = 0
-        self._leave, self._now, self._first, self._first_at = leave, now, first, 0.0
+        self._leave, self._now, self._first = leave, now, first
+        self._first_at = 0.0
 
     def take(self, number: int) -> None:
-        """Note that signal ``number`` arrived."""
+        """Handle the arrival of signal ``number``."""
         if self.received == 0:
-            self.received, self._first_at = number, self._now()
+            self.received = number
+            self._first_at = self._now()
             self._first(number)
         elif number != self.received or self._now() - self._first_at > SAME_SIGNAL_SECONDS[signal.Signals(number)]:
             print(f"second {signal.Signals(number).name}: leaving at once", file=sys.stderr, flush=True)
@@ -47,11 +50,11 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self, numbers: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterator[None]:
-        """Receive the signals in this context, then put the old handlers back. Only a main thread may; elsewhere this
-        does nothing.
+        """Receive the signals in this context, then restore the old handlers. This works only in the main thread; in other
+        threads it does nothing.
 
-        A thread reads them, through a socket that the interpreter's C handler writes to. A handler in Python would have
-        to wait for the main thread, which may sit in a collective that never ends.
+        A thread reads the signals from a socket that the interpreter's C handler writes to. A Python handler would have to
+        wait for the main thread, which may be in a collective that never ends.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -68,35 +71,36 @@ class StopRequest:
         finally:
             signal.set_wakeup_fd(old_writer)
             for number, handler in old_handlers.items():
-                signal.signal(number, handler or signal.SIG_DFL)  # None: one that was not made in Python
+                signal.signal(number, handler or signal.SIG_DFL)  # None: the old handler was not installed from Python
             with writer:
                 writer.send(_END)
-            thread.join()  # a thread that runs keeps this object, and the owner of ``first``, alive
+            thread.join()  # a running thread would keep this object, and the owner of ``first``, alive
 
     def _read(self, reader: socket.socket, numbers: Sequence[signal.Signals]) -> None:
         with reader:
             while (byte := reader.recv(1)) != _END:
-                if byte[0] in numbers:  # others with a handler in Python are written too
+                if byte[0] in numbers:  # the socket also gets other signals that have a Python handler
                     self.take(byte[0])
 
 
 def heard(numbers: Sequence[signal.Signals] = STOP_SIGNALS) -> list[signal.Signals]:
-    """Those of ``numbers`` to listen to: not Ctrl-C in a process that ignores it, as a shell starts what ends in ``&``."""
+    """The signals of ``numbers`` to listen to: all, but not Ctrl-C in a process that ignores it, such as a shell's
+    background job."""
     ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     return [number for number in numbers if not (ignored and number == signal.SIGINT)]
 
 
 def _leave_to_the_thread(number: int, frame: object) -> None:
-    """Nothing: but without a handler in Python nobody would write to the socket."""
+    """No-op handler: CPython writes to the wakeup socket only for signals that have a Python handler."""
 
 
 def ignore_group_signals(*_: object) -> None:
-    """In a helper process, such as that of a data loader: let the process it works for decide when to stop.
+    """Make a helper process, such as a data loader worker, ignore stop signals that do not come from its parent.
 
-    A signal to a whole job reaches helpers too; a loader without its processes could not go on to the next checkpoint.
+    A signal to a whole job also reaches helpers, but a data loader needs its workers until the next checkpoint is saved.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS: nothing tells who sent a signal
+    if not hasattr(signal, "sigwaitinfo"):  # macOS cannot tell who sent a signal
         return
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])

@@ -1,5 +1,4 @@
-"""Text that users wrote, in files with or without a byte order mark or strings that are not all characters; and commands to
-print for them."""
+"""Text from users, which may have a byte order mark or invalid characters; and commands to print for users."""
 
 from __future__ import annotations
 
@@ -13,8 +12,8 @@ _BOM_BYTES = BOM.encode()
 
 
 def whole_characters(text: str) -> str:
-    """``text`` with ``?`` for each half of a surrogate pair, which JSON and a shell can give but which is no character:
-    tokenizers refuse it."""
+    """``text`` with ``?`` for each half of a surrogate pair. Such halves can come from JSON or a shell, but they are not
+    characters, and tokenizers reject them."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -24,9 +23,10 @@ def without_bom(content: bytes) -> bytes:
 
 
 def numbered_lines(content: bytes) -> Iterator[tuple[int, str]]:
-    """The lines of UTF-8 ``content`` that hold more than white space, with their numbers from 1. They end at ``\\n`` or
-    ``\\r\\n`` only: ``str.splitlines`` also cuts at U+2028, form feeds and others that a record may hold. A byte order
-    mark at the start of a line, where joined files have one too, is left out. Raises: UnicodeDecodeError."""
+    """The lines of UTF-8 ``content`` that are not only white space, with their numbers, counted from 1. Lines end only at
+    ``\\n`` or ``\\r\\n``; ``str.splitlines`` would also split at U+2028, form feeds and other characters that a record may
+    contain. A byte order mark at the start of a line is dropped; concatenated files have them there, too. Raises:
+    UnicodeDecodeError."""
     for number, line in enumerate(content.split(b"\n"), 1):
         text = without_bom(line).removesuffix(b"\r").decode("utf-8")
         if text and not text.isspace():
@@ -34,7 +34,7 @@ def numbered_lines(content: bytes) -> Iterator[tuple[int, str]]:
 
 
 def next_command(*words: object) -> str:
-    """``next: tinytron ...``, a line to print last, with a command that works as it stands: where ``tinytron`` is not on
-    the path, it names this Python instead."""
+    """``next: tinytron ...``, a line to print last, with a command that can be run as it is. If ``tinytron`` is not on the
+    path, it uses this Python instead."""
     program = ["tinytron"] if shutil.which("tinytron") else [sys.executable, "-m", "tinytron"]
     return f"next: {shlex.join([*program, *map(str, words)])}"

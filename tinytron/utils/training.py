@@ -1,4 +1,4 @@
-"""Precisions, devices, seeds, random states, and file writes that either happen whole or not at all."""
+"""Precisions, devices, seeds, random states, and atomic file writes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 
 
 def device_of(name: str | None) -> torch.device:
-    """The device to compute on. Raises: ConfigError for one that is not there."""
+    """The device to compute on; ``None`` means a GPU if there is one. Raises: ConfigError for a device that cannot be
+    used."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -30,7 +31,7 @@ def device_of(name: str | None) -> torch.device:
 
 
 def seed_all(seed: int) -> None:
-    """Seed Python, numpy and torch (CPU and every CUDA device). Used for dropout only: weights and data have
+    """Seed Python, numpy and torch (CPU and every CUDA device). Only dropout uses these generators; weights and data have
     their own, stateless randomness."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -38,7 +39,7 @@ def seed_all(seed: int) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of every generator of this process, in types that ``torch.load(weights_only=True)`` accepts."""
+    """The states of all random generators of this process, in types that ``torch.load(weights_only=True)`` accepts."""
     algorithm, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     version, internal, gauss_next = random.getstate()
     return {
@@ -50,7 +51,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore what ``rng_state`` returned. A CUDA state is skipped on a machine without CUDA."""
+    """Restore the states that ``rng_state`` returned. A CUDA state is skipped on a machine without CUDA."""
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal.tolist()), gauss_next))
     algorithm, keys, position, has_gauss, gauss = state["numpy"]
@@ -61,7 +62,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def use_deterministic_kernels() -> None:
-    """Make repeated runs bit-identical on CUDA too, at some cost in speed; CPU kernels used here already are."""
+    """Make repeated runs bit-identical on CUDA, at some cost in speed; on CPUs they already are."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS for deterministic results
     torch.use_deterministic_algorithms(True, warn_only=False)
     torch.backends.cudnn.benchmark = False
@@ -77,8 +78,8 @@ def sha256_of(path: Path) -> str:
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Call ``write(file)`` on a temporary neighbor of ``path``, flush it to disk, and rename it into place: a
-    reader sees the old file or the whole new one, whatever happens in between. What fails leaves nothing behind."""
+    """Call ``write(file)`` on a temporary file next to ``path``, flush it to disk, and rename it into place. So a reader
+    sees either the old file or the complete new one, whatever happens. A failed write leaves nothing behind."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         try:
@@ -86,7 +87,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         except BaseException:
-            temporary.unlink(missing_ok=True)  # a full disk needs the room
+            temporary.unlink(missing_ok=True)  # frees the space on a full disk
             raise
     os.replace(temporary, path)
     sync_folder(path.parent)

@@ -1,4 +1,4 @@
-"""What is a run that makes no progress waiting for? A thread that looks, and writes every stack down."""
+"""A watchdog thread that writes down all stacks when a run makes no progress, to show what it is waiting for."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _PACKAGE = str(Path(tinytron.__file__).parent)
 
 
 class Watchdog:
-    """Reports, once per stall, that no step was completed for ``seconds``: all Python stacks of this process are appended
-    to ``path`` and one line goes to stderr. Training goes on if the step completes after all.
+    """Reports, once per stall, that no step was completed for ``seconds``: it appends all Python stacks of this process to
+    ``path`` and prints one line to stderr. Training continues if the step completes after all.
 
-    It is armed by the first ``beat`` (the first step may compile for minutes) and does not count ``paused`` time; it
-    needs the interpreter, so it is silent while C code holds the GIL. ``seconds`` 0: off. ``now`` is the time in seconds.
+    The first ``beat`` arms it (the first step may compile for minutes), and ``paused`` time does not count. It needs the
+    interpreter, so it is silent while C code holds the GIL. ``seconds`` 0: off. ``now`` returns the time in seconds.
     """
 
     def __init__(self, seconds: float, path: Path, rank: int, now: Callable[[], float] = time.monotonic) -> None:
@@ -32,13 +32,14 @@ class Watchdog:
         self._step, self._pauses = 0, 0
 
     def beat(self, step: int) -> None:
-        """Step ``step`` is complete; a call before the first one leaves the watchdog unarmed."""
+        """Record that step ``step`` is complete, and set the next deadline."""
         with self._lock:
-            self._step, self._deadline = step, self._now() + self.seconds
+            self._step = step
+            self._deadline = self._now() + self.seconds
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time inside this context does not count."""
+        """Context whose duration does not count."""
         with self._lock:
             self._pauses += 1
         try:
@@ -51,11 +52,12 @@ class Watchdog:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch the calling thread in this context."""
+        """Context in which the calling thread is watched."""
         if self.seconds == 0:
             yield
             return
-        done, caller = threading.Event(), threading.get_ident()
+        done = threading.Event()
+        caller = threading.get_ident()
 
         def watch() -> None:
             while not done.wait(min(1.0, self.seconds / 10)):
@@ -69,12 +71,13 @@ class Watchdog:
             self._deadline = float("inf")
 
     def look(self, thread: int) -> None:
-        """Report if the deadline has passed; ``thread`` is the one that trains."""
+        """Report if the deadline has passed; ``thread`` is the id of the training thread."""
         with self._lock:
             overdue = self._now() - self._deadline
             if overdue < 0 or self._pauses:
                 return
-            self._deadline, step = float("inf"), self._step  # once per stall: the next beat arms it again
+            self._deadline = float("inf")  # report once per stall: the next beat arms it again
+            step = self._step
         place = locate_frame(sys._current_frames().get(thread))
         text = f"rank {self.rank}: no step completed for {self.seconds + overdue:.1f} s, after step {step}; {place}"
         try:
@@ -84,18 +87,19 @@ class Watchdog:
             text += f"; stacks: {self.path}"
         except OSError as error:
             text += f"; stacks could not be written ({error})"
-        sys.stderr.write(text + "\n")  # in one piece: other ranks write too
+        sys.stderr.write(text + "\n")  # a single write, because other ranks write, too
         sys.stderr.flush()
 
 
 def locate_frame(frame: FrameType | None) -> str:
-    """The collective that ``frame``, the innermost one of a thread, is in, and the innermost line of Tinytron."""
+    """A clause that names the collective in which ``frame``, a thread's innermost frame, is waiting, and the innermost line
+    of Tinytron."""
     collective = None
     while frame is not None:
         path, line = frame.f_code.co_filename, frame.f_lineno
         if path.startswith(_PACKAGE):
             text = linecache.getline(path, line)
-            if collective is None and ".wait(" in text:  # of a Work: C++, without a frame
+            if collective is None and ".wait(" in text:  # Work.wait is C++ and has no Python frame
                 collective = "Work.wait"
             doing = f"waits in {collective}, called at" if collective else "is at"
             return f"{doing} tinytron{path.removeprefix(_PACKAGE)}:{line} ({frame.f_code.co_name})"

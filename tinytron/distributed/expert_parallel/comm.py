@@ -1,10 +1,10 @@
-"""Dropless dispatch of tokens to experts on other ranks, and the way back (GShard, arXiv:2006.16668; MegaBlocks,
-arXiv:2211.15841, for doing it without a capacity).
+"""Dropless dispatch of tokens to experts on other ranks, and the way back. Sources: GShard (arXiv:2006.16668), and
+MegaBlocks (arXiv:2211.15841) for dispatch without a capacity limit.
 
     [T, D] --copy per choice, sort by expert--> [R, D] --all-to-all--> [Q, D] --sort by local expert--> experts --> back
 
 Letters: T tokens of this rank, k choices per token, R = T k rows sent, Q rows received (differs per rank and step), E
-experts of all ranks, e = E / P experts of this rank, P ranks of the group, D model dimension.
+experts of all ranks, e = E / P experts of this rank, P ranks in the group, D model dimension.
 """
 
 from __future__ import annotations
@@ -20,26 +20,28 @@ from tinytron.kernels.expert_rows import copy_to_choices, permute
 
 
 class DispatchPlan(NamedTuple):
-    """Where this micro-batch's rows go: indices on the device, splits on the host."""
+    """The routes of a micro-batch's rows: indices on the device, splits on the host."""
 
-    order_R: torch.Tensor  # row of the sorted buffer -> choice (token * k + which choice)
+    order_R: torch.Tensor  # row of the sorted buffer -> choice (token * k + number of the choice)
     inverse_R: torch.Tensor  # choice -> row of the sorted buffer
     arrival_Q: torch.Tensor  # row grouped by local expert -> row as received
     arrival_inverse_Q: torch.Tensor
     rows_e: torch.Tensor  # rows of each local expert, int64 on the device
-    counts: list[int]  # the same on the host
+    counts: list[int]  # rows_e on the host
     send: list[int]  # rows to each rank
     recv: list[int]  # rows from each rank
     top_k: int
 
 
 def plan_dispatch(expert_Tk: torch.Tensor, num_experts: int, group: dist.ProcessGroup | None) -> DispatchPlan:
-    """Agree with the group on who sends how many rows to whom. Collective; the host waits here, once per layer.
+    """Agree with the group on the number of rows that each rank sends to each other rank. Collective; the host waits for
+    the device here, once per layer.
 
     ``expert_Tk``: int64 ``[T, k]``, the experts chosen by each token; ``group`` ``None`` means this process alone. The
     stable sorts keep rows of one expert in token order, so results do not depend on timing.
     """
-    size, top_k = dist.get_world_size(group) if group is not None else 1, expert_Tk.shape[1]
+    size = dist.get_world_size(group) if group is not None else 1
+    top_k = expert_Tk.shape[1]
     chosen_R = expert_Tk.flatten()
     order_R = torch.argsort(chosen_R, stable=True)
     counts_PE = torch.zeros(num_experts, dtype=torch.int64, device=chosen_R.device)
@@ -50,9 +52,9 @@ def plan_dispatch(expert_Tk: torch.Tensor, num_experts: int, group: dist.Process
     else:
         arriving_Pe = counts_PE
     rows_e = arriving_Pe.sum(0)
-    host = torch.cat([counts_PE.sum(1), arriving_Pe.sum(1), rows_e]).tolist()  # the one wait for the device
+    host = torch.cat([counts_PE.sum(1), arriving_Pe.sum(1), rows_e]).tolist()  # the only wait for the device
     send, recv, counts = host[:size], host[size : 2 * size], host[2 * size :]
-    # Received rows come rank by rank, and within a rank expert by expert; experts need them expert by expert.
+    # Received rows are ordered by rank and then by expert; the experts need them ordered by expert.
     local = torch.arange(arriving_Pe.shape[1], device=chosen_R.device).repeat(size)
     local_Q = torch.repeat_interleave(local, arriving_Pe.flatten(), output_size=sum(recv))
     arrival_Q = torch.argsort(local_Q, stable=True)
@@ -60,16 +62,16 @@ def plan_dispatch(expert_Tk: torch.Tensor, num_experts: int, group: dist.Process
 
 
 class Dispatched(NamedTuple):
-    """Rows on their way to the experts."""
+    """Rows that are being sent to the experts."""
 
     rows: torch.Tensor
     routes: DispatchPlan
-    exchange: Exchange | None  # None: there is no other rank
+    exchange: Exchange | None  # None if there is no other rank
 
     def wait(self) -> torch.Tensor:
-        """The rows for this rank's experts, grouped by expert: ``[Q, D]``. Collective, differentiable."""
+        """Wait for the rows of this rank's experts, ``[Q, D]``, grouped by expert. Collective, differentiable."""
         if self.exchange is None:
-            return self.rows  # sorted by expert already
+            return self.rows  # already sorted by expert
         rows_QD = self.exchange.finish(self.rows)
         return permute(rows_QD, self.routes.arrival_Q, self.routes.arrival_inverse_Q)
 
@@ -77,9 +79,9 @@ class Dispatched(NamedTuple):
 def dispatch(
     x_TD: torch.Tensor, routes: DispatchPlan, group: dist.ProcessGroup | None, by: TritonKernel = "torch"
 ) -> Dispatched:
-    """Send every token ``[T, D]`` to its experts. What is computed before ``arrive`` hides the exchange,
-    in the forward and in the backward pass. Collective, differentiable; ``by`` sums the gradients of a
-    token's rows."""
+    """Send every token ``[T, D]`` to its experts. Work done before ``Dispatched.wait`` overlaps with the exchange, in the
+    forward and in the backward pass. ``by`` is the kernel that sums the gradients of a token's rows. Collective,
+    differentiable."""
     rows_RD = copy_to_choices(x_TD, routes.order_R, routes.inverse_R, routes.top_k, by)
     if group is None or len(routes.send) == 1:
         return Dispatched(rows_RD, routes, None)
@@ -88,8 +90,8 @@ def dispatch(
 
 
 def combine(rows_QD: torch.Tensor, routes: DispatchPlan, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Expert outputs back on the ranks of their tokens, sorted as they were sent: ``[Q, D] -> [R, D]``. Collective,
-    differentiable."""
+    """Send expert outputs back to the ranks of their tokens, in the order in which the rows were sent:
+    ``[Q, D] -> [R, D]``. Collective, differentiable."""
     if group is None or len(routes.send) == 1:
         return rows_QD
     rows_QD = permute(rows_QD, routes.arrival_inverse_Q, routes.arrival_Q)

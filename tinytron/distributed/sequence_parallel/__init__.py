@@ -1,1 +1,1 @@
-"""Ulysses: each rank holds a part of every sequence, except in attention, where it holds some heads of all of it."""
+"""Ulysses: each rank holds a part of every sequence, except in attention, where it has some heads of the whole sequence."""

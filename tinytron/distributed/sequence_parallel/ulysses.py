@@ -1,7 +1,7 @@
 """Ulysses sequence parallelism (arXiv:2309.14509, section 3): the exchange between sequence parts and heads.
 
 Letters: B batch, S whole sequence, s = S / P this rank's part, N query heads, K key/value heads, H head dimension, P ranks
-of the group; n and k are the heads of one rank. One packed exchange takes queries, keys and values in, one takes the
+in the group; n and k are the heads of one rank. One packed exchange moves queries, keys and values; another moves the
 output back.
 """
 
@@ -18,8 +18,8 @@ from tinytron.errors import ConfigError
 
 
 def check_sep_size(size: int, num_heads: int, num_kv_heads: int, seq_len: int = 0) -> None:
-    """Raises: ConfigError if ``size`` ranks cannot share these heads, or sequences of ``seq_len`` tokens (0: of any);
-    it names all sizes that can share both."""
+    """Check that ``size`` ranks can share these heads, and sequences of ``seq_len`` tokens (0: any length). Raises:
+    ConfigError naming all sizes that work."""
     fitting = [p for p in divisors(num_heads) if (num_kv_heads % p == 0 or p % num_kv_heads == 0) and seq_len % p == 0]
     if seq_len % size:
         raise ConfigError(f"--sep_size {size} must divide --seq_len {seq_len}; use one of {fitting}")
@@ -32,10 +32,11 @@ def check_sep_size(size: int, num_heads: int, num_kv_heads: int, seq_len: int = 
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """Which heads each rank of the group attends with: pure arithmetic.
+    """The assignment of heads to the ranks of a group: pure arithmetic.
 
-    Rank r has the query heads ``[r N/P, (r + 1) N/P)`` and the key/value heads they use: K/P of its own when P divides K;
-    when K divides P, one head, which it shares with the P/K - 1 ranks beside it (their gradients add up).
+    Rank r has the query heads ``[r N/P, (r + 1) N/P)`` and the key/value heads they use. If P divides K, these are K/P
+    heads of its own; if K divides P, it is one head, which it shares with P/K - 1 neighboring ranks (their gradients
+    add up).
     """
 
     num_heads: int
@@ -56,17 +57,17 @@ class HeadPlan:
         return max(1, self.num_kv_heads // self.size)
 
     def pack(self, qkv_BsMH: torch.Tensor) -> torch.Tensor:
-        """What each rank is sent of ``[q heads | k heads | v heads]``: ``[B, s, N + 2K, H] -> [B, s, P, n + 2k, H]``."""
+        """Arrange ``[q heads | k heads | v heads]`` by receiving rank: ``[B, s, N + 2K, H] -> [B, s, P, n + 2k, H]``."""
         N, K, P = self.num_heads, self.num_kv_heads, self.size
         q, k, v = qkv_BsMH.split((N, K, K), dim=2)
         if P > K:
             k, v = (t.repeat_interleave(P // K, dim=2) for t in (k, v))
-        # By views rather than an index: that would be copied to the device in every layer, and the host would wait.
+        # Views instead of an index tensor, which would be copied to the device in every layer while the host waits.
         return torch.cat([t.unflatten(2, (P, -1)) for t in (q, k, v)], dim=3)
 
 
 def seq_to_head(qkv_BsMH: torch.Tensor, plan: HeadPlan, group: dist.ProcessGroup) -> torch.Tensor:
-    """``[B, s, N + 2K, H] -> [B, S, n + 2k, H]``: all positions of this rank's heads. Collective over ``group``."""
+    """Gather all positions of this rank's heads: ``[B, s, N + 2K, H] -> [B, S, n + 2k, H]``. Collective over ``group``."""
     B, s, _, H = qkv_BsMH.shape
     m = plan.heads + 2 * plan.kv_heads
     qkv_PBsmH = plan.pack(qkv_BsMH).permute(2, 0, 1, 3, 4)
@@ -75,7 +76,7 @@ def seq_to_head(qkv_BsMH: torch.Tensor, plan: HeadPlan, group: dist.ProcessGroup
 
 
 def head_to_seq(out_BSnH: torch.Tensor, plan: HeadPlan, group: dist.ProcessGroup) -> torch.Tensor:
-    """``[B, S, n, H] -> [B, s, N, H]``: the inverse for the attention output. Collective over ``group``."""
+    """The inverse for the attention output: ``[B, S, n, H] -> [B, s, N, H]``. Collective over ``group``."""
     B, S, n, H = out_BSnH.shape
     out_BPsnH = out_BSnH.reshape(B, plan.size, S // plan.size, n, H)
     out_PBsnH = all_to_all(out_BPsnH.transpose(0, 1), group)
@@ -83,7 +84,7 @@ def head_to_seq(out_BSnH: torch.Tensor, plan: HeadPlan, group: dist.ProcessGroup
 
 
 def cut_sequence(whole_BS: torch.Tensor, group_rank: int, size: int) -> torch.Tensor:
-    """This rank's part of the sequence dimension. Labels and positions must be made before the cut: a part cannot see
-    its last label."""
+    """This rank's part of the sequence dimension. Labels and positions must be computed before the cut, because a part does
+    not contain its last label."""
     part = whole_BS.shape[1] // size
     return whole_BS[:, group_rank * part : (group_rank + 1) * part].contiguous()

@@ -1,11 +1,11 @@
-"""Where each parameter lies in its flat buffer, and which rank owns which part: pure arithmetic, no processes.
+"""The position of each parameter in its flat buffer, and the part that each rank owns: pure arithmetic, no processes.
 
     buffer   |<------------- bucket 0 ------------->|<--------- bucket 1 --------->|
     slots    | head.weight | norm | ..down_proj |pad| ..gate_up | ..qkv |   pad    |
     owners   |  rank 0  |  rank 1  |  rank 2  | r3  | rank 0 | rank 1 | ...       |
 
-A bucket is the unit of communication. Every bucket is cut into equal, aligned, contiguous ranges, one per rank, whatever
-parameters they cross: the work is balanced to the element, and reduce-scatter and all-gather need no copies.
+A bucket is the unit of communication. Every bucket is cut into equal, aligned, contiguous ranges, one per rank, regardless
+of parameter boundaries. So the work is balanced to the element, and reduce-scatter and all-gather need no copies.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-ALIGNMENT = 128  # elements: 256 bytes of bf16, what vectorised kernels and NCCL like
+ALIGNMENT = 128  # elements: 256 bytes of bf16, which suits vectorized kernels and NCCL
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class BufferLayout:
-    """The plan of one flat buffer that is owned by ``num_shards`` ranks."""
+    """The plan of one flat buffer that ``num_shards`` ranks own together."""
 
     slots: tuple[Slot, ...]
     buckets: tuple[Bucket, ...]
@@ -60,7 +60,7 @@ class BufferLayout:
 
 
 def plan_buffer(numels: Sequence[int], num_shards: int, bucket_numel: int, *, whole_tensors: bool) -> BufferLayout:
-    """The layout of a buffer whose ranks own ranges of elements, or ``whole_tensors``."""
+    """The layout of a buffer in which each rank owns ranges of elements, or with ``whole_tensors`` whole tensors."""
     plan = plan_by_tensors if whole_tensors else plan_by_elements
     return plan(numels, num_shards, bucket_numel)
 
@@ -70,8 +70,8 @@ def plan_by_elements(
 ) -> BufferLayout:
     """Lay parameters out in reverse order, closing a bucket once it holds at least ``bucket_numel`` elements.
 
-    Reverse registration order is about the order in which backward finishes gradients, so the first bucket is complete,
-    and can be reduced, first. ``Slot.index`` refers to the position in ``numels``.
+    Reverse registration order is roughly the order in which the backward pass finishes gradients, so the first bucket is
+    complete first and can be reduced first. ``Slot.index`` is a position in ``numels``.
     """
     unit = num_shards * alignment
     slots: list[Slot] = []
@@ -90,10 +90,11 @@ def plan_by_elements(
 def plan_by_tensors(
     numels: Sequence[int], num_shards: int, bucket_numel: int, alignment: int = ALIGNMENT
 ) -> BufferLayout:
-    """The same for optimizers that need whole matrices: every tensor lies inside one rank's range of its bucket.
+    """The layout for optimizers that need whole matrices: every tensor is inside one rank's range of its bucket.
 
-    A bucket closes once it holds ``bucket_numel`` elements and a tensor for every rank; its tensors are dealt largest
-    first to the emptiest range, and ranges are padded to the fullest one. Padding costs memory and wire, never results.
+    A bucket closes once it holds ``bucket_numel`` elements and a tensor for every rank. Its tensors are dealt, largest
+    first, to the emptiest range, and ranges are padded to the fullest one. Padding costs memory and bandwidth but does not
+    change results.
     """
     slots: list[Slot] = []
     buckets: list[Bucket] = []
@@ -114,7 +115,8 @@ def plan_by_tensors(
                 slots.append(Slot(i, len(buckets), place, numels[i]))
                 place += _aligned(numels[i], alignment)
         buckets.append(Bucket(bucket_start, bucket_start + num_shards * part))
-        bucket_start, pending = buckets[-1].end, []
+        bucket_start = buckets[-1].end
+        pending = []
     return BufferLayout(tuple(slots), tuple(buckets), num_shards)
 
 

@@ -1,6 +1,6 @@
-"""Any torch optimizer, with summed gradients and, by default, its states sharded over the ranks (ZeRO-1).
+"""A wrapper for any torch optimizer that sums gradients over ranks and, by default, shards its states (ZeRO-1).
 
-    backward -> .grad (view of the flat fp32 buffer) -> bucket full: reduce-scatter of the SUM, asynchronous
+    backward -> .grad (view of the flat fp32 buffer) -> bucket full: asynchronous reduce-scatter of the SUM
     step     -> norm of the owned ranges, summed over ranks -> clip -> inner step on fp32 shards -> all-gather
 
 Sources: ZeRO (arXiv:1910.02054, section 5); bucketed overlap as in PyTorch DDP (arXiv:2006.15704, section 3.2).
@@ -35,14 +35,14 @@ from tinytron.utils.profile import EXCHANGE, UPDATE
 
 @dataclass(frozen=True)
 class Options:
-    """How a ``DistributedOptimizer`` works.
+    """Options of a ``DistributedOptimizer``.
 
     ``shard=False`` keeps whole states on every rank (all-reduce instead of reduce-scatter and all-gather).
-    ``bucket_size_mb`` is the gradient volume exchanged at a time; ``overlap_grad_reduce`` starts a bucket's exchange during
-    the last backward; with ``overlap_param_gather`` ``step`` returns while parameters are still on their way (see
-    ``finish_gather``). ``reduce_dtype`` is the precision of gradients on the wire. ``grad_as_view=False`` lets autograd
-    allocate gradients, which are copied into the buffers. ``allow_unused`` accepts parameters without a gradient (they
-    count as zero). ``loss_scaling`` guards fp16 gradients against underflow.
+    ``bucket_size_mb`` is the volume of gradients exchanged at a time. ``overlap_grad_reduce`` starts a bucket's exchange
+    during the last backward pass. With ``overlap_param_gather``, ``step`` returns while parameters are still being gathered
+    (see ``finish_gather``). ``reduce_dtype`` is the precision of gradients on the wire. ``grad_as_view=False`` lets
+    autograd allocate gradients, which are then copied into the buffers. ``allow_unused`` accepts parameters without a
+    gradient (they count as zero). ``loss_scaling`` guards fp16 gradients against underflow.
     """
 
     shard: bool = True
@@ -56,25 +56,25 @@ class Options:
 
     @property
     def bucket_numel(self) -> int:
-        """Elements of a bucket of fp32 gradients."""
+        """Number of fp32 gradients in a bucket."""
         return int(self.bucket_size_mb * 2**20) // 4
 
 
 class DistributedOptimizer:
     """Wraps ``optimizer`` (any element-wise ``torch.optim.Optimizer``) for the ranks of ``process_group``.
 
-    The optimizer's parameters move into flat buffers (they stay the same ``nn.Parameter`` objects), its parameter
-    groups are pointed at this rank's fp32 shards, and its options (``lr``, ``weight_decay``, ...) stay per group; a group
-    with the option ``kind="muon"`` is owned by whole tensors instead of elements, and its shards keep their shapes. Scale
-    each loss so that the *sum* over all ranks and micro-batches is the gradient you want: nothing is averaged.
+    The optimizer's parameters move into flat buffers (they stay the same ``nn.Parameter`` objects). Its parameter groups
+    then hold this rank's fp32 shards and keep their options (``lr``, ``weight_decay``, ...). In a group with the option
+    ``kind="muon"`` ranks own whole tensors instead of elements, and shards keep their shapes. Scale each loss so that the
+    *sum* over all ranks and micro-batches is the gradient you want: nothing is averaged.
 
         with optimizer.accumulate(last=True):
             loss.backward()
         grad_norm = optimizer.step(max_norm=1.0)
         optimizer.zero_grad()
 
-    ``options`` are the fields of ``Options``; those not given are the trainer's (``attach``), else the defaults. The
-    buffers are made on first use or by ``attach``, collectively.
+    ``options`` are fields of ``Options``; fields that are not given come from the trainer (``attach``), or else have their
+    defaults. The buffers are built on first use or by ``attach``; both are collective.
     """
 
     def __init__(
@@ -92,14 +92,14 @@ class DistributedOptimizer:
         self._reset_counters()
 
     def prepare(self) -> None:
-        """Make the flat buffers of an optimizer that is used without ``attach``, unless they exist. Collective."""
+        """Build the flat buffers, if they do not exist, of an optimizer that is used without ``attach``. Collective."""
         if not self._buffers:
             flat = [p for params in self._model_params for p in params]
             self._build({id(p): f"param{i}" for i, p in enumerate(flat)}, {})
 
     @property
     def buffers(self) -> list[FlatBuffer]:
-        """The flat buffers, in the order of the optimizer's groups; made first if need be (``prepare``)."""
+        """The flat buffers, in the order of the optimizer's groups; builds them if necessary (``prepare``)."""
         self.prepare()
         return self._buffers
 
@@ -110,12 +110,11 @@ class DistributedOptimizer:
         state: ParallelState,
         options: Options | None = None,
     ) -> None:
-        """Learn the parameters' names and how they are sharded over the ranks of ``state``, and lay the buffers out.
-        Collective.
+        """Take the parameters' names and their sharding over the ranks of ``state``, and build the buffers. Collective.
 
-        ``state`` replaces ``process_group``, so that a wrapper made with the data-parallel group is right on any layout.
-        ``options`` fills in what the constructor was not given. Raises: ConfigError if the optimizer misses a trainable
-        parameter of ``model``.
+        ``state`` replaces ``process_group``, so a wrapper that was created with the data-parallel group is right on any
+        layout. ``options`` supplies the fields that the constructor was not given. Raises: ConfigError if the optimizer
+        misses a trainable parameter of ``model``.
         """
         if options is not None:
             self.options = dataclasses.replace(options, **self._given)
@@ -125,7 +124,7 @@ class DistributedOptimizer:
         if missing:
             raise ConfigError(
                 f"the optimizer does not update {len(missing)} trainable parameters ({', '.join(missing[:3])}, ...); "
-                "build it from self.raw_model.parameters(), or set requires_grad=False on those"
+                "build it from self.raw_model.parameters(), or set requires_grad=False on them"
             )
         self._state = state
         self._build(names, {spec.name: spec for spec in specs})
@@ -153,22 +152,24 @@ class DistributedOptimizer:
         self._plan_reductions({key: i for i, key in enumerate(names)})
 
     def _reset_counters(self) -> None:
-        device, scaling = self._model_params[0][0].device, self.options.loss_scaling
+        device = self._model_params[0][0].device
+        scaling = self.options.loss_scaling
         self.loss_scale = torch.tensor(65536.0 if scaling else 1.0, device=device)
         self._growth_tracker = torch.zeros((), dtype=torch.int32, device=device) if scaling else None
         self.skipped_steps = torch.zeros((), device=device)
 
     def _ownership(self, axes: tuple[str, ...], whole_tensors: bool) -> Ownership:
-        """Who sums and owns parameters that are cut over ``axes``; in the norm each of their elements counts once."""
+        """The ownership of parameters that are cut over ``axes``; each of their elements counts once in the norm."""
         layout, groups = self._state.layout, self._state.groups
-        norm_group: dist.ProcessGroup | None = groups["world"]  # every rank owns other elements
-        if not self.options.shard:  # replicas own the same ones
+        norm_group: dist.ProcessGroup | None = groups["world"]  # every rank owns different elements
+        if not self.options.shard:  # replicas own the same elements
             norm_group = groups[layout.pieces(axes)] if axes else None
         group = groups[layout.replicas(axes)]
         return Ownership(axes, group, self.options.shard, whole_tensors, norm_group, self.options.reduce_dtype)
 
     def _plan_reductions(self, order: Mapping[int, int]) -> None:
-        """Have every parameter tell when its gradient is there; ``order``: their places in the order of registration."""
+        """Register a hook on every parameter that fires when its gradient is ready. ``order`` maps a parameter's id to its
+        place in registration order."""
         positions: dict[Bucket, list[int]] = {}
         for i, buffer in enumerate(self._buffers):
             for slot in buffer.layout.slots:
@@ -196,9 +197,9 @@ class DistributedOptimizer:
 
     @contextmanager
     def accumulate(self, *, last: bool) -> Iterator[None]:
-        """Around one micro-batch's backward; with ``last`` each bucket's reduction starts as soon as it is complete.
+        """Context for one micro-batch's backward pass; with ``last``, each bucket's reduction starts once it is complete.
 
-        Raises: ConfigError after the last backward if a parameter got no gradient, unless ``allow_unused``.
+        Raises: ConfigError after the last backward pass if a parameter got no gradient, unless ``allow_unused``.
         """
         self.prepare()
         self._launching = last
@@ -219,19 +220,19 @@ class DistributedOptimizer:
             self._launch(only_complete=False)
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss to call ``backward`` on: multiplied by the loss scale (which is 1 except for fp16)."""
+        """The loss to call ``backward`` on, multiplied by the loss scale (which is 1 except for fp16)."""
         return loss * self.loss_scale if self._growth_tracker is not None else loss
 
     @torch.no_grad()
     def step(self, max_norm: float = 0.0, reject: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
-        """Reduce what is not reduced yet, clip to ``max_norm`` (0: no clipping), update, and gather the parameters.
+        """Reduce the remaining buckets, clip to ``max_norm`` (0: no clipping), update, and gather the parameters.
 
-        Returns the gradient norm before clipping, over the whole model, on the device: the host waits for nothing
-        (unless ``inner`` is not fused, or has no states yet; then it looks whether the norm is finite). A non-finite
-        norm skips the update on every rank alike and is counted in ``skipped_steps``; so does a true ``reject(norm)``,
-        a device scalar that must be the same on all ranks. Collective.
+        Returns the gradient norm of the whole model before clipping, on the device: the host does not wait (except when
+        ``inner`` is not fused, or has no states yet; then the host checks that the norm is finite). A non-finite norm skips
+        the update on every rank and is counted in ``skipped_steps``. So does a true ``reject(norm)``, a device scalar that
+        must be the same on all ranks. Collective.
         """
-        self.prepare()  # here if ``accumulate`` was not used; gradients that exist are kept
+        self.prepare()  # has work to do only if ``accumulate`` was not used; keeps existing gradients
         with record_function(EXCHANGE):
             self._launch(only_complete=False)
             for work in self._works:
@@ -252,67 +253,68 @@ class DistributedOptimizer:
         self.last_skipped = skip
         if self._growth_tracker is not None:
             torch._amp_update_scale_(self.loss_scale, self._growth_tracker, overflow, 2.0, 0.5, 2000)
-        self.finish_gather()  # whatever no forward has waited for
-        # In the order in which the next forward needs them: the reverse of how backward filled them.
+        self.finish_gather()  # gathers of the last step that no forward pass has waited for
+        # The next forward pass needs the buckets in the reverse of the order in which the backward pass filled them.
         self._gather.start(reversed(self._schedule.order))
         if not self.options.overlap_param_gather:
             self.finish_gather()
         return norm
 
     def finish_gather(self, params: Iterable[nn.Parameter] | None = None) -> None:
-        """Wait until ``params`` (default: all) hold the last step's values. Needed before they are read other than
-        through the model's forward, which waits block by block."""
+        """Wait until ``params`` (default: all) hold the last step's values. Call it before reading parameters directly; the
+        model's forward pass waits by itself, block by block."""
         self._gather.finish(params)
 
     def _inner_step(self, skip: torch.Tensor) -> None:
-        # Not without states: fused SGD would make its momentum in a skipped step, uninitialized (torch 2.13).
+        # Only with states: in a skipped first step fused SGD would create its momentum uninitialized (torch 2.13).
         if getattr(self.inner, "_step_supports_amp_scaling", False) and any(self.inner.state.values()):
-            self.inner.found_inf = skip  # type: ignore[attr-defined]  # fused kernels look at it on the device
+            self.inner.found_inf = skip  # type: ignore[attr-defined]  # fused kernels read it on the device
             self.inner.grad_scale = None  # type: ignore[attr-defined]
             self.inner.step()
         elif not bool(skip):
             self.inner.step()
 
     def _grad_norm(self) -> torch.Tensor:
-        """The norm over all parameters, each element counted once: every rank adds what it owns."""
+        """The gradient norm over all parameters. Every rank adds the elements it owns, so each counts once. Collective."""
         total = torch.stack([buffer.squared_norm() for buffer in self.buffers]).sum()
         return total.sqrt().to(self.buffers[0].main_dtype)
 
     def zero_grad(self, set_to_none: bool = False) -> None:
-        """Forget all gradients; ``.grad`` is ``None`` until the next backward, whatever ``set_to_none`` says."""
+        """Drop all gradients; ``.grad`` is ``None`` until the next backward pass, regardless of ``set_to_none``."""
         for buffer in self.buffers:
             buffer.release_grads()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The inner optimizer's groups: set ``group["lr"]`` here, as with any torch optimizer."""
+        """The inner optimizer's groups; set ``group["lr"]`` here, as with any torch optimizer."""
         return self.inner.param_groups
 
     def pieces(self) -> Iterator[OwnedSlice]:
-        """Every owned part of every parameter, with its main copy; its optimizer states are in ``inner.state``."""
+        """Every owned part of every parameter, with its main copy; the optimizer states are in ``inner.state``."""
         for buffer in self.buffers:
             yield from buffer.pieces()
 
     def counters(self) -> dict[str, float]:
-        """What a checkpoint keeps beside the pieces: the loss scale, the good steps since it changed, skipped steps."""
+        """The values that a checkpoint keeps in addition to the pieces: the loss scale, the number of good steps since it
+        changed, and the number of skipped steps."""
         growth = 0.0 if self._growth_tracker is None else float(self._growth_tracker)
         return {"scale": float(self.loss_scale), "growth": growth, "skipped": float(self.skipped_steps)}
 
     def load_counters(self, saved: Mapping[str, float]) -> None:
-        """Go on from what ``counters`` returned."""
+        """Restore the values that ``counters`` returned."""
         self.skipped_steps.fill_(saved["skipped"])
         if self._growth_tracker is not None:
             self.loss_scale.fill_(saved["scale"])
             self._growth_tracker.fill_(int(saved["growth"]))
 
     def refresh_shards(self) -> None:
-        """Set the fp32 main copies from the model's parameters, after those were written from outside."""
+        """Set the fp32 main copies from the model's parameters; needed after other code has changed the parameters."""
         self.finish_gather()
         for buffer in self.buffers:
             buffer.refresh_shards()
 
     def bytes_per_rank(self) -> dict[str, int]:
-        """Bytes this rank holds: parameters, gradients, and the shards with their optimizer states."""
+        """Bytes that this rank holds: parameters, gradients, main copies and optimizer states."""
         states = [v for state in self.inner.state.values() for v in state.values() if torch.is_tensor(v)]
         separate = [s for b in self.buffers for s in b.shards if b.param_data.dtype != b.main_dtype]
         return {
@@ -324,13 +326,13 @@ class DistributedOptimizer:
 
 
 def _members(group: BufferGroup, state: ParallelState) -> list[BufferParam]:
-    """The members of a buffer. Raises: ConfigError if a parameter is not what its spec says."""
+    """The members of a buffer. Raises: ConfigError if a parameter's shape does not match its spec."""
     members = []
     for param, spec in zip(group.params, group.specs, strict=True):
         box = box_of(spec, state)
         if tuple(param.shape) != box.size:
             raise ConfigError(
-                f"parameter {spec.name} has the shape {list(param.shape)}, but by its ParamSpec this rank holds "
+                f"parameter {spec.name} has shape {list(param.shape)}, but according to its ParamSpec this rank holds "
                 f"{list(box.size)} of {list(spec.shape)}; let param_specs() give the global shape and its shards"
             )
         members.append(BufferParam(param, spec.name, box))
@@ -340,6 +342,6 @@ def _members(group: BufferGroup, state: ParallelState) -> list[BufferParam]:
 def _call_if_alive(
     method: weakref.WeakMethod[Callable[[Bucket, int], None]], bucket: Bucket, member: int, _: Any
 ) -> None:
-    """A parameter's hook. A strong reference would be a cycle through it that is never freed."""
+    """The hook of a parameter. With a strong reference it would be part of a cycle that is never freed."""
     if (alive := method()) is not None:
         alive(bucket, member)

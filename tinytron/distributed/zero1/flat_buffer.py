@@ -1,4 +1,4 @@
-"""The executor of one ``BufferLayout``: parameters and gradients as views of flat memory, and their collectives."""
+"""Flat buffers, which execute a ``BufferLayout``: parameters and gradients as views of flat memory, and collectives."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tinytron.distributed.zero1.buckets import BufferLayout, plan_buffer
 
 @dataclass(frozen=True)
 class BufferParam:
-    """A parameter of a buffer, and the ``box`` of the global tensor ``name`` that it holds."""
+    """A parameter in a buffer, and the ``box`` of the global tensor ``name`` that it holds."""
 
     param: nn.Parameter
     name: str
@@ -31,10 +31,12 @@ class BufferParam:
 
 @dataclass(frozen=True)
 class Ownership:
-    """Who sums and who owns: gradients of parameters that are cut over the mesh ``axes`` are summed over ``group``; with
-    ``shard`` each of its ranks owns a part of every bucket, by elements or (``whole_tensors``) by whole tensors; squares of
-    owned gradients add up over ``norm_group``. ``reduce_dtype`` is the precision of gradients on the wire (default: that of
-    the buffer)."""
+    """The ranks that sum and own parameters which are cut over the mesh ``axes``.
+
+    Their gradients are summed over ``group``. With ``shard``, each rank of the group owns a part of every bucket, by
+    elements or (``whole_tensors``) by whole tensors. The squares of owned gradients are summed over ``norm_group``.
+    ``reduce_dtype`` is the precision of gradients on the wire (default: the buffer's).
+    """
 
     axes: tuple[str, ...]
     group: dist.ProcessGroup
@@ -46,11 +48,11 @@ class Ownership:
 
 @dataclass(frozen=True)
 class OwnedSlice:
-    """The part of tensor ``name`` that this rank owns: of the flattened ``box`` that it holds the elements from ``first``
-    on, as many as ``main`` has.
+    """The part of tensor ``name`` that this rank owns: the elements of its flattened ``box`` that start at ``first``, as
+    many as there are in ``main``.
 
-    ``main`` is the fp32 (fp64 for fp64 models) master copy; ``holder`` and ``start`` say which parameter of the inner
-    optimizer it is a part of, and from which element.
+    ``main`` is the fp32 (fp64 for fp64 models) master copy. It is the part of the inner optimizer's parameter ``holder``
+    that starts at element ``start``.
     """
 
     name: str
@@ -67,16 +69,16 @@ class OwnedSlice:
 
     @property
     def runs(self) -> tuple[Run, ...]:
-        """Where the elements of ``main``, in order, are in the flattened global tensor."""
+        """The positions of the elements of ``main``, in order, in the flattened global tensor."""
         return self.box.runs(self.first, self.first + len(self.main))
 
 
 class FlatBuffer:
-    """All parameters of one kind (same optimizer group, dtype and mesh axes that cut them) in flat memory.
+    """Flat memory for all parameters of one kind, with the same optimizer group, dtype and sharding axes.
 
     The members become views of one buffer and their ``.grad`` views of another, in fp32 (fp64 for fp64 parameters), so
-    accumulation over micro-batches and the reduction over ranks lose nothing to bf16. ``shards`` are what the inner
-    optimizer updates: this rank's range of each bucket, or with ``whole_tensors`` each tensor in it. Collective.
+    accumulation over micro-batches and the reduction over ranks lose no precision to bf16. The inner optimizer updates
+    ``shards``: this rank's range of each bucket, or with ``whole_tensors`` each tensor in that range. Collective.
     """
 
     def __init__(
@@ -93,14 +95,14 @@ class FlatBuffer:
         self.main_dtype = torch.promote_types(dtype, torch.float32)
         self.param_data = torch.zeros(self.layout.numel, dtype=dtype, device=device)
         self.grad_data = torch.zeros(self.layout.numel, dtype=self.main_dtype, device=device)
-        self._grad_views: list[torch.Tensor] = [self.grad_data] * len(self.params)  # each set below
+        self._grad_views: list[torch.Tensor] = [self.grad_data] * len(self.params)  # placeholders, replaced below
         for slot in self.layout.slots:
             param = self.params[slot.index]
             view = self.param_data[slot.start : slot.end].view_as(param)
             view.copy_(param.data)
             param.data = view
             self._grad_views[slot.index] = self.grad_data[slot.start : slot.end].view_as(param)
-        # A model of the user's own may have been initialized differently on every rank: the first one's weights count.
+        # A custom model may have been initialized differently on each rank; the first rank's weights are used.
         dist.broadcast(self.param_data, group=own.group, group_src=0)
         for member, param in enumerate(self.params):
             if param.grad is not None:
@@ -114,10 +116,10 @@ class FlatBuffer:
                 SummedExchange(self._owned(self.grad_data, b), self._whole(self.grad_data, b), own.group, wire_dtype)
                 for b in self._bucket_ids()
             ]
-        # Master copies of the owned range of each bucket; a view where the parameters are that precise themselves.
+        # Main copies of the owned range of each bucket; they are views if the parameters already have that precision.
         self._mains = [self._owned(self.param_data, b).to(self.main_dtype) for b in self._bucket_ids()]
         self.shards: list[nn.Parameter] = []
-        self._ranges: list[tuple[int, int, int]] = []  # of each shard: bucket, start, end in the buffer
+        self._ranges: list[tuple[int, int, int]] = []  # for each shard: bucket, start and end in the buffer
         for b in self._bucket_ids():
             start, end = self.layout.owned(b, self.shard_index)
             if not own.whole_tensors:
@@ -146,9 +148,9 @@ class FlatBuffer:
 
     @torch.no_grad()
     def take_grad(self, member: int) -> None:
-        """Move the gradient that autograd made for a member into the buffer, where later ones are added to it.
+        """Move the gradient that autograd made for a member into the buffer, where later gradients are added to it.
 
-        Moving the first one costs a third of the memory traffic of zeroing the buffer, casting and adding.
+        Moving the first gradient takes a third of the memory traffic of zeroing the buffer, casting and adding.
         """
         param, view = self.params[member], self._grad_views[member]
         if param.grad is not None and param.grad is not view:
@@ -160,19 +162,19 @@ class FlatBuffer:
 
     def _release_grad(self, param: torch.Tensor) -> None:
         param.grad = None
-        param.grad_dtype = None if self.grad_as_view else self.main_dtype  # None: of whatever precision it comes in
+        param.grad_dtype = None if self.grad_as_view else self.main_dtype  # None: keep the precision it arrives in
 
     def release_grads(self) -> None:
-        """Forget all gradients: the next ones overwrite them."""
+        """Drop all gradients; the next ones overwrite them."""
         for param in self.params:
             self._release_grad(param)
 
     def reduce_bucket(self, bucket: int) -> Work:
-        """Start summing a bucket's gradients over the group; owned ranges hold the sum once the work is waited for."""
+        """Start summing a bucket's gradients over the group; the owned range holds the sum after the wait."""
         for slot in self.layout.slots:
             if slot.bucket == bucket:
                 param = self.params[slot.index]
-                if param.grad is None:  # unused, or set to None by the user's code
+                if param.grad is None:  # the parameter is unused, or user code set its gradient to None
                     self._grad_views[slot.index].zero_()
                 self.take_grad(slot.index)
         whole, own = self._whole(self.grad_data, bucket), self._owned(self.grad_data, bucket)
@@ -183,7 +185,8 @@ class FlatBuffer:
         return start_reduce_scatter(own, whole, self.own.group)
 
     def squared_norm(self) -> torch.Tensor:
-        """Sum of squares of the gradients of all ranks' parts of this buffer, each element once, in fp64."""
+        """Sum of squares of this buffer's gradients over all ranks' parts, counting each element once, in fp64.
+        Collective."""
         owned = [self._owned(self.grad_data, b) for b in self._bucket_ids()]  # padding is zero
         square = torch.stack([torch.linalg.vector_norm(g) for g in owned]).double().square().sum()
         if self.own.norm_group is not None:
@@ -191,12 +194,13 @@ class FlatBuffer:
         return square
 
     def scale_grads(self, factor: torch.Tensor) -> None:
-        """Multiply the owned gradients."""
+        """Multiply the owned gradients by ``factor``."""
         for b in self._bucket_ids():
             self._owned(self.grad_data, b).mul_(factor)
 
     def start_param_gather(self, bucket: int) -> Work | None:
-        """Start the all-gather that makes a bucket's updated shards the model's parameters on every rank of the group."""
+        """Start the all-gather that copies a bucket's updated shards to the model's parameters on every rank of the
+        group."""
         own = self._owned(self.param_data, bucket)
         if own.dtype != self.main_dtype:
             own.copy_(self._mains[bucket])
@@ -205,12 +209,12 @@ class FlatBuffer:
         return start_all_gather(self._whole(self.param_data, bucket), own, self.own.group)
 
     def refresh_shards(self) -> None:
-        """Set the main copies from the model's parameters, after somebody (a checkpoint) wrote those."""
+        """Set the main copies from the model's parameters; needed after other code (loading a checkpoint) changed them."""
         for b in self._bucket_ids():
             self._mains[b].copy_(self._owned(self.param_data, b))
 
     def pieces(self) -> Iterator[OwnedSlice]:
-        """What this rank owns, parameter by parameter; the union over all ranks covers each element once."""
+        """The slices that this rank owns, parameter by parameter; the union over all ranks covers each element once."""
         for slot in self.layout.slots:
             member = self.members[slot.index]
             for shard, (bucket, start, end) in zip(self.shards, self._ranges, strict=True):

@@ -1,5 +1,5 @@
-"""Which parameters share a flat buffer: those of one optimizer group, precision and set of mesh axes that cut them.
-Pure, so that what is planned and what is built cannot differ."""
+"""The grouping of parameters into flat buffers: by optimizer group, precision and the mesh axes that cut them. It is a pure
+function, so the planner and the optimizer cannot disagree."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tinytron.errors import ConfigError
 
 @dataclass(frozen=True)
 class BufferGroup:
-    """The parameters of one flat buffer with their specs, in registration order. ``axes`` are the mesh axes that cut all
-    of them; ``whole_tensors``: ranks own whole matrices of it (Muon) instead of ranges of elements."""
+    """The parameters of one flat buffer with their specs, in registration order. ``axes`` are the mesh axes that cut all of
+    them. With ``whole_tensors`` ranks own whole matrices (for Muon) instead of ranges of elements."""
 
     params: tuple[nn.Parameter, ...]
     specs: tuple[ParamSpec, ...]
@@ -30,8 +30,8 @@ def group_parameters(
 ) -> list[BufferGroup]:
     """The buffers of one optimizer group with ``options``, in the order of their first parameters.
 
-    ``names`` maps each parameter's id to its name, in registration order; a name without a spec is a matrix that is not
-    cut. Parameters that need no gradient are left out. Raises: ConfigError if Muon is given parts of matrices.
+    ``names`` maps each parameter's id to its name, in registration order; a parameter without a spec counts as an unsharded
+    matrix. Parameters that need no gradient are left out. Raises: ConfigError if Muon would get parts of matrices.
     """
     order = {key: i for i, key in enumerate(names)}
     whole = options.get("kind") == "muon"
@@ -41,7 +41,7 @@ def group_parameters(
         spec = specs.get(name) or ParamSpec(name, tuple(p.shape), "matrix")
         if whole and (cut := [shard for shard in spec.shards if shard.dim >= len(spec.shape) - 2]):
             raise ConfigError(
-                f"Muon needs whole matrices, and dimension {cut[0].dim} of {name} is cut over {cut[0].axis}; "
+                f"Muon needs whole matrices, but dimension {cut[0].dim} of {name} is cut over {cut[0].axis}; "
                 "use --optimizer adamw"
             )
         kinds.setdefault((p.dtype, spec.axes), []).append((p, spec))

@@ -1,4 +1,4 @@
-"""When each bucket's gradients are reduced, and when its parameters are gathered again."""
+"""The schedule of collectives: when to reduce each bucket's gradients, and when to gather its parameters."""
 
 from __future__ import annotations
 
@@ -9,30 +9,32 @@ import torch.nn as nn
 from tinytron.distributed.collectives import Work
 from tinytron.distributed.zero1.flat_buffer import FlatBuffer
 
-Bucket = tuple[int, int]  # the number of its buffer, and its own in there
+Bucket = tuple[int, int]  # the buffer's number, and the bucket's number in it
 
 
 class ReductionSchedule:
-    """The order in which buckets are reduced, and which of them have all their gradients. Pure.
+    """The order in which buckets are reduced, and the gradients that each bucket is still missing. It uses no
+    communication.
 
-    One order for all ranks: by when backward, which begins with the last parameter, completes them. Buckets are due
-    strictly in this order, because ranks whose gradients come in another one must still agree on what is exchanged.
+    All ranks use the same order: the order in which the backward pass, which starts with the last parameter, completes the
+    buckets. Buckets become due strictly in this order, because even ranks whose gradients arrive in a different order must
+    agree on the sequence of exchanges.
     """
 
     def __init__(self, positions: Mapping[Bucket, Sequence[int]]) -> None:
-        """``positions``: of each bucket's parameters, their places in the order of registration."""
+        """``positions`` has, for each bucket, its parameters' places in registration order."""
         self.order = sorted(positions, key=lambda bucket: -min(positions[bucket]))
         self._counts = {bucket: len(places) for bucket, places in positions.items()}
         self.reset()
 
     def reset(self) -> None:
-        """Begin again: no gradient is there, no bucket was started."""
+        """Start over: no gradient has arrived, and no bucket has been started."""
         self._missing = dict(self._counts)
         self._arrived: set[tuple[int, int]] = set()
         self._started = 0
 
     def arrive(self, bucket: Bucket, member: int) -> None:
-        """The gradient of a member of ``bucket`` is there; later ones of the same member change nothing."""
+        """Record that the gradient of a member of ``bucket`` arrived; repeated arrivals have no effect."""
         buffer, _ = bucket
         if (buffer, member) not in self._arrived:
             self._arrived.add((buffer, member))
@@ -43,7 +45,8 @@ class ReductionSchedule:
         return (buffer, member) in self._arrived
 
     def due(self, *, only_complete: bool) -> Iterator[Bucket]:
-        """The buckets to start now, each once: all that are left, or those in front of the first incomplete one."""
+        """The buckets to start now, each once: all remaining ones, or with ``only_complete`` those before the first
+        incomplete one."""
         while self._started < len(self.order):
             bucket = self.order[self._started]
             if only_complete and self._missing[bucket] > 0:
@@ -53,7 +56,7 @@ class ReductionSchedule:
 
 
 class ParamGather:
-    """All-gathers of updated parameters: started for all buckets at once, waited for where parameters are used."""
+    """All-gathers of updated parameters: all buckets are started at once, and waited for where parameters are used."""
 
     def __init__(self, buffers: Sequence[FlatBuffer]) -> None:
         self._buffers = buffers
@@ -65,11 +68,11 @@ class ParamGather:
         }
 
     def start(self, buckets: Iterable[Bucket]) -> None:
-        """Start all of ``buckets``, in this order."""
+        """Start the all-gathers of ``buckets``, in this order."""
         self._works = {(i, b): self._buffers[i].start_param_gather(b) for i, b in buckets}
 
     def finish(self, params: Iterable[nn.Parameter] | None = None) -> None:
-        """Wait for those that hold ``params`` (default: for all)."""
+        """Wait for the buckets that hold ``params`` (default: all buckets)."""
         if not self._works:
             return
         buckets = list(self._works)

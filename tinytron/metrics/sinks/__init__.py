@@ -1,4 +1,4 @@
-"""Where the records of a run go. A new logger is a file here and its name in ``SINKS``."""
+"""Sinks, which receive the records of a run. To add a logger, add a file here and an entry in ``SINKS``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from tinytron.metrics.sinks.base import Record, RunInfo, Sink
 from tinytron.metrics.sinks.console import Console
 from tinytron.metrics.sinks.files import JsonLog, TextLog
 
-# In the order in which they get the records.
+# Sinks get the records in this order.
 SINKS: dict[str, type[Sink]] = {"text": TextLog, "jsonl": JsonLog, "console": Console}
 
 __all__ = ["SINKS", "Console", "JsonLog", "Record", "RunInfo", "Sink", "TextLog"]

@@ -1,4 +1,4 @@
-"""What every sink is: a place where the records of a run are kept or shown."""
+"""The base class of sinks, which store or show the records of a run."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-Record = dict[str, Any]  # has ``step`` and ``stage`` (train, val or eval); those of train and val have ``loss``
+Record = dict[str, Any]  # has ``step`` and ``stage`` (train, val or eval); train and val records also have ``loss``
 
 
 @dataclass(frozen=True)
 class RunInfo:
-    """Facts about the run whose records follow: its folder (the folder's name is the run's), its configuration by section,
-    the step it starts after, and its length in steps and tokens per step."""
+    """Facts about a run: its folder (whose name is the run's name), its configuration by section, the step after which it
+    starts, the total number of steps, and the tokens per step."""
 
     folder: Path
     config: dict[str, Any]
@@ -23,30 +23,30 @@ class RunInfo:
 
 
 class Sink:
-    """Keeps or shows a run's records. Only the master process has sinks; ``Reporter`` calls them in the order below.
+    """Stores or shows a run's records. Only the master process has sinks; ``Reporter`` calls them in the order below.
 
-    A subclass overrides what it needs. ``open`` and ``resume`` run before the first step and may raise: that ends the run
-    before it began, on every rank. Errors of the others are printed, and the run goes on; the records that ``write``
-    refused are given to it again with the next ones.
+    A subclass overrides the methods it needs. ``open`` and ``resume`` run before the first step; if one of them raises,
+    the run ends on every rank before it starts. Errors of the other methods are printed, and the run continues. If
+    ``write`` raises, it gets its records again together with the next ones.
     """
 
     def say(self, text: str) -> None:
-        """A message to the user, also before ``open``."""
+        """Show a message to the user; may be called before ``open``."""
 
     def open(self, run: RunInfo) -> None:
-        """A run begins."""
+        """Start of a run."""
 
     def resume(self, step: int) -> None:
-        """Drop the records after ``step``, which will be written again; called once, after ``open``."""
+        """Drop the records after ``step``, because the run will write them again; called once, after ``open``."""
 
     def advance(self, step: int) -> None:
         """Step ``step`` is complete; called after every step, so it must be cheap."""
 
     def advance_within_step(self, done: int, microbatches: int) -> None:
-        """``done`` of the ``microbatches`` of the current step are computed, 0 when it begins; as cheap as ``advance``."""
+        """``done`` of the current step's ``microbatches`` are complete (0 when the step starts); must be cheap, too."""
 
     def write(self, records: Sequence[Record]) -> None:
-        """Take new records, in order: all of them, or raise and take none."""
+        """Store new records, in order. Either store all of them, or raise and store none."""
 
     def close(self) -> None:
-        """Training ended. Records of an evaluation by hand may follow."""
+        """End of training. Records of an evaluation that the user starts may still follow."""

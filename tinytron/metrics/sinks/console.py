@@ -1,4 +1,4 @@
-"""What a person watches: a progress bar on a terminal, plain lines elsewhere."""
+"""The console output of a run: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -13,25 +13,28 @@ from tqdm import tqdm
 from tinytron.metrics.clock import LONG_STEP_SECONDS
 from tinytron.metrics.sinks.base import Record, RunInfo, Sink
 
-LINE_SECONDS = 60.0  # between two lines about it, without a terminal
+LINE_SECONDS = 60.0  # between two lines about a long step, without a terminal
 
 
 class Console(Sink):
-    """Prints messages, results of validation and tasks, of each report's training records the last one, and how far a long
-    step has come. ``now`` is the time in seconds."""
+    """Prints messages, validation and task results, the last training record of each report, and the progress within a
+    long step. ``now`` returns the time in seconds."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._bar: tqdm[Any] | None = None
         self._now = now
 
     def open(self, run: RunInfo) -> None:
-        self._run, self._start, self._step = run, self._now(), run.first_step
-        self._step_began, self._spoke = self._start, -math.inf  # when a line was printed last
+        self._run = run
+        self._start = self._now()
+        self._step = run.first_step
+        self._step_began = self._start
+        self._spoke = -math.inf  # the time of the last printed line
         if sys.stderr.isatty():
             self._bar = tqdm(total=run.max_steps, initial=run.first_step, unit="step", dynamic_ncols=True)
 
     def say(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a line above the progress bar."""
         if self._bar is not None:
             self._bar.write(text)
         else:
@@ -69,7 +72,8 @@ class Console(Sink):
         if self._bar is not None:
             self._bar.set_postfix(values)
             return
-        run, self._spoke = self._run, self._now()
+        run = self._run
+        self._spoke = self._now()
         seconds = (self._spoke - self._start) / max(1, step - run.first_step) * (run.max_steps - step)
         text = " | ".join(f"{name} {value}" for name, value in values.items())
         self.say(f"{self._place(step)} | {text} | ETA {_hms(seconds)}")
@@ -84,7 +88,7 @@ class Console(Sink):
 
 
 def train_values(record: Record, tokens_per_step: int) -> dict[str, str]:
-    """A training record in short, by name; of experts the largest load and the smallest margin of any layer."""
+    """The values of a training record to show, by name; for experts the largest load and smallest margin of any layer."""
     rate = record["tokens_per_second"]
     values = {
         "loss": f"{record['loss']:.4f}",
@@ -104,7 +108,7 @@ def train_values(record: Record, tokens_per_step: int) -> dict[str, str]:
 
 
 def shown(record: Record) -> str:
-    """A record of validation or of a task in a line for people."""
+    """A readable line for a validation or task record."""
     if record["stage"] == "val":
         bits = f" ({record['bits_per_byte']:.4f} bits per byte)" if "bits_per_byte" in record else ""
         return f"val loss {record['loss']:.4f}{bits} over {record['tokens']:,} tokens"

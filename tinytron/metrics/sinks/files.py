@@ -1,4 +1,4 @@
-"""The two log files of a run: ``log.txt`` for reading and comparing, ``log.jsonl`` with everything."""
+"""The two log files of a run: ``log.txt`` to read and compare, and ``log.jsonl`` with all values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tinytron.utils.training import write_atomically
 
 
 class LogFile(Sink):
-    """A file of lines in the run's folder. Subclasses say its name, a record's line, and the step of a line."""
+    """A file of lines in the run's folder. Subclasses define its name, the line for a record, and the step of a line."""
 
     name: str
     path: Path
@@ -23,7 +23,7 @@ class LogFile(Sink):
         self.path = run.folder / self.name
 
     def resume(self, step: int) -> None:
-        """Drop the lines after ``step``, and a line cut short by a crash."""
+        """Drop the lines after ``step``, and a line that a crash cut short."""
         keep_lines(self.path, lambda line: self.step_of(line) <= step)
 
     def write(self, records: Sequence[Record]) -> None:
@@ -34,21 +34,22 @@ class LogFile(Sink):
             raise StorageError(f"{self.path} cannot be written ({error.strerror})") from error
 
     def line(self, record: Record) -> str:
-        """The record as a line with its end, or nothing."""
+        """The record as a line, with its newline, or an empty string."""
         raise NotImplementedError
 
     def step_of(self, line: bytes) -> int:
-        """The step of a line. Raises: ValueError if it is not whole."""
+        """The step of a line. Raises: ValueError if the line is incomplete."""
         raise NotImplementedError
 
 
 class TextLog(LogFile):
-    """Lines ``<step> train <loss>`` and ``<step> val <loss>``, with ten significant digits: enough to compare runs."""
+    """Lines ``<step> train <loss>`` and ``<step> val <loss>`` with ten significant digits, which is enough to compare
+    runs."""
 
     name = "log.txt"
 
     def line(self, record: Record) -> str:
-        """Empty for records without a loss (eval)."""
+        """The line of a record; empty for records without a loss (eval)."""
         return f"{record['step']} {record['stage']} {record['loss']:#.10g}\n" if "loss" in record else ""
 
     def step_of(self, line: bytes) -> int:
@@ -69,8 +70,8 @@ class JsonLog(LogFile):
 
 
 def _append(path: Path, lines: str) -> None:
-    """All of ``lines``, or none: a full disk may have taken a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it during the run
+    """Append all of ``lines`` or none of them: a full disk may accept only a part, which is then removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)  # the user may have removed it during the run
     with open(path, "ab", buffering=0) as file:
         before = file.tell()
         content = memoryview(lines.encode())
@@ -83,7 +84,7 @@ def _append(path: Path, lines: str) -> None:
 
 
 def json_line(entry: Record) -> str:
-    """``entry`` as one line. JSON has no NaN or infinity: those become text, at any depth."""
+    """``entry`` as one line of JSON. JSON has no NaN or infinity, so these become text, at any depth."""
     return json.dumps(_finite(entry)) + "\n"
 
 
@@ -96,18 +97,19 @@ def _finite(value: Any) -> Any:
 
 
 def keep_lines(path: Path, wanted: Callable[[bytes], bool]) -> None:
-    """Drop the other lines of a file, if it is there, and those that are not whole: ``wanted`` may raise ValueError."""
+    """Keep only the lines of a file for which ``wanted`` is true; does nothing if the file does not exist. Incomplete lines
+    are dropped: ``wanted`` may raise a ValueError for them."""
     if path.exists():
         write_atomically(path, lambda file: file.writelines(_kept_lines(path, wanted)))
 
 
 def _kept_lines(path: Path, wanted: Callable[[bytes], bool]) -> Iterator[bytes]:
-    """One at a time: a route trace can be larger than memory."""
+    """The lines to keep, one at a time, because a route trace can be larger than memory."""
     with open(path, "rb") as file:
         for line in file:
             try:
                 keep = line.endswith(b"\n") and wanted(line)
-            except ValueError:  # not a whole line: the process was killed while writing it
+            except ValueError:  # an incomplete line: the process was killed while writing it
                 continue
             if keep:
                 yield line

@@ -1,1 +1,1 @@
-"""The parts of a block, one file each."""
+"""The parts of a block, one per file."""

@@ -23,19 +23,20 @@ from tinytron.utils.sequences import Documents
 
 
 class LayerCache(Protocol):
-    """A layer's keys and values of earlier tokens, when a sequence comes in parts (inference/kv_cache.py)."""
+    """A layer's keys and values of earlier tokens, for a sequence that is processed in parts (inference/kv_cache.py)."""
 
     def attend(self, q_BsNH: torch.Tensor, k_BsKH: torch.Tensor, v_BsKH: torch.Tensor) -> torch.Tensor:
-        """Keep the rotated keys, and the values, of ``s`` more tokens; returns their attention to all that is
-        kept: ``[B, s, N, H] -> [B, s, N, H]``."""
+        """Add the rotated keys and the values of ``s`` more tokens, and return these tokens' attention to everything in
+        the cache: ``[B, s, N, H] -> [B, s, N, H]``."""
 
 
 class Attention(nn.Module):
     """Projections, rotation and attention: ``[B, s, D] -> [B, s, D]``.
 
-    Query, key and value weights are one matrix, ``[(N + 2K) H, D]``, in that order. Under sequence
-    parallelism each rank has a part of the sequence, and inside some heads of all of it (ulysses.py); the
-    rotation is that of this rank's positions, documents are those of the whole. ``window`` as in ``attend``.
+    Query, key and value weights are one matrix, ``[(N + 2K) H, D]``, in that order. Under sequence parallelism
+    the input is this rank's part of the sequence; for attention itself the rank has some heads of the whole
+    sequence (ulysses.py). ``rotation`` is for this rank's positions, ``documents`` describe whole sequences.
+    ``window`` is as in ``attend``.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Attention(nn.Module):
             packed_BSmH = seq_to_head(torch.cat((q, k, v), dim=2), self.plan, self.group)
             q, k, v = packed_BSmH.split((self.plan.heads, self.plan.kv_heads, self.plan.kv_heads), dim=2)
         elif self.q_norm is None:
-            v = v.contiguous()  # a part of qkv would keep all of it for the backward pass
+            v = v.contiguous()  # a view of qkv would keep all of qkv alive for the backward pass
         dropout = self.dropout if self.training else 0.0
         out = attend(q, k, v, backend=self.backend, documents=documents, window=self.window, dropout=dropout)
         if self.group is not None and self.plan.size > 1:

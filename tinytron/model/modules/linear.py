@@ -1,4 +1,4 @@
-"""Linear layers that say what they are for."""
+"""Linear layers whose class states their purpose."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class ResidualLinear(nn.Linear):
 
 
 class PackedLinear(nn.Linear):
-    """Several projections of one input in one matrix product: ``row_blocks`` are their output sizes, in order."""
+    """Several projections of one input, packed into one matrix; ``row_blocks`` are their output sizes, in order."""
 
     def __init__(self, in_features: int, row_blocks: tuple[int, ...], bias: bool) -> None:
         super().__init__(in_features, sum(row_blocks), bias=bias)

@@ -1,4 +1,4 @@
-"""The training loss: output head and cross entropy, as sums."""
+"""The training loss: output head and cross entropy, computed as sums."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from tinytron.utils.sequences import IGNORE_INDEX
 
 
 class LossSums(NamedTuple):
-    """Sums over the valid targets, each times its weight.
+    """Loss sums over the valid targets, each multiplied by its weight.
 
-    ``objective`` is what to differentiate, ``token`` the plain cross entropy in nats (detached). They
-    differ by the weighted auxiliary terms: z-loss, and those of ``aux`` (detached and unweighted, by
-    name). ``per_token`` is every target's cross entropy (detached, in nats, not times its weight; zero
-    where the label is ignored): ``[T]``, from the model ``[B, s]``.
+    ``objective`` is the value to differentiate, ``token`` the plain cross entropy in nats (detached). They
+    differ by the weighted auxiliary terms: the z-loss, and the terms in ``aux`` (detached and unweighted, by
+    name). ``per_token`` is every target's cross entropy (detached, in nats, not multiplied by its weight;
+    zero where the label is ignored): ``[T]``, or ``[B, s]`` when it comes from the model.
 
-    ``counts`` says what a value of ``aux`` is a sum over, by its name, such as the number of tokens
-    that were routed: sums and counts of all ranks and micro-batches give the mean. A value without a
-    count is divided like ``token``; ``_replace`` keeps the counts. In ``objective`` a sum that is not
-    over targets must be scaled by targets per count (modules/routed.py).
+    ``counts`` has, by name, the number of items that a value of ``aux`` is summed over, such as the number of
+    routed tokens. The sums and counts of all ranks and micro-batches give the mean. A value without a count
+    is divided like ``token``; ``_replace`` keeps the counts. A sum over anything but targets must be scaled by
+    targets per count before it is added to ``objective`` (modules/routed.py).
     """
 
     objective: torch.Tensor
@@ -36,8 +36,8 @@ class LossSums(NamedTuple):
 
 
 def checked_sums(losses: Any) -> LossSums:
-    """``losses``, which a user's own ``_loss`` may have returned. Raises: ConfigError unless they are ``LossSums`` of
-    scalars; a mean would be divided twice."""
+    """``losses``, checked, because a custom ``_loss`` may have returned them. Raises: ConfigError unless they are
+    ``LossSums`` of scalars; a mean would be divided twice."""
     if not isinstance(losses, LossSums):
         raise ConfigError(
             f"_loss returned a {type(losses).__name__}; return sums, which are divided once, over all ranks: "
@@ -63,11 +63,11 @@ def fused_linear_cross_entropy(
     chunk_tokens: int | None = None,
     by: LossKernel = "torch",
 ) -> LossSums:
-    """Loss sums of the logits ``hidden @ weight.T``, which are never held as a whole.
+    """Loss sums for the logits ``hidden @ weight.T``, which are never in memory as a whole.
 
-    Labels equal to ``IGNORE_INDEX`` count as zero, the others ``weights_T`` times (default 1). Nothing
-    is averaged: divide by the sum of the weights of the valid targets of the *global* batch. Formula,
-    precision, ``chunk_tokens`` and ``by`` as in ``kernels.cross_entropy.linear_cross_entropy``.
+    Labels equal to ``IGNORE_INDEX`` count as zero, the others ``weights_T`` times (default 1). Nothing is
+    averaged: divide by the sum of the weights of the valid targets of the *global* batch. Formula, precision,
+    ``chunk_tokens`` and ``by`` are as in ``kernels.cross_entropy.linear_cross_entropy``.
     """
     objective, token, per_token = linear_cross_entropy(
         hidden_TD,

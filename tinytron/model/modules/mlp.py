@@ -14,8 +14,8 @@ from tinytron.model.modules.linear import PackedLinear, ResidualLinear
 
 
 class SwiGLU(nn.Module):
-    """``down(silu(gate(x)) * up(x))`` (arXiv:2002.05202): ``[..., D] -> [..., D]``; gate and up are one
-    matrix, ``[2F, D]``, gate first."""
+    """``down(silu(gate(x)) * up(x))`` (arXiv:2002.05202): ``[..., D] -> [..., D]``. Gate and up are packed
+    into one matrix, ``[2F, D]``, gate first."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, bias: bool, kernels: Kernels = DEFAULT) -> None:
         super().__init__()
@@ -29,8 +29,8 @@ class SwiGLU(nn.Module):
 
 
 class GELU(nn.Module):
-    """``down(gelu(up(x)))`` (arXiv:1606.08415): ``[..., D] -> [..., D]``; exact, or in the ``tanh``
-    approximation of GPT-2."""
+    """``down(gelu(up(x)))`` (arXiv:1606.08415): ``[..., D] -> [..., D]``. The GELU is exact, or GPT-2's
+    ``tanh`` approximation."""
 
     def __init__(
         self, hidden_size: int, intermediate_size: int, bias: bool, approximate: Literal["none", "tanh"]

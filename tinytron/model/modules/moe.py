@@ -1,7 +1,7 @@
 """Mixture of experts: router, balance terms, and SwiGLU experts spread over the expert-parallel group.
 
 Letters: B batch, s this rank's part of the sequence, T = B s tokens of this rank, k choices per token, E experts, e experts
-of this rank, Q rows that arrive here, D model dimension, F expert width.
+of this rank, Q rows received by this rank, D model dimension, F expert width.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tinytron.model.modules.recompute import EXPERT_PARTS, Recompute, recomputed
 
 
 class RouterTrace(NamedTuple):
-    """A recording router's choice for every token, without gradient; weights and margins in the scores' precision."""
+    """A recorded router choice for every token, without gradient; weights and margins are in the scores' precision."""
 
     expert_Tk: torch.Tensor  # best first
     weight_Tk: torch.Tensor
@@ -36,8 +36,8 @@ class RouterTrace(NamedTuple):
 
 
 class MoEStats(NamedTuple):
-    """One layer's routing terms of the loss, as sums over this rank's tokens without padding; its load; its choices, if
-    recorded."""
+    """Statistics of one layer: the routing terms of the loss, as sums over this rank's tokens without padding; its load;
+    and its choices, if recorded."""
 
     balance: torch.Tensor  # sum over tokens of E * sum_e f_e p_te: 1 per token when the load f is even
     z: torch.Tensor  # sum over tokens of logsumexp(router logits)²
@@ -46,7 +46,7 @@ class MoEStats(NamedTuple):
 
 
 class RoutingDecision(NamedTuple):
-    """The router's decision for each token; scores in fp32 (fp64 for fp64 models)."""
+    """The router's decision for each token; scores are in fp32 (fp64 for fp64 models)."""
 
     expert_Tk: torch.Tensor
     weight_Tk: torch.Tensor
@@ -56,10 +56,10 @@ class RoutingDecision(NamedTuple):
 
 
 class Router(CompilesMethods):
-    """Scores in fp32, top-k choice, optional renormalization of the chosen scores.
+    """The router: scores in fp32, the choice of the top k, and optional renormalization of the chosen scores.
 
-    ``bias`` shifts the choice only, not the weights (auxiliary-loss-free balancing, arXiv:2408.15664): it is moved once
-    per optimizer step against the load, and saved. With ``record`` set the choices are returned too.
+    ``bias`` affects only the choice, not the weights (auxiliary-loss-free balancing, arXiv:2408.15664). It is moved against
+    the load once per optimizer step, and it is saved in checkpoints. With ``record``, decisions include a trace.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -75,12 +75,12 @@ class Router(CompilesMethods):
         self.register_buffer("bias", torch.zeros(config.num_experts, dtype=torch.float32))
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """Logits ``[T, E]``."""
+        """The router's logits, ``[T, E]``."""
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         return F.linear(x_TD.to(wide), self.weight.to(wide))
 
     def choose(self, logits_TE: torch.Tensor) -> RoutingDecision:
-        """The decision that follows from the logits. It is kept for the backward pass, never made again."""
+        """The decision for the given logits. It is kept for the backward pass and never recomputed."""
         score_TE = logits_TE.softmax(-1) if self.score == "softmax" else logits_TE.sigmoid()
         ranked_TE = score_TE.detach() + self.bias
         expert_Tk = ranked_TE.topk(self.top_k, dim=-1).indices
@@ -93,22 +93,22 @@ class Router(CompilesMethods):
 
 
 def margin(ranked_TE: torch.Tensor, expert_Tk: torch.Tensor) -> torch.Tensor:
-    """The last chosen expert's score minus the best score not chosen: ``[T]``, inf where every expert is chosen.
+    """The last chosen expert's score minus the best score not chosen: ``[T]``, inf if every expert is chosen.
 
-    The scores are those the choice is made by, balancing bias included; ``expert_Tk`` is best first.
+    The scores are the ones that determine the choice, including the balancing bias; ``expert_Tk`` is best first.
     """
     left_TE = ranked_TE.scatter(1, expert_Tk, -math.inf)
     return ranked_TE.gather(1, expert_Tk[:, -1:]).squeeze(1) - left_TE.amax(1)
 
 
 def _positive(total: torch.Tensor) -> torch.Tensor:
-    """A divisor that is not zero, even when all sigmoid scores of a token underflow."""
+    """``total`` clamped to a nonzero divisor, because all sigmoid scores of a token can underflow."""
     return total.clamp(min=torch.finfo(total.dtype).tiny)
 
 
 class Experts(CompilesMethods):
     """This rank's experts: SwiGLU with weights ``[e, 2F, D]`` (gate first) and ``[e, D, F]``. With
-    ``recompute="full"`` only the product before the gate is kept, and the gate computed again in the
+    ``recompute="full"`` only the product before the gate is kept, and the gate is recomputed in the
     backward pass."""
 
     def __init__(
@@ -125,20 +125,21 @@ class Experts(CompilesMethods):
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
 
     def forward(self, rows_QD: torch.Tensor, rows_e: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        """``[Q, D] -> [Q, D]``: ``rows_e`` rows of each expert in turn; ``counts`` is that on the host."""
+        """Apply the experts, ``[Q, D] -> [Q, D]``: ``rows_e`` has the number of rows of each expert, in order; ``counts``
+        has the same numbers on the host."""
         if all(has_grouped_product(weight) for weight in (self.gate_up_proj, self.down_proj)):
             return self._grouped(rows_QD, rows_e, padded_count(rows_QD, counts))
         return self._products(rows_QD, rows_e, counts)
 
     def compile_parts(self) -> None:
-        """Compile the grouped products, which need no counts on the host: every new count would be
-        compiled for."""
-        if self.gate_up_proj.dtype == torch.bfloat16:  # the compiler knows grouped products in no other precision
-            # For any sizes at once: a second graph, made later, could be met in recomputation instead of the first.
+        """Compile the grouped products. They do not need counts on the host; with those, every new count would be
+        compiled separately."""
+        if self.gate_up_proj.dtype == torch.bfloat16:  # the compiler supports no other precision
+            # Compiled for any size at once: recomputation could otherwise use a second graph that was compiled later.
             self.compile_methods("_grouped", dynamic=True)
 
     def _grouped(self, rows_QD: torch.Tensor, rows_e: torch.Tensor, padded: int | None = None) -> torch.Tensor:
-        """With each expert's rows padded, to this number in all; ``None``: as they are."""
+        """Apply the experts after padding each expert's rows, to ``padded`` rows in total; ``None``: no padding."""
         if padded is None:
             return self._products(rows_QD, rows_e)
         padded_QD, padded_e, place_Q = pad_rows(rows_QD, rows_e, padded)
@@ -153,12 +154,13 @@ class Experts(CompilesMethods):
 
 
 class MoE(CompilesMethods):
-    """Dispatch, experts, weighted sum, and shared experts that see every token (arXiv:2401.06066).
+    """A mixture-of-experts layer: dispatch, experts, weighted sum, and shared experts that process every token
+    (arXiv:2401.06066).
 
-    Shapes: ``[B, s, D]`` and the router's logits ``[T, E]`` -> ``[B, s, D]`` and ``MoEStats``. The router
-    runs before, with the other recomputed parts (``Block``); its decision is made here, and kept.
-    Collective over the expert group in forward and backward; over the sequence group (balance scope
-    ``sequence``) or the world (``batch``) for the load, in forward.
+    Shapes: ``[B, s, D]`` and the router's logits ``[T, E]`` -> ``[B, s, D]`` and ``MoEStats``. The router's
+    logits are computed earlier, with the other recomputed parts (``Block``); its decision is made here, and kept.
+    Collective over the expert group in the forward and the backward pass; for the load, in the forward pass,
+    also over the sequence group (balance scope ``sequence``) or the world (``batch``).
     """
 
     def __init__(
@@ -182,23 +184,23 @@ class MoE(CompilesMethods):
     def forward(
         self, x_BsD: torch.Tensor, logits_TE: torch.Tensor, padding_Bs: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, MoEStats]:
-        """Tokens of ``padding_Bs`` pass the experts, too, but the statistics do not count them."""
+        """Apply the layer. The experts also process the tokens in ``padding_Bs``, but the statistics leave them out."""
         routing = self.router.choose(logits_TE)
         routes = plan_dispatch(routing.expert_Tk, self.config.num_experts, self.group)
         out_BsD = recomputed(self.recompute.mixture, self._mixture, x_BsD, routing.weight_Tk, routes)
         return out_BsD, self._stats(routing, x_BsD.shape[0], padding_Bs)
 
     def compile_parts(self) -> None:
-        """Compile what lies between the exchanges. A rank gets another number of rows at every step."""
+        """Compile the parts between the exchanges; only those, because a rank's number of rows changes in every step."""
         self.compile_methods("_sum", "_shared_output")
         self.router.compile_methods("choose")
         self.experts.compile_parts()
 
     def _mixture(self, x_BsD: torch.Tensor, weight_Tk: torch.Tensor, routes: DispatchPlan) -> torch.Tensor:
         dispatched = dispatch(x_BsD.flatten(0, 1), routes, self.group, self.by)
-        shared_BsD = self._shared_output(x_BsD)  # while the rows are on their way
+        shared_BsD = self._shared_output(x_BsD)  # overlaps with the exchange of rows
         rows_QD = dispatched.wait()
-        del dispatched  # it holds the rows as they came
+        del dispatched  # it keeps the rows as received alive
         rows_QD = self.experts(rows_QD, routes.rows_e, routes.counts)
         rows_RD = combine(rows_QD, routes, self.group)
         return self._sum(rows_RD, weight_Tk, routes.order_R, routes.inverse_R, shared_BsD).view_as(x_BsD)
@@ -218,20 +220,24 @@ class MoE(CompilesMethods):
         return out_TD if shared_BsD is None else out_TD + shared_BsD.flatten(0, 1)
 
     def _stats(self, routing: RoutingDecision, B: int, padding_Bs: torch.Tensor | None) -> MoEStats:
-        """Balance: Switch Transformer's loss (arXiv:2101.03961, section 2.2) times the tokens it stands for.
+        """The layer's statistics. ``balance`` is Switch Transformer's loss (arXiv:2101.03961, section 2.2) times its number
+        of tokens.
 
-        It is linear in the probabilities, so each rank adds its own tokens' part and only the loads, which carry no
-        gradient, are summed over ranks: over the sequence's ranks, or over all ranks of the micro-batch.
+        The loss is linear in the probabilities, so each rank adds only the part of its own tokens. Only the loads, which
+        have no gradient, are summed over ranks: over the ranks that share a sequence, or over all ranks of the micro-batch.
         """
         (T, k), E = routing.expert_Tk.shape, self.config.num_experts
         row_T1 = torch.arange(T, device=routing.expert_Tk.device).unsqueeze(1) // (T // B)
         index = (row_T1 * E + routing.expert_Tk).flatten()
         load_BE = torch.zeros(B * E, dtype=torch.int64, device=index.device)
-        counted, prob_TE, z_T = torch.ones_like(index), routing.prob_TE, _squared_lse(routing.logits_TE)
+        counted = torch.ones_like(index)
+        prob_TE = routing.prob_TE
+        z_T = _squared_lse(routing.logits_TE)
         if padding_Bs is not None:
             padding_T1 = padding_Bs.reshape(T, 1)
             counted = (~padding_T1).expand(T, k).flatten().to(index.dtype)
-            prob_TE, z_T = prob_TE.masked_fill(padding_T1, 0.0), z_T.masked_fill(padding_T1.squeeze(1), 0.0)
+            prob_TE = prob_TE.masked_fill(padding_T1, 0.0)
+            z_T = z_T.masked_fill(padding_T1.squeeze(1), 0.0)
         load_BE = load_BE.scatter_add_(0, index, counted).view(B, E)
         prob_BE = prob_TE.view(B, T // B, E).sum(1)
         load_E = load_BE.sum(0)
@@ -241,7 +247,7 @@ class MoE(CompilesMethods):
             seen, group, ranks = load_E, "world", self.state.layout.world_size if self.state else 1
         if self.state is not None and ranks > 1:
             seen = sum_over(seen.clone(), self.state.groups[group])
-        rows = seen.sum(-1, keepdim=True).clamp(min=1)  # choices of the sequence, or of all ranks' micro-batch
+        rows = seen.sum(-1, keepdim=True).clamp(min=1)  # choices in the sequence, or in the micro-batch of all ranks
         balance = E * (prob_BE * (seen.to(prob_BE.dtype) / rows)).sum()
         return MoEStats(balance, z_T.sum(), load_E, routing.choice)
 

@@ -27,8 +27,7 @@ class RMSNorm(nn.Module):
 class LayerNorm(nn.Module):
     """``(x - mean(x)) / sqrt(var(x) + eps) * weight + bias`` over the last dimension (arXiv:1607.06450).
 
-    Shapes: ``[..., size] -> [..., size]``. 16-bit inputs have their statistics computed in fp32 inside
-    ``layer_norm``.
+    Shapes: ``[..., size] -> [..., size]``. For 16-bit inputs ``layer_norm`` computes the statistics in fp32.
     """
 
     def __init__(self, size: int, eps: float) -> None:

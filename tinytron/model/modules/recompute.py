@@ -1,5 +1,5 @@
-"""Recomputation: values that the backward pass computes again instead of keeping them (activation
-checkpointing, arXiv:1604.06174)."""
+"""Recomputation, also called activation checkpointing (arXiv:1604.06174): the backward pass recomputes values instead of
+keeping them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from tinytron.distributed import exchange  # noqa: F401  # makes an operator that is named below, as the next does
-from tinytron.kernels import attention_tiled  # noqa: F401
+from tinytron.distributed import exchange  # noqa: F401  # registers an operator that is named below
+from tinytron.kernels import attention_tiled  # noqa: F401  # registers an operator, too
 
 T = TypeVar("T")
 Recompute = Literal["none", "full", "selective"]
 
 
 class ExpertParts(NamedTuple):
-    """How each part of an expert layer is recomputed."""
+    """The kind of recomputation for each part of an expert layer."""
 
-    mixture: Recompute  # all of it, from dispatch to sum
+    mixture: Recompute  # the whole layer, from dispatch to sum
     shared: Recompute  # the shared expert in it
     after_first_product: Recompute  # the experts' gate and second product
 
@@ -31,7 +31,7 @@ EXPERT_PARTS: dict[Recompute, ExpertParts] = {
     "full": ExpertParts(mixture="full", shared="none", after_first_product="none"),
 }
 
-# Selective recomputation keeps the outputs of matrix products, attention and exchanges, costly to compute again;
+# Selective recomputation keeps the outputs of matrix products, attention and exchanges, which are expensive to recompute;
 # norms, rotations and activations are cheap (Korthikanti et al., arXiv:2205.05198, section 5).
 _ATTENTION_OPS = (
     "tinytron.tiled_attention",
@@ -46,7 +46,7 @@ _OTHER_OPS = ("aten.mm", "aten.addmm", "tinytron.all_to_all")
 
 @cache
 def _operators(names: tuple[str, ...]) -> frozenset[Any]:
-    from torch.nn.attention import varlen  # noqa: F401  # makes _varlen_attn, and loads torch's compiler
+    from torch.nn.attention import varlen  # noqa: F401  # registers _varlen_attn; slow, because it loads torch's compiler
 
     packets = (name.split(".") for name in names)
     return frozenset(getattr(getattr(torch.ops, namespace), name).default for namespace, name in packets)
@@ -61,24 +61,25 @@ def _contexts() -> Any:
 
 
 def _dropout_contexts() -> Any:
-    """A kept attention would not draw its dropout again in recomputation, and all later draws would be others."""
+    """Contexts that also recompute attention: if its output were kept, recomputation would not redraw its dropout, and all
+    later random draws would differ."""
     return create_selective_checkpoint_contexts(partial(_keep, _operators(_OTHER_OPS)))
 
 
-# torch.compile caches a graph across processes if a text says what is kept.
+# With this text, which identifies the kept operators, torch.compile can cache a graph across processes.
 _contexts.cache_hash = f"keep {_OTHER_OPS + _ATTENTION_OPS}"  # type: ignore[attr-defined]
 _dropout_contexts.cache_hash = f"keep {_OTHER_OPS}"  # type: ignore[attr-defined]
 
 
 def recomputed(how: Recompute, function: Callable[..., T], *args: Any, dropout: float = 0.0) -> T:
-    """``function(*args)``; for the backward pass ``full`` keeps the arguments alone, ``selective`` also the
-    outputs that are costly to compute again.
+    """Call ``function(*args)``. For the backward pass ``full`` keeps only the arguments; ``selective`` also keeps the
+    outputs that are expensive to recompute.
 
-    ``dropout`` is the probability that ``function`` draws with. Without gradients nothing is recomputed.
+    ``dropout`` is the dropout probability in ``function``. Without gradients nothing is recomputed.
     """
     if how == "none" or not torch.is_grad_enabled():
         return function(*args)
-    contexts: dict[str, Any] = {}  # torch.compile cannot trace the default when it is passed
+    contexts: dict[str, Any] = {}  # torch.compile cannot trace context_fn's default when it is passed explicitly
     if how == "selective":
         contexts["context_fn"] = _contexts if dropout == 0 else _dropout_contexts
     out: T = checkpoint(function, *args, use_reentrant=False, **contexts)

@@ -1,4 +1,4 @@
-"""The angles of rotary positions, plain or stretched to longer sequences."""
+"""The frequencies of rotary positions, plain or scaled for longer sequences."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from tinytron.model.config import ModelConfig
 
 
 def rotary_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
-    """Radians per position of each pair of elements, ``[rotary_dim / 2]`` in float64, and what cosines and sines are
-    multiplied by. The formulas are those of Hugging Face's ``ROPE_INIT_FUNCTIONS``."""
+    """The frequency of each pair of elements, in radians per position, ``[rotary_dim / 2]`` in float64; and the factor for
+    cosines and sines. The formulas are those of Hugging Face's ``ROPE_INIT_FUNCTIONS``."""
     dim = config.rotary_dim
     plain = config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / max(1, dim))
     if config.rope_scaling == "none" or dim == 0:
@@ -19,7 +19,7 @@ def rotary_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
     slow = plain / config.rope_scaling_factor
     if config.rope_scaling == "linear":
         return slow, 1.0
-    assert config.rope_original_block_size is not None, "checked by ModelConfig"
+    assert config.rope_original_block_size is not None, "ModelConfig checks this"
     if config.rope_scaling == "llama3":
         return _llama3(config, plain, slow, config.rope_original_block_size), 1.0
     factor = config.rope_attention_factor
@@ -28,8 +28,8 @@ def rotary_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
 
 
 def _llama3(config: ModelConfig, plain: torch.Tensor, slow: torch.Tensor, length: int) -> torch.Tensor:
-    """Pairs that turn often in the original ``length`` stay, those that turn rarely are slowed down, between them a mean
-    that is linear in the number of turns."""
+    """Llama scaling: pairs with many rotations over the original ``length`` are unchanged, pairs with few are slowed
+    down. In between, the frequency is a mean of the two, weighted linearly in the number of rotations."""
     turns = length * plain / (2 * math.pi)
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
     kept = ((turns - low) / (high - low)).clamp(0, 1)
@@ -37,8 +37,8 @@ def _llama3(config: ModelConfig, plain: torch.Tensor, slow: torch.Tensor, length
 
 
 def _yarn(config: ModelConfig, plain: torch.Tensor, slow: torch.Tensor, length: int) -> torch.Tensor:
-    """As for llama3, but linear in the pair's index, between the indices (rounded outwards) at which a pair turns
-    ``rope_beta_fast`` and ``rope_beta_slow`` times (arXiv:2309.00071, section 3.2)."""
+    """YaRN scaling (arXiv:2309.00071, section 3.2). It is like llama3's, but the weight is linear in the pair's index,
+    between the indices (rounded outwards) at which a pair makes ``rope_beta_fast`` and ``rope_beta_slow`` rotations."""
     dim = config.rotary_dim
 
     def index(turns: float) -> float:

@@ -1,7 +1,8 @@
-"""Which tokens the routers' statistics and losses count, and by what those losses are scaled.
+"""The tokens that the routers' statistics and losses count, and the scale of those losses.
 
-The balance and z terms are sums over tokens, while an objective is divided by its targets. So they are multiplied by
-targets per token, which makes them means over tokens however many labels are ignored. Padding is not a token to them.
+The balance and z terms are sums over tokens, while the objective is divided by the number of targets. So they are
+multiplied by targets per token, which makes them means over tokens regardless of how many labels are ignored. Padding does
+not count as a token here.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from tinytron.utils.sequences import IGNORE_INDEX, Documents, documents_without_
 class RoutedTokens(NamedTuple):
     """This rank's tokens, as the routers' losses count them."""
 
-    padding_Bs: torch.Tensor | None  # true for padding; None: nothing is
-    number: torch.Tensor  # of the others, int64 scalar
-    scale: torch.Tensor  # what sums over them are multiplied by in the objective
+    padding_Bs: torch.Tensor | None  # true for padding; None: there is no padding
+    number: torch.Tensor  # number of tokens that are not padding, int64 scalar
+    scale: torch.Tensor  # factor for sums over these tokens in the objective
 
 
 def routed_tokens(
@@ -31,11 +32,11 @@ def routed_tokens(
     scale: torch.Tensor | None,
     state: ParallelState | None,
 ) -> RoutedTokens:
-    """The tokens of a batch with its ``padding`` and ``scale``, if its maker knows them: a step's scale is that of all its
-    micro-batches on all ranks.
+    """The tokens to count in a batch. If the batch comes with a ``scale``, that and ``padding`` are used as they are; the
+    trainer computes a step's scale from all its micro-batches on all ranks.
 
-    Else documents without a target are padding, and the scale is the targets' weight over the number of tokens, of
-    these sequences. Then it is collective over the ranks that share them.
+    Otherwise documents without a target count as padding, and the scale is the targets' weight divided by the number of
+    tokens in these sequences. In that case the call is collective over the ranks that share the sequences.
     """
     if scale is not None:
         return RoutedTokens(padding_Bs, _count(labels_Bs, padding_Bs), scale)
