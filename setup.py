@@ -41,7 +41,7 @@ setup(
             *QUICKSTART,
             *DOCS,
             *("pytest", "hypothesis", "ruff", "mypy", "types-tqdm", "datasets", "transformers", "s3fs", "moto[server]"),
-            "pyyaml",
+            *("pyyaml", "omegaconf"),
             *("tiktoken", "gguf", 'triton; platform_system == "Linux"'),
         ],
     },

@@ -1,7 +1,7 @@
-"""Learning rates beside each other: train one preset with AdamW and with Muon at several peak rates on the same batches, and
-print the validation losses as a Markdown table.
+"""Compare learning rates: train one preset with AdamW and with Muon at several peak rates on the same batches, and print
+the validation losses as a Markdown table.
 
-python benchmarks/preset_rates.py --preset tiny --data data/quickstart/NAME --vocab_size 4096 --max_steps 120 [-- more flags]
+python benchmarks/preset_rates.py --preset tiny --data data/quickstart/NAME --vocab_size 4096 [-- more flags]
 
 All runs draw the same samples in the same order from the same initial weights. Each warms up for --warmup_steps (default: a
 tenth of its steps) and follows a cosine down to a tenth (AdamW) or a hundredth (Muon) of the peak, as the presets do.

@@ -6,7 +6,7 @@
 #   bash scripts/test.sh tests/model     the tests of one folder
 set -euo pipefail
 source "$(dirname "$0")/lib/env.sh"
-modules="torch numpy tqdm tokenizers matplotlib pytest hypothesis ruff mypy datasets transformers tiktoken gguf s3fs moto mkdocs material mkdocstrings_handlers"
+modules="torch numpy tqdm tokenizers matplotlib pytest hypothesis ruff mypy datasets transformers tiktoken gguf omegaconf s3fs moto mkdocs material mkdocstrings_handlers"
 if [ "$(uname)" = Linux ]; then modules="$modules triton"; fi # triton exists only for Linux
 # shellcheck disable=SC2086  # each word is a module
 need_python dev $modules

@@ -16,10 +16,11 @@ from tinytron.utils.flags import nearest
 
 
 class Command(NamedTuple):
-    """A subcommand: the module of tinytron.cli that it lives in, and its line of help."""
+    """A subcommand: the module of tinytron.cli that it lives in, its line of help, and its function."""
 
     module: str
     help: str
+    function: str = "main"
 
 
 COMMANDS: Mapping[str, Command] = MappingProxyType(
@@ -33,6 +34,11 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "generate": Command("generate", "continue texts with a trained model"),
         "evaluate": Command("evaluate", "answer multiple-choice tasks with a trained model, or measure its loss"),
         "export": Command("export", "write a trained model as a Hugging Face folder"),
+        "jobs": Command("jobs", "list the jobs: work that is configured and run by name"),
+        "configure": Command("jobs", "write the options of a job to a YAML file", "configure"),
+        "run": Command("run", "run a configured job, and further stages"),
+        "checkpoints": Command("jobs", "list the checkpoints of a job", "checkpoints"),
+        "restore": Command("run", "continue a job from one of its checkpoints", "restore"),
         "import": Command("import_model", "turn a Hugging Face model into a folder for --init_from"),
     }
 )
@@ -60,7 +66,8 @@ def _dispatch(words: list[str]) -> int | None:
     if name not in COMMANDS:
         raise ConfigError(f"unknown command {name}{nearest(name, COMMANDS)}; see tinytron --help")
     module = importlib.import_module(f"tinytron.cli.{COMMANDS[name].module}")
-    status: int | None = module.main(words[1:], prog=f"tinytron {name}")
+    function = getattr(module, COMMANDS[name].function)
+    status: int | None = function(words[1:], prog=f"tinytron {name}")
     return status
 
 

@@ -1,0 +1,132 @@
+"""``tinytron jobs``, ``configure``, ``checkpoints``: which work there is, its options as a file, and what it has saved."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tinytron.errors import ConfigError
+from tinytron.registry import JOBS, load_module
+from tinytron.utils.flags import Parser, parse_strictly, whole_number
+from tinytron.utils.texts import next_command
+
+
+def add_load(parser: argparse.ArgumentParser) -> None:
+    """The flag for modules that register further jobs."""
+    parser.add_argument(
+        "--load",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import this module or .py file, with jobs of yours",
+    )
+
+
+def parse_with_overrides(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse ``argv``, whose words ``key=value``, between and after the flags, become ``overrides``. Raises: ConfigError."""
+    parser.usage = f"{parser.format_usage().removeprefix('usage: ').strip()} [key=value ...]"
+    _, unknown = parser.parse_known_args(argv)
+    words = [word for word in unknown if "=" in word and not word.startswith("-")]
+    args = parse_strictly(parser, [word for word in argv if word not in words])
+    args.overrides = words
+    return args
+
+
+def main(argv: Sequence[str], prog: str = "tinytron jobs") -> None:
+    """List the jobs. Raises: ConfigError."""
+    parser = Parser(prog=prog, description="List the jobs that tinytron configure and tinytron run know.")
+    add_load(parser)
+    for module in parse_strictly(parser, argv).load:
+        load_module(module)
+    width = max(map(len, JOBS))
+    for key in JOBS:
+        print(f"{key:{width}}  {JOBS.help(key)}".rstrip())
+
+
+def configure(argv: Sequence[str], prog: str = "tinytron configure") -> None:
+    """Write the options of a job to a file. Raises: ConfigError."""
+    parser = Parser(prog=prog, description="Write every option of a job to a YAML file, to change and to run.")
+    parser.add_argument("job", metavar="JOB", help="as tinytron jobs lists it")
+    parser.add_argument("out", metavar="OUT.yaml", help="the file to write")
+    parser.add_argument("-p", "--previous", metavar="FILE", help="take over the options of this file that the job has")
+    parser.add_argument("--chip", help="kind of accelerator to ask for, such as h100")
+    parser.add_argument("-n", "--n_chips", type=whole_number, help="how many of them")
+    parser.add_argument("--n_shards", type=whole_number, help="over how many of them one model is sharded")
+    add_load(parser)
+    args = parse_with_overrides(parser, argv)
+    for module in args.load:
+        load_module(module)
+    text, notes, missing = configured(args.job, args.overrides, args.previous, request_of(args))
+    write_file(Path(args.out), text)
+    for note in notes:
+        print(note)
+    print(f"wrote {args.out}")
+    if missing:
+        print(f"required before it can run: {', '.join(missing)}")
+    print(next_command("run", "my-run", args.out, "./output", *(w for m in args.load for w in ("--load", m))))
+
+
+def configured(
+    key: str, overrides: Sequence[str], previous: str | None, request: dict[str, Any]
+) -> tuple[str, list[str], list[str]]:
+    """The YAML of the job ``key``, what there is to say, and which required options are missing."""
+    from tinytron.jobs.kinds import job_class  # takes a second to import for jobs that train
+    from tinytron.jobs.options import JobOptions, read_file
+
+    options = JobOptions(key, job_class(key))
+    notes = []
+    if previous is not None:
+        content, _ = read_file(previous)
+        left_out = options.update_known(content, previous)
+        if left_out:
+            notes.append(f"left out, as {key} has no such option: {', '.join(left_out)}")
+    options.override(overrides)
+    about = {"job": key, **({"request": request} if request else {})}
+    return options.as_yaml(about), notes, options.missing()
+
+
+def request_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The hardware that a file asks for."""
+    if args.chip is None and args.n_chips is None and args.n_shards is None:
+        return {}
+    return {"chip": args.chip, "min_chips": args.n_chips or 1, "n_shards": args.n_shards or 1}
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write ``text``. Raises: ConfigError if the system refuses."""
+    from tinytron.utils.training import write_atomically  # imports torch, which listing jobs must not wait for
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: file.write(text.encode()))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); name a file such as run.yaml") from error
+
+
+def checkpoints(argv: Sequence[str], prog: str = "tinytron checkpoints") -> None:
+    """List the checkpoints of a job. Raises: ConfigError, CheckpointError."""
+    parser = Parser(prog=prog, description="List the checkpoints that a job has saved.")
+    parser.add_argument("name", metavar="NAME", help="name of the job, as it was run")
+    parser.add_argument("out", metavar="OUT", help="its output folder")
+    add_place(parser)
+    args = parse_strictly(parser, argv)
+    from tinytron.job import JobSpec
+    from tinytron.jobs.checkpoints import best_of, named_checkpoint, newest_run
+
+    folder = JobSpec("", args.name, args.out, {}, args.project, args.group).folder
+    named_checkpoint(folder, "latest")
+    run = newest_run(folder)
+    best = best_of(run)
+    for number, files in enumerate(run):
+        names = [name for name, applies in (("latest", number == 0), ("best", files == best)) if applies]
+        if (folder / "done.json").exists() and number == 0:
+            names.append("final")
+        print(f"{files.step:>8}  {files.model}" + (f"  ({', '.join(names)})" if names else ""))
+
+
+def add_place(parser: argparse.ArgumentParser) -> None:
+    """The flags that say where below the output folder a job is."""
+    parser.add_argument("-p", "--project", default="general", help="part of the place of its checkpoints (%(default)s)")
+    parser.add_argument("-g", "--group", default="default", help="part of the place of its checkpoints (%(default)s)")

@@ -1,0 +1,116 @@
+"""Names that other systems have for our options, as data: one table each way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from tinytron.errors import ConfigError
+
+Get = Callable[[str], Any]  # the value of an option by its path
+
+
+def _same(value: Any, get: Get) -> Any:
+    return value
+
+
+@dataclass(frozen=True)
+class Alias:
+    """Another name of the option ``path``. ``to`` turns a value under that name into ours, ``back`` ours into one; both may
+    ask for other options. ``also`` are options that get the same value unless they are given themselves."""
+
+    path: str
+    to: Callable[[Any, Get], Any] = _same
+    back: Callable[[Any, Get], Any] = _same
+    also: tuple[str, ...] = ()
+
+
+SECTIONS: Mapping[str, str] = MappingProxyType({"training": "train", "optimization": "optim", "architecture": "model"})
+
+
+def _tokens(path: str) -> Alias:
+    """Sequences there, tokens here."""
+    return Alias(
+        path, lambda value, get: value * get("train.seq_len"), lambda value, get: value // get("train.seq_len")
+    )
+
+
+def _steps(get: Get) -> int:
+    """The steps of the run as far as the options say them."""
+    if (steps := get("train.max_steps")) is not None:
+        return int(steps)
+    if (tokens := get("train.max_train_tokens")) is not None:
+        return -(-int(tokens) // int(get("train.total_batch_size")))
+    raise ConfigError("optimization.warmup_pct needs the length of the run; give training.tokens or train.max_steps")
+
+
+_WARMUP = Alias(
+    "optim.warmup_steps", lambda value, get: int(value * _steps(get)), lambda value, get: value / _steps(get)
+)
+_ROPE = Alias(
+    "model.position_type",
+    lambda value, get: "rotary" if value else "learned",
+    lambda value, get: value == "rotary",
+)
+_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_DTYPE = Alias(
+    "train.precision",
+    lambda value, get: _DTYPES.get(value, value),
+    lambda value, get: {ours: theirs for theirs, ours in _DTYPES.items()}.get(value, value),
+)
+_HEADS = Alias("model.num_attention_heads", also=("model.num_key_value_heads",))
+_INTERMEDIATE = Alias(
+    "model.intermediate_size", lambda value, get: 4 * get("model.hidden_size") if value == -1 else value
+)
+_MIN_LR = Alias(
+    "optim.min_lr",
+    lambda value, get: value * get("optim.max_lr"),
+    lambda value, get: value / get("optim.max_lr"),
+)
+
+TRAINING: Mapping[str, Alias] = MappingProxyType(
+    {
+        "training.batch_size": _tokens("train.total_batch_size"),
+        "training.per_device_batch_size": Alias("train.batch_size"),
+        "training.tokens": Alias("train.max_train_tokens"),
+        "training.validation": Alias("train.do_val"),
+        "training.validation_steps": _tokens("train.max_eval_tokens"),
+        "training.warmup_pct": _WARMUP,
+        "optimization.warmup_pct": _WARMUP,
+        "training.decay_pct": Alias("optim.wsd_decay_fraction"),
+        "optimization.decay_pct": Alias("optim.wsd_decay_fraction"),
+        "optimization.lr": Alias("optim.max_lr"),
+        "optimization.min_lr_mult": _MIN_LR,
+        "optimization.beta1": Alias("optim.adam_beta1"),
+        "optimization.beta2": Alias("optim.adam_beta2"),
+        "optimization.eps": Alias("optim.adam_eps"),
+        "optimization.muon.momentum": Alias("optim.muon_momentum"),
+        "optimization.muon.ns_steps": Alias("optim.muon_ns_steps"),
+        "optimization.muon.matrix_lr_multiplier": Alias("optim.matrix_lr_mult"),
+        "optimization.muon.embedding_lr_multiplier": Alias("optim.embedding_lr_mult"),
+        "optimization.muon.unembedding_lr_multiplier": Alias("optim.head_lr_mult"),
+        "optimization.muon.scalar_lr_multiplier": Alias("optim.scalar_lr_mult"),
+        "logging.report_interval": Alias("logging.log_every"),
+        "logging.checkpoint_interval": Alias("ckpt.save_every_steps"),
+        "logging.validation_interval": Alias("train.val_every_steps"),
+        "eval.evaluations": Alias("train.eval_tasks"),
+        "architecture.n_layers": Alias("model.num_layer"),
+        "architecture.n_layer": Alias("model.num_layer"),
+        "architecture.n_embd": Alias("model.hidden_size"),
+        "architecture.n_head": _HEADS,
+        "architecture.n_kv_head": Alias("model.num_key_value_heads"),
+        "architecture.block_size": Alias("train.seq_len"),
+        "architecture.layer_norm_eps": Alias("model.norm_eps"),
+        "architecture.intermediate_size": _INTERMEDIATE,
+        "architecture.rope": _ROPE,
+        "architecture.partial_rotary_factor": Alias("model.rotary_fraction"),
+        "architecture.attn_bias": Alias("model.attention_bias"),
+        "architecture.dtype.activation": _DTYPE,
+        "architecture.backbone.weights": Alias("ckpt.init_from"),
+        "model.n_layer": Alias("model.num_layer"),
+        "model.n_embd": Alias("model.hidden_size"),
+        "model.n_head": _HEADS,
+    }
+)

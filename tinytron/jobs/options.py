@@ -1,0 +1,229 @@
+"""The options of a job: from files and ``key=value`` words, under our names or another system's, to one value each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tinytron.config import MISSING, Option, converted, merged, nested, plain, unknown
+from tinytron.errors import ConfigError, first_line
+from tinytron.job import BasicJob
+from tinytron.jobs.aliases import SECTIONS, Alias
+from tinytron.utils.optional import require_package
+
+# Keys of a file beside the options: the job, the hardware it asks for, and the checkpoint of another job to begin from.
+ABOUT = ("job", "request", "restore")
+
+
+class JobOptions:
+    """The options of the job class ``cls``, which is registered as ``key``: what was given so far, and the defaults."""
+
+    def __init__(self, key: str, cls: type[BasicJob]) -> None:
+        self.key = key
+        self.known: dict[str, Option] = merged(cls.options())
+        self._aliases: Mapping[str, Alias] = cls.ALIASES
+        self._defaults = {path: o.default for path, o in self.known.items() if not o.required} | dict(cls.DEFAULTS)
+        self._given: dict[str, Any] = {}  # by the names that were used, our own last
+        for path in cls.DEFAULTS:
+            assert path in self.known, f"{path} is no option of {key}"
+
+    def update(self, content: Mapping[str, Any], where: str) -> None:
+        """Take the options of a nested mapping over those given so far. Raises: ConfigError, beginning with ``where``, for
+        an unknown option, for a value of the wrong type, and for two names of one option with different values."""
+        found: dict[str, tuple[str, str, Any]] = {}
+        for path, value in self._leaves(content):
+            name = self._spelled(path, where)
+            other = found.setdefault(self._target(name), (path, name, value))
+            if other[2] != value:
+                raise ConfigError(f"{where}: {other[0]} and {path} are one option; give one of them")
+        followers = {
+            path for _, name, _ in found.values() if name not in self.known for path in self._aliases[name].also
+        }
+        for _, name, value in found.values():
+            self._put(name, value, where)
+            # A written file lists every option; what stands there at its default may still follow another one.
+            if name not in followers and value == plain(self._defaults.get(name, MISSING)):
+                self._given.pop(name, None)
+
+    def update_known(self, content: Mapping[str, Any], where: str) -> list[str]:
+        """As ``update``, but options that the job does not have are left out; returns them."""
+        left_out = []
+        for path, value in self._leaves(content):
+            try:
+                name = self._spelled(path, where)
+            except ConfigError:
+                left_out.append(path)
+                continue
+            self._put(name, value, where)
+        return left_out
+
+    def override(self, words: Sequence[str]) -> None:
+        """Take ``key=value`` words. Raises: ConfigError as ``update``, and for a word of another form."""
+        conf = require_package("omegaconf", "cli").OmegaConf
+        for word in words:
+            name, equals, _ = word.partition("=")
+            if not equals or not name:
+                raise ConfigError(f"{word} is no option; write key=value, such as train.max_steps=100")
+            try:
+                content = conf.to_container(conf.from_dotlist([word]), resolve=True)
+            except Exception as error:
+                raise ConfigError(f"{word} cannot be read ({first_line(error)}); quote values as YAML does") from error
+            for path, value in self._leaves(content):
+                self._put(self._spelled(path, word), value, word)
+
+    def set(self, path: str, value: Any) -> None:
+        """Take one value. Raises: ConfigError as ``update``."""
+        self._put(self._spelled(path, path), value, path)
+
+    def get(self, path: str) -> Any:
+        """The value of an option by any of its names. Raises: ConfigError for an unknown one, or if a required one is
+        missing."""
+        name = self._spelled(path, path)
+        alias = self._aliases.get(name) if name not in self.known else None
+        if alias is None:
+            return self.values([name])[name]
+        value = self.get(alias.path)
+        return None if value is None else alias.back(value, self.get)
+
+    def sections(self, path: str) -> bool:
+        """Whether options lie below ``path``, under any name."""
+        prefix = f"{path}."
+        names = (*self.known, *self._aliases, *(f"{theirs}." for theirs in SECTIONS))
+        return any(name.startswith(prefix) for name in names)
+
+    def values(self, only: Sequence[str] | None = None) -> dict[str, Any]:
+        """Every option by its own path (or those of ``only``). Raises: ConfigError if a required one was not given, or if
+        a value under another system's name does not translate."""
+        found: dict[str, Any] = {}
+
+        def value_of(path: str) -> Any:
+            if path not in found:
+                found[path] = self._resolve(path, value_of)
+            return found[path]
+
+        return {path: value_of(path) for path in (self.known if only is None else only)}
+
+    def missing(self) -> list[str]:
+        """Required options that were not given."""
+        targets = {self._target(name) for name in self._given}
+        return [path for path in self.known if path not in self._defaults and path not in targets]
+
+    def as_yaml(self, about: Mapping[str, Any]) -> str:
+        """All options by section with what they mean; ``about`` comes first. Required ones that are missing are ``???``."""
+        absent = self.missing()
+        values = self.values([path for path in self.known if path not in absent])
+        lines = [f"{name}: {json.dumps(value)}" for name, value in about.items()]
+        open_sections: list[str] = []
+        for path, option in self._by_section():
+            *sections, name = path.split(".")
+            if sections != open_sections:
+                shared = next((i for i, (a, b) in enumerate(zip(sections, open_sections, strict=False)) if a != b), 0)
+                lines += [""] if not shared else []
+                lines += ["  " * i + f"{section}:" for i, section in enumerate(sections) if i >= shared]
+                open_sections = sections
+            shown = "???" if path in absent else json.dumps(plain(values[path]))
+            comment = f"  # {option.flag.text}" if option.flag.text else ""
+            lines.append("  " * len(sections) + f"{name}: {shown}{comment}")
+        return "\n".join(lines) + "\n"
+
+    def _by_section(self) -> list[tuple[str, Option]]:
+        order = list(dict.fromkeys(path.rpartition(".")[0] for path in self.known))
+        return sorted(self.known.items(), key=lambda item: order.index(item[0].rpartition(".")[0]))
+
+    def _leaves(self, content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for key, value in content.items():
+            path = f"{prefix}{key}"
+            if isinstance(value, Mapping) and path not in self.known and path not in self._aliases:
+                yield from self._leaves(value, f"{path}.")
+            else:
+                yield path, value
+
+    def _spelled(self, path: str, where: str) -> str:
+        """``path`` as an option or an alias is called, whichever name its section has. Raises: ConfigError."""
+        section, _, rest = path.partition(".")
+        ours = f"{SECTIONS[section]}.{rest}" if section in SECTIONS else path
+        theirs = {name: f"{other}.{rest}" for other, name in SECTIONS.items()}.get(section, path)
+        for name in (path, ours, theirs):
+            if name in self._aliases and name not in self.known:
+                return name
+            if name in self.known:
+                return name
+        begin = "" if where == path else f"{where}: "
+        raise ConfigError(f"{begin}{unknown(path, {**self.known, **self._aliases})}")
+
+    def _target(self, name: str) -> str:
+        return name if name in self.known else self._aliases[name].path
+
+    def _put(self, name: str, value: Any, where: str) -> None:
+        if value == "???":
+            return
+        if name in self.known:
+            try:
+                value = converted(name, value, self.known[name].type)
+            except ConfigError as error:
+                raise ConfigError(str(error) if where.startswith(name) else f"{where}: {error}") from None
+        target = self._target(name)
+        for other in [other for other in self._given if self._target(other) == target]:
+            del self._given[other]
+        self._given[name] = value
+
+    def _resolve(self, path: str, get: Any) -> Any:
+        for name, value in self._given.items():
+            if self._target(name) != path:
+                continue
+            if name == path:
+                return value
+            try:
+                return converted(name, self._aliases[name].to(value, get), self.known[path].type)
+            except TypeError as error:
+                raise ConfigError(f"{name}={value} does not translate to {path}") from error
+        for name, value in self._given.items():
+            if name in self._aliases and name not in self.known and path in self._aliases[name].also:
+                return value
+        if path not in self._defaults:
+            raise ConfigError(f"{path} is required by {self.key}; give {path}=...")
+        return self._defaults[path]
+
+
+class View:
+    """A section of a job's options as attributes, read and written under any of their names."""
+
+    def __init__(self, options: JobOptions, prefix: str = "") -> None:
+        self.__dict__.update(_options=options, _prefix=prefix)
+
+    def __getattr__(self, name: str) -> Any:
+        path = f"{self._prefix}{name}"
+        if self._options.sections(path):
+            return View(self._options, f"{path}.")
+        try:
+            return self._options.get(path)
+        except ConfigError as error:
+            raise AttributeError(str(error)) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._options.set(f"{self._prefix}{name}", value)
+
+    __getitem__ = __getattr__
+    __setitem__ = __setattr__
+
+    def __repr__(self) -> str:
+        prefix = self._prefix
+        values = {path: value for path, value in self._options.values().items() if path.startswith(prefix)}
+        return json.dumps(nested({path.removeprefix(prefix): plain(value) for path, value in values.items()}), indent=2)
+
+
+def read_file(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options in a YAML file, nested, and what else it says (``ABOUT``). Raises: ConfigError if it cannot be read."""
+    conf = require_package("omegaconf", "cli").OmegaConf
+    try:
+        content = conf.to_container(conf.load(Path(path).expanduser()), resolve=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read ({first_line(error)}); make one with tinytron configure") from error
+    except Exception as error:  # YAML's and OmegaConf's own
+        raise ConfigError(f"{path} is not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds no options; make one with tinytron configure JOB {path}")
+    about = {name: content.pop(name) for name in ABOUT if name in content}
+    return content, about

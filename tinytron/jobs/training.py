@@ -1,0 +1,115 @@
+"""A trainer as a job: its options as those of a file, its runs in the job's folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from tinytron.config import MISSING, Option, configuration, nested, options_of, plain
+from tinytron.errors import ConfigError
+from tinytron.job import MARKER, BasicJob
+from tinytron.jobs.aliases import TRAINING
+from tinytron.jobs.checkpoints import find_checkpoint, named_checkpoint, newest_run, set_later_aside, write_pointers
+from tinytron.training import Config, Trainer, build_config, parse_args
+from tinytron.training.config import all_sections
+from tinytron.training.config_files import words_of
+from tinytron.training.world import place_in_world
+from tinytron.utils.flags import config_fields
+
+OWN = "own"  # the section of the run's configuration that holds the options which trainer and model declare by `field`
+_NOT_IN_FILES = {"train.debug", "logging.exp_name", "logging.log_dir", "logging.print_config", "logging.dry_run"}
+_NOT_IN_FILES |= {"logging.dry_run_world_size", "ckpt.resume"}
+
+
+class TrainingJob(BasicJob):
+    """Trains ``TRAINER``, a ``Trainer`` subclass. Its options are all of a run's, and what the trainer's ``CONFIG`` and
+    ``MODEL`` declare by ``tinytron.config.field``."""
+
+    TRAINER: ClassVar[type[Trainer]] = Trainer
+    ALIASES = TRAINING
+    all_processes = True
+
+    @classmethod
+    def of(cls, trainer: type[Trainer]) -> type[TrainingJob]:
+        """The job that trains ``trainer``."""
+        defaults: Mapping[str, Any] = getattr(trainer, "DEFAULTS", {})
+        return type(trainer.__name__, (cls,), {"TRAINER": trainer, "DEFAULTS": defaults, "__doc__": trainer.__doc__})
+
+    @classmethod
+    def options(cls) -> list[Option]:
+        """The options of a run that are no matter of the job itself, and the trainer's and the model's own."""
+        found = []
+        for section, owner in all_sections(cls.TRAINER.sections).items():
+            for info in config_fields(owner):
+                kind = info.type | None if info.optional else info.type
+                path = f"{section}.{info.name}"
+                if path not in _NOT_IN_FILES:
+                    found.append(Option(path, info.name, owner.__name__, kind, info.default, info.flag))
+        return found + cls._own_options()
+
+    @classmethod
+    def _own_options(cls) -> list[Option]:
+        owners = [getattr(cls.TRAINER, name, None) for name in ("CONFIG", "MODEL")]
+        return [option for owner in owners if owner is not None for option in options_of(owner)]
+
+    def config_of_run(self) -> Config:
+        """The configuration of the run. Raises: ConfigError for values that break a rule."""
+        values = self.spec.values
+        own = {option.path: option for option in self._own_options()}
+        given: dict[str, Any] = {}
+        for option in self.options():
+            value = plain(values[option.path])
+            # What is left at its default is not "given": weights to begin with may say otherwise.
+            if option.path not in own and value != plain(option.default):
+                given[option.name] = value
+        given |= {"exp_name": self.spec.name, "log_dir": str(self.spec.folder)}
+        if self.spec.restore is not None:
+            given["init_from"] = str(find_checkpoint(self.spec.root, self.spec.restore).model)
+        config = build_config(parse_args(words_of(given), self.TRAINER.sections))
+        if not own:
+            return config
+        section = _section_of(list(own.values()))
+        values_of_section = {path.replace(".", "_"): _hashable(values[path]) for path in own}
+        return dataclasses.replace(config, further={**config.further, OWN: section(**values_of_section)})
+
+    def check(self) -> None:
+        """Make the configuration, which checks it. Raises: ConfigError."""
+        restore = self.spec.restore
+        if restore is not None and self.spec.values["ckpt.init_from"] is not None:
+            raise ConfigError(f"restore {restore} and ckpt.init_from are both weights to begin with; leave one out")
+        TrainingJob.config_of_run(type(self)(dataclasses.replace(self.spec, restore=None)))
+
+    def go_back_to(self, checkpoint: str) -> None:
+        """Set the job's later checkpoints aside, so that training continues from ``checkpoint``."""
+        chosen = named_checkpoint(self.spec.folder, checkpoint)
+        (self.spec.folder / MARKER).unlink(missing_ok=True)
+        aside = set_later_aside(newest_run(self.spec.folder), chosen)
+        print(f"continues from {chosen.model}" + (f"; later checkpoints are in {aside}" if aside is not None else ""))
+
+    def run(self) -> None:
+        """Train, from the newest checkpoint of the job's folder if there is one. Collective."""
+        with configuration(nested(self.spec.values)):
+            trainer = self.TRAINER(self.config_of_run())
+            trainer.train()
+        if self.local:
+            write_pointers(self.spec.folder, final=True)
+
+    @property
+    def local(self) -> bool:
+        """Whether this process is the first of all."""
+        return place_in_world()[0] == 0
+
+
+def _section_of(options: list[Option]) -> type:
+    """A section of the configuration with these options, so that they are part of the run's identity and its logs."""
+    fields = []
+    for option in options:
+        default = None if option.default is MISSING else _hashable(option.default)
+        kind: Any = Annotated[option.type | None, option.flag]
+        fields.append((option.path.replace(".", "_"), kind, dataclasses.field(default=default)))
+    return dataclasses.make_dataclass("OwnOptions", fields, frozen=True, kw_only=True)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
