@@ -84,7 +84,7 @@ class BasicJob:
     def done(self) -> bool:
         """Whether this work has been finished, with these options."""
         try:
-            content = json.loads((self.spec.folder / MARKER).read_text())
+            content = json.loads((self.spec.folder / MARKER).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
         return isinstance(content, dict) and content.get("fingerprint") == self.spec.fingerprint

@@ -21,7 +21,9 @@ def test_the_counts_are_those_of_the_code() -> None:
 def test_the_core_names_no_file_twice_and_the_rooms_are_the_whole_library() -> None:
     core, rooms = tables(TEXT)
     assert len(set(core)) == len(core)
-    assert sorted(rooms) == sorted(p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or not p.stem.startswith("__"))
+    assert sorted(rooms) == sorted(
+        p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or not p.stem.startswith("__")
+    )
     assert "training/trainer.py" in {str(path.relative_to(PACKAGE)) for path in core}
 
 

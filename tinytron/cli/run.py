@@ -31,7 +31,7 @@ _WORKER = "--run-process"
 def main(argv: Sequence[str], prog: str = "tinytron run") -> int:
     """Run the job of a file, and the stages after it. Returns its exit status. Raises: TinytronError."""
     if argv and argv[0] in (_STAGE, _WORKER):
-        spec = JobSpec.from_json(Path(argv[1]).read_text())
+        spec = JobSpec.from_json(Path(argv[1]).read_text(encoding="utf-8"))
         return start(spec) if argv[0] == _STAGE else execute(spec)
     parser = Parser(prog=prog, description=__doc__)
     parser.add_argument("name", metavar="NAME", help="what to call this work")
@@ -75,7 +75,7 @@ def restore(argv: Sequence[str], prog: str = "tinytron restore") -> int:
     args = parse_strictly(parser, argv)
     folder = JobSpec("", args.name, args.out, {}, args.project, args.group).folder
     try:
-        spec = JobSpec.from_json((folder / SPEC).read_text())
+        spec = JobSpec.from_json((folder / SPEC).read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"{folder} holds no job that was run; its name is the first argument of tinytron run"

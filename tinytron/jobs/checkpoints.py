@@ -46,7 +46,7 @@ def named_checkpoint(folder: Path, name: str) -> CheckpointFiles:
     steps = {str(files.step): files for files in run}
     found = {LATEST: run[0] if run else None, BEST: best_of(run) if name == BEST else None, **steps}.get(name)
     if name == FINAL and (pointer := folder / FINAL).is_file():
-        final = folder / pointer.read_text().strip()
+        final = folder / pointer.read_text(encoding="utf-8").strip()
         found = next((files for files in run if files.model == final), None)
     if found is None:
         have = f"it has {', '.join(steps)}" if steps else "it has saved none yet"
