@@ -7,10 +7,10 @@ them, and ``configure`` makes an instance from the values that are active.
 
     with configuration(build(MyConfig)) as tree:
         tree.training.my_loss_weight = 0.2
-        configure(MyConfig)            # MyConfig(my_loss_weight=0.2), also deep inside a model
+        configure(MyConfig)  # MyConfig(my_loss_weight=0.2); works anywhere, also inside a model
 
-A module of a model declares its options in the same way, as attributes of the class that its ``__init__`` takes by name.
-Its class method ``components()`` returns the classes that it is made of, whose options belong to it.
+A module of a model declares options in the same way, as class attributes that its ``__init__`` takes as arguments. Its
+class method ``components()`` returns the classes of its parts, whose options become part of its own.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Option:
 
     @property
     def required(self) -> bool:
-        """Whether there is no default."""
+        """True if the option has no default."""
         return self.default is MISSING
 
 
@@ -134,7 +134,7 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """As files hold it."""
+    """``value`` as YAML and JSON store it."""
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -224,7 +224,7 @@ def _number(value: Any) -> Any:
 
 
 def unknown(path: str, known: Mapping[str, Any]) -> str:
-    """What to say of a key that does not exist, with the nearest one: by its whole path, else by its name alone."""
+    """The error text for an unknown option. It proposes the nearest path, or an option of that name elsewhere."""
     by_name = {name.rpartition(".")[2]: name for name in known}
     hint = nearest(path, known)
     if not hint and (name := path.rpartition(".")[2]) in by_name:

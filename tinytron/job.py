@@ -1,4 +1,4 @@
-"""``BasicJob``: a piece of work with a name, options and a folder, which can be asked for again."""
+"""``BasicJob``: a piece of work with a name, options and a folder, which can be run again at any time."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ CHECKPOINTS = "checkpoints"
 
 @dataclass(frozen=True)
 class JobSpec:
-    """Which work it is: the ``job``'s key, the ``name`` that it was given, the output folder ``root``, ``values`` of all
-    options by path (``"train.max_steps"``), the modules that register jobs, and the checkpoint of another job to begin
-    from, below ``root``'s checkpoints (``restore``)."""
+    """Everything that defines the work: the ``job``'s key, the ``name`` that the user gave it, the output folder ``root``,
+    the ``values`` of all options by path (``"train.max_steps"``), the modules to ``load``, and the checkpoint of another
+    job to start from (``restore``, relative to the checkpoints in ``root``)."""
 
     job: str
     name: str
@@ -35,22 +35,22 @@ class JobSpec:
 
     @property
     def folder(self) -> Path:
-        """Where the job keeps what it needs to continue: ``<root>/checkpoints/<project>/<group>/<name>``."""
+        """The job's folder, with all it needs to continue: ``<root>/checkpoints/<project>/<group>/<name>``."""
         return Path(self.root) / CHECKPOINTS / self.project / self.group / self.name
 
     @property
     def fingerprint(self) -> str:
-        """The same for the same work: a job that is asked for again with other options is not finished."""
+        """A hash of what the work is. A job that is run again with other options is not finished."""
         text = json.dumps([self.job, dict(self.values), self.restore], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
-        """As ``from_json`` reads it."""
+        """JSON that ``from_json`` reads."""
         return json.dumps(asdict(self), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> JobSpec:
-        """What ``to_json`` wrote."""
+        """The spec that ``to_json`` wrote."""
         content = json.loads(text)
         return cls(**{**content, "load": tuple(content["load"])})
 
@@ -58,8 +58,8 @@ class JobSpec:
 class BasicJob:
     """A job: subclass it, name the dataclass of its options as ``CONFIG`` and write ``run``, and register it with ``@job``.
 
-    Calling an instance runs it unless it is finished. ``run`` must be able to begin again after an interruption at any
-    point. A job with ``all_processes`` runs on all GPUs of the machine (``NPROC`` CPU processes), each calling ``run``.
+    Calling an instance runs it unless it is finished. ``run`` must be able to continue after an interruption at any point.
+    A job with ``all_processes`` runs on all GPUs of the machine (or ``NPROC`` CPU processes), and each process calls ``run``.
     """
 
     CONFIG: ClassVar[type | None] = None
@@ -82,7 +82,7 @@ class BasicJob:
 
     @property
     def done(self) -> bool:
-        """Whether this work has been finished, with these options."""
+        """True if the work was finished with these options."""
         try:
             content = json.loads((self.spec.folder / MARKER).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -91,7 +91,7 @@ class BasicJob:
 
     @property
     def local(self) -> bool:
-        """Whether this process is the one that writes what is written once."""
+        """True in the one process that writes shared files."""
         return True
 
     def check(self) -> None:
@@ -103,11 +103,11 @@ class BasicJob:
         raise CheckpointError(f"the job {self.spec.job} has no checkpoints to go back to, such as {checkpoint}")
 
     def run(self) -> None:
-        """Do the work, or what is left of it. Raises: TinytronError."""
+        """Do the work, or the rest of it. Raises: TinytronError."""
         raise TypeError(f"{type(self).__name__} has no run method")
 
     def finish(self) -> None:
-        """Called once ``run`` has returned: note that the work is done."""
+        """Record that the work is done; called after ``run``."""
         if self.local:
             text = json.dumps({"fingerprint": self.spec.fingerprint, "job": self.spec.job}, indent=2)
             write_atomically(self.spec.folder / MARKER, lambda file: file.write(text.encode()))

@@ -24,7 +24,7 @@ from tinytron.utils.flags import Parser, parse_strictly
 from tinytron.utils.training import write_atomically
 
 SPEC = "job.json"  # in the job's folder: what it is, for the processes that run it and for `restore`
-_STAGE = "--run-stage"  # with a spec: what this command calls itself with
+_STAGE = "--run-stage"  # with a spec file: how this command calls itself
 _WORKER = "--run-process"
 
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str], prog: str = "tinytron run") -> int:
         spec = JobSpec.from_json(Path(argv[1]).read_text(encoding="utf-8"))
         return start(spec) if argv[0] == _STAGE else execute(spec)
     parser = Parser(prog=prog, description=__doc__)
-    parser.add_argument("name", metavar="NAME", help="what to call this work")
+    parser.add_argument("name", metavar="NAME", help="name of this work; its folder is called that")
     parser.add_argument("file", metavar="FILE", help="options, as tinytron configure writes them")
     parser.add_argument("out", metavar="OUT", help="output folder")
     parser.add_argument("-j", "--job", help="the job, if the file does not name one")
@@ -88,7 +88,7 @@ def restore(argv: Sequence[str], prog: str = "tinytron restore") -> int:
 
 
 def run_stages(specs: Sequence[JobSpec]) -> int:
-    """Run one after another; the status of the first that does not end well, else 0."""
+    """Run the stages one after another. Returns the status of the first that fails, else 0."""
     for number, spec in enumerate(specs):
         if _job(spec).done:
             print(f"{spec.name} is finished: {spec.folder}", flush=True)
@@ -161,7 +161,7 @@ def _job(spec: JobSpec) -> BasicJob:
 
 
 def _in_a_process(spec: JobSpec) -> int:
-    """Run a stage in a process of its own, which frees all it took; stop signals are passed on."""
+    """Run a stage in its own process, which frees its memory when it ends. Stop signals are forwarded to it."""
     words = [sys.executable, "-m", "tinytron", "run", _STAGE, str(spec.folder / SPEC)]
     process = subprocess.Popen(words)
     for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -169,7 +169,7 @@ def _in_a_process(spec: JobSpec) -> int:
     while True:
         try:
             return process.wait()
-        except KeyboardInterrupt:  # the stage got it too: it saves, and ends with its status
+        except KeyboardInterrupt:  # the stage received it too: it saves, and its exit status follows
             continue
 
 

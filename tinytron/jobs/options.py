@@ -25,7 +25,7 @@ class JobOptions:
         self.known: dict[str, Option] = merged(cls.options())
         self._aliases: Mapping[str, Alias] = cls.ALIASES
         self._defaults = {path: o.default for path, o in self.known.items() if not o.required} | dict(cls.DEFAULTS)
-        self._given: dict[str, Any] = {}  # by the names that were used, our own last
+        self._given: dict[str, Any] = {}  # by the name that was used: an option or an alias
         for path in cls.DEFAULTS:
             assert path in self.known, f"{path} is no option of {key}"
 
@@ -43,7 +43,7 @@ class JobOptions:
         }
         for _, name, value in found.values():
             self._put(name, value, where)
-            # A written file lists every option; what stands there at its default may still follow another one.
+            # `tinytron configure` writes every option. One that is at its default may still follow another option.
             if name not in followers and value == plain(self._defaults.get(name, MISSING)):
                 self._given.pop(name, None)
 
