@@ -59,7 +59,7 @@ class BasicJob:
     """A job: subclass it, name the dataclass of its options as ``CONFIG`` and write ``run``, and register it with ``@job``.
 
     Calling an instance runs it unless it is finished. ``run`` must be able to continue after an interruption at any point.
-    A job with ``all_processes`` runs on all GPUs of the machine (or ``NPROC`` CPU processes), and each process calls ``run``.
+    A job with ``all_processes`` runs on all GPUs of the machine (or ``NPROC`` CPU processes); each process calls ``run``.
     """
 
     CONFIG: ClassVar[type | None] = None
