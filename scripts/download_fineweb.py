@@ -152,9 +152,9 @@ def next_command(args: argparse.Namespace) -> str:
     return shlex.join(map(str, words))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Download the files that the options select."""
-    args = parse_args()
+    args = parse_args(argv)
     require_package("huggingface_hub.utils").disable_progress_bars()
     files = wanted_files(args)
     temporary = args.tmp_dir or args.target_dir / ".download"

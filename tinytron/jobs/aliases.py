@@ -30,7 +30,7 @@ class Alias:
 SECTIONS: Mapping[str, str] = MappingProxyType({"training": "train", "optimization": "optim", "architecture": "model"})
 
 
-def _tokens(path: str) -> Alias:
+def tokens(path: str) -> Alias:
     """Sequences there, tokens here."""
     return Alias(
         path, lambda value, get: value * get("train.seq_len"), lambda value, get: value // get("train.seq_len")
@@ -60,7 +60,7 @@ _DTYPE = Alias(
     lambda value, get: _DTYPES.get(value, value),
     lambda value, get: {ours: theirs for theirs, ours in _DTYPES.items()}.get(value, value),
 )
-_HEADS = Alias("model.num_attention_heads", also=("model.num_key_value_heads",))
+HEADS = Alias("model.num_attention_heads", also=("model.num_key_value_heads",))
 _INTERMEDIATE = Alias(
     "model.intermediate_size", lambda value, get: 4 * get("model.hidden_size") if value == -1 else value
 )
@@ -72,11 +72,11 @@ _MIN_LR = Alias(
 
 TRAINING: Mapping[str, Alias] = MappingProxyType(
     {
-        "training.batch_size": _tokens("train.total_batch_size"),
+        "training.batch_size": tokens("train.total_batch_size"),
         "training.per_device_batch_size": Alias("train.batch_size"),
         "training.tokens": Alias("train.max_train_tokens"),
         "training.validation": Alias("train.do_val"),
-        "training.validation_steps": _tokens("train.max_eval_tokens"),
+        "training.validation_steps": tokens("train.max_eval_tokens"),
         "training.warmup_pct": _WARMUP,
         "optimization.warmup_pct": _WARMUP,
         "training.decay_pct": Alias("optim.wsd_decay_fraction"),
@@ -99,7 +99,7 @@ TRAINING: Mapping[str, Alias] = MappingProxyType(
         "architecture.n_layers": Alias("model.num_layer"),
         "architecture.n_layer": Alias("model.num_layer"),
         "architecture.n_embd": Alias("model.hidden_size"),
-        "architecture.n_head": _HEADS,
+        "architecture.n_head": HEADS,
         "architecture.n_kv_head": Alias("model.num_key_value_heads"),
         "architecture.block_size": Alias("train.seq_len"),
         "architecture.layer_norm_eps": Alias("model.norm_eps"),
@@ -111,6 +111,6 @@ TRAINING: Mapping[str, Alias] = MappingProxyType(
         "architecture.backbone.weights": Alias("ckpt.init_from"),
         "model.n_layer": Alias("model.num_layer"),
         "model.n_embd": Alias("model.hidden_size"),
-        "model.n_head": _HEADS,
+        "model.n_head": HEADS,
     }
 )

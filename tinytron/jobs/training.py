@@ -57,12 +57,7 @@ class TrainingJob(BasicJob):
         """The configuration of the run. Raises: ConfigError for values that break a rule."""
         values = self.spec.values
         own = {option.path: option for option in self._own_options()}
-        given: dict[str, Any] = {}
-        for option in self.options():
-            value = plain(values[option.path])
-            # What is left at its default is not "given": weights to begin with may say otherwise.
-            if option.path not in own and value != plain(option.default):
-                given[option.name] = value
+        given = changed([option for option in self.options() if option.path not in own], values)
         given |= {"exp_name": self.spec.name, "log_dir": str(self.spec.folder)}
         if self.spec.restore is not None:
             given["init_from"] = str(find_checkpoint(self.spec.root, self.spec.restore).model)
@@ -99,6 +94,12 @@ class TrainingJob(BasicJob):
     def local(self) -> bool:
         """Whether this process is the first of all."""
         return place_in_world()[0] == 0
+
+
+def changed(options: list[Option], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``values`` by flag that are not the default. The others are not "given": weights to start from may differ."""
+    shown = {option: plain(values[option.path]) for option in options}
+    return {option.name: value for option, value in shown.items() if value != plain(option.default)}
 
 
 def _section_of(options: list[Option]) -> type:

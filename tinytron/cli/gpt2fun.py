@@ -1,0 +1,168 @@
+"""The command line of gpt2fun (``src/run.py``): its flags, defaults and units on top of our options.
+
+python scripts/run_gpt2.py --model.n_layer=12 --model.n_head=12 --model.n_embd=768 --batch_size=512 \\
+    --num_tokens=1000000000 --data_dir=data/fineweb_gpt2 --save_dir=./checkpoints
+
+Trains GPT-2 on all GPUs of this machine, or on NPROC CPU processes. Batches are counted in sequences, and one step has
+--batch_size of them. Interrupted? The same command continues from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from tinytron.cli.run import processes
+from tinytron.config import MISSING
+from tinytron.errors import ConfigError
+from tinytron.jobs.aliases import HEADS, Alias, tokens
+from tinytron.jobs.options import JobOptions
+from tinytron.jobs.training import TrainingJob, changed
+from tinytron.training import Config, Trainer, build_config, parse_args
+from tinytron.training.config_files import words_of
+from tinytron.training.presets import preset_options
+from tinytron.utils.flags import FieldInfo, Flag, Parser, add_flag, parse_strictly
+
+DATA_VARIABLE = "TFDS_DATA_DIR"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A flag of gpt2fun: the option that it sets here, its type and default there (``MISSING``: it is required)."""
+
+    alias: Alias
+    type: Callable[[str], Any]
+    default: Any
+    help: str
+
+
+def number_or_none(text: str) -> float:
+    """A number, or ``None``, which is 0: no limit."""
+    return 0.0 if text == "None" else float(text)
+
+
+SETTINGS: Mapping[str, Setting] = MappingProxyType(
+    {
+        "model.n_layer": Setting(Alias("model.num_layer"), int, 12, "blocks"),
+        "model.n_head": Setting(HEADS, int, 12, "attention heads"),
+        "model.n_embd": Setting(
+            Alias("model.hidden_size"), int, 768, "width; the feed-forward layer is four times as wide"
+        ),
+        "model.vocab_size": Setting(Alias("model.vocab_size"), int, 50304, "token ids of the model"),
+        "model.block_size": Setting(Alias("model.block_size"), int, 1024, "longest sequence of the model [tokens]"),
+        "model.dropout": Setting(Alias("model.dropout"), float, 0.0, "dropout rate"),
+        "model.bias": Setting(Alias("model.bias"), bool, True, "biases in linear layers"),
+        "seq_len": Setting(Alias("train.seq_len"), int, 1024, "length of a training sequence [tokens]"),
+        "batch_size": Setting(
+            tokens("train.total_batch_size"), int, 512, "batch of one step, of all devices [sequences]"
+        ),
+        "per_device_batch_size": Setting(Alias("train.batch_size"), int, 16, "micro-batch of a device [sequences]"),
+        "num_tokens": Setting(Alias("train.max_train_tokens"), int, MISSING, "train on this many tokens"),
+        "optimizer.lr": Setting(Alias("optim.max_lr"), float, 6e-4, "peak learning rate"),
+        "optimizer.weight_decay": Setting(Alias("optim.weight_decay"), float, 0.1, "decay of matrices"),
+        "optimizer.b1": Setting(Alias("optim.adam_beta1"), float, 0.9, "decay of the first moment"),
+        "optimizer.b2": Setting(Alias("optim.adam_beta2"), float, 0.95, "decay of the second moment"),
+        "optimizer.eps": Setting(Alias("optim.adam_eps"), float, 1e-8, "added to the root of the second moment"),
+        "optimizer.warmup_steps": Setting(Alias("optim.warmup_steps"), int, 700, "steps of warm-up"),
+        "optimizer.grad_clip": Setting(
+            Alias("train.grad_clip_value"), number_or_none, 1.0, "clip the global gradient norm to this; None: never"
+        ),
+        "optimizer.wsd": Setting(
+            Alias("optim.lr_schedule", lambda value, get: "wsd" if value else "cosine"),
+            bool,
+            False,
+            "constant rate, then a cosine over the last tenth of the steps, instead of a cosine over all",
+        ),
+        "seed": Setting(Alias("seed.seed"), int, 42, "seed of weights and data order"),
+        "data_dir": Setting(
+            Alias("data.dataset_path"), str, None, f"folder of token shards; default: ${DATA_VARIABLE}/fineweb100B"
+        ),
+        "save_dir": Setting(
+            Alias("ckpt.do_save", lambda value, get: True), str, None, "where runs are saved; default: nowhere"
+        ),
+        "save_interval": Setting(
+            Alias("ckpt.save_every_steps"), int, 0, "steps between checkpoints; 0: only after the last"
+        ),
+        "save_all": Setting(
+            Alias("ckpt.keep_last", lambda value, get: 0 if value else 1),
+            bool,
+            False,
+            "keep all checkpoints, not the last",
+        ),
+        "log_interval": Setting(Alias("logging.log_every"), int, 20, "steps between reports"),
+        "from_pretrained": Setting(
+            Alias("ckpt.init_from"), str, None, "weights to start from: a hub name such as gpt2, a folder, or a run"
+        ),
+    }
+)
+_GPT2 = {name: value for name, value in preset_options("gpt2").items() if name in ("norm_type", "norm_eps", "mlp_type")}
+
+
+class RunGPT2(TrainingJob):
+    """GPT-2 as gpt2fun trains it."""
+
+    ALIASES = MappingProxyType({name: s.alias for name, s in SETTINGS.items() if name != s.alias.path})
+    DEFAULTS = MappingProxyType(
+        {
+            **{f"model.{name}": value for name, value in _GPT2.items()},
+            **{
+                "model.position_type": "learned",
+                "model.tied_lm_head": True,
+                "model.init_std": 0.02,
+                "optim.min_lr": 0.0,
+            },
+        }
+    )
+
+
+def build_config_of(argv: Sequence[str], environment: Mapping[str, str]) -> Config:
+    """The configuration that the flags ``argv`` of gpt2fun describe. Raises: ConfigError."""
+    parser = Parser(
+        prog="python scripts/run_gpt2.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, setting in SETTINGS.items():
+        shown = "required" if setting.default is MISSING else setting.default
+        text = setting.help if shown is None else f"{setting.help} ({shown})"
+        add_flag(parser, FieldInfo(name, setting.type, True, None, Flag(text)))
+    given = {name: value for name, value in vars(parse_strictly(parser, argv)).items() if value is not None}
+    if "num_tokens" not in given:
+        raise ConfigError("--num_tokens is required: the length of the run; give --num_tokens=1000000000")
+    if "data_dir" not in given and DATA_VARIABLE in environment:
+        given["data_dir"] = str(Path(environment[DATA_VARIABLE]) / "fineweb100B")
+    if "data_dir" not in given:
+        raise ConfigError(
+            f"there is no data: give --data_dir, or set {DATA_VARIABLE}; scripts/download_fineweb100B.py downloads some"
+        )
+    values = {name: s.default for name, s in SETTINGS.items() if s.default not in (MISSING, None)} | given
+    values["per_device_batch_size"] = min(values["per_device_batch_size"], values["batch_size"])
+    save_dir = values.pop("save_dir", None)
+    options = JobOptions("gpt2fun", RunGPT2)
+    for name, value in values.items():
+        options.set(name, value)
+    options.set("ckpt.do_save", save_dir is not None)
+    if "model.intermediate_size" not in given:
+        options.set("model.intermediate_size", 4 * values["model.n_embd"])
+    chosen = changed(RunGPT2.options(), options.values())
+    if "from_pretrained" in given:  # the architecture is that of the weights
+        kept = {SETTINGS[name].alias.path.rpartition(".")[2] for name in given if name.startswith("model.")}
+        sizes = {option.name for option in RunGPT2.options() if option.path.startswith("model.")}
+        chosen = {name: value for name, value in chosen.items() if name not in sizes or name in kept}
+    return build_config(parse_args(words_of({**chosen, "exp_name": "gpt2", "log_dir": save_dir or "./log/"})))
+
+
+def main(argv: Sequence[str] | None = None, script: str = "scripts/run_gpt2.py") -> None:
+    """Train as ``argv`` (default: the command line) says, on all devices of this machine. Raises: TinytronError."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    config = build_config_of(words, os.environ)
+    if "RANK" not in os.environ and (count := processes()) > 1:
+        from tinytron.cli import launch  # imports all of torchrun
+
+        launch.main(["--standalone", "--nproc_per_node", str(count), script, *words])
+        return
+    Trainer(config).train()
