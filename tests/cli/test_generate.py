@@ -115,7 +115,7 @@ def test_stop_strings_and_the_end_of_text(made: Path, capsys: pytest.CaptureFixt
 
 def test_the_end_of_text_before_the_prompt_can_be_chosen(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--checkpoint", made / "run", "--prompt", PROMPT, "--max_new_tokens", 2)
-    counts = [int(output(capsys, *words, *flag)[1].split()[0]) for flag in ((), ("--eot",), ("--no-eot",))]
+    counts = [int(output(capsys, *words, *flag)[1].split()[1]) for flag in ((), ("--eot",), ("--no-eot",))]
     assert counts[0] == counts[1] == counts[2] + 1
 
 
