@@ -30,7 +30,6 @@ def refusal(flags: str) -> str:
 
 AT_LEAST_ONE = [
     "total_batch_size",
-    "batch_size",
     "seq_len",
     "max_epochs",
     "mock_data_num_samples",
@@ -328,8 +327,8 @@ def test_every_text_names_a_flag_that_exists() -> None:
 
 
 def test_rules_hold_without_the_command_line_too() -> None:
-    with pytest.raises(ConfigError, match=r"--batch_size 0 must be at least 1"):
-        Config(train=TrainingConfig(batch_size=0))
+    with pytest.raises(ConfigError, match=r"--batch_size -1 must be at least 1, or auto"):
+        Config(train=TrainingConfig(batch_size=-1))
     with pytest.raises(ConfigError, match=r"--min_lr 1.0 exceeds --max_lr 0.004; use at most 0.004"):
         dataclasses.replace(Config(), optim=OptimConfig(min_lr=1.0))
 

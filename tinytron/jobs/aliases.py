@@ -73,7 +73,7 @@ _MIN_LR = Alias(
 TRAINING: Mapping[str, Alias] = MappingProxyType(
     {
         "training.batch_size": tokens("train.total_batch_size"),
-        "training.per_device_batch_size": Alias("train.batch_size"),
+        "training.per_device_batch_size": Alias("train.batch_size", lambda value, get: 0 if value == -1 else value),
         "training.tokens": Alias("train.max_train_tokens"),
         "training.validation": Alias("train.do_val"),
         "training.validation_steps": tokens("train.max_eval_tokens"),

@@ -160,6 +160,7 @@ class JobOptions:
         if value == "???":
             return
         if name in self.known:
+            value = dict(self.known[name].flag.words).get(value, value) if isinstance(value, str) else value
             try:
                 value = converted(name, value, self.known[name].type)
             except ConfigError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tinytron.distributed.layout import ParallelLayout
+from tinytron.errors import ConfigError
 from tinytron.kernels.choice import check_device
 from tinytron.planner.memory import MemoryPlan, plan_memory
 from tinytron.planner.pretend import DeviceKind
@@ -42,6 +43,10 @@ def workload(config: Config, layout: ParallelLayout) -> Workload:
 
 def plan_run(config: Config, world_size: int) -> tuple[MemoryPlan, Workload, ParallelLayout]:
     """The memory of one of ``world_size`` ranks. Raises: ConfigError for a layout that the run would refuse, too."""
+    if not config.train.batch_size:
+        raise ConfigError(
+            "--dry_run needs a number: --batch_size auto measures the machine that a run starts on; use 8"
+        )
     layout = ParallelLayout(world_size, config.parallel.sep_size, config.parallel.ep_size)
     work = workload(config, layout)
     model = meta_model(config.model, work, layout)

@@ -32,7 +32,7 @@ def memory_notes(config: Config, state: ParallelState) -> list[str]:
 
 def compare(config: Config, layout: ParallelLayout, device: torch.device, memory: Memory) -> list[str]:
     """``memory_notes`` of one rank on a ``device`` with this ``memory``."""
-    needed = _needed(config, layout, device)
+    needed = estimated_bytes(config, layout, device)
     if needed <= memory.free:
         return []
     where = "this machine" if device.type == "cpu" else "this GPU"
@@ -46,7 +46,8 @@ def compare(config: Config, layout: ParallelLayout, device: torch.device, memory
     return [f"{text}: it may fail, or be very slow; {advice}"]
 
 
-def _needed(config: Config, layout: ParallelLayout, device: torch.device) -> int:
+def estimated_bytes(config: Config, layout: ParallelLayout, device: torch.device) -> int:
+    """The memory of a run, by the planner's estimate: of a GPU, or of all the processes of this machine on CPUs."""
     train = config.train
     estimate = Estimate(
         dtype=DTYPES[train.precision],
@@ -67,7 +68,7 @@ def _smaller(config: Config, layout: ParallelLayout, device: torch.device, free:
     for recompute in dict.fromkeys((config.train.recompute, "full")):
         for batch_size in sizes:
             train = dataclasses.replace(config.train, batch_size=batch_size, recompute=recompute)
-            if _needed(dataclasses.replace(config, train=train), layout, device) <= free:
+            if estimated_bytes(dataclasses.replace(config, train=train), layout, device) <= free:
                 words = [f"--batch_size {batch_size}"] if batch_size != size else []
                 words += [f"--recompute {recompute}"] if recompute != config.train.recompute else []
                 return " ".join(words)

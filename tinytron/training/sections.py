@@ -22,7 +22,16 @@ class TrainingConfig:
 
     total_batch_size: Annotated[int, Flag("global batch of one optimizer step", "tokens", at_least=1)] = 524288
     batch_size: Annotated[
-        int, Flag("micro-batch of one data-parallel rank", "sequences", identity=False, at_least=1)
+        int,
+        Flag(
+            "micro-batch of one data-parallel rank; auto: the largest that fits",
+            "sequences",
+            identity=False,
+            at_least=0,
+            rule="at least 1, or auto",
+            works=8,
+            words=(("auto", 0),),
+        ),
     ] = 8
     seq_len: Annotated[int, Flag("length of a training sequence", "tokens", at_least=1)] = 4096
     max_steps: Annotated[int | None, Flag("stop after this many steps", identity=False, at_least=1)] = None

@@ -19,11 +19,13 @@ from tinytron.data import Batch, GlobalBatchSampler
 from tinytron.distributed import DistributedOptimizer
 from tinytron.distributed.param_spec import specs_of
 from tinytron.distributed.topology import describe_topology
+from tinytron.errors import ConfigError
 from tinytron.metrics import SourceLosses
 from tinytron.metrics.sinks import SINKS, RunInfo
 from tinytron.model.modules.loss import LossSums, checked_sums
 from tinytron.model.protocols import EndsSteps, WaitsForParameters
 from tinytron.training import datasets
+from tinytron.training.batch_fit import AUTO, fit_batch_size
 from tinytron.training.batch_preparer import count_targets, scale_weights
 from tinytron.training.build import (
     build_metrics,
@@ -80,6 +82,7 @@ class Trainer(RankAttributes):
         self._init_distributed(config)  # -> state, device
         self.config = config = replace(config, dp_size=self.state.layout.dp)
         self._init_reporter(config)  # -> reporter: from here on there is something to print with
+        self.config = config = self._fit_batch_size(config)
         self._check_memory(config)
         self._init_dataset(config)  # -> train_dataset, val_dataset
         self._init_pipeline(config)  # -> data: training_info, sampler, loaders
@@ -102,6 +105,18 @@ class Trainer(RankAttributes):
     def _init_reporter(self, config: Config) -> None:
         """Set ``reporter``, with the sinks that records and messages go to."""
         self.reporter = Reporter(self.state, [sink() for sink in SINKS.values()])
+
+    def _fit_batch_size(self, config: Config) -> Config:
+        """Replace ``--batch_size auto`` by a number. Raises: ConfigError for a model whose memory nobody can estimate."""
+        if config.train.batch_size != AUTO:
+            return config
+        if type(self)._init_model is not Trainer._init_model:
+            raise ConfigError(
+                "--batch_size auto estimates the memory of Tinytron's own model only; give a number such as 8"
+            )
+        config, text = fit_batch_size(config, self.state)
+        self._say(text)
+        return config
 
     def _check_memory(self, config: Config) -> None:
         """Say or refuse what does not fit the machine, before it takes minutes; of own models nothing is known."""

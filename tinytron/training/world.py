@@ -78,7 +78,8 @@ def join_world(config: Config) -> ParallelState:
     if joined:
         rank, world_size = dist.get_rank(), dist.get_world_size()
     layout = ParallelLayout(world_size, config.parallel.sep_size, config.parallel.ep_size)
-    accumulation_steps(config, layout)  # checked before any rank waits for another
+    if config.train.batch_size:  # else it is still to be found
+        accumulation_steps(config, layout)  # checked before any rank waits for another
     device = torch.device("cpu")
     if torch.cuda.is_available() and config.parallel.backend != "gloo":
         if local_rank >= torch.cuda.device_count():

@@ -11,7 +11,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any, NoReturn
@@ -29,7 +29,7 @@ class Flag:
     ``None``, and NaN violates all of them. ``works`` is a value for the error message to suggest, and ``rule`` states the
     bounds in other words. A number may be infinite only with ``infinite``. ``choices`` are the allowed values if the type
     is not a ``Literal``, usually a table's keys. A ``path`` may begin with ``~`` or a ``$VARIABLE``. ``bare`` is the choice
-    that the flag without a value stands for.
+    that the flag without a value stands for. ``words`` are texts that stand for a number.
     """
 
     help: str
@@ -45,6 +45,7 @@ class Flag:
     infinite: bool = False
     path: bool = False
     bare: str = ""
+    words: tuple[tuple[str, int], ...] = ()
 
     @property
     def text(self) -> str:
@@ -206,10 +207,16 @@ def add_flag(group: argparse._ActionsContainer, info: FieldInfo) -> None:
         kind = expanded if info.flag.path else inner[0]
         group.add_argument(f"--{name}", nargs=count, type=kind, default=default, help=text)
     else:
-        kind = whole_number if info.type is int else info.type
+        kind = _number_or_word(info.flag.words) if info.type is int else info.type
         if info.flag.path:
             kind = expanded
         group.add_argument(f"--{name}", type=kind, default=default, help=text, metavar=info.type.__name__.upper())
+
+
+def _number_or_word(words: tuple[tuple[str, int], ...]) -> Callable[[str], int]:
+    """``whole_number``, which also reads ``words``."""
+    known = dict(words)
+    return lambda text: known[text] if text in known else whole_number(text)
 
 
 def whole_number(text: str) -> int:
