@@ -173,7 +173,7 @@ def test_the_begin_token_in_generation_and_evaluation(llama: Path, capsys: pytes
     for flags in ((), ("--eot",), ("--no-eot",)):
         words = ("generate", "--checkpoint", str(llama), "--prompt", "the quick", "--max_new_tokens", "2", *flags)
         assert main([*words]) == 0
-        counts.append(int(capsys.readouterr().err.split()[0]))
+        counts.append(int(capsys.readouterr().err.split()[1]))
     assert counts == [len(plain) + 1, len(plain) + 1, len(plain)]
 
 

@@ -213,7 +213,7 @@ def test_a_given_tokenizer_is_used(ranks: Pools, made: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (("--checkpoint", "nowhere", "--tasks", "SKY"), "nowhere is neither a run folder nor a weights file"),
+        (("--checkpoint", "nowhere", "--tasks", "SKY"), "nowhere is not a folder here"),
         (("--checkpoint", ".", "--tasks", "gone.jsonl"), "the task file gone.jsonl cannot be read"),
         (("--checkpoint", ".", "--tasks", "SKY", "SKY"), "--tasks has two files called sky, one name in the results"),
         (("--checkpoint", ".", "--tasks", "SKY", "--batch_tokens", 0), "--batch_tokens 0 must be at least 1"),

@@ -236,6 +236,8 @@ class Trainer(RankAttributes):
                     self._maybe_evaluate()
                     self._maybe_save()
                     if profiler is not None:
+                        if self.step == self.training_info.profile_window[1]:
+                            self._finish_exchanges()
                         profiler.step()
                     if self.step >= last or self.guards.ends:
                         break
@@ -298,6 +300,12 @@ class Trainer(RankAttributes):
             messages = self.saver.save(self.step, self.evals.loss_of(self.step))
         self._say(*messages)
         return self.saver.files(self.step)
+
+    def _finish_exchanges(self) -> None:
+        """Wait for what ranks still exchange in the background. An operation that ends after torch's profiler has stopped
+        corrupts memory (torch 2.13): the process dies by SIGSEGV or SIGABRT later."""
+        self.optimizer.finish_gather()
+        self.guards.finish_exchange()
 
     def _end_step(self) -> None:
         if isinstance(self.raw_model, EndsSteps):

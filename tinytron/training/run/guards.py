@@ -99,6 +99,10 @@ class Guards:
         if told is not None:
             self._signal, self.acts_within_steps = told[0], bool(told[1])
 
+    def finish_exchange(self) -> None:
+        """Wait until all ranks have told each other what they did at the last poll."""
+        self._agreement.finish()
+
     def after_report(self) -> None:
         """With ``--spike_action stop``: see whether a step was rejected since the last report."""
         train = self.config.train
@@ -162,6 +166,11 @@ class StopAgreement:
     def wait(self) -> None:
         """Until all ranks are here."""
         dist.barrier(self._group)
+
+    def finish(self) -> None:
+        """Wait for the exchange that the last poll began; the next poll returns its result."""
+        if self._work is not None:
+            self._work.wait()
 
     def poll(self, tell: tuple[int, int], *, last: bool) -> list[int] | None:
         """Tell a stop signal that this rank received (0: none) and one more number. Returns the largest of each that any
