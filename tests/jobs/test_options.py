@@ -157,7 +157,7 @@ def test_required_options_are_marked(tmp_path: Path) -> None:
     options = JobOptions(key, job_class(key))
     assert options.missing() == ["data.name"]
     text = options.as_yaml({"job": key})
-    assert "  name: ???  # file, folder" in text
+    assert "  name: ???  # text file, folder" in text
     (tmp_path / "run.yaml").write_text(text)
     options.update(read_file(str(tmp_path / "run.yaml"))[0], "file")
     with pytest.raises(ConfigError, match=rf"data\.name is required by {key}"):
