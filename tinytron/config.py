@@ -15,8 +15,10 @@ class method ``components()`` returns the classes of its parts, whose options be
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
+import json
 import math
 import types
 import typing
@@ -26,7 +28,7 @@ from dataclasses import MISSING
 from typing import Any, TypeVar
 
 from tinytron.errors import ConfigError
-from tinytron.utils.flags import Flag, nearest
+from tinytron.utils.flags import Flag, nearest, whole_number
 from tinytron.utils.optional import require_package
 
 T = TypeVar("T")
@@ -42,9 +44,17 @@ def field(
     help: str = "",
 ) -> Any:
     """An option at ``path``, such as ``"training/my_loss_weight"``; without a default it is required (``???`` in files).
-    ``help`` becomes its comment in files."""
+    ``help`` becomes its comment in files. Raises: TypeError for a path without a section, and for a default that instances
+    would share or that a file cannot hold."""
     if not all(part.isidentifier() for part in path.split("/")) or "/" not in path:
         raise TypeError(f"field({path!r}) needs a section and a name, such as training/my_loss_weight")
+    if isinstance(default, (list, dict, set)):
+        raise TypeError(f"field({path!r}) needs default_factory=lambda: {default!r}; instances would share one default")
+    if default is not MISSING and default_factory is None:
+        try:
+            json.dumps(default)
+        except TypeError:
+            raise TypeError(f"field({path!r}) has the default {default!r}; use a number, text, tuple or None") from None
     metadata = {_PATH: path.replace("/", "."), "help": help}
     if default_factory is not None:
         return dataclasses.field(default_factory=default_factory, metadata=metadata, kw_only=True)
@@ -99,11 +109,14 @@ def _declared(cls: type) -> dict[str, dataclasses.Field[Any]]:
 
 
 def merged(options: list[Option]) -> dict[str, Option]:
-    """``options`` by path. Raises: ConfigError if two give one path different defaults."""
+    """``options`` by path. One that is required takes the default that another declares for its path. Raises: ConfigError
+    if two give one path different defaults."""
     found: dict[str, Option] = {}
     for option in options:
         known = found.setdefault(option.path, option)
-        if known.default is not option.default and known.default != option.default:
+        if known.required:
+            found[option.path] = option
+        elif not option.required and known.default is not option.default and known.default != option.default:
             raise ConfigError(
                 f"{option.path} has two defaults: {known.default!r} in {known.owner} and {option.default!r} in "
                 f"{option.owner}; give them the same one"
@@ -173,20 +186,24 @@ def _value_in(tree: Any, option: Option) -> Any:
 
 
 def converted(path: str, value: Any, kind: Any) -> Any:
-    """``value`` as the type ``kind``. Raises: ConfigError if it is none."""
-    members = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
-    for member in members:
-        found = _as(value, member)
-        if found is not MISSING:
-            return found
-    names = " or ".join("null" if m is type(None) else _name(m) for m in members)
-    raise ConfigError(f"{path}={value} must be {names}")
+    """``value`` as the type ``kind``. Raises: ConfigError if it cannot be one."""
+    if (found := _as(value, kind)) is not MISSING:
+        return found
+    raise ConfigError(f"{path}={'null' if value is None else value} must be {_name(kind)}")
 
 
 def _name(kind: Any) -> str:
+    if _is_union(kind):
+        return " or ".join(map(_name, typing.get_args(kind)))
     if typing.get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if typing.get_origin(kind) in (tuple, list):
+        items = typing.get_args(kind)
+        if len(set(items) - {Ellipsis}) == 1:
+            count = "each " if items[-1] is Ellipsis or len(items) == 1 else f"{len(items)} items, each "
+            return f"a list ({count}{_name(items[0])})"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    names |= {list: "a list", dict: "a mapping"}
     return names.get(kind, str(kind))
 
 
@@ -195,6 +212,11 @@ def _as(value: Any, kind: Any) -> Any:
     origin = typing.get_origin(kind)
     if kind is Any:
         return value
+    if _is_union(kind):
+        members = typing.get_args(kind)
+        if type(value) in members:  # text for `int | str` stays text
+            return value
+        return next((found for member in members if (found := _as(value, member)) is not MISSING), MISSING)
     if kind is type(None):
         return None if value is None else MISSING
     if origin is typing.Literal:
@@ -202,24 +224,47 @@ def _as(value: Any, kind: Any) -> Any:
     if kind is bool:
         return value if isinstance(value, bool) else MISSING
     if kind is int:
+        if isinstance(value, str):
+            return _parsed(whole_number, value)
         whole = isinstance(value, float) and math.isfinite(value) and value.is_integer()
         return int(value) if whole or (isinstance(value, int) and not isinstance(value, bool)) else MISSING
     if kind is float:
-        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else _number(value)
+        if isinstance(value, str):
+            return _parsed(float, value)
+        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else MISSING
     if kind is str:
         return str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else MISSING
     if origin in (tuple, list) or kind in (tuple, list):
-        if isinstance(value, (str, Mapping)) or not hasattr(value, "__iter__"):
-            return MISSING
-        return (origin or kind)(value)
+        return _sequence(value, origin or kind, typing.get_args(kind))
+    if origin is dict or kind is dict:
+        return value if isinstance(value, Mapping) else MISSING
     return value
 
 
-def _number(value: Any) -> Any:
-    """YAML reads 1e-3 as text."""
+def _is_union(kind: Any) -> bool:
+    return typing.get_origin(kind) in (types.UnionType, typing.Union)
+
+
+def _sequence(value: Any, kind: type, items: tuple[Any, ...]) -> Any:
+    """``value`` as a tuple or list of ``items`` (``()``: of anything), or MISSING."""
+    if isinstance(value, (str, Mapping)) or not hasattr(value, "__iter__"):
+        return MISSING
+    values = list(value)
+    if not items:
+        return kind(values)
+    if kind is list or items[-1] is Ellipsis:
+        items = items[:1] * len(values)
+    if len(items) != len(values):
+        return MISSING
+    found = [_as(one, item) for one, item in zip(values, items, strict=True)]
+    return MISSING if any(one is MISSING for one in found) else kind(found)
+
+
+def _parsed(parse: Callable[[str], Any], text: str) -> Any:
+    """The number in ``text``, or MISSING. YAML reads 1e-3 and 2**20 as text."""
     try:
-        return float(value) if isinstance(value, str) else MISSING
-    except ValueError:
+        return parse(text)
+    except (ValueError, argparse.ArgumentTypeError):
         return MISSING
 
 

@@ -50,9 +50,15 @@ class JobSpec:
 
     @classmethod
     def from_json(cls, text: str) -> JobSpec:
-        """The spec that ``to_json`` wrote."""
+        """The spec that ``to_json`` wrote. Raises: ValueError for other text."""
         content = json.loads(text)
-        return cls(**{**content, "load": tuple(content["load"])})
+        try:
+            spec = cls(**{**content, "load": tuple(content["load"])})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a job's description: {error}") from error
+        if not isinstance(spec.job, str) or not isinstance(spec.values, Mapping):
+            raise ValueError("not a job's description")
+        return spec
 
 
 class BasicJob:
@@ -63,7 +69,7 @@ class BasicJob:
     """
 
     CONFIG: ClassVar[type | None] = None
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {}  # of options by path, other than those they are declared with
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {}  # by path; they replace the declared ones
     ALIASES: ClassVar[Mapping[str, Any]] = {}  # further names of options (tinytron.jobs.aliases)
     all_processes: ClassVar[bool] = False
 

@@ -19,12 +19,12 @@ from tinytron.errors import ConfigError
 from tinytron.job import JobSpec
 from tinytron.jobs.kinds import job_class
 from tinytron.jobs.options import JobOptions, View, read_file
-from tinytron.jobs.specs import check_name
+from tinytron.jobs.specs import check_place
 from tinytron.utils.training import write_atomically
 
 
 class QuickJob:
-    """A job to configure (``config``) and to call. Errors are raised, never exits, but for a job that was asked to stop."""
+    """A job to configure (``config``) and to call. Errors are raised. A job that was asked to stop raises SystemExit."""
 
     def __init__(self, job: str, out_path: str, name: str, project: str, group: str, config: str | None) -> None:
         self.options = JobOptions(job, job_class(job))
@@ -46,7 +46,7 @@ class QuickJob:
         return job_class(self._spec.job)(self.spec)
 
     def __call__(self) -> None:
-        """Run it in this process, or continue it; finished work is left alone. Raises: TinytronError."""
+        """Run it in this process, or continue it. A finished job only says so. Raises: TinytronError."""
         spec = self.spec
         with configuration(nested(spec.values)):
             job = job_class(spec.job)(spec)
@@ -54,7 +54,7 @@ class QuickJob:
             job()
 
     def restore(self, checkpoint: str) -> QuickJob:
-        """Begin with the weights of another job, ``NAME[/CHECKPOINT]`` below the output folder; returns this."""
+        """Start from the weights of another job, ``NAME[/CHECKPOINT]`` in the output folder. Returns this object."""
         self._spec = replace(self._spec, restore=checkpoint)
         return self
 
@@ -77,13 +77,13 @@ def init(
     config: str | None = None,
 ) -> QuickJob:
     """The job ``job`` called ``name``, whose output goes below ``out_path`` (default: the environment's ``TINYTRON_ROOT``).
-    ``config`` is a file of options to begin with. Raises: ConfigError."""
+    ``config`` is a file of options to start from. Raises: ConfigError."""
     root = out_path if out_path is not None else os.environ.get("TINYTRON_ROOT")
     if root is None:
         raise ConfigError("quick needs an output folder; give out_path, or set TINYTRON_ROOT")
     if os.sep in name:
         raise ConfigError(f"quick({job!r}, {str(root)!r}, {name!r}): the output folder comes before the name")
-    check_name("name", name)
+    check_place(name, project, group)
     return QuickJob(job, os.fspath(root), name, project, group, config)
 
 

@@ -1,9 +1,9 @@
-"""Jobs, data sets and evaluations by name: the built-in ones, those of installed packages, and those of modules that
-``--load`` names.
+"""Jobs, datasets and evaluations by name: the built-in ones, those of installed packages, and those of the modules given
+with ``--load``.
 
-``@job("my_model/train/pretrain")`` above a class registers it. Listing the names imports no job: the built-in ones are in a
-table (``tinytron.experiments``), and a package names its own as entry points of the group ``tinytron.jobs``
-(``tinytron.datasets``, ``tinytron.evaluations``). A module is imported when one of its names is asked for.
+``@job("my_model/train/pretrain")`` above a class registers it. Listing the names imports no job: a table
+(``tinytron.experiments``) lists the built-in ones, and a package names its own as entry points of the group
+``tinytron.jobs`` (``tinytron.datasets``, ``tinytron.evaluations``). A module is imported when one of its names is used.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _KEY = re.compile(r"[\w.-]+(/[\w.-]+)*")
 
 @dataclass(frozen=True)
 class Entry:
-    """A name's object, once it is imported, the ``module`` that registers it, where it is defined, and a line of help."""
+    """A registered name: the ``module`` that registers it, the ``place`` where it is defined, one line of ``help``, and the
+    object itself (``target``) once its module is imported."""
 
     module: str
     place: str
@@ -71,7 +72,7 @@ class Registry(Mapping[str, Any]):
         self._entries[key] = entry
 
     def help(self, key: str) -> str:
-        """One line about ``key``; for a name of another package that is not imported yet, where it is."""
+        """One line about ``key``; or where it is defined, if another package has it and is not imported yet."""
         entry = self._entries[key]
         return entry.help or entry.place
 
@@ -87,7 +88,9 @@ class Registry(Mapping[str, Any]):
             load_module(entry.module)
             entry = self._entries[key]
             if entry.target is None:
-                raise ConfigError(f"{entry.module} does not register the {self.kind} {key}; decorate a class of it")
+                raise ConfigError(
+                    f"{entry.module} does not register the {self.kind} {key}; decorate one of its classes"
+                )
         return entry.target
 
     def __contains__(self, key: object) -> bool:
@@ -111,7 +114,7 @@ def job(key: str) -> Callable[[T], T]:
 
 
 def dataset(key: str) -> Callable[[T], T]:
-    """Register a data set as ``key``."""
+    """Register a dataset as ``key``."""
     return _decorator(DATASETS, key)
 
 
@@ -129,7 +132,7 @@ def _decorator(registry: Registry, key: str) -> Callable[[T], T]:
 
 
 def load_module(name: str) -> None:
-    """Import ``name``, a module that Python finds from here or a ``.py`` file, so that it registers what it has. Raises:
+    """Import ``name``, a module that Python finds from here or a ``.py`` file, so that its jobs are registered. Raises:
     ConfigError if it cannot be imported."""
     try:
         if name.endswith(".py"):
@@ -165,7 +168,7 @@ def _import_file(path: Path) -> None:
 
 
 def _same(one: Entry, other: Entry) -> bool:
-    """Whether both are one object: one that was only listed so far, or whose module was imported again."""
+    """True if both are the same object: listed at first and then imported, or from a module that was imported again."""
     if one.module != other.module:
         return False
     targets = [entry.target for entry in (one, other) if entry.target is not None]

@@ -120,3 +120,62 @@ def test_values_that_fit() -> None:
 def test_a_path_is_a_section_and_a_name(path: str) -> None:
     with pytest.raises(TypeError, match="needs a section and a name"):
         field(path, default=1)
+
+
+@pytest.mark.parametrize("default", [[1], {"a": 1}, {1}, object()])
+def test_defaults_that_instances_would_share_or_files_cannot_hold(default: object) -> None:
+    with pytest.raises(TypeError, match=r"field\('a/b'\) (needs default_factory|has the default)"):
+        field("a/b", default=default)
+
+
+def test_a_required_option_takes_the_default_of_another_class() -> None:
+    @dataclass
+    class Reads:
+        rate: float = field("optimization/lr")
+
+    for classes in ((Base, Reads), (Reads, Base)):
+        assert build(*classes).optimization.lr == 1e-3
+
+
+@dataclass
+class Nested:
+    count: int = field("n/count", default=1)
+    counts: list[int] = field("n/counts", default_factory=list)
+    pair: tuple[int, int] | None = field("n/pair", default=None)
+    either: int | str = field("n/either", default="auto")
+    rates: tuple[float | None, ...] = field("n/rates", default=())
+    table: dict[str, int] = field("n/table", default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "value"),
+    [
+        ("count", "2**10", 1024),  # text to YAML
+        ("counts", ["1e3", 2], [1000, 2]),
+        ("pair", [1, "2"], (1, 2)),
+        ("either", "3", "3"),
+        ("either", 3, 3),
+        ("rates", [1, None, "1e-3"], (1.0, None, 1e-3)),
+        ("table", {"a": 1}, {"a": 1}),
+    ],
+)
+def test_items_and_numbers_in_text_are_converted(name: str, given: object, value: object) -> None:
+    with configuration({"n": {name: given}}):
+        found = getattr(configure(Nested), name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "says"),
+    [
+        ("counts", ["x"], r"n.counts=\['x'\] must be a list \(each a whole number\)"),
+        ("pair", [1, 2, 3], r"must be a list \(2 items, each a whole number\) or null"),
+        ("rates", [True], r"must be a list \(each a number or null\)"),
+        ("count", None, "n.count=null must be a whole number"),
+        ("table", 3, "n.table=3 must be"),
+    ],
+)
+def test_items_of_the_wrong_type(name: str, given: object, says: str) -> None:
+    with configuration({"n": {name: given}}), pytest.raises(ConfigError, match=says):
+        configure(Nested)

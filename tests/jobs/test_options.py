@@ -92,8 +92,15 @@ def test_a_view_reads_and_writes_under_every_name(options: JobOptions) -> None:
         ("model.hidden_size=wide", r"model.hidden_size=wide must be a whole number"),
         ("training.tokens=many", r"training.tokens=many must be a whole number or null"),
         ("train.do_val=1", r"train.do_val=1 must be true or false"),
-        ("train.max_steps", r"train.max_steps is no option; write key=value"),
+        ("train.max_steps", r"train.max_steps is not an option; write key=value"),
         ("optimization.warmup_pct=0.1", r"optimization.warmup_pct needs the length of the run"),
+        ("train=3", r"train=3: train is a section of options, not a value; give train."),
+        ("architecture=[1]", r"architecture is a section of options, not a value; give model."),
+        ("training.batch_size=a", r"training.batch_size=a must be a whole number"),
+        ("training.batch_size=1.5", r"training.batch_size=1.5 must be a whole number"),
+        ("training.batch_size=null", r"training.batch_size=null must be a whole number"),
+        ("architecture.rope=sometimes", r"architecture.rope=sometimes must be true or false"),
+        ("data.dataset_path=[a]", r"must be text or null"),
     ],
 )
 def test_bad_overrides(options: JobOptions, word: str, says: str) -> None:
@@ -137,7 +144,7 @@ def test_a_written_file_reads_back_equal(options: JobOptions, tmp_path: Path) ->
 
 
 def test_heads_follow_in_a_file_of_defaults(options: JobOptions, tmp_path: Path) -> None:
-    """A written file lists the default number of key/value heads; nobody asked for it."""
+    """A written file lists the default number of key/value heads; no user asked for it."""
     file = tmp_path / "run.yaml"
     file.write_text(options.as_yaml({"job": KEY}))
     options.update(read_file(str(file))[0], "file")
@@ -150,7 +157,7 @@ def test_required_options_are_marked(tmp_path: Path) -> None:
     options = JobOptions(key, job_class(key))
     assert options.missing() == ["data.name"]
     text = options.as_yaml({"job": key})
-    assert "  name: ???  # file, folder" in text
+    assert "  name: ???  # text file, folder" in text
     (tmp_path / "run.yaml").write_text(text)
     options.update(read_file(str(tmp_path / "run.yaml"))[0], "file")
     with pytest.raises(ConfigError, match=rf"data\.name is required by {key}"):
@@ -165,7 +172,9 @@ def test_required_options_are_marked(tmp_path: Path) -> None:
         (None, "cannot be read"),
         ("a: [", "is not valid YAML"),
         ("- a", "holds no options"),
-        ("a: ${b}", "is not valid YAML"),
+        ("a: ${b}", r"is not valid YAML \(Interpolation key 'b' not found\)"),
+        ("job: [a]", r"job: \['a'\] must be text; write it in quotes"),
+        ("restore: 3", "restore: 3 must be text; write it in quotes"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, text: str | None, says: str) -> None:
@@ -174,3 +183,30 @@ def test_files_that_cannot_be_read(tmp_path: Path, text: str | None, says: str) 
     with pytest.raises(ConfigError, match=says) as caught:
         read_file(str(tmp_path / "run.yaml"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [
+        ("2024_01", "2024_01"),
+        ("007", "007"),
+        ("1.10", "1.10"),
+        ("no", "no"),
+        ("a=b", "a=b"),
+        ("'a b'", "a b"),
+        ("null", None),
+        ("", None),
+    ],
+)
+def test_text_stays_as_it_was_typed(options: JobOptions, typed: str, value: str | None) -> None:
+    """To YAML 2024_01 is a number and "no" is false."""
+    options.override([f"data.dataset_path={typed}"])
+    assert options.values()["data.dataset_path"] == value
+
+
+def test_a_section_whose_lines_are_commented_out(options: JobOptions) -> None:
+    options.update({"train": None, "optimization": None}, "file")
+    assert options.values() == JobOptions(KEY, job_class(KEY)).values()
+    options.update({"optim": {"max_lr": float("nan")}}, "file")  # NaN is not equal to itself, but it is one value
+    with pytest.raises(ConfigError, match="file: train is a section of options"):
+        options.update({"train": [1]}, "file")

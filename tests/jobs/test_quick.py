@@ -52,6 +52,8 @@ def test_where_the_output_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert made.spec.folder == tmp_path / "checkpoints/general/default/x"
     with pytest.raises(ConfigError, match="the output folder comes before the name"):
         init("gpt/train/pretrain", "my-run", "/path/to/output")
+    with pytest.raises(ConfigError, match=r"project '\.\./x' must be letters"):
+        init("gpt/train/pretrain", tmp_path, "x", project="../x")
 
 
 def test_a_file_of_another_job_is_refused(tmp_path: Path) -> None:

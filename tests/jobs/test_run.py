@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,12 @@ import pytest
 from tests.helpers.runs import ROOT, losses
 from tests.jobs.conftest import TINY
 from tinytron.cli.main import COMMANDS, main
-from tinytron.errors import TinytronError
+from tinytron.cli.run import read_spec, run_stages
+from tinytron.errors import CheckpointError, TinytronError
 from tinytron.job import JobSpec
 from tinytron.jobs.specs import read_stages
 from tinytron.registry import load_module
+from tinytron.utils.signals import STOP_SIGNALS
 
 GPT = "gpt/train/pretrain"
 
@@ -154,6 +157,9 @@ def test_configure_takes_over_what_fits(module: str, capsys: pytest.CaptureFixtu
         (("configure", GPT, "run.yaml/x.yaml"), "cannot be written"),
         (("checkpoints", "mine", "out"), "has no checkpoint latest; it has saved none yet"),
         (("restore", "mine", "latest", "out"), "holds no job that was run"),
+        (("restore", "../..", "latest", "out"), "name '../..' must be letters"),
+        (("checkpoints", "mine", "out", "-g", ".."), "group '..' must be letters"),
+        (("configure", GPT, "run.yaml", "train.max_steps=9"), "run.yaml exists and has other options"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_runs(
@@ -188,3 +194,109 @@ def test_a_job_without_checkpoints_cannot_go_back(module: str) -> None:
 
     with pytest.raises(TinytronError, match="the job say/text has no checkpoints to go back to"):
         job_class(spec.job)(spec).go_back_to("latest")
+
+
+def test_configure_keeps_a_file_that_was_edited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["configure", GPT, "run.yaml"]
+    assert main([*words, "train.max_steps=9"]) == 0
+    assert main([*words, "train.max_steps=9"]) == 0  # the same again changes nothing
+    assert main(words) == 2
+    assert "  max_steps: 9 " in Path("run.yaml").read_text()
+    assert main([*words, "-p", "run.yaml", "train.seq_len=64"]) == 0
+    assert "  max_steps: 9 " in Path("run.yaml").read_text()
+    assert "  seq_len: 64 " in Path("run.yaml").read_text()
+
+
+def test_a_job_that_is_running_is_left_alone(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["configure", "say/text", "run.yaml", "--load", module, "say.text=a"])
+    words = ["run", "mine", "run.yaml", "out", "--load", module]
+    assert main(words) == 0
+    before = (_folder("mine") / "job.json").read_bytes()
+    hold = "import sys; from tinytron.utils.lock import *; file = lock_folder(Path(sys.argv[1]), ''); "
+    hold += "print(flush=True); input()"
+    command = [sys.executable, "-c", hold, str(_folder("mine"))]
+    pipe = subprocess.PIPE
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        capsys.readouterr()
+        assert main([*words, "say.text=b"]) == 2
+        assert f"is in use by process {other.pid}" in capsys.readouterr().err
+        assert main(["restore", "mine", "latest", "out"]) == 2
+        assert "stop it first" in capsys.readouterr().err
+        other.communicate("\n")
+    assert (_folder("mine") / "job.json").read_bytes() == before
+    assert main([*words, "say.text=b"]) == 0
+
+
+def test_restore_reads_what_was_run(module: str) -> None:
+    """Also in a folder that was moved since, and with options that are newer than the file."""
+    main(["configure", "say/text", "run.yaml", "--load", module, "say.text=a"])
+    assert main(["run", "mine", "run.yaml", "out", "--load", module]) == 0
+    Path("out").rename("moved")
+    file = Path("moved/checkpoints/general/default/mine/job.json")
+    content = json.loads(file.read_text())
+    del content["values"]["say.fail_once"]
+    file.write_text(json.dumps(content))
+    spec = read_spec(JobSpec("", "mine", "moved", {}))
+    assert (spec.folder, dict(spec.values)) == (file.parent, {"say.text": "a", "say.fail_once": ""})
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"load": 3}', '{"load": [], "job": 3, "name": "m", "root": "out"}'])
+def test_a_damaged_description_is_one_line(tmp_path: Path, text: str) -> None:
+    place = JobSpec("", "mine", str(tmp_path), {})
+    place.folder.mkdir(parents=True)
+    (place.folder / "job.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"job\.json is damaged; repeat the command tinytron run"):
+        read_spec(place)
+
+
+@pytest.mark.parametrize(
+    ("stage", "number", "status", "says"),
+    [
+        ("signal.signal(signal.SIGTERM, lambda *_: os._exit(0))", signal.SIGTERM, 0, ""),
+        ("signal.signal(signal.SIGTERM, lambda *_: (finish(), os._exit(0)))", signal.SIGTERM, 0, ""),
+        ("signal.signal(signal.SIGINT, lambda *_: os._exit(130))", signal.SIGINT, 130, ""),
+        ("signal.signal(signal.SIGINT, lambda *_: (finish(), os._exit(0)))", signal.SIGINT, 130, ""),
+        ("pass", signal.SIGTERM, 143, "pipe_stage0 was stopped by SIGTERM\n"),
+        (
+            "signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), 9))",
+            signal.SIGTERM,
+            137,
+            "error: pipe_stage0 was killed by SIGKILL (out of memory?)\n",
+        ),
+    ],
+)
+def test_a_signal_ends_the_stage_and_those_after_it(
+    module: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stage: str,
+    number: signal.Signals,
+    status: int,
+    says: str,
+) -> None:
+    """The signal reaches only the command, as from a scheduler; the stage ends as it likes, or is even finished."""
+    for name in ("first", "second"):
+        main(["configure", "say/text", f"{name}.yaml", "--load", module, f"say.text={name}"])
+    load_module(module)
+    specs = read_stages("pipe", ["first.yaml", "second.yaml"], "out", load=[module])
+    marker, done = specs[0].folder / "done.json", json.dumps({"fingerprint": specs[0].fingerprint})
+    code = f"import os, signal\ndef finish(): open({str(marker)!r}, 'w').write({done!r})\n{stage}\n"
+    code += f"os.kill(os.getppid(), {int(number)})\nsignal.pause()\n"
+    started = []
+    popen = subprocess.Popen
+
+    def start_stage(words: list[str]) -> subprocess.Popen[bytes]:
+        started.append(words[-1])
+        return popen([sys.executable, "-c", code])
+
+    monkeypatch.setattr(subprocess, "Popen", start_stage)
+    handlers = [signal.getsignal(each) for each in STOP_SIGNALS]
+    capsys.readouterr()
+    assert run_stages(specs) == status
+    assert capsys.readouterr().err == says
+    assert started == [str(specs[0].folder / "job.json")]
+    assert [signal.getsignal(each) for each in STOP_SIGNALS] == handlers

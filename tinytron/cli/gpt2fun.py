@@ -43,7 +43,7 @@ class Setting:
 
 
 def number_or_none(text: str) -> float:
-    """A number, or ``None``, which is 0: no limit."""
+    """A number, or ``None``, which becomes 0 (no limit)."""
     return 0.0 if text == "None" else float(text)
 
 
@@ -74,7 +74,7 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
             Alias("train.grad_clip_value"), number_or_none, 1.0, "clip the global gradient norm to this; None: never"
         ),
         "optimizer.wsd": Setting(
-            Alias("optim.lr_schedule", lambda value, get: "wsd" if value else "cosine"),
+            Alias("optim.lr_schedule", lambda value, get: "wsd" if value else "cosine", type=bool),
             bool,
             False,
             "constant rate, then a cosine over the last tenth of the steps, instead of a cosine over all",
@@ -84,16 +84,19 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
             Alias("data.dataset_path"), str, None, f"folder of token shards; default: ${DATA_VARIABLE}/fineweb100B"
         ),
         "save_dir": Setting(
-            Alias("ckpt.do_save", lambda value, get: True), str, None, "where runs are saved; default: nowhere"
+            Alias("ckpt.do_save", lambda value, get: True, type=str),
+            str,
+            None,
+            "where runs are saved; default: nowhere",
         ),
         "save_interval": Setting(
             Alias("ckpt.save_every_steps"), int, 0, "steps between checkpoints; 0: only after the last"
         ),
         "save_all": Setting(
-            Alias("ckpt.keep_last", lambda value, get: 0 if value else 1),
+            Alias("ckpt.keep_last", lambda value, get: 0 if value else 1, type=bool),
             bool,
             False,
-            "keep all checkpoints, not the last",
+            "keep all checkpoints instead of the last one",
         ),
         "log_interval": Setting(Alias("logging.log_every"), int, 20, "steps between reports"),
         "from_pretrained": Setting(

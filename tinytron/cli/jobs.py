@@ -1,4 +1,5 @@
-"""``tinytron jobs``, ``configure``, ``checkpoints``: which work there is, its options as a file, and what it has saved."""
+"""``tinytron jobs``, ``configure``, ``checkpoints``: list jobs, write their options to a file, and list what they
+have saved."""
 
 from __future__ import annotations
 
@@ -14,13 +15,13 @@ from tinytron.utils.texts import next_command
 
 
 def add_load(parser: argparse.ArgumentParser) -> None:
-    """The flag for modules that register further jobs."""
+    """Add the flag for modules that register further jobs."""
     parser.add_argument(
         "--load",
         action="append",
         default=[],
         metavar="MODULE",
-        help="import this module or .py file, with jobs of yours",
+        help="import this module or .py file, which registers your jobs",
     )
 
 
@@ -47,18 +48,19 @@ def main(argv: Sequence[str], prog: str = "tinytron jobs") -> None:
 
 def configure(argv: Sequence[str], prog: str = "tinytron configure") -> None:
     """Write the options of a job to a file. Raises: ConfigError."""
-    parser = Parser(prog=prog, description="Write every option of a job to a YAML file, to change and to run.")
-    parser.add_argument("job", metavar="JOB", help="as tinytron jobs lists it")
+    parser = Parser(prog=prog, description="Write every option of a job to a YAML file that you can edit and run.")
+    parser.add_argument("job", metavar="JOB", help="name of the job; tinytron jobs lists them")
     parser.add_argument("out", metavar="OUT.yaml", help="the file to write")
-    parser.add_argument("-p", "--previous", metavar="FILE", help="take over the options of this file that the job has")
-    parser.add_argument("--chip", help="kind of accelerator to ask for, such as h100")
-    parser.add_argument("-n", "--n_chips", type=whole_number, help="how many of them")
-    parser.add_argument("--n_shards", type=whole_number, help="over how many of them one model is sharded")
+    parser.add_argument("-p", "--previous", metavar="FILE", help="start from the options of this file")
+    parser.add_argument("--chip", help="accelerator to request, such as h100")
+    parser.add_argument("-n", "--n_chips", type=whole_number, help="number of accelerators to request")
+    parser.add_argument("--n_shards", type=whole_number, help="number of accelerators that share one model")
     add_load(parser)
     args = parse_with_overrides(parser, argv)
     for module in args.load:
         load_module(module)
     text, notes, missing = configured(args.job, args.overrides, args.previous, request_of(args))
+    keep_edits(Path(args.out), text, args.job, args.previous)
     write_file(Path(args.out), text)
     for note in notes:
         print(note)
@@ -71,7 +73,7 @@ def configure(argv: Sequence[str], prog: str = "tinytron configure") -> None:
 def configured(
     key: str, overrides: Sequence[str], previous: str | None, request: dict[str, Any]
 ) -> tuple[str, list[str], list[str]]:
-    """The YAML of the job ``key``, what there is to say, and which required options are missing."""
+    """The YAML of the job ``key``, notes for the user, and the required options that are missing."""
     from tinytron.jobs.kinds import job_class  # takes a second to import for jobs that train
     from tinytron.jobs.options import JobOptions, read_file
 
@@ -94,6 +96,21 @@ def request_of(args: argparse.Namespace) -> dict[str, Any]:
     return {"chip": args.chip, "min_chips": args.n_chips or 1, "n_shards": args.n_shards or 1}
 
 
+def keep_edits(path: Path, text: str, job: str, previous: str | None) -> None:
+    """Raises: ConfigError if ``path`` has other content, which its user may have edited, that is not taken over."""
+    try:
+        if previous is not None and path.samefile(Path(previous).expanduser()):
+            return
+        same = path.read_bytes() == text.encode()
+    except OSError:  # it does not exist, or writing fails with a better message
+        return
+    if not same:
+        raise ConfigError(
+            f"{path} exists and has other options; name another file, or change this one with "
+            f"tinytron configure {job} {path} -p {path} key=value"
+        )
+
+
 def write_file(path: Path, text: str) -> None:
     """Write ``text``. Raises: ConfigError if the system refuses."""
     from tinytron.utils.training import write_atomically  # imports torch, which listing jobs must not wait for
@@ -114,7 +131,9 @@ def checkpoints(argv: Sequence[str], prog: str = "tinytron checkpoints") -> None
     args = parse_strictly(parser, argv)
     from tinytron.job import JobSpec
     from tinytron.jobs.checkpoints import best_of, named_checkpoint, newest_run
+    from tinytron.jobs.specs import check_place
 
+    check_place(args.name, args.project, args.group)
     folder = JobSpec("", args.name, args.out, {}, args.project, args.group).folder
     named_checkpoint(folder, "latest")
     run = newest_run(folder)
@@ -127,6 +146,6 @@ def checkpoints(argv: Sequence[str], prog: str = "tinytron checkpoints") -> None
 
 
 def add_place(parser: argparse.ArgumentParser) -> None:
-    """The flags that say where below the output folder a job is."""
-    parser.add_argument("-p", "--project", default="general", help="part of the place of its checkpoints (%(default)s)")
-    parser.add_argument("-g", "--group", default="default", help="part of the place of its checkpoints (%(default)s)")
+    """Add the flags that say where in the output folder a job is."""
+    parser.add_argument("-p", "--project", default="general", help="folder in OUT/checkpoints (%(default)s)")
+    parser.add_argument("-g", "--group", default="default", help="folder in the project's (%(default)s)")

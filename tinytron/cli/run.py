@@ -5,12 +5,15 @@ Repeating the command is safe: finished work says so, interrupted work continues
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 from tinytron.cli import entry
 from tinytron.cli.jobs import add_load, add_place, parse_with_overrides
@@ -18,13 +21,16 @@ from tinytron.config import configuration, nested
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.job import BasicJob, JobSpec
 from tinytron.jobs.kinds import job_class
-from tinytron.jobs.specs import read_stages
+from tinytron.jobs.options import JobOptions
+from tinytron.jobs.specs import check_place, read_stages
 from tinytron.registry import load_module
 from tinytron.utils.flags import Parser, parse_strictly
+from tinytron.utils.lock import lock_folder
+from tinytron.utils.signals import INTERRUPTED, heard
 from tinytron.utils.training import write_atomically
 
-SPEC = "job.json"  # in the job's folder: what it is, for the processes that run it and for `restore`
-_STAGE = "--run-stage"  # with a spec file: how this command calls itself
+SPEC = "job.json"  # in the job's folder: the job and its options, for the processes that run it and for `restore`
+_STAGE = "--run-stage"  # followed by a spec file: how this command starts itself
 _WORKER = "--run-process"
 
 
@@ -34,20 +40,28 @@ def main(argv: Sequence[str], prog: str = "tinytron run") -> int:
         spec = JobSpec.from_json(Path(argv[1]).read_text(encoding="utf-8"))
         return start(spec) if argv[0] == _STAGE else execute(spec)
     parser = Parser(prog=prog, description=__doc__)
-    parser.add_argument("name", metavar="NAME", help="name of this work; its folder is called that")
-    parser.add_argument("file", metavar="FILE", help="options, as tinytron configure writes them")
+    parser.add_argument("name", metavar="NAME", help="name of this work and of its folder")
+    parser.add_argument("file", metavar="FILE", help="options of the job, as tinytron configure writes them")
     parser.add_argument("out", metavar="OUT", help="output folder")
     parser.add_argument("-j", "--job", help="the job, if the file does not name one")
     add_place(parser)
     parser.add_argument(
-        "-s", "--stage", action="append", default=[], metavar="FILE", help="run this afterwards; several times"
+        "-s",
+        "--stage",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="run the job of this file next; repeat the flag for more stages",
     )
     parser.add_argument(
-        "--restore", metavar="NAME[/CHECKPOINT]", help="begin with the weights of another job below OUT, say other/best"
+        "--restore",
+        metavar="NAME[/CHECKPOINT]",
+        help="start from the weights of another job in OUT, such as other/best",
     )
     add_load(parser)
     args = parse_with_overrides(parser, argv)
-    for module in args.load:
+    load = [str(Path(module).resolve()) if module.endswith(".py") else module for module in args.load]
+    for module in load:
         load_module(module)
     specs = read_stages(
         args.name,
@@ -57,7 +71,7 @@ def main(argv: Sequence[str], prog: str = "tinytron run") -> int:
         job=args.job,
         project=args.project,
         group=args.group,
-        load=args.load,
+        load=load,
         restore=args.restore,
     )
     return run_stages(specs)
@@ -73,34 +87,47 @@ def restore(argv: Sequence[str], prog: str = "tinytron restore") -> int:
     parser.add_argument("out", metavar="OUT", help="its output folder")
     add_place(parser)
     args = parse_strictly(parser, argv)
-    folder = JobSpec("", args.name, args.out, {}, args.project, args.group).folder
-    try:
-        spec = JobSpec.from_json((folder / SPEC).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder} holds no job that was run; its name is the first argument of tinytron run"
-        ) from error
-    for module in spec.load:
-        load_module(module)
-    job = job_class(spec.job)(spec)
-    job.go_back_to(args.checkpoint)
+    check_place(args.name, args.project, args.group)
+    spec = read_spec(JobSpec("", args.name, args.out, {}, args.project, args.group))
+    with lock_folder(spec.folder, "stop it first"):
+        _job(spec).go_back_to(args.checkpoint)
     return run_stages([spec])
 
 
+def read_spec(place: JobSpec) -> JobSpec:
+    """The spec that was run at ``place``, with the defaults of options that are newer than it. The folder may have been
+    moved since. Raises: CheckpointError if there is none, or if it is damaged; ConfigError for an unknown job."""
+    file = place.folder / SPEC
+    try:
+        spec = JobSpec.from_json(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"{place.folder} holds no job that was run; its name is the first argument of tinytron run"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged; repeat the command tinytron run, which writes it again") from error
+    for module in spec.load:
+        load_module(module)
+    options = JobOptions(spec.job, job_class(spec.job))
+    options.update(nested(spec.values), str(file))
+    return replace(place, job=spec.job, values=options.values(), load=spec.load, restore=spec.restore)
+
+
 def run_stages(specs: Sequence[JobSpec]) -> int:
-    """Run the stages one after another. Returns the status of the first that fails, else 0."""
+    """Run the stages one after another. Returns the status of the first that fails or is stopped, else 0. Raises:
+    ConfigError if another process is running one of them; TinytronError."""
     for number, spec in enumerate(specs):
         if _job(spec).done:
             print(f"{spec.name} is finished: {spec.folder}", flush=True)
             continue
-        write_spec(spec)
-        if len(specs) == 1:
-            return start(spec)
-        print(f"stage {number} of {len(specs) - 1}: {spec.name} ({spec.job})", flush=True)
-        if status := _in_a_process(spec):
+        with _locked(spec):
+            write_spec(spec)
+            if len(specs) == 1:
+                return start(spec)
+            print(f"stage {number} of {len(specs) - 1}: {spec.name} ({spec.job})", flush=True)
+            status, stopped = _in_a_process(spec)
+        if status or stopped or not _job(spec).done:
             return status
-        if not _job(spec).done:  # it was asked to stop
-            return 0
     return 0
 
 
@@ -145,14 +172,26 @@ def processes() -> int:
 
 
 def write_spec(spec: JobSpec) -> None:
-    """The spec as a file in the job's folder. Raises: ConfigError if it cannot be written."""
+    """Write the spec to a file in the job's folder. Raises: ConfigError if it cannot be written."""
     text = spec.to_json().encode()
-    try:
-        spec.folder.mkdir(parents=True, exist_ok=True)
+    with _writing(spec.folder):
         write_atomically(spec.folder / SPEC, lambda file: file.write(text))
+
+
+def _locked(spec: JobSpec) -> IO[str]:
+    """The job's folder, locked until this is closed: two commands would overwrite each other's ``job.json``."""
+    with _writing(spec.folder):
+        spec.folder.mkdir(parents=True, exist_ok=True)
+    return lock_folder(spec.folder, "wait until it ends, or give this work another name")
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ConfigError(
-            f"{spec.folder} cannot be written ({error.strerror}); use an output folder you may write to, such as ./output"
+            f"{folder} cannot be written ({error.strerror}); use an output folder you may write to, such as ./output"
         ) from error
 
 
@@ -160,17 +199,40 @@ def _job(spec: JobSpec) -> BasicJob:
     return job_class(spec.job)(spec)
 
 
-def _in_a_process(spec: JobSpec) -> int:
-    """Run a stage in its own process, which frees its memory when it ends. Stop signals are forwarded to it."""
-    words = [sys.executable, "-m", "tinytron", "run", _STAGE, str(spec.folder / SPEC)]
-    process = subprocess.Popen(words)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: process.send_signal(number))
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:  # the stage received it too: it saves, and its exit status follows
-            continue
+def _in_a_process(spec: JobSpec) -> tuple[int, bool]:
+    """Run a stage in its own process, which frees its memory when it ends. Stop signals are forwarded to it. Returns its
+    exit status, and whether it was asked to stop; a stage may also finish then."""
+    received: list[int] = []
+    process: subprocess.Popen[bytes] | None = None
+
+    def forward(number: int, frame: object) -> None:
+        received.append(number)
+        if process is not None:
+            process.send_signal(number)
+
+    old = {number: signal.signal(number, forward) for number in heard()}
+    try:
+        process = subprocess.Popen([sys.executable, "-m", "tinytron", "run", _STAGE, str(spec.folder / SPEC)])
+        for number in received:  # while it was being started
+            process.send_signal(number)
+        status = process.wait()
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+    if status < 0:
+        _say_killed(spec.name, signal.Signals(-status), expected=-status in received)
+        return 128 - status, True
+    if status == 0 and signal.SIGINT in received:
+        return INTERRUPTED, True
+    return status, bool(received)
+
+
+def _say_killed(name: str, by: signal.Signals, *, expected: bool) -> None:
+    if expected:  # it had not begun to train
+        text = f"{name} was stopped by {by.name}"
+    else:
+        text = f"error: {name} was killed by {by.name}" + (" (out of memory?)" if by == signal.SIGKILL else "")
+    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""The built-in jobs, data sets and evaluations. Each stands in a short file of this package; a new one is a file, and a
-line of its table here (or an import of it, if listing may take as long as importing it)."""
+"""The built-in jobs, datasets and evaluations. Each is a short file of this package and a line of a table here, so that
+listing them imports nothing."""
 
 from __future__ import annotations
 

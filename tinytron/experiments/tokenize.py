@@ -1,4 +1,4 @@
-"""Token shards out of text."""
+"""Jobs that turn text into token shards."""
 
 from __future__ import annotations
 
@@ -19,23 +19,25 @@ from tinytron.utils.signals import StopRequest
 
 @dataclass
 class TokenizeConfig:
-    """The options of the tokenizing jobs. ``None`` and -1 mean: no limit."""
+    """The options of the tokenizing jobs. ``max_samples`` is unlimited if it is None or -1."""
 
-    name: str = field("data/name", help="file, folder or pattern of text, or name of a data set on the hub")
-    config: str | None = field("data/config", default=None, help="configuration of a data set on the hub")
-    split: str = field("data/split", default="train", help="split of a data set on the hub")
+    name: str = field("data/name", help="text file, folder or pattern, or the name of a hub dataset")
+    config: str | None = field("data/config", default=None, help="configuration of a hub dataset")
+    split: str = field("data/split", default="train", help="split of a hub dataset")
     text_key: str = field("data/text_key", default="text", help="key of the text in a row")
-    suffix: str = field("data/suffix", default="", help="the shards go to OUT/data/<name>[_<suffix>]")
+    suffix: str = field("data/suffix", default="", help="added to the folder of the shards: OUT/data/<name>_<suffix>")
     max_samples: int | None = field("data/max_samples", default=None, help="take this many documents; default: all")
-    val_pct: float = field("data/val_pct", default=0.05, help="part of the documents that is held out")
-    seed: int = field("data/seed", default=2357, help="seed of the order of documents, if they are shuffled")
+    val_pct: float = field("data/val_pct", default=0.05, help="fraction of the documents to hold out")
+    seed: int = field("data/seed", default=2357, help="seed for shuffling the documents")
     shuffle_buffer: int = field(
         "data/shuffle_buffer", default=0, help="shuffle through a buffer of this many documents"
     )
-    streaming: bool = field("data/streaming", default=True, help="read a data set on the hub without a copy on disk")
-    backend: str = field("tokenizer/backend", default="tiktoken", help="tiktoken, huggingface, or train_bpe: train one")
+    streaming: bool = field("data/streaming", default=True, help="stream a hub dataset instead of downloading it first")
+    backend: str = field(
+        "tokenizer/backend", default="tiktoken", help="tiktoken, huggingface, or train_bpe to train one"
+    )
     tokenizer: str = field(
-        "tokenizer/name", default="cl100k_base", help="encoding, name or folder; for train_bpe the size"
+        "tokenizer/name", default="cl100k_base", help="encoding, name or folder; for train_bpe, the vocabulary size"
     )
     num_proc: int = field("system/num_proc", default=8, help="worker processes")
 
@@ -61,7 +63,7 @@ class TokenizeVariableDataset(BasicJob):
         name = config.tokenizer
         if config.backend == "train_bpe":
             if not name.isdecimal():
-                raise ConfigError(f"tokenizer.name={name} must be the size of the vocabulary, such as 4096")
+                raise ConfigError(f"tokenizer.name={name} must be a vocabulary size, such as 4096")
             tokenizer: dict[str, object] = {"train_bpe": int(name)}
         else:
             tokenizer = {backends[config.backend]: name}
@@ -89,6 +91,6 @@ class TokenizeVariableDataset(BasicJob):
         with stop.listening():
             outcome = tokenize_dataset(options, stop, tokenizer=loaded, repair=True)
         if outcome.manifest is None:
-            print(f"stopped by {signal.Signals(outcome.received).name}; the same command continues where it was")
+            print(f"stopped by {signal.Signals(outcome.received).name}; run the same command again to resume")
             raise SystemExit(128 + outcome.received)
         print(f"token shards: {outcome.folder}", flush=True)

@@ -1,4 +1,4 @@
-"""Names that other systems have for our options, as data: one table each way."""
+"""Names that other systems use for our options, as a table."""
 
 from __future__ import annotations
 
@@ -18,27 +18,32 @@ def _same(value: Any, get: Get) -> Any:
 
 @dataclass(frozen=True)
 class Alias:
-    """Another name of the option ``path``. ``to`` turns a value under that name into ours, ``back`` ours into one; both may
-    ask for other options. ``also`` are options that get the same value unless they are given themselves."""
+    """Another name of the option ``path``. ``to`` converts a value under that name into ours, ``back`` does the reverse;
+    both may read other options. ``also`` are options that get the same value unless they are given themselves. ``type`` is
+    the type of a value under that name (``None``: that of the option)."""
 
     path: str
     to: Callable[[Any, Get], Any] = _same
     back: Callable[[Any, Get], Any] = _same
     also: tuple[str, ...] = ()
+    type: Any = None
 
 
 SECTIONS: Mapping[str, str] = MappingProxyType({"training": "train", "optimization": "optim", "architecture": "model"})
 
 
 def tokens(path: str) -> Alias:
-    """Sequences there, tokens here."""
+    """The option ``path``, in tokens, under a name that counts sequences."""
     return Alias(
-        path, lambda value, get: value * get("train.seq_len"), lambda value, get: value // get("train.seq_len")
+        path,
+        lambda value, get: value * get("train.seq_len"),
+        lambda value, get: value // get("train.seq_len"),
+        type=int,
     )
 
 
 def _steps(get: Get) -> int:
-    """The steps of the run as far as the options say them."""
+    """Number of steps of the run. Raises: ConfigError if the options do not say how long it is."""
     if (steps := get("train.max_steps")) is not None:
         return int(steps)
     if (tokens := get("train.max_train_tokens")) is not None:
@@ -47,18 +52,23 @@ def _steps(get: Get) -> int:
 
 
 _WARMUP = Alias(
-    "optim.warmup_steps", lambda value, get: int(value * _steps(get)), lambda value, get: value / _steps(get)
+    "optim.warmup_steps",
+    lambda value, get: int(value * _steps(get)),
+    lambda value, get: value / _steps(get),
+    type=float,
 )
 _ROPE = Alias(
     "model.position_type",
     lambda value, get: "rotary" if value else "learned",
     lambda value, get: value == "rotary",
+    type=bool,
 )
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _DTYPE = Alias(
     "train.precision",
     lambda value, get: _DTYPES.get(value, value),
     lambda value, get: {ours: theirs for theirs, ours in _DTYPES.items()}.get(value, value),
+    type=str,
 )
 HEADS = Alias("model.num_attention_heads", also=("model.num_key_value_heads",))
 _INTERMEDIATE = Alias(
@@ -68,6 +78,7 @@ _MIN_LR = Alias(
     "optim.min_lr",
     lambda value, get: value * get("optim.max_lr"),
     lambda value, get: value / get("optim.max_lr"),
+    type=float,
 )
 
 TRAINING: Mapping[str, Alias] = MappingProxyType(

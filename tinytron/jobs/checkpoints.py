@@ -22,7 +22,7 @@ FINAL = "final"
 
 
 def newest_run(folder: Path) -> list[CheckpointFiles]:
-    """The checkpoints, newest first, of the run in the job's ``folder`` that saved last. What was set aside is no run."""
+    """The checkpoints, newest first, of the run in the job's ``folder`` that saved last, without those set aside."""
     name = re.compile(re.escape(folder.name) + "_[0-9a-f]{8}")
     found = [path for path in folder.glob("*/") if name.fullmatch(path.name)]
     runs = [complete_checkpoints(path) for path in found]
@@ -41,7 +41,7 @@ def best_of(run: list[CheckpointFiles]) -> CheckpointFiles | None:
 
 def named_checkpoint(folder: Path, name: str) -> CheckpointFiles:
     """The checkpoint ``name`` of the job in ``folder``: ``latest``, ``best``, ``final`` or a step. Raises: CheckpointError
-    if there is none, naming those that there are."""
+    if there is none, and lists those that exist."""
     run = newest_run(folder)
     steps = {str(files.step): files for files in run}
     found = {LATEST: run[0] if run else None, BEST: best_of(run) if name == BEST else None, **steps}.get(name)
@@ -58,6 +58,8 @@ def find_checkpoint(root: str, relative: str) -> CheckpointFiles:
     """The checkpoint of another job: ``[[PROJECT/]GROUP/]NAME[/CHECKPOINT]`` below ``root``'s checkpoints, by default its
     latest one. Raises: CheckpointError if there is none."""
     parts = relative.strip("/").split("/")
+    if not all(parts) or {".", ".."} & set(parts):
+        raise CheckpointError(f"restore {relative!r} must be NAME or NAME/CHECKPOINT, such as my-run/best")
     top = Path(root) / CHECKPOINTS
     for count in (len(parts), len(parts) - 1):
         place = parts[:count]
@@ -72,7 +74,7 @@ def find_checkpoint(root: str, relative: str) -> CheckpointFiles:
 
 def set_later_aside(run: list[CheckpointFiles], chosen: CheckpointFiles) -> Path | None:
     """Move the checkpoints of ``run`` after ``chosen`` into a folder next to the run's, which is returned if there are any.
-    Raises: ConfigError if the run is alive."""
+    Raises: ConfigError if the run is in progress."""
     later = [files for files in run if files.step > chosen.step]
     if not later:
         return None

@@ -1,4 +1,4 @@
-"""Which class runs what is registered under a name."""
+"""The class that runs a registered job."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def job_class(key: str) -> type[BasicJob]:
     target = JOBS[key]
     if inspect.isclass(target) and issubclass(target, BasicJob):
         return target
-    if inspect.isclass(target) and "tinytron.training.trainer" in sys.modules:  # else it is no trainer
+    if inspect.isclass(target) and "tinytron.training.trainer" in sys.modules:  # otherwise it cannot be a trainer
         training = importlib.import_module("tinytron.jobs.training")
         if issubclass(target, training.Trainer):
             found: type[BasicJob] = training.TrainingJob.of(target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tinytron.job import BasicJob
 from tinytron.jobs.aliases import SECTIONS, Alias
 from tinytron.utils.optional import require_package
 
-# Keys of a file beside the options: the job, the hardware it asks for, and the checkpoint of another job to begin from.
+# Keys of a file besides the options: the job, the hardware it asks for, and another job's checkpoint to start from.
 ABOUT = ("job", "request", "restore")
 
 
@@ -27,16 +28,16 @@ class JobOptions:
         self._defaults = {path: o.default for path, o in self.known.items() if not o.required} | dict(cls.DEFAULTS)
         self._given: dict[str, Any] = {}  # by the name that was used: an option or an alias
         for path in cls.DEFAULTS:
-            assert path in self.known, f"{path} is no option of {key}"
+            assert path in self.known, f"{path} is not an option of {key}"
 
     def update(self, content: Mapping[str, Any], where: str) -> None:
-        """Take the options of a nested mapping over those given so far. Raises: ConfigError, beginning with ``where``, for
-        an unknown option, for a value of the wrong type, and for two names of one option with different values."""
+        """Apply the options of a nested mapping on top of those given so far. Raises: ConfigError, beginning with
+        ``where``, for an unknown option, for a value of the wrong type, and for two names of one option that disagree."""
         found: dict[str, tuple[str, str, Any]] = {}
-        for path, value in self._leaves(content):
+        for path, value in self._leaves(content, where=where):
             name = self._spelled(path, where)
             other = found.setdefault(self._target(name), (path, name, value))
-            if other[2] != value:
+            if other[0] != path and other[2] != value:
                 raise ConfigError(f"{where}: {other[0]} and {path} are one option; give one of them")
         followers = {
             path for _, name, _ in found.values() if name not in self.known for path in self._aliases[name].also
@@ -48,7 +49,7 @@ class JobOptions:
                 self._given.pop(name, None)
 
     def update_known(self, content: Mapping[str, Any], where: str) -> list[str]:
-        """As ``update``, but options that the job does not have are left out; returns them."""
+        """Like ``update``, but skip options that the job does not have, and return their names."""
         left_out = []
         for path, value in self._leaves(content):
             try:
@@ -60,21 +61,24 @@ class JobOptions:
         return left_out
 
     def override(self, words: Sequence[str]) -> None:
-        """Take ``key=value`` words. Raises: ConfigError as ``update``, and for a word of another form."""
+        """Apply ``key=value`` arguments. Raises: ConfigError like ``update``, and for an argument of another form."""
         conf = require_package("omegaconf", "cli").OmegaConf
         for word in words:
-            name, equals, _ = word.partition("=")
+            name, equals, text = word.partition("=")
             if not equals or not name:
-                raise ConfigError(f"{word} is no option; write key=value, such as train.max_steps=100")
+                raise ConfigError(f"{word} is not an option; write key=value, such as train.max_steps=100")
             try:
                 content = conf.to_container(conf.from_dotlist([word]), resolve=True)
             except Exception as error:
                 raise ConfigError(f"{word} cannot be read ({first_line(error)}); quote values as YAML does") from error
-            for path, value in self._leaves(content):
-                self._put(self._spelled(path, word), value, word)
+            for path, value in self._leaves(content, where=word):
+                named = self._spelled(path, word)
+                if path == name and isinstance(value, (bool, int, float)) and self._is_text(named):
+                    value = text  # 2024_01 is a number to YAML, and "no" is false
+                self._put(named, value, word)
 
     def set(self, path: str, value: Any) -> None:
-        """Take one value. Raises: ConfigError as ``update``."""
+        """Set one value. Raises: ConfigError like ``update``."""
         self._put(self._spelled(path, path), value, path)
 
     def get(self, path: str) -> Any:
@@ -88,7 +92,7 @@ class JobOptions:
         return None if value is None else alias.back(value, self.get)
 
     def sections(self, path: str) -> bool:
-        """Whether options lie below ``path``, under any name."""
+        """True if ``path`` is a section, by its own name or another system's."""
         prefix = f"{path}."
         names = (*self.known, *self._aliases, *(f"{theirs}." for theirs in SECTIONS))
         return any(name.startswith(prefix) for name in names)
@@ -132,16 +136,40 @@ class JobOptions:
         order = list(dict.fromkeys(path.rpartition(".")[0] for path in self.known))
         return sorted(self.known.items(), key=lambda item: order.index(item[0].rpartition(".")[0]))
 
-    def _leaves(self, content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    def _leaves(self, content: Mapping[str, Any], prefix: str = "", where: str = "") -> Iterator[tuple[str, Any]]:
         for key, value in content.items():
             path = f"{prefix}{key}"
-            if isinstance(value, Mapping) and path not in self.known and path not in self._aliases:
-                yield from self._leaves(value, f"{path}.")
-            else:
+            if path in self.known or path in self._aliases:
                 yield path, value
+            elif isinstance(value, Mapping):
+                yield from self._leaves(value, f"{path}.", where)
+            elif not self.sections(path):
+                yield path, value
+            elif value is not None and where:  # None: a section whose lines are all commented out
+                raise ConfigError(f"{where}: {path} is a section of options, not a value; {self._example(path)}")
+
+    def _example(self, section: str) -> str:
+        prefixes = (f"{section}.", f"{SECTIONS.get(section, section)}.")
+        first = next((path for path in self.known if path.startswith(prefixes)), None)
+        return f"give {first}=..." if first else "give one of its options"
+
+    def _is_text(self, name: str) -> bool:
+        """True if the option ``name`` takes text, and no number."""
+        kind = self._kind(name)
+        return kind is str or set(typing.get_args(kind)) == {str, type(None)}
+
+    def _kind(self, name: str) -> Any:
+        """The type of the option or alias ``name``."""
+        if name in self.known:
+            return self.known[name].type
+        alias = self._aliases[name]
+        ours = self.known[alias.path].type
+        if alias.type is None:
+            return ours
+        return alias.type | None if type(None) in typing.get_args(ours) else alias.type
 
     def _spelled(self, path: str, where: str) -> str:
-        """``path`` as an option or an alias is called, whichever name its section has. Raises: ConfigError."""
+        """The name of the option or alias at ``path``, by any name of its section. Raises: ConfigError for none."""
         section, _, rest = path.partition(".")
         ours = f"{SECTIONS[section]}.{rest}" if section in SECTIONS else path
         theirs = {name: f"{other}.{rest}" for other, name in SECTIONS.items()}.get(section, path)
@@ -159,12 +187,12 @@ class JobOptions:
     def _put(self, name: str, value: Any, where: str) -> None:
         if value == "???":
             return
-        if name in self.known:
-            value = dict(self.known[name].flag.words).get(value, value) if isinstance(value, str) else value
-            try:
-                value = converted(name, value, self.known[name].type)
-            except ConfigError as error:
-                raise ConfigError(str(error) if where.startswith(name) else f"{where}: {error}") from None
+        if name in self.known and isinstance(value, str):
+            value = dict(self.known[name].flag.words).get(value, value)
+        try:
+            value = converted(name, value, self._kind(name))
+        except ConfigError as error:
+            raise ConfigError(str(error) if where.startswith(name) else f"{where}: {error}") from None
         target = self._target(name)
         for other in [other for other in self._given if self._target(other) == target]:
             del self._given[other]
@@ -176,10 +204,8 @@ class JobOptions:
                 continue
             if name == path:
                 return value
-            try:
-                return converted(name, self._aliases[name].to(value, get), self.known[path].type)
-            except TypeError as error:
-                raise ConfigError(f"{name}={value} does not translate to {path}") from error
+            ours = None if value is None else self._aliases[name].to(value, get)
+            return converted(name, ours, self.known[path].type)
         for name, value in self._given.items():
             if name in self._aliases and name not in self.known and path in self._aliases[name].also:
                 return value
@@ -217,14 +243,20 @@ class View:
 
 def read_file(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options in a YAML file, nested, and what else it says (``ABOUT``). Raises: ConfigError if it cannot be read."""
-    conf = require_package("omegaconf", "cli").OmegaConf
+    omegaconf = require_package("omegaconf", "cli")
+    conf = omegaconf.OmegaConf
     try:
         content = conf.to_container(conf.load(Path(path).expanduser()), resolve=True)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read ({first_line(error)}); make one with tinytron configure") from error
-    except Exception as error:  # YAML's and OmegaConf's own
+    except omegaconf.errors.OmegaConfBaseException as error:  # the other lines describe its internals
+        raise ConfigError(f"{path} is not valid YAML ({first_line(error)})") from error
+    except Exception as error:  # YAML's, whose last line says where
         raise ConfigError(f"{path} is not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds no options; make one with tinytron configure JOB {path}")
-    about = {name: content.pop(name) for name in ABOUT if name in content}
+    about = {name: value for name in ABOUT if (value := content.pop(name, None)) is not None}
+    for name in ("job", "restore"):
+        if not isinstance(about.get(name, ""), str):
+            raise ConfigError(f"{path}: {name}: {about[name]} must be text; write it in quotes")
     return content, about

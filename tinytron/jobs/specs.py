@@ -1,4 +1,4 @@
-"""From files and words to the work that they describe: one spec for each stage, checked before any of them runs."""
+"""Reads option files and ``key=value`` arguments into one spec per stage, and checks all of them before any stage runs."""
 
 from __future__ import annotations
 
@@ -21,6 +21,12 @@ def check_name(kind: str, name: str) -> str:
     return name
 
 
+def check_place(name: str, project: str, group: str) -> None:
+    """Raises: ConfigError if one of the parts of a job's place cannot be a folder."""
+    for kind, part in (("name", name), ("project", project), ("group", group)):
+        check_name(kind, part)
+
+
 def read_stages(
     name: str,
     files: Sequence[str],
@@ -36,11 +42,9 @@ def read_stages(
     """The spec of each of ``files``, called ``name``, or with several ``name_stage0``, ``name_stage1`` and so on.
 
     ``job`` is the job of files that name none; ``words`` (``key=value``) apply to every stage that has the option;
-    ``restore`` is for the first. Raises: ConfigError for whatever cannot run as it is written.
+    ``restore`` is for the first. Raises: ConfigError for anything that cannot run as written.
     """
-    check_name("name", name)
-    check_name("project", project)
-    check_name("group", group)
+    check_place(name, project, group)
     stages = [_read(file, job) for file in files]
     for word in words:
         _override(word, [options for options, _, _ in stages])

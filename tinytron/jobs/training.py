@@ -1,8 +1,9 @@
-"""A trainer as a job: its options as those of a file, its runs in the job's folder."""
+"""A trainer as a job: its options come from a file, and its runs are in the job's folder."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
@@ -38,7 +39,11 @@ class TrainingJob(BasicJob):
 
     @classmethod
     def options(cls) -> list[Option]:
-        """The options of a run that are no matter of the job itself, and the trainer's and the model's own."""
+        """The options of a run, except those that the job itself sets, and what the trainer and its model declare."""
+        return cls._options_of_run() + cls._declared_options()
+
+    @classmethod
+    def _options_of_run(cls) -> list[Option]:
         found = []
         for section, owner in all_sections(cls.TRAINER.sections).items():
             for info in config_fields(owner):
@@ -46,18 +51,21 @@ class TrainingJob(BasicJob):
                 path = f"{section}.{info.name}"
                 if path not in _NOT_IN_FILES:
                     found.append(Option(path, info.name, owner.__name__, kind, info.default, info.flag))
-        return found + cls._own_options()
+        return found
 
     @classmethod
-    def _own_options(cls) -> list[Option]:
+    def _declared_options(cls) -> list[Option]:
+        """The options that the trainer and its model declare: their own, and those of a run that they read."""
         owners = [getattr(cls.TRAINER, name, None) for name in ("CONFIG", "MODEL")]
         return [option for owner in owners if owner is not None for option in options_of(owner)]
 
     def config_of_run(self) -> Config:
         """The configuration of the run. Raises: ConfigError for values that break a rule."""
         values = self.spec.values
-        own = {option.path: option for option in self._own_options()}
-        given = changed([option for option in self.options() if option.path not in own], values)
+        of_run = self._options_of_run()
+        paths_of_run = {option.path for option in of_run}
+        own = {option.path: option for option in self._declared_options() if option.path not in paths_of_run}
+        given = changed(of_run, values)
         given |= {"exp_name": self.spec.name, "log_dir": str(self.spec.folder)}
         if self.spec.restore is not None:
             given["init_from"] = str(find_checkpoint(self.spec.root, self.spec.restore).model)
@@ -72,7 +80,7 @@ class TrainingJob(BasicJob):
         """Make the configuration, which checks it. Raises: ConfigError."""
         restore = self.spec.restore
         if restore is not None and self.spec.values["ckpt.init_from"] is not None:
-            raise ConfigError(f"restore {restore} and ckpt.init_from are both weights to begin with; leave one out")
+            raise ConfigError(f"restore {restore} and ckpt.init_from both name weights to start from; leave one out")
         TrainingJob.config_of_run(type(self)(dataclasses.replace(self.spec, restore=None)))
 
     def go_back_to(self, checkpoint: str) -> None:
@@ -92,12 +100,13 @@ class TrainingJob(BasicJob):
 
     @property
     def local(self) -> bool:
-        """Whether this process is the first of all."""
+        """True in the first process of all."""
         return place_in_world()[0] == 0
 
 
 def changed(options: list[Option], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``values`` by flag that are not the default. The others are not "given": weights to start from may differ."""
+    """The ``values`` by flag that differ from the default. The others do not count as given, so that weights to start from
+    can bring their own."""
     shown = {option: plain(values[option.path]) for option in options}
     return {option.name: value for option, value in shown.items() if value != plain(option.default)}
 
@@ -113,4 +122,6 @@ def _section_of(options: list[Option]) -> type:
 
 
 def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    if isinstance(value, Mapping):
+        return json.dumps(dict(value), sort_keys=True)
+    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
