@@ -18,7 +18,7 @@ from pathlib import Path
 from tinytron.training import build_config, parse_args
 from tinytron.training.run.folder import run_folder
 
-ADAMW_RATES = (6e-4, 1e-3, 2e-3, 4e-3)
+ADAM_RATES = (6e-4, 1e-3, 2e-3, 4e-3)
 MUON_RATES = (0.005, 0.01, 0.02, 0.04)
 
 
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--max_steps", type=int, default=120)
     parser.add_argument("--warmup_steps", type=int)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
-    parser.add_argument("--adamw", type=float, nargs="*", default=ADAMW_RATES, help="peak rates")
+    parser.add_argument("--adam", type=float, nargs="*", default=ADAM_RATES, help="peak rates")
     parser.add_argument("--muon", type=float, nargs="*", default=MUON_RATES, help="peak rates")
     parser.add_argument("--log_dir", type=Path, default=Path("log/preset_rates"))
     parser.add_argument("flags", nargs="*", help="for all runs, after --")
@@ -60,7 +60,7 @@ def main() -> None:
     common += ["--max_steps", str(args.max_steps), "--warmup_steps", str(warmup), "--val_every_steps", "0"]
     common += ["--log_dir", str(args.log_dir / args.preset), *args.flags]
     rows = []
-    for optimizer, rates in (("adamw", args.adamw), ("muon", args.muon)):
+    for optimizer, rates in (("adam", args.adam), ("muon", args.muon)):
         for rate in rates:
             losses = []
             for seed in args.seeds:

@@ -32,6 +32,8 @@ def test_every_alias_names_an_option(options: JobOptions) -> None:
     [
         ({"training": {"batch_size": 4}, "architecture": {"block_size": 32}}, "train.total_batch_size", 128),
         ({"training": {"per_device_batch_size": 16}}, "train.batch_size", 16),
+        ({"training": {"per_device_batch_size": -1}}, "train.batch_size", 0),  # auto
+        ({"train": {"batch_size": "auto"}}, "train.batch_size", 0),
         ({"training": {"tokens": 1e9}}, "train.max_train_tokens", 10**9),
         ({"training": {"validation_steps": 2}, "train": {"seq_len": 8}}, "train.max_eval_tokens", 16),
         ({"optimization": {"lr": "3e-4"}}, "optim.max_lr", 3e-4),
