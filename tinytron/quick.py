@@ -8,8 +8,6 @@ with quick("gpt/train/pretrain", "/path/to/output", "my-run") as j:
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from tinytron.config import configuration, nested
 from tinytron.errors import ConfigError
 from tinytron.job import JobSpec
 from tinytron.jobs.kinds import job_class
-from tinytron.jobs.options import JobOptions, View, read_file
+from tinytron.jobs.options import JobOptions, View, about_of, read_file
 from tinytron.jobs.specs import check_place
 from tinytron.utils.training import write_atomically
 
@@ -36,6 +34,12 @@ class QuickJob:
         self.config = View(self.options)
         self._spec = JobSpec(job, name, out_path, {}, project, group)
 
+    def __enter__(self) -> QuickJob:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to end."""
+
     @property
     def spec(self) -> JobSpec:
         """The work as it is configured now. Raises: ConfigError if a required option is missing."""
@@ -47,9 +51,8 @@ class QuickJob:
 
     def __call__(self) -> None:
         """Run it in this process, or continue it. A finished job only says so. Raises: TinytronError."""
-        spec = self.spec
-        with configuration(nested(spec.values)):
-            job = job_class(spec.job)(spec)
+        job = self.create()
+        with configuration(nested(job.spec.values)):
             job.check()
             job()
 
@@ -60,8 +63,7 @@ class QuickJob:
 
     def save(self, file: str, chip: str | None = None, n_chips: int | None = None, n_shards: int | None = None) -> None:
         """Write the options to ``file`` for ``tinytron run``, and the hardware they ask for."""
-        request = {"chip": chip, "min_chips": n_chips or 1, "n_shards": n_shards or 1} if chip or n_chips else None
-        about = {"job": self._spec.job, **({"request": request} if request else {})}
+        about = about_of(self._spec.job, chip, n_chips, n_shards)
         if self._spec.restore is not None:
             about["restore"] = self._spec.restore
         text = self.options.as_yaml(about)
@@ -87,14 +89,4 @@ def init(
     return QuickJob(job, os.fspath(root), name, project, group, config)
 
 
-@contextmanager
-def quick(
-    job: str,
-    out_path: str | os.PathLike[str] | None = None,
-    name: str = "quick",
-    project: str = "general",
-    group: str = "default",
-    config: str | None = None,
-) -> Iterator[QuickJob]:
-    """``init`` as a context."""
-    yield init(job, out_path, name, project, group, config)
+quick = init  # for a `with` statement

@@ -104,7 +104,8 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
         ),
     }
 )
-_GPT2 = {name: value for name, value in preset_options("gpt2").items() if name in ("norm_type", "norm_eps", "mlp_type")}
+# What gpt2fun has no flags for.
+_ARCHITECTURE = ("norm_type", "norm_eps", "mlp_type", "position_type", "tied_lm_head", "init_std")
 
 
 class RunGPT2(TrainingJob):
@@ -112,15 +113,7 @@ class RunGPT2(TrainingJob):
 
     ALIASES = MappingProxyType({name: s.alias for name, s in SETTINGS.items() if name != s.alias.path})
     DEFAULTS = MappingProxyType(
-        {
-            **{f"model.{name}": value for name, value in _GPT2.items()},
-            **{
-                "model.position_type": "learned",
-                "model.tied_lm_head": True,
-                "model.init_std": 0.02,
-                "optim.min_lr": 0.0,
-            },
-        }
+        {"optim.min_lr": 0.0, **{f"model.{name}": preset_options("gpt2")[name] for name in _ARCHITECTURE}}
     )
 
 
@@ -149,8 +142,7 @@ def build_config_of(argv: Sequence[str], environment: Mapping[str, str]) -> Conf
     for name, value in values.items():
         options.set(name, value)
     options.set("ckpt.do_save", save_dir is not None)
-    if "model.intermediate_size" not in given:
-        options.set("model.intermediate_size", 4 * values["model.n_embd"])
+    options.set("model.intermediate_size", 4 * values["model.n_embd"])
     chosen = changed(RunGPT2.options(), options.values())
     if "from_pretrained" in given:  # the architecture is that of the weights
         kept = {SETTINGS[name].alias.path.rpartition(".")[2] for name in given if name.startswith("model.")}

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tinytron.errors import ConfigError
 from tinytron.registry import JOBS, load_module
@@ -59,7 +58,7 @@ def configure(argv: Sequence[str], prog: str = "tinytron configure") -> None:
     args = parse_with_overrides(parser, argv)
     for module in args.load:
         load_module(module)
-    text, notes, missing = configured(args.job, args.overrides, args.previous, request_of(args))
+    text, notes, missing = configured(args.job, args.overrides, args.previous, (args.chip, args.n_chips, args.n_shards))
     keep_edits(Path(args.out), text, args.job, args.previous)
     write_file(Path(args.out), text)
     for note in notes:
@@ -71,11 +70,11 @@ def configure(argv: Sequence[str], prog: str = "tinytron configure") -> None:
 
 
 def configured(
-    key: str, overrides: Sequence[str], previous: str | None, request: dict[str, Any]
+    key: str, overrides: Sequence[str], previous: str | None, hardware: tuple[str | None, int | None, int | None]
 ) -> tuple[str, list[str], list[str]]:
     """The YAML of the job ``key``, notes for the user, and the required options that are missing."""
     from tinytron.jobs.kinds import job_class  # takes a second to import for jobs that train
-    from tinytron.jobs.options import JobOptions, read_file
+    from tinytron.jobs.options import JobOptions, about_of, read_file
 
     options = JobOptions(key, job_class(key))
     notes = []
@@ -85,15 +84,8 @@ def configured(
         if left_out:
             notes.append(f"left out, as {key} has no such option: {', '.join(left_out)}")
     options.override(overrides)
-    about = {"job": key, **({"request": request} if request else {})}
+    about = about_of(key, *hardware)
     return options.as_yaml(about), notes, options.missing()
-
-
-def request_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The hardware that a file asks for."""
-    if args.chip is None and args.n_chips is None and args.n_shards is None:
-        return {}
-    return {"chip": args.chip, "min_chips": args.n_chips or 1, "n_shards": args.n_shards or 1}
 
 
 def keep_edits(path: Path, text: str, job: str, previous: str | None) -> None:

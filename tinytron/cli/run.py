@@ -38,6 +38,8 @@ def main(argv: Sequence[str], prog: str = "tinytron run") -> int:
     """Run the job of a file, and the stages after it. Returns its exit status. Raises: TinytronError."""
     if argv and argv[0] in (_STAGE, _WORKER):
         spec = JobSpec.from_json(Path(argv[1]).read_text(encoding="utf-8"))
+        for module in spec.load:
+            load_module(module)
         return start(spec) if argv[0] == _STAGE else execute(spec)
     parser = Parser(prog=prog, description=__doc__)
     parser.add_argument("name", metavar="NAME", help="name of this work and of its folder")
@@ -134,8 +136,6 @@ def run_stages(specs: Sequence[JobSpec]) -> int:
 def start(spec: JobSpec) -> int:
     """Run the job on as many processes as it takes: this one, or more that are started here. Raises: TinytronError;
     SystemExit with the status of a process that failed, or if the job was asked to stop."""
-    for module in spec.load:
-        load_module(module)
     count = processes() if job_class(spec.job).all_processes else 1
     if count == 1:
         return execute(spec)
@@ -149,8 +149,6 @@ def start(spec: JobSpec) -> int:
 
 def execute(spec: JobSpec) -> int:
     """Run the job in this process; returns 0. Raises: TinytronError; SystemExit if it was asked to stop."""
-    for module in spec.load:
-        load_module(module)
     with configuration(nested(spec.values)):
         _job(spec)()
     return 0

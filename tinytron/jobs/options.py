@@ -214,6 +214,13 @@ class JobOptions:
         return self._defaults[path]
 
 
+def about_of(key: str, chip: str | None, n_chips: int | None, n_shards: int | None) -> dict[str, Any]:
+    """What a file says besides the options: its job, and the hardware that it asks for, if any."""
+    if chip is None and n_chips is None and n_shards is None:
+        return {"job": key}
+    return {"job": key, "request": {"chip": chip, "min_chips": n_chips or 1, "n_shards": n_shards or 1}}
+
+
 class View:
     """A section of a job's options as attributes, read and written under any of their names."""
 

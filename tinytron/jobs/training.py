@@ -81,7 +81,7 @@ class TrainingJob(BasicJob):
         restore = self.spec.restore
         if restore is not None and self.spec.values["ckpt.init_from"] is not None:
             raise ConfigError(f"restore {restore} and ckpt.init_from both name weights to start from; leave one out")
-        TrainingJob.config_of_run(type(self)(dataclasses.replace(self.spec, restore=None)))
+        type(self)(dataclasses.replace(self.spec, restore=None)).config_of_run()
 
     def go_back_to(self, checkpoint: str) -> None:
         """Set the job's later checkpoints aside, so that training continues from ``checkpoint``."""

@@ -17,6 +17,7 @@ from tinytron.training.memory import estimated_bytes
 from tinytron.utils.memory import GIB, Memory, memory_of
 
 AUTO = 0  # --batch_size auto
+_ADVICE = "use --recompute full, a shorter --seq_len, a smaller model or more processes"
 _SHARE = 0.9  # of the free memory: the estimate may be too low by a tenth
 
 
@@ -55,13 +56,10 @@ def fit_batch_size(config: Config, state: ParallelState) -> tuple[Config, str]:
     raise ConfigError(f"--batch_size auto: even one sequence does not fit; {_ADVICE}")
 
 
-_ADVICE = "use --recompute full, a shorter --seq_len, a smaller model or more processes"
-
-
 def sizes_that_fit(config: Config, layout: ParallelLayout, device: torch.device, memory: Memory) -> list[int]:
     """The micro-batches that divide the batch of a rank and fit ``memory`` by the estimate, largest first. Raises:
     ConfigError if there is none."""
-    if config.model.use_moe and config.model.moe_aux_loss_scope == "batch" and config.model.moe_aux_loss_coef > 0:
+    if config.balanced_sequences is not None:
         raise ConfigError(
             "--batch_size auto does not go with --moe_aux_loss_scope batch, whose loss depends on the micro-batch; give a "
             "number such as --batch_size 8"
@@ -97,7 +95,7 @@ def _fits_everywhere(config: Config, state: ParallelState) -> bool:
 
 
 def _fits(config: Config, state: ParallelState) -> bool:
-    """Whether this rank can run a micro-batch forward and backward next to the optimizer's share of memory."""
+    """Whether this rank can run a micro-batch forward and backward."""
     try:
         run_micro_batch(config, state)
     except torch.OutOfMemoryError:
