@@ -9,37 +9,23 @@ Trains GPT-2 on all GPUs of this machine, or on NPROC CPU processes. Batches are
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
+from tinytron.cli.front_end import Setting, Settings, aliases_of, options_of, read_flags, require_flags, with_defaults
 from tinytron.cli.run import processes
 from tinytron.config import MISSING
 from tinytron.errors import ConfigError
 from tinytron.jobs.aliases import HEADS, Alias, tokens
-from tinytron.jobs.options import JobOptions
-from tinytron.jobs.training import TrainingJob, changed
+from tinytron.jobs.training import TrainingJob
 from tinytron.training import Config, Trainer, build_config, parse_args
 from tinytron.training.config_files import words_of
 from tinytron.training.presets import preset_options
-from tinytron.utils.flags import FieldInfo, Flag, Parser, add_flag, parse_strictly
 
 DATA_VARIABLE = "TFDS_DATA_DIR"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A flag of gpt2fun: the option that it sets here, its type and default there (``MISSING``: it is required)."""
-
-    alias: Alias
-    type: Callable[[str], Any]
-    default: Any
-    help: str
 
 
 def number_or_none(text: str) -> float:
@@ -47,7 +33,7 @@ def number_or_none(text: str) -> float:
     return 0.0 if text == "None" else float(text)
 
 
-SETTINGS: Mapping[str, Setting] = MappingProxyType(
+SETTINGS: Settings = MappingProxyType(
     {
         "model.n_layer": Setting(Alias("model.num_layer"), int, 12, "blocks"),
         "model.n_head": Setting(HEADS, int, 12, "attention heads"),
@@ -104,6 +90,7 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
         ),
     }
 )
+PATHS = {name: setting.alias.path for name, setting in SETTINGS.items() if setting.alias is not None}
 # What gpt2fun has no flags for.
 _ARCHITECTURE = ("norm_type", "norm_eps", "mlp_type", "position_type", "tied_lm_head", "init_std")
 
@@ -111,7 +98,7 @@ _ARCHITECTURE = ("norm_type", "norm_eps", "mlp_type", "position_type", "tied_lm_
 class RunGPT2(TrainingJob):
     """GPT-2 as gpt2fun trains it."""
 
-    ALIASES = MappingProxyType({name: s.alias for name, s in SETTINGS.items() if name != s.alias.path})
+    ALIASES = aliases_of(SETTINGS)
     DEFAULTS = MappingProxyType(
         {"optim.min_lr": 0.0, **{f"model.{name}": preset_options("gpt2")[name] for name in _ARCHITECTURE}}
     )
@@ -119,33 +106,21 @@ class RunGPT2(TrainingJob):
 
 def build_config_of(argv: Sequence[str], environment: Mapping[str, str]) -> Config:
     """The configuration that the flags ``argv`` of gpt2fun describe. Raises: ConfigError."""
-    parser = Parser(
-        prog="python scripts/run_gpt2.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name, setting in SETTINGS.items():
-        shown = "required" if setting.default is MISSING else setting.default
-        text = setting.help if shown is None else f"{setting.help} ({shown})"
-        add_flag(parser, FieldInfo(name, setting.type, True, None, Flag(text)))
-    given = {name: value for name, value in vars(parse_strictly(parser, argv)).items() if value is not None}
-    if "num_tokens" not in given:
-        raise ConfigError("--num_tokens is required: the length of the run; give --num_tokens=1000000000")
+    given = read_flags(SETTINGS, argv, prog="python scripts/run_gpt2.py", description=__doc__)
+    require_flags(SETTINGS, given, "--num_tokens=1000000000, the length of the run")
     if "data_dir" not in given and DATA_VARIABLE in environment:
         given["data_dir"] = str(Path(environment[DATA_VARIABLE]) / "fineweb100B")
     if "data_dir" not in given:
         raise ConfigError(
             f"there is no data: give --data_dir, or set {DATA_VARIABLE}; scripts/download_fineweb100B.py downloads some"
         )
-    values = {name: s.default for name, s in SETTINGS.items() if s.default not in (MISSING, None)} | given
+    values = with_defaults(SETTINGS, given)
     values["per_device_batch_size"] = min(values["per_device_batch_size"], values["batch_size"])
     save_dir = values.pop("save_dir", None)
-    options = JobOptions("gpt2fun", RunGPT2)
-    for name, value in values.items():
-        options.set(name, value)
-    options.set("ckpt.do_save", save_dir is not None)
-    options.set("model.intermediate_size", 4 * values["model.n_embd"])
-    chosen = changed(RunGPT2.options(), options.values())
+    values |= {"ckpt.do_save": save_dir is not None, "model.intermediate_size": 4 * values["model.n_embd"]}
+    chosen = options_of(RunGPT2, values, "gpt2fun")
     if "from_pretrained" in given:  # the architecture is that of the weights
-        kept = {SETTINGS[name].alias.path.rpartition(".")[2] for name in given if name.startswith("model.")}
+        kept = {path.rpartition(".")[2] for name, path in PATHS.items() if name in given and name.startswith("model.")}
         sizes = {option.name for option in RunGPT2.options() if option.path.startswith("model.")}
         chosen = {name: value for name, value in chosen.items() if name not in sizes or name in kept}
     return build_config(parse_args(words_of({**chosen, "exp_name": "gpt2", "log_dir": save_dir or "./log/"})))
