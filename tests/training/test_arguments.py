@@ -44,7 +44,7 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
         "adam_eps": 1e-8, "optimizer": "adam", "muon_momentum": 0.95, "muon_ns_steps": 5, "muon_normuon": False,
         "muon_beta2": 0.95, "muon_cautious": False, "matrix_lr_mult": 1.0, "embedding_lr_mult": 1.0, "head_lr_mult": 1.0,
         "scalar_lr_mult": 1.0, "lr_schedule": "cosine", "wsd_decay_fraction": 0.1, "wsd_decay_shape": "cosine",
-        "decay_embeddings": True, "decay_all": False,
+        "decay_embeddings": True, "decay_all": False, "warmup_ratio": 0.0, "lr_power": 1.0, "lr_cycles": 1,
     },
     "ckpt": {
         **{"do_save": True, "save_every_steps": 5000, "resume": True, "resume_path": None},
@@ -86,6 +86,7 @@ OTHER = {
     "max_eval_tokens": 10**6,
     "eot_id": 0,
     "split_rate": 0.5,
+    "warmup_ratio": 0.01,
     "hidden_size": 2048,
     "num_attention_heads": 64,
     "num_key_value_heads": 16,

@@ -166,11 +166,20 @@ class OptimConfig:
         Flag("AdamW, or Muon for matrices (a good first max_lr is 0.02) with AdamW for the rest"),
     ] = "adam"
     max_lr: Annotated[float, Flag("peak learning rate", at_least=0, at_most=1000)] = 4e-3
-    min_lr: Annotated[float, Flag("learning rate of the last step (cosine, wsd)", at_least=0, at_most=1000)] = 3e-5
+    min_lr: Annotated[
+        float, Flag("learning rate of the last step, where a schedule decays to it", at_least=0, at_most=1000)
+    ] = 3e-5
     warmup_steps: Annotated[
         int, Flag("linear warm-up; a run of at most this length gets a tenth of its steps", "steps", at_least=0)
     ] = 1000
+    warmup_ratio: Annotated[
+        float, Flag("warm-up as a part of the steps, instead of warmup_steps; 0: off", at_least=0, below=1, works=0.01)
+    ] = 0.0
     lr_schedule: Annotated[str, Flag("shape after the warm-up", choices=tuple(SCHEDULES))] = "cosine"
+    lr_power: Annotated[
+        float, Flag("polynomial schedule: exponent of the steps that are left", above=0, at_most=100, works=1.0)
+    ] = 1.0
+    lr_cycles: Annotated[int, Flag("cosine_with_restarts: number of half waves", at_least=1)] = 1
     wsd_decay_fraction: Annotated[
         float, Flag("last part of the steps in which wsd decays", above=0, at_most=1, works=0.1)
     ] = 0.1
