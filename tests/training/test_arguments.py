@@ -37,7 +37,7 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
     "data": {
         "dataset_path": None, "use_mock_data": False, "mock_data_num_samples": 1280, "num_workers": 0, "pin_memory": True,
         "token_dtype": None, "document_mask": False, "cross_document_loss": True, "packing": "concat", "eot_id": None,
-        "eot_position": "prepend", "prefetch": 2,
+        "eot_position": "prepend", "prefetch": 2, "val_dataset_path": None,
     },
     "optim": {
         "max_lr": 4e-3, "min_lr": 3e-5, "warmup_steps": 1000, "weight_decay": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.95,
@@ -97,6 +97,7 @@ OTHER = {
     "moe_z_loss_coef": 1e-4,
     "moe_bias_update_rate": 1e-3,
     "dataset_path": "shards",
+    "val_dataset_path": "held_out",
     "resume_path": "log/run",
     "spike_sigma": 6.0,
     "step_timeout": 600.0,
@@ -114,6 +115,7 @@ NEEDED = {
     "seq_len": ["--block_size", "5000"],
     "sliding_window_layers": ["--sliding_window", "8"],
     "hub_model_id": ["--export_every", "5000"],
+    "val_dataset_path": ["--dataset_path", "shards"],
     "dry_run_world_size": ["--dry_run"],
     "eval_every": ["--eval_tasks", "sky.jsonl"],
     "eval_tokenizer": ["--eval_tasks", "sky.jsonl"],

@@ -353,7 +353,7 @@ EXECUTION = {
     },
     "model": set(),
     "optim": set(),
-    "data": {"dataset_path", "use_mock_data", "num_workers", "pin_memory", "token_dtype", "prefetch"},
+    "data": {"dataset_path", "val_dataset_path", "use_mock_data", "num_workers", "pin_memory", "token_dtype", "prefetch"},
     "parallel": {
         "backend", "init_method", "sep_size", "ep_size", "use_distributed_optimizer", "bucket_size_mb",
         "overlap_grad_reduce", "overlap_param_gather", "grad_reduce_dtype", "print_topology", "ddp_find_unused_parameters",

@@ -36,6 +36,10 @@ def check(
     if optim.min_lr > optim.max_lr:
         raise ConfigError(f"--min_lr {optim.min_lr} exceeds --max_lr {optim.max_lr}; use at most {optim.max_lr}")
     _check_evaluation(train)
+    if data.val_dataset_path is not None and (data.dataset_path is None or data.use_mock_data):
+        raise ConfigError(
+            f"--val_dataset_path {data.val_dataset_path} needs shards to train on; give --dataset_path too, or drop it"
+        )
     _check_lengths(train, model, ckpt)
     _check_layout(parallel, train, model)
     if ckpt.init_from is not None and ckpt.resume_path is not None:

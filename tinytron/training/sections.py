@@ -219,6 +219,14 @@ class DataConfig:
             path=True,
         ),
     ] = None
+    val_dataset_path: Annotated[
+        str | None,
+        Flag(
+            "file, folder, URL or pattern of the validation shards; default: the val_*.bin of dataset_path",
+            identity=False,
+            path=True,
+        ),
+    ] = None
     token_dtype: Annotated[
         Literal["uint16", "uint32"] | None, Flag("type of the tokens in shards without a header", identity=False)
     ] = None
