@@ -47,7 +47,7 @@ def test_a_renamed_shard_keeps_what_the_manifest_says(made: Path) -> None:
     assert (shard.count, shard.sha256, shard.eot) == (before.count, before.sha256, before.eot)
     assert shard.vocab_size == before.vocab_size is not None
     assert shard.eot == EndOfText(0, "prepend")
-    # The file of documents was not renamed.
+    assert shard.document_starts is not None  # from the file of documents, which was not renamed
     assert shard.starts_between(0, shard.count).tolist() == [start for start in starts if start < 200]
     assert names(find_shards(str(made), "val")) == ["validation_000000.bin"]
     assert "train_000000.bin" not in names(find_shards(str(made), "train"))

@@ -49,7 +49,7 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
     "ckpt": {
         **{"do_save": True, "save_every_steps": 5000, "resume": True, "resume_path": None},
         **{"init_from": None, "async_save": True, "keep_last": 0, "keep_every": 0, "keep_best": False},
-        **{"export_every": 0, "hub_model_id": None, "hub_private": True},
+        **{"export_every": 0, "hub_model_id": None, "hub_private": True, "export_dir": None, "save_at_start": False},
     },
     "parallel": {
         "backend": "auto", "init_method": "env://", "sep_size": 1, "ddp_find_unused_parameters": False,
@@ -109,12 +109,14 @@ OTHER = {
     "rope_scaling": "linear",
     "export_every": 10000,
     "hub_model_id": "lab/model",
+    "export_dir": "exports",
 }
 
 NEEDED = {
     "seq_len": ["--block_size", "5000"],
     "sliding_window_layers": ["--sliding_window", "8"],
     "hub_model_id": ["--export_every", "5000"],
+    "export_dir": ["--export_every", "5000"],
     "val_dataset_path": ["--dataset_path", "shards"],
     "dry_run_world_size": ["--dry_run"],
     "eval_every": ["--eval_tasks", "sky.jsonl"],

@@ -360,7 +360,7 @@ EXECUTION = {
         "ddp_gradient_as_bucket_view",
     },
     "ckpt": {"do_save", "save_every_steps", "async_save", "keep_last", "keep_every", "keep_best", "resume", "resume_path",
-             "export_every", "hub_model_id", "hub_private"},
+             "export_every", "export_dir", "save_at_start", "hub_model_id", "hub_private"},
     "logging": {
         "log_dir", "log_every", "print_config", "moe_router_debug", "moe_route_trace", "dry_run", "dry_run_world_size",
     },

@@ -18,6 +18,7 @@ from tinytron.training.sections import (
     SeedConfig,
     TrainingConfig,
 )
+from tinytron.utils.remote import is_remote
 
 
 def check(
@@ -98,11 +99,23 @@ def _check_layout(parallel: ParallelConfig, train: TrainingConfig, model: ModelC
 
 
 def _check_exports(ckpt: CkptConfig) -> None:
+    if ckpt.save_at_start and not ckpt.do_save:
+        raise ConfigError("--save_at_start saves, and --no-do_save does not; drop one of them")
+    if ckpt.export_dir is not None and is_remote(ckpt.export_dir):
+        raise ConfigError(
+            f"--export_dir {ckpt.export_dir} is a URL; give a local folder, or drop it: with a URL as --log_dir the "
+            "exports in the run's folder are copied there"
+        )
     if not ckpt.export_every:
         if ckpt.hub_model_id is not None:
             raise ConfigError(
                 f"--hub_model_id {ckpt.hub_model_id} uploads exports, and there are none; "
                 f"use --export_every {ckpt.save_every_steps or 1000}"
+            )
+        if ckpt.export_dir is not None:
+            raise ConfigError(
+                f"--export_dir {ckpt.export_dir} is for exports, and there are none; "
+                f"use --export_every {ckpt.save_every_steps or 1000}, or drop it"
             )
         return
     if not ckpt.do_save:

@@ -306,6 +306,9 @@ class CkptConfig:
     save_every_steps: Annotated[
         int, Flag("save interval; 0: only after the last", "steps", identity=False, at_least=0)
     ] = 5000
+    save_at_start: Annotated[
+        bool, Flag("also save, and export, the weights that training begins with, as step 0", identity=False)
+    ] = False
     async_save: Annotated[
         bool, Flag("train on while a checkpoint is written; off: wait for the disk", identity=False)
     ] = True
@@ -326,6 +329,12 @@ class CkptConfig:
             at_least=0,
         ),
     ] = 0
+    export_dir: Annotated[
+        str | None,
+        Flag(
+            "folder of this run's exports, as step<N>; default: export/ in the run's folder", identity=False, path=True
+        ),
+    ] = None
     hub_model_id: Annotated[
         str | None, Flag("upload every export to this hub repository, owner/name, as revision step<N>", identity=False)
     ] = None
