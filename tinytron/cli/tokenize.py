@@ -7,12 +7,12 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tinytron.data.manifest import Manifest
 from tinytron.data.shards import split_of
-from tinytron.text.options import parse_options
+from tinytron.text.options import TokenizeOptions, parse_options
 from tinytron.text.tokenize import tokenize_dataset
 from tinytron.utils.signals import StopRequest
 
@@ -28,10 +28,20 @@ Interrupted? The same command continues. Afterwards: tinytron data info data/cor
 """
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "tinytron tokenize") -> int:
-    """Options of ``argv`` (default: the command line) -> shards, and how to train on them. Returns 0, or 128 and the signal
-    that stopped it. Raises: TinytronError."""
+def into_cache_dir(options: TokenizeOptions) -> TokenizeOptions:
+    """``options`` as timl's command means them: without ``--output_dir``, the shards go to ``--cache_dir``, and what comes
+    from the hub to ``hub`` in it."""
+    if options.cache_dir is None or options.output_dir is not None:
+        return options
+    return replace(options, output_dir=options.cache_dir, cache_dir=str(Path(options.cache_dir) / "hub"))
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "tinytron tokenize", *, into_cache: bool = False) -> int:
+    """Options of ``argv`` (default: the command line) -> shards, and how to train on them. ``into_cache``: as
+    ``into_cache_dir``. Returns 0, or 128 and the signal that stopped it. Raises: TinytronError."""
     options = parse_options(argv, DESCRIPTION.format(prog=prog), prog)
+    if into_cache:
+        options = into_cache_dir(options)
     stop = StopRequest()
     with stop.listening():
         outcome = tokenize_dataset(options, stop)
