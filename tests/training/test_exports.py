@@ -183,9 +183,11 @@ def test_the_start_is_saved_and_exported_to_a_folder_of_its_own(ranks: Pools, tm
     for path in run.folder.glob("*_meta.pt"):
         if not path.name.startswith("00000"):
             path.unlink()
+    written = [path.stat().st_mtime_ns for path in (run.folder / "00000_model.pt", run.folder / "00002_model.pt")]
     again = pool.run(train, Trainer, tmp_path, *flags)[0]
     assert losses(again.log) == losses(run.log)
-    assert (tmp_path / "models" / "step0").stat().st_mtime < (tmp_path / "models" / "step2").stat().st_mtime
+    assert (run.folder / "00000_model.pt").stat().st_mtime_ns == written[0]
+    assert (run.folder / "00002_model.pt").stat().st_mtime_ns > written[1]
 
 
 def test_exports_of_another_run_are_never_replaced(ranks: Pools, tmp_path: Path) -> None:
