@@ -159,7 +159,7 @@ def test_it_is_a_program_and_so_is_the_tokenizer_pipeline(tmp_path: Path) -> Non
     assert f"train: 30 documents, {count:,} tokens, 1 shards in {tmp_path / 'out'}" in done.stdout
     assert f"train with: python pretrain_debug.py --dataset_path {tmp_path / 'out'} --vocab_size 384" in done.stdout
     assert "documents/s" in done.stderr
-    assert run(*script).stdout == f"{tmp_path / 'out'} is there already: nothing to do\n"
+    assert run(*script).stdout == f"{tmp_path / 'out'} already has the shards: nothing to do\n"
     done = run(*script, "--token_dtyp", "uint32")
     assert done.returncode == 2
     assert done.stderr.endswith("error: unknown argument --token_dtyp; did you mean --token_dtype?; see --help\n")

@@ -450,7 +450,7 @@ def test_errors_are_one_line_and_leave_nothing(
         words = ("export", "--checkpoint", wide, "--out", out, "--tokenizer", wide, "--gguf", kind)
         return refusal(*words, *more, capsys=capsys)
 
-    text = "error: --dtype is about folders, and --gguf f16 writes a file; drop one of the two"
+    text = "error: --dtype applies to folders, but --gguf f16 writes one file; drop one of the two"
     assert error("f16", "--dtype", "bf16") == text
     assert error("f16", "--max_shard_size", "5GB") == text.replace("dtype", "max_shard_size")
     assert error("q4_0").startswith("error: argument --gguf: invalid choice: 'q4_0'")

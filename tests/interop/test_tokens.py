@@ -137,7 +137,7 @@ def test_nothing_is_said_where_documents_have_no_end(made: Path, tmp_path: Path)
     tokenize(made / "texts.jsonl", made / "tokenizer.json", tmp_path / "data", "--eot_position", "none")
     run = write_run(tmp_path / "run", tmp_path / "data")
     assert ids_in_export(run, tmp_path / "out") == (None, None)
-    assert about_tokens(TokenizerFiles(())).startswith("no end-of-text token is known: generation does not stop")
+    assert about_tokens(TokenizerFiles(())).startswith("no end-of-text token is known, so generation does not stop")
 
 
 def ids_in_export(run: Path, out: Path, tokenizer: Path | None = None) -> tuple[Any, Any]:

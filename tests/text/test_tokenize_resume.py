@@ -324,7 +324,7 @@ def test_a_signal_stops_it_cleanly(corpus: Path, tmp_path: Path, number: signal.
     running.send_signal(number)
     out, err = running.communicate(timeout=60)
     assert running.returncode == 128 + number, err
-    assert f"stopped by {number.name}; the same command continues where it was" in err
+    assert f"stopped by {number.name}; the same command continues from here" in err
     assert "Traceback" not in err
     assert out == ""
     assert read_state(tmp_path) is not None

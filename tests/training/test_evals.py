@@ -215,7 +215,7 @@ def test_a_given_tokenizer_is_used(ranks: Pools, made: Path, tmp_path: Path) -> 
     [
         (("--checkpoint", "nowhere", "--tasks", "SKY"), "nowhere is not a folder here"),
         (("--checkpoint", ".", "--tasks", "gone.jsonl"), "the task file gone.jsonl cannot be read"),
-        (("--checkpoint", ".", "--tasks", "SKY", "SKY"), "--tasks has two files called sky, one name in the results"),
+        (("--checkpoint", ".", "--tasks", "SKY", "SKY"), "--tasks has two files called sky, and results go by file name"),
         (("--checkpoint", ".", "--tasks", "SKY", "--batch_tokens", 0), "--batch_tokens 0 must be at least 1"),
     ],
 )
