@@ -323,18 +323,18 @@ def test_errors_are_one_line_and_leave_nothing(tmp_path: Path, capsys: pytest.Ca
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
     out.mkdir()
     (out / "precious").touch()
-    assert export_error() == f"error: --out {out} is there already; use another name, or remove it"
+    assert export_error() == f"error: --out {out} already exists; use another name, or remove it"
     text = refusal("import", run, "--out", tmp_path / "new", capsys=capsys)
-    assert text == f"error: {run} is Tinytron's own already; use it with --init_from"
+    assert text == f"error: {run} already has Tinytron's format; use it with --init_from"
     text = refusal("import", "no such/name/here", "--out", tmp_path / "new", capsys=capsys)
     assert text == (
-        "error: no such/name/here is neither the folder of a model nor a name on the hub, such as openai-community/gpt2"
+        "error: no such/name/here is neither a model folder nor a name on the hub, such as openai-community/gpt2"
     )
     empty = tmp_path / "empty"
     empty.mkdir()
     text = refusal("export", "--checkpoint", empty, "--out", tmp_path / "new", capsys=capsys)
     assert text.startswith(
-        f"error: {empty} holds no checkpoint: use a run folder (with *_model.pt; --debug and --no-do_save "
+        f"error: {empty} has no checkpoint: use a run folder (with *_model.pt; --debug and --no-do_save "
     )
 
 
@@ -441,7 +441,5 @@ def test_weights_that_the_precision_cannot_hold_or_that_are_no_numbers_are_refus
         export(write_run(tmp_path / "negative", model), tmp_path / "out", dtype=torch.float16)
     with torch.no_grad():
         model.final_norm.weight[3] = float("nan")
-    with pytest.raises(
-        CheckpointError, match=r"norm.weight holds NaN or infinite weights; export an earlier checkpoint"
-    ):
+    with pytest.raises(CheckpointError, match=r"norm.weight has NaN or infinite weights; export an earlier checkpoint"):
         export(write_run(tmp_path / "broken", model), tmp_path / "out")

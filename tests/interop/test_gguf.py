@@ -327,7 +327,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "add_prefix_space, and llama.cpp puts no space before a text",
     ),
     ({"normalizer": {"type": "Lowercase"}}, "the normalizer Lowercase, and llama.cpp has none"),
-    ({"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}, "the model Unigram, and llama.cpp gets byte-level BPE"),
+    (
+        {"model": {"type": "Unigram", "vocab": [["a", 0.0]]}},
+        "the model Unigram, but llama.cpp gets only byte-level BPE",
+    ),
     (
         {"model": {"type": "BPE", "vocab": {"a": 0}, "byte_fallback": True}},
         "byte_fallback, and llama.cpp gets byte-level",
@@ -345,14 +348,10 @@ def test_what_llama_cpp_cannot_split_is_refused(tmp_path: Path, content: dict[st
 
 
 def test_a_tokenizer_is_needed_and_an_end(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"--gguf needs a tokenizer.json, and none is known; use --tokenizer path/to/"
-    ):
+    with pytest.raises(ConfigError, match=r"--gguf needs a tokenizer.json, but found none; use --tokenizer path/to/"):
         tokenizer_metadata(TokenizerFiles(()), VOCAB)
     path = write_tokenizer(tmp_path)
-    with pytest.raises(
-        ConfigError, match=r"no token is known that ends a text, and llama.cpp would take that of id 11; use"
-    ):
+    with pytest.raises(ConfigError, match=r"no token is known that ends a text, and llama.cpp would use id 11; use"):
         tokenizer_metadata(TokenizerFiles((path,)), VOCAB)
     path.write_text("{}")
     with pytest.raises(ConfigError, match=r"tokenizer.json cannot be read \(KeyError: 'model'\); use a tokenizer.json"):
@@ -368,13 +367,13 @@ SIZES: dict[str, Any] = {
 YARN: dict[str, Any] = {"rope_scaling": "yarn", "rope_scaling_factor": 2.0, "rope_original_block_size": 16}
 LLAMA3_SCALING = YARN | {"rope_scaling": "llama3"}
 LACKING: list[tuple[str, dict[str, Any], str]] = [
-    ("mistral", {"sliding_window": 5}, "--sliding_window 5, and llama.cpp's llama has no window below --block_size 32"),
+    ("mistral", {"sliding_window": 5}, "--sliding_window 5, but llama.cpp's llama supports no window below"),
     (
         "qwen3",
         {"sliding_window": 31, "sliding_window_layers": (1,)},
         "--sliding_window 31, and llama.cpp's qwen3 has no",
     ),
-    ("qwen2", LLAMA3_SCALING, "--rope_scaling llama3, and llama.cpp's qwen2 has none, linear and yarn"),
+    ("qwen2", LLAMA3_SCALING, "--rope_scaling llama3, but llama.cpp's qwen2 supports none, linear and yarn"),
     ("llama", YARN | {"rope_beta_fast": 8.0}, "--rope_beta_fast 8.0, and llama.cpp's llama has 32.0"),
     ("llama", YARN | {"rope_beta_slow": 2.0}, "--rope_beta_slow 2.0, and llama.cpp's llama has 1.0"),
     (
@@ -385,7 +384,7 @@ LACKING: list[tuple[str, dict[str, Any], str]] = [
     (
         "qwen2",
         {"head_dim": 6},
-        "--head_dim 6 of 4 heads, and llama.cpp's qwen2 has heads that make up --hidden_size 16",
+        "--head_dim 6 of 4 heads, but llama.cpp's qwen2 needs heads whose widths add up to --hidden_size 16",
     ),
     ("qwen3", {"attention_bias": True}, "--attention_bias, and llama.cpp's qwen3 has no biases"),
     ("qwen3_moe", EXPERTS | {"attention_bias": True}, "--attention_bias, and llama.cpp's qwen3moe has no biases"),
@@ -397,9 +396,9 @@ LACKING: list[tuple[str, dict[str, Any], str]] = [
     (
         "qwen3_moe",
         EXPERTS | {"first_k_dense": 1},
-        "layer 0 has no experts, and llama.cpp's qwen3moe has experts in every",
+        "layer 0 has no experts, but llama.cpp's qwen3moe needs experts in every",
     ),
-    ("gpt_neox", {"qkv_bias": True}, "--no-attention_bias, and llama.cpp's gptneox has biases in all projections"),
+    ("gpt_neox", {"qkv_bias": True}, "--no-attention_bias, but llama.cpp's gptneox needs biases in all projections"),
 ]
 
 
@@ -420,7 +419,7 @@ def test_windows_that_are_no_windows_are_fine() -> None:
 def test_a_family_that_llama_cpp_does_not_know_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(gguf_model.ARCHITECTURES, "qwen2")
     with pytest.raises(
-        ConfigError, match=r"^--gguf: llama.cpp does not know the family qwen2; known are llama, mistral, .+"
+        ConfigError, match=r"^--gguf: llama.cpp does not support the family qwen2; supported are llama, mistral, .+"
     ):
         architecture_for("qwen2", ModelConfig(**SIZES))
 
@@ -455,7 +454,7 @@ def test_errors_are_one_line_and_leave_nothing(
     assert error("f16", "--max_shard_size", "5GB") == text.replace("dtype", "max_shard_size")
     assert error("q4_0").startswith("error: argument --gguf: invalid choice: 'q4_0'")
     out.touch()
-    assert error("f16") == f"error: --out {out} is there already; use another name, or remove it"
+    assert error("f16") == f"error: --out {out} already exists; use another name, or remove it"
     out.unlink()
     weights = torch.load(wide / "00000_model.pt")
     weights["blocks.1.attn.out_proj.weight"][0, 0] = -1e6
@@ -465,7 +464,7 @@ def test_errors_are_one_line_and_leave_nothing(
     assert error("q8_0") == text.replace("f16 ends", "q8_0 ends")
     weights["final_norm.weight"][0] = float("nan")
     torch.save(weights, wide / "00000_model.pt")
-    with pytest.raises(CheckpointError, match=r"output_norm.weight holds NaN or infinite weights"):
+    with pytest.raises(CheckpointError, match=r"output_norm.weight has NaN or infinite weights"):
         export_gguf(wide, out, "bf16", tokenizer=wide)
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert error("f16").startswith("error: the package gguf is needed (")

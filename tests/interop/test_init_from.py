@@ -162,7 +162,7 @@ def test_a_run_says_which_settings_it_left_out(
     save("llama", tmp_path / "hf", torch.float32)
     change_config(tmp_path / "hf", is_llama_config=True, auto_map={"AutoModelForCausalLM": "modeling.X"})
     (said,) = ranks(1).run(_said, tmp_path / "hf", tmp_path / "log")
-    left_out = "; left out of its config.json, as not about the model's function: is_llama_config, auto_map"
+    left_out = "; ignored in its config.json, not part of the model's function: is_llama_config, auto_map"
     assert f"starting from the weights of {tmp_path / 'hf'}{left_out}\n" in said
     assert main(["import", str(tmp_path / "hf"), "--out", str(tmp_path / "own")]) == 0
     # Behind what transformers shows of its own progress.
@@ -212,7 +212,7 @@ def test_missing_weights_stop_every_rank(ranks: Pools, tmp_path: Path) -> None:
     save("llama", tmp_path / "hf")
     (tmp_path / "hf" / "model.safetensors").unlink()
     text = (
-        f"{tmp_path}/hf holds no weights: neither model.safetensors nor pytorch_model.bin, in one file or with an index"
+        f"{tmp_path}/hf has no weights: neither model.safetensors nor pytorch_model.bin, in one file or with an index"
     )
     assert ranks(2).run(_fails, tmp_path / "hf", tmp_path / "log") == [text] * 2
 

@@ -97,11 +97,11 @@ ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq
         (LLAMA, {"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}}, "truncate = False is not supported"),
         (
             LLAMA, {"rope_scaling": ROPE | {"low_freq_factor": 5.0}},
-            "config.json describes no model that Tinytron can build: --rope_low_freq_factor 5.0 must be below",
+            "config.json describes a model that Tinytron cannot build: --rope_low_freq_factor 5.0 must be below",
         ),
         (
             LLAMA, {"num_key_value_heads": 3},
-            "config.json describes no model that Tinytron can build: --num_key_value_heads 3 must divide",
+            "config.json describes a model that Tinytron cannot build: --num_key_value_heads 3 must divide",
         ),
         (
             LLAMA, {"quantization_config": {"bits": 4}},
