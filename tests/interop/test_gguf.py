@@ -314,26 +314,26 @@ def test_how_texts_are_split_has_a_name(tmp_path: Path, content: dict[str, Any],
 
 KNOWS = "knows ByteLevel alone, after Digits, or after the pattern of Llama 3 or Qwen 2"
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    (sequence(split("x+"), PLAIN), f"the pre-tokenizer x+ and ByteLevel, and llama.cpp {KNOWS}"),
-    (sequence(DIGITS, DIGITS, BYTES), f"the pre-tokenizer Digits and Digits and ByteLevel, and llama.cpp {KNOWS}"),
+    (sequence(split("x+"), PLAIN), f"the pre-tokenizer x+ and ByteLevel, but llama.cpp {KNOWS}"),
+    (sequence(DIGITS, DIGITS, BYTES), f"the pre-tokenizer Digits and Digits and ByteLevel, but llama.cpp {KNOWS}"),
     (sequence(DIGITS | {"individual_digits": False}, BYTES), "the pre-tokenizer Digits and ByteLevel"),
     (sequence(split(LLAMA3), BYTES), "the pre-tokenizer (?i:"),
     (sequence(split(LLAMA3) | {"invert": True}, PLAIN), "the pre-tokenizer (?i:"),
     ({"pre_tokenizer": PLAIN}, "the pre-tokenizer ByteLevel, and"),
-    ({"pre_tokenizer": {"type": "Metaspace"}}, f"the pre-tokenizer Metaspace, and llama.cpp {KNOWS}"),
+    ({"pre_tokenizer": {"type": "Metaspace"}}, f"the pre-tokenizer Metaspace, but llama.cpp {KNOWS}"),
     ({"pre_tokenizer": None}, "the pre-tokenizer None"),
     (
         {"pre_tokenizer": BYTES | {"add_prefix_space": True}},
-        "add_prefix_space, and llama.cpp puts no space before a text",
+        "add_prefix_space, but llama.cpp puts no space before a text",
     ),
-    ({"normalizer": {"type": "Lowercase"}}, "the normalizer Lowercase, and llama.cpp has none"),
+    ({"normalizer": {"type": "Lowercase"}}, "the normalizer Lowercase, but llama.cpp has no normalizers"),
     (
         {"model": {"type": "Unigram", "vocab": [["a", 0.0]]}},
         "the model Unigram, but llama.cpp gets only byte-level BPE",
     ),
     (
         {"model": {"type": "BPE", "vocab": {"a": 0}, "byte_fallback": True}},
-        "byte_fallback, and llama.cpp gets byte-level",
+        "byte_fallback, but llama.cpp gets only byte-level",
     ),
 ]
 
@@ -371,27 +371,27 @@ LACKING: list[tuple[str, dict[str, Any], str]] = [
     (
         "qwen3",
         {"sliding_window": 31, "sliding_window_layers": (1,)},
-        "--sliding_window 31, and llama.cpp's qwen3 has no",
+        "--sliding_window 31, but llama.cpp's qwen3 supports no",
     ),
     ("qwen2", LLAMA3_SCALING, "--rope_scaling llama3, but llama.cpp's qwen2 supports none, linear and yarn"),
-    ("llama", YARN | {"rope_beta_fast": 8.0}, "--rope_beta_fast 8.0, and llama.cpp's llama has 32.0"),
-    ("llama", YARN | {"rope_beta_slow": 2.0}, "--rope_beta_slow 2.0, and llama.cpp's llama has 1.0"),
+    ("llama", YARN | {"rope_beta_fast": 8.0}, "--rope_beta_fast 8.0, but llama.cpp's llama supports only 32.0"),
+    ("llama", YARN | {"rope_beta_slow": 2.0}, "--rope_beta_slow 2.0, but llama.cpp's llama supports only 1.0"),
     (
         "llama",
         YARN | {"rope_attention_factor": 1.5},
-        "--rope_attention_factor 1.5, and llama.cpp's llama has its default",
+        "--rope_attention_factor 1.5, but llama.cpp's llama supports only its default",
     ),
     (
         "qwen2",
         {"head_dim": 6},
         "--head_dim 6 of 4 heads, but llama.cpp's qwen2 needs heads whose widths add up to --hidden_size 16",
     ),
-    ("qwen3", {"attention_bias": True}, "--attention_bias, and llama.cpp's qwen3 has no biases"),
-    ("qwen3_moe", EXPERTS | {"attention_bias": True}, "--attention_bias, and llama.cpp's qwen3moe has no biases"),
+    ("qwen3", {"attention_bias": True}, "--attention_bias, but llama.cpp's qwen3 has no biases"),
+    ("qwen3_moe", EXPERTS | {"attention_bias": True}, "--attention_bias, but llama.cpp's qwen3moe has no biases"),
     (
         "qwen3_moe",
         EXPERTS | {"norm_topk_prob": False},
-        "--no-norm_topk_prob, and llama.cpp's qwen3moe divides the chosen",
+        "--no-norm_topk_prob, but llama.cpp's qwen3moe always divides the chosen",
     ),
     (
         "qwen3_moe",

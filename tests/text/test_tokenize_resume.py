@@ -235,7 +235,7 @@ def test_min_file_index_leaves_out_the_files_before(made: Path, tmp_path: Path) 
     out = tmp_path / "out"
     manifest = tokenize(*args, out, *FLAGS, "--min_file_index", 2, say=said.append).manifest
     assert manifest is not None
-    assert said == [f"files 0 to 1 are tokenized and dropped: {out} does not say where they end"]
+    assert said == [f"files 0 to 1 are tokenized and dropped, because {out} does not record where they end"]
     names = [shard.name for shard in manifest.shards_of("train")]
     assert names[0] == "train_000002.bin"
     assert sorted(p.name for p in out.glob("train_*.bin")) == names
