@@ -447,7 +447,7 @@ def test_rows_that_no_token_uses_are_said_if_they_are_many(ranks: Pools, made: P
     said = ranks(1).run(_train_printed, tmp_path / "a", *flags, "--vocab_size", 1024)[0]
     (line,) = (line for line in said.splitlines() if "never used" in line)
     assert line.startswith(
-        f"--vocab_size 1024, and the tokenizer has {size} tokens: {1024 - size} rows are never used; "
+        f"--vocab_size is 1024, but the tokenizer has {size} tokens: {1024 - size} rows are never used; "
     )
     works = int(line.split("--vocab_size ")[2].split()[0])
     assert size <= works < size + 64

@@ -130,7 +130,7 @@ def _try_micro_batch(folder: Path) -> None:
 
 def test_another_model_needs_a_number(ranks, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     error = ranks(1).run(_own_model_error, tmp_path)[0]
-    assert "estimates the memory of Tinytron's own model only; give a number such as 8" in error
+    assert "can only estimate the memory of Tinytron's own model; give a number such as 8" in error
 
 
 class Own(Trainer):

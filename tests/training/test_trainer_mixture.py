@@ -148,7 +148,7 @@ def test_a_mixture_is_not_cut_for_validation(ranks: Pools, tmp_path: Path) -> No
         (tmp_path / name / "val_000000.bin").unlink()
     (error,) = ranks(1).run(user_error, Trainer, tmp_path / "log", *FLAGS, "--dataset_path", path, "--do_val")
     assert (
-        "need validation data, and MixtureDataset cannot be split; set val_dataset (of token shards: tokenize" in error
+        "need validation data, but MixtureDataset cannot be split; set val_dataset (for token shards: tokenize" in error
     )
 
 
