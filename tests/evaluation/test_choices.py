@@ -188,7 +188,10 @@ def test_a_task_file(tmp_path: Path) -> None:
         ("{", "line 2 is not of the form {"),
         ("[]", "line 2 is not of the form"),
         ('{"context": "a", "choices": ["b", "c"]}', "(KeyError: 'answer')"),
-        ('{"context": "a", "choices": ["b"], "answer": 0}', "line 2 needs a text as context and at least two texts"),
+        (
+            '{"context": "a", "choices": ["b"], "answer": 0}',
+            "line 2 needs a text as context and at least two non-empty texts",
+        ),
         ('{"context": 1, "choices": ["b", "c"], "answer": 0}', "line 2 needs a text as context"),
         ('{"context": "a", "choices": ["b", ""], "answer": 0}', "two non-empty texts as choices"),
         (

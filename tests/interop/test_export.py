@@ -431,13 +431,15 @@ def test_weights_that_the_precision_cannot_hold_or_that_are_no_numbers_are_refus
     with torch.no_grad():
         model.blocks[0].mlp.down_proj.weight.mul_(1e6)
     run = write_run(tmp_path / "run", model)
-    with pytest.raises(ConfigError, match=r"--dtype fp16 ends at 65504, .*down_proj.weight has .*; use --dtype bf16"):
+    with pytest.raises(
+        ConfigError, match=r"--dtype fp16 has a maximum of 65504, .*down_proj.weight contains .*; use --dtype bf16"
+    ):
         export(run, tmp_path / "out", dtype=torch.float16)
     assert not (tmp_path / "out").exists()
     assert export(run, tmp_path / "bf16", dtype=torch.bfloat16).files == 1
     with torch.no_grad():
         model.blocks[0].mlp.down_proj.weight.abs_().neg_()
-    with pytest.raises(ConfigError, match="--dtype fp16 ends at 65504"):
+    with pytest.raises(ConfigError, match="--dtype fp16 has a maximum of 65504"):
         export(write_run(tmp_path / "negative", model), tmp_path / "out", dtype=torch.float16)
     with torch.no_grad():
         model.final_norm.weight[3] = float("nan")

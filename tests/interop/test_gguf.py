@@ -312,14 +312,14 @@ def test_how_texts_are_split_has_a_name(tmp_path: Path, content: dict[str, Any],
     assert tokenizer_metadata(facts_with(path), VOCAB)["tokenizer.ggml.pre"] == name
 
 
-KNOWS = "knows ByteLevel alone, after Digits, or after the pattern of Llama 3 or Qwen 2"
+KNOWS = "supports ByteLevel alone, after Digits, or after the pattern of Llama 3 or Qwen 2"
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (sequence(split("x+"), PLAIN), f"the pre-tokenizer x+ and ByteLevel, but llama.cpp {KNOWS}"),
     (sequence(DIGITS, DIGITS, BYTES), f"the pre-tokenizer Digits and Digits and ByteLevel, but llama.cpp {KNOWS}"),
     (sequence(DIGITS | {"individual_digits": False}, BYTES), "the pre-tokenizer Digits and ByteLevel"),
     (sequence(split(LLAMA3), BYTES), "the pre-tokenizer (?i:"),
     (sequence(split(LLAMA3) | {"invert": True}, PLAIN), "the pre-tokenizer (?i:"),
-    ({"pre_tokenizer": PLAIN}, "the pre-tokenizer ByteLevel, and"),
+    ({"pre_tokenizer": PLAIN}, "the pre-tokenizer ByteLevel, but"),
     ({"pre_tokenizer": {"type": "Metaspace"}}, f"the pre-tokenizer Metaspace, but llama.cpp {KNOWS}"),
     ({"pre_tokenizer": None}, "the pre-tokenizer None"),
     (
@@ -459,7 +459,7 @@ def test_errors_are_one_line_and_leave_nothing(
     weights = torch.load(wide / "00000_model.pt")
     weights["blocks.1.attn.out_proj.weight"][0, 0] = -1e6
     torch.save(weights, wide / "00000_model.pt")
-    text = "error: --gguf f16 ends at 65504, and blk.1.attn_output.weight has 1e+06; use --gguf bf16"
+    text = "error: --gguf f16 has a maximum of 65504, but blk.1.attn_output.weight contains 1e+06; use --gguf bf16"
     assert error("f16") == text
     assert error("q8_0") == text.replace("f16 ends", "q8_0 ends")
     weights["final_norm.weight"][0] = float("nan")

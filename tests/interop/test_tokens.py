@@ -189,7 +189,7 @@ def test_ids_without_a_token_are_suppressed(made: Path, tmp_path: Path, capsys: 
     assert said in capsys.readouterr().out
     assert read(tmp_path / "out", "generation_config")["suppress_tokens"] == list(range(size, V))
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"| rows without a token | {V - size}, which generation_config.json suppresses |" in card
+    assert f"| embedding rows without a token | {V - size}, which generation_config.json suppresses |" in card
     assert "| end of a document | `<|endoftext|>`, id 0, before each |" in card
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()

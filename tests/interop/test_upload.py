@@ -141,7 +141,7 @@ def test_nobody_waits_for_an_upload(hub: ModelHub, tmp_path: Path) -> None:
 def test_a_hub_that_refuses_is_an_error_at_once(hub: ModelHub, tmp_path: Path, status: int) -> None:
     hub.refuse = lambda method, path: status
     with pytest.raises(
-        ConfigError, match=r"^--hub_model_id lab/model: the hub refuses \(.+\); set HF_TOKEN to a token"
+        ConfigError, match=r"^--hub_model_id lab/model: the hub refuses access \(.+\); set HF_TOKEN to a token"
     ):
         HubUploader(REPOSITORY, tmp_path, endpoint=hub.url)
 

@@ -71,7 +71,9 @@ def test_what_does_not_fit_in_what_is_free_is_said_with_a_way_out() -> None:
 
 
 def test_what_cannot_fit_is_refused() -> None:
-    text = r"this run needs about 11\.\d GiB, but this machine has 8\.0 \(5.0 free\); use --batch_size 1; --dry_run shows what"
+    text = (
+        r"this run needs about 11\.\d GiB, but this machine has 8\.0 \(5.0 free\); use --batch_size 1; --dry_run shows"
+    )
     with pytest.raises(ConfigError, match=text):
         say(8, 5)
     with pytest.raises(ConfigError, match=r"use --recompute full; --dry_run shows what the memory is used for"):

@@ -48,7 +48,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("", "--dataset_path is missing; .*file or folder.*hub"),
         (
             "--dataset_path x",
-            ".*tokenizer; .*--tokenizer_name, --encoding_name, --tokenizer_path, --train_bpe",
+            ".*tokenizer given; .*--tokenizer_name, --encoding_name, --tokenizer_path, --train_bpe",
         ),
         ("--dataset_path x --train_bpe 300 --encoding_name gpt2", "--encoding_name and --train_bpe .*; give"),
         ("--dataset_pat x", "unknown argument --dataset_pat; did you mean --dataset_path?"),
@@ -195,7 +195,7 @@ def test_a_source_that_there_is_not(made: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"--dataset_path .*/gone: there is no such file or folder"):
         tokenize(tmp_path / "gone", made / "tokenizer.json", tmp_path / "out")
     with pytest.raises(
-        ConfigError, match=r"--dataset_name x is for datasets on the hub, but --dataset_path .* is a file"
+        ConfigError, match=r"--dataset_name x is for datasets on the hub, but --dataset_path .* is local"
     ):
         tokenize(made / "c.jsonl", made / "tokenizer.json", tmp_path / "out", "--dataset_name", "x")
 

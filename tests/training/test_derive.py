@@ -129,7 +129,7 @@ def test_a_warm_up_of_one_step_is_never_cut() -> None:
 @pytest.mark.parametrize(
     ("warmup", "line"),
     [
-        (1000, "20 steps (the first 2 warm up) of 512 tokens in sequences of 16, 16 micro-batches each"),
+        (1000, "20 steps (2 of them warm-up) of 512 tokens in sequences of 16, 16 micro-batches each"),
         (0, "20 steps of 512 tokens in sequences of 16, 16 micro-batches each"),
     ],
 )

@@ -177,7 +177,7 @@ def build_profiler(
 def describe_run_size(config: Config, model: nn.Module, state: ParallelState, info: TrainingInfo) -> str:
     """A line about what is trained, on which devices and for how long."""
     count = sum(spec.numel for spec in specs_of(model))  # including all experts, on whichever rank
-    steps = f"{info.max_steps} steps" + (f" (the first {info.warmup_steps} warm up)" if info.warmup_steps else "")
+    steps = f"{info.max_steps} steps" + (f" ({info.warmup_steps} of them warm-up)" if info.warmup_steps else "")
     micro_batches = f"{info.grad_accum_steps} micro-batch" + ("es" if info.grad_accum_steps > 1 else "")
     return (
         f"{count / 1e6:.2f}M parameters in {config.train.precision} on {state.layout.world_size} x {state.device.type} | "
