@@ -367,7 +367,11 @@ SIZES: dict[str, Any] = {
 YARN: dict[str, Any] = {"rope_scaling": "yarn", "rope_scaling_factor": 2.0, "rope_original_block_size": 16}
 LLAMA3_SCALING = YARN | {"rope_scaling": "llama3"}
 LACKING: list[tuple[str, dict[str, Any], str]] = [
-    ("mistral", {"sliding_window": 5}, "--sliding_window 5, but llama.cpp's llama supports no window below"),
+    (
+        "mistral",
+        {"sliding_window": 5},
+        "--sliding_window 5, but llama.cpp's llama supports no window below --block_size 32",
+    ),
     (
         "qwen3",
         {"sliding_window": 31, "sliding_window_layers": (1,)},
