@@ -56,7 +56,7 @@ def write_architecture(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
         values = {"model_type": family.model_type, "architectures": [family.architecture], **family.write(config)}
         try:
             read = read_config(values, "config.json").config
-        except ConfigError:  # what this family can express of it is not a valid model
+        except ConfigError:  # the part that this family can express is not a valid model
             continue
         different = _differences(config, read)
         if not different:
@@ -100,8 +100,8 @@ def _show(config: ModelConfig, key: str) -> list[str]:
 
 
 def facts(config: ModelConfig) -> dict[str, Any]:
-    """What the weights mean, keyed by flag. Options without effect are left out, so two configurations that mean the same
-    have equal facts."""
+    """The meaning of the weights, keyed by flag. Options without effect are left out, so two configurations that mean the
+    same have equal facts."""
     names = "block_size vocab_size num_layer num_attention_heads num_key_value_heads hidden_size norm_type norm_eps"
     names += " parallel_residual qk_norm position_type tied_lm_head use_moe"
     found: dict[str, Any] = {name: getattr(config, name) for name in names.split()}

@@ -262,9 +262,9 @@ def _tokens_of(files: Sequence[Path]) -> dict[str, int]:
 
 
 def initial_tokens(name: str, vocab_size: int) -> TokenizerFiles:
-    """What a run with ``vocab_size`` tokens inherits from the weights ``name`` that it starts from (``--init_from``): the
-    facts about their tokens, and their tokenizer's files unless it has ids that the run does not have. Raises: ConfigError
-    or CheckpointError if the weights cannot be read."""
+    """The tokens that a run with ``vocab_size`` tokens inherits from the weights ``name`` that it starts from
+    (``--init_from``): the facts about them, and their tokenizer's files unless it has ids that the run does not have.
+    Raises: ConfigError or CheckpointError if the weights cannot be read."""
     if is_saved_model(Path(name)):
         saved = saved_model(Path(name), check=False)
         tokens = saved.section(TOKENS)

@@ -107,10 +107,10 @@ def _folder(path: str) -> Path:
 
 @dataclass(frozen=True)
 class TokenFacts:
-    """What a model has learned about tokens: ``ends``, the first of which separates documents, and whether texts begin with
-    it (``prepend``). ``begin`` and ``pad`` are the ones that an imported model names, and ``first`` is the token that its
-    tokenizer puts before every text, unless that is the end. All are ids, or ``None``. ``inherited`` facts come from an
-    imported model and were not replaced by data."""
+    """Facts about tokens that a model has learned: ``ends``, the first of which separates documents, and whether texts
+    begin with it (``prepend``). ``begin`` and ``pad`` are the ones that an imported model names, and ``first`` is the token
+    that its tokenizer puts before every text, unless that is the end. All are ids, or ``None``. ``inherited`` facts come
+    from an imported model and were not replaced by data."""
 
     ends: tuple[int, ...] = ()
     prepend: bool = False

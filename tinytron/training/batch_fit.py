@@ -18,7 +18,7 @@ from tinytron.utils.memory import GIB, Memory, memory_of
 
 AUTO = 0  # --batch_size auto
 _ADVICE = "use --recompute full, a shorter --seq_len, a smaller model or more processes"
-_SHARE = 0.9  # of the free memory, because the estimate may be a tenth too low
+_SHARE = 0.9  # fraction of the free memory: the estimate may be a tenth too low
 
 
 def with_batch_size(config: Config, batch_size: int) -> Config:

@@ -344,7 +344,7 @@ class CkptConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """What is printed and written."""
+    """Console output, log files and trial modes."""
 
     exp_name: Annotated[str, Flag("first part of the run folder's name")] = "gpt"
     log_dir: Annotated[str, Flag("folder or URL that contains run folders", identity=False, path=True)] = "./log/"

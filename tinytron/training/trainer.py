@@ -200,7 +200,7 @@ class Trainer(RankAttributes):
         return losses
 
     def _normalizer(self, batch: Batch) -> torch.Tensor:
-        """What this rank's part of a micro-batch adds to the divisor of the loss: a whole number, on the device; default:
+        """This rank's contribution to the divisor of the loss for a micro-batch: a whole number, on the device; default:
         its valid targets. It is summed over all ranks, so anything that every rank of ``sp_group`` sees must be counted on
         only one of them. Rows that pad a validation batch have no valid label and must not count."""
         return batch.targets()
