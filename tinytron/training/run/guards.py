@@ -125,7 +125,11 @@ class Guards:
         if self._error is not None:
             raise self._error
         if self._signal:
-            off = "--debug" if self.config.train.debug else "" if self.config.ckpt.do_save else "--no-do_save"
+            off = ""
+            if self.config.train.debug:
+                off = "--debug"
+            elif not self.config.ckpt.do_save:
+                off = "--no-do_save"
             again = "the same command" if self.config.ckpt.resume else "this command without --no-resume"
             what = f"nothing is saved with {off}" if off else f"saved; run {again} again to resume"
             if not step:  # the first step was dropped
