@@ -308,7 +308,7 @@ def test_errors_are_one_line_and_leave_nothing(tmp_path: Path, capsys: pytest.Ca
     )
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 41}}}))
     assert export_error("--tokenizer", tmp_path / "tokenizer.json") == (
-        f"error: --tokenizer {tmp_path}/tokenizer.json has ids up to 41, the model 41 tokens; "
+        f"error: --tokenizer {tmp_path}/tokenizer.json has ids up to 41, but the model has 41 tokens; "
         "use the one it was trained with"
     )
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -365,7 +365,7 @@ def test_the_tokenizer_of_a_mixture_is_that_of_its_first_source_with_one(
     assert found == plain
     assert found.files == (shards[0] / "tokenizer.json",)
     assert tokenizer_of_data(str(tmp_path / "gone.json"), 448).files == ()
-    with pytest.raises(ConfigError, match=r"^the tokenizer of .+mixture.json has ids up to \d+, the model 7 tokens"):
+    with pytest.raises(ConfigError, match=r"^the tokenizer of .+mixture.json has ids up to \d+, but the model has 7 tokens"):
         tokenizer_of_data(str(tmp_path / "mixture.json"), 7)
 
 

@@ -465,7 +465,7 @@ def test_errors_are_one_line_and_leave_nothing(
     torch.save(weights, wide / "00000_model.pt")
     text = "error: --gguf f16 has a maximum of 65504, but blk.1.attn_output.weight contains 1e+06; use --gguf bf16"
     assert error("f16") == text
-    assert error("q8_0") == text.replace("f16 ends", "q8_0 ends")
+    assert error("q8_0") == text.replace("f16 has", "q8_0 has")
     weights["final_norm.weight"][0] = float("nan")
     torch.save(weights, wide / "00000_model.pt")
     with pytest.raises(CheckpointError, match=r"output_norm.weight has NaN or infinite weights"):
