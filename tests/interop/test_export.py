@@ -365,7 +365,9 @@ def test_the_tokenizer_of_a_mixture_is_that_of_its_first_source_with_one(
     assert found == plain
     assert found.files == (shards[0] / "tokenizer.json",)
     assert tokenizer_of_data(str(tmp_path / "gone.json"), 448).files == ()
-    with pytest.raises(ConfigError, match=r"^the tokenizer of .+mixture.json has ids up to \d+, but the model has 7 tokens"):
+    with pytest.raises(
+        ConfigError, match=r"^the tokenizer of .+mixture.json has ids up to \d+, but the model has 7 tokens"
+    ):
         tokenizer_of_data(str(tmp_path / "mixture.json"), 7)
 
 

@@ -297,7 +297,9 @@ def test_learned_positions_are_as_many_as_there_are(tmp_path: Path) -> None:
 
 def test_a_configuration_made_by_hand_must_fit(llama: Path) -> None:
     config = dataclasses.replace(architecture_of(str(llama)), rope_theta=1e4)
-    with pytest.raises(ConfigError, match=r"--init_from .* has rope_theta 500.0, this model 10000.0; build the config"):
+    with pytest.raises(
+        ConfigError, match=r"--init_from .* has rope_theta 500.0, but this model has 10000.0; build its config"
+    ):
         load_pretrained(GPT(config, seed=None), str(llama))
 
 

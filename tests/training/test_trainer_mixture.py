@@ -222,4 +222,4 @@ def test_nodes_must_have_the_same_shards(ranks: Pools, tmp_path: Path) -> None:
     for rank, tokens in enumerate((901, 900)):
         text(tmp_path / str(rank), tokens, 1, 61)
     for error in ranks(2).run(user_error, OfItsOwnNode, tmp_path / "log", *FLAGS, "--dataset_path", tmp_path):
-        assert "has other train shards on some nodes; copy the same ones to all" in error
+        assert "has different train shards on some nodes; copy the same ones to all" in error

@@ -200,7 +200,7 @@ class OnlyAStream(Trainer):
         ),
         (
             ("--max_steps", 2, "--do_val"),
-            "ConfigError: --do_val and --split_rate 0.99 need validation data, and Rows ",
+            "ConfigError: --do_val and --split_rate 0.99 need validation data, but Rows ",
         ),
     ],
 )
