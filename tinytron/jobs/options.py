@@ -179,7 +179,7 @@ class JobOptions:
             if name in self.known:
                 return name
         begin = "" if where == path else f"{where}: "
-        raise ConfigError(f"{begin}{unknown(path, {**self.known, **self._aliases})}")
+        raise unknown(path, {**self.known, **self._aliases}, begin)
 
     def _target(self, name: str) -> str:
         return name if name in self.known else self._aliases[name].path

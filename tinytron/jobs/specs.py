@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from tinytron.config import configuration, nested
+from tinytron.config import UnknownOptionError, configuration, nested
 from tinytron.errors import ConfigError
 from tinytron.job import JobSpec
 from tinytron.jobs.kinds import job_class
@@ -78,12 +78,12 @@ def _read(file: str, job: str | None) -> tuple[JobOptions, dict[str, str], str]:
 
 
 def _override(word: str, stages: Sequence[JobOptions]) -> None:
-    """Apply ``word`` to the stages that have the option; raises an error if none has."""
+    """Apply ``word`` to the stages that have the option. Raises: UnknownOptionError if none has; ConfigError."""
     errors = []
     for options in stages:
         try:
             options.override([word])
-        except ConfigError as error:
+        except UnknownOptionError as error:
             errors.append(error)
-    if len(errors) == len(stages) or any("there is no option" not in str(error) for error in errors):
+    if len(errors) == len(stages):
         raise errors[0]
