@@ -1,8 +1,8 @@
 """Download FineWeb from the Hugging Face hub, as text for tokenize_dataset.py or as token shards that are ready for
 training.
 
-python scripts/download_fineweb.py --dataset fineweb-edu --sample 10BT --num_files 2     parquet files of text
-python scripts/download_fineweb.py --tokens gpt2 --num_files 9                           0.9 billion tokens of gpt2
+python scripts/download_fineweb.py --sample 10BT --num_files 2    parquet files of text
+python scripts/download_fineweb.py --tokens gpt2 --num_files 9    0.9 billion tokens of gpt2
 
 A download whose connection breaks continues where it stopped. After an interruption, the same command keeps the complete
 files and fetches the others. Needs: pip install huggingface_hub
@@ -120,16 +120,16 @@ def fetch_all(files: Sequence[Wanted], target: Path, temporary: Path, workers: i
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the options. Raises: ConfigError."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", choices=list(TEXT_REPOS), default="fineweb-edu", help="text dataset (fineweb-edu)")
-    parser.add_argument("--sample", choices=SAMPLES, default="10BT", help="size of the sample in gpt2 tokens (10BT)")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--dataset", choices=list(TEXT_REPOS), default="fineweb-edu", help="text dataset")
+    parser.add_argument("--sample", choices=SAMPLES, default="10BT", help="size of the sample in gpt2 tokens")
     parser.add_argument("--tokens", choices=["gpt2"], help="fetch FineWeb as tokens instead of text, 10^8 per file")
     parser.add_argument("--num_files", type=int, help="fetch only the first N files; default: all")
     parser.add_argument("--target_dir", type=user_path, help="default: data/<dataset>_<sample>, or data/fineweb_gpt2")
     parser.add_argument(
         "--tmp_dir", type=user_path, help="folder for incomplete files; default: .download in the target folder"
     )
-    parser.add_argument("--num_workers", type=int, default=10, help="files fetched at a time (10)")
+    parser.add_argument("--num_workers", type=int, default=10, help="files fetched at a time")
     args = parse_strictly(parser, argv)
     for name, most in (("num_files", TOKEN_FILES if args.tokens else 10**6), ("num_workers", 1000)):
         value = getattr(args, name)

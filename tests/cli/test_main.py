@@ -39,7 +39,13 @@ def test_help_lists_every_command(words: tuple[str, ...], capsys: pytest.Capture
 
 def test_every_module_of_the_package_is_a_command_or_named_here() -> None:
     modules = {path.stem for path in (ROOT / "tinytron" / "cli").glob("*.py")}
-    assert modules - {command.module for command in COMMANDS.values()} == {"__init__", "config_tables", "entry", "gpt2fun", "main"}
+    assert modules - {command.module for command in COMMANDS.values()} == {
+        "__init__",
+        "config_tables",
+        "entry",
+        "gpt2fun",
+        "main",
+    }
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -163,7 +163,7 @@ def test_it_is_a_program_and_so_is_the_tokenizer_pipeline(tmp_path: Path) -> Non
     done = run(*script, "--token_dtyp", "uint32")
     assert done.returncode == 2
     assert done.stderr.endswith("error: unknown argument --token_dtyp; did you mean --token_dtype?; see --help\n")
-    assert "--min_file_index" in run("scripts/tokenize_dataset.py", "--help").stdout
+    assert "--min_file_index" in run("scripts/tokenize_dataset.py", "--help-all").stdout
     assert run("-m", "tinytron", "data", "verify", tmp_path / "out").stdout == "ok: 1 shards\n"
 
 

@@ -32,8 +32,12 @@ from tinytron.utils.training import DTYPES, device_of, write_atomically
 def _parser(prog: str) -> argparse.ArgumentParser:
     parser = Parser(
         prog=prog,
-        description="Answer multiple-choice items with a trained model, or measure its loss on held-out data.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage="%(prog)s --checkpoint MODEL --data PATH --tasks FILE [--flag value ...]",
+        description="""Answer multiple-choice items with a trained model, or measure its loss on held-out data.
+
+%(prog)s --checkpoint log/my_run --data data/corpus
+%(prog)s --checkpoint openai-community/gpt2 --tasks arc_easy.jsonl
+""",
     )
     add = parser.add_argument
     add("--checkpoint", type=expanded, required=True, metavar="MODEL", help=CHECKPOINT_HELP)

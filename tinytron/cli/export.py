@@ -25,7 +25,11 @@ _SHARD = "5GB"
 def _parser(prog: str) -> argparse.ArgumentParser:
     parser = Parser(
         prog=prog,
-        description="Write a checkpoint as a folder that transformers opens, or (--gguf) as a file for llama.cpp.",
+        description="""Write a checkpoint as a folder that transformers opens, or (--gguf) as a file for llama.cpp.
+
+%(prog)s --checkpoint log/my_run --out my_model
+%(prog)s --checkpoint log/my_run --out my_model.gguf --gguf f16
+""",
     )
     parser.add_argument(
         "--checkpoint",

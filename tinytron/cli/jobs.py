@@ -139,5 +139,5 @@ def checkpoints(argv: Sequence[str], prog: str = "tinytron checkpoints") -> None
 
 def add_place(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say where in the output folder a job is."""
-    parser.add_argument("-p", "--project", default="general", help="folder in OUT/checkpoints (%(default)s)")
-    parser.add_argument("-g", "--group", default="default", help="folder in the project's (%(default)s)")
+    parser.add_argument("-p", "--project", default="general", help="folder in OUT/checkpoints")
+    parser.add_argument("-g", "--group", default="default", help="folder in the project's")

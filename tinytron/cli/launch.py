@@ -26,11 +26,22 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from tinytron.cli import entry
 from tinytron.errors import ConfigError
+from tinytron.utils.flags import Parser
 from tinytron.utils.launcher import check_meeting_place
 from tinytron.utils.signals import SAME_SIGNAL_SECONDS, heard
 
 # Between SIGTERM and SIGKILL for the workers that are left when one has failed: without it they cannot save anyway.
 _FAILED_GRACE_SECONDS = "10"
+_DESCRIPTION = """Start a script on several processes: torchrun, which takes the same flags.
+
+%(prog)s --standalone --nproc_per_node 8 -m tinytron pretrain --preset gpt2
+%(prog)s --nnodes 2 --node_rank 0 --master_addr host0 --master_port 29500 \\
+    --nproc_per_node 8 pretrain_debug.py --preset 1b
+"""
+_COMMON = (
+    *("training_script", "training_script_args", "standalone", "nproc_per_node", "nnodes", "node_rank", "master_addr"),
+    *("master_port", "module", "max_restarts"),
+)
 
 
 class _Forwarder:
@@ -124,13 +135,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
 
 
 def _parse(argv: Sequence[str], prog: str | None) -> argparse.Namespace:
-    parser = torchrun.get_args_parser()
-    parser.prog = prog or parser.prog
-
-    def refuse(message: str) -> NoReturn:  # torchrun would print all of its options
-        raise ConfigError(f"{message}; see --help")
-
-    parser.error = refuse  # type: ignore[method-assign]
+    parser = Parser(
+        prog=prog,
+        usage="%(prog)s [--flag value ...] SCRIPT [ARGUMENT ...]",
+        description=_DESCRIPTION,
+        common=_COMMON,
+        parents=[torchrun.get_args_parser()],
+        conflict_handler="resolve",  # both have --help
+        allow_abbrev=True,  # as torchrun does
+    )
     return parser.parse_args(argv)
 
 

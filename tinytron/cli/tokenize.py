@@ -18,20 +18,20 @@ from tinytron.utils.signals import StopRequest
 
 DESCRIPTION = """Text to token shards for training, on all cores.
 
-{prog} --dataset_path corpus.jsonl --tokenizer_name gpt2
-{prog} --dataset_path my_texts/ --train_bpe 16384 --val_fraction 0.01
-{prog} --dataset_path input.txt --train_chars --val_fraction 0.1
-{prog} --dataset_path HuggingFaceFW/fineweb-edu --dataset_name sample-10BT --streaming \\
-    --encoding_name gpt2 --output_dir data/fineweb-edu
+%(prog)s --dataset_path corpus.jsonl --tokenizer_name gpt2
+%(prog)s --dataset_path my_texts/ --train_bpe 16384 --val_fraction 0.01
+%(prog)s --dataset_path input.txt --train_chars --val_fraction 0.1
+%(prog)s --dataset_path HuggingFaceFW/fineweb-edu --dataset_name sample-10BT \\
+    --streaming --encoding_name gpt2 --output_dir data/fineweb-edu
 
 Interrupted? The same command continues. Afterwards: tinytron data info data/corpus
 """
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "tinytron tokenize") -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Options of ``argv`` (default: the command line) -> shards, and how to train on them. Returns 0, or 128 and the signal
     that stopped it. Raises: TinytronError."""
-    options = parse_options(argv, DESCRIPTION.format(prog=prog), prog)
+    options = parse_options(argv, DESCRIPTION, prog)
     stop = StopRequest()
     with stop.listening():
         outcome = tokenize_dataset(options, stop)

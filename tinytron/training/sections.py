@@ -112,15 +112,16 @@ class TrainingConfig:
     recompute: Annotated[
         Recompute,
         Flag(
-            "activations computed again in backward: whole blocks, or all but matmuls, attention and exchanges",
+            "compute activations again in backward. full: of whole blocks; selective: keep the results of matmuls, "
+            "attention and exchanges",
             identity=False,
         ),
     ] = "none"
     attn_backend: Annotated[
         Backend,
         Flag(
-            "attention: torch SDPA, the flash-attn package, torch's kernels for documents, or plain formulas; "
-            "auto: SDPA, on CPUs by tiles",
+            "attention. sdpa: torch's; flash: the flash-attn package; varlen: torch's kernels for documents; math: plain "
+            "formulas; auto: sdpa, on CPUs by tiles",
             identity=False,
         ),
     ] = "auto"
@@ -170,7 +171,9 @@ class OptimConfig:
     warmup_steps: Annotated[
         int, Flag("linear warm-up; a run of at most this length gets a tenth of its steps", "steps", at_least=0)
     ] = 1000
-    lr_schedule: Annotated[str, Flag("shape after the warm-up", choices=tuple(SCHEDULES))] = "cosine"
+    lr_schedule: Annotated[str, Flag("after the warm-up; wsd: constant, then a decay", choices=tuple(SCHEDULES))] = (
+        "cosine"
+    )
     wsd_decay_fraction: Annotated[
         float, Flag("last part of the steps in which wsd decays", above=0, at_most=1, works=0.1)
     ] = 0.1
