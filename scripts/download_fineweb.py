@@ -13,14 +13,11 @@ from __future__ import annotations
 import argparse
 import shlex
 import shutil
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from tinytron.cli import entry
 from tinytron.data.formats import read_header
@@ -28,6 +25,8 @@ from tinytron.errors import ConfigError, DataError
 from tinytron.utils.flags import Parser, parse_strictly
 from tinytron.utils.optional import as_data_error, require_package
 from tinytron.utils.paths import user_path
+from tinytron.utils.progress import Progress
+from tinytron.utils.texts import counted
 from tinytron.utils.training import sync_folder
 
 TEXT_REPOS = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
@@ -109,8 +108,10 @@ def fetch_all(files: Sequence[Wanted], target: Path, temporary: Path, workers: i
     fetched = 0
     try:
         jobs = [pool.submit(fetch, file, target, temporary) for file in files]
-        for job in tqdm(as_completed(jobs), total=len(jobs), unit="file", file=sys.stderr):
-            fetched += job.result()
+        with Progress("downloading", len(jobs), "file") as progress:
+            for job in as_completed(jobs):
+                fetched += job.result()
+                progress.update(1)
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         raise
@@ -168,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     fetched = fetch_all(files, args.target_dir, temporary, args.num_workers)
     if args.tmp_dir is None:
         shutil.rmtree(temporary, ignore_errors=True)
-    print(f"{len(files)} files in {args.target_dir}, {fetched} fetched now")
+    print(f"{counted(len(files), 'file')} in {args.target_dir}, {fetched} fetched now")
     print(f"next: {next_command(args)}")
 
 

@@ -121,3 +121,15 @@ def test_a_place_where_nobody_can_meet_is_one_line(flags: tuple[str, ...], text:
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {text}")
+
+
+def test_a_missing_script_is_one_line(tmp_path: Path) -> None:
+    finished = run(cwd=tmp_path, processes=2, script=tmp_path / "nofile.py")
+    says = f"error: {tmp_path}/nofile.py does not exist; give a script, or -m and a module such as -m tinytron\n"
+    assert (finished.code, finished.stderr) == (2, says)
+
+
+@pytest.mark.parametrize("flag", ["--help", "--help-all"])
+def test_a_scripts_help_is_printed_once(tmp_path: Path, flag: str) -> None:
+    finished = run(flag, cwd=tmp_path, processes=2, script=_script(tmp_path, "import sys; print('help', sys.argv[1:])"))
+    assert (finished.code, finished.stdout) == (0, f"help ['{flag}']\n")

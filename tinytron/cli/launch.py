@@ -17,6 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from torch.distributed import run as torchrun
@@ -97,7 +98,13 @@ class _Forwarder:
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Launch the workers and exit with the first failed one's status. Raises: ConfigError for what torchrun refuses."""
     args = _parse(sys.argv[1:] if argv is None else argv, prog)
+    if not {"-h", "--help", "--help-all"}.isdisjoint(args.training_script_args):
+        args.standalone, args.nproc_per_node = True, "1"  # the script's help, once
     _check_meeting_place(args)
+    if not (args.module or args.no_python or Path(args.training_script).exists()):
+        raise ConfigError(
+            f"{args.training_script} does not exist; give a script, or -m and a module such as -m tinytron"
+        )
     # What torchrun would set to 1, with a warning, for more than one worker.
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads_per_worker(args)))
     # A store of their own for restarted workers: in the shared one gloo finds the addresses of those before (torch 2.13).

@@ -15,6 +15,7 @@ from tinytron.data.shards import split_of
 from tinytron.text.options import parse_options
 from tinytron.text.tokenize import tokenize_dataset
 from tinytron.utils.signals import StopRequest
+from tinytron.utils.texts import counted, program_words
 
 DESCRIPTION = """Text to token shards for training, on all cores.
 
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Options of ``argv`` (default: the command line) -> shards, and how to train on them. Returns 0, or 128 and the signal
     that stopped it. Raises: TinytronError."""
     options = parse_options(argv, DESCRIPTION, prog)
+    pretrain = ["python", "pretrain_debug.py"] if prog is None else [*program_words(), "pretrain"]
     stop = StopRequest()
     with stop.listening():
         outcome = tokenize_dataset(options, stop)
@@ -45,12 +47,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         return 0
     for split, tokens in manifest.tokens.items():
         shards = len(manifest.shards_of(split))
-        documents = manifest.documents[split]
-        print(f"{split}: {documents:,} documents, {tokens:,} tokens, {shards} shards in {outcome.folder}")
+        numbers = ((manifest.documents[split], "document"), (tokens, "token"), (shards, "shard"))
+        print(f"{split}: {', '.join(counted(*number) for number in numbers)} in {outcome.folder}")
     if not any(split_of(shard.name) == "train" for shard in manifest.shards):
         print("these are validation shards: move them into the folder of the training shards, and train with --do_val")
         return 0
-    print(f"train with: {training_command(outcome.folder, manifest)}")
+    print(f"train with: {shlex.join(pretrain)} {training_flags(outcome.folder, manifest)}")
     return 0
 
 
@@ -78,8 +80,8 @@ _SIZES = (
 )
 
 
-def training_command(folder: Path, manifest: Manifest) -> str:
-    """A whole command that trains on ``folder`` a model of a size that suits it."""
+def training_flags(folder: Path, manifest: Manifest) -> str:
+    """The flags of a command that trains on ``folder`` a model of a size that suits it."""
     shards = {split: [s.tokens for s in manifest.shards if split_of(s.name) == split] for split in ("train", "val")}
     tokens = sum(shards["train"])
     size = next(size for size in _SIZES if tokens <= size.tokens)
@@ -102,4 +104,4 @@ def training_command(folder: Path, manifest: Manifest) -> str:
         "warmup_steps": min(1000, max(1, steps // 10)),
     }
     validates = " --do_val" if any(count > seq_len for count in shards["val"]) else ""
-    return "python pretrain_debug.py " + " ".join(f"--{name} {value}" for name, value in flags.items()) + validates
+    return " ".join(f"--{name} {value}" for name, value in flags.items()) + validates

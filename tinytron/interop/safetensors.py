@@ -95,8 +95,10 @@ def write_safetensors(
     shapes: Mapping[str, Sequence[int]],
     dtype: torch.dtype,
     get: Callable[[str], torch.Tensor],
+    advance: Callable[[int], object] = lambda size: None,
 ) -> None:
     """Write the tensors of ``shapes``, all in ``dtype``; each is asked of ``get``, written and forgotten before the next.
+    ``advance`` is called with the bytes of each.
     Raises: OSError if the disk refuses."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -111,3 +113,4 @@ def write_safetensors(
             tensor = get(name).to(device="cpu", dtype=dtype).contiguous()
             assert tuple(tensor.shape) == tuple(shape), f"{name} is {tuple(tensor.shape)}, announced as {tuple(shape)}"
             file.write(tensor.view(-1).view(torch.uint8).numpy().data)
+            advance(tensor.nbytes)

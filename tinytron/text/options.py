@@ -254,7 +254,7 @@ class TokenizeOptions:
 
     def command(self) -> str:
         """The shortest command that makes the same tokens, wherever and however."""
-        words = ["python", "scripts/tokenize_dataset.py"]
+        words = ["tinytron", "tokenize"]
         for info in config_fields(type(self)):
             value = getattr(self, info.name)
             if info.flag.identity and value != info.default:
