@@ -54,6 +54,12 @@ def test_links_lead_somewhere() -> None:
     assert not [wrong for page in PAGES for wrong in broken_links(page, page.read_text())]
 
 
+def test_every_block_of_code_is_closed() -> None:
+    fences = {page: len(re.findall(r"^ *```", page.read_text(), re.MULTILINE)) for page in PAGES}
+    assert sum(fences.values()) > 100
+    assert not [page for page, count in fences.items() if count % 2]
+
+
 def test_a_broken_link_is_found() -> None:
     text = (
         "[a](tutorial.md) [b](nowhere.md) [c](glossary.md#none) [d](#tinytron) `[e](code.md)`\n```\n[f](code.md)\n```\n"

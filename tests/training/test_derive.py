@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import torch.nn as nn
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +16,7 @@ from tests.helpers.errors import says
 from tests.helpers.runs import config_of
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.errors import ConfigError
+from tinytron.training.build import describe_run_size
 from tinytron.training.config import Config, OptimConfig, TrainingConfig
 from tinytron.training.derive import Due, TrainingInfo, derive
 
@@ -120,6 +124,20 @@ def test_a_warm_up_longer_than_the_run_is_cut_to_a_tenth(warmup: int, max_steps:
 def test_a_warm_up_of_one_step_is_never_cut() -> None:
     info = derived(config(warmup_steps=1, max_steps=1))
     assert (info.warmup_steps, info.notes) == (1, ())
+
+
+@pytest.mark.parametrize(
+    ("warmup", "line"),
+    [
+        (1000, "20 steps (2 of them warm-up) of 512 tokens in sequences of 16, 16 micro-batches each"),
+        (0, "20 steps of 512 tokens in sequences of 16, 16 micro-batches each"),
+    ],
+)
+def test_a_run_says_how_long_it_warms_up(warmup: int, line: str) -> None:
+    """Of the default as of the same number given by hand, which does not fit either."""
+    run = config(warmup_steps=warmup, max_steps=20)
+    state: Any = SimpleNamespace(layout=ParallelLayout(1), device=torch.device("cpu"))
+    assert describe_run_size(run, nn.Linear(2, 3), state, derived(run)).endswith(f" | {line}")
 
 
 def test_the_documented_debug_command_runs() -> None:

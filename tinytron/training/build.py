@@ -177,8 +177,10 @@ def build_profiler(
 def describe_run_size(config: Config, model: nn.Module, state: ParallelState, info: TrainingInfo) -> str:
     """A line about what is trained, where and for how long."""
     count = sum(spec.numel for spec in specs_of(model))  # of all experts, wherever they are
+    steps = f"{info.max_steps} steps" + (f" ({info.warmup_steps} of them warm-up)" if info.warmup_steps else "")
+    micro_batches = f"{info.grad_accum_steps} micro-batch" + ("es" if info.grad_accum_steps > 1 else "")
     return (
         f"{count / 1e6:.2f}M parameters in {config.train.precision} on {state.layout.world_size} x {state.device.type} | "
-        f"{info.max_steps} steps of {config.train.total_batch_size:,} tokens in sequences of {config.train.seq_len}, "
-        f"{info.grad_accum_steps} micro-batches each"
+        f"{steps} of {config.train.total_batch_size:,} tokens in sequences of {config.train.seq_len}, "
+        f"{micro_batches} each"
     )

@@ -95,7 +95,7 @@ class Guards:
         self._watchdog.beat(step)
 
     def _poll(self, *, last: bool = False) -> None:
-        told = self._agreement.poll((self._request.received, int(self._slow)), last=last)
+        told = self._agreement.poll((self._request.received, int(self._slow)), last=last, now=self.acts_within_steps)
         if told is not None:
             self._signal, self.acts_within_steps = told[0], bool(told[1])
 
@@ -172,15 +172,23 @@ class StopAgreement:
         if self._work is not None:
             self._work.wait()
 
-    def poll(self, tell: tuple[int, int], *, last: bool) -> list[int] | None:
+    def poll(self, tell: tuple[int, int], *, last: bool, now: bool) -> list[int] | None:
         """Tell a stop signal that this rank received (0: none) and one more number. Returns the largest of each that any
-        rank told at the poll before, ``None`` if there was none. Nothing is told once a signal was, and with ``last``,
-        after which no rank polls."""
-        told: list[int] | None = None
-        if self._work is not None:
-            self._work.wait()
-            told, self._work = self._values.tolist(), None
+        rank told at the poll before, ``None`` if there was none; ``now`` waits for what the ranks tell at this poll, and
+        returns that: worth it where polls are seconds apart. Nothing is told once a signal was, and with ``last``, after
+        which no rank polls."""
+        told = self._receive()
         if not last and not (told and told[0]):
             self._values[:] = tell
             self._work = dist.all_reduce(self._told, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+            if now:
+                told = self._receive()
         return told
+
+    def _receive(self) -> list[int] | None:
+        """The result of the exchange under way, once it is complete."""
+        if self._work is None:
+            return None
+        self._work.wait()
+        self._work = None
+        return self._values.tolist()
