@@ -173,12 +173,9 @@ def test_it_is_a_program_and_so_is_the_tokenizer_pipeline(tmp_path: Path) -> Non
     count = len(Naive(tmp_path / "tokenizer.json").tokens(TEXTS))
     assert f"train: 30 documents, {count:,} tokens, 1 shard in {tmp_path / 'out'}" in done.stdout
     assert f"train with: python pretrain_debug.py --dataset_path {tmp_path / 'out'} --vocab_size 384" in done.stdout
-    assert "documents/s" in done.stderr
+    assert "tokens/s" in done.stderr
     tokens = run("-m", "tinytron", "tokenize", *flags, "--output_dir", tmp_path / "other").stdout
-    assert (
-        f"-m tinytron pretrain --dataset_path {tmp_path / 'other'} " in tokens
-        or "train with: tinytron pretrain" in tokens
-    )
+    assert f"tinytron pretrain --dataset_path {tmp_path / 'other'} " in tokens
     assert run(*script).stdout == f"{tmp_path / 'out'} is there already: nothing to do\n"
     done = run(*script, "--token_dtyp", "uint32")
     assert done.returncode == 2

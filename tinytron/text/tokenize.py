@@ -381,9 +381,8 @@ class _Rates:
 
     def _rates(self) -> str:
         seconds = max(1e-9, self.progress.seconds)
-        documents = (
-            f"{self.documents / seconds:,.0f} documents/s, " if self.documents >= seconds else ""
-        )  # not of one long text
+        # Not of one long text, which would be 0.
+        documents = f"{self.documents / seconds:,.0f} documents/s, " if self.documents >= seconds else ""
         return f"{documents}{self.tokens / seconds:,.0f} tokens/s"
 
     def __enter__(self) -> _Rates:
