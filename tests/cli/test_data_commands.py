@@ -69,7 +69,7 @@ def test_two_commands_from_text_to_training(tmp_path: Path) -> None:
     assert advice is not None
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     again = command(*tokenize)
-    assert again == f"{tmp_path / 'out'} is there already: nothing to do\n"
+    assert again == f"{tmp_path / 'out'} already has the shards: nothing to do\n"
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
     # As printed, but for two steps, in the precision that every CPU multiplies fast.
     trained = command(

@@ -162,7 +162,7 @@ def test_ctrl_c_saves_and_ends_in_one_line(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     finished = finish(process, timeout=20)
     assert finished.code == 130
-    heard = r"Ctrl-C: the run ends, and saves, after this (step|micro-batch); a second one ends it at once\n"
+    heard = r"Ctrl-C: the run saves and ends after this (step|micro-batch); press Ctrl-C again to end it at once\n"
     assert re.fullmatch(f"({heard})?", finished.stderr)
     last = finished.stdout.splitlines()[-1]
     where = r"step \d+ \| stopped by Ctrl-C(?: in step \d+, which does not count)?"

@@ -176,7 +176,7 @@ def test_it_is_a_program_and_so_is_the_tokenizer_pipeline(tmp_path: Path) -> Non
     assert "tokens/s" in done.stderr
     tokens = run("-m", "tinytron", "tokenize", *flags, "--output_dir", tmp_path / "other").stdout
     assert f"tinytron pretrain --dataset_path {tmp_path / 'other'} " in tokens
-    assert run(*script).stdout == f"{tmp_path / 'out'} is there already: nothing to do\n"
+    assert run(*script).stdout == f"{tmp_path / 'out'} already has the shards: nothing to do\n"
     done = run(*script, "--token_dtyp", "uint32")
     assert done.returncode == 2
     assert done.stderr.endswith("error: unknown argument --token_dtyp; did you mean --token_dtype?; see --help\n")

@@ -245,7 +245,7 @@ def test_the_own_tokenizer_is_trained_once_without_validation_texts(made: Path, 
     said: list[str] = []
     tokenize(*flags, say=said.append)
     texts = [text for text in TEXTS if not is_held_out(text.encode(), 0.3)]
-    assert f"trained it on {sum(len(text.encode()) for text in texts):,} bytes of text" in said
+    assert f"trained the tokenizer on {sum(len(text.encode()) for text in texts):,} bytes of text" in said
     assert 10 < len(texts) < 55
     trained = train_bpe(texts, 300)
     assert (tmp_path / "a" / "tokenizer.json").read_text() == trained.to_str()
@@ -299,7 +299,7 @@ def test_the_end_of_a_short_text_is_held_out_too(made: Path, tmp_path: Path, tex
 
 def test_a_split_without_a_document_is_an_error_and_leaves_nothing(made: Path, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "few.jsonl", TEXTS[:2])
-    with pytest.raises(DataError, match=r"--val_fraction 0\.001: no document of 2 is for val.*--val_path FILE"):
+    with pytest.raises(DataError, match=r"--val_fraction 0\.001: none of 2 documents goes to val.*--val_path FILE"):
         tokenize(tmp_path / "few.jsonl", made / "tokenizer.json", tmp_path / "out", "--val_fraction", 0.001)
     assert not list((tmp_path / "out").glob("*.bin"))
     assert not (tmp_path / "out" / "manifest.json").exists()

@@ -246,7 +246,7 @@ def test_help_all_shows_every_flag_with_its_text_unit_and_default(capsys: pytest
         assert f"--[no-]{info.name}" in shown if info.type is bool else f"--{info.name}" in shown
         assert " ".join(info.flag.text.split()) in shown
         assert f"{section}:" in shown
-    assert "global batch of one optimizer step [tokens] (default: 524288)" in shown
+    assert "global batch per optimizer step [tokens] (default: 524288)" in shown
 
 
 def test_every_flag_is_a_field() -> None:

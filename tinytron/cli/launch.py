@@ -1,9 +1,9 @@
 """``tinytron launch [torchrun options] script.py [arguments]``: torchrun, without its traceback.
 
-The same options, agents and environment as ``torchrun``. A worker that fails has said why, so only its exit status is
-passed on; one that a signal killed could not, so that is said here. SIGTERM, SIGUSR1 and Ctrl-C are passed on to the
-workers, which save and end by themselves, however long that takes; torchrun would kill them after 30 seconds. A second
-Ctrl-C reaches them as SIGTERM, which ends also those that have not begun to train and hang.
+Takes the same options, and uses the same agents and environment, as ``torchrun``. A worker that fails has already printed
+why, so only its exit status is passed on. A worker that a signal killed could not, so the launcher says so. SIGTERM,
+SIGUSR1 and Ctrl-C are forwarded to the workers, which save and exit by themselves, however long that takes; torchrun would
+kill them after 30 seconds. A second Ctrl-C reaches them as SIGTERM, which also ends workers that hang before training.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tinytron.utils.flags import Parser
 from tinytron.utils.launcher import check_meeting_place
 from tinytron.utils.signals import SAME_SIGNAL_SECONDS, heard
 
-# Between SIGTERM and SIGKILL for the workers that are left when one has failed: without it they cannot save anyway.
+# Time from SIGTERM to SIGKILL for the workers that remain when one has failed: without that one they cannot save anyway.
 _FAILED_GRACE_SECONDS = "10"
 _DESCRIPTION = """Start a script on several processes: torchrun, which takes the same flags.
 
@@ -46,7 +46,7 @@ _COMMON = (
 
 
 class _Forwarder:
-    """Starts torchrun's workers, and then passes stop signals on to them instead of ending the agent."""
+    """Starts torchrun's workers, and then forwards stop signals to them instead of ending the agent."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -59,12 +59,12 @@ class _Forwarder:
             signal.signal(number, self._forward)
 
     def start_processes(self, *args: Any, **kwargs: Any) -> PContext:
-        """What the agent calls for its workers, also to restart them."""
+        """The agent's call that starts its workers, and restarts them."""
         self._stop_if_asked()
         self._starting = True  # an exception now would leave workers behind that no process stops
         self._workers = self._start(*args, **kwargs)
         self._starting = False
-        for number in self._numbers:  # again: torchrun has just put its own handler there
+        for number in self._numbers:  # again: torchrun has just installed its own handlers
             signal.signal(number, self._forward)
         if self.received is not None:
             self._send(self.received)
@@ -85,7 +85,7 @@ class _Forwarder:
         self._send(number)
 
     def _send(self, number: int) -> None:
-        assert self._workers is not None, "there are workers"
+        assert self._workers is not None, "workers must be running"
         for pid in self._workers.pids().values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -96,7 +96,7 @@ class _Forwarder:
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Launch the workers and exit with the first failed one's status. Raises: ConfigError for what torchrun refuses."""
+    """Launch the workers and exit with the status of the first that fails. Raises: ConfigError for bad torchrun options."""
     args = _parse(sys.argv[1:] if argv is None else argv, prog)
     if not {"-h", "--help", "--help-all"}.isdisjoint(args.training_script_args):
         args.standalone, args.nproc_per_node = True, "1"  # the script's help, once
@@ -105,9 +105,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         raise ConfigError(
             f"{args.training_script} does not exist; give a script, or -m and a module such as -m tinytron"
         )
-    # What torchrun would set to 1, with a warning, for more than one worker.
+    # torchrun would set this to 1, with a warning, for more than one worker.
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads_per_worker(args)))
-    # A store of their own for restarted workers: in the shared one gloo finds the addresses of those before (torch 2.13).
+    # A new store for restarted workers: in the shared one, gloo finds the addresses of their predecessors (torch 2.13).
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="torch.distributed")
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if forwarder.received is not None and failure.exitcode == -forwarder.received:
-            _exit_stopped_by(forwarder.received)  # it had not begun to train
+            _exit_stopped_by(forwarder.received)  # the worker had not begun to train
         if forwarder.received == signal.SIGINT:
             sys.exit(128 + signal.SIGINT)
         if failure.exitcode >= 0:
@@ -135,9 +135,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
             raise
         raise ConfigError(
             f"--master_port {args.master_port} (MASTER_PORT) is in use by another program; use another number, or on one "
-            "node --standalone, which finds a free one"
+            "node --standalone, which finds a free port"
         ) from error
-    except ValueError as error:  # of an option
+    except ValueError as error:  # an invalid option
         raise ConfigError(f"{error}; see --help") from error
 
 
@@ -155,7 +155,7 @@ def _parse(argv: Sequence[str], prog: str | None) -> argparse.Namespace:
 
 
 def _check_meeting_place(args: argparse.Namespace) -> None:
-    """Raises: ConfigError for an address or a port at which torchrun would wait for ever."""
+    """Raises: ConfigError for an address or a port at which torchrun would wait forever."""
     if args.standalone or args.rdzv_endpoint or args.rdzv_backend != "static":
         return
     check_meeting_place(args.master_addr, args.master_port, several=str(args.nnodes) not in ("1", "1:1"))
@@ -168,7 +168,7 @@ def _exit_stopped_by(number: signal.Signals) -> NoReturn:
 
 def _threads_per_worker(args: argparse.Namespace) -> int:
     workers = int(args.nproc_per_node) if str(args.nproc_per_node).isdecimal() else 1
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    affinity = getattr(os, "sched_getaffinity", None)  # does not exist on macOS
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return max(1, cores // workers)
 

@@ -1,4 +1,4 @@
-"""``tinytron plan``: ``tinytron pretrain --dry_run`` by its own name."""
+"""``tinytron plan``: the same as ``tinytron pretrain --dry_run``."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from tinytron.training.arguments import PLAN
 
 
 def main(argv: Sequence[str], prog: str | None = None) -> None:
-    """Print what the run that these flags of ``tinytron pretrain`` describe would need. Raises: ConfigError."""
+    """Print what a run with these ``tinytron pretrain`` flags would need. Raises: ConfigError."""
     pretrain.main([*argv, "--dry_run"], prog, about=PLAN)

@@ -1,4 +1,4 @@
-"""``tinytron pretrain``: one process of a training run; ``tinytron launch`` or torchrun start several."""
+"""``tinytron pretrain``: one process of a training run; ``tinytron launch`` or torchrun starts several."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def main(
     trainer: type[Trainer] = Trainer,
     about: About = PRETRAIN,
 ) -> None:
-    """Flags of ``argv`` (default: the command line) -> configuration -> ``trainer`` -> training. Raises: TinytronError."""
+    """Turn ``argv`` (default: the command line) into a configuration and train with ``trainer``. Raises: TinytronError."""
     config = build_config(parse_args(argv, trainer.sections, prog, about))
     if (form := config.logging.print_config) != "no":
         config = replace(config, dp_size=max(1, place_in_world()[1] // config.parallel.sep_size))
-        config = replace(config, logging=replace(config.logging, print_config="no"))  # for the run that reads it
+        config = replace(config, logging=replace(config.logging, print_config="no"))  # the run that reads it must train
         print({"json": as_json, "yaml": as_yaml}[form](config))
     elif config.logging.dry_run:
         dry_run(config)
