@@ -3,4 +3,4 @@
 from tinytron.cli import entry, tokenize
 
 if __name__ == "__main__":
-    entry.run(lambda: tokenize.main(prog="python scripts/tokenize_dataset.py"))
+    entry.run(tokenize.main)

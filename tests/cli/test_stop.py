@@ -144,8 +144,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path: Path, processes: int) ->
         kill(process)
     assert finished.code == 130
     second = f"second {'SIGTERM' if processes else 'SIGINT'}: leaving at once"
-    assert second in finished.stderr
-    assert finished.stderr.replace(second, "").replace(HEARD, "").strip() == ""
+    assert finished.stderr.replace(HEARD, "").strip() == second  # from one process, though all leave
     assert not list(tmp_path.glob("log/*/*_meta.pt"))
 
 

@@ -25,6 +25,7 @@ from tinytron.interop.importing import import_model
 from tinytron.interop.load import architecture_of, load_pretrained
 from tinytron.model import GPT
 from tinytron.training import Config, Trainer, build_config, parse_args
+from tinytron.utils import progress
 
 Pools = Callable[[int], Ranks]
 STEPS, ROWS, LR = 5, 8, 0.01
@@ -153,6 +154,17 @@ def _said(folder: Path, log_dir: Path) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as shown:
         run(folder, log_dir, "--max_steps", 1)
     return shown.getvalue()
+
+
+def test_long_export_and_import_show_their_progress(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save("llama", tmp_path / "hf", torch.float32)
+    monkeypatch.setattr(progress, "FIRST_LINE_SECONDS", -1.0)
+    assert main(["import", str(tmp_path / "hf"), "--out", str(tmp_path / "own")]) == 0
+    assert f"reading {tmp_path / 'hf'}: " in capsys.readouterr().err
+    assert main(["export", "--checkpoint", str(tmp_path / "own"), "--out", str(tmp_path / "back")]) == 0
+    assert "exporting: " in capsys.readouterr().err
 
 
 def test_a_run_says_which_settings_it_left_out(

@@ -31,7 +31,7 @@ from tinytron.errors import ConfigError, DataError  # noqa: E402
 from tinytron.text import parts  # noqa: E402
 from tinytron.text.chunk_encoder import Encoded  # noqa: E402
 from tinytron.text.sources import FileSource, file_states  # noqa: E402
-from tinytron.text.tokenize import _Progress  # noqa: E402
+from tinytron.text.tokenize import _Rates  # noqa: E402
 from tinytron.text.tokenizers import from_file  # noqa: E402
 
 TEXTS = make_texts(60)
@@ -82,17 +82,18 @@ def test_the_command_of_the_manifest_makes_the_same_again(made: Path, tmp_path: 
     manifest = tokenize(made / "c.jsonl", made / "tokenizer.json", tmp_path / "a", *flags).manifest
     assert manifest is not None
     words = shlex.split(manifest.command)
-    assert words[:2] == ["python", "scripts/tokenize_dataset.py"]
+    assert words[:2] == ["tinytron", "tokenize"]
     tokenize_dataset(parse_options([*words[2:], "--output_dir", str(tmp_path / "b"), "--num_proc", "0"]))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 def test_the_bar_stands_where_the_source_does(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x" * 100)
-    with _Progress(FileSource([tmp_path / "a.txt"]), 10) as progress:
+    with _Rates(FileSource([tmp_path / "a.txt"]), 10) as rates:
         for done in (10, 30, 100):
-            progress.update(done, Encoded({}, 0))
-            assert (progress.bar.n, progress.bar.total) == (done, 100)
+            rates.update(done, Encoded({}, 0))
+            assert rates.progress.done == done
+    assert rates.summary().startswith("tokenized 90B in ")
 
 
 @pytest.mark.parametrize("chunksize", [1, 7, 1000])

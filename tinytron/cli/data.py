@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from tinytron.data import inspect
 from tinytron.utils.flags import Parser, parse_strictly
 from tinytron.utils.paths import user_path
+from tinytron.utils.texts import counted
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -34,7 +35,7 @@ def _verify(args: argparse.Namespace) -> int:
         print(problem, flush=True)  # finding the next one takes a while
         status = 1
     if status == 0:
-        print(f"ok: {len(inspect.find_token_files(args.path))} shards")
+        print(f"ok: {counted(len(inspect.find_token_files(args.path)), 'shard')}")
     return status
 
 

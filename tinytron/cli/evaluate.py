@@ -25,6 +25,7 @@ from tinytron.model.modules.loss import LossSums
 from tinytron.text.run_tokenizer import RunTokenizer, tokenizer_of_run
 from tinytron.utils.flags import Parser, parse_strictly, whole_number
 from tinytron.utils.paths import expanded, user_path
+from tinytron.utils.progress import Progress
 from tinytron.utils.texts import table
 from tinytron.utils.training import DTYPES, device_of, write_atomically
 
@@ -32,8 +33,12 @@ from tinytron.utils.training import DTYPES, device_of, write_atomically
 def _parser(prog: str) -> argparse.ArgumentParser:
     parser = Parser(
         prog=prog,
-        description="Score a trained model on multiple-choice items, or measure its loss on held-out data.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage="%(prog)s --checkpoint MODEL --data PATH --tasks FILE [--flag value ...]",
+        description="""Score a trained model on multiple-choice items, or measure its loss on held-out data.
+
+%(prog)s --checkpoint log/my_run --data data/corpus
+%(prog)s --checkpoint openai-community/gpt2 --tasks arc_easy.jsonl
+""",
     )
     add = parser.add_argument
     add("--checkpoint", type=expanded, required=True, metavar="MODEL", help=CHECKPOINT_HELP)
@@ -109,13 +114,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _answer(name: str, items: list[Item], model: GPT, tokenizer: RunTokenizer, batch_tokens: int) -> dict[str, Any]:
     """The accuracies of one task."""
 
-    def loss(batch: Batch) -> LossSums:
-        sums: LossSums = model(batch.input_ids, batch.labels)
-        return sums
-
     longest, weight = model.config.block_size, model.lm_head.weight
     rows = encode_items(items, tokenizer, longest)
-    scores = log_probs(model, loss, rows, longest=longest, tokens_per_batch=batch_tokens, device=weight.device)
+    with Progress(f"answering {name}", len(rows), "row") as progress:
+
+        def loss(batch: Batch) -> LossSums:
+            sums: LossSums = model(batch.input_ids, batch.labels)
+            progress.update(len(batch.labels))
+            return sums
+
+        scores = log_probs(model, loss, rows, longest=longest, tokens_per_batch=batch_tokens, device=weight.device)
     if not all(map(math.isfinite, scores)):
         raise not_finite(f"scores of the task {name}", weight.dtype)
     found = summarize(items, rows, scores)

@@ -15,7 +15,7 @@ from tinytron.interop.open import CHECKPOINT_HELP
 from tinytron.interop.tokenizer import TokenizerFiles
 from tinytron.utils.flags import Parser, parse_strictly
 from tinytron.utils.paths import expanded, user_path
-from tinytron.utils.texts import next_generation
+from tinytron.utils.texts import counted, next_generation
 from tinytron.utils.training import DTYPES
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -25,7 +25,11 @@ _SHARD = "5GB"
 def _parser(prog: str) -> argparse.ArgumentParser:
     parser = Parser(
         prog=prog,
-        description="Write a checkpoint as a folder that transformers opens, or (--gguf) as a file for llama.cpp.",
+        description="""Write a checkpoint as a folder that transformers opens, or (--gguf) as a file for llama.cpp.
+
+%(prog)s --checkpoint log/my_run --out my_model
+%(prog)s --checkpoint log/my_run --out my_model.gguf --gguf f16
+""",
     )
     parser.add_argument(
         "--checkpoint",
@@ -72,8 +76,9 @@ def main(argv: Sequence[str], prog: str = "tinytron export") -> None:
         tokenizer=args.tokenizer,
         max_shard_size=byte_count(_SHARD) if args.max_shard_size is None else args.max_shard_size,
         say=print,
+        progress=True,
     )
-    files = f"{made.files} file{'s' if made.files > 1 else ''}"
+    files = counted(made.files, "file")
     print(f"wrote {args.out}: {made.family.architecture}, {made.tensors} tensors, {made.bytes:,} bytes in {files}")
     for line in (about_tokens(made.tokenizer), *made.changes):
         print(line)

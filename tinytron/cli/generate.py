@@ -20,13 +20,23 @@ from tinytron.utils.paths import expanded, user_path
 from tinytron.utils.texts import numbered_lines, whole_characters
 from tinytron.utils.training import DTYPES, device_of
 
+_COMMON = (
+    *("checkpoint", "prompt", "prompts_file", "max_new_tokens", "temperature", "top_k", "top_p", "num_samples"),
+    *("seed", "device"),
+)
+
 
 def _parser(prog: str) -> argparse.ArgumentParser:
     """The flags; the sampling defaults are those of ``SamplingOptions``."""
     parser = Parser(
         prog=prog,
-        description="Continue texts with a trained model.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage="%(prog)s --checkpoint MODEL --prompt TEXT [--flag value ...]",
+        description="""Continue texts with a trained model.
+
+%(prog)s --checkpoint log/my_run --prompt "Once upon a time"
+%(prog)s --checkpoint openai-community/gpt2 --prompts_file prompts.txt --temperature 0
+""",
+        common=_COMMON,
     )
     add = parser.add_argument
     add("--checkpoint", type=expanded, required=True, metavar="MODEL", help=CHECKPOINT_HELP)

@@ -1,7 +1,7 @@
 """The command line of gpt2fun (``src/run.py``): its flags, defaults and units, translated to Tinytron's options.
 
-python scripts/run_gpt2.py --model.n_layer=12 --model.n_head=12 --model.n_embd=768 --batch_size=512 \\
-    --num_tokens=1000000000 --data_dir=data/fineweb_gpt2 --save_dir=./checkpoints
+python scripts/run_gpt2.py --model.n_layer=12 --model.n_head=12 --model.n_embd=768 \\
+    --batch_size=512 --num_tokens=1000000000 --data_dir=data/fineweb_gpt2 --save_dir=./checkpoints
 
 Trains GPT-2 on all GPUs of this machine, or in NPROC CPU processes. Batch sizes count sequences: one step takes
 --batch_size of them. After an interruption, the same command continues from the last checkpoint.
@@ -9,7 +9,6 @@ Trains GPT-2 on all GPUs of this machine, or in NPROC CPU processes. Batch sizes
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +27,7 @@ from tinytron.training import Config, Trainer, build_config, parse_args
 from tinytron.training.config_files import words_of
 from tinytron.training.presets import preset_options
 from tinytron.utils.flags import FieldInfo, Flag, Parser, add_flag, parse_strictly
+from tinytron.utils.help_text import shown_value
 
 DATA_VARIABLE = "TFDS_DATA_DIR"
 
@@ -102,6 +102,10 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
         ),
     }
 )
+_COMMON = (
+    *("num_tokens", "data_dir", "save_dir", "model.n_layer", "model.n_head", "model.n_embd", "seq_len", "batch_size"),
+    *("per_device_batch_size", "optimizer.lr", "save_interval", "from_pretrained"),
+)
 # Options for which gpt2fun has no flags.
 _ARCHITECTURE = ("norm_type", "norm_eps", "mlp_type", "position_type", "tied_lm_head", "init_std")
 
@@ -118,11 +122,16 @@ class RunGPT2(TrainingJob):
 def build_config_of(argv: Sequence[str], environment: Mapping[str, str]) -> Config:
     """The configuration that the flags ``argv`` of gpt2fun describe. Raises: ConfigError."""
     parser = Parser(
-        prog="python scripts/run_gpt2.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python scripts/run_gpt2.py",
+        usage="%(prog)s --num_tokens N [--flag value ...]",
+        description=__doc__,
+        common=_COMMON,
     )
     for name, setting in SETTINGS.items():
-        shown = "required" if setting.default is MISSING else setting.default
-        text = setting.help if shown is None else f"{setting.help} ({shown})"
+        required, none = setting.default is MISSING, setting.default is None
+        text = setting.help + (
+            " (required)" if required else "" if none else f" (default: {shown_value(setting.default)})"
+        )
         add_flag(parser, FieldInfo(name, setting.type, True, None, Flag(text)))
     given = {name: value for name, value in vars(parse_strictly(parser, argv)).items() if value is not None}
     if "num_tokens" not in given:

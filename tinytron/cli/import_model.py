@@ -18,7 +18,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser = Parser(prog=prog, description="Convert a Hugging Face model to a folder for --init_from.")
     parser.add_argument("model", metavar="MODEL", help="folder, or name on the hub, such as openai-community/gpt2")
     parser.add_argument("--out", type=user_path, required=True, metavar="FOLDER", help="new folder")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="data type of the weights; default: fp32")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="data type of the weights")
     return parser
 
 

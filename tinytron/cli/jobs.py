@@ -139,5 +139,5 @@ def checkpoints(argv: Sequence[str], prog: str = "tinytron checkpoints") -> None
 
 def add_place(parser: argparse.ArgumentParser) -> None:
     """Add the flags that locate a job in the output folder."""
-    parser.add_argument("-p", "--project", default="general", help="folder in OUT/checkpoints (%(default)s)")
-    parser.add_argument("-g", "--group", default="default", help="folder inside the project's folder (%(default)s)")
+    parser.add_argument("-p", "--project", default="general", help="folder in OUT/checkpoints")
+    parser.add_argument("-g", "--group", default="default", help="folder inside the project's folder")

@@ -17,6 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from torch.distributed import run as torchrun
@@ -26,11 +27,22 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from tinytron.cli import entry
 from tinytron.errors import ConfigError
+from tinytron.utils.flags import Parser
 from tinytron.utils.launcher import check_meeting_place
 from tinytron.utils.signals import SAME_SIGNAL_SECONDS, heard
 
 # Time from SIGTERM to SIGKILL for the workers that remain when one has failed: without that one they cannot save anyway.
 _FAILED_GRACE_SECONDS = "10"
+_DESCRIPTION = """Start a script on several processes: torchrun, which takes the same flags.
+
+%(prog)s --standalone --nproc_per_node 8 -m tinytron pretrain --preset gpt2
+%(prog)s --nnodes 2 --node_rank 0 --master_addr host0 --master_port 29500 \\
+    --nproc_per_node 8 pretrain_debug.py --preset 1b
+"""
+_COMMON = (
+    *("training_script", "training_script_args", "standalone", "nproc_per_node", "nnodes", "node_rank", "master_addr"),
+    *("master_port", "module", "max_restarts"),
+)
 
 
 class _Forwarder:
@@ -86,7 +98,13 @@ class _Forwarder:
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Launch the workers and exit with the status of the first that fails. Raises: ConfigError for bad torchrun options."""
     args = _parse(sys.argv[1:] if argv is None else argv, prog)
+    if not {"-h", "--help", "--help-all"}.isdisjoint(args.training_script_args):
+        args.standalone, args.nproc_per_node = True, "1"  # the script's help, once
     _check_meeting_place(args)
+    if not (args.module or args.no_python or Path(args.training_script).exists()):
+        raise ConfigError(
+            f"{args.training_script} does not exist; give a script, or -m and a module such as -m tinytron"
+        )
     # torchrun would set this to 1, with a warning, for more than one worker.
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads_per_worker(args)))
     # A new store for restarted workers: in the shared one, gloo finds the addresses of their predecessors (torch 2.13).
@@ -124,13 +142,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
 
 
 def _parse(argv: Sequence[str], prog: str | None) -> argparse.Namespace:
-    parser = torchrun.get_args_parser()
-    parser.prog = prog or parser.prog
-
-    def refuse(message: str) -> NoReturn:  # torchrun would print all of its options
-        raise ConfigError(f"{message}; see --help")
-
-    parser.error = refuse  # type: ignore[method-assign]
+    parser = Parser(
+        prog=prog,
+        usage="%(prog)s [--flag value ...] SCRIPT [ARGUMENT ...]",
+        description=_DESCRIPTION,
+        common=_COMMON,
+        parents=[torchrun.get_args_parser()],
+        conflict_handler="resolve",  # both have --help
+        allow_abbrev=True,  # as torchrun does
+    )
     return parser.parse_args(argv)
 
 

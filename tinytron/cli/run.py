@@ -41,7 +41,9 @@ def main(argv: Sequence[str], prog: str = "tinytron run") -> int:
         for module in spec.load:
             load_module(module)
         return start(spec) if argv[0] == _STAGE else execute(spec)
-    parser = Parser(prog=prog, description=__doc__)
+    parser = Parser(
+        prog=prog, description=(__doc__ or "").replace("``tinytron run`` and ``tinytron restore``: run", "Run")
+    )
     parser.add_argument("name", metavar="NAME", help="name of this work and of its folder")
     parser.add_argument("file", metavar="FILE", help="options of the job, as written by tinytron configure")
     parser.add_argument("out", metavar="OUT", help="output folder")

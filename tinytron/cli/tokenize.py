@@ -15,23 +15,25 @@ from tinytron.data.shards import split_of
 from tinytron.text.options import parse_options
 from tinytron.text.tokenize import tokenize_dataset
 from tinytron.utils.signals import StopRequest
+from tinytron.utils.texts import counted, program_words
 
 DESCRIPTION = """Turn text into token shards for training, on all cores.
 
-{prog} --dataset_path corpus.jsonl --tokenizer_name gpt2
-{prog} --dataset_path my_texts/ --train_bpe 16384 --val_fraction 0.01
-{prog} --dataset_path input.txt --train_chars --val_fraction 0.1
-{prog} --dataset_path HuggingFaceFW/fineweb-edu --dataset_name sample-10BT --streaming \\
-    --encoding_name gpt2 --output_dir data/fineweb-edu
+%(prog)s --dataset_path corpus.jsonl --tokenizer_name gpt2
+%(prog)s --dataset_path my_texts/ --train_bpe 16384 --val_fraction 0.01
+%(prog)s --dataset_path input.txt --train_chars --val_fraction 0.1
+%(prog)s --dataset_path HuggingFaceFW/fineweb-edu --dataset_name sample-10BT \\
+    --streaming --encoding_name gpt2 --output_dir data/fineweb-edu
 
 After an interruption, the same command continues. Afterwards: tinytron data info data/corpus
 """
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "tinytron tokenize") -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Write the shards that ``argv`` (default: the command line) describes, and print how to train on them. Returns 0, or
     128 plus the signal that stopped it. Raises: TinytronError."""
-    options = parse_options(argv, DESCRIPTION.format(prog=prog), prog)
+    options = parse_options(argv, DESCRIPTION, prog)
+    pretrain = ["python", "pretrain_debug.py"] if prog is None else [*program_words(), "pretrain"]
     stop = StopRequest()
     with stop.listening():
         outcome = tokenize_dataset(options, stop)
@@ -45,12 +47,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "tinytron tokenize") -> 
         return 0
     for split, tokens in manifest.tokens.items():
         shards = len(manifest.shards_of(split))
-        documents = manifest.documents[split]
-        print(f"{split}: {documents:,} documents, {tokens:,} tokens, {shards} shards in {outcome.folder}")
+        numbers = ((manifest.documents[split], "document"), (tokens, "token"), (shards, "shard"))
+        print(f"{split}: {', '.join(counted(*number) for number in numbers)} in {outcome.folder}")
     if not any(split_of(shard.name) == "train" for shard in manifest.shards):
         print("these are validation shards: move them to the folder of the training shards, and train with --do_val")
         return 0
-    print(f"train with: {training_command(outcome.folder, manifest)}")
+    print(f"train with: {shlex.join(pretrain)} {training_flags(outcome.folder, manifest)}")
     return 0
 
 
@@ -78,8 +80,8 @@ _SIZES = (
 )
 
 
-def training_command(folder: Path, manifest: Manifest) -> str:
-    """A complete command that trains a model of suitable size on ``folder``."""
+def training_flags(folder: Path, manifest: Manifest) -> str:
+    """The flags that train a model of suitable size on ``folder``."""
     shards = {split: [s.tokens for s in manifest.shards if split_of(s.name) == split] for split in ("train", "val")}
     tokens = sum(shards["train"])
     size = next(size for size in _SIZES if tokens <= size.tokens)
@@ -102,4 +104,4 @@ def training_command(folder: Path, manifest: Manifest) -> str:
         "warmup_steps": min(1000, max(1, steps // 10)),
     }
     validates = " --do_val" if any(count > seq_len for count in shards["val"]) else ""
-    return "python pretrain_debug.py " + " ".join(f"--{name} {value}" for name, value in flags.items()) + validates
+    return " ".join(f"--{name} {value}" for name, value in flags.items()) + validates

@@ -13,6 +13,8 @@ from tinytron.data.formats import open_shard, read_header
 from tinytron.data.manifest import TOKENIZER, Manifest, ShardFacts, read_manifest
 from tinytron.errors import ConfigError, DataError
 from tinytron.utils.optional import require_package
+from tinytron.utils.progress import Progress
+from tinytron.utils.texts import counted
 from tinytron.utils.training import sha256_of
 
 SHOWN_CHARS = 200
@@ -28,7 +30,7 @@ def find_token_files(folder: Path) -> list[Path]:
     """The shards of ``folder``, sorted by name. Raises: DataError if there is none."""
     found = sorted(folder.glob("*.bin"))
     if not found:
-        raise DataError(f"{folder} holds no token shards (*.bin); give a folder that tokenize_dataset.py wrote")
+        raise DataError(f"{folder} holds no token shards (*.bin); give a folder that tinytron tokenize wrote")
     return found
 
 
@@ -61,8 +63,8 @@ def describe(folder: Path) -> list[str]:
         by_split.setdefault(path.name.rpartition("_")[0], []).append(path)
     for split, paths in by_split.items():
         count = sum(read_header(path).count for path in paths)
-        documents = "" if manifest is None else f"{manifest.documents.get(split, 0):,} documents, "
-        lines.append(f"{split:<10} {documents}{count:,} tokens, {len(paths)} shards")
+        documents = "" if manifest is None else f"{counted(manifest.documents.get(split, 0), 'document')}, "
+        lines.append(f"{split:<10} {documents}{counted(count, 'token')}, {counted(len(paths), 'shard')}")
     if (text := _first_text(folder, files[0], tokens)) is not None:
         lines.append(f"begins     {text[:SHOWN_CHARS]!r}")
     return lines
@@ -97,8 +99,9 @@ def problems(folder: Path) -> Iterator[str]:
         return
     known = {shard.name for shard in manifest.shards}
     yield from (f"{path}: not in the manifest" for path in files if path.name not in known)
-    for shard in manifest.shards:
-        yield from _shard_problems(folder / shard.name, shard, manifest)
+    with Progress("verifying shards", sum(path.stat().st_size for path in files if path.name in known)) as progress:
+        for shard in manifest.shards:
+            yield from _shard_problems(folder / shard.name, shard, manifest, progress)
     for split, count in manifest.tokens.items():
         shards = manifest.shards_of(split)
         if (count, manifest.documents.get(split)) != (sum(s.tokens for s in shards), sum(s.documents for s in shards)):
@@ -112,7 +115,7 @@ def _readable(path: Path) -> Iterator[str]:
         yield str(error)
 
 
-def _shard_problems(path: Path, shard: ShardFacts, manifest: Manifest) -> Iterator[str]:
+def _shard_problems(path: Path, shard: ShardFacts, manifest: Manifest, progress: Progress) -> Iterator[str]:
     try:
         tokens, file_format = open_tokens(path)
     except DataError as error:
@@ -122,7 +125,7 @@ def _shard_problems(path: Path, shard: ShardFacts, manifest: Manifest) -> Iterat
         yield f"{path}: {file_format}, {tokens.dtype.name}, but the manifest says {manifest.file_format}, {manifest.dtype}"
     if len(tokens) != shard.tokens:
         yield f"{path}: {len(tokens)} tokens, but the manifest says {shard.tokens}"
-    if sha256_of(path) != shard.sha256:
+    if sha256_of(path, progress.update) != shard.sha256:
         yield f"{path}: its sha256 differs from the one in the manifest"
     if (largest := _largest(tokens)) >= manifest.tokenizer.vocab_size:
         yield f"{path}: token id {largest} is not below the vocabulary of {manifest.tokenizer.vocab_size}"

@@ -29,6 +29,7 @@ from tinytron.text.sources import FileSource
 from tinytron.text.token_bytes import token_bytes, token_bytes_of_data
 from tinytron.text.tokenizer_files import read_vocabulary
 from tinytron.text.tokenizers import encode_documents
+from tinytron.utils.progress import Progress
 from tinytron.utils.sequences import IGNORE_INDEX, documents_of
 
 _DOCUMENTS_AT_ONCE = 1024
@@ -88,10 +89,12 @@ def measure(model: GPT, data: HeldOut) -> ValResult:
     device, size = model.lm_head.weight.device, model.config.vocab_size
 
     def batches() -> Iterator[Batch]:
-        for batch in data.batches:
-            documents = None if batch.positions is None else documents_of(batch.positions)
-            padding = batch.padding if model.config.use_moe else None
-            yield batch._replace(documents=documents, padding=padding).to(device)
+        with Progress("measuring the loss", None, "token") as progress:
+            for batch in data.batches:
+                documents = None if batch.positions is None else documents_of(batch.positions)
+                padding = batch.padding if model.config.use_moe else None
+                yield batch._replace(documents=documents, padding=padding).to(device)
+                progress.update(batch.input_ids.numel())
 
     def loss(batch: Batch) -> LossSums:
         sums: LossSums = model(batch.input_ids, batch.labels, **batch.model_inputs())

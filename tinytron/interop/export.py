@@ -26,6 +26,7 @@ from tinytron.interop.tokenizer import TokenizerFiles, exported_tokenizer
 from tinytron.interop.weights import SAFETENSORS
 from tinytron.model import GPT
 from tinytron.text.run_tokenizer import TOKENS
+from tinytron.utils.progress import Progress
 from tinytron.utils.training import DTYPES
 
 
@@ -53,11 +54,13 @@ def export(
     revision: str | None = None,
     replace: bool = False,
     say: Say = lambda text: None,
+    progress: bool = False,
 ) -> Exported:
     """Write the weights of ``checkpoint`` (anything ``open_saved`` opens) to the folder ``out``, in ``dtype`` (default:
     as stored), in files of at most ``max_shard_size`` bytes. ``out`` appears complete or not at all; with ``replace`` it
     takes the place of an older one. The model card refers to the model as ``name`` (default: the folder's name) and loads
-    it from the hub's branch ``revision``. ``say`` is passed to ``open_saved``.
+    it from the hub's branch ``revision``. ``say`` is passed to ``open_saved``. ``progress`` shows how
+    much is written.
 
     Raises: ConfigError if no family has the architecture, ``out`` exists, or the tokenizer does not fit; CheckpointError
     if the checkpoint is missing or damaged; OSError if writing fails; and what ``open_saved`` raises.
@@ -76,7 +79,7 @@ def export(
     )  # fmt: skip
     dtype = dtype or weights["wte.weight"].dtype
     with new_folder(out, replace=replace) as folder:
-        files, size = _write_weights(folder, parts, dtype, max_shard_size)
+        files, size = _write_weights(folder, parts, dtype, max_shard_size, progress)
         changes = _write_settings(folder, settings, dtype, found)
         changes += found.write(folder, saved.config.block_size)
         (folder / "README.md").write_text(
@@ -105,7 +108,9 @@ def checked_specs(saved: SavedModel, weights: Mapping[str, torch.Tensor]) -> lis
     return empty.param_specs()
 
 
-def _write_weights(out: Path, parts: Mapping[str, Part], dtype: torch.dtype, max_shard_size: int) -> tuple[int, int]:
+def _write_weights(
+    out: Path, parts: Mapping[str, Part], dtype: torch.dtype, max_shard_size: int, progress: bool
+) -> tuple[int, int]:
     """Write ``parts`` in files of at most ``max_shard_size`` bytes; returns the number of files and their total bytes."""
 
     def tensor(name: str) -> torch.Tensor:
@@ -117,8 +122,10 @@ def _write_weights(out: Path, parts: Mapping[str, Part], dtype: torch.dtype, max
     sizes = {name: math.prod(part.shape) * dtype.itemsize for name, part in parts.items()}
     shards = _shards(sizes, max_shard_size)
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    for name, members in zip([SAFETENSORS] if len(shards) == 1 else names, shards, strict=True):
-        write_safetensors(out / name, {member: parts[member].shape for member in members}, dtype, tensor)
+    with Progress("exporting", sum(sizes.values()), shown=progress) as shown:
+        for name, members in zip([SAFETENSORS] if len(shards) == 1 else names, shards, strict=True):
+            shapes = {member: parts[member].shape for member in members}
+            write_safetensors(out / name, shapes, dtype, tensor, shown.update)
     if len(shards) > 1:
         places = {member: name for name, members in zip(names, shards, strict=True) for member in members}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}

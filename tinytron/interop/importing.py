@@ -36,7 +36,7 @@ def import_model(name: str, out: Path, dtype: torch.dtype, say: Callable[[str], 
     if is_saved_model(Path(name)):
         raise ConfigError(f"{name} already has Tinytron's format; use it with --init_from")
     model = GPT(architecture_of(name), dtype=dtype, seed=None)
-    if ignored := load_pretrained(model, name):
+    if ignored := load_pretrained(model, name, progress=True):
         say(f"read {name}{about_ignored(ignored)}")
     folder = model_folder(name, weights=False, more=(*TOKENIZER_FILES, GENERATION))
     config = {"model": dataclasses.asdict(model.config), TOKENS: imported_facts(folder).as_section()}

@@ -19,6 +19,7 @@ from tinytron.interop.families import Family, Part
 from tinytron.interop.hub import model_folder
 from tinytron.interop.weights import HFWeights
 from tinytron.model import GPT, ModelConfig
+from tinytron.utils.progress import Progress
 
 FLAG = "--init_from"
 _VOCABULARY = ("wte.weight", "lm_head.weight")
@@ -77,9 +78,10 @@ def _same(theirs: ModelConfig, options: dict[str, Any]) -> bool:
         return False
 
 
-def load_pretrained(model: GPT, name: str) -> list[str]:
+def load_pretrained(model: GPT, name: str, *, progress: bool = False) -> list[str]:
     """Set every weight of ``model`` from what ``--init_from`` names; each rank reads only its own experts. Returns the
-    ignored keys of a Hugging Face config.json: those that do not change what the weights compute.
+    ignored keys of a Hugging Face config.json: those that do not change what the weights compute. ``progress``
+    shows how much is read.
 
     Rows beyond the vocabulary of the weights become the mean of its rows. Then no padding logit exceeds the mean of the
     other logits, and padding gets at most its share of the probability. (With rows of zeros, a model whose logits are all
@@ -95,7 +97,7 @@ def load_pretrained(model: GPT, name: str) -> list[str]:
     folder = model_folder(name, weights=True)
     family, config, ignored = _architecture(folder)
     _require_same(model.config, config, name)
-    load_hf(model, HFWeights(folder), family, config.vocab_size)
+    load_hf(model, HFWeights(folder), family, config.vocab_size, progress=progress)
     return list(ignored)
 
 
@@ -131,23 +133,26 @@ def _require_same(ours: ModelConfig, theirs: ModelConfig, name: str) -> None:
 
 
 @torch.no_grad()
-def load_hf(model: GPT, weights: HFWeights, family: Family, vocab_size: int) -> None:
-    """Copy ``weights``, which have ``vocab_size`` rows of tokens, into ``model``, one tensor at a time. Raises: the same as
-    ``load_pretrained``, before anything is copied."""
+def load_hf(model: GPT, weights: HFWeights, family: Family, vocab_size: int, *, progress: bool = False) -> None:
+    """Copy ``weights``, which have ``vocab_size`` rows of tokens, into ``model``, one tensor at a time. ``progress`` and
+    errors are those of ``load_pretrained``; errors are raised before anything is copied."""
     shapes = expected_shapes(family, dataclasses.replace(model.config, vocab_size=vocab_size))
     names = _names_in(weights, family, shapes)
     _check(weights, family, shapes, names)
-    for spec in model.param_specs():
-        held, box = model.get_parameter(spec.name), box_of(spec, model.state)
-        read = box.stack() if spec.stacked else Box.whole(spec.shape)  # Hugging Face stores whole tensors
-        ours = held if box == read else held.new_empty(read.size)
-        rows = ours[:vocab_size] if spec.name in _VOCABULARY else ours
-        for part in family.parts(spec, rows, model.config, read.start[0]):
-            part.view.copy_(weights.get(names[part.name]).view(part.view.shape))
-        if spec.name in _VOCABULARY and len(ours) > vocab_size:
-            _fill(ours, vocab_size)
-        if ours is not held:
-            held.copy_(box.within(read).cut(ours))
+    total = sum(model.get_parameter(spec.name).nbytes for spec in model.param_specs())
+    with Progress(f"reading {weights.folder}", total, shown=progress) as shown:
+        for spec in model.param_specs():
+            held, box = model.get_parameter(spec.name), box_of(spec, model.state)
+            read = box.stack() if spec.stacked else Box.whole(spec.shape)  # Hugging Face stores whole tensors
+            ours = held if box == read else held.new_empty(read.size)
+            rows = ours[:vocab_size] if spec.name in _VOCABULARY else ours
+            for part in family.parts(spec, rows, model.config, read.start[0]):
+                part.view.copy_(weights.get(names[part.name]).view(part.view.shape))
+            if spec.name in _VOCABULARY and len(ours) > vocab_size:
+                _fill(ours, vocab_size)
+            if ours is not held:
+                held.copy_(box.within(read).cut(ours))
+            shown.update(held.nbytes)
     for layer in model.moe_layers:
         layer.router.bias.zero_()
 

@@ -98,7 +98,7 @@ def open_model(
         return load_model(source, device, dtype)
     config = architecture_of(str(source))
     model = GPT(config, dtype=dtype or _dtype_of(source), device=device, seed=None)
-    if ignored := load_pretrained(model, str(source)):
+    if ignored := load_pretrained(model, str(source), progress=True):
         say(f"read {source}{about_ignored(ignored)}")
     return model.eval(), _sections_of(source)
 

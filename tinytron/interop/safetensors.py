@@ -95,9 +95,11 @@ def write_safetensors(
     shapes: Mapping[str, Sequence[int]],
     dtype: torch.dtype,
     get: Callable[[str], torch.Tensor],
+    advance: Callable[[int], object] = lambda size: None,
 ) -> None:
     """Write the tensors named in ``shapes``, all in ``dtype``. ``get`` returns each one when it is written, so only one is
-    in memory at a time. Raises: OSError if writing fails."""
+    in memory at a time; ``advance`` is called with its size in bytes once it is written. Raises: OSError if
+    writing fails."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
@@ -111,3 +113,4 @@ def write_safetensors(
             tensor = get(name).to(device="cpu", dtype=dtype).contiguous()
             assert tuple(tensor.shape) == tuple(shape), f"{name} is {tuple(tensor.shape)}, announced as {tuple(shape)}"
             file.write(tensor.view(-1).view(torch.uint8).numpy().data)
+            advance(tensor.nbytes)

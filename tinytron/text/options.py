@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import re
 import shlex
@@ -257,12 +256,26 @@ class TokenizeOptions:
 
     def command(self) -> str:
         """The shortest command that makes the same tokens, regardless of where and how."""
-        words = ["python", "scripts/tokenize_dataset.py"]
+        words = ["tinytron", "tokenize"]
         for info in config_fields(type(self)):
             value = getattr(self, info.name)
             if info.flag.identity and value != info.default:
                 words += [f"--{info.name}", str(value).lower() if isinstance(value, bool) else str(value)]
         return shlex.join(words)
+
+
+# The heading of the flags that begin with this one, in --help-all.
+_GROUPS = {
+    "dataset_path": "text",
+    "tokenizer_name": "tokenizer",
+    "min_chars": "documents",
+    "output_dir": "shards",
+    "num_proc": "processes",
+}
+COMMON = (
+    *("dataset_path", "dataset_name", "streaming", "tokenizer_name", "encoding_name", "tokenizer_path", "train_bpe"),
+    *("train_chars", "val_fraction", "output_dir", "num_proc"),
+)
 
 
 def build_parser(description: str | None = None, prog: str | None = None) -> argparse.ArgumentParser:
@@ -271,18 +284,14 @@ def build_parser(description: str | None = None, prog: str | None = None) -> arg
         prog=prog,
         usage="%(prog)s --dataset_path PATH --tokenizer_name NAME [--flag value ...]",
         description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        common=COMMON,
     )
+    group: argparse._ActionsContainer = parser
     for info in config_fields(TokenizeOptions):
-        flag = info.flag if info.default is None else dataclasses.replace(info.flag, help=_with_default(info))
-        add_flag(parser, dataclasses.replace(info, flag=flag))
+        if info.name in _GROUPS:
+            group = parser.add_argument_group(_GROUPS[info.name])
+        add_flag(group, info)
     return parser
-
-
-def _with_default(info: Any) -> str:
-    power = info.default.bit_length() - 1 if type(info.default) is int and info.default > 10**6 else 0
-    shown = f"2**{power}" if power and info.default == 2**power else info.default
-    return f"{info.flag.help} ({shown})" if shown != "" else info.flag.help
 
 
 def parse_options(

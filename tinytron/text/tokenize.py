@@ -12,13 +12,11 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from tinytron.data.manifest import (
     MANIFEST,
@@ -42,6 +40,7 @@ from tinytron.text.tokenizers import TextTokenizer
 from tinytron.text.train import train_tokenizer
 from tinytron.text.worker_pool import WorkerPool
 from tinytron.utils.lock import wait_for_lock
+from tinytron.utils.progress import Progress, scaled
 from tinytron.utils.signals import StopRequest
 from tinytron.utils.texts import whole_characters
 from tinytron.utils.training import write_atomically
@@ -200,15 +199,19 @@ class _Run:
         """The tokenizer that the folder has, or a new one."""
         path, options = self.folder / TOKENIZER, self.options
         if not begun:
-            trained = train_tokenizer(options, self._documents(), self.say)
+            documents = self._documents("reading text for the tokenizer")
+            trained = train_tokenizer(options, documents, self.say)
             write_atomically(path, lambda file: file.write(trained))
         return tokenizers.from_file(path, options.kind, str(getattr(options, options.kind)).lower())
 
-    def _documents(self) -> Iterator[tuple[str, str | None]]:
-        """Every text, with its split."""
-        for chunk in self.source.chunks(self.options.chunksize):
-            for text in map(whole_characters, self.source.read(chunk)):
-                yield text, self.rule.split_of(text, chunk.held_out)
+    def _documents(self, what: str) -> Iterator[tuple[str, str | None]]:
+        """Every text, with its split. ``what`` names the work in the progress that is shown."""
+        total, unit = self.source.size()
+        with Progress(what, total, unit) as progress:
+            for chunk in self.source.chunks(self.options.chunksize):
+                for text in map(whole_characters, self.source.read(chunk)):
+                    yield text, self.rule.split_of(text, chunk.held_out)
+                progress.update(chunk.done - progress.done)
 
     def _require_same(self, recipe: Recipe, there: Recipe | None) -> None:
         if there is not None and (text := difference(recipe, there)) is not None:
@@ -270,16 +273,17 @@ class _Run:
         self._write_full(recipe)  # shards that an earlier ``--max_file_index`` left for later
         if self.main.done:
             return
-        with WorkerPool(work, self.options.workers) as pool, _Progress(self.source, self.done) as progress:
+        with WorkerPool(work, self.options.workers) as pool, _Rates(self.source, self.done) as rates:
             chunks = self.source.chunks(self.options.chunksize, self.place)
             for chunk, made in pool.map(chunks, lambda: bool(self.stop.received)):
                 for split, (tokens, lengths) in made.splits.items():
                     self.writers[split].add(tokens, lengths)
                 self.place, self.done, self.empty = chunk.after, chunk.done, self.empty + made.empty
                 self._write_full(recipe)
-                progress.update(chunk.done, made)
+                rates.update(chunk.done, made)
                 if self.main.done:
-                    return
+                    break
+        self.say(rates.summary())
         if self.stop.received:
             self._save(recipe)
 
@@ -342,7 +346,7 @@ class _Run:
     def _nothing_kept(self) -> DataError:
         """The error for a source without a document to tokenize; looks for the longest one."""
         path, least = self.options.dataset_path, self.options.min_chars
-        sizes = [len(text.strip()) for text, _ in self._documents()]
+        sizes = [len(text.strip()) for text, _ in self._documents("looking for the longest document")]
         if not least or not any(sizes):
             return DataError(f"--dataset_path {path} has no document with text; use another")
         return DataError(
@@ -357,27 +361,34 @@ def _clear(folder: Path) -> None:
             path.unlink()
 
 
-class _Progress:
-    """The progress bar on stderr: fraction done and time left if the size is known, and documents and tokens per second of
-    this call."""
+class _Rates:
+    """The progress of tokenizing, with documents and tokens per second of this call."""
 
     def __init__(self, source: TextSource, done: int) -> None:
-        total, unit = source.size()
-        often = 0.2 if sys.stderr.isatty() else 10.0
-        self.bar = tqdm(total=total, initial=done, unit=unit, unit_scale=True, mininterval=often, file=sys.stderr)
-        self.start, self.documents, self.tokens = time.perf_counter(), 0, 0
+        total, self._unit = source.size()
+        self._first = done
+        self.progress = Progress("tokenizing", total, self._unit, initial=done)
+        self.documents = self.tokens = 0
 
     def update(self, done: int, made: Encoded) -> None:
         """Show that ``done`` of the source is finished, ``made`` having been added."""
         for tokens, lengths in made.splits.values():
             self.documents, self.tokens = self.documents + len(lengths), self.tokens + len(tokens)
-        seconds = max(1e-9, time.perf_counter() - self.start)
-        rates = f"{self.documents / seconds:,.0f} documents/s, {self.tokens / seconds:,.0f} tokens/s"
-        self.bar.set_postfix_str(rates, refresh=False)
-        self.bar.update(done - self.bar.n)
+        self.progress.update(done - self.progress.done, self._rates())
 
-    def __enter__(self) -> _Progress:
+    def summary(self) -> str:
+        """A line to print at the end."""
+        read = scaled(self.progress.done - self._first, self._unit)
+        return f"tokenized {read} in {self.progress.seconds:.1f} s: {self._rates()}"
+
+    def _rates(self) -> str:
+        seconds = max(1e-9, self.progress.seconds)
+        # Not of one long text, which would be 0.
+        documents = f"{self.documents / seconds:,.0f} documents/s, " if self.documents >= seconds else ""
+        return f"{documents}{self.tokens / seconds:,.0f} tokens/s"
+
+    def __enter__(self) -> _Rates:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
+    def __exit__(self, *error: object) -> None:
+        self.progress.__exit__(*error)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence, Set
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from tinytron.errors import ConfigError
 from tinytron.interop import model_options
@@ -53,14 +53,51 @@ USUAL_NAMES = {
 }
 
 
-def build_parser(sections: Mapping[str, type] = NONE, prog: str | None = None) -> argparse.ArgumentParser:
+class About(NamedTuple):
+    """The help of a command: what it does, with examples, and the flags that ``--help`` shows of all."""
+
+    description: str
+    common: tuple[str, ...]
+
+
+PRETRAIN = About(
+    """Pre-train a GPT-style model, on random tokens if there is no --dataset_path.
+
+%(prog)s --preset tiny --max_steps 100
+%(prog)s --preset gpt2 --dataset_path data/corpus --do_val
+
+tinytron launch starts it on several GPUs.""",
+    (
+        *(PRESET, "config", "dataset_path", "seq_len", "total_batch_size", "batch_size", "max_steps", "max_lr"),
+        *("precision", "do_val", "save_every_steps", "log_dir", "dry_run"),
+    ),
+)
+PLAN = About(
+    """Print the memory that a training run would need on every GPU, without starting it.
+
+%(prog)s --preset 7b --dry_run_world_size 8 --backend nccl
+%(prog)s --preset 1b --recompute full --batch_size auto --backend nccl
+
+All flags of tinytron pretrain apply.""",
+    (
+        *(PRESET, "config", "dry_run_world_size", "backend", "seq_len", "batch_size", "total_batch_size", "precision"),
+        *("recompute", "sep_size", "optimizer"),
+    ),
+)
+
+
+def build_parser(
+    sections: Mapping[str, type] = NONE, prog: str | None = None, about: About = PRETRAIN
+) -> argparse.ArgumentParser:
     """One flag per configuration field, grouped by section: the built-in sections, then the extra ``sections``. Booleans
-    become ``--flag`` and ``--no-flag``. ``prog`` is the command's name (default: the script's)."""
+    become ``--flag`` and ``--no-flag``. ``prog`` is the command's name (default: the script's); ``about`` is its help,
+    which also shows all flags of the extra sections."""
+    further = (info.name for cls in sections.values() for info in config_fields(cls))
     parser = Parser(
         prog=prog,
         usage="%(prog)s [--flag value ...]",
-        description="Pre-train a GPT.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=about.description,
+        common=(*about.common, *further),
     )
     parser.add_argument(
         f"--{PRESET}",
@@ -83,13 +120,16 @@ def build_parser(sections: Mapping[str, type] = NONE, prog: str | None = None) -
 
 
 def parse_args(
-    argv: Sequence[str] | None = None, sections: Mapping[str, type] = NONE, prog: str | None = None
+    argv: Sequence[str] | None = None,
+    sections: Mapping[str, type] = NONE,
+    prog: str | None = None,
+    about: About = PRETRAIN,
 ) -> argparse.Namespace:
     """Parse ``argv`` (default: the command line), with the flags of extra ``sections`` such as ``MyTrainer.sections``;
     ``given`` in the result is the set of flags that ``argv`` has. Raises: ConfigError for unknown flags, naming the nearest
     known one, and for values of the wrong type or a preset that does not fit. The options of ``--config`` files count as if
     they preceded all flags, and those of the ``--preset`` as if they preceded the files."""
-    parser = build_parser(sections, prog)
+    parser = build_parser(sections, prog, about)
     preset, of_preset, of_files = _words_of_names(parser, argv, all_sections(sections))
     argv = [*of_files, *(sys.argv[1:] if argv is None else argv)]
     args = parse_strictly(parser, [*of_preset, *argv], USUAL_NAMES)

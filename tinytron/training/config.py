@@ -40,7 +40,8 @@ __all__ = [
 ]
 
 
-_TAKEN = ("help", "given", "sections", "config", "preset")  # names that the parser and parse_args use themselves
+# Names that the parser and parse_args use themselves.
+_TAKEN = ("help", "help_all", "given", "sections", "config", "preset")
 
 
 def all_sections(further: Mapping[str, type]) -> dict[str, type]:

@@ -115,15 +115,16 @@ class TrainingConfig:
     recompute: Annotated[
         Recompute,
         Flag(
-            "recompute activations in backward: of whole blocks, or all but those of matmuls, attention and exchanges",
+            "recompute activations in backward. full: those of whole blocks; selective: keep the results of matmuls, "
+            "attention and exchanges",
             identity=False,
         ),
     ] = "none"
     attn_backend: Annotated[
         Backend,
         Flag(
-            "attention kernels: torch SDPA, the flash-attn package, torch's kernels for documents, or plain formulas; "
-            "auto: SDPA, tiled on CPUs",
+            "attention kernels. sdpa: torch's; flash: the flash-attn package; varlen: torch's kernels for documents; math: "
+            "plain formulas; auto: sdpa, tiled on CPUs",
             identity=False,
         ),
     ] = "auto"
@@ -176,7 +177,9 @@ class OptimConfig:
     warmup_steps: Annotated[
         int, Flag("linear warm-up; a run of at most this length warms up for a tenth of it", "steps", at_least=0)
     ] = 1000
-    lr_schedule: Annotated[str, Flag("shape after the warm-up", choices=tuple(SCHEDULES))] = "cosine"
+    lr_schedule: Annotated[str, Flag("after the warm-up; wsd: constant, then a decay", choices=tuple(SCHEDULES))] = (
+        "cosine"
+    )
     wsd_decay_fraction: Annotated[
         float, Flag("fraction of the steps, at the end, in which wsd decays", above=0, at_most=1, works=0.1)
     ] = 0.1

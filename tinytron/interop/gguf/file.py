@@ -21,6 +21,7 @@ from tinytron.interop.open import Say, open_saved
 from tinytron.interop.tokenizer import TokenizerFiles, exported_tokenizer
 from tinytron.text.run_tokenizer import TOKENS
 from tinytron.utils.optional import require_package
+from tinytron.utils.progress import Progress
 from tinytron.utils.training import appears_whole
 
 
@@ -99,12 +100,14 @@ def _write_tensors(gguf: Any, writer: Any, parts: list[Tensor], kind: str) -> No
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for part, type_ in zip(parts, types, strict=True):
-        check_finite(
-            part.name, part.view, torch.float32 if part.full else KINDS[kind][0], f"--gguf {kind}", "--gguf bf16"
-        )
-        values: npt.NDArray[np.float32] = part.view.float().contiguous().numpy()
-        writer.write_tensor_data(gguf.quants.quantize(values, type_))
+    with Progress("exporting", len(parts), "tensor") as progress:
+        for part, type_ in zip(parts, types, strict=True):
+            check_finite(
+                part.name, part.view, torch.float32 if part.full else KINDS[kind][0], f"--gguf {kind}", "--gguf bf16"
+            )
+            values: npt.NDArray[np.float32] = part.view.float().contiguous().numpy()
+            writer.write_tensor_data(gguf.quants.quantize(values, type_))
+            progress.update(1)
 
 
 def _type_of(part: Tensor, kind: str) -> str:

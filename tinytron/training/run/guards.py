@@ -52,7 +52,7 @@ class Guards:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Context of the training loop: catches signals and watches for stalls. Collective."""
-        self._request, self._agreement = StopRequest(first=self._promise), StopAgreement()
+        self._request, self._agreement = StopRequest(first=self._promise, speaks=self.state.rank == 0), StopAgreement()
         self._signal, self._dropped, self._error = 0, False, None  # a notebook may continue after a stop
         self._slow = self.acts_within_steps = True  # until the first steps have shown how long they take
         try:
