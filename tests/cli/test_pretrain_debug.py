@@ -71,7 +71,7 @@ def test_the_golden_command_trains_four_steps(runs: dict[str, tuple[Result, Path
     result, place = runs[name]
     assert list(losses(_log(place))) == [1, 2, 3, 4]
     assert losses(_log(place))[1] == pytest.approx(6.24, abs=0.05)  # about ln 512
-    assert "warm-up" not in result.stdout  # the default fits the run; no flag was given
+    assert "warm-up cut" not in result.stdout  # the default fits the run; no flag was given
     assert {p.name for p in place.glob("log/debug_test_*/*")} == {"config.json", "log.txt", "log.jsonl", ".lock"}
 
 

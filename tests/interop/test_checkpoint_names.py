@@ -316,7 +316,7 @@ def test_pickled_remote_weights(storage: str, llama: Path, tmp_path: Path) -> No
 
 def test_urls_that_hold_no_checkpoint(storage: str, run: Path, tmp_path: Path) -> None:
     push(run, f"{storage}/runs/a")
-    assert f"{storage}/runs holds no checkpoint itself, but has the folders a; name a run folder" in refusal(
+    assert f"{storage}/runs has no checkpoint itself, but has the folders a; name a run folder" in refusal(
         f"{storage}/runs"
     )
     assert f"{storage}/nowhere holds no checkpoint; name" in refusal(f"{storage}/nowhere")

@@ -213,7 +213,7 @@ def test_a_given_tokenizer_is_used(ranks: Pools, made: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (("--checkpoint", "nowhere", "--tasks", "SKY"), "nowhere is not a folder here"),
+        (("--checkpoint", "nowhere", "--tasks", "SKY"), "nowhere is not a local folder"),
         (("--checkpoint", ".", "--tasks", "gone.jsonl"), "the task file gone.jsonl cannot be read"),
         (
             ("--checkpoint", ".", "--tasks", "SKY", "SKY"),

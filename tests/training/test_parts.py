@@ -93,7 +93,7 @@ def _no_data() -> str:
 
 
 def test_without_data_there_is_no_pipeline(ranks: Pools) -> None:
-    assert ranks(1).run(_no_data)[0].startswith("_init_dataset set no train_dataset")
+    assert ranks(1).run(_no_data)[0].startswith("_init_dataset set no training data")
 
 
 # Folder and saver.
