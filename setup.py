@@ -40,8 +40,8 @@ setup(
         "dev": [
             *QUICKSTART,
             *DOCS,
-            *("pytest", "hypothesis", "ruff", "mypy", "types-tqdm", "datasets", "transformers", "s3fs", "moto[server]"),
-            *("pyyaml", "omegaconf"),
+            *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-tqdm", "datasets", "transformers", "s3fs"),
+            *("moto[server]", "pyyaml", "omegaconf"),
             *("tiktoken", "gguf", 'triton; platform_system == "Linux"'),
         ],
     },

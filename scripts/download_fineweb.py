@@ -1,8 +1,8 @@
 """Download FineWeb from the Hugging Face hub, as text for tokenize_dataset.py or as token shards that are ready for
 training.
 
-python scripts/download_fineweb.py --dataset fineweb-edu --sample 10BT --num_files 2     parquet files of text
-python scripts/download_fineweb.py --tokens gpt2 --num_files 9                           0.9 billion tokens of gpt2
+python scripts/download_fineweb.py --sample 10BT --num_files 2    parquet files of text
+python scripts/download_fineweb.py --tokens gpt2 --num_files 9    0.9 billion tokens of gpt2
 
 A download whose connection breaks continues where it stopped. After an interruption, the same command keeps the complete
 files and fetches the others. Needs: pip install huggingface_hub
@@ -13,14 +13,11 @@ from __future__ import annotations
 import argparse
 import shlex
 import shutil
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from tinytron.cli import entry
 from tinytron.data.formats import read_header
@@ -28,6 +25,8 @@ from tinytron.errors import ConfigError, DataError
 from tinytron.utils.flags import Parser, parse_strictly
 from tinytron.utils.optional import as_data_error, require_package
 from tinytron.utils.paths import user_path
+from tinytron.utils.progress import Progress
+from tinytron.utils.texts import counted
 from tinytron.utils.training import sync_folder
 
 TEXT_REPOS = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
@@ -109,8 +108,10 @@ def fetch_all(files: Sequence[Wanted], target: Path, temporary: Path, workers: i
     fetched = 0
     try:
         jobs = [pool.submit(fetch, file, target, temporary) for file in files]
-        for job in tqdm(as_completed(jobs), total=len(jobs), unit="file", file=sys.stderr):
-            fetched += job.result()
+        with Progress("downloading", len(jobs), "file") as progress:
+            for job in as_completed(jobs):
+                fetched += job.result()
+                progress.update(1)
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         raise
@@ -120,16 +121,16 @@ def fetch_all(files: Sequence[Wanted], target: Path, temporary: Path, workers: i
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the options. Raises: ConfigError."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", choices=list(TEXT_REPOS), default="fineweb-edu", help="text dataset (fineweb-edu)")
-    parser.add_argument("--sample", choices=SAMPLES, default="10BT", help="size of the sample in gpt2 tokens (10BT)")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--dataset", choices=list(TEXT_REPOS), default="fineweb-edu", help="text dataset")
+    parser.add_argument("--sample", choices=SAMPLES, default="10BT", help="size of the sample in gpt2 tokens")
     parser.add_argument("--tokens", choices=["gpt2"], help="fetch FineWeb as tokens instead of text, 10^8 per file")
     parser.add_argument("--num_files", type=int, help="fetch only the first N files; default: all")
     parser.add_argument("--target_dir", type=user_path, help="default: data/<dataset>_<sample>, or data/fineweb_gpt2")
     parser.add_argument(
         "--tmp_dir", type=user_path, help="folder for incomplete files; default: .download in the target folder"
     )
-    parser.add_argument("--num_workers", type=int, default=10, help="files fetched at a time (10)")
+    parser.add_argument("--num_workers", type=int, default=10, help="files fetched at a time")
     args = parse_strictly(parser, argv)
     for name, most in (("num_files", TOKEN_FILES if args.tokens else 10**6), ("num_workers", 1000)):
         value = getattr(args, name)
@@ -168,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     fetched = fetch_all(files, args.target_dir, temporary, args.num_workers)
     if args.tmp_dir is None:
         shutil.rmtree(temporary, ignore_errors=True)
-    print(f"{len(files)} files in {args.target_dir}, {fetched} fetched now")
+    print(f"{counted(len(files), 'file')} in {args.target_dir}, {fetched} fetched now")
     print(f"next: {next_command(args)}")
 
 

@@ -4,4 +4,4 @@
 from tinytron.cli import entry, tokenize
 
 if __name__ == "__main__":
-    entry.run(lambda: tokenize.main(prog="python scripts/tokenize_dataset.py", into_cache=True))
+    entry.run(lambda: tokenize.main(into_cache=True))

@@ -339,7 +339,7 @@ def test_nodes_that_make_different_shards(example: Example, tmp_path: Path) -> N
     answers = example.ranks(2).run(
         _init_dataset_on_two_nodes, flags, cache | {"HF_TOKENIZER": str(example.made / "saved")}
     )
-    assert all("has other train shards on some nodes; copy the same ones to all" in answer for answer in answers)
+    assert all("has different train shards on some nodes; copy the same ones to all" in answer for answer in answers)
 
 
 def test_a_folder_that_a_rank_does_not_see(example: Example, tmp_path: Path) -> None:

@@ -268,10 +268,15 @@ def _parsed(parse: Callable[[str], Any], text: str) -> Any:
         return MISSING
 
 
-def unknown(path: str, known: Mapping[str, Any]) -> str:
-    """The error text for an unknown option. It proposes the nearest path, or an option of that name elsewhere."""
+class UnknownOptionError(ConfigError):
+    """There is no option of that name."""
+
+
+def unknown(path: str, known: Mapping[str, Any], where: str = "") -> UnknownOptionError:
+    """The error for an unknown option. It proposes the nearest path, or an option of that name elsewhere. ``where`` is put
+    in front."""
     by_name = {name.rpartition(".")[2]: name for name in known}
     hint = nearest(path, known)
     if not hint and (name := path.rpartition(".")[2]) in by_name:
         hint = f"; did you mean {by_name[name]}?"
-    return f"there is no option {path}{hint}"
+    return UnknownOptionError(f"{where}there is no option {path}{hint}")

@@ -32,6 +32,7 @@ from tinytron.text.tokenize import finished, tokenize_dataset
 from tinytron.utils.lock import wait_for_lock
 from tinytron.utils.paths import files_below
 from tinytron.utils.profile import measured_matmul_rate
+from tinytron.utils.texts import counted
 from tinytron.utils.training import write_atomically
 
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}
@@ -187,7 +188,7 @@ def write_corpus(folder: Path, files: list[Path], vocab_size: int, data: str | N
     train, held_out = split(documents)
     train_bytes = write_texts(folder / "train.jsonl", train)
     held_out_bytes = write_texts(folder / "val.jsonl", held_out)
-    say(f"corpus: {len(documents)} files, {size / 1e6:.1f} MB, {held_out_bytes / 1e6:.1f} held out")
+    say(f"corpus: {counted(len(documents), 'file')}, {size / 1e6:.1f} MB, {held_out_bytes / 1e6:.2f} MB held out")
     options = TokenizeOptions(
         dataset_path=str(folder / "train.jsonl"),
         val_path=str(folder / "val.jsonl"),

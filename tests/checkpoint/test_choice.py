@@ -71,14 +71,14 @@ def test_the_states_of_another_optimizer_are_left_out(ranks: Pools, tmp_path: Pa
     loaded = whole(ranks(world).run(_begun, tmp_path, *flags))
     assert loaded.keys() == {key for key in saved if key.endswith("/main")}
     assert all((loaded[key] == saved[key]).all() for key in loaded)
-    line = "the optimizer was AdamW and is Muon: momentum and other states do not fit, and start from zero"
+    line = "the optimizer was AdamW and is now Muon: momentum and other state does not fit and starts from zero"
     runs = ranks(world).run(said_until, tmp_path, 0, *flags, "--max_steps", 6)
     assert line in runs[0][1]
     states = whole([run for run, _ in runs])
     assert {key.rsplit("/")[-1] for key in states} == {"main", "momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
     assert all((values == 2).all() for key, values in states.items() if key.endswith("/step"))
     again = ranks(1).run(said_until, tmp_path, 0, *flags, "--max_steps", 6)[0][1]
-    assert "start from zero" not in again  # its own checkpoint
+    assert "starts from zero" not in again  # its own checkpoint
 
 
 @pytest.mark.parametrize(

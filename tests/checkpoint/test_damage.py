@@ -124,7 +124,7 @@ def test_what_a_killed_save_left_is_removed_at_the_next_start(ranks: Pools, copy
     (folder / kept[-1]).mkdir()
     assert all((folder / name).exists() for name in left + kept)
     said = ranks(2).run(said_until, copy, 3, *FLAGS, "--save_every_steps", 5)[0][1]
-    assert f"removed what interrupted saves left: {', '.join(left)} (" in said
+    assert f"removed what interrupted saves left behind: {', '.join(left)} (" in said
     assert not any((folder / name).exists() for name in left)
     assert all((folder / name).exists() for name in kept)
     assert "removed" not in ranks(2).run(said_until, copy, 3, *FLAGS)[0][1]

@@ -32,6 +32,7 @@ from tinytron.checkpoint.tools import consolidate, covered, problems
 from tinytron.cli.main import main
 from tinytron.model import GPT
 from tinytron.training import Config
+from tinytron.utils import progress
 from tinytron.utils.lock import lock_folder
 
 Pools = Callable[[int], Ranks]
@@ -427,6 +428,14 @@ def test_an_error_is_one_line(
     said = capsys.readouterr().err
     assert re.search(says(f"error: {fill(expected)} ..."), said, re.DOTALL), said
     assert said.count("\n") == 1
+
+
+def test_long_verification_shows_its_progress(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "FIRST_LINE_SECONDS", -1.0)
+    assert main(["checkpoint", "verify", str(run)]) == 0
+    assert re.search(r"^verifying checkpoint \d+: .* left$", capsys.readouterr().err, re.MULTILINE)
 
 
 def test_the_command_ends_with_the_status(run: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.runs import ROOT, TINY, follow, read_logs
-from tinytron.cli.tokenize import training_command
+from tinytron.cli.tokenize import training_flags
 from tinytron.data.manifest import Manifest, ShardFacts, TokenizerFacts
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.model import GPT
@@ -33,9 +33,9 @@ def test_the_printed_command_fits_any_data(train: list[int], val: list[int], val
     shards = [ShardFacts(f"train_{n:06}.bin", count, 1, "") for n, count in enumerate(train)]
     shards += [ShardFacts(f"val_{n:06}.bin", count, 1, "") for n, count in enumerate(val)]
     manifest = Manifest("uint16", "timl", TOKENIZER, {}, {}, "", {}, {}, 0, True, shards)
-    words = shlex.split(training_command(Path("my data"), manifest))
-    assert words[:4] == ["python", "pretrain_debug.py", "--dataset_path", "my data"]
-    config = build_config(parse_args(words[2:]))
+    words = shlex.split(training_flags(Path("my data"), manifest))
+    assert words[:2] == ["--dataset_path", "my data"]
+    config = build_config(parse_args(words))
     samples = sum((count - 1) // config.train.seq_len for count in train)
     info = derive(config, ParallelLayout(world_size=1), samples)
     assert info.warmup_steps == config.optim.warmup_steps < info.max_steps
@@ -69,7 +69,7 @@ def test_two_commands_from_text_to_training(tmp_path: Path) -> None:
     assert advice is not None
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     again = command(*tokenize)
-    assert again == f"{tmp_path / 'out'} is there already: nothing to do\n"
+    assert again == f"{tmp_path / 'out'} already has the shards: nothing to do\n"
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
     # As printed, but for two steps, in the precision that every CPU multiplies fast.
     trained = command(

@@ -62,7 +62,7 @@ WRONG = {
         ("large/train_1.bin: token id 61 at byte 1044 is not below --vocab_size 61",), (*SHARDS, "large")
     ),
     "another model": Wrong(
-        ("is of a different run (model.hidden_size: 16 in the checkpoint, 32 now)",),
+        ("belongs to a different run (model.hidden_size: 16 in the checkpoint, 32 now)",),
         ("--resume_path", "run", "--hidden_size", "32"),
     ),
     "no checkpoint": Wrong(
@@ -73,7 +73,7 @@ WRONG = {
     ),
     "log_dir in proc": Wrong(("--log_dir /proc/log cannot be written",), ("--log_dir", "/proc/log")),
     "nccl": Wrong(
-        ("--backend nccl needs a GPU, and this machine has none; use --backend gloo or auto",), ("--backend", "nccl")
+        ("--backend nccl needs a GPU, but this machine has none; use --backend gloo or auto",), ("--backend", "nccl")
     ),
     "flash": Wrong(
         ("--attn_backend flash needs the flash-attn package: pip install flash-attn",), ("--attn_backend", "flash")

@@ -193,11 +193,12 @@ def test_a_run_without_a_tokenizer(made: Path, run: Path, tmp_path: Path, capsys
     write_config(run, model, None)
     words = ("--checkpoint", run, "--prompt", "a", "--max_new_tokens", 2)
     told = refusal(capsys, *words)
-    assert told.startswith("error: no tokenizer: the run's data (mock data, or your own) names none; give --tokenizer ")
+    assert told.startswith(
+        "error: no tokenizer: the run's data (mock data, or your own) does not name one; give --tokenizer "
+    )
     write_config(run, model, str(tmp_path))
-    assert (
-        f"no tokenizer: the data {tmp_path} has none, and the run has kept none; give --tokenizer path/to/"
-        in refusal(capsys, *words)
+    assert f"no tokenizer: the data {tmp_path} has none, and the run kept none; give --tokenizer path/to/" in refusal(
+        capsys, *words
     )
     output(capsys, *words, "--tokenizer", made / "tokenizer.json")
 
@@ -208,7 +209,9 @@ def test_a_tokenizer_that_is_too_large(made: Path, run: Path, capsys: pytest.Cap
     write_config(run, model, str(made / "data"))
     told = refusal(capsys, "--checkpoint", run, "--prompt", "a")
     size = find_tokenizer(str(made / "data")).tokenizer.vocab_size
-    assert f"has {size} tokens, the model --vocab_size 300; use the tokenizer that its data was made with" in told
+    assert (
+        f"has {size} tokens, but the model has --vocab_size 300; use the tokenizer that its data was made with" in told
+    )
 
 
 def test_the_tokenizer_a_manifest_names(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

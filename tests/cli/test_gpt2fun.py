@@ -95,7 +95,7 @@ def test_flags_and_their_units(flags: list[str], section: str, name: str, value:
     ("flags", "says"),
     [
         (["--batch_size=2048", "--per_device_batch_size=16"], "--num_tokens is required"),
-        (["--num_tokens=1e9"], "give --data_dir, or set TFDS_DATA_DIR"),
+        (["--num_tokens=1e9"], "use --data_dir or set TFDS_DATA_DIR"),
         (["--num_tokens=1e9", "--data_dir=d", "--model.n_layers=3"], "did you mean --model.n_layer?"),
         (["--num_tokens=many"], "is not a whole number"),
         (["--num_tokens=1e9", "--data_dir=d", "--model.n_embd=770"], "--hidden_size 770"),

@@ -81,7 +81,7 @@ def test_torchrun_ends_with_what_went_wrong(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("module", [("tinytron", "launch"), ("tinytron.cli.launch",)])
 def test_an_option_that_torchrun_refuses_is_one_line(tmp_path: Path, module: tuple[str, ...]) -> None:
-    command = [sys.executable, "-m", *module, "--nproc_per_node", "many", "script.py"]
+    command = [sys.executable, "-m", *module, "--nproc_per_node", "many", "pretrain_debug.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: Unsupported nproc_per_node value: many; see --help\n"
@@ -101,7 +101,7 @@ def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
             "2",
             "--master_port",
             str(port),
-            "x.py",
+            "pretrain_debug.py",
         ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
@@ -116,8 +116,20 @@ def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
     (("--master_addr", "a..b"), "the host name a..b (--master_addr, MASTER_ADDR) has no address ("),
 ])  # fmt: skip
 def test_a_place_where_nobody_can_meet_is_one_line(flags: tuple[str, ...], text: str) -> None:
-    command = [sys.executable, "-m", "tinytron", "launch", "--nproc_per_node", "2", *flags, "x.py"]
+    command = [sys.executable, "-m", "tinytron", "launch", "--nproc_per_node", "2", *flags, "pretrain_debug.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {text}")
+
+
+def test_a_missing_script_is_one_line(tmp_path: Path) -> None:
+    finished = run(cwd=tmp_path, processes=2, script=tmp_path / "nofile.py")
+    says = f"error: {tmp_path}/nofile.py does not exist; give a script, or -m and a module such as -m tinytron\n"
+    assert (finished.code, finished.stderr) == (2, says)
+
+
+@pytest.mark.parametrize("flag", ["--help", "--help-all"])
+def test_a_scripts_help_is_printed_once(tmp_path: Path, flag: str) -> None:
+    finished = run(flag, cwd=tmp_path, processes=2, script=_script(tmp_path, "import sys; print('help', sys.argv[1:])"))
+    assert (finished.code, finished.stdout) == (0, f"help ['{flag}']\n")

@@ -71,7 +71,7 @@ def test_the_golden_command_trains_four_steps(runs: dict[str, tuple[Result, Path
     result, place = runs[name]
     assert list(losses(_log(place))) == [1, 2, 3, 4]
     assert losses(_log(place))[1] == pytest.approx(6.24, abs=0.05)  # about ln 512
-    assert "warm-up" not in result.stdout  # the default fits the run; no flag was given
+    assert "warm-up cut" not in result.stdout  # the default fits the run; no flag was given
     assert {p.name for p in place.glob("log/debug_test_*/*")} == {"config.json", "log.txt", "log.jsonl", ".lock"}
 
 
@@ -162,7 +162,7 @@ def test_ctrl_c_saves_and_ends_in_one_line(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     finished = finish(process, timeout=20)
     assert finished.code == 130
-    heard = r"Ctrl-C: the run ends, and saves, after this (step|micro-batch); a second one ends it at once\n"
+    heard = r"Ctrl-C: the run saves and ends after this (step|micro-batch); press Ctrl-C again to end it at once\n"
     assert re.fullmatch(f"({heard})?", finished.stderr)
     last = finished.stdout.splitlines()[-1]
     where = r"step \d+ \| stopped by Ctrl-C(?: in step \d+, which does not count)?"

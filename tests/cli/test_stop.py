@@ -19,7 +19,8 @@ from tinytron.training import Trainer
 Pools = Callable[[int], Ranks]
 TERM, USR1, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
 LONG = (*TINY, "--max_steps", 10**6, "--log_dir", "log", "--log_every", 10, "--save_every_steps", 10**5)
-HEARD = "Ctrl-C: the run ends, and saves, after this step; a second one ends it at once\n"  # if that takes two seconds
+# Printed if the step takes two seconds.
+HEARD = "Ctrl-C: the run saves and ends after this step; press Ctrl-C again to end it at once\n"
 HANG = """
 import time
 from tinytron.cli import entry
@@ -143,8 +144,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path: Path, processes: int) ->
         kill(process)
     assert finished.code == 130
     second = f"second {'SIGTERM' if processes else 'SIGINT'}: leaving at once"
-    assert second in finished.stderr
-    assert finished.stderr.replace(second, "").replace(HEARD, "").strip() == ""
+    assert finished.stderr.replace(HEARD, "").strip() == second  # from one process, though all leave
     assert not list(tmp_path.glob("log/*/*_meta.pt"))
 
 

@@ -18,6 +18,7 @@ from tests.helpers.runs import ROOT
 from tinytron.cli.main import main
 from tinytron.data.formats import open_shard, write_shard
 from tinytron.data.manifest import ShardFacts, read_manifest, write_manifest
+from tinytron.utils import progress
 from tinytron.utils.training import sha256_of
 
 TEXTS = make_texts(30)
@@ -44,7 +45,7 @@ def test_info(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         f"source     {folder.parent / 'c.jsonl'}\n",
         f"made by    {manifest.command}\n",
         f"train      {manifest.documents['train']} documents, {manifest.tokens['train']:,} tokens, 2 shards\n",
-        f"val        {manifest.documents['val']} documents, {manifest.tokens['val']} tokens, 1 shards\n",
+        f"val        {manifest.documents['val']} documents, {manifest.tokens['val']} tokens, 1 shard\n",
     ):
         assert line in out
     (begins,) = [line.removeprefix("begins     ") for line in out.splitlines() if line.startswith("begins")]
@@ -55,7 +56,7 @@ def test_info_of_shards_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     write_shard(tmp_path / "fineweb_train_000001.bin", range(5), file_format="llmc")
     assert main(["data", "info", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "format     llmc, uint16\nmanifest   none\nfineweb_train 5 tokens, 1 shards\n" in out
+    assert "format     llmc, uint16\nmanifest   none\nfineweb_train 5 tokens, 1 shard\n" in out
 
 
 def test_what_is_whole_is_verified(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,6 +65,20 @@ def test_what_is_whole_is_verified(folder: Path, capsys: pytest.CaptureFixture[s
         tokenize(folder.parent / "c.jsonl", folder.parent / "tokenizer.json", folder, *flags)
         assert main(["data", "verify", str(folder)]) == 0
         assert capsys.readouterr().out == "ok: 3 shards\n"
+
+
+def test_long_work_shows_its_progress(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "FIRST_LINE_SECONDS", -1.0)
+    assert main(["data", "verify", str(folder)]) == 0
+    assert "verifying shards: " in capsys.readouterr().err
+    flags = ["--train_chars", "--num_proc", "0", "--chunksize", "1", "--output_dir", str(folder.parent / "chars")]
+    assert main(["tokenize", "--dataset_path", str(folder.parent / "c.jsonl"), *flags]) == 0
+    said = capsys.readouterr().err
+    assert "reading text for the tokenizer: " in said
+    assert "tokenizing: " in said
+    assert "\ntokenized " in said
 
 
 def _change(folder: Path, write: Callable[[np.ndarray], np.ndarray], *, told: bool) -> None:  # type: ignore[type-arg]
@@ -137,7 +152,7 @@ def _starts(folder: Path, change: Callable[[list[int]], list[int]]) -> None:
 
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "verify", str(tmp_path)]) == 2
-    assert "holds no token shards (*.bin); give a folder that tokenize_dataset.py wrote" in capsys.readouterr().err
+    assert "holds no token shards (*.bin); give a folder that tinytron tokenize wrote" in capsys.readouterr().err
     assert main(["data", "inform", str(tmp_path)]) == 2
     assert "invalid choice" in capsys.readouterr().err
 
@@ -156,15 +171,17 @@ def test_it_is_a_program_and_so_is_the_tokenizer_pipeline(tmp_path: Path) -> Non
     done = run(*script)
     assert done.returncode == 0, done.stderr
     count = len(Naive(tmp_path / "tokenizer.json").tokens(TEXTS))
-    assert f"train: 30 documents, {count:,} tokens, 1 shards in {tmp_path / 'out'}" in done.stdout
+    assert f"train: 30 documents, {count:,} tokens, 1 shard in {tmp_path / 'out'}" in done.stdout
     assert f"train with: python pretrain_debug.py --dataset_path {tmp_path / 'out'} --vocab_size 384" in done.stdout
-    assert "documents/s" in done.stderr
-    assert run(*script).stdout == f"{tmp_path / 'out'} is there already: nothing to do\n"
+    assert "tokens/s" in done.stderr
+    tokens = run("-m", "tinytron", "tokenize", *flags, "--output_dir", tmp_path / "other").stdout
+    assert f"tinytron pretrain --dataset_path {tmp_path / 'other'} " in tokens
+    assert run(*script).stdout == f"{tmp_path / 'out'} already has the shards: nothing to do\n"
     done = run(*script, "--token_dtyp", "uint32")
     assert done.returncode == 2
     assert done.stderr.endswith("error: unknown argument --token_dtyp; did you mean --token_dtype?; see --help\n")
-    assert "--min_file_index" in run("scripts/tokenize_dataset.py", "--help").stdout
-    assert run("-m", "tinytron", "data", "verify", tmp_path / "out").stdout == "ok: 1 shards\n"
+    assert "--min_file_index" in run("scripts/tokenize_dataset.py", "--help-all").stdout
+    assert run("-m", "tinytron", "data", "verify", tmp_path / "out").stdout == "ok: 1 shard\n"
 
 
 def test_the_shard_facts_of_a_split(folder: Path) -> None:

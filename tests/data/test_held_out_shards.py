@@ -94,7 +94,7 @@ def test_tokenizing_again_after_a_rename_finds_all_done(tmp_path: Path, last: tu
         assert len(whole.manifest.shards) > 2
         assert main(["data", "verify", str(tmp_path / "out")]) == 0
     path.unlink()
-    with pytest.raises(DataError, match=r"train_000000\.bin is gone; tokenize again with --overwrite"):
+    with pytest.raises(DataError, match=r"train_000000\.bin is missing; tokenize again with --overwrite"):
         tokenize(*call)
 
 

@@ -123,7 +123,7 @@ def test_results_by_hand() -> None:
 def test_a_model_without_the_loss_of_every_token() -> None:
     model = make_model()
     model.train()
-    with pytest.raises(ConfigError, match="tasks need the loss of every token, and this model gives none"):
+    with pytest.raises(ConfigError, match="tasks need the loss of every token, but this model has none"):
         log_probs(
             model, lambda _: LossSums(torch.zeros(()), torch.zeros(())), [Row(0, 0, (1, 2), 1, 1)],
             longest=16, tokens_per_batch=16, device=torch.device("cpu"),
@@ -188,9 +188,12 @@ def test_a_task_file(tmp_path: Path) -> None:
         ("{", "line 2 is not of the form {"),
         ("[]", "line 2 is not of the form"),
         ('{"context": "a", "choices": ["b", "c"]}', "(KeyError: 'answer')"),
-        ('{"context": "a", "choices": ["b"], "answer": 0}', "line 2 needs a text as context and at least two texts"),
+        (
+            '{"context": "a", "choices": ["b"], "answer": 0}',
+            "line 2 needs a text as context and at least two non-empty texts",
+        ),
         ('{"context": 1, "choices": ["b", "c"], "answer": 0}', "line 2 needs a text as context"),
-        ('{"context": "a", "choices": ["b", ""], "answer": 0}', "none empty, as choices"),
+        ('{"context": "a", "choices": ["b", ""], "answer": 0}', "two non-empty texts as choices"),
         (
             '{"context": "a", "choices": ["b", "c"], "answer": 2}',
             "line 2: answer 2 must be the number of a choice, 0 to 1",

@@ -218,7 +218,7 @@ def test_auxiliary_values_of_all_are_divided_by_their_own_counts() -> None:
 
 
 REFUSED = [
-    (("DATA", "DATA"), "--data has DATA twice, one name in the results; give it once"),
+    (("DATA", "DATA"), "--data has DATA twice, and results go by that name; give it once"),
     (("DATA", "nowhere"), "--data nowhere is not a folder and matches no file"),
     (("bad.json",), "bad.json: the file has an unknown key 'source'"),
     (("lost.json",), "nowhere is not a folder and matches no file"),

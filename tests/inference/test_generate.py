@@ -176,11 +176,11 @@ def test_bf16_makes_sense() -> None:
 @pytest.mark.parametrize(
     ("prompt", "options", "text"),
     [
-        ([], GREEDY, "a prompt needs at least one token; use the end-of-text token to start afresh"),
+        ([], GREEDY, "a prompt needs at least one token; use the end-of-text token to start from nothing"),
         ([1] * 25, GREEDY, "a prompt of 25 tokens exceeds --block_size 24 of the model; use at most 24 tokens"),
         ([1, 29], GREEDY, "a prompt has token id 29, outside 0..28 of the model; check the tokenizer"),
         ([-1, 2], GREEDY, "a prompt has token id -1, outside 0..28"),
-        ([1], SamplingOptions(stop=("x",)), "--stop 'x' needs a tokenizer to be found"),
+        ([1], SamplingOptions(stop=("x",)), "--stop 'x' needs a tokenizer; give one"),
     ],
 )
 def test_prompts_that_cannot_be_continued(prompt: list[int], options: SamplingOptions, text: str) -> None:

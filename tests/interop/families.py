@@ -108,7 +108,9 @@ def make(name: str, dtype: torch.dtype = torch.float64) -> Any:
 
 
 def save(name: str, folder: Path, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
-    """``make`` and ``save_pretrained`` into ``folder``."""
+    """``make`` and ``save_pretrained`` into ``folder``, without transformers' progress bar, which tests of our own output
+    would see."""
+    pytest.importorskip("transformers").utils.logging.disable_progress_bar()
     model = make(name, dtype)
     model.save_pretrained(folder, **options)
     return model

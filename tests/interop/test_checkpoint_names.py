@@ -151,7 +151,8 @@ def test_a_hub_that_cannot_be_reached_is_one_line(
         assert main([*words, "--checkpoint", "owner/none"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line == (
-            "error: owner/none is not a folder here, and the hub download failed (Cannot reach the hub); use a local folder"
+            "error: owner/none is not a local folder, and the hub download failed (Cannot reach the hub); "
+            "use a local folder"
         )
     assert not (tmp_path / "new").exists()
 
@@ -204,7 +205,9 @@ def test_the_hub_as_its_own_client_asks_it(llama: Path, tmp_path: Path) -> None:
         assert data | {"path": ""} == json.loads((llama / "results.json").read_text())["data"] | {"path": ""}
         absent = evaluate("lab/absent")
         assert absent.returncode == 2
-        assert "error: lab/absent is not a folder here, and the hub download failed (" in absent.stderr.splitlines()[-1]
+        assert (
+            "error: lab/absent is not a local folder, and the hub download failed (" in absent.stderr.splitlines()[-1]
+        )
 
 
 # URLs.
@@ -313,7 +316,7 @@ def test_pickled_remote_weights(storage: str, llama: Path, tmp_path: Path) -> No
 
 def test_urls_that_hold_no_checkpoint(storage: str, run: Path, tmp_path: Path) -> None:
     push(run, f"{storage}/runs/a")
-    assert f"{storage}/runs holds no checkpoint itself, but has the folders a; name a run folder" in refusal(
+    assert f"{storage}/runs has no checkpoint itself, but has the folders a; name a run folder" in refusal(
         f"{storage}/runs"
     )
     assert f"{storage}/nowhere holds no checkpoint; name" in refusal(f"{storage}/nowhere")

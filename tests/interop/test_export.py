@@ -308,7 +308,7 @@ def test_errors_are_one_line_and_leave_nothing(tmp_path: Path, capsys: pytest.Ca
     )
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 41}}}))
     assert export_error("--tokenizer", tmp_path / "tokenizer.json") == (
-        f"error: --tokenizer {tmp_path}/tokenizer.json has ids up to 41, the model 41 tokens; "
+        f"error: --tokenizer {tmp_path}/tokenizer.json has ids up to 41, but the model has 41 tokens; "
         "use the one it was trained with"
     )
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -323,18 +323,18 @@ def test_errors_are_one_line_and_leave_nothing(tmp_path: Path, capsys: pytest.Ca
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
     out.mkdir()
     (out / "precious").touch()
-    assert export_error() == f"error: --out {out} is there already; use another name, or remove it"
+    assert export_error() == f"error: --out {out} already exists; use another name, or remove it"
     text = refusal("import", run, "--out", tmp_path / "new", capsys=capsys)
-    assert text == f"error: {run} is Tinytron's own already; use it with --init_from"
+    assert text == f"error: {run} already has Tinytron's format; use it with --init_from"
     text = refusal("import", "no such/name/here", "--out", tmp_path / "new", capsys=capsys)
     assert text == (
-        "error: no such/name/here is neither the folder of a model nor a name on the hub, such as openai-community/gpt2"
+        "error: no such/name/here is neither a model folder nor a name on the hub, such as openai-community/gpt2"
     )
     empty = tmp_path / "empty"
     empty.mkdir()
     text = refusal("export", "--checkpoint", empty, "--out", tmp_path / "new", capsys=capsys)
     assert text.startswith(
-        f"error: {empty} holds no checkpoint: use a run folder (with *_model.pt; --debug and --no-do_save "
+        f"error: {empty} has no checkpoint: use a run folder (with *_model.pt; --debug and --no-do_save "
     )
 
 
@@ -365,7 +365,9 @@ def test_the_tokenizer_of_a_mixture_is_that_of_its_first_source_with_one(
     assert found == plain
     assert found.files == (shards[0] / "tokenizer.json",)
     assert tokenizer_of_data(str(tmp_path / "gone.json"), 448).files == ()
-    with pytest.raises(ConfigError, match=r"^the tokenizer of .+mixture.json has ids up to \d+, the model 7 tokens"):
+    with pytest.raises(
+        ConfigError, match=r"^the tokenizer of .+mixture.json has ids up to \d+, but the model has 7 tokens"
+    ):
         tokenizer_of_data(str(tmp_path / "mixture.json"), 7)
 
 
@@ -431,17 +433,17 @@ def test_weights_that_the_precision_cannot_hold_or_that_are_no_numbers_are_refus
     with torch.no_grad():
         model.blocks[0].mlp.down_proj.weight.mul_(1e6)
     run = write_run(tmp_path / "run", model)
-    with pytest.raises(ConfigError, match=r"--dtype fp16 ends at 65504, .*down_proj.weight has .*; use --dtype bf16"):
+    with pytest.raises(
+        ConfigError, match=r"--dtype fp16 has a maximum of 65504, .*down_proj.weight contains .*; use --dtype bf16"
+    ):
         export(run, tmp_path / "out", dtype=torch.float16)
     assert not (tmp_path / "out").exists()
     assert export(run, tmp_path / "bf16", dtype=torch.bfloat16).files == 1
     with torch.no_grad():
         model.blocks[0].mlp.down_proj.weight.abs_().neg_()
-    with pytest.raises(ConfigError, match="--dtype fp16 ends at 65504"):
+    with pytest.raises(ConfigError, match="--dtype fp16 has a maximum of 65504"):
         export(write_run(tmp_path / "negative", model), tmp_path / "out", dtype=torch.float16)
     with torch.no_grad():
         model.final_norm.weight[3] = float("nan")
-    with pytest.raises(
-        CheckpointError, match=r"norm.weight holds NaN or infinite weights; export an earlier checkpoint"
-    ):
+    with pytest.raises(CheckpointError, match=r"norm.weight has NaN or infinite weights; export an earlier checkpoint"):
         export(write_run(tmp_path / "broken", model), tmp_path / "out")

@@ -71,7 +71,7 @@ def test_ignored_keys_are_told(chat: Path, tmp_path: Path, capsys: pytest.Captur
     shutil.copytree(chat, tmp_path / "hf")
     change_config(tmp_path / "hf", unsloth_version="1")
     export(tmp_path / "hf", tmp_path / "out")
-    assert "left out of its config.json, as not about the model's function: unsloth_version" in capsys.readouterr().out
+    assert "ignored in its config.json, not part of the model's function: unsloth_version" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["llama llama3", "qwen3_moe", "gpt2"])

@@ -177,19 +177,19 @@ def test_pickled_weights_are_fetched_where_there_are_no_others(
 
 
 def test_what_the_hub_does_not_give_is_told(hub: list[Any]) -> None:
-    text = "owner/none is not a folder here, and the hub download failed (404 Client Error); use a local folder"
+    text = "owner/none is not a local folder, and the hub download failed (404 Client Error); use a local folder"
     assert refusal("owner/none", ConfigError) == text
 
 
 def test_the_hub_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    text = "a/b is not a folder here; to download it from the hub: pip install huggingface_hub; or give a folder"
+    text = "a/b is not a local folder; to download it from the hub: pip install huggingface_hub; or give a folder"
     assert refusal("a/b", ConfigError) == text
 
 
 def test_a_file_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    text = f"{tmp_path}/file is neither the folder of a model nor a name on the hub, such as openai-community/gpt2"
+    text = f"{tmp_path}/file is neither a model folder nor a name on the hub, such as openai-community/gpt2"
     assert refusal(tmp_path / "file", ConfigError) == text
 
 
@@ -211,9 +211,9 @@ def test_differences_are_listed_with_their_number(llama: Path) -> None:
 
     rewrite(llama, change)
     assert refusal(llama) == (
-        f"{llama} does not hold the weights of the llama that its config.json describes (4 differences): "
+        f"{llama} does not match the llama that its config.json describes (4 differences): "
         "model.layers.0.mlp.up_proj.weight is [3, 16], expected [20, 16]; "
-        "model.layers.0.self_attn.q_proj.weight is of type int8, expected numbers; "
+        "model.layers.0.self_attn.q_proj.weight has type int8, expected floats; "
         "model.layers.2.input_layernorm.weight [16] is unknown to this llama"
     )
 
@@ -237,15 +237,15 @@ def test_nothing_is_copied_from_weights_that_do_not_fit(llama: Path) -> None:
     [
         ("no json", "model.safetensors.index.json cannot be read (Expecting value"),
         ("[]", "model.safetensors.index.json does not hold a JSON object"),
-        ("{}", "model.safetensors.index.json has no weight_map from tensors to files"),
-        ('{"weight_map": {"a": 3}}', "has no weight_map from tensors to files"),
+        ("{}", "model.safetensors.index.json does not map tensors to files in a weight_map"),
+        ('{"weight_map": {"a": 3}}', "does not map tensors to files in a weight_map"),
         (
             '{"weight_map": {"a": "../x.bin"}}',
-            "says that a is in '../x.bin', which is no file of weights in its folder",
+            "says that a is in '../x.bin', which is not a weights file in its folder",
         ),
-        ('{"weight_map": {"a": "x.pkl"}}', "says that a is in 'x.pkl', which is no file of weights in its folder"),
-        ('{"weight_map": {"a": "x.safetensors"}}', "lacks 1 of the 1 files of weights: x.safetensors"),
-        ('{"weight_map": {"a": "model.safetensors"}}', "model.safetensors lacks a, which the index says is in it"),
+        ('{"weight_map": {"a": "x.pkl"}}', "says that a is in 'x.pkl', which is not a weights file in its folder"),
+        ('{"weight_map": {"a": "x.safetensors"}}', "lacks 1 of the 1 weights files: x.safetensors"),
+        ('{"weight_map": {"a": "model.safetensors"}}', "model.safetensors lacks a, which the index assigns to it"),
     ],
 )
 def test_a_damaged_index_is_told(llama: Path, index: str, text: str) -> None:
@@ -256,7 +256,7 @@ def test_a_damaged_index_is_told(llama: Path, index: str, text: str) -> None:
 def test_pickles_hold_tensors_only(llama: Path) -> None:
     (llama / "model.safetensors").unlink()
     torch.save({"a": 3}, llama / "pytorch_model.bin")
-    assert refusal(llama) == f"{llama}/pytorch_model.bin holds a, which is no tensor"
+    assert refusal(llama) == f"{llama}/pytorch_model.bin contains a, which is not a tensor"
     torch.save({"a": Path("x")}, llama / "pytorch_model.bin")  # code, to an unpickler
     assert "pytorch_model.bin cannot be read" in refusal(llama)
 

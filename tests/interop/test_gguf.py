@@ -312,25 +312,28 @@ def test_how_texts_are_split_has_a_name(tmp_path: Path, content: dict[str, Any],
     assert tokenizer_metadata(facts_with(path), VOCAB)["tokenizer.ggml.pre"] == name
 
 
-KNOWS = "knows ByteLevel alone, after Digits, or after the pattern of Llama 3 or Qwen 2"
+KNOWS = "supports ByteLevel alone, after Digits, or after the pattern of Llama 3 or Qwen 2"
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    (sequence(split("x+"), PLAIN), f"the pre-tokenizer x+ and ByteLevel, and llama.cpp {KNOWS}"),
-    (sequence(DIGITS, DIGITS, BYTES), f"the pre-tokenizer Digits and Digits and ByteLevel, and llama.cpp {KNOWS}"),
+    (sequence(split("x+"), PLAIN), f"the pre-tokenizer x+ and ByteLevel, but llama.cpp {KNOWS}"),
+    (sequence(DIGITS, DIGITS, BYTES), f"the pre-tokenizer Digits and Digits and ByteLevel, but llama.cpp {KNOWS}"),
     (sequence(DIGITS | {"individual_digits": False}, BYTES), "the pre-tokenizer Digits and ByteLevel"),
     (sequence(split(LLAMA3), BYTES), "the pre-tokenizer (?i:"),
     (sequence(split(LLAMA3) | {"invert": True}, PLAIN), "the pre-tokenizer (?i:"),
-    ({"pre_tokenizer": PLAIN}, "the pre-tokenizer ByteLevel, and"),
-    ({"pre_tokenizer": {"type": "Metaspace"}}, f"the pre-tokenizer Metaspace, and llama.cpp {KNOWS}"),
+    ({"pre_tokenizer": PLAIN}, "the pre-tokenizer ByteLevel, but"),
+    ({"pre_tokenizer": {"type": "Metaspace"}}, f"the pre-tokenizer Metaspace, but llama.cpp {KNOWS}"),
     ({"pre_tokenizer": None}, "the pre-tokenizer None"),
     (
         {"pre_tokenizer": BYTES | {"add_prefix_space": True}},
-        "add_prefix_space, and llama.cpp puts no space before a text",
+        "add_prefix_space, but llama.cpp puts no space before a text",
     ),
-    ({"normalizer": {"type": "Lowercase"}}, "the normalizer Lowercase, and llama.cpp has none"),
-    ({"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}, "the model Unigram, and llama.cpp gets byte-level BPE"),
+    ({"normalizer": {"type": "Lowercase"}}, "the normalizer Lowercase, but llama.cpp has no normalizers"),
+    (
+        {"model": {"type": "Unigram", "vocab": [["a", 0.0]]}},
+        "the model Unigram, but llama.cpp gets only byte-level BPE",
+    ),
     (
         {"model": {"type": "BPE", "vocab": {"a": 0}, "byte_fallback": True}},
-        "byte_fallback, and llama.cpp gets byte-level",
+        "byte_fallback, but llama.cpp gets only byte-level",
     ),
 ]
 
@@ -345,14 +348,10 @@ def test_what_llama_cpp_cannot_split_is_refused(tmp_path: Path, content: dict[st
 
 
 def test_a_tokenizer_is_needed_and_an_end(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"--gguf needs a tokenizer.json, and none is known; use --tokenizer path/to/"
-    ):
+    with pytest.raises(ConfigError, match=r"--gguf needs a tokenizer.json, but found none; use --tokenizer path/to/"):
         tokenizer_metadata(TokenizerFiles(()), VOCAB)
     path = write_tokenizer(tmp_path)
-    with pytest.raises(
-        ConfigError, match=r"no token is known that ends a text, and llama.cpp would take that of id 11; use"
-    ):
+    with pytest.raises(ConfigError, match=r"no token is known that ends a text, and llama.cpp would use id 11; use"):
         tokenizer_metadata(TokenizerFiles((path,)), VOCAB)
     path.write_text("{}")
     with pytest.raises(ConfigError, match=r"tokenizer.json cannot be read \(KeyError: 'model'\); use a tokenizer.json"):
@@ -368,38 +367,42 @@ SIZES: dict[str, Any] = {
 YARN: dict[str, Any] = {"rope_scaling": "yarn", "rope_scaling_factor": 2.0, "rope_original_block_size": 16}
 LLAMA3_SCALING = YARN | {"rope_scaling": "llama3"}
 LACKING: list[tuple[str, dict[str, Any], str]] = [
-    ("mistral", {"sliding_window": 5}, "--sliding_window 5, and llama.cpp's llama has no window below --block_size 32"),
+    (
+        "mistral",
+        {"sliding_window": 5},
+        "--sliding_window 5, but llama.cpp's llama supports no window below --block_size 32",
+    ),
     (
         "qwen3",
         {"sliding_window": 31, "sliding_window_layers": (1,)},
-        "--sliding_window 31, and llama.cpp's qwen3 has no",
+        "--sliding_window 31, but llama.cpp's qwen3 supports no",
     ),
-    ("qwen2", LLAMA3_SCALING, "--rope_scaling llama3, and llama.cpp's qwen2 has none, linear and yarn"),
-    ("llama", YARN | {"rope_beta_fast": 8.0}, "--rope_beta_fast 8.0, and llama.cpp's llama has 32.0"),
-    ("llama", YARN | {"rope_beta_slow": 2.0}, "--rope_beta_slow 2.0, and llama.cpp's llama has 1.0"),
+    ("qwen2", LLAMA3_SCALING, "--rope_scaling llama3, but llama.cpp's qwen2 supports none, linear and yarn"),
+    ("llama", YARN | {"rope_beta_fast": 8.0}, "--rope_beta_fast 8.0, but llama.cpp's llama supports only 32.0"),
+    ("llama", YARN | {"rope_beta_slow": 2.0}, "--rope_beta_slow 2.0, but llama.cpp's llama supports only 1.0"),
     (
         "llama",
         YARN | {"rope_attention_factor": 1.5},
-        "--rope_attention_factor 1.5, and llama.cpp's llama has its default",
+        "--rope_attention_factor 1.5, but llama.cpp's llama supports only its default",
     ),
     (
         "qwen2",
         {"head_dim": 6},
-        "--head_dim 6 of 4 heads, and llama.cpp's qwen2 has heads that make up --hidden_size 16",
+        "--head_dim 6 of 4 heads, but llama.cpp's qwen2 needs heads whose widths add up to --hidden_size 16",
     ),
-    ("qwen3", {"attention_bias": True}, "--attention_bias, and llama.cpp's qwen3 has no biases"),
-    ("qwen3_moe", EXPERTS | {"attention_bias": True}, "--attention_bias, and llama.cpp's qwen3moe has no biases"),
+    ("qwen3", {"attention_bias": True}, "--attention_bias, but llama.cpp's qwen3 has no biases"),
+    ("qwen3_moe", EXPERTS | {"attention_bias": True}, "--attention_bias, but llama.cpp's qwen3moe has no biases"),
     (
         "qwen3_moe",
         EXPERTS | {"norm_topk_prob": False},
-        "--no-norm_topk_prob, and llama.cpp's qwen3moe divides the chosen",
+        "--no-norm_topk_prob, but llama.cpp's qwen3moe always divides the chosen",
     ),
     (
         "qwen3_moe",
         EXPERTS | {"first_k_dense": 1},
-        "layer 0 has no experts, and llama.cpp's qwen3moe has experts in every",
+        "layer 0 has no experts, but llama.cpp's qwen3moe needs experts in every",
     ),
-    ("gpt_neox", {"qkv_bias": True}, "--no-attention_bias, and llama.cpp's gptneox has biases in all projections"),
+    ("gpt_neox", {"qkv_bias": True}, "--no-attention_bias, but llama.cpp's gptneox needs biases in all projections"),
 ]
 
 
@@ -420,7 +423,7 @@ def test_windows_that_are_no_windows_are_fine() -> None:
 def test_a_family_that_llama_cpp_does_not_know_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(gguf_model.ARCHITECTURES, "qwen2")
     with pytest.raises(
-        ConfigError, match=r"^--gguf: llama.cpp does not know the family qwen2; known are llama, mistral, .+"
+        ConfigError, match=r"^--gguf: llama.cpp does not support the family qwen2; supported are llama, mistral, .+"
     ):
         architecture_for("qwen2", ModelConfig(**SIZES))
 
@@ -450,22 +453,22 @@ def test_errors_are_one_line_and_leave_nothing(
         words = ("export", "--checkpoint", wide, "--out", out, "--tokenizer", wide, "--gguf", kind)
         return refusal(*words, *more, capsys=capsys)
 
-    text = "error: --dtype is about folders, and --gguf f16 writes a file; drop one of the two"
+    text = "error: --dtype applies to folders, but --gguf f16 writes one file; drop one of the two"
     assert error("f16", "--dtype", "bf16") == text
     assert error("f16", "--max_shard_size", "5GB") == text.replace("dtype", "max_shard_size")
     assert error("q4_0").startswith("error: argument --gguf: invalid choice: 'q4_0'")
     out.touch()
-    assert error("f16") == f"error: --out {out} is there already; use another name, or remove it"
+    assert error("f16") == f"error: --out {out} already exists; use another name, or remove it"
     out.unlink()
     weights = torch.load(wide / "00000_model.pt")
     weights["blocks.1.attn.out_proj.weight"][0, 0] = -1e6
     torch.save(weights, wide / "00000_model.pt")
-    text = "error: --gguf f16 ends at 65504, and blk.1.attn_output.weight has 1e+06; use --gguf bf16"
+    text = "error: --gguf f16 has a maximum of 65504, but blk.1.attn_output.weight contains 1e+06; use --gguf bf16"
     assert error("f16") == text
-    assert error("q8_0") == text.replace("f16 ends", "q8_0 ends")
+    assert error("q8_0") == text.replace("f16 has", "q8_0 has")
     weights["final_norm.weight"][0] = float("nan")
     torch.save(weights, wide / "00000_model.pt")
-    with pytest.raises(CheckpointError, match=r"output_norm.weight holds NaN or infinite weights"):
+    with pytest.raises(CheckpointError, match=r"output_norm.weight has NaN or infinite weights"):
         export_gguf(wide, out, "bf16", tokenizer=wide)
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert error("f16").startswith("error: the package gguf is needed (")

@@ -25,6 +25,7 @@ from tinytron.interop.importing import import_model
 from tinytron.interop.load import architecture_of, load_pretrained
 from tinytron.model import GPT
 from tinytron.training import Config, Trainer, build_config, parse_args
+from tinytron.utils import progress
 
 Pools = Callable[[int], Ranks]
 STEPS, ROWS, LR = 5, 8, 0.01
@@ -155,6 +156,17 @@ def _said(folder: Path, log_dir: Path) -> str:
     return shown.getvalue()
 
 
+def test_long_export_and_import_show_their_progress(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save("llama", tmp_path / "hf", torch.float32)
+    monkeypatch.setattr(progress, "FIRST_LINE_SECONDS", -1.0)
+    assert main(["import", str(tmp_path / "hf"), "--out", str(tmp_path / "own")]) == 0
+    assert f"reading {tmp_path / 'hf'}: " in capsys.readouterr().err
+    assert main(["export", "--checkpoint", str(tmp_path / "own"), "--out", str(tmp_path / "back")]) == 0
+    assert "exporting: " in capsys.readouterr().err
+
+
 def test_a_run_says_which_settings_it_left_out(
     ranks: Pools, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,7 +174,7 @@ def test_a_run_says_which_settings_it_left_out(
     save("llama", tmp_path / "hf", torch.float32)
     change_config(tmp_path / "hf", is_llama_config=True, auto_map={"AutoModelForCausalLM": "modeling.X"})
     (said,) = ranks(1).run(_said, tmp_path / "hf", tmp_path / "log")
-    left_out = "; left out of its config.json, as not about the model's function: is_llama_config, auto_map"
+    left_out = "; ignored in its config.json, not part of the model's function: is_llama_config, auto_map"
     assert f"starting from the weights of {tmp_path / 'hf'}{left_out}\n" in said
     assert main(["import", str(tmp_path / "hf"), "--out", str(tmp_path / "own")]) == 0
     # Behind what transformers shows of its own progress.
@@ -212,7 +224,7 @@ def test_missing_weights_stop_every_rank(ranks: Pools, tmp_path: Path) -> None:
     save("llama", tmp_path / "hf")
     (tmp_path / "hf" / "model.safetensors").unlink()
     text = (
-        f"{tmp_path}/hf holds no weights: neither model.safetensors nor pytorch_model.bin, in one file or with an index"
+        f"{tmp_path}/hf has no weights: neither model.safetensors nor pytorch_model.bin, in one file or with an index"
     )
     assert ranks(2).run(_fails, tmp_path / "hf", tmp_path / "log") == [text] * 2
 
@@ -297,7 +309,9 @@ def test_learned_positions_are_as_many_as_there_are(tmp_path: Path) -> None:
 
 def test_a_configuration_made_by_hand_must_fit(llama: Path) -> None:
     config = dataclasses.replace(architecture_of(str(llama)), rope_theta=1e4)
-    with pytest.raises(ConfigError, match=r"--init_from .* has rope_theta 500.0, this model 10000.0; build the config"):
+    with pytest.raises(
+        ConfigError, match=r"--init_from .* has rope_theta 500.0, but this model has 10000.0; build its config"
+    ):
         load_pretrained(GPT(config, seed=None), str(llama))
 
 

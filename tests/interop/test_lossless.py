@@ -213,7 +213,7 @@ def test_data_of_another_tokenizer_leaves_the_template_behind(ranks: Pools, chat
     tokenize(write_jsonl(tmp_path / "texts.jsonl", make_texts(30)), other, data, "--eot_token", END)
     run, said = ranks(1).run(train, chat, tmp_path / "log", "--dataset_path", data)[0]
     assert (
-        f"the data has another tokenizer than {chat}, so that one's chat template and settings are left behind\n"
+        f"the data has a different tokenizer than {chat}, whose chat template and settings are therefore left out\n"
         in said
     )
     export(run, tmp_path / "out")

@@ -96,7 +96,7 @@ def test_what_is_no_model_is_one_line(command: str, tmp_path: Path, capsys: pyte
     for content in (None, "{}", "[", '{"config": 3'):
         if content is not None:
             (tmp_path / "folder" / "config.json").write_text(content)
-        assert "folder holds no checkpoint: use a run folder (with *_model.pt" in (line := told(tmp_path / "folder"))
+        assert "folder has no checkpoint: use a run folder (with *_model.pt" in (line := told(tmp_path / "folder"))
         assert "or a Hugging Face folder (with a config.json that names its model_type" in line
     save("llama", tmp_path / "hf")
     assert f"no tokenizer: neither the data of the model nor {tmp_path / 'hf'} has one; give --tok" in told(
@@ -107,7 +107,7 @@ def test_what_is_no_model_is_one_line(command: str, tmp_path: Path, capsys: pyte
     assert "mamba" in told(tmp_path / "hf")
     change_config(tmp_path / "hf", model_type="llama")
     (tmp_path / "hf" / "model.safetensors").unlink()
-    assert "hf holds no weights: neither model.safetensors nor" in told(tmp_path / "hf")
+    assert "hf has no weights: neither model.safetensors nor" in told(tmp_path / "hf")
 
 
 def test_a_run_without_a_checkpoint_is_told_as_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

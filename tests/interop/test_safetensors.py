@@ -82,17 +82,17 @@ def entry(**changes: Any) -> dict[str, Any]:
     ("header", "why"),
     [
         (b"no json", "Expecting value"),
-        ([1], "its header is no table of tensors"),
+        ([1], "its header is not a table of tensors"),
         ({"a": 3}, "its header does not say where a is"),
         ({"a": {"dtype": "F32"}}, "its header does not say where a is"),
         (entry(data_offsets=[0]), "its header does not say where a is"),
-        (entry(dtype="F8_E4M3"), "a is of type F8_E4M3; known are F64, F32"),
-        (entry(shape="2"), "the shape and place of a are no whole numbers"),
-        (entry(shape=[-2]), "the shape and place of a are no whole numbers"),
-        (entry(shape=[2.0]), "the shape and place of a are no whole numbers"),
-        (entry(data_offsets=[True, 8]), "the shape and place of a are no whole numbers"),
-        (entry(shape=[3]), "a needs 12 bytes and is said to be at 0 to 8 of 8"),
-        (entry(data_offsets=[4, 12]), "a needs 8 bytes and is said to be at 4 to 12 of 8"),
+        (entry(dtype="F8_E4M3"), "a has type F8_E4M3; supported are F64, F32"),
+        (entry(shape="2"), "the shape and offsets of a are not whole numbers"),
+        (entry(shape=[-2]), "the shape and offsets of a are not whole numbers"),
+        (entry(shape=[2.0]), "the shape and offsets of a are not whole numbers"),
+        (entry(data_offsets=[True, 8]), "the shape and offsets of a are not whole numbers"),
+        (entry(shape=[3]), "a needs 12 bytes, but its header puts it at 0 to 8 of 8"),
+        (entry(data_offsets=[4, 12]), "a needs 8 bytes, but its header puts it at 4 to 12 of 8"),
         (entry(shape=[2**40], data_offsets=[0, 2**42]), "a needs 4,398,046,511,104 bytes"),
     ],
 )
@@ -100,7 +100,7 @@ def test_a_damaged_header_is_told(tmp_path: Path, header: Any, why: str) -> None
     path = _file(tmp_path / "x.safetensors", header)
     with pytest.raises(CheckpointError, match=r"^.+$") as caught:
         SafetensorsFile(path)
-    assert str(caught.value).startswith(f"{path} is no whole safetensors file (")
+    assert str(caught.value).startswith(f"{path} is not a complete safetensors file (")
     assert why in str(caught.value)
 
 
@@ -109,7 +109,7 @@ def test_a_file_cut_off_is_told(tmp_path: Path, size: int) -> None:
     path = _file(tmp_path / "x.safetensors", entry())
     SafetensorsFile(path)
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(CheckpointError, match="is no whole safetensors file"):
+    with pytest.raises(CheckpointError, match="is not a complete safetensors file"):
         SafetensorsFile(path)
 
 

@@ -42,7 +42,7 @@ ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq
 @pytest.mark.parametrize(
     ("base", "more", "text"),
     [
-        (LLAMA, {"model_type": "bert"}, "model_type = 'bert' is not supported; known are llama, mistral, qwen2, qwen3, "),
+        (LLAMA, {"model_type": "bert"}, "model_type = 'bert' is not supported; supported are llama, mistral, qwen2, "),
         (LLAMA, {"model_type": None}, "config.json does not say its model_type"),
         (LLAMA, {"hidden_size": None}, "config.json does not say its hidden_size"),
         (LLAMA, {"hidden_size": "16"}, "hidden_size = '16' is not supported; a whole number up to 2,147,483,648"),
@@ -97,11 +97,11 @@ ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq
         (LLAMA, {"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}}, "truncate = False is not supported"),
         (
             LLAMA, {"rope_scaling": ROPE | {"low_freq_factor": 5.0}},
-            "config.json describes no model that Tinytron can build: --rope_low_freq_factor 5.0 must be below",
+            "config.json describes a model that Tinytron cannot build: --rope_low_freq_factor 5.0 must be below",
         ),
         (
             LLAMA, {"num_key_value_heads": 3},
-            "config.json describes no model that Tinytron can build: --num_key_value_heads 3 must divide",
+            "config.json describes a model that Tinytron cannot build: --num_key_value_heads 3 must divide",
         ),
         (
             LLAMA, {"quantization_config": {"bits": 4}},

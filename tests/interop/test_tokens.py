@@ -137,7 +137,7 @@ def test_nothing_is_said_where_documents_have_no_end(made: Path, tmp_path: Path)
     tokenize(made / "texts.jsonl", made / "tokenizer.json", tmp_path / "data", "--eot_position", "none")
     run = write_run(tmp_path / "run", tmp_path / "data")
     assert ids_in_export(run, tmp_path / "out") == (None, None)
-    assert about_tokens(TokenizerFiles(())).startswith("no end-of-text token is known: generation does not stop")
+    assert about_tokens(TokenizerFiles(())).startswith("no end-of-text token is known, so generation does not stop")
 
 
 def ids_in_export(run: Path, out: Path, tokenizer: Path | None = None) -> tuple[Any, Any]:
@@ -189,7 +189,7 @@ def test_ids_without_a_token_are_suppressed(made: Path, tmp_path: Path, capsys: 
     assert said in capsys.readouterr().out
     assert read(tmp_path / "out", "generation_config")["suppress_tokens"] == list(range(size, V))
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"| rows without a token | {V - size}, which generation_config.json suppresses |" in card
+    assert f"| embedding rows without a token | {V - size}, which generation_config.json suppresses |" in card
     assert "| end of a document | `<|endoftext|>`, id 0, before each |" in card
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
@@ -447,7 +447,7 @@ def test_rows_that_no_token_uses_are_said_if_they_are_many(ranks: Pools, made: P
     said = ranks(1).run(_train_printed, tmp_path / "a", *flags, "--vocab_size", 1024)[0]
     (line,) = (line for line in said.splitlines() if "never used" in line)
     assert line.startswith(
-        f"--vocab_size 1024, and the tokenizer has {size} tokens: {1024 - size} rows are never used; "
+        f"--vocab_size is 1024, but the tokenizer has {size} tokens: {1024 - size} rows are never used; "
     )
     works = int(line.split("--vocab_size ")[2].split()[0])
     assert size <= works < size + 64

@@ -93,7 +93,7 @@ def test_a_failed_upload_is_tried_again(hub: ModelHub, tmp_path: Path) -> None:
     lines = told(uploader)
     assert len(lines) == 3
     assert lines[1].startswith("error: step_00100 was not uploaded to lab/model as step100 (")
-    assert lines[1].endswith("); it stays here, training goes on, the next upload tries again")
+    assert lines[1].endswith("); training continues, the folder stays here, and the next upload tries again")
     assert lines[2] == "not uploaded to lab/model yet: step100; the same command tries again"
     assert content(first) == before
     hub.refuse = lambda method, path: None
@@ -141,7 +141,7 @@ def test_nobody_waits_for_an_upload(hub: ModelHub, tmp_path: Path) -> None:
 def test_a_hub_that_refuses_is_an_error_at_once(hub: ModelHub, tmp_path: Path, status: int) -> None:
     hub.refuse = lambda method, path: status
     with pytest.raises(
-        ConfigError, match=r"^--hub_model_id lab/model: the hub refuses \(.+\); set HF_TOKEN to a token"
+        ConfigError, match=r"^--hub_model_id lab/model: the hub refuses access \(.+\); set HF_TOKEN to a token"
     ):
         HubUploader(REPOSITORY, tmp_path, endpoint=hub.url)
 
@@ -157,13 +157,13 @@ def test_a_hub_that_is_away_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("name", ["model", "a/b/c", "/b", "a/", "a b/c", "../c", ".a/b", "https://huggingface.co/a/b"])
 def test_names_are_checked(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match=r"is no repository of the hub; use owner/name$"):
+    with pytest.raises(ConfigError, match=r"is not the name of a repository on the hub; use owner/name$"):
         HubUploader(name, tmp_path)
 
 
 def test_a_name_has_at_most_96_characters() -> None:
     check_repository(f"{'a' * 48}/{'b' * 47}")
-    with pytest.raises(ConfigError, match="is no repository of the hub; use owner/name"):
+    with pytest.raises(ConfigError, match="is not the name of a repository on the hub; use owner/name"):
         check_repository(f"{'a' * 48}/{'b' * 48}")
 
 

@@ -173,7 +173,7 @@ def test_required_options_are_marked(tmp_path: Path) -> None:
     [
         (None, "cannot be read"),
         ("a: [", "is not valid YAML"),
-        ("- a", "holds no options"),
+        ("- a", "has no options"),
         ("a: ${b}", r"is not valid YAML \(Interpolation key 'b' not found\)"),
         ("job: [a]", r"job: \['a'\] must be text; write it in quotes"),
         ("restore: 3", "restore: 3 must be text; write it in quotes"),

@@ -128,7 +128,7 @@ def test_configure_takes_over_what_fits(module: str, capsys: pytest.CaptureFixtu
     capsys.readouterr()
     words = ["configure", "my_model/train/pretrain", "two.yaml", "-p", "one.yaml", "--load", module]
     assert main([*words, "train.max_steps=8", "--chip", "h100", "-n", "8"]) == 0
-    assert "left out, as my_model/train/pretrain has no such option: something.else" in capsys.readouterr().out
+    assert "left out, because my_model/train/pretrain has no such option: something.else" in capsys.readouterr().out
     written = Path("two.yaml").read_text()
     assert '\nrequest: {"chip": "h100", "min_chips": 8, "n_shards": 1}\n' in written
     assert "  hidden_size: 96 " in written
@@ -156,10 +156,10 @@ def test_configure_takes_over_what_fits(module: str, capsys: pytest.CaptureFixtu
         (("configure", GPT, "x.yaml", "train.max_steps=many"), "train.max_steps=many must be a whole number"),
         (("configure", GPT, "run.yaml/x.yaml"), "cannot be written"),
         (("checkpoints", "mine", "out"), "has no checkpoint latest; it has saved none yet"),
-        (("restore", "mine", "latest", "out"), "holds no job that was run"),
+        (("restore", "mine", "latest", "out"), "contains no job that was run"),
         (("restore", "../..", "latest", "out"), "name '../..' must be letters"),
         (("checkpoints", "mine", "out", "-g", ".."), "group '..' must be letters"),
-        (("configure", GPT, "run.yaml", "train.max_steps=9"), "run.yaml exists and has other options"),
+        (("configure", GPT, "run.yaml", "train.max_steps=9"), "run.yaml already exists with other options"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_runs(
@@ -249,7 +249,7 @@ def test_a_damaged_description_is_one_line(tmp_path: Path, text: str) -> None:
     place = JobSpec("", "mine", str(tmp_path), {})
     place.folder.mkdir(parents=True)
     (place.folder / "job.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"job\.json is damaged; repeat the command tinytron run"):
+    with pytest.raises(CheckpointError, match=r"job\.json is damaged; repeat the tinytron run command"):
         read_spec(place)
 
 

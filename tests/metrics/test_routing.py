@@ -281,7 +281,7 @@ def test_models_without_our_routers_are_refused(
 ) -> None:
     (text,) = ranks(1).run(user_error, cls, tmp_path, *flags, flag)
     assert text == (
-        f"ConfigError: {flag} needs the expert layers of our GPT, and this {name} has none; "
+        f"ConfigError: {flag} needs the expert layers of Tinytron's GPT, but this {name} has none; "
         f"use --use_moe, or --no-{flag[2:]}"
     )
 

@@ -64,7 +64,7 @@ def test_what_fits_is_not_worth_a_word() -> None:
 def test_what_does_not_fit_in_what_is_free_is_said_with_a_way_out() -> None:
     (line,) = say(64, 6)
     assert line.startswith("this run needs about 11.")
-    assert "this machine has 64.0 (6.0 free): it may fail, or be very slow; use --batch_size " in line
+    assert "this machine has 64.0 (6.0 free): the run may fail, or be very slow; use --batch_size " in line
     size = int(line.split("--batch_size ")[1].split(";")[0])
     assert say(64, 6, "--batch_size", size) == []
     assert say(64, 6, "--batch_size", 2 * size) != []
@@ -72,11 +72,11 @@ def test_what_does_not_fit_in_what_is_free_is_said_with_a_way_out() -> None:
 
 def test_what_cannot_fit_is_refused() -> None:
     text = (
-        r"this run needs about 11\.\d GiB, this machine has 8\.0 \(5.0 free\); use --batch_size 1; --dry_run shows what"
+        r"this run needs about 11\.\d GiB, but this machine has 8\.0 \(5.0 free\); use --batch_size 1; --dry_run shows"
     )
     with pytest.raises(ConfigError, match=text):
         say(8, 5)
-    with pytest.raises(ConfigError, match=r"use --recompute full; --dry_run shows what takes how much"):
+    with pytest.raises(ConfigError, match=r"use --recompute full; --dry_run shows what the memory is used for"):
         say(8, 5, "--seq_len", 16384, "--batch_size", 1, "--num_layer", 11)
     with pytest.raises(ConfigError, match=r"use a smaller model or more processes; --dry_run"):
         say(2, 2)

@@ -112,7 +112,7 @@ def test_without_a_token_between_documents_there_are_only_characters(tmp_path: P
 def test_two_tokenizers_are_too_many(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--train_bpe and --train_chars are too many"):
         tokenize(tmp_path / "a.jsonl", None, tmp_path, "--train_chars", "--train_bpe", 300)
-    with pytest.raises(ConfigError, match=r"there is no tokenizer; give one of .*--train_chars"):
+    with pytest.raises(ConfigError, match=r"no tokenizer given; give one of .*--train_chars"):
         tokenize(tmp_path / "a.jsonl", None, tmp_path, "--no-train_chars")
 
 

@@ -77,7 +77,7 @@ def test_a_folder_that_is_not_whole_is_made_again(made: Path, tmp_path: Path, da
 
 def test_shards_of_others_are_not_touched(made: Path, tmp_path: Path) -> None:
     write_shard(tmp_path / "train_000000.bin", [1, 2])
-    with pytest.raises(DataError, match="holds shards that were not made here; use another folder"):
+    with pytest.raises(DataError, match="contains shards from elsewhere; use another folder"):
         tokenize(made / "c.jsonl", made / "tokenizer.json", tmp_path, repair=True)
     assert tokens_of(tmp_path) == [1, 2]
 

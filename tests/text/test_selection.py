@@ -292,13 +292,13 @@ def test_no_token_between_documents(made: Path, tmp_path: Path) -> None:
     assert (found.end, found.prepend) == (None, False)
     shards = open_shards(find_shards(str(out), "train"))
     assert shards[0].starts_between(0, 500).tolist() == [start for start in starts_of(out) if start < 500]
-    with pytest.raises(ConfigError, match="--eot_token <eot> goes with --eot_position prepend or append, not none"):
+    with pytest.raises(ConfigError, match="--eot_token <eot> needs --eot_position prepend or append, not none"):
         tokenize(made / "c.jsonl", made / "tokenizer.json", out, "--eot_position", "none", "--eot_token", "<eot>")
 
 
 def test_a_tokenizer_without_an_end_of_text_token_names_the_way_out(made: Path, tmp_path: Path) -> None:
     endless = make_tokenizer(tmp_path / "endless.json", ())
-    with pytest.raises(ConfigError, match=r"no known end-of-text token in .*endless.json; use --eot_position none"):
+    with pytest.raises(ConfigError, match=r"no end-of-text token is known in .*endless.json; use --eot_position none"):
         tokenize(made / "c.jsonl", endless, tmp_path / "out")
     tokenize(made / "c.jsonl", endless, tmp_path / "out", "--eot_position", "none")
 

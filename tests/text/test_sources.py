@@ -222,7 +222,7 @@ def test_a_file_that_becomes_shorter_is_noticed(tmp_path: Path) -> None:
     source = sources.FileSource([path])
     (chunk,) = source.chunks(100)
     path.write_text("")
-    with pytest.raises(DataError, match=r"a.jsonl has become shorter while it was read; leave it alone until"):
+    with pytest.raises(DataError, match=r"a.jsonl became shorter while it was being read; do not change it until"):
         list(source.read(chunk))
 
 
@@ -304,7 +304,7 @@ def test_rows_of_jsonl_files_empty_lines_and_nulls(tmp_path: Path) -> None:
         ("a.txt", b"caf\xe9", r"a.txt: .*0xe9.*; convert the file to UTF-8, for example with iconv -f latin1"),
         ("a.jsonl", b'{"text": 3}\n', "a.jsonl, line 1: 'text' is int, not text; set HF_TEXT_KEY to another key"),
         ("a.jsonl", b'{"id": 1, "body": ""}\n', "a.jsonl, line 1 has no key 'text'; set HF_TEXT_KEY to .*: id, body"),
-        ("a.jsonl", b"{}\n", "line 1 has no key 'text'; .*: no key at all"),
+        ("a.jsonl", b"{}\n", "line 1 has no key 'text'; .*: no keys at all"),
         ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl, line 1: 'utf-8' codec can't decode byte 0xff"),
         ("a.txt", b"abc\xff", "a.txt: 'utf-8' codec can't decode byte 0xff in position 3"),
         ("a.parquet", b"abc", "a.parquet: Parquet file size is 3 bytes"),

@@ -123,6 +123,6 @@ def test_the_tokenizer_of_all_shards(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "[]", '{"model": {}}', '{"model": {"vocab": {}}, "decoder": 3}'])
 def test_a_damaged_tokenizer(content: str, tmp_path: Path) -> None:
     (tmp_path / TOKENIZER).write_text(content)
-    with pytest.raises(DataError, match=r"tokenizer.json is no tokenizer \(.*\); tokenize again with --overwrite"):
+    with pytest.raises(DataError, match=r"tokenizer.json is not a tokenizer \(.*\); tokenize again with --overwrite"):
         token_bytes_of_data(str(tmp_path))
     shutil.rmtree(tmp_path)

@@ -31,7 +31,7 @@ from tinytron.errors import ConfigError, DataError  # noqa: E402
 from tinytron.text import parts  # noqa: E402
 from tinytron.text.chunk_encoder import Encoded  # noqa: E402
 from tinytron.text.sources import FileSource, file_states  # noqa: E402
-from tinytron.text.tokenize import _Progress  # noqa: E402
+from tinytron.text.tokenize import _Rates  # noqa: E402
 from tinytron.text.tokenizers import from_file  # noqa: E402
 
 TEXTS = make_texts(60)
@@ -82,17 +82,18 @@ def test_the_command_of_the_manifest_makes_the_same_again(made: Path, tmp_path: 
     manifest = tokenize(made / "c.jsonl", made / "tokenizer.json", tmp_path / "a", *flags).manifest
     assert manifest is not None
     words = shlex.split(manifest.command)
-    assert words[:2] == ["python", "scripts/tokenize_dataset.py"]
+    assert words[:2] == ["tinytron", "tokenize"]
     tokenize_dataset(parse_options([*words[2:], "--output_dir", str(tmp_path / "b"), "--num_proc", "0"]))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 def test_the_bar_stands_where_the_source_does(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x" * 100)
-    with _Progress(FileSource([tmp_path / "a.txt"]), 10) as progress:
+    with _Rates(FileSource([tmp_path / "a.txt"]), 10) as rates:
         for done in (10, 30, 100):
-            progress.update(done, Encoded({}, 0))
-            assert (progress.bar.n, progress.bar.total) == (done, 100)
+            rates.update(done, Encoded({}, 0))
+            assert rates.progress.done == done
+    assert rates.summary().startswith("tokenized 90B in ")
 
 
 @pytest.mark.parametrize("chunksize", [1, 7, 1000])
@@ -244,7 +245,7 @@ def test_the_own_tokenizer_is_trained_once_without_validation_texts(made: Path, 
     said: list[str] = []
     tokenize(*flags, say=said.append)
     texts = [text for text in TEXTS if not is_held_out(text.encode(), 0.3)]
-    assert f"trained it on {sum(len(text.encode()) for text in texts):,} bytes of text" in said
+    assert f"trained the tokenizer on {sum(len(text.encode()) for text in texts):,} bytes of text" in said
     assert 10 < len(texts) < 55
     trained = train_bpe(texts, 300)
     assert (tmp_path / "a" / "tokenizer.json").read_text() == trained.to_str()
@@ -298,7 +299,7 @@ def test_the_end_of_a_short_text_is_held_out_too(made: Path, tmp_path: Path, tex
 
 def test_a_split_without_a_document_is_an_error_and_leaves_nothing(made: Path, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "few.jsonl", TEXTS[:2])
-    with pytest.raises(DataError, match=r"--val_fraction 0\.001: no document of 2 is for val.*--val_path FILE"):
+    with pytest.raises(DataError, match=r"--val_fraction 0\.001: none of 2 documents goes to val.*--val_path FILE"):
         tokenize(tmp_path / "few.jsonl", made / "tokenizer.json", tmp_path / "out", "--val_fraction", 0.001)
     assert not list((tmp_path / "out").glob("*.bin"))
     assert not (tmp_path / "out" / "manifest.json").exists()

@@ -48,7 +48,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("", "--dataset_path is missing; .*file or folder.*hub"),
         (
             "--dataset_path x",
-            ".*tokenizer; .*--tokenizer_name, --encoding_name, --tokenizer_path, --train_bpe",
+            ".*tokenizer given; .*--tokenizer_name, --encoding_name, --tokenizer_path, --train_bpe",
         ),
         ("--dataset_path x --train_bpe 300 --encoding_name gpt2", "--encoding_name and --train_bpe .*; give"),
         ("--dataset_pat x", "unknown argument --dataset_pat; did you mean --dataset_path?"),
@@ -134,7 +134,7 @@ def test_a_vocabulary_that_does_not_fit(made: Path, tmp_path: Path) -> None:
 def test_an_end_of_text_token_that_there_is_not(made: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--eot_token <eot> .*tokenizer.json; use --eot_token .*<\|endoftext"):
         tokenize(made / "c.jsonl", made / "tokenizer.json", tmp_path / "out", "--eot_token", "<eot>")
-    with pytest.raises(ConfigError, match="there is no known end-of-text token in"):
+    with pytest.raises(ConfigError, match="no end-of-text token is known in"):
         tokenize(made / "c.jsonl", made / "endless.json", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -195,7 +195,7 @@ def test_a_source_that_there_is_not(made: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"--dataset_path .*/gone: there is no such file or folder"):
         tokenize(tmp_path / "gone", made / "tokenizer.json", tmp_path / "out")
     with pytest.raises(
-        ConfigError, match=r"--dataset_name x is of data sets on the hub, and --dataset_path .* is a file"
+        ConfigError, match=r"--dataset_name x is for datasets on the hub, but --dataset_path .* is local"
     ):
         tokenize(made / "c.jsonl", made / "tokenizer.json", tmp_path / "out", "--dataset_name", "x")
 
@@ -256,7 +256,7 @@ def test_other_options_are_refused(made: Path, tmp_path: Path, flags: Any, messa
     else:
         given += flags
     with pytest.raises(
-        ConfigError, match=f"was made from other options: .*{message}.*; use another folder, or --overwrite"
+        ConfigError, match=f"was made with other options: .*{message}.*; use another folder, or --overwrite"
     ):
         tokenize(*given)
     assert contents(out) == before
@@ -265,7 +265,7 @@ def test_other_options_are_refused(made: Path, tmp_path: Path, flags: Any, messa
 
 def test_shards_of_others_are_not_touched(made: Path, tmp_path: Path) -> None:
     write_shard(tmp_path / "train_000000.bin", [1, 2])
-    with pytest.raises(DataError, match=r"--output_dir .* not made here; .*another folder, or --overwrite"):
+    with pytest.raises(DataError, match=r"--output_dir .* shards from elsewhere; .*another folder, or --overwrite"):
         tokenize(made / "c.jsonl", made / "tokenizer.json", tmp_path)
     assert {"train_000000.bin"} == set(contents(tmp_path))
     tokenize(made / "c.jsonl", made / "tokenizer.json", tmp_path, "--overwrite")
@@ -282,12 +282,12 @@ def test_a_damaged_state_or_a_shard_that_is_gone(made: Path, tmp_path: Path) -> 
             tokenize(*flags)
     state.write_bytes(whole)
     (tmp_path / "train_000001.bin").rename(tmp_path / "elsewhere")
-    with pytest.raises(DataError, match=r"train_000001.bin is gone; tokenize again with --overwrite"):
+    with pytest.raises(DataError, match=r"train_000001.bin is missing; tokenize again with --overwrite"):
         tokenize(*flags, say=lambda _: None)
     (tmp_path / "elsewhere").rename(tmp_path / "train_000001.bin")
     tokenize(*flags, say=lambda _: None)
     (tmp_path / "train_000001.bin").unlink()
-    with pytest.raises(DataError, match=r"train_000001.bin is gone; tokenize again with --overwrite"):
+    with pytest.raises(DataError, match=r"train_000001.bin is missing; tokenize again with --overwrite"):
         tokenize(*flags)
 
 
@@ -312,7 +312,7 @@ def test_a_full_disk_is_one_error_and_the_next_call_goes_on(
 
     monkeypatch.setattr(token_writer, "write_shard", full)
     with pytest.raises(
-        DataError, match=r"cannot be written \(No space left on device\).*The same call continues where it was"
+        DataError, match=r"cannot be written \(No space left on device\).*The same call continues from here"
     ):
         tokenize(*flags)
     tokenize(*flags, say=lambda _: None)

@@ -235,7 +235,7 @@ def test_min_file_index_leaves_out_the_files_before(made: Path, tmp_path: Path) 
     out = tmp_path / "out"
     manifest = tokenize(*args, out, *FLAGS, "--min_file_index", 2, say=said.append).manifest
     assert manifest is not None
-    assert said == [f"files 0 to 1 are tokenized and dropped: {out} does not say where they end"]
+    assert said == [f"files 0 to 1 are tokenized and dropped, because {out} does not record where they end"]
     names = [shard.name for shard in manifest.shards_of("train")]
     assert names[0] == "train_000002.bin"
     assert sorted(p.name for p in out.glob("train_*.bin")) == names
@@ -324,7 +324,7 @@ def test_a_signal_stops_it_cleanly(corpus: Path, tmp_path: Path, number: signal.
     running.send_signal(number)
     out, err = running.communicate(timeout=60)
     assert running.returncode == 128 + number, err
-    assert f"stopped by {number.name}; the same command continues where it was" in err
+    assert f"stopped by {number.name}; the same command continues from here" in err
     assert "Traceback" not in err
     assert out == ""
     assert read_state(tmp_path) is not None

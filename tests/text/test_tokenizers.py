@@ -113,11 +113,12 @@ def test_the_end_of_text_token(made: Path) -> None:
     assert file.end_of_text("<stop>") == ("<stop>", 1)
     name = made / "tokenizer.json"
     with pytest.raises(
-        ConfigError, match=rf"--eot_token <eot> is no token of --tokenizer_path {name}; .* of <\|endoftext\|>, <stop>$"
+        ConfigError,
+        match=rf"--eot_token <eot> is not a token of --tokenizer_path {name}; .* of <\|endoftext\|>, <stop>$",
     ):
         file.end_of_text("<eot>")
     with pytest.raises(
-        ConfigError, match=r"no known end-of-text token in --tokenizer_path .*; use --eot_position none"
+        ConfigError, match=r"no end-of-text token is known in --tokenizer_path .*; use --eot_position none"
     ):
         from_file(made / "endless.json").end_of_text()
 
@@ -125,7 +126,7 @@ def test_the_end_of_text_token(made: Path) -> None:
 def test_a_model_needs_as_many_tokens_as_its_tokenizer(made: Path) -> None:
     tokenizer = from_file(made / "tokenizer.json")
     RunTokenizer(tokenizer, None, False).check(tokenizer.vocab_size)
-    with pytest.raises(ConfigError, match=f"has {tokenizer.vocab_size} tokens, the model --vocab_size"):
+    with pytest.raises(ConfigError, match=f"has {tokenizer.vocab_size} tokens, but the model has --vocab_size"):
         RunTokenizer(tokenizer, None, False).check(tokenizer.vocab_size - 1)
 
 
@@ -143,7 +144,7 @@ def test_tiktoken(made: Path, tmp_path: Path) -> None:
         assert tokens_of(out) == [token for ids in expected for token in ids]
         assert not (out / "tokenizer.json").exists()
     with pytest.raises(
-        ConfigError, match=r"--encoding_name tiny is no encoding of tiktoken; use one of .*gpt2.*tiny_of"
+        ConfigError, match=r"--encoding_name tiny is not an encoding of tiktoken; use one of .*gpt2.*tiny_of"
     ):
         from_tiktoken("tiny")
 
@@ -153,7 +154,9 @@ def test_training(tmp_path: Path) -> None:
     assert (tokenizer.get_vocab_size(), tokenizer.token_to_id(BPE_END)) == (280, 0)
     text = "never seen: ß\x00 \n\t 猫"
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
-    with pytest.raises(ConfigError, match="a vocabulary of 256 has no room for the 256 bytes and an end; use 4096"):
+    with pytest.raises(
+        ConfigError, match="a vocabulary of 256 is too small for the 256 bytes and an end-of-text token; use 4096"
+    ):
         train_bpe(TEXTS, 256)
     assert list(first_bytes(["ab", "é", "c", "d"], 4)) == ["ab", "é"]
     assert list(first_bytes(["ab"], 4)) == ["ab"]
@@ -251,7 +254,7 @@ def test_a_piece_that_the_configuration_names_as_the_end_is_one(tmp_path: Path) 
     assert found.end_of_text() == ("fox", end)
     assert end not in _ids(found.encode, ["the fox"])[0]
     with pytest.raises(
-        DataError, match=f"texts give the token {made.token_to_id('the')} that is to separate documents"
+        DataError, match=f"texts contain the token {made.token_to_id('the')}, which should only separate documents"
     ):
         encode_documents(["the fox"], found.encode, made.token_to_id("the"), "append", np.dtype("<u2"))
 

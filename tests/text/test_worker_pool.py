@@ -80,7 +80,7 @@ def test_an_unforeseen_error_keeps_its_traceback() -> None:
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_killed_worker_ends_it(workers: int) -> None:
     got: list[int] = []
-    message = r"worker process \d+ was killed \(exit code -9\), .*; run again, with fewer by --num_proc or a smaller"
+    message = r"worker process \d+ was killed \(exit code -9\), .*; run again with a smaller --num_proc or a smaller"
     with pytest.raises(DataError, match=message):
         _squares(Square(deadly=6), workers, iter(range(1000)), got)
     assert got == list(range(6))

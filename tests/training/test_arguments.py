@@ -242,23 +242,22 @@ def test_arguments_default_to_those_of_the_process(monkeypatch: pytest.MonkeyPat
     assert parse_args().num_layer == 3
 
 
-def test_help_shows_every_flag_with_its_text_unit_and_default(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_all_shows_every_flag_with_its_text_unit_and_default(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        parse_args(["--help"])
+        parse_args(["--help-all"])
     assert caught.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    unwrapped = shown.replace("- ", "-")  # argparse wraps at hyphens, too
     for section, info in FIELDS:
-        assert f"--{info.name}" in shown
-        assert " ".join(info.flag.text.split()).replace("- ", "-") in unwrapped
+        assert f"--[no-]{info.name}" in shown if info.type is bool else f"--{info.name}" in shown
+        assert " ".join(info.flag.text.split()) in shown
         assert f"{section}:" in shown
-    assert "global batch of one optimizer step [tokens] (default: 524288)" in shown
+    assert "global batch per optimizer step [tokens] (default: 524288)" in shown
 
 
 def test_every_flag_is_a_field() -> None:
     """Nothing stands on the command line that the dataclasses do not know."""
     names = {action.dest for action in build_parser()._actions}
-    assert names == {info.name for _, info in FIELDS} | {"help", "config", "preset"}
+    assert names == {info.name for _, info in FIELDS} | {"help", "help_all", "config", "preset"}
 
 
 def test_the_configuration_is_shown_with_its_hash() -> None:

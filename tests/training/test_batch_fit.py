@@ -48,7 +48,9 @@ def test_sizes_divide_the_batch_of_a_rank() -> None:
 
 
 def test_what_cannot_be_fitted_is_one_error() -> None:
-    with pytest.raises(ConfigError, match=r"one sequence needs about .* GiB, and 0\.0 are free; use --recompute full"):
+    with pytest.raises(
+        ConfigError, match=r"one sequence needs about .* GiB, but only 0\.0 are free; use --recompute full"
+    ):
         sizes_that_fit(config_of(*AUTO), LAYOUT, CPU, Memory(10**12, 10))
     with pytest.raises(ConfigError, match=r"must be a multiple of --seq_len x data-parallel ranks = 36; use 108"):
         sizes_that_fit(config_of(*AUTO), ParallelLayout(3, 1, 1), CPU, Memory(10**12, 10**12))
@@ -130,7 +132,7 @@ def _try_micro_batch(folder: Path) -> None:
 
 def test_another_model_needs_a_number(ranks, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     error = ranks(1).run(_own_model_error, tmp_path)[0]
-    assert "estimates the memory of Tinytron's own model only; give a number such as 8" in error
+    assert "can only estimate the memory of Tinytron's own model; give a number such as 8" in error
 
 
 class Own(Trainer):

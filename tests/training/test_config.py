@@ -170,7 +170,7 @@ def test_amounts_are_numbers(name: str) -> None:
         ),
         (
             "--dry_run_world_size 64",
-            "--dry_run_world_size 64 ... --dry_run ... drop it",
+            "--dry_run_world_size 64 ... --dry_run ... drop this one",
             "--dry_run_world_size 64 --dry_run",
         ),
         (

@@ -129,7 +129,7 @@ WRONG: list[tuple[Any, str]] = [
     ({"max_lrr": 1}, "there is no option max_lrr; did you mean max_lr?"),
     ({"learning_rate": 1}, "there is no option learning_rate; it is --max_lr here"),
     ({"train": {"sec_len": 1}}, "there is no option sec_len in train; did you mean seq_len?"),
-    ({"train": {"max_lr": 1}}, "max_lr is no option of train; it is one of optim"),
+    ({"train": {"max_lr": 1}}, "max_lr is not an option of train; it belongs to optim"),
     ({"trian": {"seq_len": 1}}, "there is no section trian; did you mean train?"),
     ({"seq_len": True}, "seq_len must not be true; its default is 4096"),
     ({"seq_len": None}, "seq_len must not be empty; its default is 4096"),
@@ -139,7 +139,7 @@ WRONG: list[tuple[Any, str]] = [
     ({"steps_to_profile": [1]}, "argument --steps_to_profile: expected 2 arguments"),
     ({"precision": "fp8"}, "argument --precision: invalid choice: 'fp8'"),
     ({"config": {"train": {"seq_len": 1.5}}}, "argument --seq_len: '1.5' is not a whole number"),
-    ("[1]", "holds no options; write lines such as max_lr: 0.001"),
+    ("[1]", "has no options; write lines such as max_lr: 0.001"),
     ("", "is not valid .json ("),
     ("{", "is not valid .json ("),
 ]  # fmt: skip

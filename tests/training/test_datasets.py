@@ -22,7 +22,7 @@ def numbers(count: int) -> TensorDataset:
 @pytest.mark.parametrize(("count", "rate", "train"), [(100, 0.99, 99), (100, 0.5, 50), (3, 0.5, 2), (10, 0.05, None)])
 def test_validation_is_the_end_of_the_data(count: int, rate: float, train: int | None) -> None:
     if train is None:
-        with pytest.raises(ConfigError, match=r"--split_rate 0.05 of 10 samples leaves no sample to train"):
+        with pytest.raises(ConfigError, match=r"--split_rate 0.05 of 10 samples leaves none for training"):
             split_off_validation(numbers(count), rate)
         return
     first, last = split_off_validation(numbers(count), rate)
@@ -32,9 +32,9 @@ def test_validation_is_the_end_of_the_data(count: int, rate: float, train: int |
 
 @pytest.mark.parametrize(("count", "rate"), [(10, 0.99), (10, 1.0), (3, 0.9), (2, 0.99), (10**7, 1.0)])
 def test_a_split_without_validation_names_a_rate_that_works(count: int, rate: float) -> None:
-    with pytest.raises(ConfigError, match=rf"--split_rate {rate} of {count} samples leaves no sample") as caught:
+    with pytest.raises(ConfigError, match=rf"--split_rate {rate} of {count} samples leaves none") as caught:
         split_off_validation(MockDataset(count, 4, 10, 0), rate)
-    proposed = re.search(r"use ([\d.]+), give val_dataset, or drop --do_val", str(caught.value))
+    proposed = re.search(r"use ([\d.]+), set val_dataset, or drop --do_val", str(caught.value))
     assert proposed is not None
     _, last = split_off_validation(MockDataset(count, 4, 10, 0), float(proposed.group(1)))
     assert len(last) >= 1  # type: ignore[arg-type]

@@ -117,7 +117,7 @@ def test_a_damaged_tokenizer_is_one_error(ranks: Pools, made: Path, tmp_path: Pa
     (tmp_path / "data" / "tokenizer.json").write_text("{}")
     log = tmp_path / "log"
     told = ranks(2).run(user_error, Trainer, log, *FLAGS, "--dataset_path", tmp_path / "data", "--do_val")
-    assert all("tokenizer.json is no tokenizer" in text for text in told)
+    assert all("tokenizer.json is not a tokenizer" in text for text in told)
     assert not log.exists(), "told before anything is written"
 
 
@@ -181,7 +181,7 @@ def test_a_trial_run_answers_no_tasks(ranks: Pools, made: Path, tmp_path: Path) 
         (("--eval_tasks", "nowhere.jsonl"), "DataError: the task file nowhere.jsonl cannot be read"),
         (
             ("--use_mock_data", "--eval_tasks", "SKY", "--eval_tokenizer", "TOKENIZER", "--vocab_size", 300),
-            "tokens, the model --vocab_size 300; use the tokenizer that its data was made with",
+            "tokens, but the model has --vocab_size 300; use the tokenizer that its data was made with",
         ),
         (
             ("--eval_tasks", "SKY", "--use_mock_data"),
@@ -213,9 +213,12 @@ def test_a_given_tokenizer_is_used(ranks: Pools, made: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (("--checkpoint", "nowhere", "--tasks", "SKY"), "nowhere is not a folder here"),
+        (("--checkpoint", "nowhere", "--tasks", "SKY"), "nowhere is not a local folder"),
         (("--checkpoint", ".", "--tasks", "gone.jsonl"), "the task file gone.jsonl cannot be read"),
-        (("--checkpoint", ".", "--tasks", "SKY", "SKY"), "--tasks has two files called sky, one name in the results"),
+        (
+            ("--checkpoint", ".", "--tasks", "SKY", "SKY"),
+            "--tasks has two files called sky, and results go by file name",
+        ),
         (("--checkpoint", ".", "--tasks", "SKY", "--batch_tokens", 0), "--batch_tokens 0 must be at least 1"),
     ],
 )

@@ -98,7 +98,7 @@ def test_a_failed_export_costs_no_checkpoint(ranks: Pools, tmp_path: Path) -> No
     assert [path.name for path in run.folder.glob("*_meta.pt")] == ["00005_meta.pt"]
     out = run.folder / "export" / "step_00004"
     (line,) = (line for line in run.extra if line.startswith("step 4 | saved"))
-    assert f"; error: not exported to {out} (the export is broken), the checkpoint is whole; removed 3" in line
+    assert f"; error: not exported to {out} (the export is broken), the checkpoint is complete; removed 3" in line
 
 
 def test_what_a_killed_process_left_is_made_up_for(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_steps_begin_where_asked_and_validation_is_split_off(ranks: Pools) -> No
     assert from_start[1] == from_second[0]
     dataset = mock()
     assert [row for batch in val for row in batch] == [dataset[i]["input_ids"].tolist() for i in range(24, 32)]
-    line = "no validation data: the last 8 of 32 samples are held out for it"
+    line = "no validation data: the last 8 of 32 samples are held out"
     assert line in notes
     ((_, nothing, notes),) = ranks(1).run(_steps)
     assert nothing == []
@@ -93,7 +93,7 @@ def _no_data() -> str:
 
 
 def test_without_data_there_is_no_pipeline(ranks: Pools) -> None:
-    assert ranks(1).run(_no_data)[0].startswith("_init_dataset set no train_dataset")
+    assert ranks(1).run(_no_data)[0].startswith("_init_dataset set no training data")
 
 
 # Folder and saver.
@@ -199,7 +199,7 @@ def test_processes_that_torchrun_has_not_started_do_not_train_apart(
     monkeypatch.setenv(name, str(alone))
     assert place_in_world() == (0, 1, 0)
     monkeypatch.setenv(name, str(alone + 1))
-    text = rf"{name}={alone + 1}, but RANK is not set: several .* start one per node, which runs torchrun"
+    text = rf"{name}={alone + 1}, but RANK is not set: .* start one per node, which runs torchrun"
     with pytest.raises(ConfigError, match=text):
         place_in_world()
     for variable, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}.items():

@@ -115,10 +115,14 @@ def test_validation_shards_that_are_too_short_stop_only_a_run_that_validates(ran
     for more in ((), ("--do_val", "--debug")):
         ranks(1).run(train, Trainer, tmp_path / "log", *flags, *more)
     error = ranks(1).run(user_error, Trainer, tmp_path / "log", *flags, "--do_val")[0]
-    assert error.startswith("DataError: --do_val: no validation shard holds one sample, 13 tokens at --seq_len 12")
+    assert error.startswith(
+        "DataError: --do_val: no validation shard has enough tokens for a sample, 13 at --seq_len 12"
+    )
     assert "val_0.bin: 9" in error
     write_shard(data / "val_0.bin", [5])
     packed = ("--packing", "best_fit", "--eot_id", 0)
     ranks(1).run(train, Trainer, tmp_path / "log", *flags, *packed)
     error = ranks(1).run(user_error, Trainer, tmp_path / "log", *flags, *packed, "--do_val")[0]
-    assert error.startswith("DataError: --do_val: no validation shard holds one sample, 2 tokens at --seq_len 12")
+    assert error.startswith(
+        "DataError: --do_val: no validation shard has enough tokens for a sample, 2 at --seq_len 12"
+    )

@@ -127,12 +127,12 @@ def test_every_option_has_a_default() -> None:
 def test_names_must_be_new() -> None:
     with pytest.raises(TypeError, match="a section train exists already; give DpoConfig another name"):
         all_sections({"train": DpoConfig})
-    with pytest.raises(TypeError, match="--seed is an option of seed; rename it in mine"):
+    with pytest.raises(TypeError, match="--seed is already an option of seed; rename it in mine"):
         all_sections({"mine": Clash})
     for name in ("identity", "as_dict", "further"):
         with pytest.raises(TypeError, match=f"a section {name} exists already"):
             Config(further={name: DpoConfig()})
-    with pytest.raises(TypeError, match="--given means something else to the parser; rename it in mine"):
+    with pytest.raises(TypeError, match="--given is reserved for the parser; rename it in mine"):
         all_sections({"mine": Taken})
     assert all_sections({}) == SECTIONS
 

@@ -104,7 +104,7 @@ def test_validation_data_is_split_off(
 ) -> None:
     if flags == ("--do_val",):  # 0.99 of 32 samples leaves none
         errors = ranks(world).run(user_error, OnlyTrainDataset, tmp_path, *flags)
-        assert errors[0].startswith("ConfigError: --split_rate 0.99 of 32 samples leaves no sample")
+        assert errors[0].startswith("ConfigError: --split_rate 0.99 of 32 samples leaves none")
         return
     result = ranks(world).run(train, OnlyTrainDataset, tmp_path, "--max_steps", 2, *flags)[0]
     assert result.extra == {"train": sizes[0], "val": sizes[1]}
@@ -296,8 +296,11 @@ def test_an_own_loader_resumes_where_it_was(ranks: Pools, tmp_path: Path) -> Non
     ("cls", "message"),
     [
         (OwnLoaderWithoutBatches, "DataError: train_loader gave no batch"),
-        (NoData, "ConfigError: _init_dataset set no train_dataset; set self.train_dataset, or self.train_loader"),
-        (OwnLoaderOnly, "ConfigError: the training data has no length; say how long to train: --max_steps or --max_tr"),
+        (NoData, "ConfigError: _init_dataset set no training data; set self.train_dataset or self.train_loader"),
+        (
+            OwnLoaderOnly,
+            "ConfigError: the training data has no length; set the length of the run: --max_steps or --max_tr",
+        ),
         (OwnLoaderOfTexts, "DataError: a loader must give input_ids and labels"),
     ],
 )

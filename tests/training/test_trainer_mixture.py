@@ -148,7 +148,7 @@ def test_a_mixture_is_not_cut_for_validation(ranks: Pools, tmp_path: Path) -> No
         (tmp_path / name / "val_000000.bin").unlink()
     (error,) = ranks(1).run(user_error, Trainer, tmp_path / "log", *FLAGS, "--dataset_path", path, "--do_val")
     assert (
-        "need validation data, and MixtureDataset cannot be split; set val_dataset (of token shards: tokenize" in error
+        "need validation data, but MixtureDataset cannot be split; set val_dataset (for token shards: tokenize" in error
     )
 
 
@@ -222,4 +222,4 @@ def test_nodes_must_have_the_same_shards(ranks: Pools, tmp_path: Path) -> None:
     for rank, tokens in enumerate((901, 900)):
         text(tmp_path / str(rank), tokens, 1, 61)
     for error in ranks(2).run(user_error, OfItsOwnNode, tmp_path / "log", *FLAGS, "--dataset_path", tmp_path):
-        assert "has other train shards on some nodes; copy the same ones to all" in error
+        assert "has different train shards on some nodes; copy the same ones to all" in error

@@ -182,7 +182,7 @@ def test_the_whole_next_step_is_read_while_one_computes(ranks: Pools, tmp_path: 
     run = ranks(1).run(train, ReadAhead, tmp_path, *flags)[0]
     counts, said = run.extra
     assert counts == [16, 24, 32]
-    line = "--num_workers 2: Watched has no numbered samples to share among processes; a thread reads it"
+    line = "--num_workers 2: Watched has no numbered samples to divide among processes, so a thread reads it"
     assert any(text.startswith(line) for text in said) == (workers == 2)
 
 
@@ -194,10 +194,13 @@ class OnlyAStream(Trainer):
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        ((), "ConfigError: the training data has no length; say how long to train: --max_steps or --max_train_tokens"),
+        (
+            (),
+            "ConfigError: the training data has no length; set the length of the run: --max_steps or --max_train_tokens",
+        ),
         (
             ("--max_steps", 2, "--do_val"),
-            "ConfigError: --do_val and --split_rate 0.99 need validation data, and Rows ",
+            "ConfigError: --do_val and --split_rate 0.99 need validation data, but Rows ",
         ),
     ],
 )

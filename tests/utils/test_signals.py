@@ -45,6 +45,15 @@ def test_the_second_signal_leaves(
     assert capsys.readouterr().err == said
 
 
+def test_only_a_request_that_speaks_says_that_it_leaves(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the ranks of a job one does."""
+    statuses: list[int] = []
+    request = StopRequest(leave=statuses.append, speaks=False)
+    request.take(USR1)
+    request.take(TERM)
+    assert (statuses, capsys.readouterr().err) == ([128 + TERM], "")
+
+
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_signals_are_received_while_listening_and_handlers_put_back(number: signal.Signals) -> None:
     seen: list[int] = []

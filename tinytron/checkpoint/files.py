@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,13 +160,18 @@ def find_checkpoints(path: str) -> list[CheckpointFiles]:
     return [files]
 
 
-def checksum(path: Path) -> dict[str, Any]:
-    """Size in bytes and SHA-256 of a file, in the form that the metadata stores."""
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+def checksum(path: Path, advance: Callable[[int], object] = lambda size: None) -> dict[str, Any]:
+    """Size in bytes and SHA-256 of a file, in the form that the metadata stores; ``advance`` as in ``sha256_of``."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path, advance)}
 
 
-def verify(folder: Path, sums: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> None:
-    """Compare the files ``names`` (relative to ``folder``) with their checksums ``sums``.
+def verify(
+    folder: Path,
+    sums: Mapping[str, Mapping[str, Any]],
+    names: Iterable[str],
+    advance: Callable[[int], object] = lambda size: None,
+) -> None:
+    """Compare the files ``names`` (relative to ``folder``) with their checksums ``sums``; ``advance`` as in ``sha256_of``.
 
     Raises: CheckpointError naming the first file that is missing or differs, and how it differs.
     """
@@ -177,7 +182,7 @@ def verify(folder: Path, sums: Mapping[str, Mapping[str, Any]], names: Iterable[
             raise damaged(path, "it is missing")
         if (size := path.stat().st_size) != expected["bytes"]:
             raise damaged(path, f"it has {size:,} bytes, but {expected['bytes']:,} were written")
-        if checksum(path) != expected:
+        if checksum(path, advance) != expected:
             raise damaged(path, "its SHA-256 differs from the one recorded when it was written")
 
 

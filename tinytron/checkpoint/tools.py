@@ -32,6 +32,7 @@ from tinytron.checkpoint.save import to_prune
 from tinytron.checkpoint.sharded import FlatRanges
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.utils.lock import lock_folder
+from tinytron.utils.progress import Progress
 from tinytron.utils.training import write_atomically
 
 
@@ -56,11 +57,14 @@ def problems(files: CheckpointFiles) -> list[str]:
     parts = [files.model, files.optimizer / ".metadata", *sorted(files.optimizer.glob("*.distcp"))]
     names = [str(path.relative_to(files.folder)) for path in parts]
     found = [f"{files.folder / name} has no checksum in {files.meta.name}" for name in names if name not in meta.files]
-    for name in sorted(meta.files):
-        try:
-            verify(files.folder, meta.files, [name])
-        except CheckpointError as error:
-            found.append(str(error))
+    with Progress(
+        f"verifying checkpoint {files.step}", sum(facts["bytes"] for facts in meta.files.values())
+    ) as progress:
+        for name in sorted(meta.files):
+            try:
+                verify(files.folder, meta.files, [name], progress.update)
+            except CheckpointError as error:
+                found.append(str(error))
     try:
         return found or _uncovered(files, meta.parameters)
     except CheckpointError as error:

@@ -18,39 +18,45 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     """One subcommand per tool; ``args.tool`` runs it and returns the exit status."""
     parser = Parser(prog=prog, description="Look at checkpoints, check, export and delete them.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    either = "run folder, or a file of one checkpoint such as log/<run>/00100_model.pt"
+    either = "run folder, or one file of a checkpoint, such as log/<run>/00100_model.pt"
 
     command = commands.add_parser("inspect", help="show what is in a run folder or a checkpoint")
     command.add_argument("path", type=user_path, metavar="PATH", help=either)
-    command.add_argument("--json", action="store_true", help="the same as JSON")
+    command.add_argument("--json", action="store_true", help="print JSON instead of text")
     command.set_defaults(tool=_inspect)
 
-    text = "check that checkpoints are what was written, and whole; exit status 1 if one is not"
+    text = "check that checkpoints are complete and unchanged since they were written; exit status 1 if one is not"
     command = commands.add_parser("verify", help=text, description=text)
-    command.add_argument("path", type=user_path, metavar="PATH", help=f"{either}; a folder: all of its checkpoints")
+    command.add_argument(
+        "path", type=user_path, metavar="PATH", help=f"{either}; for a folder, checks every checkpoint"
+    )
     command.set_defaults(tool=_verify)
 
-    text = "write fp32 weights and optimizer states into one file for torch.load"
+    text = "write fp32 weights and optimizer state into one file for torch.load"
     command = commands.add_parser("consolidate", help=text, description=text)
-    command.add_argument("path", type=user_path, metavar="PATH", help=f"{either}; a folder: its newest checkpoint")
+    command.add_argument("path", type=user_path, metavar="PATH", help=f"{either}; for a folder, its newest checkpoint")
     command.add_argument(
-        "--out", type=user_path, metavar="FILE", help="default: <step>_consolidated.pt beside the checkpoint"
+        "--out", type=user_path, metavar="FILE", help="default: <step>_consolidated.pt next to the checkpoint"
     )
     command.set_defaults(tool=_consolidate)
 
-    text = "delete checkpoints that are not to be kept, and what interrupted saves left"
+    text = "delete all checkpoints but the ones to keep, and files that interrupted saves left behind"
     command = commands.add_parser("prune", help=text, description=text)
-    command.add_argument("path", type=user_path, metavar="PATH", help="run folder that no run is using")
+    command.add_argument("path", type=user_path, metavar="PATH", help="run folder; no run may be using it")
     command.add_argument(
         "--keep_last",
         type=int,
         required=True,
         metavar="K",
-        help="checkpoints kept, newest first; 0: all, or 1 beside others",
+        help="number of newest checkpoints to keep; 0: all, or just 1 if another --keep_ flag is given",
     )
-    command.add_argument("--keep_every", type=int, default=0, metavar="N", help="also keep those of every N steps")
-    command.add_argument("--keep_best", action="store_true", help="also keep that of the lowest validation loss")
-    command.add_argument("--dry_run", action="store_true", help="delete nothing, say what would be deleted")
+    command.add_argument(
+        "--keep_every", type=int, default=0, metavar="N", help="also keep every N-th step's checkpoint"
+    )
+    command.add_argument(
+        "--keep_best", action="store_true", help="also keep the checkpoint with the lowest validation loss"
+    )
+    command.add_argument("--dry_run", action="store_true", help="print what would be deleted, and delete nothing")
     command.set_defaults(tool=_prune)
     return parser
 
@@ -75,7 +81,7 @@ def _verify(args: argparse.Namespace) -> int:
     status = 0
     for files in found:
         problems = tools.problems(files)
-        print(f"checkpoint {files.step}: {'; '.join(problems) or 'ok'}", flush=True)  # the next one takes its time
+        print(f"checkpoint {files.step}: {'; '.join(problems) or 'ok'}", flush=True)  # the next check takes a while
         status = 1 if problems else status
     return status
 

@@ -1,4 +1,4 @@
-"""The tables of flags and presets in docs/reference; ``python -m tinytron.cli.config_tables`` rewrites them."""
+"""The tables of flags and presets in docs/reference. ``python -m tinytron.cli.config_tables`` regenerates them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _MARKED = re.compile(r"(<!-- (configuration|preset) tables: begin -->\n).*?(<!--
 
 
 def tables(sections: Mapping[str, type] = MappingProxyType({})) -> str:
-    """One heading and Markdown table per section, for the built-in ones and further ``sections``. A star marks an option
-    that is part of the run's identity."""
+    """One heading and Markdown table per section: the built-in sections, then the extra ``sections``. A star marks an
+    option that is part of the run's identity."""
     parts = []
     for section, cls in all_sections(sections).items():
         title = (cls.__doc__ or "").split("\n")[0].split(" Raises:")[0].rstrip(".")
@@ -37,7 +37,7 @@ def _row(info: FieldInfo) -> str:
 
 
 def updated(page: str) -> str:
-    """``page`` with current tables between its markers."""
+    """``page`` with the tables between its markers regenerated."""
     made = {"configuration": tables, "preset": preset_table}
     return _MARKED.sub(lambda match: match[1] + made[match[2]]() + match[3], page)
 

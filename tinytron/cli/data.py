@@ -1,4 +1,4 @@
-"""``tinytron data info|verify PATH``: what token shards hold, and whether they are what was written."""
+"""``tinytron data info|verify PATH``: show what token shards contain, and check them for damage."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from collections.abc import Sequence
 from tinytron.data import inspect
 from tinytron.utils.flags import Parser, parse_strictly
 from tinytron.utils.paths import user_path
+from tinytron.utils.texts import counted
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
     """One subcommand per tool; ``args.tool`` runs it and returns the exit status."""
-    parser = Parser(prog=prog, description="Look at folders of token shards, and check them.")
+    parser = Parser(prog=prog, description="Show and check folders of token shards.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("info", help="show what a folder of token shards holds")
+    command = commands.add_parser("info", help="show what a folder of token shards contains")
     command.add_argument("path", type=user_path, metavar="PATH", help="folder with *.bin files")
     command.set_defaults(tool=_info)
-    text = "check that shards are what was written, and that their ids are in the vocabulary; exit status 1 if not"
+    text = "check that shards are unchanged and their ids are in the vocabulary; exit status 1 if not"
     command = commands.add_parser("verify", help=text, description=text)
     command.add_argument("path", type=user_path, metavar="PATH", help="folder with *.bin files and manifest.json")
     command.set_defaults(tool=_verify)
@@ -31,10 +32,10 @@ def _info(args: argparse.Namespace) -> None:
 def _verify(args: argparse.Namespace) -> int:
     status = 0
     for problem in inspect.problems(args.path):
-        print(problem, flush=True)  # the next one takes its time
+        print(problem, flush=True)  # finding the next one takes a while
         status = 1
     if status == 0:
-        print(f"ok: {len(inspect.find_token_files(args.path))} shards")
+        print(f"ok: {counted(len(inspect.find_token_files(args.path)), 'shard')}")
     return status
 
 

@@ -1,5 +1,5 @@
-"""How every command and script ends: with one line and status 2 after a user's error, with 130 after Ctrl-C, with 141 when
-its reader has gone, and with the process group taken down."""
+"""How every command and script ends: a user's error prints one line and exits with status 2; Ctrl-C exits with 130, and a
+closed output pipe with 141. Process groups are destroyed before the process exits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tinytron.utils.signals import INTERRUPTED, interruptible
 _GRACE_SECONDS = 5.0
 _USER_ERROR = 2
 _READER_GONE = 141  # 128 + SIGPIPE
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of writing, which name no file
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # write errors that carry no file name
 
 
 def run(command: Callable[[], int | None]) -> None:
@@ -30,25 +30,24 @@ def run(command: Callable[[], int | None]) -> None:
         try:
             status = status_of(command)
             if status in (_USER_ERROR, INTERRUPTED):
-                os._exit(
-                    status
-                )  # not sys.exit: a peer may be in a collective, and taking its group down would wait for it
+                # Not sys.exit, which would destroy the process groups and so wait for peers that are in a collective.
+                os._exit(status)
         except SystemExit as end:
             if end.code not in (None, 0, INTERRUPTED):
                 raise
-            status = end.code or 0  # a run that was asked to stop, and has saved
+            status = end.code or 0  # the run was asked to stop, and has saved
         _destroy_groups()
         if status:
             sys.exit(status)
 
 
 def status_of(command: Callable[[], int | None]) -> int:
-    """The exit status of ``command``: what it returns (None: 0), or that of the error or interruption it ended in, which is
-    then said in one line. An ``OSError`` counts as the user's if it names a file or if the disk is full."""
+    """Exit status of ``command``: what it returned (None: 0), or the status for the error or interruption that ended it,
+    which is also printed in one line. An ``OSError`` counts as a user's error if it names a file or the disk is full."""
     try:
         status = command()
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _READER_GONE
     except TinytronError as error:
@@ -65,8 +64,8 @@ def status_of(command: Callable[[], int | None]) -> int:
 
 
 def _print_anything() -> None:
-    """Show characters that a terminal or pipe has no code for as escapes (``\\xe9``) instead of ending in an error: a model
-    may write any, and names of files need not be UTF-8."""
+    """Print characters that the terminal or pipe cannot encode as escapes (``\\xe9``) instead of raising an error: a model
+    may generate any character, and file names need not be UTF-8."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
@@ -78,12 +77,12 @@ def _say_interrupted() -> None:
 
 
 def _is_first() -> bool:
-    """Whether this process speaks for those of its node."""
+    """True in the one process of its node that prints for all of them."""
     return os.environ.get(local_rank_variable(os.environ), "0") == "0"
 
 
 def _said(text: str) -> int:
-    # All ranks raise the same error. Local rank 0 says it; the others give the launcher time to stop them.
+    # All ranks raise the same error. Local rank 0 prints it; the others leave the launcher time to stop them.
     if not _is_first():
         time.sleep(_GRACE_SECONDS)
     sys.stdout.flush()
@@ -93,25 +92,25 @@ def _said(text: str) -> int:
 
 
 def _tell_torchrun(text: str) -> None:
-    """Write ``text`` to the file from which torchrun takes what it says, last of all, about a worker that has failed."""
+    """Write ``text`` to the file from which torchrun takes the message that it prints last about a failed worker."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
             json.dump({"message": text, "timestamp": int(time.time())}, file)
 
 
 def _last_line(error: TinytronError) -> str:
-    """The message; a data loader's worker process wraps it in its traceback, of which it is the last line."""
+    """The message. A data loader's worker process wraps it in its traceback, where it is the last line."""
     last = str(error).strip().splitlines()[-1]
     return last.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
 
 
 def _destroy_groups() -> None:
-    """Take all process groups down, and end their threads. One that is about to drop a tensor when the interpreter shuts
-    down, on a busy machine, would end the process by SIGABRT ("terminate called without an active exception")."""
+    """Destroy all process groups, and end their threads. On a busy machine, a thread that drops a tensor while the
+    interpreter shuts down kills the process with SIGABRT ("terminate called without an active exception")."""
     if "torch.distributed" not in sys.modules:  # a command that never needed it
         return
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-        gc.collect()  # a trainer, which refers to groups, is part of circles
+        gc.collect()  # the trainer refers to the groups, and is part of reference cycles

@@ -1,5 +1,5 @@
-"""``tinytron evaluate --checkpoint log/<run> --tasks FILE.jsonl --data PATH``: a model's answers to multiple-choice tasks,
-and its loss on held-out data."""
+"""``tinytron evaluate --checkpoint log/<run> --tasks FILE.jsonl --data PATH``: score a model on multiple-choice tasks, and
+measure its loss on held-out data."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from tinytron.model.modules.loss import LossSums
 from tinytron.text.run_tokenizer import RunTokenizer, tokenizer_of_run
 from tinytron.utils.flags import Parser, parse_strictly, whole_number
 from tinytron.utils.paths import expanded, user_path
+from tinytron.utils.progress import Progress
 from tinytron.utils.texts import table
 from tinytron.utils.training import DTYPES, device_of, write_atomically
 
@@ -32,50 +33,61 @@ from tinytron.utils.training import DTYPES, device_of, write_atomically
 def _parser(prog: str) -> argparse.ArgumentParser:
     parser = Parser(
         prog=prog,
-        description="Answer multiple-choice items with a trained model, or measure its loss on held-out data.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage="%(prog)s --checkpoint MODEL --data PATH --tasks FILE [--flag value ...]",
+        description="""Score a trained model on multiple-choice items, or measure its loss on held-out data.
+
+%(prog)s --checkpoint log/my_run --data data/corpus
+%(prog)s --checkpoint openai-community/gpt2 --tasks arc_easy.jsonl
+""",
     )
     add = parser.add_argument
     add("--checkpoint", type=expanded, required=True, metavar="MODEL", help=CHECKPOINT_HELP)
-    add("--tasks", type=user_path, nargs="+", default=[], metavar="FILE", help="files of items, a line of JSON each")
+    add(
+        "--tasks",
+        type=user_path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="files of items, one JSON object per line",
+    )
     add(
         "--data",
         type=expanded,
         nargs="+",
         default=[],
         metavar="PATH",
-        help="measure the loss on these: folders or patterns of token shards, files of text (.txt, .jsonl, .parquet), URLs "
-        "of either, or mixture files (.json)",
+        help="measure the loss on this data: folders or patterns of token shards, text files (.txt, .jsonl, .parquet), "
+        "URLs of either, or mixture files (.json)",
     )
     add(
         "--text_key",
         default="text",
         metavar="KEY",
-        help="key of the text in a row of a .jsonl or .parquet file",
+        help="key of the text in a .jsonl or .parquet row",
     )
-    add("--seq_len", type=whole_number, help="tokens per sample of --data; default: as trained, or at most 4096")
-    add("--tokenizer", type=user_path, metavar="FILE", help="a tokenizer.json; default: the one beside the run's data")
+    add("--seq_len", type=whole_number, help="tokens per sample of --data; default: as in training, but at most 4096")
+    add("--tokenizer", type=user_path, metavar="FILE", help="a tokenizer.json; default: the one next to the run's data")
     add(
         "--out",
         type=user_path,
         metavar="FILE",
-        help="default: results.json next to a local checkpoint, else in this folder",
+        help="default: results.json next to a local checkpoint, otherwise in the current folder",
     )
-    add("--batch_tokens", type=whole_number, default=8192, help="tokens computed at a time, padding included")
+    add("--batch_tokens", type=whole_number, default=8192, help="tokens per forward pass, including padding")
     add("--device", help="default: cuda if there is a GPU, else cpu")
-    add("--dtype", choices=DTYPES, help="precision of weights; default: that of the file")
+    add("--dtype", choices=DTYPES, help="data type of the weights; default: the one stored in the checkpoint")
     return parser
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Answer the tasks, measure the loss, write and return the results. Raises: TinytronError; OSError (a full disk)."""
+    """Score the tasks, measure the loss, write and return the results. Raises: TinytronError; OSError (a full disk)."""
     if args.batch_tokens < 1:
         raise ConfigError(f"--batch_tokens {args.batch_tokens} must be at least 1")
     if not args.tasks and not args.data:
         raise ConfigError("nothing to evaluate; give --tasks FILE.jsonl, --data PATH, or both")
     names = [path.stem for path in args.tasks]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise ConfigError(f"--tasks has two files called {min(twice)}, one name in the results; rename one")
+        raise ConfigError(f"--tasks has two files called {min(twice)}, and results go by file name; rename one")
     tasks = {path.stem: read_items(path) for path in args.tasks}
     data = data_sources(args.data, say=print) if args.data else None
     source = local_checkpoint(args.checkpoint, say=print)
@@ -102,13 +114,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _answer(name: str, items: list[Item], model: GPT, tokenizer: RunTokenizer, batch_tokens: int) -> dict[str, Any]:
     """The accuracies of one task."""
 
-    def loss(batch: Batch) -> LossSums:
-        sums: LossSums = model(batch.input_ids, batch.labels)
-        return sums
-
     longest, weight = model.config.block_size, model.lm_head.weight
     rows = encode_items(items, tokenizer, longest)
-    scores = log_probs(model, loss, rows, longest=longest, tokens_per_batch=batch_tokens, device=weight.device)
+    with Progress(f"answering {name}", len(rows), "row") as progress:
+
+        def loss(batch: Batch) -> LossSums:
+            sums: LossSums = model(batch.input_ids, batch.labels)
+            progress.update(len(batch.labels))
+            return sums
+
+        scores = log_probs(model, loss, rows, longest=longest, tokens_per_batch=batch_tokens, device=weight.device)
     if not all(map(math.isfinite, scores)):
         raise not_finite(f"scores of the task {name}", weight.dtype)
     found = summarize(items, rows, scores)
@@ -122,11 +137,11 @@ def _answer(name: str, items: list[Item], model: GPT, tokenizer: RunTokenizer, b
 def _measure(
     args: argparse.Namespace, data: Measured, model: GPT, config: dict[str, Any], checkpoint: Path
 ) -> dict[str, Any]:
-    """The loss on ``--data``, in all and by source. Token shards need no tokenizer."""
+    """The loss on ``--data``, in total and per source. Token shards need no tokenizer."""
     longest = model.config.block_size
     seq_len = default_seq_len(config, longest) if args.seq_len is None else args.seq_len
     if not 1 <= seq_len <= longest:
-        raise ConfigError(f"--seq_len {seq_len} must be 1 to {longest}, the longest sequence that the model reads")
+        raise ConfigError(f"--seq_len {seq_len} must be 1 to {longest}, the longest sequence that the model accepts")
     tokenizer: RunTokenizer | None = None
     try:
         tokenizer = tokenizer_of_run(config, args.tokenizer, checkpoint)
@@ -135,7 +150,7 @@ def _measure(
             raise
     batches = [
         held_out(source, model, config, tokenizer, seq_len, args.batch_tokens, args.text_key) for source in data.sources
-    ]  # all of them first: what is wrong with the last is said before the first is measured
+    ]  # open all sources first, so that an error in the last one is reported before the first is measured
     results = [measure(model, of_source) for of_source in batches]
     if not data.several:
         return {**_report_one(data.sources[0], results[0], seq_len), "seq_len": seq_len}
@@ -161,7 +176,7 @@ def _report_one(source: DataSource, result: ValResult, seq_len: int) -> dict[str
 
 
 def _report_all(data: Measured, results: Sequence[ValResult], whole: ValResult, seq_len: int) -> None:
-    """Print a table with a row for each source, and one for all of them."""
+    """Print a table with one row per source, and a row for the total."""
 
     def row(name: str, split: str, fields: Mapping[str, Any]) -> tuple[str, ...]:
         bits = fields.get("bits_per_byte")
@@ -174,11 +189,11 @@ def _report_all(data: Measured, results: Sequence[ValResult], whole: ValResult, 
         row("total", "", whole.fields()),
     ]
     print("\n".join(table(rows, right=range(2, 6))))
-    print(f"loss in nats per token, in samples of {seq_len} tokens; the total counts every token alike")
+    print(f"loss in nats per token, in samples of {seq_len} tokens; every token has the same weight in the total")
     for name in data.left_out:
         print(f"{name} has no validation shards and is left out, as in the validation of a training run")
 
 
 def main(argv: Sequence[str], prog: str = "tinytron evaluate") -> None:
-    """Answer the tasks and measure the data that ``argv`` names, and write the results. Raises: TinytronError; OSError."""
+    """Score the tasks and measure the data that ``argv`` names, and write the results. Raises: TinytronError; OSError."""
     run(parse_strictly(_parser(prog), argv))

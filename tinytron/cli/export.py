@@ -1,4 +1,4 @@
-"""``tinytron export``: a checkpoint as a folder that transformers opens, or as a GGUF file for llama.cpp."""
+"""``tinytron export``: write a checkpoint as a folder that transformers opens, or as a GGUF file for llama.cpp."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tinytron.interop.open import CHECKPOINT_HELP
 from tinytron.interop.tokenizer import TokenizerFiles
 from tinytron.utils.flags import Parser, parse_strictly
 from tinytron.utils.paths import expanded, user_path
-from tinytron.utils.texts import next_generation
+from tinytron.utils.texts import counted, next_generation
 from tinytron.utils.training import DTYPES
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -25,7 +25,11 @@ _SHARD = "5GB"
 def _parser(prog: str) -> argparse.ArgumentParser:
     parser = Parser(
         prog=prog,
-        description="Write a checkpoint as a folder that transformers opens, or (--gguf) as a file for llama.cpp.",
+        description="""Write a checkpoint as a folder that transformers opens, or (--gguf) as a file for llama.cpp.
+
+%(prog)s --checkpoint log/my_run --out my_model
+%(prog)s --checkpoint log/my_run --out my_model.gguf --gguf f16
+""",
     )
     parser.add_argument(
         "--checkpoint",
@@ -37,20 +41,22 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=user_path, required=True, metavar="PATH", help="new folder; with --gguf a new file"
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="type of the weights; default: as they are")
+    parser.add_argument("--dtype", choices=DTYPES, help="data type of the weights; default: as stored")
     parser.add_argument(
         "--tokenizer",
         type=user_path,
         metavar="PATH",
-        help="tokenizer.json, or a folder with a tokenizer; default: that of the run, its training data or the model",
+        help="tokenizer.json, or a folder with a tokenizer; default: the one of the run, its training data or the model",
     )
     parser.add_argument("--max_shard_size", type=byte_count, metavar="SIZE", help=f"largest file; default: {_SHARD}")
-    parser.add_argument("--gguf", choices=KINDS, help="write one GGUF file for llama.cpp, with weights of this type")
+    parser.add_argument(
+        "--gguf", choices=KINDS, help="write one GGUF file for llama.cpp, with weights of this data type"
+    )
     return parser
 
 
 def byte_count(text: str) -> int:
-    """``5GB``, ``300MB``, ``2GiB``, or plain bytes. Raises: argparse.ArgumentTypeError."""
+    """Bytes of ``5GB``, ``300MB``, ``2GiB``, or a plain number. Raises: argparse.ArgumentTypeError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", text.strip().upper())
     if match is None:
         raise argparse.ArgumentTypeError(f"invalid size: {text!r}; use 5GB")
@@ -70,8 +76,9 @@ def main(argv: Sequence[str], prog: str = "tinytron export") -> None:
         tokenizer=args.tokenizer,
         max_shard_size=byte_count(_SHARD) if args.max_shard_size is None else args.max_shard_size,
         say=print,
+        progress=True,
     )
-    files = f"{made.files} file{'s' if made.files > 1 else ''}"
+    files = counted(made.files, "file")
     print(f"wrote {args.out}: {made.family.architecture}, {made.tensors} tensors, {made.bytes:,} bytes in {files}")
     for line in (about_tokens(made.tokenizer), *made.changes):
         print(line)
@@ -82,7 +89,9 @@ def main(argv: Sequence[str], prog: str = "tinytron export") -> None:
 def _main_gguf(args: argparse.Namespace) -> None:
     for flag in ("dtype", "max_shard_size"):
         if getattr(args, flag) is not None:
-            raise ConfigError(f"--{flag} is about folders, and --gguf {args.gguf} writes a file; drop one of the two")
+            raise ConfigError(
+                f"--{flag} applies to folders, but --gguf {args.gguf} writes one file; drop one of the two"
+            )
     made = export_gguf(args.checkpoint, args.out, args.gguf, tokenizer=args.tokenizer, say=print)
     print(f"wrote {args.out}: {made.architecture}, {made.tensors} tensors in {args.gguf}, {made.bytes:,} bytes")
     left_out = f"; {made.left_out:,} rows without a token are left out" if made.left_out else ""
@@ -90,10 +99,10 @@ def _main_gguf(args: argparse.Namespace) -> None:
 
 
 def about_tokens(tokenizer: TokenizerFiles) -> str:
-    """A line on the token that ends a document, and on rows of the model that no token has."""
+    """A line about the token that ends a document, and about embedding rows that no token uses."""
     end, unused = tokenizer.facts.end, len(tokenizer.unused)
     if end is None:
-        ends = "no end-of-text token is known: generation does not stop by itself; --tokenizer may tell it"
+        ends = "no end-of-text token is known, so generation does not stop by itself; --tokenizer can provide one"
     else:
         name = end if tokenizer.end_token is None else f"{tokenizer.end_token} ({end})"
         ends = f"generation stops at {name}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -14,6 +13,7 @@ from tinytron.jobs.aliases import Alias
 from tinytron.jobs.options import JobOptions
 from tinytron.jobs.training import TrainingJob, changed
 from tinytron.utils.flags import FieldInfo, Flag, Parser, add_flag, parse_strictly
+from tinytron.utils.help_text import shown_value
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,15 @@ def aliases_of(settings: Settings) -> Mapping[str, Alias]:
     return MappingProxyType({name: s.alias for name, s in settings.items() if s.alias and name != s.alias.path})
 
 
-def read_flags(settings: Settings, argv: Sequence[str], *, prog: str, description: str | None) -> dict[str, Any]:
-    """The flags that ``argv`` gives, by name. Raises: ConfigError for unknown flags and values of the wrong type."""
-    parser = Parser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def read_flags(settings: Settings, argv: Sequence[str], parser: Parser) -> dict[str, Any]:
+    """The flags that ``argv`` gives, by name; ``parser`` gets all flags of ``settings``. Raises: ConfigError for unknown
+    flags and values of the wrong type."""
     for name, setting in settings.items():
-        shown = "required" if setting.default is MISSING else setting.default
-        if isinstance(shown, bool):
-            shown = str(shown).lower()
-        text = setting.help if shown is None else f"{setting.help} ({shown})"
+        text = setting.help
+        if setting.default is MISSING:
+            text += " (required)"
+        elif setting.default is not None:
+            text += f" (default: {shown_value(setting.default)})"
         add_flag(parser, FieldInfo(name, setting.type, True, None, Flag(text)))
     return {name: value for name, value in vars(parse_strictly(parser, argv)).items() if value is not None}
 

@@ -1,4 +1,4 @@
-"""``tinytron generate --checkpoint log/<run> --prompt "Once upon a time"``: text on the terminal."""
+"""``tinytron generate --checkpoint log/<run> --prompt "Once upon a time"``: generate text in the terminal."""
 
 from __future__ import annotations
 
@@ -20,13 +20,23 @@ from tinytron.utils.paths import expanded, user_path
 from tinytron.utils.texts import numbered_lines, whole_characters
 from tinytron.utils.training import DTYPES, device_of
 
+_COMMON = (
+    *("checkpoint", "prompt", "prompts_file", "max_new_tokens", "temperature", "top_k", "top_p", "num_samples"),
+    *("seed", "device"),
+)
+
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    """The flags; defaults of sampling are those of ``SamplingOptions``."""
+    """The flags; the sampling defaults are those of ``SamplingOptions``."""
     parser = Parser(
         prog=prog,
-        description="Continue texts with a trained model.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage="%(prog)s --checkpoint MODEL --prompt TEXT [--flag value ...]",
+        description="""Continue texts with a trained model.
+
+%(prog)s --checkpoint log/my_run --prompt "Once upon a time"
+%(prog)s --checkpoint openai-community/gpt2 --prompts_file prompts.txt --temperature 0
+""",
+        common=_COMMON,
     )
     add = parser.add_argument
     add("--checkpoint", type=expanded, required=True, metavar="MODEL", help=CHECKPOINT_HELP)
@@ -35,41 +45,41 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--prompts_file",
         type=user_path,
         metavar="FILE",
-        help='a prompt per line, or in .jsonl a {"prompt": ...} each',
+        help='file with one prompt per line; in a .jsonl file, one {"prompt": ...} per line',
     )
-    add("--tokenizer", type=user_path, metavar="FILE", help="a tokenizer.json; default: the one beside the run's data")
+    add("--tokenizer", type=user_path, metavar="FILE", help="a tokenizer.json; default: the one next to the run's data")
     add(
         "--eot",
         action=argparse.BooleanOptionalAction,
-        help="begin with the end-of-text token, or with none; default: as the documents of the run's data, or as the "
+        help="begin with the end-of-text token, or without it; default: like the documents of the run's data, or like the "
         "tokenizer of a Hugging Face model",
     )
     defaults = SamplingOptions()
     for name, kind, text in (
-        ("max_new_tokens", whole_number, "end after so many tokens"),
-        ("temperature", float, "divides the logits; 0: the likeliest token"),
-        ("top_k", whole_number, "sample among the k likeliest tokens; 0: all"),
-        ("top_p", float, "sample among the likeliest tokens that have this probability together; 1: all"),
-        ("min_p", float, "sample among tokens at least so many times as likely as the likeliest; 0: all"),
-        ("seed", whole_number, "decides all samples; a sample does not depend on the other prompts"),
-        ("num_samples", whole_number, "samples of every prompt"),
+        ("max_new_tokens", whole_number, "stop after this many new tokens"),
+        ("temperature", float, "divide the logits by this; 0: always take the likeliest token"),
+        ("top_k", whole_number, "sample from the k likeliest tokens; 0: from all"),
+        ("top_p", float, "sample from the likeliest tokens whose probabilities add up to this; 1: from all"),
+        ("min_p", float, "sample from tokens at least this fraction as likely as the likeliest; 0: from all"),
+        ("seed", whole_number, "random seed; a sample does not depend on the other prompts"),
+        ("num_samples", whole_number, "number of samples per prompt"),
     ):
         add(f"--{name}", type=kind, default=getattr(defaults, name), help=text)
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
-    add("--batch_size", type=whole_number, default=32, help="samples at a time")
+    add("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be given several times")
+    add("--batch_size", type=whole_number, default=32, help="number of samples generated at once")
     add("--device", help="default: cuda if there is a GPU, else cpu")
-    add("--dtype", choices=DTYPES, help="precision of weights and cache; default: that of the file")
+    add("--dtype", choices=DTYPES, help="data type of weights and cache; default: the one stored in the checkpoint")
     return parser
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """All prompts of the command line, then those of the file. Raises: ConfigError if there is none, or for a file that
+    """All prompts of the command line, then those of the file. Raises: ConfigError if there are no prompts or the file
     cannot be read."""
     prompts: list[str] = list(args.prompt)
     if args.prompts_file is not None:
         prompts += _prompts_of(args.prompts_file)
     if not prompts:
-        raise ConfigError('no prompt given; use --prompt "Once upon a time", or --prompt "" to start afresh')
+        raise ConfigError('no prompt given; use --prompt "Once upon a time", or --prompt "" to start from nothing')
     return [whole_characters(prompt) for prompt in prompts]
 
 
@@ -93,7 +103,7 @@ def _prompts_of(path: Path) -> list[str]:
 
 
 class _Printer:
-    """Shows the samples one after another, the first unfinished one as it grows."""
+    """Prints the samples in order; the first unfinished one appears as it grows."""
 
     def __init__(self, prompts: Sequence[str], num_samples: int, out: TextIO) -> None:
         self._prompts, self._per_prompt, self._out = prompts, num_samples, out
@@ -102,7 +112,7 @@ class _Printer:
         self._current, self._headed = 0, -1
 
     def show(self, piece: Piece) -> None:
-        """Write what can be written now."""
+        """Print everything that is next in order."""
         self._waiting[piece.sample] += piece.text
         self._ended[piece.sample] = piece.finish is not None
         while self._current < len(self._waiting):
@@ -133,7 +143,7 @@ def summary(result: Generation) -> str:
     """Counts and rates in one line."""
     ends = [sample.finish for sample in result.samples]
     cut = sum(sample.cuts > 0 for sample in result.samples)
-    more = f" | {cut} longer than the model's window, continued from the newest half of it" if cut else ""
+    more = f" | {cut} outgrew the model's window and continued from the newest half of it" if cut else ""
     return (
         f"read {result.prefill_tokens} tokens at {result.prefill_rate:,.0f} tok/s, "
         f"wrote {sum(len(s.tokens) for s in result.samples)} at {result.decode_rate:,.0f} tok/s | "
@@ -146,7 +156,7 @@ def _to_stderr(text: str) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Generate as ``args`` say. Raises: TinytronError."""
+    """Generate text as ``args`` describe. Raises: TinytronError."""
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "num_samples")
     options = {name: getattr(args, name) for name in names}
     checked = SamplingOptions(**options, stop=tuple(args.stop))

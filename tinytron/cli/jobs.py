@@ -1,5 +1,5 @@
-"""``tinytron jobs``, ``configure``, ``checkpoints``: list jobs, write their options to a file, and list what they
-have saved."""
+"""``tinytron jobs``, ``configure``, ``checkpoints``: list jobs, write their options to a file, and list the checkpoints
+that they saved."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from tinytron.utils.texts import next_command
 
 
 def add_load(parser: argparse.ArgumentParser) -> None:
-    """Add the flag for modules that register further jobs."""
+    """Add the flag that loads modules with more jobs."""
     parser.add_argument(
         "--load",
         action="append",
         default=[],
         metavar="MODULE",
-        help="import this module or .py file, which registers your jobs",
+        help="import this module or .py file, which registers your own jobs",
     )
 
 
 def parse_with_overrides(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """Parse ``argv``, whose words ``key=value``, between and after the flags, become ``overrides``. Raises: ConfigError."""
+    """Parse ``argv``; the words ``key=value`` between and after the flags become ``overrides``. Raises: ConfigError."""
     parser.usage = f"{parser.format_usage().removeprefix('usage: ').strip()} [key=value ...]"
     _, unknown = parser.parse_known_args(argv)
     words = [word for word in unknown if "=" in word and not word.startswith("-")]
@@ -36,7 +36,7 @@ def parse_with_overrides(parser: argparse.ArgumentParser, argv: Sequence[str]) -
 
 def main(argv: Sequence[str], prog: str = "tinytron jobs") -> None:
     """List the jobs. Raises: ConfigError."""
-    parser = Parser(prog=prog, description="List the jobs that tinytron configure and tinytron run know.")
+    parser = Parser(prog=prog, description="List the jobs that tinytron configure and tinytron run accept.")
     add_load(parser)
     for module in parse_strictly(parser, argv).load:
         load_module(module)
@@ -73,7 +73,7 @@ def configured(
     key: str, overrides: Sequence[str], previous: str | None, hardware: tuple[str | None, int | None, int | None]
 ) -> tuple[str, list[str], list[str]]:
     """The YAML of the job ``key``, notes for the user, and the required options that are missing."""
-    from tinytron.jobs.kinds import job_class  # takes a second to import for jobs that train
+    from tinytron.jobs.kinds import job_class  # takes a second to import for training jobs
     from tinytron.jobs.options import JobOptions, about_of, read_file
 
     options = JobOptions(key, job_class(key))
@@ -82,42 +82,42 @@ def configured(
         content, _ = read_file(previous)
         left_out = options.update_known(content, previous)
         if left_out:
-            notes.append(f"left out, as {key} has no such option: {', '.join(left_out)}")
+            notes.append(f"left out, because {key} has no such option: {', '.join(left_out)}")
     options.override(overrides)
     about = about_of(key, *hardware)
     return options.as_yaml(about), notes, options.missing()
 
 
 def keep_edits(path: Path, text: str, job: str, previous: str | None) -> None:
-    """Raises: ConfigError if ``path`` has other content, which its user may have edited, that is not taken over."""
+    """Raises: ConfigError if ``path`` exists with other content, perhaps edited, that this command would overwrite."""
     try:
         if previous is not None and path.samefile(Path(previous).expanduser()):
             return
         same = path.read_bytes() == text.encode()
-    except OSError:  # it does not exist, or writing fails with a better message
+    except OSError:  # the file does not exist, or writing it will fail with a better message
         return
     if not same:
         raise ConfigError(
-            f"{path} exists and has other options; name another file, or change this one with "
+            f"{path} already exists with other options; name another file, or change this one with "
             f"tinytron configure {job} {path} -p {path} key=value"
         )
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write ``text``. Raises: ConfigError if the system refuses."""
-    from tinytron.utils.training import write_atomically  # imports torch, which listing jobs must not wait for
+    """Write ``text``. Raises: ConfigError if the file cannot be written."""
+    from tinytron.utils.training import write_atomically  # imports torch, which would delay `tinytron jobs`
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: file.write(text.encode()))
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error.strerror}); name a file such as run.yaml") from error
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); use a file such as run.yaml") from error
 
 
 def checkpoints(argv: Sequence[str], prog: str = "tinytron checkpoints") -> None:
-    """List the checkpoints of a job. Raises: ConfigError, CheckpointError."""
+    """List the checkpoints of a job. Raises: ConfigError; CheckpointError."""
     parser = Parser(prog=prog, description="List the checkpoints that a job has saved.")
-    parser.add_argument("name", metavar="NAME", help="name of the job, as it was run")
+    parser.add_argument("name", metavar="NAME", help="name the job was run under")
     parser.add_argument("out", metavar="OUT", help="its output folder")
     add_place(parser)
     args = parse_strictly(parser, argv)
@@ -138,6 +138,6 @@ def checkpoints(argv: Sequence[str], prog: str = "tinytron checkpoints") -> None
 
 
 def add_place(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say where in the output folder a job is."""
-    parser.add_argument("-p", "--project", default="general", help="folder in OUT/checkpoints (%(default)s)")
-    parser.add_argument("-g", "--group", default="default", help="folder in the project's (%(default)s)")
+    """Add the flags that locate a job in the output folder."""
+    parser.add_argument("-p", "--project", default="general", help="folder in OUT/checkpoints")
+    parser.add_argument("-g", "--group", default="default", help="folder inside the project's folder")

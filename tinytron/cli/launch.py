@@ -1,9 +1,9 @@
 """``tinytron launch [torchrun options] script.py [arguments]``: torchrun, without its traceback.
 
-The same options, agents and environment as ``torchrun``. A worker that fails has said why, so only its exit status is
-passed on; one that a signal killed could not, so that is said here. SIGTERM, SIGUSR1 and Ctrl-C are passed on to the
-workers, which save and end by themselves, however long that takes; torchrun would kill them after 30 seconds. A second
-Ctrl-C reaches them as SIGTERM, which ends also those that have not begun to train and hang.
+Takes the same options, and uses the same agents and environment, as ``torchrun``. A worker that fails has already printed
+why, so only its exit status is passed on. A worker that a signal killed could not, so the launcher says so. SIGTERM,
+SIGUSR1 and Ctrl-C are forwarded to the workers, which save and exit by themselves, however long that takes; torchrun would
+kill them after 30 seconds. A second Ctrl-C reaches them as SIGTERM, which also ends workers that hang before training.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from torch.distributed import run as torchrun
@@ -26,15 +27,26 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from tinytron.cli import entry
 from tinytron.errors import ConfigError
+from tinytron.utils.flags import Parser
 from tinytron.utils.launcher import check_meeting_place
 from tinytron.utils.signals import SAME_SIGNAL_SECONDS, heard
 
-# Between SIGTERM and SIGKILL for the workers that are left when one has failed: without it they cannot save anyway.
+# Time from SIGTERM to SIGKILL for the workers that remain when one has failed: without that one they cannot save anyway.
 _FAILED_GRACE_SECONDS = "10"
+_DESCRIPTION = """Start a script on several processes: torchrun, which takes the same flags.
+
+%(prog)s --standalone --nproc_per_node 8 -m tinytron pretrain --preset gpt2
+%(prog)s --nnodes 2 --node_rank 0 --master_addr host0 --master_port 29500 \\
+    --nproc_per_node 8 pretrain_debug.py --preset 1b
+"""
+_COMMON = (
+    *("training_script", "training_script_args", "standalone", "nproc_per_node", "nnodes", "node_rank", "master_addr"),
+    *("master_port", "module", "max_restarts"),
+)
 
 
 class _Forwarder:
-    """Starts torchrun's workers, and then passes stop signals on to them instead of ending the agent."""
+    """Starts torchrun's workers, and then forwards stop signals to them instead of ending the agent."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -47,12 +59,12 @@ class _Forwarder:
             signal.signal(number, self._forward)
 
     def start_processes(self, *args: Any, **kwargs: Any) -> PContext:
-        """What the agent calls for its workers, also to restart them."""
+        """The agent's call that starts its workers, and restarts them."""
         self._stop_if_asked()
         self._starting = True  # an exception now would leave workers behind that no process stops
         self._workers = self._start(*args, **kwargs)
         self._starting = False
-        for number in self._numbers:  # again: torchrun has just put its own handler there
+        for number in self._numbers:  # again: torchrun has just installed its own handlers
             signal.signal(number, self._forward)
         if self.received is not None:
             self._send(self.received)
@@ -73,7 +85,7 @@ class _Forwarder:
         self._send(number)
 
     def _send(self, number: int) -> None:
-        assert self._workers is not None, "there are workers"
+        assert self._workers is not None, "workers must be running"
         for pid in self._workers.pids().values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -84,12 +96,18 @@ class _Forwarder:
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Launch the workers and exit with the first failed one's status. Raises: ConfigError for what torchrun refuses."""
+    """Launch the workers and exit with the status of the first that fails. Raises: ConfigError for bad torchrun options."""
     args = _parse(sys.argv[1:] if argv is None else argv, prog)
+    if not {"-h", "--help", "--help-all"}.isdisjoint(args.training_script_args):
+        args.standalone, args.nproc_per_node = True, "1"  # the script's help, once
     _check_meeting_place(args)
-    # What torchrun would set to 1, with a warning, for more than one worker.
+    if not (args.module or args.no_python or Path(args.training_script).exists()):
+        raise ConfigError(
+            f"{args.training_script} does not exist; give a script, or -m and a module such as -m tinytron"
+        )
+    # torchrun would set this to 1, with a warning, for more than one worker.
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads_per_worker(args)))
-    # A store of their own for restarted workers: in the shared one gloo finds the addresses of those before (torch 2.13).
+    # A new store for restarted workers: in the shared one, gloo finds the addresses of their predecessors (torch 2.13).
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="torch.distributed")
@@ -101,7 +119,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if forwarder.received is not None and failure.exitcode == -forwarder.received:
-            _exit_stopped_by(forwarder.received)  # it had not begun to train
+            _exit_stopped_by(forwarder.received)  # the worker had not begun to train
         if forwarder.received == signal.SIGINT:
             sys.exit(128 + signal.SIGINT)
         if failure.exitcode >= 0:
@@ -117,25 +135,27 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
             raise
         raise ConfigError(
             f"--master_port {args.master_port} (MASTER_PORT) is in use by another program; use another number, or on one "
-            "node --standalone, which finds a free one"
+            "node --standalone, which finds a free port"
         ) from error
-    except ValueError as error:  # of an option
+    except ValueError as error:  # an invalid option
         raise ConfigError(f"{error}; see --help") from error
 
 
 def _parse(argv: Sequence[str], prog: str | None) -> argparse.Namespace:
-    parser = torchrun.get_args_parser()
-    parser.prog = prog or parser.prog
-
-    def refuse(message: str) -> NoReturn:  # torchrun would print all of its options
-        raise ConfigError(f"{message}; see --help")
-
-    parser.error = refuse  # type: ignore[method-assign]
+    parser = Parser(
+        prog=prog,
+        usage="%(prog)s [--flag value ...] SCRIPT [ARGUMENT ...]",
+        description=_DESCRIPTION,
+        common=_COMMON,
+        parents=[torchrun.get_args_parser()],
+        conflict_handler="resolve",  # both have --help
+        allow_abbrev=True,  # as torchrun does
+    )
     return parser.parse_args(argv)
 
 
 def _check_meeting_place(args: argparse.Namespace) -> None:
-    """Raises: ConfigError for an address or a port at which torchrun would wait for ever."""
+    """Raises: ConfigError for an address or a port at which torchrun would wait forever."""
     if args.standalone or args.rdzv_endpoint or args.rdzv_backend != "static":
         return
     check_meeting_place(args.master_addr, args.master_port, several=str(args.nnodes) not in ("1", "1:1"))
@@ -148,7 +168,7 @@ def _exit_stopped_by(number: signal.Signals) -> NoReturn:
 
 def _threads_per_worker(args: argparse.Namespace) -> int:
     workers = int(args.nproc_per_node) if str(args.nproc_per_node).isdecimal() else 1
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    affinity = getattr(os, "sched_getaffinity", None)  # does not exist on macOS
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return max(1, cores // workers)
 

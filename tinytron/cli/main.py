@@ -1,5 +1,5 @@
-"""The ``tinytron`` command: which subcommands there are. Each is a module of this package with a ``main(argv, prog)`` that
-parses its own flags and returns its exit status; only the one that was asked for is imported."""
+"""The ``tinytron`` command and its subcommands. Each is a module of this package with a ``main(argv, prog)`` that parses
+its own flags and returns its exit status. Only the module of the requested subcommand is imported."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tinytron.utils.flags import nearest
 
 
 class Command(NamedTuple):
-    """A subcommand: the module of tinytron.cli that it lives in, its line of help, and its function."""
+    """A subcommand: its module in tinytron.cli, its line of help, and its function."""
 
     module: str
     help: str
@@ -27,16 +27,16 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
     {
         "tokenize": Command("tokenize", "turn text into token shards"),
         "data": Command("data", "show and check token shards"),
-        "plan": Command("plan", "say what a training run would need, without starting it"),
+        "plan": Command("plan", "show what a training run would need, without starting it"),
         "pretrain": Command("pretrain", "train a model on token shards or mock data"),
-        "launch": Command("launch", "start a script on several processes, as torchrun does"),
+        "launch": Command("launch", "start a script in several processes, as torchrun does"),
         "checkpoint": Command("checkpoint", "show, check, consolidate and delete checkpoints"),
         "generate": Command("generate", "continue texts with a trained model"),
-        "evaluate": Command("evaluate", "answer multiple-choice tasks with a trained model, or measure its loss"),
+        "evaluate": Command("evaluate", "score a trained model on multiple-choice tasks, or measure its loss"),
         "export": Command("export", "write a trained model as a Hugging Face folder"),
         "jobs": Command("jobs", "list the jobs: work that is configured and run by name"),
         "configure": Command("jobs", "write the options of a job to a YAML file", "configure"),
-        "run": Command("run", "run a configured job, and further stages"),
+        "run": Command("run", "run a configured job, and any further stages"),
         "checkpoints": Command("jobs", "list the checkpoints of a job", "checkpoints"),
         "restore": Command("run", "continue a job from one of its checkpoints", "restore"),
         "import": Command("import_model", "turn a Hugging Face model into a folder for --init_from"),
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run() -> None:
-    """The console script: ``main``, and the end of the process."""
+    """The console script: ``main``, then the end of the process."""
     entry.run(main)
 
 

@@ -1,6 +1,6 @@
 """``tinytron run`` and ``tinytron restore``: run a configured job, stage by stage, on all GPUs of this machine.
 
-Repeating the command is safe: finished work says so, interrupted work continues.
+The command is safe to repeat: finished work is reported as finished, interrupted work continues.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from tinytron.utils.lock import lock_folder
 from tinytron.utils.signals import INTERRUPTED, heard
 from tinytron.utils.training import write_atomically
 
-SPEC = "job.json"  # in the job's folder: the job and its options, for the processes that run it and for `restore`
-_STAGE = "--run-stage"  # followed by a spec file: how this command starts itself
+SPEC = "job.json"  # in the job's folder: the job and its options, for the worker processes and for `restore`
+_STAGE = "--run-stage"  # followed by a spec file: this command starts itself this way
 _WORKER = "--run-process"
 
 
@@ -41,11 +41,13 @@ def main(argv: Sequence[str], prog: str = "tinytron run") -> int:
         for module in spec.load:
             load_module(module)
         return start(spec) if argv[0] == _STAGE else execute(spec)
-    parser = Parser(prog=prog, description=__doc__)
+    parser = Parser(
+        prog=prog, description=(__doc__ or "").replace("``tinytron run`` and ``tinytron restore``: run", "Run")
+    )
     parser.add_argument("name", metavar="NAME", help="name of this work and of its folder")
-    parser.add_argument("file", metavar="FILE", help="options of the job, as tinytron configure writes them")
+    parser.add_argument("file", metavar="FILE", help="options of the job, as written by tinytron configure")
     parser.add_argument("out", metavar="OUT", help="output folder")
-    parser.add_argument("-j", "--job", help="the job, if the file does not name one")
+    parser.add_argument("-j", "--job", help="the job, if the file does not name it")
     add_place(parser)
     parser.add_argument(
         "-s",
@@ -80,11 +82,11 @@ def main(argv: Sequence[str], prog: str = "tinytron run") -> int:
 
 
 def restore(argv: Sequence[str], prog: str = "tinytron restore") -> int:
-    """Continue a job from one of its checkpoints, as it was configured. Returns its exit status. Raises: TinytronError."""
+    """Continue a job from one of its checkpoints, with its own options. Returns its exit status. Raises: TinytronError."""
     parser = Parser(
         prog=prog, description="Continue a job from one of its checkpoints, with the options it was run with."
     )
-    parser.add_argument("name", metavar="NAME", help="name of the job, as it was run")
+    parser.add_argument("name", metavar="NAME", help="name the job was run under")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="latest, best, final, or a step")
     parser.add_argument("out", metavar="OUT", help="its output folder")
     add_place(parser)
@@ -97,17 +99,17 @@ def restore(argv: Sequence[str], prog: str = "tinytron restore") -> int:
 
 
 def read_spec(place: JobSpec) -> JobSpec:
-    """The spec that was run at ``place``, with the defaults of options that are newer than it. The folder may have been
-    moved since. Raises: CheckpointError if there is none, or if it is damaged; ConfigError for an unknown job."""
+    """The spec of the job that was run at ``place``, with defaults for options added since. The folder may have been
+    moved. Raises: CheckpointError if there is no spec, or if it is damaged; ConfigError for an unknown job."""
     file = place.folder / SPEC
     try:
         spec = JobSpec.from_json(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(
-            f"{place.folder} holds no job that was run; its name is the first argument of tinytron run"
+            f"{place.folder} contains no job that was run; give the name that was the first argument of tinytron run"
         ) from error
     except ValueError as error:
-        raise CheckpointError(f"{file} is damaged; repeat the command tinytron run, which writes it again") from error
+        raise CheckpointError(f"{file} is damaged; repeat the tinytron run command, which writes it again") from error
     for module in spec.load:
         load_module(module)
     options = JobOptions(spec.job, job_class(spec.job))
@@ -116,7 +118,7 @@ def read_spec(place: JobSpec) -> JobSpec:
 
 
 def run_stages(specs: Sequence[JobSpec]) -> int:
-    """Run the stages one after another. Returns the status of the first that fails or is stopped, else 0. Raises:
+    """Run the stages one after another. Returns the status of the first stage that fails or is stopped, else 0. Raises:
     ConfigError if another process is running one of them; TinytronError."""
     for number, spec in enumerate(specs):
         if _job(spec).done:
@@ -134,8 +136,8 @@ def run_stages(specs: Sequence[JobSpec]) -> int:
 
 
 def start(spec: JobSpec) -> int:
-    """Run the job on as many processes as it takes: this one, or more that are started here. Raises: TinytronError;
-    SystemExit with the status of a process that failed, or if the job was asked to stop."""
+    """Run the job in as many processes as it needs: in this one, or in several that are started here. Raises:
+    TinytronError; SystemExit with the status of a process that failed, or if the job was asked to stop."""
     count = processes() if job_class(spec.job).all_processes else 1
     if count == 1:
         return execute(spec)
@@ -155,8 +157,8 @@ def execute(spec: JobSpec) -> int:
 
 
 def processes() -> int:
-    """How many processes train on this machine: one for each GPU, or ``NPROC`` (1) where there is none or ``NUM_GPUS`` is
-    0. Raises: ConfigError."""
+    """Number of training processes on this machine: one per GPU, or ``NPROC`` (1) if there is no GPU or ``NUM_GPUS`` is 0.
+    Raises: ConfigError."""
     import torch
 
     for name in ("NUM_GPUS", "NPROC"):
@@ -177,7 +179,7 @@ def write_spec(spec: JobSpec) -> None:
 
 
 def _locked(spec: JobSpec) -> IO[str]:
-    """The job's folder, locked until this is closed: two commands would overwrite each other's ``job.json``."""
+    """Lock on the job's folder until this is closed; two commands would overwrite each other's ``job.json``."""
     with _writing(spec.folder):
         spec.folder.mkdir(parents=True, exist_ok=True)
     return lock_folder(spec.folder, "wait until it ends, or give this work another name")
@@ -189,7 +191,7 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(
-            f"{folder} cannot be written ({error.strerror}); use an output folder you may write to, such as ./output"
+            f"{folder} cannot be written ({error.strerror}); use an output folder you can write to, such as ./output"
         ) from error
 
 
@@ -199,7 +201,7 @@ def _job(spec: JobSpec) -> BasicJob:
 
 def _in_a_process(spec: JobSpec) -> tuple[int, bool]:
     """Run a stage in its own process, which frees its memory when it ends. Stop signals are forwarded to it. Returns its
-    exit status, and whether it was asked to stop; a stage may also finish then."""
+    exit status, and whether it was asked to stop (it may still have finished)."""
     received: list[int] = []
     process: subprocess.Popen[bytes] | None = None
 
@@ -211,7 +213,7 @@ def _in_a_process(spec: JobSpec) -> tuple[int, bool]:
     old = {number: signal.signal(number, forward) for number in heard()}
     try:
         process = subprocess.Popen([sys.executable, "-m", "tinytron", "run", _STAGE, str(spec.folder / SPEC)])
-        for number in received:  # while it was being started
+        for number in received:  # signals that arrived while the process was being started
             process.send_signal(number)
         status = process.wait()
     finally:
@@ -226,7 +228,7 @@ def _in_a_process(spec: JobSpec) -> tuple[int, bool]:
 
 
 def _say_killed(name: str, by: signal.Signals, *, expected: bool) -> None:
-    if expected:  # it had not begun to train
+    if expected:  # the stage had not begun to train
         text = f"{name} was stopped by {by.name}"
     else:
         text = f"error: {name} was killed by {by.name}" + (" (out of memory?)" if by == signal.SIGKILL else "")

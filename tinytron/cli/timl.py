@@ -25,6 +25,7 @@ from tinytron.jobs.training import TrainingJob
 from tinytron.training import Config, Trainer, build_config, parse_args
 from tinytron.training.config_files import words_of
 from tinytron.training.world import place_in_world
+from tinytron.utils.flags import Parser
 
 REDACTED = "***"
 _WORKS = (
@@ -116,6 +117,13 @@ SETTINGS: Settings = MappingProxyType(
 )
 
 
+_COMMON = (
+    *("model_name", "output_dir", "train_file_pattern", "eval_file_pattern", "block_size", "train_batch_size"),
+    *("per_device_train_batch_size", "max_train_steps", "learning_rate", "lr_scheduler_type", "save_every_steps"),
+    *("eval_every_steps", "bf16", "push_to_hub", "hub_model_id", "debug"),
+)
+
+
 class PretrainModel(TrainingJob):
     """A model of transformers' architectures, as timl trains it."""
 
@@ -124,7 +132,13 @@ class PretrainModel(TrainingJob):
 
 def build_config_of(argv: Sequence[str], world_size: int = 1) -> Config:
     """The configuration that the flags ``argv`` of timl describe, for ``world_size`` processes. Raises: ConfigError."""
-    given = read_flags(SETTINGS, argv, prog="python scripts/pretrain_model.py", description=__doc__)
+    parser = Parser(
+        prog="python scripts/pretrain_model.py",
+        usage="%(prog)s --model_name NAME [--flag value ...]",
+        description=__doc__,
+        common=_COMMON,
+    )
+    given = read_flags(SETTINGS, argv, parser)
     require_flags(SETTINGS, given, _WORKS)
     values = with_defaults(SETTINGS, given)
     translation.check_batches(values, world_size)

@@ -1,4 +1,4 @@
-"""``tinytron tokenize``: text to token shards for training, on all cores."""
+"""``tinytron tokenize``: turn text into token shards for training, on all cores."""
 
 from __future__ import annotations
 
@@ -15,58 +15,60 @@ from tinytron.data.shards import split_of
 from tinytron.text.options import TokenizeOptions, parse_options
 from tinytron.text.tokenize import tokenize_dataset
 from tinytron.utils.signals import StopRequest
+from tinytron.utils.texts import counted, program_words
 
-DESCRIPTION = """Text to token shards for training, on all cores.
+DESCRIPTION = """Turn text into token shards for training, on all cores.
 
-{prog} --dataset_path corpus.jsonl --tokenizer_name gpt2
-{prog} --dataset_path my_texts/ --train_bpe 16384 --val_fraction 0.01
-{prog} --dataset_path input.txt --train_chars --val_fraction 0.1
-{prog} --dataset_path HuggingFaceFW/fineweb-edu --dataset_name sample-10BT --streaming \\
-    --encoding_name gpt2 --output_dir data/fineweb-edu
+%(prog)s --dataset_path corpus.jsonl --tokenizer_name gpt2
+%(prog)s --dataset_path my_texts/ --train_bpe 16384 --val_fraction 0.01
+%(prog)s --dataset_path input.txt --train_chars --val_fraction 0.1
+%(prog)s --dataset_path HuggingFaceFW/fineweb-edu --dataset_name sample-10BT \\
+    --streaming --encoding_name gpt2 --output_dir data/fineweb-edu
 
-Interrupted? The same command continues. Afterwards: tinytron data info data/corpus
+After an interruption, the same command continues. Afterwards: tinytron data info data/corpus
 """
 
 
 def into_cache_dir(options: TokenizeOptions) -> TokenizeOptions:
-    """``options`` as timl's command means them: without ``--output_dir``, the shards go to ``--cache_dir``, and what comes
+    """``options`` as timl's command means them: without ``--output_dir``, the shards go to ``--cache_dir``, and downloads
     from the hub to ``hub`` in it."""
     if options.cache_dir is None or options.output_dir is not None:
         return options
     return replace(options, output_dir=options.cache_dir, cache_dir=str(Path(options.cache_dir) / "hub"))
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "tinytron tokenize", *, into_cache: bool = False) -> int:
-    """Options of ``argv`` (default: the command line) -> shards, and how to train on them. ``into_cache``: as
-    ``into_cache_dir``. Returns 0, or 128 and the signal that stopped it. Raises: TinytronError."""
-    options = parse_options(argv, DESCRIPTION.format(prog=prog), prog)
+def main(argv: Sequence[str] | None = None, prog: str | None = None, *, into_cache: bool = False) -> int:
+    """Write the shards that ``argv`` (default: the command line) describes, and print how to train on them. ``into_cache``:
+    see ``into_cache_dir``. Returns 0, or 128 plus the signal that stopped it. Raises: TinytronError."""
+    options = parse_options(argv, DESCRIPTION, prog)
     if into_cache:
         options = into_cache_dir(options)
+    pretrain = ["python", "pretrain_debug.py"] if prog is None else [*program_words(), "pretrain"]
     stop = StopRequest()
     with stop.listening():
         outcome = tokenize_dataset(options, stop)
     manifest = outcome.manifest
     if manifest is None:
         name = signal.Signals(outcome.received).name
-        print(f"stopped by {name}; the same command continues where it was", file=sys.stderr, flush=True)
+        print(f"stopped by {name}; the same command continues from here", file=sys.stderr, flush=True)
         return 128 + outcome.received
     if not outcome.fresh:
-        print(f"{outcome.folder} is there already: nothing to do")
+        print(f"{outcome.folder} already has the shards: nothing to do")
         return 0
     for split, tokens in manifest.tokens.items():
         shards = len(manifest.shards_of(split))
-        documents = manifest.documents[split]
-        print(f"{split}: {documents:,} documents, {tokens:,} tokens, {shards} shards in {outcome.folder}")
+        numbers = ((manifest.documents[split], "document"), (tokens, "token"), (shards, "shard"))
+        print(f"{split}: {', '.join(counted(*number) for number in numbers)} in {outcome.folder}")
     if not any(split_of(shard.name) == "train" for shard in manifest.shards):
-        print("these are validation shards: move them into the folder of the training shards, and train with --do_val")
+        print("these are validation shards: move them to the folder of the training shards, and train with --do_val")
         return 0
-    print(f"train with: {training_command(outcome.folder, manifest)}")
+    print(f"train with: {shlex.join(pretrain)} {training_flags(outcome.folder, manifest)}")
     return 0
 
 
 @dataclass(frozen=True)
 class _Size:
-    """A model for data of up to ``tokens``, and how to train it: sequence length, and tokens of a step."""
+    """A model for data of up to ``tokens``, and how to train it: sequence length, and tokens per step."""
 
     tokens: float
     num_layer: int
@@ -78,7 +80,7 @@ class _Size:
     epochs: int = 1
 
 
-# About 20 tokens a parameter (arXiv:2203.15556, section 3), but no smaller than learns something from a few pages.
+# About 20 tokens per parameter (arXiv:2203.15556, section 3), but large enough to learn something from a few pages.
 _SIZES = (
     _Size(3e6, 4, 4, 256, 704, 256, 2**13, epochs=10),
     _Size(1e8, 6, 6, 384, 1024, 512, 2**15, epochs=4),
@@ -88,8 +90,8 @@ _SIZES = (
 )
 
 
-def training_command(folder: Path, manifest: Manifest) -> str:
-    """A whole command that trains on ``folder`` a model of a size that suits it."""
+def training_flags(folder: Path, manifest: Manifest) -> str:
+    """The flags that train a model of suitable size on ``folder``."""
     shards = {split: [s.tokens for s in manifest.shards if split_of(s.name) == split] for split in ("train", "val")}
     tokens = sum(shards["train"])
     size = next(size for size in _SIZES if tokens <= size.tokens)
@@ -112,4 +114,4 @@ def training_command(folder: Path, manifest: Manifest) -> str:
         "warmup_steps": min(1000, max(1, steps // 10)),
     }
     validates = " --do_val" if any(count > seq_len for count in shards["val"]) else ""
-    return "python pretrain_debug.py " + " ".join(f"--{name} {value}" for name, value in flags.items()) + validates
+    return " ".join(f"--{name} {value}" for name, value in flags.items()) + validates

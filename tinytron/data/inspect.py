@@ -14,6 +14,8 @@ from tinytron.data.manifest import TOKENIZER, Manifest, ShardFacts, read_manifes
 from tinytron.data.shards import facts_of
 from tinytron.errors import ConfigError, DataError
 from tinytron.utils.optional import require_package
+from tinytron.utils.progress import Progress
+from tinytron.utils.texts import counted
 from tinytron.utils.training import sha256_of
 
 SHOWN_CHARS = 200
@@ -29,7 +31,7 @@ def find_token_files(folder: Path) -> list[Path]:
     """The shards of ``folder``, sorted by name. Raises: DataError if there is none."""
     found = sorted(folder.glob("*.bin"))
     if not found:
-        raise DataError(f"{folder} holds no token shards (*.bin); give a folder that tokenize_dataset.py wrote")
+        raise DataError(f"{folder} holds no token shards (*.bin); give a folder that tinytron tokenize wrote")
     return found
 
 
@@ -64,8 +66,8 @@ def describe(folder: Path) -> list[str]:
     for split, paths in by_split.items():
         count = sum(read_header(path).count for path in paths)
         listed = [known[path].documents for path in paths if path in known]
-        documents = "" if manifest is None else f"{sum(listed):,} documents, "
-        lines.append(f"{split:<10} {documents}{count:,} tokens, {len(paths)} shards")
+        documents = "" if manifest is None else f"{counted(sum(listed), 'document')}, "
+        lines.append(f"{split:<10} {documents}{counted(count, 'token')}, {counted(len(paths), 'shard')}")
     if (text := _first_text(folder, files[0], tokens)) is not None:
         lines.append(f"begins     {text[:SHOWN_CHARS]!r}")
     return lines
@@ -100,9 +102,10 @@ def problems(folder: Path) -> Iterator[str]:
         return
     known = facts_of(manifest.shards, np.dtype(manifest.dtype).itemsize, files)
     yield from (f"{path}: not in the manifest" for path in files if path not in known)
-    places = {shard.name: path for path, shard in known.items()}  # of renamed files, too
-    for shard in manifest.shards:
-        yield from _shard_problems(places.get(shard.name, folder / shard.name), shard, manifest)
+    places = {shard.name: path for path, shard in known.items()}  # also of renamed files
+    with Progress("verifying shards", sum(path.stat().st_size for path in known)) as progress:
+        for shard in manifest.shards:
+            yield from _shard_problems(places.get(shard.name, folder / shard.name), shard, manifest, progress)
     for split, count in manifest.tokens.items():
         shards = manifest.shards_of(split)
         if (count, manifest.documents.get(split)) != (sum(s.tokens for s in shards), sum(s.documents for s in shards)):
@@ -116,7 +119,7 @@ def _readable(path: Path) -> Iterator[str]:
         yield str(error)
 
 
-def _shard_problems(path: Path, shard: ShardFacts, manifest: Manifest) -> Iterator[str]:
+def _shard_problems(path: Path, shard: ShardFacts, manifest: Manifest, progress: Progress) -> Iterator[str]:
     try:
         tokens, file_format = open_tokens(path)
     except DataError as error:
@@ -126,7 +129,7 @@ def _shard_problems(path: Path, shard: ShardFacts, manifest: Manifest) -> Iterat
         yield f"{path}: {file_format}, {tokens.dtype.name}, but the manifest says {manifest.file_format}, {manifest.dtype}"
     if len(tokens) != shard.tokens:
         yield f"{path}: {len(tokens)} tokens, but the manifest says {shard.tokens}"
-    if sha256_of(path) != shard.sha256:
+    if sha256_of(path, progress.update) != shard.sha256:
         yield f"{path}: its sha256 differs from the one in the manifest"
     if (largest := _largest(tokens)) >= manifest.tokenizer.vocab_size:
         yield f"{path}: token id {largest} is not below the vocabulary of {manifest.tokenizer.vocab_size}"

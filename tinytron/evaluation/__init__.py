@@ -1,4 +1,4 @@
-"""Floor 3: how good a model is, on held-out data and on tasks."""
+"""Floor 3: evaluation of a model on held-out data and on tasks."""
 
 from tinytron.evaluation.validate import ValResult, validate
 

@@ -1,11 +1,11 @@
 """Multiple choice: which of several continuations of a context is the likeliest.
 
-A task file has a line per item: ``{"context": "The sky is", "choices": [" blue", " made of cheese"], "answer": 0}``.
-Context and choice are tokenized together, as the model has seen texts; white space at the context's end belongs to the
-choice then, because tokenizers put it there. The tokens after those of the context are scored. Where a token would span the
-border, both are tokenized apart, so that what is scored is always the choice, whole and alone.
+A task file has one line per item: ``{"context": "The sky is", "choices": [" blue", " made of cheese"], "answer": 0}``.
+Context and choice are tokenized together, as the model saw text in training; white space at the end of the context then
+belongs to the choice, because tokenizers put it there. The tokens after the context's tokens are scored. If a token would
+span the border, the two are tokenized separately, so that exactly the choice is scored.
 
-items -> rows (an item and choice each) -> batches that do not depend on the number of ranks -> sums of log-probabilities
+items -> rows (one per item and choice) -> batches that do not depend on the number of ranks -> sums of log-probabilities
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from tinytron.text.run_tokenizer import RunTokenizer
 from tinytron.utils.sequences import IGNORE_INDEX
 from tinytron.utils.texts import numbered_lines, whole_characters
 
-ROUNDING = 16  # row lengths are multiples of it: few shapes, and whole parts for sequence-parallel ranks
+ROUNDING = 16  # row lengths are multiples of this: few distinct shapes, and equal parts for sequence-parallel ranks
 FORM = '{"context": "text", "choices": ["text", "text"], "answer": 0}'
 SCORES = {"accuracy": "sum", "accuracy_per_token": "per token", "accuracy_per_byte": "per byte"}
 
 
 @dataclass(frozen=True)
 class Item:
-    """A question: ``choices[answer]`` continues ``context`` rightly."""
+    """A question: ``choices[answer]`` is the right continuation of ``context``."""
 
     context: str
     choices: tuple[str, ...]
@@ -46,7 +46,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Row:
-    """Choice ``choice`` of item number ``question``: ``ids[start:]`` are scored, ``ids[:start]`` stand before them;
+    """Choice ``choice`` of item number ``question``: ``ids[start:]`` are scored, ``ids[:start]`` are their context;
     ``text_bytes`` is the choice's length."""
 
     question: int
@@ -57,7 +57,7 @@ class Row:
 
 
 def read_items(path: Path) -> list[Item]:
-    """The items of a task file. Raises: DataError naming the line that is not of the form."""
+    """The items of a task file. Raises: DataError naming the first line that does not have the right form."""
     try:
         lines = list(numbered_lines(path.read_bytes()))
     except (OSError, UnicodeDecodeError) as error:
@@ -76,15 +76,15 @@ def _item(line: str, where: str) -> Item:
         raise DataError(f"{where} is not of the form {FORM} ({type(error).__name__}: {error})") from error
     texts = isinstance(context, str) and isinstance(choices, list) and all(isinstance(c, str) and c for c in choices)
     if not texts or len(choices) < 2:
-        raise DataError(f"{where} needs a text as context and at least two texts, none empty, as choices, as in {FORM}")
+        raise DataError(f"{where} needs a text as context and at least two non-empty texts as choices, as in {FORM}")
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise DataError(f"{where}: answer {answer!r} must be the number of a choice, 0 to {len(choices) - 1}")
     return Item(whole_characters(context), tuple(map(whole_characters, choices)), answer)
 
 
 def encode_pair(context: str, continuation: str, tokenizer: RunTokenizer) -> tuple[list[int], int]:
-    """Token ids of both together, and where the continuation begins in them, at 1 or later. An empty context is the
-    token that texts begin with. Raises: ConfigError if there is neither."""
+    """Token ids of both together, and the index at which the continuation begins, at least 1. An empty context becomes the
+    token that texts begin with. Raises: ConfigError if the tokenizer has no such token."""
     kept = context.rstrip()
     continuation = context[len(kept) :] + continuation
     before = tokenizer.prompt_ids(kept)
@@ -96,8 +96,8 @@ def encode_pair(context: str, continuation: str, tokenizer: RunTokenizer) -> tup
 
 
 def encode_items(items: Sequence[Item], tokenizer: RunTokenizer, longest: int) -> list[Row]:
-    """A row per choice. The beginning of a context that is too long is left out: the model reads ``longest`` tokens.
-    Raises: DataError for a choice that is too long or has no tokens."""
+    """One row per choice. A context that is too long loses its beginning: the model accepts ``longest`` tokens. Raises:
+    DataError for a choice that is too long or has no tokens."""
     rows = []
     for number, item in enumerate(items):
         for choice, text in enumerate(item.choices):
@@ -113,7 +113,7 @@ def encode_items(items: Sequence[Item], tokenizer: RunTokenizer, longest: int) -
 
 
 def plan_batches(rows: Sequence[Row], tokens: int, longest: int) -> list[list[int]]:
-    """Numbers of rows that are computed together: alike in length, at most ``tokens`` with padding; longest first."""
+    """Row numbers grouped into batches of similar length, at most ``tokens`` each including padding; longest rows first."""
     batches: list[list[int]] = []
     for number in sorted(range(len(rows)), key=lambda n: (-len(rows[n].ids), n)):
         if not batches or (len(batches[-1]) + 1) * padded_length(rows[batches[-1][0]], longest) > tokens:
@@ -123,12 +123,12 @@ def plan_batches(rows: Sequence[Row], tokens: int, longest: int) -> list[list[in
 
 
 def padded_length(row: Row, longest: int) -> int:
-    """The columns of a batch whose longest row is ``row``."""
+    """The number of columns of a batch whose longest row is ``row``."""
     return min(longest, -(-(len(row.ids) - 1) // ROUNDING) * ROUNDING)
 
 
 def batch_of(rows: Sequence[Row], columns: int) -> Batch:
-    """Rows padded on the right, only their continuations as labels."""
+    """Rows padded on the right; only the continuations have labels."""
     ids_BS, labels_BS = (
         torch.zeros(len(rows), columns, dtype=torch.int64),
         torch.full((len(rows), columns), IGNORE_INDEX),
@@ -152,13 +152,13 @@ def log_probs(
 ) -> list[float]:
     """The log-probability of every row's continuation, in nats; batches and ranks as in ``score_rows``.
 
-    Raises: ConfigError on every rank for a ``loss`` that does not give the loss of every token.
+    Raises: ConfigError on every rank if ``loss`` does not return the loss of every token.
     """
 
     def score(batch: Batch) -> torch.Tensor:
         nats = loss(batch).per_token
         if nats is None:
-            raise ConfigError("tasks need the loss of every token, and this model gives none; set LossSums.per_token")
+            raise ConfigError("tasks need the loss of every token, but this model has none; set LossSums.per_token")
         return -nats.view_as(batch.labels).sum(1, dtype=torch.float64, keepdim=True)
 
     sums_R1 = score_rows(
@@ -180,10 +180,10 @@ def score_rows(
     state: ParallelState | None = None,
     columns: int = 1,
 ) -> torch.Tensor:
-    """What ``score`` gives for every row, fp64 ``[rows, columns]``, with ``model`` in evaluation mode. ``score`` gets
+    """The result of ``score`` for every row, fp64 ``[rows, columns]``, with ``model`` in evaluation mode. ``score`` gets
     batches on ``device`` and returns sums over each row's labels, fp64 ``[B, columns]``.
 
-    The batches are the same on every layout. With ``state`` its data-parallel ranks share them, sequence-parallel ranks
+    The batches are the same on every layout. With ``state``, data-parallel ranks share the batches, sequence-parallel ranks
     see their part of each row, and all ranks get all results. Collective over the world.
     """
     share, part = (state.layout.dp, state.group_rank("dp")) if state else (1, 0)
@@ -194,7 +194,7 @@ def score_rows(
     try:
         for first in range(0, len(batches), share):
             own = first + part < len(batches)
-            numbers = batches[first + part] if own else batches[0]  # every rank takes part in the model's collectives
+            numbers = batches[first + part] if own else batches[0]  # every rank joins the model's collectives
             batch = batch_of([rows[n] for n in numbers], padded_length(rows[numbers[0]], longest))
             if state is not None:
                 rank, size = state.group_rank("sep"), state.layout.sep
@@ -210,8 +210,8 @@ def score_rows(
 
 
 def summarize(items: Sequence[Item], rows: Sequence[Row], scores: Sequence[float]) -> dict[str, Any]:
-    """Accuracies with their standard errors: by the choices' log-probabilities as they are, per token and per byte. Of
-    equal ones the first counts. All are NaN if a log-probability is: no choice is the likeliest then."""
+    """Accuracies with their standard errors: by the choices' log-probabilities as they are, per token and per byte. The
+    first of equal ones wins. All are NaN if any log-probability is NaN, because then no choice is the likeliest."""
     result: dict[str, Any] = {"items": len(items)}
     for name in SCORES:
         best: dict[int, tuple[float, int]] = {}
@@ -220,7 +220,7 @@ def summarize(items: Sequence[Item], rows: Sequence[Row], scores: Sequence[float
             value = score / units[name]
             if row.question not in best or value > best[row.question][0]:
                 best[row.question] = value, row.choice
-        # By text: some benchmarks have the right choice twice.
+        # Compare texts, not numbers: some benchmarks list the right choice twice.
         right = sum(item.choices[best[n][1]] == item.choices[item.answer] for n, item in enumerate(items)) / len(items)
         accuracy = math.nan if any(map(math.isnan, scores)) else right
         result[name] = accuracy

@@ -1,4 +1,4 @@
-"""A trained model for EleutherAI's lm-evaluation-harness, and with it hundreds of published tasks.
+"""Runs a trained model in EleutherAI's lm-evaluation-harness, which has hundreds of published tasks.
 
 ``lm_eval.simple_evaluate(model=harness_model("log/<run>"), tasks=["arc_easy"])``; needs ``pip install lm-eval``.
 """
@@ -25,7 +25,7 @@ from tinytron.model import GPT
 from tinytron.text.run_tokenizer import RunTokenizer, tokenizer_of_run
 from tinytron.utils.sequences import IGNORE_INDEX
 
-# How tasks call the number of tokens to generate; the first is the harness's own.
+# Task settings for the number of tokens to generate; the first is the harness's own.
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
@@ -34,7 +34,7 @@ class Request(Protocol):
 
     @property
     def args(self) -> tuple[Any, ...]:
-        """What is asked: a context and a continuation, a text, or a context and options of generation."""
+        """The arguments: a context and a continuation, a text, or a context and generation options."""
 
 
 def harness_model(
@@ -46,10 +46,10 @@ def harness_model(
     batch_tokens: int = 8192,
     max_new_tokens: int = 256,
 ) -> Any:
-    """An ``lm_eval.api.model.LM`` for any model that ``open_model`` opens. ``batch_tokens`` are computed at a time;
-    ``max_new_tokens`` are generated where a task does not say how many.
+    """An ``lm_eval.api.model.LM`` for any model that ``open_model`` opens. ``batch_tokens`` are processed at a time;
+    ``max_new_tokens`` are generated for tasks that do not set a number.
 
-    Raises: ConfigError without the package or a tokenizer; also as ``open_model``.
+    Raises: ConfigError without the package or a tokenizer; and what ``open_model`` raises.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("lm-evaluation-harness is not installed: pip install lm-eval")
@@ -67,7 +67,7 @@ def harness_model(
 
 
 class Answers:
-    """The three questions of the harness, answered by ``model``."""
+    """Answers the harness's three kinds of requests with ``model``."""
 
     def __init__(
         self, model: GPT, tokenizer: RunTokenizer, batch_tokens: int = 8192, max_new_tokens: int = 256
@@ -77,8 +77,8 @@ class Answers:
         self.longest = model.config.block_size
 
     def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
-        """Of each continuation after its context: the log-probability in nats, and whether greedy generation gives it.
-        The beginning of a context that is too long is left out; a continuation that is too long is scored in parts."""
+        """For each continuation after its context: the log-probability in nats, and whether greedy generation produces it.
+        A context that is too long loses its beginning; a continuation that is too long is scored in parts."""
         parts: list[list[Row]] = []
         for number, request in enumerate(requests):
             context, continuation = request.args
@@ -87,9 +87,9 @@ class Answers:
         return self._sums(parts)
 
     def loglikelihood_rolling(self, requests: Sequence[Request]) -> list[float]:
-        """The log-probability of whole texts in nats, after the token that texts begin with, or else the end-of-text token,
-        if there is one (otherwise all but the first token is scored): windows of the longest context follow each
-        other, and the last one is full too."""
+        """The log-probability of whole texts in nats, after the token that texts begin with, or else the end-of-text token.
+        (Without either, all tokens but the first are scored.) Windows of the longest context follow each other; the last
+        one is full too."""
         parts = []
         for number, request in enumerate(requests):
             first = self.tokenizer.end if self.tokenizer.begin is None else self.tokenizer.begin
@@ -99,7 +99,7 @@ class Answers:
         return [score for score, _ in self._sums(parts)]
 
     def _windows(self, number: int, ids: list[int], start: int) -> Iterator[Row]:
-        """``ids[start:]`` in rows that the model can read, each token once."""
+        """``ids[start:]`` in rows that the model can process, with each token scored once."""
         while start < len(ids):
             end = min(len(ids), start + self.longest)
             first = max(0, end - self.longest - 1)
@@ -107,7 +107,7 @@ class Answers:
             start = end
 
     def _sums(self, parts: list[list[Row]]) -> list[tuple[float, bool]]:
-        """Per request the sum of its rows' log-probabilities, and whether all their tokens are the likeliest."""
+        """For each request the sum of its rows' log-probabilities, and whether all their tokens are the likeliest."""
         rows = [row for own in parts for row in own]
         scores_R2 = score_rows(
             self.model,
@@ -128,8 +128,8 @@ class Answers:
 
     def generate_until(self, requests: Sequence[Request]) -> list[str]:
         """A continuation of each context up to one of the strings ``until``; greedy unless ``do_sample`` is set. Equal
-        requests (a task's ``repeats``) get samples of their own. A context that is too long loses its beginning, but keeps
-        at least half of what the model reads; the continuation gets the rest."""
+        requests (a task's ``repeats``) get different samples. A context that is too long loses its beginning, but keeps
+        at least half of the model's window; the continuation gets the rest."""
         equal: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             equal.setdefault(json.dumps(request.args, sort_keys=True, default=str), []).append(number)
@@ -153,7 +153,7 @@ class Answers:
         return texts
 
     def _options(self, given: Mapping[str, Any], repeats: int) -> SamplingOptions:
-        """What the settings of a task mean; those that are null, and a ``top_k`` of -1, are off."""
+        """Sampling options for the settings of a task; null values and a ``top_k`` of -1 mean off."""
         known = {name: value for name, value in given.items() if value is not None}
         sampled = bool(known.get("do_sample", float(known.get("temperature", 0)) > 0))
         sampled = sampled and float(known.get("temperature", 1)) > 0
@@ -172,12 +172,12 @@ class Answers:
 
 
 def _score(model: GPT, batch: Batch) -> torch.Tensor:
-    """For every row the log-probability of its labels in nats, and how many of them are not the likeliest token, ``[B,
-    2]``."""
+    """For every row the log-probability of its labels in nats, and how many labels are not the likeliest token,
+    ``[B, 2]``."""
     hidden_BSD, _ = model.hidden_states(batch.input_ids)
     found = []
     for hidden_SD, labels_S in zip(hidden_BSD, batch.labels, strict=True):
-        scored_S = labels_S != IGNORE_INDEX  # the logits of other places are not computed
+        scored_S = labels_S != IGNORE_INDEX  # logits of other positions are not computed
         logits_tV, labels_t = model.lm_head(hidden_SD[scored_S]), labels_S[scored_S]
         wide = torch.promote_types(logits_tV.dtype, torch.float32)
         log_prob_t1 = logits_tV.to(wide).log_softmax(-1).gather(1, labels_t.unsqueeze(1))

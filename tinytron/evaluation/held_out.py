@@ -1,4 +1,4 @@
-"""Loss of any model on held-out data: token shards, or a file of texts that the model's tokenizer encodes.
+"""Loss of any model on held-out data: token shards, or a text file that the model's tokenizer encodes.
 
 source -> samples of ``seq_len`` training pairs, cut as in training -> batches on the device -> ``validate``
 """
@@ -29,6 +29,7 @@ from tinytron.text.sources import FileSource
 from tinytron.text.token_bytes import token_bytes, token_bytes_of_data
 from tinytron.text.tokenizer_files import read_vocabulary
 from tinytron.text.tokenizers import encode_documents
+from tinytron.utils.progress import Progress
 from tinytron.utils.sequences import IGNORE_INDEX, documents_of
 
 _DOCUMENTS_AT_ONCE = 1024
@@ -36,14 +37,14 @@ _DOCUMENTS_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Batches on the host, once through, and the bytes of every token id, if they are known."""
+    """Batches on the host, for one pass, and the number of bytes of every token id, if known."""
 
     batches: Iterable[Batch]
     token_bytes: list[int] | None
 
 
 def default_seq_len(config: Mapping[str, Any], block_size: int, longest: int = 4096) -> int:
-    """The length of samples: that of the run whose configuration is ``config``, else what the model reads, up to
+    """The length of samples: the one of the run whose configuration is ``config``, else the model's longest sequence, up to
     ``longest``."""
     trained = config.get("train", {}).get("seq_len")
     return min(block_size, trained if type(trained) is int else longest)
@@ -58,12 +59,12 @@ def held_out(
     batch_tokens: int,
     text_key: str = "text",
 ) -> HeldOut:
-    """The data of ``source``: one split of its token shards, or a file of texts (rows have them as ``text_key``).
-    ``config`` has the sections of the run that trained the model: token shards are cut and masked as its ``data`` section
-    says.
+    """The data of ``source``: one split of its token shards, or a text file (with the text of a row under ``text_key``).
+    ``config`` has the sections of the run that trained the model: its ``data`` section says how token shards are cut and
+    masked.
 
     Raises: DataError for data that is missing, damaged or shorter than one sample; ConfigError for texts without a
-    ``tokenizer``, and for shards that were made with another one.
+    ``tokenizer``, and for shards that were made with a different one.
     """
     rows = max(1, batch_tokens // seq_len)
     if source.split is None:
@@ -84,14 +85,16 @@ def held_out(
 
 
 def measure(model: GPT, data: HeldOut) -> ValResult:
-    """Loss of ``model`` on ``data``, in one process. Raises: ConfigError if it is not finite."""
+    """Loss of ``model`` on ``data``, in one process. Raises: ConfigError or CheckpointError if it is not finite."""
     device, size = model.lm_head.weight.device, model.config.vocab_size
 
     def batches() -> Iterator[Batch]:
-        for batch in data.batches:
-            documents = None if batch.positions is None else documents_of(batch.positions)
-            padding = batch.padding if model.config.use_moe else None
-            yield batch._replace(documents=documents, padding=padding).to(device)
+        with Progress("measuring the loss", None, "token") as progress:
+            for batch in data.batches:
+                documents = None if batch.positions is None else documents_of(batch.positions)
+                padding = batch.padding if model.config.use_moe else None
+                yield batch._replace(documents=documents, padding=padding).to(device)
+                progress.update(batch.input_ids.numel())
 
     def loss(batch: Batch) -> LossSums:
         sums: LossSums = model(batch.input_ids, batch.labels, **batch.model_inputs())
@@ -122,7 +125,7 @@ def _shards(path: str, split: str, model: GPT, data: Mapping[str, Any], seq_len:
 
 
 def _require_same(source: DataSource, tokenizer: RunTokenizer) -> None:
-    """Raises: ConfigError if the tokenizer.json next to the shards has tokens that are others to the model."""
+    """Raises: ConfigError if the tokenizer.json next to the shards has tokens with other ids than the model's tokenizer."""
     for file in tokenizers_of_data(source.local).files[:1]:
         try:
             theirs = read_vocabulary(file)
@@ -132,12 +135,12 @@ def _require_same(source: DataSource, tokenizer: RunTokenizer) -> None:
             if (own := tokenizer.tokenizer.token_id(token)) != number:
                 raise ConfigError(
                     f"--data {source.path} was made with another tokenizer than the model's: {token!r} is {number} there "
-                    f"and {own} here; tokenize its texts with {tokenizer.tokenizer.name}, or give a file of texts"
+                    f"and {own} here; tokenize its texts with {tokenizer.tokenizer.name}, or give a text file"
                 )
 
 
 def _bytes_of(tokenizer: RunTokenizer) -> list[int] | None:
-    """The bytes of every token id; ``None`` for a tokenizer that does not say them, or not in a form that is known."""
+    """The number of bytes of every token id; ``None`` if the tokenizer does not have them in a known form."""
     serialized = tokenizer.tokenizer.serialized
     try:
         return token_bytes(serialized) if serialized else None
@@ -147,7 +150,7 @@ def _bytes_of(tokenizer: RunTokenizer) -> list[int] | None:
 
 def _tokens_of_file(path: Path, tokenizer: RunTokenizer, text_key: str) -> npt.NDArray[np.int64]:
     """The token ids of all documents of a file, each after the token that texts begin with, or else separated by the
-    end-of-text token, if there is one."""
+    end-of-text token, if the tokenizer has one."""
     source = FileSource([path], text_key, "--text_key", str(path))
     texts = [text for chunk in source.chunks(_DOCUMENTS_AT_ONCE) for text in source.read(chunk) if text]
     first = tokenizer.end if tokenizer.begin is None and tokenizer.prepend else tokenizer.begin

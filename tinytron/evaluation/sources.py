@@ -1,4 +1,4 @@
-"""The data that ``tinytron evaluate --data`` measures: each path, or each source of a mixture, on the local disk."""
+"""The data that ``tinytron evaluate --data`` measures: each path, or each source of a mixture, made local."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Say = Callable[[str], object]
 
 @dataclass(frozen=True)
 class DataSource:
-    """Data with a loss of its own: its ``name`` in the results, its ``path`` as the user wrote it, the ``local`` folder,
-    pattern or file, and the ``split`` of its token shards (``train`` or ``val``; ``None`` for a file of texts)."""
+    """Data with its own loss: its ``name`` in the results, its ``path`` as the user wrote it, the ``local`` folder, pattern
+    or file, and the ``split`` of its token shards (``train`` or ``val``; ``None`` for a text file)."""
 
     name: str
     path: str
@@ -30,8 +30,8 @@ class DataSource:
 
 @dataclass(frozen=True)
 class Measured:
-    """All ``sources``, and the names of a mixture's sources without validation shards (``left_out``). ``several`` if there
-    may be more than one source: then each has a row in the results."""
+    """All ``sources``, and the names of a mixture's sources without validation shards (``left_out``). ``several`` is true
+    if there may be more than one source: then each has a row in the results."""
 
     sources: tuple[DataSource, ...]
     left_out: tuple[str, ...]
@@ -39,13 +39,13 @@ class Measured:
 
 
 def data_sources(paths: Sequence[str], say: Say = lambda text: None) -> Measured:
-    """The data that ``paths`` (``--data``) name: folders or patterns of token shards, files of texts, mixture files, or
-    URLs of the first two, which are downloaded first (``say`` gets a line). Token shards are measured on their validation
-    split, or on the training split if there is none.
+    """The data that ``paths`` (``--data``) name: folders or patterns of token shards, text files, mixture files, or URLs of
+    the first two, which are downloaded first (``say`` gets a line). Token shards are measured on their validation split, or
+    on the training split if they have no validation split.
 
     A mixture is measured as the trainer validates: on the sources that have validation shards. A mixture without any is
-    measured on the training shards of all its sources. Raises: DataError for data that is missing; ConfigError for a
-    damaged mixture file and for a path that is given twice; StorageError for a URL that cannot be read.
+    measured on the training shards of all its sources. Raises: DataError for missing data; ConfigError for a damaged
+    mixture file or a path given twice; StorageError for a URL that cannot be read.
     """
     sources: list[DataSource] = []
     left_out: list[str] = []
@@ -61,7 +61,7 @@ def data_sources(paths: Sequence[str], say: Say = lambda text: None) -> Measured
                 sources.append(DataSource(path, path, local, None if _is_texts(local) else _split(local)))
     names = [source.name for source in sources]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise ConfigError(f"--data has {min(twice)} twice, one name in the results; give it once")
+        raise ConfigError(f"--data has {min(twice)} twice, and results go by that name; give it once")
     return Measured(tuple(sources), tuple(left_out), len(paths) > 1 or paths[0].endswith(".json"))
 
 
@@ -93,7 +93,7 @@ def _is_texts(local: str) -> bool:
 
 
 def _local(path: str, say: Say) -> str:
-    """Where ``path`` is on the local disk: there already, or from now on."""
+    """Local path of ``path``, which is downloaded if it is remote."""
     if not is_remote(path):
         return path.removeprefix("file://")
     say(f"fetching {path}")
@@ -102,14 +102,14 @@ def _local(path: str, say: Say) -> str:
         fetch_shards(path)
         return local_dataset_path(path)
     local = staging_folder(folder)
-    (local / name).unlink(missing_ok=True)  # it may have changed at the same size
+    (local / name).unlink(missing_ok=True)  # it may have changed without changing its size
     RemoteFolder(folder).pull([name], local)
     return str(local / name)
 
 
 @contextlib.contextmanager
 def _about_data() -> Iterator[None]:
-    """Let errors of the data layer name the flag of ``tinytron evaluate``."""
+    """Make errors of the data layer name the flag of ``tinytron evaluate``."""
     try:
         yield
     except (ConfigError, DataError) as error:

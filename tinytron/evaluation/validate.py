@@ -1,4 +1,4 @@
-"""Loss on held-out data: every sample once, weighted by tokens, the same on any number of ranks."""
+"""Loss on held-out data: every sample once, weighted by tokens, with the same result on any number of ranks."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tinytron.model.modules.loss import LossSums, checked_sums
 
 class ValSums(NamedTuple):
     """Sums of a validation: the loss in ``nats``, its ``normalizer`` and the ``weight`` of the targets, the number of
-    targets (``tokens``), their loss without weights (``plain_nats``) and their ``text_bytes``, 0 where those are not known;
-    and of every auxiliary value (``aux``) its sum and what that is divided by."""
+    targets (``tokens``), their unweighted loss (``plain_nats``) and their ``text_bytes`` (0 if unknown); and for every
+    auxiliary value (``aux``) its sum and its divisor."""
 
     nats: float
     normalizer: float
@@ -33,7 +33,7 @@ class ValSums(NamedTuple):
     aux: Mapping[str, tuple[float, float]] = MappingProxyType({})
 
     def result(self, sources: Mapping[str, SourceLoss] = MappingProxyType({})) -> ValResult:
-        """The means. NaN is the loss of nothing."""
+        """The means; NaN without targets."""
         some = self.weight and self.normalizer
         return ValResult(
             self.nats / self.weight * (self.tokens / self.normalizer) if some else math.nan,
@@ -46,8 +46,8 @@ class ValSums(NamedTuple):
 
 
 def total(parts: Sequence[ValSums]) -> ValSums:
-    """The sums of all ``parts`` together, as if their batches had been one validation. Bytes are known only if they are for
-    every part."""
+    """The sums of all ``parts`` together, as if their batches had been one validation. Bytes are known only if they are
+    known for every part."""
     columns = zip(*(part[:6] for part in parts), strict=True)
     nats, normalizer, weight, tokens, plain_nats, text_bytes = (float(sum(column)) for column in columns)
     known = all(part.text_bytes for part in parts)
@@ -59,10 +59,10 @@ def total(parts: Sequence[ValSums]) -> ValSums:
 
 
 class ValResult(NamedTuple):
-    """``loss`` in nats per token over ``tokens`` targets (weighted, if they have weights), or per what the objective
-    counts instead; NaN if there is none. ``bits_per_byte`` (not weighted), if it is known which bytes tokens stand for; of
-    a mixture also the same for every source; ``aux``: the objective's auxiliary values by name, divided by their own counts
-    or like the loss. ``sums`` are the numbers that these are quotients of."""
+    """``loss`` in nats per token over ``tokens`` targets (weighted if they have weights), or per whatever else the
+    objective counts; NaN without targets. ``bits_per_byte`` (unweighted) if the bytes of tokens are known. For a mixture,
+    ``sources`` has the same for every source. ``aux``: the objective's auxiliary values by name, divided by their own
+    counts or like the loss. ``sums`` are the sums behind these numbers."""
 
     loss: float
     tokens: int
@@ -72,7 +72,7 @@ class ValResult(NamedTuple):
     sums: ValSums
 
     def fields(self) -> dict[str, Any]:
-        """What the log keeps."""
+        """The values that go into the log."""
         known: dict[str, Any] = {} if self.bits_per_byte is None else {"bits_per_byte": self.bits_per_byte}
         if self.sources:
             known["sources"] = {name: source.fields() for name, source in self.sources.items()}
@@ -94,7 +94,8 @@ def validate(
     ``normalizer`` counts (default: valid targets). Collective over the world; without a ``state`` this process is alone,
     and there are no ``sources``.
 
-    ``token_bytes_V``, int64 ``[V]``: the bytes of every token id. A token without bytes (end of text) adds loss only.
+    ``token_bytes_V``, int64 ``[V]``: the number of bytes of every token id. A token without bytes (end of text)
+    adds only loss.
     """
     was_training = model.training
     model.eval()
@@ -109,7 +110,7 @@ def validate(
         size = batch.targets() * 0 if token_bytes_V is None else bytes_of_labels(batch.labels, token_bytes_V).sum()
         counts = (normalizer(batch), batch.target_weight(), batch.targets(), plain, size)
         sums += torch.stack([losses.token.double(), *(count.double() for count in counts)])
-        real = 1 - batch.filling / len(batch.labels)  # a value without a count of its own may be over filling, too
+        real = 1 - batch.filling / len(batch.labels)  # a value without its own count may cover filling samples, too
         for name, value in losses.aux.items():
             aux[name] = aux.get(name, 0.0) + value.double() * (1 if name in losses.counts else real)
         for name, number in losses.counts.items():
@@ -127,8 +128,8 @@ def validate(
 
 
 def _sum_by_name(values: Mapping[str, torch.Tensor], state: ParallelState | None) -> dict[str, float]:
-    """The values of all ranks together. Collective, except without a ``state``. A rank to which a loader gave no batch has
-    none, so the ranks first agree on the names."""
+    """The values of all ranks together. Collective, except without a ``state``. A rank whose loader had no batch for it has
+    no values, so the ranks first agree on the names."""
     if state is None:
         return {name: float(value) for name, value in values.items()}
     world = state.groups["world"]

@@ -1,4 +1,4 @@
-"""The built-in jobs, datasets and evaluations. Each is a short file of this package and a line of a table here, so that
+"""The built-in jobs, datasets and evaluations. Each is a short file of this package and a line in a table here, so that
 listing them imports nothing."""
 
 from __future__ import annotations
@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-# key: (module that registers it, what it does)
+# key: (module that registers it, description)
 JOBS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "gpt/train/pretrain": ("tinytron.experiments.gpt", "pre-train a GPT on token shards"),

@@ -26,11 +26,11 @@ class TokenizeConfig:
     split: str = field("data/split", default="train", help="split of a hub dataset")
     text_key: str = field("data/text_key", default="text", help="key of the text in a row")
     suffix: str = field("data/suffix", default="", help="added to the folder of the shards: OUT/data/<name>_<suffix>")
-    max_samples: int | None = field("data/max_samples", default=None, help="take this many documents; default: all")
+    max_samples: int | None = field("data/max_samples", default=None, help="number of documents to use; default: all")
     val_pct: float = field("data/val_pct", default=0.05, help="fraction of the documents to hold out")
     seed: int = field("data/seed", default=2357, help="seed for shuffling the documents")
     shuffle_buffer: int = field(
-        "data/shuffle_buffer", default=0, help="shuffle through a buffer of this many documents"
+        "data/shuffle_buffer", default=0, help="shuffle the documents through a buffer of this size"
     )
     streaming: bool = field("data/streaming", default=True, help="stream a hub dataset instead of downloading it first")
     backend: str = field(
@@ -39,7 +39,7 @@ class TokenizeConfig:
     tokenizer: str = field(
         "tokenizer/name", default="cl100k_base", help="encoding, name or folder; for train_bpe, the vocabulary size"
     )
-    num_proc: int = field("system/num_proc", default=8, help="worker processes")
+    num_proc: int = field("system/num_proc", default=8, help="number of worker processes")
 
 
 @job("data/tokenize_variable_dataset")
@@ -50,12 +50,12 @@ class TokenizeVariableDataset(BasicJob):
     ALIASES = MappingProxyType({"data.dataset": Alias("data.name")})
 
     def folder_of_shards(self) -> Path:
-        """Where the shards go."""
+        """The folder for the shards."""
         name = Path(self.config.name).name.split(".")[0].strip("*?[]_- ") or "tokens"
         return Path(self.spec.root) / "data" / (f"{name}_{self.config.suffix}" if self.config.suffix else name)
 
     def run(self) -> None:
-        """Tokenize what is not tokenized yet."""
+        """Tokenize the documents that are not tokenized yet."""
         config = self.config
         backends = {"tiktoken": "encoding_name", "huggingface": "tokenizer_name", "train_bpe": "train_bpe"}
         if config.backend not in backends:

@@ -1,4 +1,4 @@
-"""Floor 3: text from a trained model."""
+"""Floor 3: text generation with a trained model."""
 
 from tinytron.inference.engine import Generation, Piece, Sample, complete, stream
 from tinytron.inference.kv_cache import KVCache

@@ -1,9 +1,9 @@
-"""Text from a trained model: prompts of any lengths at once, a cache of keys and values, samples that can be repeated.
+"""Text generation: prompts of any lengths in one batch, a key-value cache, reproducible samples.
 
 prompts -> prefill: one pass over all of them -> one row per sample -> decode: one pass per further token -> pieces of text
 
-The model reads at most ``block_size`` tokens. Of a text that grows beyond that it reads on from the newest half, for which
-the keys are made again; if the window slid token by token, every step would have to do so.
+The model accepts at most ``block_size`` tokens. A text that outgrows this continues from its newest half, whose keys are
+computed again; if the window moved token by token, every step would have to recompute them.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ Finish = Literal["stop", "length"]
 
 @dataclass
 class Sample:
-    """One continuation of ``prompts[prompt]``: ``tokens`` (no stop token; with a stop string all up to its end) and
+    """One continuation of ``prompts[prompt]``: ``tokens`` (without a stop token; a stop string's tokens up to its end) and
     ``text`` (up to the stop string). ``finish``: ``stop``, or ``length`` after ``max_new_tokens``. ``cuts`` counts how
-    often the text had grown beyond ``block_size``, so that the model no longer saw its beginning."""
+    often the text outgrew ``block_size``, so that the model no longer saw its beginning."""
 
     prompt: int
     number: int
@@ -42,7 +42,7 @@ class Sample:
 
 
 class Piece(NamedTuple):
-    """What one more token, or the end, of ``samples[sample]`` brought: text that is certain, perhaps none."""
+    """One more token of ``samples[sample]``, or its end, and the text that is now certain (may be empty)."""
 
     sample: int
     token: int | None
@@ -53,7 +53,7 @@ class Piece(NamedTuple):
 @dataclass
 class Generation:
     """The samples, by prompt and then by number, and how long they took. ``prefill_tokens`` are those of the prompts and
-    of texts that were cut; ``decode_tokens`` those that a pass of their own was made for."""
+    of texts that were cut; ``decode_tokens`` are those that needed their own pass."""
 
     samples: list[Sample]
     prefill_tokens: int = 0
@@ -68,12 +68,12 @@ class Generation:
 
     @property
     def decode_rate(self) -> float:
-        """New tokens per second, of all rows together."""
+        """New tokens per second, over all rows."""
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
 
 class _Row:
-    """One sample on its way: what the model sees of it, its random numbers and its text."""
+    """A sample in progress: the tokens that the model sees, its random numbers and its text."""
 
     def __init__(
         self, index: int, sample: Sample, prompt: Sequence[int], options: SamplingOptions, text: TextStream | None
@@ -83,13 +83,13 @@ class _Row:
         self.uniform = _uniform(prompt, sample.number, options.seed, self.limit)
 
     def cut(self, longest: int) -> None:
-        """Forget all but the newest half of what is more than ``longest`` tokens."""
+        """Keep only the newest half of ``longest`` tokens if there are more than that."""
         if len(self.seen) > longest:
             self.seen = self.seen[-max(1, longest // 2) :]
             self.sample.cuts += 1
 
     def add(self, token: int, stop_tokens: Sequence[int]) -> Piece:
-        """Take one more token; the last piece has the reason of the end."""
+        """Append a token; the last piece carries the reason for the end."""
         if token in stop_tokens:
             return self._end("stop", None, "")
         self.sample.tokens.append(token)
@@ -120,14 +120,14 @@ def stream(
     without: Sequence[int] = (),
     batch_size: int = 32,
 ) -> Generator[Piece, None, Generation]:
-    """Continue every prompt (token ids) ``num_samples`` times, ``batch_size`` rows at a time, and give every piece as it
+    """Continue every prompt (token ids) ``num_samples`` times, ``batch_size`` rows at a time, and yield every piece as it
     comes; the generator's return value is the ``Generation``.
 
-    ``decode`` turns token ids into text; without it there is no text, and no stop string can be found. Of the vocabulary
-    only the first ``vocab_size`` tokens are sampled, and none of ``without``. A sample follows from the weights, the
-    prompt, its number and ``options``: not from the other prompts (up to the rounding of the logits). Raises: ConfigError
-    for prompts that are empty, longer than ``block_size`` or not of this vocabulary, for stop strings without ``decode``,
-    and for a model whose parts lie on several processes.
+    ``decode`` turns token ids into text; without it there is no text, and stop strings cannot be found. Only the first
+    ``vocab_size`` tokens of the vocabulary are sampled, and none of ``without``. A sample depends on the weights, the
+    prompt, its number and ``options``, but not on the other prompts (up to the rounding of the logits). Raises: ConfigError
+    for prompts that are empty, longer than ``block_size`` or outside the vocabulary, for stop strings without ``decode``,
+    and for a model that is spread over several processes.
     """
     _check(model, prompts, options, decode)
     owners = [(p, n) for p in range(len(prompts)) for n in range(options.num_samples)]
@@ -156,7 +156,7 @@ def complete(
     batch_size: int = 32,
     on_piece: Callable[[Piece], None] | None = None,
 ) -> Generation:
-    """``stream`` to its end; ``on_piece`` sees every piece."""
+    """Run ``stream`` to its end; ``on_piece`` is called with every piece."""
     pieces = stream(
         model, prompts, options, decode=decode, vocab_size=vocab_size, without=without, batch_size=batch_size
     )
@@ -176,11 +176,11 @@ def _check(model: GPT, prompts: Sequence[Sequence[int]], options: SamplingOption
             "this model is spread over several processes; save a checkpoint and generate from it with load_model"
         )
     if options.stop and decode is None:
-        raise ConfigError(f"--stop {options.stop[0]!r} needs a tokenizer to be found; give one, or use stop_tokens")
+        raise ConfigError(f"--stop {options.stop[0]!r} needs a tokenizer; give one, or use stop_tokens")
     block_size, vocab_size = model.config.block_size, model.config.vocab_size
     for prompt in prompts:
         if not prompt:
-            raise ConfigError("a prompt needs at least one token; use the end-of-text token to start afresh")
+            raise ConfigError("a prompt needs at least one token; use the end-of-text token to start from nothing")
         if len(prompt) > block_size:
             raise ConfigError(
                 f"a prompt of {len(prompt)} tokens exceeds --block_size {block_size} of the model; "
@@ -196,8 +196,8 @@ def _check(model: GPT, prompts: Sequence[Sequence[int]], options: SamplingOption
 def _continue(
     model: GPT, rows: list[_Row], options: SamplingOptions, result: Generation, excluded: torch.Tensor | None
 ) -> Generator[Piece, None, list[_Row]]:
-    """Prefill what ``rows`` have seen, equal ones once, and decode all of them together until the last one ends or one has
-    seen more than the model can read; returns those that have not ended."""
+    """Prefill what ``rows`` have seen (equal prompts once), and decode all rows together until the last one ends or one has
+    more tokens than the model accepts; returns the rows that have not ended."""
     start = time.perf_counter()
     used = sorted({tuple(row.seen) for row in rows})
     longest = max(map(len, used))
@@ -215,7 +215,7 @@ def _continue(
     for step in range(limit):
         chosen = next_tokens(logits, options, uniform[:, step])
         usable = torch.isfinite(logits.amax(-1))
-        tokens = torch.where(usable, chosen, -1).tolist()  # the host waits here
+        tokens = torch.where(usable, chosen, -1).tolist()  # the host waits for the device here
         if min(tokens) < 0:
             raise not_finite("logits", weight.dtype)
         now = time.perf_counter()
@@ -229,7 +229,7 @@ def _continue(
             result.prefill_tokens += sum(map(len, used))
         pieces = [row.add(token, options.stop_tokens) for row, token in zip(rows, tokens, strict=True)]
         yield from pieces
-        start = time.perf_counter()  # what the reader does with a piece is not our time
+        start = time.perf_counter()  # exclude the consumer's time from the measured rate
         alive = [place for place, piece in enumerate(pieces) if piece.finish is None]
         rows = [rows[place] for place in alive]
         if not rows or step == limit - 1:
@@ -244,20 +244,18 @@ def _continue(
 
 
 def not_finite(what: str, dtype: torch.dtype) -> TinytronError:
-    """The error for a model whose ``what`` are NaN or infinite, with weights of ``dtype``."""
+    """The error for a model whose ``what`` (logits, losses, ...) are NaN or infinite, with weights of ``dtype``."""
     if dtype == torch.float16:
-        return ConfigError(
-            f"the model's {what} are NaN or infinite in fp16, whose numbers end at 65504; use --dtype fp32"
-        )
+        return ConfigError(f"the model's {what} are NaN or infinite in fp16, whose maximum is 65504; use --dtype fp32")
     return CheckpointError(
-        f"the model's {what} are NaN or infinite: its weights are, or they diverged; use an earlier checkpoint"
+        f"the model's {what} are NaN or infinite, because its weights are, or diverged; use an earlier checkpoint"
     )
 
 
 @torch.no_grad()
 def _logits(model: GPT, cache: KVCache, ids_Bs: torch.Tensor, excluded_V: torch.Tensor | None) -> torch.Tensor:
-    """The next token's logits ``[B, V]`` after ``ids_Bs``, which follow what is in the cache; those of ``excluded_V`` are
-    -inf."""
+    """The next token's logits ``[B, V]`` after ``ids_Bs``, which follow what is in the cache; the logits of ``excluded_V``
+    are -inf."""
     with _evaluating(model):
         hidden_BsD, _ = model.hidden_states(ids_Bs, cache.extend(ids_Bs.shape[1]), cache=cache.layers)
         model.wait_for_params(model.lm_head)
@@ -268,7 +266,7 @@ def _logits(model: GPT, cache: KVCache, ids_Bs: torch.Tensor, excluded_V: torch.
 
 
 def _excluded(model: GPT, vocab_size: int | None, without: Sequence[int]) -> torch.Tensor | None:
-    """Which tokens of the model's are never sampled, ``[V]``: those that the tokenizer does not have."""
+    """Mask of the model's tokens that are never sampled, ``[V]``: those that the tokenizer does not have."""
     weight = model.lm_head.weight
     first = len(weight) if vocab_size is None else vocab_size
     if first >= len(weight) and not without:
@@ -289,8 +287,8 @@ def _evaluating(model: GPT) -> Iterator[None]:
 
 
 def _uniform(prompt: Sequence[int], number: int, seed: int, count: int) -> torch.Tensor:
-    """``count`` uniform numbers in [0, 1), float64, that belong to this prompt, sample number and seed: the same on every
-    device, in every batch; a longer row begins with the shorter one."""
+    """``count`` uniform numbers in [0, 1), float64, determined by this prompt, sample number and seed: the same on every
+    device and in every batch; a longer row begins with the shorter one."""
     text = f"{seed}:{number}:{','.join(map(str, prompt))}"
     digest = hashlib.sha256(text.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

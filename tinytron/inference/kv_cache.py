@@ -1,7 +1,7 @@
-"""The keys and values of tokens that the model has seen: each further token then costs the work of one.
+"""Key-value cache: with the keys and values of earlier tokens stored, each new token costs one token's work.
 
 Rows of different lengths end in the same *column*: shorter prompts are padded on the left, so column c of a row is its
-token c - padding. Letters as in model/modules/attn.py; s new columns, C slots of a layer, T columns that are looked at.
+token c - padding. Letters as in model/modules/attn.py; s new columns, C slots of a layer, T columns attended to.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from tinytron.model import ModelConfig
 
 @dataclass
 class _Plan:
-    """What layers of one window do with the columns that come: where they are written, and who sees whom."""
+    """How the layers with one window size handle new columns: where they are written, and which columns attend to which."""
 
     slots: int
-    index: slice | torch.Tensor = field(default_factory=lambda: slice(0))  # of the last ``written`` columns
+    index: slice | torch.Tensor = field(default_factory=lambda: slice(0))  # slots of the last ``written`` columns
     written: int = 0
-    held: int = 0  # slots in use: before these columns if they are ``joined``, else with them
-    joined: bool = False  # they would overwrite columns that the first of them still see
+    held: int = 0  # slots in use: before the new columns if they are ``joined``, else including them
+    joined: bool = False  # writing the new columns first would overwrite ones that the first of them still attends to
     mask: torch.Tensor | None = None  # added to the scores, [B, 1, s, T]
     causal: bool = False
 
@@ -31,8 +31,8 @@ class _Plan:
 class KVCache:
     """Keys and values of every layer, ``[B, C, K, H]``, allocated once; ``layers`` is what ``GPT.hidden_states`` takes.
 
-    C is ``capacity`` in columns; a layer with a sliding window has no more slots than its window, and column c lies in slot
-    c mod C. ``padding`` says for every row how many columns on the left are none of its tokens. Without gradients only.
+    C is ``capacity`` in columns; a layer with a sliding window has no more slots than its window, and column c is in slot
+    c mod C. ``padding`` is the number of padding columns on the left of every row. Inference only: no gradients.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class KVCache:
         ]
 
     def extend(self, count: int) -> torch.Tensor:
-        """Make ready for ``count`` more columns of every row, which one pass through the model must then bring; returns
+        """Make room for ``count`` more columns in every row, which the next pass through the model must provide; returns
         their positions ``[B, count]``, 0 in the padding."""
         first, self.length = self.length, self.length + count
         assert self.length <= self.capacity, f"{self.length} columns in a cache of {self.capacity}"
@@ -71,7 +71,7 @@ class KVCache:
         return (column - self._padding_B.unsqueeze(1)).clamp(min=0)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with ``rows``, in this order; a row may stand there several times."""
+        """Continue with ``rows``, in this order; a row may be repeated."""
         index = torch.tensor(rows, device=self._padding_B.device)
         self._padding_B = self._padding_B[index]
         for layer in self.layers:
@@ -89,7 +89,7 @@ class KVCache:
             plan.index = torch.arange(end - plan.written, end, device=device) % plan.slots
         plan.mask, plan.causal = None, False
         if count == 1 and max(0, end - plan.slots) >= self._max_padding:
-            return  # every slot in use is within the window, and nobody's padding
+            return  # every slot in use is within the window and contains no row's padding
         if first == 0 and self._max_padding == 0 and (window == 0 or count <= window):
             plan.causal = True
             return
@@ -104,7 +104,7 @@ class KVCache:
         seen_sT = column_T <= query_s1
         if window:
             seen_sT &= column_T > query_s1 - window
-        # A column of padding sees itself: with nothing to see its values would be no numbers, and spoil its row's.
+        # Padding attends to itself: a fully masked softmax row is NaN and would spread.
         seen_BsT = seen_sT & (column_T >= self._padding_B.view(-1, 1, 1)) | (column_T == query_s1)
         mask_BsT = torch.full(seen_BsT.shape, float("-inf"), dtype=self._dtype, device=column_T.device)
         return mask_BsT.masked_fill_(seen_BsT, 0.0).unsqueeze(1)
@@ -117,7 +117,7 @@ class LayerKV:
         self.plan, self.kept = plan, kept
 
     def attend(self, q_BsNH: torch.Tensor, k_BsKH: torch.Tensor, v_BsKH: torch.Tensor) -> torch.Tensor:
-        """See ``LayerCache``: the columns that ``KVCache.extend`` announced."""
+        """See ``LayerCache``; the columns are those that ``KVCache.extend`` made room for."""
         plan = self.plan
         if plan.joined:
             k, v = (
@@ -130,7 +130,7 @@ class LayerKV:
             k, v = self.kept[:, :, : plan.held]
         B, s, N, H = q_BsNH.shape
         K = k.shape[2]
-        if s == 1:  # the queries of one key's group as a sequence: no key is repeated
+        if s == 1:  # treat the queries of one key's group as a sequence: no key is repeated
             q_BKGH, k_BKTH, v_BKTH = q_BsNH.view(B, K, N // K, H), k.transpose(1, 2), v.transpose(1, 2)
             return F.scaled_dot_product_attention(q_BKGH, k_BKTH, v_BKTH, attn_mask=plan.mask).reshape(B, 1, N, H)
         out_BNsH = F.scaled_dot_product_attention(

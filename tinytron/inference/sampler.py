@@ -1,4 +1,4 @@
-"""From logits to the next token: pure functions on ``[B, V]``. What is excluded gets the logit -inf.
+"""From logits to the next token: pure functions on ``[B, V]``. Excluded tokens get the logit -inf.
 
 Applied in this order: temperature, top-k, top-p, min-p, draw.
 """
@@ -12,13 +12,13 @@ import torch
 from tinytron.errors import ConfigError
 
 _NEVER = float("-inf")
-_ROUNDING = 1e-6  # of sums of probabilities whose logits are fp32
+_ROUNDING = 1e-6  # tolerance for sums of probabilities from fp32 logits
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How to go on from a prompt. ``temperature`` 0 takes the likeliest token; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0
-    exclude nothing. Raises: ConfigError for values that make no sense."""
+    """How to continue a prompt. ``temperature`` 0 takes the likeliest token; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0
+    exclude nothing. Raises: ConfigError for invalid values."""
 
     max_new_tokens: int = 128
     temperature: float = 1.0
@@ -45,43 +45,43 @@ class SamplingOptions:
 
 
 def keep_top_k(logits_BV: torch.Tensor, k: int) -> torch.Tensor:
-    """The ``k`` largest logits of every row, and those equal to the last of them."""
+    """Keep the ``k`` largest logits of every row, and any equal to the smallest of them."""
     least_B1 = logits_BV.topk(min(k, logits_BV.shape[-1]), dim=-1).values[:, -1:]
     return logits_BV.masked_fill(logits_BV < least_B1, _NEVER)
 
 
 def keep_top_p(logits_BV: torch.Tensor, p: float) -> torch.Tensor:
-    """The likeliest tokens, as few as have at least the probability ``p`` together; at least one (nucleus sampling,
-    arXiv:1904.09751, section 3.1). Of equally likely ones the first."""
+    """Keep the smallest set of likeliest tokens with a total probability of at least ``p``, and at least one (nucleus
+    sampling, arXiv:1904.09751, section 3.1). The first of equally likely tokens comes first."""
     sorted_BV, index_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
     total_BV = sorted_BV.double().softmax(-1).cumsum(-1)
     before_BV = torch.nn.functional.pad(total_BV[:, :-1], (1, 0))
-    # Rounding must not keep one more token where ``p`` is reached exactly. Never the first: nothing is before it.
+    # Rounding must not keep one token too many where ``p`` is reached exactly. The first is never excluded: 0 < p.
     excluded_BV = before_BV >= p * (1 - _ROUNDING)
     return logits_BV.masked_fill(torch.empty_like(excluded_BV).scatter_(-1, index_BV, excluded_BV), _NEVER)
 
 
 def keep_min_p(logits_BV: torch.Tensor, p: float) -> torch.Tensor:
-    """The tokens at least ``p`` times as likely as the likeliest (arXiv:2407.01082, section 3)."""
+    """Keep the tokens at least ``p`` times as likely as the likeliest (arXiv:2407.01082, section 3)."""
     prob_BV = logits_BV.softmax(-1)
     return logits_BV.masked_fill(prob_BV < p * prob_BV.amax(-1, keepdim=True), _NEVER)
 
 
 def draw(logits_BV: torch.Tensor, u_B: torch.Tensor) -> torch.Tensor:
-    """The token at which the distribution function of softmax(logits) exceeds ``u_B`` (uniform in [0, 1), float64): the
-    draw of a row depends on its logits and its number alone. Shapes: ``[B, V], [B] -> [B]``."""
+    """The token at which the cumulative distribution of softmax(logits) exceeds ``u_B`` (uniform in [0, 1), float64): the
+    draw of a row depends only on its logits and its random number. Shapes: ``[B, V], [B] -> [B]``."""
     cumulative_BV = logits_BV.double().softmax(-1).cumsum(-1)
     total_B1 = cumulative_BV[:, -1:]
-    # Not the total itself, which rounding may give: behind it there are only excluded tokens.
+    # Stay below the total, which rounding could reach: only excluded tokens come after it.
     target_B1 = torch.minimum(u_B.unsqueeze(1) * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
     return torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(1)
 
 
 def next_tokens(logits_BV: torch.Tensor, options: SamplingOptions, u_B: torch.Tensor) -> torch.Tensor:
-    """Every row's next token, chosen as ``options`` say with the uniform numbers ``u_B``: ``[B, V], [B] -> [B]``."""
+    """The next token of every row, chosen by ``options`` with the uniform numbers ``u_B``: ``[B, V], [B] -> [B]``."""
     if options.temperature == 0:
         return logits_BV.argmax(-1)
-    # The largest logit is 0 before the division, in fp64: at whatever temperature above 0 nothing overflows.
+    # Shift the largest logit to 0 before dividing, in fp64, so that no temperature above 0 overflows.
     logits_BV = logits_BV.double()
     logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / options.temperature
     if options.top_k:

@@ -1,4 +1,4 @@
-"""Floor 3: models of Hugging Face in and out."""
+"""Floor 3: import and export of Hugging Face models."""
 
 from tinytron.interop.architectures import write_architecture
 from tinytron.interop.load import about_ignored, load_pretrained, model_options

@@ -1,4 +1,4 @@
-"""Settings of Hugging Face's families as ours, and ours as theirs."""
+"""Translates the settings of Hugging Face families to Tinytron's model options, and back."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tinytron.model.config import ModelConfig
 
 
 class Architecture(NamedTuple):
-    """A config.json that was understood: its family, the options of the model, and the ``ignored`` keys, which say
-    something, but nothing about what the weights compute."""
+    """A parsed config.json: its family, the options of the model, and the ``ignored`` keys, which have a value but do not
+    change what the weights compute."""
 
     family: Family
     config: ModelConfig
@@ -20,7 +20,7 @@ class Architecture(NamedTuple):
 
 
 def read_architecture(values: dict[str, Any], source: str) -> tuple[Family, ModelConfig]:
-    """The family and the options of ``read_config``. Raises: as there."""
+    """The family and the options from ``read_config``. Raises: the same."""
     found = read_config(values, source)
     return found.family, found.config
 
@@ -28,12 +28,12 @@ def read_architecture(values: dict[str, Any], source: str) -> tuple[Family, Mode
 def read_config(values: dict[str, Any], source: str) -> Architecture:
     """The architecture that a config.json describes; ``source`` names it in errors.
 
-    Raises: ConfigError for an unknown family, and naming key and value of a setting that Tinytron does not have.
+    Raises: ConfigError for an unknown family, or for a setting that Tinytron does not support (names key and value).
     """
     settings = Settings(values, source)
     model_type = settings.take("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise settings.wrong("model_type", model_type, f"known are {', '.join(FAMILIES)}")
+        raise settings.wrong("model_type", model_type, f"supported are {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
     settings.one_of("is_causal", {True: True}, True)
     options = family.read(settings)
@@ -41,22 +41,22 @@ def read_config(values: dict[str, Any], source: str) -> Architecture:
     try:
         return Architecture(family, ModelConfig(**options), ignored)
     except ConfigError as error:
-        raise ConfigError(f"{source} describes no model that Tinytron can build: {error}") from error
+        raise ConfigError(f"{source} describes a model that Tinytron cannot build: {error}") from error
 
 
 def write_architecture(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
-    """The family that can express ``config``, and its config.json, in the keys that old and new versions of transformers
-    read. Raises: ConfigError naming the options that the nearest family does not have.
+    """The family that can express ``config``, and its config.json, with the keys that old and new versions of transformers
+    read. Raises: ConfigError naming the options that the nearest family lacks.
 
-    Every family writes ``config`` in its own keys, and what it wrote is read back as any config.json is. The first whose
-    reading has the same ``facts`` is the one. So no option is lost silently, and no table says who can express what.
+    Every family writes ``config`` with its own keys, and the result is read back like any config.json. The first family
+    for which the ``facts`` agree is chosen. So no option is lost silently, and no table of who supports what is needed.
     """
     lacking: dict[str, list[str]] = {}
     for family in FAMILIES.values():
         values = {"model_type": family.model_type, "architectures": [family.architecture], **family.write(config)}
         try:
             read = read_config(values, "config.json").config
-        except ConfigError:  # the part that this family can express is not a model
+        except ConfigError:  # the part that this family can express is not a valid model
             continue
         different = _differences(config, read)
         if not different:
@@ -64,26 +64,26 @@ def write_architecture(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
         lacking[family.model_type] = different
     if not lacking:
         raise ConfigError(
-            "no Hugging Face family has this architecture, nor one near it; keep the weights as a checkpoint"
+            "no Hugging Face family has this architecture or a similar one; keep the weights as a checkpoint"
         )
     nearest = min(lacking, key=lambda model_type: len(lacking[model_type]))
     shown = ", ".join(dict.fromkeys(text for key in lacking[nearest] for text in _show(config, key)))
     raise ConfigError(
         f"no Hugging Face family has this architecture; the nearest, {nearest}, lacks {shown}; "
-        "keep the weights as a checkpoint, or train without"
+        "keep the weights as a checkpoint, or train without these options"
     )
 
 
 def _differences(config: ModelConfig, read: ModelConfig) -> list[str]:
-    """The facts of ``config`` that are others in ``read``, which was written for it. A router's bias for balance is one
-    here: no family has it."""
+    """The facts of ``config`` that differ in ``read``, which a family wrote and read for it. A router's load-balancing bias
+    counts as a difference: no family has one."""
     wanted = facts(config) | {"moe_bias_update_rate": config.moe_bias_update_rate if config.use_moe else 0.0}
     got = facts(read) | {"moe_bias_update_rate": 0.0}
     return sorted(key for key in wanted.keys() | got.keys() if wanted.get(key) != got.get(key))
 
 
 def _show(config: ModelConfig, key: str) -> list[str]:
-    """The flags that are behind a fact."""
+    """The flags that a fact comes from."""
     flags = {
         "dense_layers": ["first_k_dense", "dense_layers"],
         "sliding_window": ["sliding_window", "sliding_window_layers"],
@@ -100,8 +100,8 @@ def _show(config: ModelConfig, key: str) -> list[str]:
 
 
 def facts(config: ModelConfig) -> dict[str, Any]:
-    """What the weights mean, by the flag that says it: options without effect are left out, and two ways of saying the
-    same give the same."""
+    """The meaning of the weights, keyed by flag. Options without effect are left out, so two configurations that mean the
+    same have equal facts."""
     names = "block_size vocab_size num_layer num_attention_heads num_key_value_heads hidden_size norm_type norm_eps"
     names += " parallel_residual qk_norm position_type tied_lm_head use_moe"
     found: dict[str, Any] = {name: getattr(config, name) for name in names.split()}

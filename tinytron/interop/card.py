@@ -14,23 +14,25 @@ from tinytron.interop.tokenizer import TokenizerFiles
 from tinytron.utils.model import count_parameters
 
 _PROMPT = "Once upon a time"
-_MOST_NEW = 100  # tokens of the snippet's text
-_Around = tuple[tuple[str, ...], tuple[str, ...], str]  # imports, lines before the call of the model, what it prints
+_MOST_NEW = 100  # tokens that the snippet generates at most
+_Around = tuple[
+    tuple[str, ...], tuple[str, ...], str
+]  # imports, lines before the call of the model, expression to print
 _OPTIMIZERS = {"adam": "AdamW", "muon": "Muon"}  # by the option --optimizer
 
 
 def model_card(
     saved: SavedModel, family: Family, dtype: torch.dtype, tokenizer: TokenizerFiles, name: str, revision: str | None
 ) -> str:
-    """README.md of an export: the facts of the run, and a snippet that loads ``name`` (with ``revision``: that branch of
-    the hub's repository) and generates text."""
+    """README.md of an export: facts about the run, and a snippet that loads ``name`` (on the hub, from the branch
+    ``revision`` if given) and generates text."""
     config, meta = saved.config, saved.meta
     count = count_parameters(config)
     optim, train = saved.section("optim"), saved.section("train")
     rows: list[tuple[str, object]] = [
         ("architecture", family.architecture),
         ("parameters", f"{count.total:,}" + (f" ({count.active:,} per token)" if config.use_moe else "")),
-        ("type of the weights", str(dtype).removeprefix("torch.")),
+        ("data type of the weights", str(dtype).removeprefix("torch.")),
         ("layers", config.num_layer),
         ("width", config.hidden_size),
         ("heads", f"{config.num_attention_heads} for queries, {config.num_key_value_heads} for keys and values"),
@@ -38,7 +40,7 @@ def model_card(
         ("vocabulary", config.vocab_size),
     ]
     if unused := len(tokenizer.unused):
-        rows.append(("rows without a token", f"{unused:,}, which generation_config.json suppresses"))
+        rows.append(("embedding rows without a token", f"{unused:,}, which generation_config.json suppresses"))
     if (end := tokenizer.facts.end) is not None:
         text = "" if tokenizer.end_token is None else f"`{tokenizer.end_token}`, "
         rows.append(("end of a document", f"{text}id {end}" + (", before each" if tokenizer.facts.prepend else "")))
@@ -72,8 +74,8 @@ pipeline_tag: text-generation
 
 
 def _optimizer(optim: Mapping[str, Any], trained: str | None) -> str:
-    """The optimizer's usual name. ``trained`` is the class that the checkpoint names, which a subclass of ``Trainer`` may
-    have chosen; older checkpoints name none, and the options tell."""
+    """The optimizer's usual name. ``trained`` is the class named in the checkpoint, which a subclass of ``Trainer`` may
+    have chosen; older checkpoints do not name it, and then the options decide."""
     name = trained or _OPTIMIZERS.get(str(optim.get("optimizer")), str(optim.get("optimizer")))
     if name == "Muon":
         return f"{'NorMuon' if optim.get('muon_normuon') else 'Muon'} for matrices, AdamW for the rest"
@@ -91,7 +93,7 @@ def _snippet(block_size: int, tokenizer: TokenizerFiles, name: str, revision: st
 
 
 def _with_tokenizer(source: str) -> _Around:
-    """Around the call of the model for a folder that has its tokenizer."""
+    """Code around the model call for a folder that has its tokenizer."""
     before = (
         f"tokenizer = AutoTokenizer.from_pretrained({source})",
         f'ids = tokenizer("{_PROMPT}", return_tensors="pt").input_ids',
@@ -101,7 +103,7 @@ def _with_tokenizer(source: str) -> _Around:
 
 
 def _with_ids(tokenizer: TokenizerFiles) -> _Around:
-    """Around the call of the model for a folder without a tokenizer: the snippet puts the first token itself."""
+    """Code around the model call for a folder without a tokenizer: the snippet adds the first token itself."""
     record, facts = tokenizer.record, tokenizer.facts
     first = [facts.end] if facts.prepend and facts.end is not None else []
     ours = "from transformers import AutoModelForCausalLM"

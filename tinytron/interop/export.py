@@ -1,4 +1,4 @@
-"""Tinytron's weights as a folder that transformers opens by itself."""
+"""Writes Tinytron's weights as a folder that transformers opens without further code."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ from tinytron.interop.tokenizer import TokenizerFiles, exported_tokenizer
 from tinytron.interop.weights import SAFETENSORS
 from tinytron.model import GPT
 from tinytron.text.run_tokenizer import TOKENS
+from tinytron.utils.progress import Progress
 from tinytron.utils.training import DTYPES
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A finished export: the family, the number of tensors and files, bytes in all, the tokenizer with what is known of
+    """A finished export: the family, the number of tensors and files, total bytes, the tokenizer and what is known about
     its tokens, and a line for each setting of an imported model that training changed."""
 
     family: Family
@@ -53,14 +54,16 @@ def export(
     revision: str | None = None,
     replace: bool = False,
     say: Say = lambda text: None,
+    progress: bool = False,
 ) -> Exported:
-    """Write the weights of ``checkpoint``, whatever ``open_saved`` opens, to the folder ``out``, in ``dtype`` (default:
-    their own), in files of at most ``max_shard_size`` bytes. ``out`` appears whole or not at all; with ``replace`` in the
-    place of an older one. ``name``: what the model card calls and loads the model (default: as the folder), and
-    ``revision`` the branch that it loads from the hub.
+    """Write the weights of ``checkpoint`` (anything ``open_saved`` opens) to the folder ``out``, in ``dtype`` (default:
+    as stored), in files of at most ``max_shard_size`` bytes. ``out`` appears complete or not at all; with ``replace`` it
+    takes the place of an older one. The model card refers to the model as ``name`` (default: the folder's name) and loads
+    it from the hub's branch ``revision``. ``say`` is passed to ``open_saved``. ``progress`` shows how
+    much is written.
 
-    Raises: ConfigError if no family has the architecture, ``out`` is there, or the tokenizer does not fit; CheckpointError
-    if the checkpoint is missing or damaged; OSError if the disk refuses; also as ``open_saved``, which ``say`` is for.
+    Raises: ConfigError if no family has the architecture, ``out`` exists, or the tokenizer does not fit; CheckpointError
+    if the checkpoint is missing or damaged; OSError if writing fails; and what ``open_saved`` raises.
     """
     if not replace:
         check_new(out)
@@ -76,7 +79,7 @@ def export(
     )  # fmt: skip
     dtype = dtype or weights["wte.weight"].dtype
     with new_folder(out, replace=replace) as folder:
-        files, size = _write_weights(folder, parts, dtype, max_shard_size)
+        files, size = _write_weights(folder, parts, dtype, max_shard_size, progress)
         changes = _write_settings(folder, settings, dtype, found)
         changes += found.write(folder, saved.config.block_size)
         (folder / "README.md").write_text(
@@ -86,14 +89,14 @@ def export(
 
 
 def _parts(family: Family, saved: SavedModel, weights: Mapping[str, torch.Tensor]) -> dict[str, Part]:
-    """The family's tensors by name, as views of ``weights``. Raises: as ``checked_specs``."""
+    """The family's tensors by name, as views of ``weights``. Raises: the same as ``checked_specs``."""
     specs = checked_specs(saved, weights)
     return {part.name: part for spec in specs for part in family.parts(spec, weights[spec.name], saved.config)}
 
 
 def checked_specs(saved: SavedModel, weights: Mapping[str, torch.Tensor]) -> list[ParamSpec]:
-    """The facts about the parameters of ``saved``. Raises before anything is written: CheckpointError unless the
-    ``weights`` fit the architecture, ConfigError for a weight that no family has."""
+    """The parameter specs of ``saved``. Checks before anything is written; raises CheckpointError unless the ``weights``
+    fit the architecture, and ConfigError for a weight that no family has."""
     empty = GPT(saved.config, device="meta", seed=None)
     load_weights(empty, {n: torch.empty_like(w, device="meta") for n, w in weights.items()}, str(saved.file))
     biases = [name for name, weight in weights.items() if name.endswith("router.bias") and bool(weight.any())]
@@ -105,8 +108,10 @@ def checked_specs(saved: SavedModel, weights: Mapping[str, torch.Tensor]) -> lis
     return empty.param_specs()
 
 
-def _write_weights(out: Path, parts: Mapping[str, Part], dtype: torch.dtype, max_shard_size: int) -> tuple[int, int]:
-    """Write ``parts`` in files of at most ``max_shard_size`` bytes; returns the number of files, and the bytes in all."""
+def _write_weights(
+    out: Path, parts: Mapping[str, Part], dtype: torch.dtype, max_shard_size: int, progress: bool
+) -> tuple[int, int]:
+    """Write ``parts`` in files of at most ``max_shard_size`` bytes; returns the number of files and their total bytes."""
 
     def tensor(name: str) -> torch.Tensor:
         value = parts[name].view.reshape(parts[name].shape)
@@ -117,8 +122,10 @@ def _write_weights(out: Path, parts: Mapping[str, Part], dtype: torch.dtype, max
     sizes = {name: math.prod(part.shape) * dtype.itemsize for name, part in parts.items()}
     shards = _shards(sizes, max_shard_size)
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    for name, members in zip([SAFETENSORS] if len(shards) == 1 else names, shards, strict=True):
-        write_safetensors(out / name, {member: parts[member].shape for member in members}, dtype, tensor)
+    with Progress("exporting", sum(sizes.values()), shown=progress) as shown:
+        for name, members in zip([SAFETENSORS] if len(shards) == 1 else names, shards, strict=True):
+            shapes = {member: parts[member].shape for member in members}
+            write_safetensors(out / name, shapes, dtype, tensor, shown.update)
     if len(shards) > 1:
         places = {member: name for name, members in zip(names, shards, strict=True) for member in members}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
@@ -127,21 +134,21 @@ def _write_weights(out: Path, parts: Mapping[str, Part], dtype: torch.dtype, max
 
 
 def check_finite(name: str, value: torch.Tensor, dtype: torch.dtype, option: str, works: str) -> None:
-    """Raises: ConfigError for numbers that ``dtype``, which the flag ``option`` asks for, cannot hold, and ``works`` can;
-    CheckpointError for NaN or infinite ones."""
+    """Raises: ConfigError for values too large for ``dtype``, which the flag ``option`` asks for and ``works`` avoids;
+    CheckpointError for NaN or infinite values."""
     if value.numel() == 0:
         return
     largest = value.abs().amax()
     if not bool(largest.isfinite()):
-        raise CheckpointError(f"{name} holds NaN or infinite weights; export an earlier checkpoint")
+        raise CheckpointError(f"{name} has NaN or infinite weights; export an earlier checkpoint")
     if not bool(largest.to(dtype).isfinite()):
         raise ConfigError(
-            f"{option} ends at {torch.finfo(dtype).max:g}, and {name} has {float(largest):g}; use {works}"
+            f"{option} has a maximum of {torch.finfo(dtype).max:g}, but {name} contains {float(largest):g}; use {works}"
         )
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in order, in groups of at most ``limit`` bytes; a larger tensor is alone."""
+    """Names in order, in groups of at most ``limit`` bytes; a larger tensor gets its own group."""
     groups: list[list[str]] = [[]]
     room = limit
     for name, size in sizes.items():

@@ -1,4 +1,4 @@
-"""Folders that appear whole."""
+"""Folders that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from tinytron.utils.training import sync_folder
 
 
 def check_new(out: Path) -> None:
-    """Raises: ConfigError if ``out`` is there and is not an empty folder."""
+    """Raises: ConfigError if ``out`` exists and is not an empty folder."""
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise ConfigError(f"--out {out} is there already; use another name, or remove it")
+        raise ConfigError(f"--out {out} already exists; use another name, or remove it")
 
 
 @contextlib.contextmanager
 def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A temporary neighbor of ``out`` to write files into; it becomes ``out`` at the end, on the disk, and is removed
-    after an error. With ``replace`` an older ``out`` goes when the new one is whole. Raises: ConfigError as ``check_new``,
-    OSError if the disk refuses."""
+    """A temporary folder next to ``out`` to write files into. At the end it is flushed to disk and renamed to ``out``;
+    after an error it is removed. With ``replace``, an older ``out`` is deleted once the new one is complete. Raises:
+    ConfigError as ``check_new``; OSError if writing fails."""
     if not replace:
         check_new(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.tmp.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with the same number
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process with the same process id
     temporary.mkdir()
     try:
         yield temporary
@@ -45,6 +45,6 @@ def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Delete what killed processes left half written in ``parent``. Raises: OSError if the system refuses."""
+    """Delete the half-written folders that killed processes left in ``parent``. Raises: OSError if deleting fails."""
     for path in parent.glob(".*.tmp.*"):
         shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""generation_config.json: the settings of text generation that come with a Hugging Face model and go out with an export."""
+"""generation_config.json: the generation settings that come with a Hugging Face model and are exported again."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ GENERATION = "generation_config.json"
 
 
 def generation_file(folder: Path) -> Path | None:
-    """The generation_config.json of ``folder``, if there is one."""
+    """The generation_config.json of ``folder``, or ``None``."""
     path = folder / GENERATION
     return path if path.is_file() else None
 
 
 def with_generation_ends(facts: TokenFacts, path: Path | None) -> TokenFacts:
-    """``facts`` with the further ends that generation_config.json names: transformers stops at those, and config.json often
-    names only one of them, which stays the first."""
+    """``facts`` with the extra end tokens that generation_config.json names: transformers stops at each of them, while
+    config.json often names only one, which stays the first."""
     named = TokenFacts.of_import(_settings(path)).ends
     return replace(facts, ends=tuple(dict.fromkeys([*facts.ends, *named])))
 
@@ -30,9 +30,9 @@ def with_generation_ends(facts: TokenFacts, path: Path | None) -> TokenFacts:
 def generation_settings(
     path: Path | None, facts: TokenFacts, unused: Iterable[int]
 ) -> tuple[dict[str, Any], list[str]]:
-    """The content of an exported generation_config.json, and a line for each setting that training changed. What came in
-    (``path``) stays, except that the end and the begin of the training data (``facts``) replace those of the model, and
-    that the ids ``unused``, which no token has, are never sampled."""
+    """The content of an exported generation_config.json, and a line for each setting that training changed. Imported
+    settings (``path``) are kept, except that the end and begin tokens of the training data (``facts``) replace those of
+    the model, and that the ids ``unused``, which no token has, are never sampled."""
     settings, notes = _settings(path), list[str]()
     if not settings:
         settings = {"do_sample": True, **{key: value for key, value in facts.as_import().items() if value is not None}}
@@ -54,7 +54,7 @@ def generation_settings(
 
 
 def _same(before: Any, now: Any) -> bool:
-    """Whether both name the same tokens; the order of several ends does not matter."""
+    """True if both name the same tokens; the order of several ends does not matter."""
     ids = [value if isinstance(value, list) else [value] for value in (before, now)]
     return sorted(ids[0], key=str) == sorted(ids[1], key=str)
 
@@ -62,5 +62,5 @@ def _same(before: Any, now: Any) -> bool:
 def _settings(path: Path | None) -> dict[str, Any]:
     try:
         return {} if path is None else read_json(path)
-    except CheckpointError:  # a model does not depend on it
+    except CheckpointError:  # the model works without these settings
         return {}

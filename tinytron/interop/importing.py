@@ -1,4 +1,4 @@
-"""A Hugging Face model as a folder of Tinytron's own."""
+"""Converts a Hugging Face model to a folder in Tinytron's own format."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from tinytron.text.run_tokenizer import TOKENS
 
 
 def import_model(name: str, out: Path, dtype: torch.dtype, say: Callable[[str], object] = lambda text: None) -> GPT:
-    """Write the model ``name``, a folder or a name on the hub, to the folder ``out`` in ``dtype``, as ``--init_from``,
-    ``generate`` and ``export`` take it: ``00000_model.pt``, a config.json, which keeps the ids of the tokens that begin and
-    end texts, the files of the tokenizer, and the settings of generation. Optimizer states are not among them, so a run
-    cannot resume from it. What is left out of the model's configuration is said.
+    """Write the model ``name``, a folder or a name on the hub, to the folder ``out`` in ``dtype``, in the form that
+    ``--init_from``, ``generate`` and ``export`` read: ``00000_model.pt``, a config.json with the ids of the tokens that
+    begin and end texts, the files of the tokenizer, and the generation settings. There is no optimizer state, so a run
+    cannot resume from it. ``say`` gets a line about settings of the model that are left out.
 
-    Raises: ConfigError or CheckpointError if the model cannot be had or built, or ``out`` is there; OSError if the disk
-    refuses.
+    Raises: ConfigError or CheckpointError if the model cannot be read or built, or ``out`` exists; OSError if writing
+    fails.
     """
     check_new(out)
     if is_saved_model(Path(name)):
-        raise ConfigError(f"{name} is Tinytron's own already; use it with --init_from")
+        raise ConfigError(f"{name} already has Tinytron's format; use it with --init_from")
     model = GPT(architecture_of(name), dtype=dtype, seed=None)
-    if ignored := load_pretrained(model, name):
+    if ignored := load_pretrained(model, name, progress=True):
         say(f"read {name}{about_ignored(ignored)}")
     folder = model_folder(name, weights=False, more=(*TOKENIZER_FILES, GENERATION))
     config = {"model": dataclasses.asdict(model.config), TOKENS: imported_facts(folder).as_section()}

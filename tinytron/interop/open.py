@@ -1,5 +1,5 @@
-"""Any model by the name that ``--checkpoint`` takes: Tinytron's own checkpoints and Hugging Face models, on the local disk,
-on the hub or at a URL."""
+"""Opens any model that ``--checkpoint`` can name: Tinytron's own checkpoints and Hugging Face models, on the local disk, on
+the hub or at a URL."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ _ACCEPTED = (
 def local_checkpoint(name: Path | str, say: Say = lambda text: None) -> Path:
     """The local weights file, or the local folder of a Hugging Face model, for what ``--checkpoint`` takes: a run's folder
     (its newest checkpoint), a weights file, a Hugging Face folder or a safetensors file in it, a name on the hub, or the
-    URL of a folder or file. What is not here is downloaded with its tokenizer; ``say`` gets a line when that begins.
+    URL of a folder or file. Remote models are downloaded with their tokenizer; ``say`` gets a line when a download begins.
 
-    Raises: CheckpointError if ``name`` is none of these; ConfigError if the hub's model cannot be had; StorageError if a
-    URL cannot be read.
+    Raises: CheckpointError if ``name`` is none of these; ConfigError if the hub's model cannot be downloaded; StorageError
+    if a URL cannot be read.
     """
     text = str(name).removeprefix("file://")
     if text.startswith("hf://") or (is_hub_name(text) and not Path(text).exists()):
@@ -59,14 +59,14 @@ def _model_source(path: Path) -> Path:
         return path
     if path.is_dir() and not is_saved_model(path):
         raise CheckpointError(
-            f"{path} holds no checkpoint: use a run folder (with *_model.pt; --debug and --no-do_save write none), "
+            f"{path} has no checkpoint: use a run folder (with *_model.pt; --debug and --no-do_save write none), "
             f"or a Hugging Face folder (with a {CONFIG} that names its model_type, and model.safetensors)"
         )
     return weights_at(path)
 
 
 def _folder_of(weights: Path) -> Path:
-    """The folder of a Hugging Face model that consists of the file ``weights``, alone or with others."""
+    """The Hugging Face folder whose model consists of the file ``weights``, alone or with others."""
     folder = weights.parent
     if not _is_hf_folder(folder):
         raise CheckpointError(
@@ -74,8 +74,8 @@ def _folder_of(weights: Path) -> Path:
         )
     if weights.name not in (files := HFWeights(folder).files):
         raise CheckpointError(
-            f"{weights} is not part of the model in {folder}, whose weights are in {min(files)}; use {folder}, or give "
-            f"the file a folder of its own, as model.safetensors next to a {CONFIG}"
+            f"{weights} is not part of the model in {folder}, whose weights are in {min(files)}; use {folder}, or move "
+            f"the file to its own folder, as model.safetensors next to a {CONFIG}"
         )
     return folder
 
@@ -86,28 +86,28 @@ def open_model(
     dtype: torch.dtype | None = None,
     say: Say = lambda text: None,
 ) -> tuple[GPT, dict[str, Any]]:
-    """The model ``name`` (as ``local_checkpoint`` takes it), ready to evaluate, and its configuration by section: of
-    Tinytron's own as ``load_model`` gives it, of a Hugging Face folder the sections ``model`` and ``tokens``.
+    """The model ``name`` (anything ``local_checkpoint`` takes), ready to evaluate, and its configuration by section: for a
+    Tinytron model what ``load_model`` returns, for a Hugging Face folder the sections ``model`` and ``tokens``.
 
-    ``dtype`` None is that of the file. ``say`` gets a line on keys of a Hugging Face config.json that are ignored. Raises:
-    CheckpointError if the model is missing or damaged; ConfigError for an architecture that Tinytron lacks; also as
-    ``local_checkpoint``.
+    ``dtype`` None: as stored in the file. ``say`` gets a line about ignored keys of a Hugging Face config.json. Raises:
+    CheckpointError if the model is missing or damaged; ConfigError for an architecture that Tinytron lacks; and what
+    ``local_checkpoint`` raises.
     """
     source = local_checkpoint(name, say)
     if source.is_file():
         return load_model(source, device, dtype)
     config = architecture_of(str(source))
     model = GPT(config, dtype=dtype or _dtype_of(source), device=device, seed=None)
-    if ignored := load_pretrained(model, str(source)):
+    if ignored := load_pretrained(model, str(source), progress=True):
         say(f"read {source}{about_ignored(ignored)}")
     return model.eval(), _sections_of(source)
 
 
 def open_saved(name: Path | str, say: Say = lambda text: None) -> SavedModel:
-    """The model ``name`` with the record of its checkpoint, as ``saved_model`` gives it. Of a Hugging Face folder ``file``
-    is its config.json, and the weights are read into memory when they are asked for, in the type of the largest.
+    """The model ``name`` with the record of its checkpoint, as ``saved_model`` returns it. For a Hugging Face folder,
+    ``file`` is its config.json, and the weights are read into memory on first use, in the type of the largest tensor.
 
-    Raises: as ``open_model``.
+    Raises: the same as ``open_model``.
     """
     source = local_checkpoint(name, say)
     if source.is_file():
@@ -134,7 +134,7 @@ def _is_hf_folder(path: Path) -> bool:
 
 
 def _dtype_of(folder: Path) -> torch.dtype:
-    """The type of the largest tensor: families keep some small ones in fp32."""
+    """The type of the largest tensor: families keep some small tensors in fp32."""
     weights = HFWeights(folder)
     largest = max(weights.shapes, key=lambda name: torch.Size(weights.shapes[name]).numel())
     return weights.dtypes[largest]

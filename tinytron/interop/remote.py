@@ -1,4 +1,4 @@
-"""Checkpoints at URLs: downloaded to the local disk before they are opened."""
+"""Downloads checkpoints at URLs to the local disk before they are opened."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from tinytron.utils.remote import RemoteFolder, staging_folder
 
 _OWN, _SAFE = ".pt", ".safetensors"
 _HF_WEIGHTS = (re.compile(r"model.*\.safetensors(\.index\.json)?"), re.compile(r"pytorch_model.*\.bin(\.index\.json)?"))
-_MOST_NAMES = 3  # in an error
+_MOST_NAMES = 3  # listed in an error
 
 
 def fetch_checkpoint(url: str, say: Callable[[str], object] = lambda text: None) -> Path:
-    """Download what ``url`` names: the newest checkpoint of a run folder, one weights file, or the folder of a Hugging Face
-    model (an export, say). Only weights and what describes them come, no optimizer states. Returns the local weights file
-    or folder; ``say`` gets a line before the download.
+    """Download what ``url`` names: the newest checkpoint of a run folder, one weights file, or a Hugging Face folder (such
+    as an export). Only weights and the files that describe them are downloaded, not optimizer state. Returns the local
+    weights file or folder; ``say`` gets a line before the download.
 
-    A file that was downloaded before is kept only if the checkpoint's record has its SHA-256: a run that began again has
-    files of the same names and sizes. Raises: CheckpointError if ``url`` holds none; ConfigError and StorageError as
-    ``RemoteFolder``.
+    A file that was downloaded before is kept only if the checkpoint's record has its SHA-256, because a run that started
+    over writes files with the same names and sizes. Raises: CheckpointError if ``url`` has no checkpoint; ConfigError and
+    StorageError as ``RemoteFolder``.
     """
     place, _, last = url.rstrip("/").rpartition("/")
     folder, file = (place, last) if last.endswith((_OWN, _SAFE)) else (url.rstrip("/"), "")
@@ -42,16 +42,14 @@ def fetch_checkpoint(url: str, say: Callable[[str], object] = lambda text: None)
         return _fetch_weights(remote, weights, present)
     shards = next(filter(None, ([name for name in present if form.fullmatch(name)] for form in _HF_WEIGHTS)), [])
     if CONFIG not in present or not shards:
-        raise CheckpointError(
-            f"{url} holds no checkpoint{_folders(below)}; name a run folder, or a Hugging Face folder"
-        )
+        raise CheckpointError(f"{url} has no checkpoint{_folders(below)}; name a run folder, or a Hugging Face folder")
     say(f"fetching the model in {folder}")
     local = _pull_again(remote, {*_descriptions(present), *shards, *([file] if file else [])})
     return local / file if file else local
 
 
 def _fetch_weights(remote: RemoteFolder, weights: str, present: list[str]) -> Path:
-    """One file of Tinytron's own, with what describes it and, of a checkpoint, the record."""
+    """One weights file of Tinytron's own, with the files that describe it and, for a checkpoint, its record."""
     step = checkpoint_of(Path(weights))
     record = step.meta.name if step is not None and step.meta.name in present else None
     local = _pull_again(remote, {*_descriptions(present), *([record] if record else [])})
@@ -67,7 +65,7 @@ def _descriptions(present: Iterable[str]) -> set[str]:
 
 
 def _newest(present: Iterable[str]) -> str:
-    """The weights of the newest complete checkpoint, or of those without a record the newest; empty if there are none."""
+    """The weights of the newest complete checkpoint, or else of the newest one without a record; empty if there is none."""
     steps = [files for name in present if (files := checkpoint_of(Path(name))) is not None and name == files.model.name]
 
     def rank(files: CheckpointFiles) -> tuple[bool, int]:
@@ -77,7 +75,7 @@ def _newest(present: Iterable[str]) -> str:
 
 
 def _pull_again(remote: RemoteFolder, names: Iterable[str]) -> Path:
-    """Fetch ``names`` even if files of the same sizes are here. Returns their folder."""
+    """Download ``names`` even if local files have the same sizes. Returns their folder."""
     local = staging_folder(remote.url)
     for name in names:
         (local / name).unlink(missing_ok=True)
@@ -86,7 +84,7 @@ def _pull_again(remote: RemoteFolder, names: Iterable[str]) -> Path:
 
 
 def _folders(names: Iterable[str]) -> str:
-    """The folders among ``names``, as a part of an error."""
+    """The folders among ``names``, as part of an error message."""
     found = sorted({name.partition("/")[0] for name in names if "/" in name})
     more = ", ..." if len(found) > _MOST_NAMES else ""
     return f" itself, but has the folders {', '.join(found[:_MOST_NAMES])}{more}" if found else ""

@@ -1,4 +1,4 @@
-"""Files of tensors in the safetensors format, read where they are used and written one tensor at a time.
+"""Tensor files in the safetensors format, memory-mapped for reading and written one tensor at a time.
 
 A file is the length of its header (8 bytes, little-endian), the header (JSON: name -> dtype, shape, begin and end of its
 bytes), and the bytes of all tensors without gaps. Format: https://github.com/huggingface/safetensors
@@ -28,7 +28,7 @@ _LARGEST_HEADER = 100_000_000  # bytes, as in the format's own library
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a file: its type and shape, and the offset of its bytes from the start of the file."""
+    """A tensor of a file: its type and shape, and the offset of its data from the start of the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -36,7 +36,7 @@ class Entry:
 
 
 class SafetensorsFile:
-    """A file whose header has been read and checked: ``entries`` by name; ``get`` maps the bytes, and reads none.
+    """A file whose header has been read and checked: ``entries`` by name; ``get`` maps the data without reading it.
 
     Raises: CheckpointError if the file is missing or damaged.
     """
@@ -50,10 +50,10 @@ class SafetensorsFile:
                 self.entries = {n: _entry(n, v, start, size) for n, v in header.items() if n != "__metadata__"}
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} is no whole safetensors file ({error})") from error
+            raise CheckpointError(f"{path} is not a complete safetensors file ({error})") from error
 
     def get(self, name: str) -> torch.Tensor:
-        """The tensor ``name``, a view of the file: whoever writes to it changes his copy of the page."""
+        """The tensor ``name``, a view of the file; writing to it changes a private copy of the page."""
         entry = self.entries[name]
         count = math.prod(entry.shape)
         if count == 0:
@@ -68,7 +68,7 @@ def _read_header(file: IO[bytes], size: int) -> tuple[dict[str, Any], int]:
         raise ValueError(f"its header of {length:,} bytes does not fit into its {size:,} bytes")
     header = json.loads(file.read(length))
     if not isinstance(header, dict):
-        raise ValueError("its header is no table of tensors")
+        raise ValueError("its header is not a table of tensors")
     return header, 8 + length
 
 
@@ -78,14 +78,14 @@ def _entry(name: str, facts: Any, start: int, size: int) -> Entry:
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"its header does not say where {name} is") from error
     if dtype not in _DTYPES:
-        raise ValueError(f"{name} is of type {dtype}; known are {', '.join(_DTYPES)}")
+        raise ValueError(f"{name} has type {dtype}; supported are {', '.join(_DTYPES)}")
     numbers = [begin, end, *shape] if isinstance(shape, list) else [None]
     if not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError(f"the shape and place of {name} are no whole numbers")
+        raise ValueError(f"the shape and offsets of {name} are not whole numbers")
     expected = math.prod(shape) * _DTYPES[dtype].itemsize
     if end - begin != expected or start + end > size:
         raise ValueError(
-            f"{name} needs {expected:,} bytes and is said to be at {begin:,} to {end:,} of {size - start:,}"
+            f"{name} needs {expected:,} bytes, but its header puts it at {begin:,} to {end:,} of {size - start:,}"
         )
     return Entry(_DTYPES[dtype], tuple(shape), start + begin)
 
@@ -95,9 +95,11 @@ def write_safetensors(
     shapes: Mapping[str, Sequence[int]],
     dtype: torch.dtype,
     get: Callable[[str], torch.Tensor],
+    advance: Callable[[int], object] = lambda size: None,
 ) -> None:
-    """Write the tensors of ``shapes``, all in ``dtype``; each is asked of ``get``, written and forgotten before the next.
-    Raises: OSError if the disk refuses."""
+    """Write the tensors named in ``shapes``, all in ``dtype``. ``get`` returns each one when it is written, so only one is
+    in memory at a time; ``advance`` is called with its size in bytes once it is written. Raises: OSError if
+    writing fails."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
@@ -111,3 +113,4 @@ def write_safetensors(
             tensor = get(name).to(device="cpu", dtype=dtype).contiguous()
             assert tuple(tensor.shape) == tuple(shape), f"{name} is {tuple(tensor.shape)}, announced as {tuple(shape)}"
             file.write(tensor.view(-1).view(torch.uint8).numpy().data)
+            advance(tensor.nbytes)

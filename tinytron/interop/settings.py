@@ -1,5 +1,5 @@
-"""A Hugging Face config.json, read key by key. A key that is not understood is an error if its name says that it may change
-what the weights compute, and is left out otherwise."""
+"""Reads a Hugging Face config.json key by key. An unknown key is an error if its name suggests that it changes what the
+weights compute; otherwise it is ignored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from tinytron.errors import ConfigError
 
-# Say nothing about the function that the weights compute, whatever their value: names, ids of tokens, training, generation.
+# Keys that do not affect what the weights compute, whatever their value: names, token ids, training, generation.
 _HARMLESS = {
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "bos_token_id",
     "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "unk_token_id", "decoder_start_token_id",
@@ -24,12 +24,12 @@ _HARMLESS = {
     "tie_encoder_decoder", "pretraining_tp", "neftune_noise_alpha", "num_logits_to_keep", "transformers.js_config",
     "torchscript", "masked_softmax_fusion", "use_memory_efficient_attention",
 }  # fmt: skip
-# Names of how something is computed, of training (what is dropped, losses, initial values), and of tokens.
+# Names about how something is computed, about training (dropout, losses, initial values), and about tokens.
 _HARMLESS_NAMES = re.compile(
     r"(?:dropout|dropout_prob|pdrop|layerdrop|_token|_token_ids?|_loss_coef|_loss_weight)$|(?:^|_)init(?:ializer)?(?:_|$)|"
     r"flash_?att|sdpa|xformers|implementation|checkpointing"
 )
-# A part of a name that may be about the function: such a key is an error rather than left out.
+# Parts of names that may concern what the model computes: an unknown key with such a part is an error, not ignored.
 _TELLING_PARTS = re.compile(
     r"\w*quant\w*|\w*rope\w*|rotary|positions?|alibi|yarn|scal\w+|multipliers?|factors?|softcap\w*|capping|clip\w*|"
     r"bias\w*|\w*norm\w*|window\w*|attention\w*|attn\w*|heads?|layers?|hidden|sizes?|dims?|width|depth|rank|experts?|"
@@ -46,19 +46,19 @@ _REQUIRED = object()
 class Settings:
     """The values of a config.json; ``source`` names it in errors.
 
-    ``finish`` looks at the keys that ``take`` and its kind did not ask for. Those that are null, false or empty, or known
-    to be harmless, are passed over. One whose name may be about the function is an error. The others are returned.
+    ``finish`` looks at the keys that ``take`` and similar methods did not ask for. It passes over keys that are null, false
+    or empty, or known to be harmless. One whose name may concern what the model computes is an error. It returns the rest.
     """
 
     def __init__(self, values: Mapping[str, Any], source: str) -> None:
         self._values, self.source = dict(values), source
 
     def has(self, key: str) -> bool:
-        """Whether ``key`` is there, be it null."""
+        """True if ``key`` is present, even if it is null."""
         return key in self._values
 
     def take(self, key: str, default: Any = _REQUIRED) -> Any:
-        """The value of ``key``, once; null counts as absent."""
+        """The value of ``key``, which is then removed; null counts as absent."""
         value = self._values.pop(key, None)
         if value is not None:
             return value
@@ -90,7 +90,7 @@ class Settings:
         raise self.wrong(key, value, "true or false is expected")
 
     def one_of(self, key: str, known: Mapping[Any, Any], default: Any) -> Any:
-        """What ``known`` has for the value."""
+        """The entry of ``known`` for the value."""
         value = self.take(key, default)
         try:
             return known[value]
@@ -99,7 +99,7 @@ class Settings:
             raise self.wrong(key, value, f"only {works} {'is' if len(known) == 1 else 'are'} supported") from None
 
     def table(self, key: str) -> Settings | None:
-        """A nested object, to be finished too; ``None`` if there is none."""
+        """A nested object, on which ``finish`` must be called too; ``None`` if there is none."""
         value = self.take(key, None)
         if value is None or isinstance(value, dict):
             return None if value is None else Settings(value, f"{self.source}: {key}")
@@ -124,13 +124,13 @@ class Settings:
         return ConfigError(f"{self.source}: {key} = {value!r} is not supported; {why}")
 
     def agree(self, key: str, value: Any) -> None:
-        """Take ``key``, another name for a ``value`` that is known. Raises: ConfigError if it has another one."""
+        """Take ``key``, a second name for a known ``value``. Raises: ConfigError if it has a different one."""
         if (found := self.take(key, value)) != value:
             raise self.wrong(key, found, f"other keys say {value}")
 
     def finish(self, kind: str, *, strict: bool = False) -> list[str]:
-        """The keys left that say something, but nothing about the function. Raises: ConfigError naming the first that may
-        change it; with ``strict`` any that says something."""
+        """The remaining keys that have a value but do not affect what the model computes. Raises: ConfigError naming the
+        first that may affect it, or with ``strict`` the first that has a value."""
         left = []
         for key, value in self._values.items():
             if value in (None, False, [], {}, "") or key in _HARMLESS:
@@ -142,7 +142,7 @@ class Settings:
 
 
 def _may_tell(key: str) -> bool:
-    """Whether the name of an unknown key may be about the function."""
+    """True if the name of an unknown key may concern what the model computes."""
     name = key.lower()
     if _HARMLESS_NAMES.search(name) and not _TOKENS_IN_THE_SEQUENCE.search(name):
         return False

@@ -1,4 +1,4 @@
-"""The files of a tokenizer that go with exported and imported weights, and the facts about its tokens."""
+"""The tokenizer files that accompany exported and imported weights, and the facts about their tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tinytron.text.tokenizer_files import TOKENIZER_CONFIG, leading_id, read_voc
 from tinytron.utils.texts import without_bom
 
 _MAP = "special_tokens_map.json"
-# What transformers may look for in a folder; ``vocab.json`` and ``merges.txt`` make old tokenizers.
+# Files that transformers may look for in a folder; ``vocab.json`` and ``merges.txt`` are tokenizers of an older form.
 TOKENIZER_FILES = (
     TOKENIZER, TOKENIZER_CONFIG, _MAP, "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
     "spiece.model", "chat_template.jinja",
@@ -36,13 +36,13 @@ _VOCABULARIES = (TOKENIZER, "vocab.json", "tokenizer.model", "spiece.model")
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """The tokenizer that goes with weights, and the facts about its tokens.
+    """The tokenizer that accompanies weights, and the facts about its tokens. Unknown facts are None or empty.
 
-    ``files`` are copied, and ``generation`` is the file of generation settings of an imported model. ``facts`` are those
-    that generation uses, ``end_token`` and ``begin_token`` the texts of the tokens that end and begin documents, and
-    ``unused`` the ids of the model that no token has; as far as each is known. ``record`` is that of the data's manifest.
-    ``left_behind`` says why a tokenizer is missing, and ``left_out`` why an imported model's settings are not here. ``own``
-    files are those of an imported model whose tokens no training has changed: they stay as they are.
+    ``files`` are copied, and ``generation`` is the file of generation settings of an imported model. ``facts`` are the ones
+    that generation uses. ``end_token`` and ``begin_token`` are the texts of the tokens that end and begin documents, and
+    ``unused`` the ids of the model that no token has. ``record`` comes from the data's manifest. ``left_behind`` says why a
+    tokenizer is missing, and ``left_out`` why an imported model's settings are missing. ``own`` means that the files come
+    from an imported model whose tokens training did not change: they are copied unchanged.
     """
 
     files: tuple[Path, ...]
@@ -63,7 +63,7 @@ class TokenizerFiles:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the files make a tokenizer, rather than say something about one."""
+        """True if the files include a vocabulary, and not only settings of a tokenizer."""
         return any(path.name in _VOCABULARIES for path in self.files)
 
     def as_section(self) -> dict[str, Any]:
@@ -72,9 +72,9 @@ class TokenizerFiles:
         return {**self.facts.as_section(), "tokenizer": record}
 
     def write(self, out: Path, block_size: int) -> list[str]:
-        """Copy the files to ``out``, with the tokens that end and begin documents in their configuration; a tokenizer.json
-        without one gets what else transformers needs. transformers then puts the same token before a text as
-        ``RunTokenizer.prompt_ids``. The ``own`` files of an imported model stay as they are.
+        """Copy the files to ``out``, with the tokens that end and begin documents in their configuration. A tokenizer.json
+        without a configuration gets one, with the other settings that transformers needs. transformers then puts the same
+        token before a text as ``RunTokenizer.prompt_ids``. The ``own`` files of an imported model stay unchanged.
 
         Returns a line for each setting of the files that training changed. Raises: OSError.
         """
@@ -86,7 +86,7 @@ class TokenizerFiles:
         named = {"eos_token": self.end_token, "bos_token": self.begin_token}
         tokens: dict[str, Any] = {key: text for key, text in named.items() if text is not None}
         notes: list[str] = []
-        if self.own and _MAP in names:  # transformers reads it only where tokenizer_config.json names no tokens
+        if self.own and _MAP in names:  # transformers reads it only if tokenizer_config.json names no tokens
             tokens |= _object(out / _MAP) or {}
         if TOKENIZER in names and self.facts.first is None:
             begins, notes = self._write_begin(out / TOKENIZER)
@@ -96,21 +96,21 @@ class TokenizerFiles:
         elif TOKENIZER in names:
             config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size}
             config["clean_up_tokenization_spaces"] = False
-            config["model_input_names"] = ["input_ids", "attention_mask"]  # decoders refuse token_type_ids
+            config["model_input_names"] = ["input_ids", "attention_mask"]  # decoder-only models reject token_type_ids
             (out / TOKENIZER_CONFIG).write_text(json.dumps({**config, **tokens}, indent=2), encoding="utf-8")
         if _MAP in names and not self.own:
             _set_tokens(out / _MAP, tokens, add=False)
         return notes
 
     def _write_begin(self, path: Path) -> tuple[dict[str, bool], list[str]]:
-        """Let the copied tokenizer.json ``path`` put before a text what training did: the end-of-text token if documents
-        begin with it, and otherwise nothing. Returns what tokenizer_config.json says about that, and a line if another
-        token was put there before. A tokenizer that does so already stays as it is."""
+        """Make the copied tokenizer.json ``path`` put the same token before a text as training did: the end-of-text token
+        if documents begin with it, otherwise nothing. Returns the settings for tokenizer_config.json about that, and a line
+        if the tokenizer used a different token before. A tokenizer that already does so stays unchanged."""
         wanted, before = self.facts.end if self.facts.prepend else None, _leading_id(path)
         if before == wanted:
             return ({} if wanted is None else {"add_bos_token": True}), []
         token = self.end_token if self.facts.prepend else None
-        if wanted is not None and token is None:  # an id without a text cannot be put there
+        if wanted is not None and token is None:  # a template needs the token's text, not just its id
             return {}, []
         content = json.loads(without_bom(path.read_bytes()))
         kept = without_tokens(content.get("post_processor"))
@@ -138,7 +138,7 @@ def _template(token: str, number: int) -> dict[str, Any]:
 
 
 def _object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in ``path``; ``None`` if it holds something else, which is not for us to mend."""
+    """The JSON object in ``path``, or ``None`` if it contains something else, which is left alone."""
     try:
         content = json.loads(without_bom(path.read_bytes()))
     except ValueError:
@@ -147,8 +147,8 @@ def _object(path: Path) -> dict[str, Any] | None:
 
 
 def _set_tokens(path: Path, tokens: Mapping[str, Any], *, add: bool) -> list[str]:
-    """Set ``tokens`` in a JSON file where it has others, with ``add`` also where it has none. Returns a line for each that
-    was another one."""
+    """Set ``tokens`` in a JSON file where their values differ; with ``add`` also where they are missing. Returns a line for
+    each value that was replaced."""
     if (config := _object(path)) is None:
         return []
     wrong = {
@@ -173,16 +173,16 @@ def exported_tokenizer(
     checkpoint: Path | None = None,
     imported: Mapping[str, Any] | None = None,
 ) -> TokenizerFiles:
-    """What goes with a model of ``vocab_size`` tokens: the files of ``--tokenizer`` (``given``), else those of the token
-    shards that a run was trained on (of the first folder of a mixture that has one), else those next to an imported
-    ``checkpoint``; as far as they are known and still there. ``data`` is the run's section of that name, ``imported`` what
-    an import knows of its tokens.
+    """The tokenizer of a model of ``vocab_size`` tokens: the files of ``--tokenizer`` (``given``), else those of the token
+    shards that the run was trained on (of the first folder of a mixture that has them), else those next to an imported
+    ``checkpoint``, as far as they are known and still exist. ``data`` is the run's section of that name, ``imported`` the
+    facts about tokens that an import recorded.
 
-    Raises: ConfigError if there is nothing at ``given``, or a tokenizer has ids that the model does not.
+    Raises: ConfigError if ``given`` has no tokenizer, or a tokenizer has ids that the model does not have.
     """
     try:
         found, record, file = tokenizer_sources(data.get("dataset_path"), given, checkpoint, imported)
-    except (ConfigError, DataError, OSError):  # the weights do not depend on data that is gone or damaged
+    except (ConfigError, DataError, OSError):  # missing or damaged data must not prevent an export
         if given is not None:
             raise
         found, record, file = DataTokenizers(()), None, None
@@ -193,7 +193,7 @@ def exported_tokenizer(
     elif file is not None:
         files = (file,) if file in found.files else files_in(file.parent)
     elif checkpoint is not None and TokenFacts.of_import(imported or {}).inherited:
-        files = files_in(checkpoint.parent)  # a tokenizer of an older form, without a tokenizer.json
+        files = files_in(checkpoint.parent)  # a tokenizer in an older form, without a tokenizer.json
     vocabulary = _vocabulary(files, vocab_size, what)
     prepend = data.get("eot_position", "prepend") == "prepend"
     facts = token_facts(found, file, given=given, eot_id=data.get("eot_id"), prepend=prepend, imported=imported)
@@ -214,13 +214,13 @@ def tokenizer_of_data(dataset_path: str | None, vocab_size: int) -> TokenizerFil
 
 
 def run_tokens(vocab_size: int, data: Mapping[str, Any], sources: Sequence[str]) -> TokenizerFiles:
-    """The tokenizer and the facts that a run keeps, for the day when its data has moved: those of the ``data``, or where
-    that tells nothing those of the first of the ``sources`` that has any: the checkpoint that it continues from, and the
-    weights that it begins with. A source with the same tokenizer as the data adds its other files: chat template, special
-    tokens, settings of generation. A source that cannot be read is passed over: loading it says why."""
+    """The tokenizer and token facts that a run keeps in case its data moves: those of ``data``, or if that has none, those
+    of the first of ``sources`` that has any. Sources are the checkpoint that the run continues from, and the weights that
+    it starts from. A source with the same tokenizer as the data adds its other files: chat template, special tokens,
+    generation settings. A source that cannot be read is skipped: loading it reports the error."""
     try:
         found = exported_tokenizer(vocab_size, data)
-    except ConfigError:  # not what training depends on
+    except ConfigError:  # training does not depend on the tokenizer
         found = TokenizerFiles(())
     own = found.is_complete or found.record is not None
     for source in sources:
@@ -237,16 +237,18 @@ def run_tokens(vocab_size: int, data: Mapping[str, Any], sources: Sequence[str])
 
 
 def _with_companions(found: TokenizerFiles, inherited: TokenizerFiles, source: str) -> TokenizerFiles:
-    """The tokenizer of the data with the files of the weights ``source`` that say more about the same tokens."""
+    """The tokenizer of the data, plus the files of the weights ``source`` that describe the same tokens further."""
     more = tuple(path for path in inherited.files if path.name not in _VOCABULARIES)
     if not more and inherited.generation is None:
         return found
     theirs, ours = (_tokens_of(files.files) for files in (inherited, found))
     if not theirs or not theirs.items() <= ours.items():
-        why = f"the data has another tokenizer than {source}, so that one's chat template and settings are left behind"
+        why = (
+            f"the data has a different tokenizer than {source}, whose chat template and settings are therefore left out"
+        )
         return replace(found, left_out=why)
     facts = found.facts
-    if facts.end in inherited.facts.ends:  # the model's other ends still end its texts
+    if facts.end in inherited.facts.ends:  # the model's other end tokens still end its texts
         facts = replace(facts, ends=tuple(dict.fromkeys([*facts.ends, *inherited.facts.ends])))
     return replace(found, files=(*found.files, *more), facts=facts, generation=inherited.generation)
 
@@ -255,14 +257,14 @@ def _tokens_of(files: Sequence[Path]) -> dict[str, int]:
     path = next((path for path in files if path.name == TOKENIZER), None)
     try:
         return {} if path is None else read_vocabulary(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # told when the file is used
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # reported when the file is used
         return {}
 
 
 def initial_tokens(name: str, vocab_size: int) -> TokenizerFiles:
-    """A run of ``vocab_size`` tokens inherits this from the weights ``name`` that it begins with (``--init_from``): the
-    facts about their tokens, and the files of their tokenizer unless it has ids that the run does not. Raises: ConfigError
-    or CheckpointError if the weights cannot be had."""
+    """The tokens that a run with ``vocab_size`` tokens inherits from the weights ``name`` that it starts from
+    (``--init_from``): the facts about them, and their tokenizer's files unless it has ids that the run does not have.
+    Raises: ConfigError or CheckpointError if the weights cannot be read."""
     if is_saved_model(Path(name)):
         saved = saved_model(Path(name), check=False)
         tokens = saved.section(TOKENS)
@@ -280,8 +282,8 @@ def initial_tokens(name: str, vocab_size: int) -> TokenizerFiles:
 
 
 def imported_facts(folder: Path) -> TokenFacts:
-    """The facts about the tokens of the Hugging Face model in ``folder``, and what its tokenizer puts before every text.
-    Raises: CheckpointError without a config.json."""
+    """The facts about the tokens of the Hugging Face model in ``folder``, including the token that its tokenizer puts
+    before every text. Raises: CheckpointError if config.json is missing."""
     facts = replace(TokenFacts.of_import(read_json(folder / CONFIG)), inherited=True)
     facts = with_generation_ends(facts, generation_file(folder))
     return facts.put_before(_leading_id(folder / TOKENIZER))
@@ -290,12 +292,12 @@ def imported_facts(folder: Path) -> TokenFacts:
 def _leading_id(path: Path) -> int | None:
     try:
         return leading_id(path)
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):  # told when the file is used
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):  # reported when the file is used
         return None
 
 
 def files_in(folder: Path) -> tuple[Path, ...]:
-    """The files of a tokenizer in ``folder``."""
+    """The tokenizer files in ``folder``."""
     return tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
 
 
@@ -307,7 +309,7 @@ def _given_files(path: Path) -> tuple[Path, ...]:
 
 
 def _vocabulary(files: tuple[Path, ...], vocab_size: int, what: str) -> dict[str, int]:
-    """The tokens of the tokenizer.json among ``files``; none without one. Raises: ConfigError for ids that the model does
+    """The tokens of the tokenizer.json among ``files``; empty without one. Raises: ConfigError for ids that the model does
     not have."""
     path = next((path for path in files if path.name == TOKENIZER), None)
     if path is None:
@@ -319,13 +321,13 @@ def _vocabulary(files: tuple[Path, ...], vocab_size: int, what: str) -> dict[str
         raise ConfigError(f"{what} cannot be read ({type(error).__name__}: {error})") from error
     if largest >= vocab_size:
         raise ConfigError(
-            f"{what} has ids up to {largest}, the model {vocab_size} tokens; use the one it was trained with"
+            f"{what} has ids up to {largest}, but the model has {vocab_size} tokens; use the one it was trained with"
         )
     return vocabulary
 
 
 def _unused(known: Iterable[int], record: TokenizerFacts | None, vocab_size: int) -> tuple[int, ...]:
-    """The ids of the model that no token has. Without a vocabulary the ``record`` tells how large it is."""
+    """The ids of the model that no token has. Without a vocabulary, the ``record`` has its size."""
     used = set(known)
     if not used and record is not None:
         used = set(range(record.vocab_size))

@@ -1,4 +1,4 @@
-"""Exported folders as revisions of a repository on the Hugging Face hub, uploaded while training goes on."""
+"""Uploads exported folders as revisions of a repository on the Hugging Face hub while training continues."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from typing import Any
 from tinytron.errors import ConfigError, first_line
 from tinytron.utils.training import write_atomically
 
-RECORD = "uploaded.json"  # beside the folders: {repository: [revision, ...]}
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")  # of which no old ones may stay beside new ones
+RECORD = "uploaded.json"  # next to the folders: {repository: [revision, ...]}
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")  # old ones are deleted when new ones are uploaded
 
 
 class HubUploader:
     """Uploads folders to ``repository`` (``owner/name``), one at a time, in a thread.
 
-    What fails is reported, stays where it is, and is tried again with the next ``add``, and by the next run in the same
-    ``folder``, which holds the record of what has arrived. ``endpoint``: of another hub than huggingface.co (default: what
-    ``HF_ENDPOINT`` says). The token is that of ``HF_TOKEN`` or of ``hf auth login``.
+    A failed upload is reported and retried with the next ``add``, and by the next run in the same ``folder``, which has the
+    record of finished uploads. ``endpoint``: another hub than huggingface.co (default: ``HF_ENDPOINT``). The access token
+    comes from ``HF_TOKEN`` or ``hf auth login``.
 
-    Raises: ConfigError, before anything is sent, for a name that cannot be one, a missing package, and a hub that refuses
-    (no token, no rights). A hub that cannot be reached is only reported.
+    Raises: ConfigError, before anything is sent, for an invalid name, a missing package, or a hub that refuses access (no
+    token, no permission). A hub that cannot be reached is only reported.
     """
 
     def __init__(self, repository: str, folder: Path, *, private: bool = True, endpoint: str | None = None) -> None:
@@ -38,46 +38,46 @@ class HubUploader:
             ) from error
         self.repository, self.folder, self.private = repository, folder, private
         self._api = huggingface_hub.HfApi(endpoint=endpoint)
-        self._missing: dict[str, Path] = {}  # revisions that are not there yet, and their folders
-        self._jobs: queue.Queue[bool] = queue.Queue()  # whether to go on
+        self._missing: dict[str, Path] = {}  # revisions that are not uploaded yet, and their folders
+        self._jobs: queue.Queue[bool] = queue.Queue()  # True: work to do; False: end the thread
         self._messages: queue.Queue[str] = queue.Queue()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         try:
             self._create_repository()
-        except Exception as error:  # the network, and what the hub says, come as all sorts
+        except Exception as error:  # the network and the hub library raise many types
             if getattr(error, "response", None) is not None:
                 raise ConfigError(
-                    f"--hub_model_id {repository}: the hub refuses ({first_line(error)}); set HF_TOKEN to a token that may "
-                    "write there, or drop the flag"
+                    f"--hub_model_id {repository}: the hub refuses access ({first_line(error)}); set HF_TOKEN to a token "
+                    "with write permission, or drop the flag"
                 ) from error
             self._messages.put(f"error: the hub does not answer ({first_line(error)}); uploads will be tried again")
 
     def add(self, folder: Path, revisions: Iterable[str]) -> None:
-        """Upload ``folder`` as the head of each of the branches ``revisions``, and what failed before; returns at once."""
+        """Upload ``folder`` as the head of each branch in ``revisions``, and retry what failed before. Returns at once."""
         with self._lock:
             for revision in revisions:
                 self._missing[revision] = folder
                 self._record(revision, present=False)
         self._jobs.put(True)
         if self._thread is None or not self._thread.is_alive():
-            # A daemon: a process that dies does not wait for an upload, and the next run makes up for it.
+            # A daemon: a process that dies does not wait for an upload, and the next run retries it.
             self._thread = threading.Thread(target=self._work, name=f"upload to {self.repository}", daemon=True)
             self._thread.start()
 
     def has(self, revision: str) -> bool:
-        """Whether ``revision`` has been uploaded, by this run or an earlier one in its folder."""
+        """True if ``revision`` has been uploaded, by this run or an earlier one in its folder."""
         return revision in self._read_record().get(self.repository, [])
 
     def report(self) -> list[str]:
-        """What has happened since the last call, for printing; waits for nothing."""
+        """Messages since the last call, for printing; does not wait."""
         messages = []
         while not self._messages.empty():
             messages.append(self._messages.get())
         return messages
 
     def close(self, say: Callable[[str], None], *, wait: bool) -> None:
-        """End; with ``wait`` when all that was added has been tried. Says what is left for the next run."""
+        """Stop; with ``wait`` after everything that was added has been tried. Says what is left for the next run."""
         if wait and self._missing:
             say(f"waiting for uploads to {self.repository}")
         if self._thread is not None:
@@ -100,10 +100,10 @@ class HubUploader:
     def _try(self, revision: str, folder: Path) -> None:
         try:
             self._upload(revision, folder)
-        except Exception as error:  # nothing that happens here may reach the training
+        except Exception as error:  # no error here may reach the training loop
             self._messages.put(
-                f"error: {folder.name} was not uploaded to {self.repository} as {revision} ({first_line(error)}); it stays "
-                "here, training goes on, the next upload tries again"
+                f"error: {folder.name} was not uploaded to {self.repository} as {revision} ({first_line(error)}); training "
+                "continues, the folder stays here, and the next upload tries again"
             )
             return
         with self._lock:
@@ -114,7 +114,7 @@ class HubUploader:
     def _upload(self, revision: str, folder: Path) -> None:
         from huggingface_hub.utils import disable_progress_bars
 
-        disable_progress_bars()  # they would cross the run's own
+        disable_progress_bars()  # they would interleave with the run's own
         self._create_repository()
         if revision != "main":
             self._api.create_branch(self.repository, branch=revision, exist_ok=True)
@@ -132,7 +132,7 @@ class HubUploader:
     def _read_record(self) -> dict[str, Any]:
         try:
             record = json.loads((self.folder / RECORD).read_bytes())
-        except (OSError, ValueError):  # then all is uploaded again, which the hub notices
+        except (OSError, ValueError):  # then everything is uploaded again, and the hub skips unchanged files
             return {}
         return record if isinstance(record, dict) else {}
 
@@ -147,6 +147,6 @@ class HubUploader:
 
 
 def check_repository(name: str) -> None:
-    """Raises: ConfigError if ``name`` is no ``owner/name`` of the hub."""
+    """Raises: ConfigError if ``name`` is not of the form ``owner/name``."""
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or ".." in name or len(name) > 96:
-        raise ConfigError(f"--hub_model_id {name} is no repository of the hub; use owner/name")
+        raise ConfigError(f"--hub_model_id {name} is not the name of a repository on the hub; use owner/name")

@@ -1,4 +1,4 @@
-"""The weights in a folder of Hugging Face's: safetensors or pickled, in one file or several, read tensor by tensor."""
+"""Reads the weights in a Hugging Face folder tensor by tensor: safetensors or pickled, in one file or several."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 
 
 class HFWeights:
-    """All tensors of ``folder`` by name: their ``shapes``, and ``get``, which maps a file and reads what is used. ``files``
-    are the names of the files that hold them.
+    """All tensors of ``folder`` by name: their ``shapes``, and ``get``, which maps a file and reads only what is used.
+    ``files`` are the names of the files that contain them.
 
-    Raises: CheckpointError if the files are missing, damaged, or not what their index says.
+    Raises: CheckpointError if the files are missing, damaged, or contradict their index.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -32,11 +32,11 @@ class HFWeights:
             self._open(folder / name, wanted)
 
     def get(self, name: str) -> torch.Tensor:
-        """The tensor ``name``, on the CPU, in its own type; not to be written to."""
+        """The tensor ``name``, on the CPU, in its stored type; read-only."""
         return self._get[name](name)
 
     def _files(self) -> dict[str, list[str] | None]:
-        """Names of the files, and which tensors the index says are in each (``None``: all that is in it)."""
+        """File names, and the tensors that the index assigns to each (``None``: everything in the file)."""
         for name in (SAFETENSORS, PICKLED):
             index = self.folder / f"{name}.index.json"
             if index.is_file():
@@ -44,7 +44,7 @@ class HFWeights:
             if (self.folder / name).is_file():
                 return {name: None}
         raise CheckpointError(
-            f"{self.folder} holds no weights: neither {SAFETENSORS} nor {PICKLED}, in one file or with an index"
+            f"{self.folder} has no weights: neither {SAFETENSORS} nor {PICKLED}, in one file or with an index"
         )
 
     def _open(self, path: Path, wanted: list[str] | None) -> None:
@@ -59,7 +59,7 @@ class HFWeights:
             get = loaded.__getitem__
         for name in facts if wanted is None else wanted:
             if name not in facts:
-                raise CheckpointError(f"{path} lacks {name}, which the index says is in it")
+                raise CheckpointError(f"{path} lacks {name}, which the index assigns to it")
             self.shapes[name], self.dtypes[name] = facts[name]
             self._get[name] = get
 
@@ -67,16 +67,16 @@ class HFWeights:
 def _read_index(path: Path) -> dict[str, list[str] | None]:
     places = read_json(path).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
-        raise CheckpointError(f"{path} has no weight_map from tensors to files")
+        raise CheckpointError(f"{path} does not map tensors to files in a weight_map")
     files: dict[str, list[str] | None] = {}
     for name, file in places.items():
         if "/" in file or not file.endswith((".safetensors", ".bin")):
-            raise CheckpointError(f"{path} says that {name} is in {file!r}, which is no file of weights in its folder")
+            raise CheckpointError(f"{path} says that {name} is in {file!r}, which is not a weights file in its folder")
         names = files.setdefault(file, [])
-        assert names is not None, "made above"
+        assert names is not None, "set to a list above"
         names.append(name)
     if missing := sorted(file for file in files if not (path.parent / file).is_file()):
-        raise CheckpointError(f"{path.parent} lacks {len(missing)} of the {len(files)} files of weights: {missing[0]}")
+        raise CheckpointError(f"{path.parent} lacks {len(missing)} of the {len(files)} weights files: {missing[0]}")
     return files
 
 
@@ -86,5 +86,5 @@ def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
     except CheckpointError:  # files from before torch 1.6 cannot be mapped
         content = read_file(path)
     if wrong := [name for name, value in content.items() if not isinstance(value, torch.Tensor)]:
-        raise CheckpointError(f"{path} holds {wrong[0]}, which is no tensor")
+        raise CheckpointError(f"{path} contains {wrong[0]}, which is not a tensor")
     return content

@@ -1,1 +1,1 @@
-"""Running jobs by name: their options as YAML files, stages one after another, checkpoints by name."""
+"""Runs jobs by name: options in YAML files, stages one after another, checkpoints by name."""

@@ -1,4 +1,4 @@
-"""Names that other systems use for our options, as a table."""
+"""A table of the names that other systems use for Tinytron's options."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def _same(value: Any, get: Get) -> Any:
 
 @dataclass(frozen=True)
 class Alias:
-    """Another name of the option ``path``. ``to`` converts a value under that name into ours, ``back`` does the reverse;
-    both may read other options. ``also`` are options that get the same value unless they are given themselves. ``type`` is
-    the type of a value under that name (``None``: that of the option)."""
+    """Another name of the option ``path``. ``to`` converts a value under that name to Tinytron's, ``back`` does the
+    reverse; both may read other options. ``also`` are options that get the same value unless they are given themselves.
+    ``type`` is the type of a value under that name (``None``: the option's own)."""
 
     path: str
     to: Callable[[Any, Get], Any] = _same
@@ -48,7 +48,7 @@ def _steps(get: Get) -> int:
         return int(steps)
     if (tokens := get("train.max_train_tokens")) is not None:
         return -(-int(tokens) // int(get("train.total_batch_size")))
-    raise ConfigError("optimization.warmup_pct needs the length of the run; give training.tokens or train.max_steps")
+    raise ConfigError("optimization.warmup_pct needs the length of the run; set training.tokens or train.max_steps")
 
 
 _WARMUP = Alias(

@@ -1,7 +1,7 @@
 """The checkpoints of a job by name: ``latest``, ``best``, ``final`` or a step.
 
-A job's folder holds the folders of its runs: one, unless options that make another run of it were changed. ``latest``,
-``best`` and ``final`` are also files there, written when the job ends, with the path of a checkpoint's weights.
+A job's folder contains the folders of its runs: one, unless options that identify a run were changed. ``latest``, ``best``
+and ``final`` are also files there, written when the job ends, with the path of a checkpoint's weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FINAL = "final"
 
 
 def newest_run(folder: Path) -> list[CheckpointFiles]:
-    """The checkpoints, newest first, of the run in the job's ``folder`` that saved last, without those set aside."""
+    """The checkpoints, newest first, of the run in the job's ``folder`` that saved last, without those moved aside."""
     name = re.compile(re.escape(folder.name) + "_[0-9a-f]{8}")
     found = [path for path in folder.glob("*/") if name.fullmatch(path.name)]
     runs = [complete_checkpoints(path) for path in found]
@@ -41,7 +41,7 @@ def best_of(run: list[CheckpointFiles]) -> CheckpointFiles | None:
 
 def named_checkpoint(folder: Path, name: str) -> CheckpointFiles:
     """The checkpoint ``name`` of the job in ``folder``: ``latest``, ``best``, ``final`` or a step. Raises: CheckpointError
-    if there is none, and lists those that exist."""
+    if it does not exist, with a list of those that do."""
     run = newest_run(folder)
     steps = {str(files.step): files for files in run}
     found = {LATEST: run[0] if run else None, BEST: best_of(run) if name == BEST else None, **steps}.get(name)
@@ -56,7 +56,7 @@ def named_checkpoint(folder: Path, name: str) -> CheckpointFiles:
 
 def find_checkpoint(root: str, relative: str) -> CheckpointFiles:
     """The checkpoint of another job: ``[[PROJECT/]GROUP/]NAME[/CHECKPOINT]`` below ``root``'s checkpoints, by default its
-    latest one. Raises: CheckpointError if there is none."""
+    latest one. Raises: CheckpointError if it does not exist."""
     parts = relative.strip("/").split("/")
     if not all(parts) or {".", ".."} & set(parts):
         raise CheckpointError(f"restore {relative!r} must be NAME or NAME/CHECKPOINT, such as my-run/best")
@@ -73,8 +73,8 @@ def find_checkpoint(root: str, relative: str) -> CheckpointFiles:
 
 
 def set_later_aside(run: list[CheckpointFiles], chosen: CheckpointFiles) -> Path | None:
-    """Move the checkpoints of ``run`` after ``chosen`` into a folder next to the run's, which is returned if there are any.
-    Raises: ConfigError if the run is in progress."""
+    """Move the checkpoints of ``run`` after ``chosen`` into a folder next to the run's; returns that folder, or ``None`` if
+    there are none. Raises: ConfigError if the run is in progress."""
     later = [files for files in run if files.step > chosen.step]
     if not later:
         return None
@@ -83,7 +83,7 @@ def set_later_aside(run: list[CheckpointFiles], chosen: CheckpointFiles) -> Path
         aside = next(path for path in names if not path.exists())
         aside.mkdir()
         for files in later:
-            for part in reversed(files.parts):  # metadata first: from then on it is no checkpoint
+            for part in reversed(files.parts):  # metadata first: without it the rest is not a checkpoint
                 part.rename(aside / part.name)
     return aside
 

@@ -12,8 +12,8 @@ from tinytron.registry import JOBS
 
 
 def job_class(key: str) -> type[BasicJob]:
-    """The job ``key``: itself, or the one that trains it if it is a trainer. Raises: ConfigError for an unknown name, and
-    if something else is registered under it."""
+    """The class of the job ``key``, or of the job that trains it if it is a trainer. Raises: ConfigError for an unknown
+    name, and if something else is registered under it."""
     target = JOBS[key]
     if inspect.isclass(target) and issubclass(target, BasicJob):
         return target

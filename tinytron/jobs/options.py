@@ -1,4 +1,4 @@
-"""The options of a job: from files and ``key=value`` words, under our names or another system's, to one value each."""
+"""The options of a job, from files and ``key=value`` words, under Tinytron's or another system's names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tinytron.job import BasicJob
 from tinytron.jobs.aliases import SECTIONS, Alias
 from tinytron.utils.optional import require_package
 
-# Keys of a file besides the options: the job, the hardware it asks for, and another job's checkpoint to start from.
+# Keys of a file that are not options: the job, the hardware it asks for, and another job's checkpoint to start from.
 ABOUT = ("job", "request", "restore")
 
 
@@ -61,7 +61,7 @@ class JobOptions:
         return left_out
 
     def override(self, words: Sequence[str]) -> None:
-        """Apply ``key=value`` arguments. Raises: ConfigError like ``update``, and for an argument of another form."""
+        """Apply ``key=value`` arguments. Raises: ConfigError as ``update`` does, and for an argument of another form."""
         conf = require_package("omegaconf", "cli").OmegaConf
         for word in words:
             name, equals, text = word.partition("=")
@@ -78,7 +78,7 @@ class JobOptions:
                 self._put(named, value, word)
 
     def set(self, path: str, value: Any) -> None:
-        """Set one value. Raises: ConfigError like ``update``."""
+        """Set one value. Raises: ConfigError as ``update`` does."""
         self._put(self._spelled(path, path), value, path)
 
     def get(self, path: str) -> Any:
@@ -115,7 +115,7 @@ class JobOptions:
         return [path for path in self.known if path not in self._defaults and path not in targets]
 
     def as_yaml(self, about: Mapping[str, Any]) -> str:
-        """All options by section with what they mean; ``about`` comes first. Required ones that are missing are ``???``."""
+        """All options by section with their help; ``about`` comes first. Missing required options are ``???``."""
         absent = self.missing()
         values = self.values([path for path in self.known if path not in absent])
         lines = [f"{name}: {json.dumps(value)}" for name, value in about.items()]
@@ -154,7 +154,7 @@ class JobOptions:
         return f"give {first}=..." if first else "give one of its options"
 
     def _is_text(self, name: str) -> bool:
-        """True if the option ``name`` takes text, and no number."""
+        """True if the option ``name`` takes text, but not numbers."""
         kind = self._kind(name)
         return kind is str or set(typing.get_args(kind)) == {str, type(None)}
 
@@ -169,7 +169,7 @@ class JobOptions:
         return alias.type | None if type(None) in typing.get_args(ours) else alias.type
 
     def _spelled(self, path: str, where: str) -> str:
-        """The name of the option or alias at ``path``, by any name of its section. Raises: ConfigError for none."""
+        """The name of the option or alias at ``path``, by any name of its section. Raises: ConfigError if there is none."""
         section, _, rest = path.partition(".")
         ours = f"{SECTIONS[section]}.{rest}" if section in SECTIONS else path
         theirs = {name: f"{other}.{rest}" for other, name in SECTIONS.items()}.get(section, path)
@@ -179,7 +179,7 @@ class JobOptions:
             if name in self.known:
                 return name
         begin = "" if where == path else f"{where}: "
-        raise ConfigError(f"{begin}{unknown(path, {**self.known, **self._aliases})}")
+        raise unknown(path, {**self.known, **self._aliases}, begin)
 
     def _target(self, name: str) -> str:
         return name if name in self.known else self._aliases[name].path
@@ -215,7 +215,7 @@ class JobOptions:
 
 
 def about_of(key: str, chip: str | None, n_chips: int | None, n_shards: int | None) -> dict[str, Any]:
-    """What a file says besides the options: its job, and the hardware that it asks for, if any."""
+    """The entries of a file that are not options: its job, and the hardware that it asks for, if any."""
     if chip is None and n_chips is None and n_shards is None:
         return {"job": key}
     return {"job": key, "request": {"chip": chip, "min_chips": n_chips or 1, "n_shards": n_shards or 1}}
@@ -249,7 +249,7 @@ class View:
 
 
 def read_file(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options in a YAML file, nested, and what else it says (``ABOUT``). Raises: ConfigError if it cannot be read."""
+    """The options in a YAML file, nested, and its other entries (``ABOUT``). Raises: ConfigError if it cannot be read."""
     omegaconf = require_package("omegaconf", "cli")
     conf = omegaconf.OmegaConf
     try:
@@ -258,10 +258,10 @@ def read_file(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ConfigError(f"{path} cannot be read ({first_line(error)}); make one with tinytron configure") from error
     except omegaconf.errors.OmegaConfBaseException as error:  # the other lines describe its internals
         raise ConfigError(f"{path} is not valid YAML ({first_line(error)})") from error
-    except Exception as error:  # YAML's, whose last line says where
+    except Exception as error:  # an error of the YAML parser, whose last line has the position
         raise ConfigError(f"{path} is not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds no options; make one with tinytron configure JOB {path}")
+        raise ConfigError(f"{path} has no options; make one with tinytron configure JOB {path}")
     about = {name: value for name in ABOUT if (value := content.pop(name, None)) is not None}
     for name in ("job", "restore"):
         if not isinstance(about.get(name, ""), str):

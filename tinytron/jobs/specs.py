@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from tinytron.config import configuration, nested
+from tinytron.config import UnknownOptionError, configuration, nested
 from tinytron.errors import ConfigError
 from tinytron.job import JobSpec
 from tinytron.jobs.kinds import job_class
@@ -41,8 +41,8 @@ def read_stages(
 ) -> list[JobSpec]:
     """The spec of each of ``files``, called ``name``, or with several ``name_stage0``, ``name_stage1`` and so on.
 
-    ``job`` is the job of files that name none; ``words`` (``key=value``) apply to every stage that has the option;
-    ``restore`` is for the first. Raises: ConfigError for anything that cannot run as written.
+    ``job`` is the job of files that do not name one; ``words`` (``key=value``) apply to every stage that has the option;
+    ``restore`` applies to the first stage. Raises: ConfigError for anything that cannot run as written.
     """
     check_place(name, project, group)
     stages = [_read(file, job) for file in files]
@@ -78,12 +78,12 @@ def _read(file: str, job: str | None) -> tuple[JobOptions, dict[str, str], str]:
 
 
 def _override(word: str, stages: Sequence[JobOptions]) -> None:
-    """Apply ``word`` to the stages that have the option; an error if none has."""
+    """Apply ``word`` to the stages that have the option. Raises: UnknownOptionError if none has; ConfigError."""
     errors = []
     for options in stages:
         try:
             options.override([word])
-        except ConfigError as error:
+        except UnknownOptionError as error:
             errors.append(error)
-    if len(errors) == len(stages) or any("there is no option" not in str(error) for error in errors):
+    if len(errors) == len(stages):
         raise errors[0]

@@ -18,7 +18,7 @@ from tinytron.training.config_files import words_of
 from tinytron.training.world import place_in_world
 from tinytron.utils.flags import config_fields
 
-OWN = "own"  # the section of the run's configuration that holds the options which trainer and model declare by `field`
+OWN = "own"  # the section of the run's configuration for options that trainer and model declare by `field`
 _NOT_IN_FILES = {"train.debug", "logging.exp_name", "logging.log_dir", "logging.print_config", "logging.dry_run"}
 _NOT_IN_FILES |= {"logging.dry_run_world_size", "ckpt.resume"}
 
@@ -33,7 +33,7 @@ class TrainingJob(BasicJob):
 
     @classmethod
     def of(cls, trainer: type[Trainer]) -> type[TrainingJob]:
-        """The job that trains ``trainer``."""
+        """The class of the job that trains ``trainer``."""
         defaults: Mapping[str, Any] = getattr(trainer, "DEFAULTS", {})
         return type(trainer.__name__, (cls,), {"TRAINER": trainer, "DEFAULTS": defaults, "__doc__": trainer.__doc__})
 
@@ -77,18 +77,18 @@ class TrainingJob(BasicJob):
         return dataclasses.replace(config, further={**config.further, OWN: section(**values_of_section)})
 
     def check(self) -> None:
-        """Make the configuration, which checks it. Raises: ConfigError."""
+        """Build the configuration, which checks it. Raises: ConfigError."""
         restore = self.spec.restore
         if restore is not None and self.spec.values["ckpt.init_from"] is not None:
             raise ConfigError(f"restore {restore} and ckpt.init_from both name weights to start from; leave one out")
         type(self)(dataclasses.replace(self.spec, restore=None)).config_of_run()
 
     def go_back_to(self, checkpoint: str) -> None:
-        """Set the job's later checkpoints aside, so that training continues from ``checkpoint``."""
+        """Move the job's later checkpoints aside, so that training continues from ``checkpoint``."""
         chosen = named_checkpoint(self.spec.folder, checkpoint)
         (self.spec.folder / MARKER).unlink(missing_ok=True)
         aside = set_later_aside(newest_run(self.spec.folder), chosen)
-        print(f"continues from {chosen.model}" + (f"; later checkpoints are in {aside}" if aside is not None else ""))
+        print(f"continuing from {chosen.model}" + (f"; later checkpoints are in {aside}" if aside is not None else ""))
 
     def run(self) -> None:
         """Train, from the newest checkpoint of the job's folder if there is one. Collective."""
@@ -100,13 +100,13 @@ class TrainingJob(BasicJob):
 
     @property
     def local(self) -> bool:
-        """True in the first process of all."""
+        """True in the first of all processes."""
         return place_in_world()[0] == 0
 
 
 def changed(options: list[Option], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``values`` by flag that differ from the default. The others do not count as given, so that weights to start from
-    can bring their own."""
+    """The ``values`` by flag that differ from the default. Defaults do not count as given, so that initial weights can
+    bring their own values."""
     shown = {option: plain(values[option.path]) for option in options}
     return {option.name: value for option, value in shown.items() if value != plain(option.default)}
 

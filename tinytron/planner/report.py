@@ -7,6 +7,7 @@ from tinytron.model import ModelConfig
 from tinytron.planner.memory import MemoryPlan
 from tinytron.planner.step import Workload
 from tinytron.utils.model import count_parameters, train_flops_per_token
+from tinytron.utils.texts import counted
 
 _GIB = 2**30
 
@@ -46,10 +47,11 @@ def describe(
     tokens = layout.dp * work.micro_batches * work.batch_size * work.seq_len
     experts = f", experts shared by {layout.ep} and used evenly" if config.use_moe else ""
     others = ", ".join(f"{name} {_gib(size)}" for name, size in list(plan.moments.items())[1:])
+    micro_batches = counted(work.micro_batches, "micro-batch", "micro-batches")
     lines = [
         f"{count.total / 1e6:.2f}M parameters{active} | {flops / 1e9:.3f} GFLOP per token",
         f"{layout.world_size} x {work.device} = dp {layout.dp} x sep {layout.sep}{experts} | "
-        f"{tokens:,} tokens per step: {work.micro_batches} micro-batches of {work.batch_size} x {work.seq_len} each",
+        f"{tokens:,} tokens per step: {micro_batches} of {work.batch_size} x {work.seq_len} each",
         "",
         table(plan),
         "",

@@ -1,8 +1,8 @@
-"""A tokenizer of single characters: one token for each character of a text, and none for others.
+"""A character tokenizer: one token for each character of a text, and none for other characters.
 
-It is a tokenizer.json like any other: a ``WordLevel`` model of words of one character, without a token for unknown ones, so
-that the ``tokenizers`` library refuses a text with others instead of dropping them. Here such texts are encoded by a table,
-which takes a hundredth of the library's time and memory, with the same ids.
+It is a tokenizer.json like any other: a ``WordLevel`` model of one-character words, without a token for unknown ones, so
+that the ``tokenizers`` library rejects a text with other characters instead of dropping them. Tinytron encodes such texts
+with a table, which takes a hundredth of the library's time and memory and gives the same ids.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ANY_CHARACTER = r"[\s\S]"
 
 
 def train_characters(texts: Iterable[str], end: str | None) -> Any:
-    """A ``tokenizers.Tokenizer`` of the characters of ``texts``, in the order of their code points, and then ``end``.
+    """A ``tokenizers.Tokenizer`` of the characters of ``texts``, in the order of their code points, followed by ``end``.
     Raises: ConfigError without the package."""
     tokenizers = require_package("tokenizers")
     found: set[str] = set()
@@ -37,7 +37,7 @@ def train_characters(texts: Iterable[str], end: str | None) -> Any:
 
 
 def characters_of(file: Mapping[str, Any]) -> dict[str, int] | None:
-    """The characters and their ids, if the content of a tokenizer.json is such a tokenizer; else ``None``."""
+    """The characters and their ids if the content of a tokenizer.json is a character tokenizer, else ``None``."""
     try:
         model, before = file["model"], file.get("pre_tokenizer") or {}
         vocabulary = model["vocab"]
@@ -52,7 +52,7 @@ def characters_of(file: Mapping[str, Any]) -> dict[str, int] | None:
 
 @dataclass(frozen=True)
 class CharacterEncoder:
-    """The ids of texts, by a table of characters. ``name`` is the tokenizer's, for errors."""
+    """Encodes texts with a table of characters. ``name`` is the tokenizer's, for errors."""
 
     name: str
     vocabulary: Mapping[str, int]
@@ -63,7 +63,7 @@ class CharacterEncoder:
 
     @cached_property
     def _table(self) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        """The code points, sorted, and their ids; one above all characters is the last, so that every search ends there."""
+        """The sorted code points and their ids; the last entry is above all characters, so that every search ends there."""
         known = sorted(self.vocabulary)
         codes = np.array([*map(ord, known), 0x110000], np.uint32)
         return codes, np.array([*(self.vocabulary[character] for character in known), -1], np.int64)
@@ -77,6 +77,6 @@ class CharacterEncoder:
             character = chr(int(found[int(missing.argmax())]))
             raise DataError(
                 f"{character!r} (U+{ord(character):04X}) is not one of the {len(self.vocabulary)} characters of the "
-                f"tokenizer {self.name}, which has no token for others; leave it out, or use a tokenizer of --train_bpe"
+                f"tokenizer {self.name}, which has no token for it; leave it out, or use a tokenizer of --train_bpe"
             )
         return ids[place]

@@ -1,4 +1,4 @@
-"""A chunk of documents to token ids: the work of one process of the pool."""
+"""Encodes a chunk of documents to token ids: the work of one process of the pool."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BATCH_CHARS = 2**20  # tokenized at a time
 
 @dataclass(frozen=True)
 class Encoded:
-    """A chunk's tokens and document lengths by split, and the number of documents that were left out."""
+    """A chunk's tokens and document lengths by split, and the number of documents left out."""
 
     splits: dict[str, tuple[npt.NDArray[Any], npt.NDArray[np.uint32]]]
     empty: int
@@ -27,7 +27,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class ChunkEncoder:
-    """Reads a chunk, gives each document its split by ``rule``, and encodes them."""
+    """Reads a chunk, assigns each document to a split by ``rule``, and encodes the documents."""
 
     source: TextSource
     encode: Encode

@@ -1,9 +1,8 @@
-"""The options of the tokenizer pipeline; its command line is made from them."""
+"""The options of the tokenizer pipeline, from which its command line is generated."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import re
 import shlex
@@ -27,24 +26,22 @@ TOKENIZERS: tuple[Kind, ...] = ("tokenizer_name", "encoding_name", "tokenizer_pa
 class TokenizeOptions:
     """Every option. Raises: ConfigError for values that break a rule.
 
-    A flag with ``identity`` is part of what the tokens are; the others decide how and where they are made.
+    Flags with ``identity`` determine the tokens; the others only determine how and where they are made.
     """
 
     dataset_path: Annotated[
-        str, Flag("file, folder or pattern of text, or name of a data set on the hub", path=True)
+        str, Flag("file, folder or pattern of text, or name of a dataset on the hub", path=True)
     ] = ""
-    dataset_name: Annotated[str | None, Flag("configuration of a data set on the hub, such as sample-10BT")] = None
-    dataset_split: Annotated[str, Flag("split of a data set on the hub; the files are named by it")] = "train"
+    dataset_name: Annotated[str | None, Flag("configuration of a dataset on the hub, such as sample-10BT")] = None
+    dataset_split: Annotated[str, Flag("split of a dataset on the hub; also begins the names of the files")] = "train"
     dataset_text_key: Annotated[str, Flag("key of the text in a row")] = "text"
-    streaming: Annotated[
-        bool, Flag("read a data set on the hub row by row, without a copy on disk", identity=False)
-    ] = False
-    cache_dir: Annotated[
-        str | None, Flag("where data sets and tokenizers of the hub are kept", identity=False, path=True)
-    ] = None
-    trust_remote_code: Annotated[bool, Flag("allow a tokenizer on the hub to run code of its own", identity=False)] = (
+    streaming: Annotated[bool, Flag("read a dataset on the hub row by row, without a copy on disk", identity=False)] = (
         False
     )
+    cache_dir: Annotated[
+        str | None, Flag("folder for datasets and tokenizers downloaded from the hub", identity=False, path=True)
+    ] = None
+    trust_remote_code: Annotated[bool, Flag("allow a tokenizer on the hub to run its own code", identity=False)] = False
 
     tokenizer_name: Annotated[str | None, Flag("tokenizer: name on the hub or folder", path=True)] = None
     encoding_name: Annotated[str | None, Flag("tokenizer: encoding of tiktoken, such as gpt2")] = None
@@ -61,7 +58,7 @@ class TokenizeOptions:
     train_bpe_bytes: Annotated[
         int,
         Flag(
-            "text to train it on, from the start of the data",
+            "amount of text to train it on, from the start of the data",
             unit="bytes",
             at_least=1,
             at_most=2**63,
@@ -75,13 +72,13 @@ class TokenizeOptions:
     ] = None
     eot_position: Annotated[
         Literal["prepend", "append", "none"],
-        Flag("put that token before (prepend) or after (append) every document, or nowhere"),
+        Flag("put that token before (prepend) or after (append) every document, or leave it out"),
     ] = "prepend"
 
     min_chars: Annotated[
         int,
         Flag(
-            "leave out documents with fewer characters, without the white space around them",
+            "leave out documents with fewer characters, not counting surrounding white space",
             at_least=0,
             at_most=2**31,
             works="--min_chars 50",
@@ -89,12 +86,12 @@ class TokenizeOptions:
     ] = 0
     max_samples: Annotated[
         int | None,
-        Flag("take this many documents; default: all", at_least=1, at_most=2**63, works="--max_samples 100000"),
+        Flag("number of documents to use; default: all", at_least=1, at_most=2**63, works="--max_samples 100000"),
     ] = None
     shuffle_buffer: Annotated[
         int,
         Flag(
-            "shuffle the documents through a buffer of this many; 0: keep their order",
+            "shuffle the documents through a buffer of this size; 0: keep their order",
             unit="documents",
             at_least=0,
             at_most=2**31,
@@ -104,11 +101,13 @@ class TokenizeOptions:
     seed: Annotated[int, Flag("seed of --shuffle_buffer")] = 0
 
     output_dir: Annotated[
-        str | None, Flag("where the shards go; default: data/<name of the data>", identity=False, path=True)
+        str | None, Flag("folder for the shards; default: data/<name of the data>", identity=False, path=True)
     ] = None
     split_name: Annotated[str | None, Flag("train or val, for the names of the files; default: --dataset_split")] = None
-    token_dtype: Annotated[Literal["uint16", "uint32"], Flag("type of a token; uint16 up to 65536 of them")] = "uint16"
-    file_format: Annotated[Literal["timl", "llmc"], Flag("header of the shards; llmc: as llm.c reads them")] = "timl"
+    token_dtype: Annotated[Literal["uint16", "uint32"], Flag("data type of a token; uint16 for up to 65536 ids")] = (
+        "uint16"
+    )
+    file_format: Annotated[Literal["timl", "llmc"], Flag("header of the shards; llmc: the one llm.c reads")] = "timl"
     num_tokens_per_file: Annotated[
         int,
         Flag(
@@ -122,19 +121,19 @@ class TokenizeOptions:
     val_fraction: Annotated[
         float,
         Flag(
-            "part of the documents that goes to val_*.bin, chosen by a hash of their text",
+            "fraction of the documents that goes to val_*.bin, chosen by a hash of their text",
             at_least=0,
             at_most=0.5,
             works="--val_fraction 0.01",
         ),
     ] = 0.0
     val_path: Annotated[
-        str | None, Flag("file, folder or pattern of text whose documents go to val_*.bin, all of them", path=True)
+        str | None, Flag("file, folder or pattern of text whose documents all go to val_*.bin", path=True)
     ] = None
     min_file_index: Annotated[
         int,
         Flag(
-            "do not write the shards before this one",
+            "do not write shards before this one",
             identity=False,
             at_least=0,
             at_most=999_999,
@@ -144,19 +143,19 @@ class TokenizeOptions:
     max_file_index: Annotated[
         int | None,
         Flag(
-            "stop after this shard; a later call can go on",
+            "stop after this shard; a later run can continue",
             identity=False,
             at_least=0,
             at_most=999_999,
             works="--max_file_index 0",
         ),
     ] = None
-    overwrite: Annotated[bool, Flag("remove the shards that are in the output folder first", identity=False)] = False
+    overwrite: Annotated[bool, Flag("first remove the shards in the output folder", identity=False)] = False
 
     num_proc: Annotated[
         int | None,
         Flag(
-            "worker processes, 0: none; default: one less than there are cores",
+            "number of worker processes, 0: none; default: one less than the number of cores",
             identity=False,
             at_least=0,
             at_most=4096,
@@ -166,7 +165,7 @@ class TokenizeOptions:
     chunksize: Annotated[
         int,
         Flag(
-            "given to a worker at a time, about",
+            "approximate number handed to a worker at a time",
             unit="documents",
             identity=False,
             at_least=1,
@@ -180,10 +179,12 @@ class TokenizeOptions:
             raise ConfigError("--dataset_path is missing; give a file or folder of text, or a name on the hub")
         given = [f"--{name}" for name in self._named()]
         if len(given) != 1:
-            found = f"{' and '.join(given)} are too many" if given else "there is no tokenizer"
+            found = f"{' and '.join(given)} are too many" if given else "no tokenizer given"
             raise ConfigError(f"{found}; give one of {', '.join(f'--{name}' for name in TOKENIZERS)}")
         if self.file_format == "llmc" and self.token_dtype != "uint16":
-            raise ConfigError(f"--file_format llmc knows no --token_dtype {self.token_dtype}; use --file_format timl")
+            raise ConfigError(
+                f"--file_format llmc does not support --token_dtype {self.token_dtype}; use --file_format timl"
+            )
         check_bounds(self)
         if self.max_file_index is not None and self.min_file_index > self.max_file_index:
             raise ConfigError(
@@ -193,7 +194,7 @@ class TokenizeOptions:
 
     def _check_splits(self) -> None:
         if self.eot_position == "none" and self.eot_token is not None:
-            raise ConfigError(f"--eot_token {self.eot_token} goes with --eot_position prepend or append, not none")
+            raise ConfigError(f"--eot_token {self.eot_token} needs --eot_position prepend or append, not none")
         makers = {"--val_fraction": self.val_fraction, "--val_path": self.val_path}
         makers["--dataset_split val"] = self.split == "val"
         given = [name for name, value in makers.items() if value]
@@ -201,7 +202,7 @@ class TokenizeOptions:
             raise ConfigError(f"{given[0]} makes val_*.bin, and so does {given[1]}; leave one out")
         if self.val_path is not None and self.selects:
             name = "--max_samples" if self.max_samples else "--shuffle_buffer"
-            raise ConfigError(f"{name} does not go with --val_path; use --val_fraction, or leave one out")
+            raise ConfigError(f"{name} cannot be combined with --val_path; use --val_fraction, or leave one out")
 
     @property
     def kind(self) -> Kind:
@@ -210,26 +211,26 @@ class TokenizeOptions:
 
     @property
     def trains(self) -> bool:
-        """Whether the tokenizer is made from the text."""
+        """True if the tokenizer is trained on the text."""
         return self.kind in ("train_bpe", "train_chars")
 
     def _named(self) -> list[Kind]:
-        """The flags that name a tokenizer; one, if the options fit."""
+        """The flags that name a tokenizer; exactly one if the options are valid."""
         return [name for name in TOKENIZERS if getattr(self, name) is not None and getattr(self, name) is not False]
 
     @property
     def selects(self) -> bool:
-        """Whether documents are shuffled or counted, which one process does in their order."""
+        """True if documents are shuffled or counted, which one process does in their order."""
         return self.shuffle_buffer > 1 or self.max_samples is not None
 
     @property
     def split(self) -> str:
-        """The beginning of the files' names, with ``_`` for characters that do not belong there."""
+        """The beginning of the file names, with ``_`` for characters that do not belong in a name."""
         return re.sub(r"[^A-Za-z0-9.-]+", "_", self.split_name or self.dataset_split).strip("_") or "train"
 
     @property
     def rule(self) -> DocumentRule:
-        """Which documents are tokenized, and into which split."""
+        """The rule that decides which documents are tokenized, and into which split."""
         return DocumentRule(self.split, self.val_fraction, self.min_chars)
 
     @property
@@ -239,7 +240,7 @@ class TokenizeOptions:
 
     @property
     def folder(self) -> Path:
-        """Where the shards go."""
+        """The folder for the shards."""
         if self.output_dir is not None:
             return Path(self.output_dir)
         name = Path(self.dataset_path).name.split(".")[0].strip("*?[]_- ") or "tokens"
@@ -254,13 +255,27 @@ class TokenizeOptions:
         return max(1, cores - 1)
 
     def command(self) -> str:
-        """The shortest command that makes the same tokens, wherever and however."""
-        words = ["python", "scripts/tokenize_dataset.py"]
+        """The shortest command that makes the same tokens, regardless of where and how."""
+        words = ["tinytron", "tokenize"]
         for info in config_fields(type(self)):
             value = getattr(self, info.name)
             if info.flag.identity and value != info.default:
                 words += [f"--{info.name}", str(value).lower() if isinstance(value, bool) else str(value)]
         return shlex.join(words)
+
+
+# The heading of the flags that begin with this one, in --help-all.
+_GROUPS = {
+    "dataset_path": "text",
+    "tokenizer_name": "tokenizer",
+    "min_chars": "documents",
+    "output_dir": "shards",
+    "num_proc": "processes",
+}
+COMMON = (
+    *("dataset_path", "dataset_name", "streaming", "tokenizer_name", "encoding_name", "tokenizer_path", "train_bpe"),
+    *("train_chars", "val_fraction", "output_dir", "num_proc"),
+)
 
 
 def build_parser(description: str | None = None, prog: str | None = None) -> argparse.ArgumentParser:
@@ -269,18 +284,14 @@ def build_parser(description: str | None = None, prog: str | None = None) -> arg
         prog=prog,
         usage="%(prog)s --dataset_path PATH --tokenizer_name NAME [--flag value ...]",
         description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        common=COMMON,
     )
+    group: argparse._ActionsContainer = parser
     for info in config_fields(TokenizeOptions):
-        flag = info.flag if info.default is None else dataclasses.replace(info.flag, help=_with_default(info))
-        add_flag(parser, dataclasses.replace(info, flag=flag))
+        if info.name in _GROUPS:
+            group = parser.add_argument_group(_GROUPS[info.name])
+        add_flag(group, info)
     return parser
-
-
-def _with_default(info: Any) -> str:
-    power = info.default.bit_length() - 1 if type(info.default) is int and info.default > 10**6 else 0
-    shown = f"2**{power}" if power and info.default == 2**power else info.default
-    return f"{info.flag.help} ({shown})" if shown != "" else info.flag.help
 
 
 def parse_options(

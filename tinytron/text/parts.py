@@ -1,10 +1,10 @@
-"""Parts of a local file: found by one process, which reads as little as it can, and read by any other.
+"""Parts of a local file. One process finds them, reading as little as possible, and any other can read them.
 
 kind of file                        a part                                                 found by
 JSON lines                          a range of bytes that ends at a line end               counting line ends
-JSON lines, compressed              the lines themselves                                   unpacking
+JSON lines, compressed              the lines themselves                                   decompressing
 text                                the whole file, or a piece of a long one               looking for a line end
-parquet                             a row group, or of a very large one the texts          the footer
+parquet                             a row group, or the texts of a very large one          the footer
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from tinytron.errors import DataError
 from tinytron.utils.optional import as_data_error, require_package
 from tinytron.utils.texts import without_bom
 
-# Each line a JSON object; the compressed .json files of large corpora are that too.
+# Each line is a JSON object; compressed .json files of large corpora have this form too.
 LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
-PIECE_BYTES = 2**20  # a longer text file becomes several documents, cut at a line end
-BLOCK_BYTES = 2**22  # of a file of lines, at a time
-GROUP_BYTES = 2**26  # a larger row group is read by the one process and not by many
+PIECE_BYTES = 2**20  # a longer text file becomes several documents, cut at line ends
+BLOCK_BYTES = 2**22  # read from a file of lines at a time
+GROUP_BYTES = 2**26  # one process reads larger row groups itself, instead of handing them to workers
 
 
 class Place(NamedTuple):
-    """Between two documents: in file number ``file``, at ``at`` (byte, row group or row), after ``passed`` lines of the
-    file or rows of the row group."""
+    """A place between two documents: in file number ``file``, at ``at`` (byte, row group or row), after ``passed`` lines of
+    the file or rows of the row group."""
 
     file: int = 0
     at: int = 0
@@ -43,8 +43,8 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive documents of one file: bytes ``start`` to ``stop``, or row group ``start``; or, in ``data``, the lines
-    or texts themselves. ``first`` is the number of its first line or row, from 1."""
+    """Consecutive documents of one file: bytes ``start`` to ``stop``, or row group ``start``; or, in ``data``, the lines or
+    texts themselves. ``first`` is the number of its first line or row, from 1."""
 
     path: str
     start: int = 0
@@ -54,8 +54,8 @@ class Part:
 
 
 class Found(NamedTuple):
-    """A part; the place after it; its number of documents, about its bytes in memory, and the bytes of the file up to
-    its end; whether it is held out."""
+    """A part, the place after it, its number of documents, its approximate bytes in memory, the bytes of the file up to its
+    end, and whether it is held out."""
 
     part: Part
     after: Place
@@ -66,15 +66,15 @@ class Found(NamedTuple):
 
 
 def is_plain_text(path: Path) -> bool:
-    """Whether a file is itself a document, and not a file of many."""
+    """True if the file is one document, not a file of many."""
     return not path.name.endswith(LINE_SUFFIXES) and path.suffix != ".parquet"
 
 
 def find_parts(
     path: Path, place: Place, limit: int, text_key: str, option: str, held_out_end: float = 0.0
 ) -> Iterator[Found]:
-    """The parts of a file after ``place``, of ``limit`` documents at most except for whole row groups; of a plain text
-    ``held_out_end`` of its bytes at the end, from the next line on, are held out. Raises: DataError naming the file, and
+    """The parts of a file after ``place``, each of at most ``limit`` documents except for whole row groups. The last
+    ``held_out_end`` of a plain text's bytes, from the next line on, is held out. Raises: DataError naming the file, and
     ``option``, which sets the text key."""
     with as_data_error(str(path)):
         if path.name.endswith(LINE_SUFFIXES):
@@ -99,7 +99,7 @@ def read_part(part: Part, text_key: str, option: str) -> Iterator[str]:
     else:
         with as_data_error(part.path):
             content = _bytes_of(part) if part.start else without_bom(_bytes_of(part))
-            try:  # line ends as Python reads them: \n, whatever the file has
+            try:  # normalize line ends to \n, as Python does
                 text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()
             except UnicodeDecodeError as error:
                 advice = "convert the file to UTF-8, for example with iconv -f latin1 -t utf-8"
@@ -112,16 +112,16 @@ def _bytes_of(part: Part) -> bytes:
         file.seek(part.start)
         content = file.read(part.stop - part.start)
     if len(content) != part.stop - part.start:
-        raise DataError(f"{part.path} has become shorter while it was read; leave it alone until it is tokenized")
+        raise DataError(f"{part.path} became shorter while it was being read; do not change it until it is tokenized")
     return content
 
 
 def text_of(row: Any, text_key: str, where: str, option: str = "the text key") -> str:
-    """``row[text_key]``; a null is an empty text. Raises: DataError that starts with ``where`` for a row without one."""
+    """``row[text_key]``; null becomes an empty text. Raises: DataError starting with ``where`` if the key is missing."""
     if not isinstance(row, dict):
         raise DataError(f"{where} is {type(row).__name__}, not an object with keys; give one object per line")
     if text_key not in row:
-        keys = ", ".join(map(str, row)) or "no key at all"
+        keys = ", ".join(map(str, row)) or "no keys at all"
         raise DataError(f"{where} has no key {text_key!r}; set {option} to one that it has: {keys}")
     text = row[text_key]
     if not isinstance(text, str | None):
@@ -135,7 +135,7 @@ def text_of(row: Any, text_key: str, where: str, option: str = "the text key") -
 
 @contextlib.contextmanager
 def _unpacked(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """The file's content, and the file itself, whose position tells how much of it is done."""
+    """The file's content, and the file itself, whose position shows how much of it has been read."""
     with contextlib.ExitStack() as stack:
         raw: IO[bytes] = stack.enter_context(open(path, "rb"))
         content = raw
@@ -186,7 +186,7 @@ def _read_lines(part: Part, text_key: str, option: str) -> Iterator[str]:
     with as_data_error(part.path):
         content = part.data if isinstance(part.data, bytes) else _bytes_of(part)
     for number, line in enumerate(content.split(b"\n"), part.first):
-        line = without_bom(line)  # joined files have one in the middle, too
+        line = without_bom(line)  # concatenated files have one in the middle, too
         if not line or line.isspace():
             continue
         try:
@@ -220,7 +220,7 @@ def _find_pieces(path: Path, place: Place, held_out_end: float) -> Iterator[Foun
 
 
 def _held_out_start(file: IO[bytes], at: int, size: int) -> int:
-    """The next byte from ``at`` on that begins a line, or if there is none nearby, a character."""
+    """The next byte after ``at`` that begins a line, or a character if no line begins nearby."""
     file.seek(at)
     line = file.readline(PIECE_BYTES)
     if line.endswith(b"\n") and at + len(line) < size:
@@ -229,7 +229,7 @@ def _held_out_start(file: IO[bytes], at: int, size: int) -> int:
 
 
 def _character_start(file: IO[bytes], at: int) -> int:
-    """The last byte up to ``at`` that begins a character of UTF-8, which has four bytes at most."""
+    """The last byte up to ``at`` that begins a UTF-8 character, which has at most four bytes."""
     for place in range(at, at - 4, -1):
         file.seek(place)
         if file.read(1)[0] & 0xC0 != 0x80:
@@ -277,8 +277,8 @@ def _find_groups(path: Path, place: Place, limit: int, text_key: str, option: st
 def _texts_of_group(
     batches: Any, path: str, before: int, skipped: int, text_key: str, option: str
 ) -> Iterator[tuple[Part, int]]:
-    """The texts of a row group after its first ``skipped``, and how many of its rows are then done; ``before`` rows come
-    before it in the file."""
+    """The texts of a row group after the first ``skipped``, and the number of its rows that are then done; ``before`` rows
+    of the file come before the row group."""
     done = 0
     for batch in batches:
         rows = batch.column(0).to_pylist()[max(0, skipped - done) :]

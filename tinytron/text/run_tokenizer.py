@@ -24,14 +24,14 @@ from tinytron.text.tokenizers import TextTokenizer, from_file, from_hub, from_ti
 from tinytron.utils.remote import is_remote
 from tinytron.utils.texts import whole_characters
 
-TOKENS = "tokens"  # the section of a run's or an imported model's configuration with what it knows of its tokens
+TOKENS = "tokens"  # section of a run's or an imported model's configuration with the facts about its tokens
 
 
 @dataclass(frozen=True)
 class RunTokenizer:
-    """A tokenizer and how documents are separated: ``end`` is the id of the end-of-text token, if there is one;
-    ``prepend`` says that texts begin with it. ``more_ends`` stop generation, too. ``begin`` is another id that texts begin
-    with, that of an imported model (Llama's ``<s>``)."""
+    """A tokenizer and how documents are separated: ``end`` is the id of the end-of-text token, if it has one; ``prepend``
+    says that texts begin with it. ``more_ends`` also stop generation. ``begin`` is a different id that texts begin with, as
+    in some imported models (Llama's ``<s>``)."""
 
     tokenizer: TextTokenizer
     end: int | None
@@ -45,12 +45,13 @@ class RunTokenizer:
         return self.more_ends if self.end is None else (self.end, *self.more_ends)
 
     def ids(self, text: str) -> list[int]:
-        """The ids of a text from whatever source, with ``?`` for what is no character."""
+        """The ids of a text from any source, with ``?`` for invalid characters."""
         return [int(number) for number in self.tokenizer.encode([whole_characters(text)])[0]]
 
     def prompt_ids(self, text: str) -> list[int]:
-        """The ids of a text as the model has seen texts: after the token that they begin with. An empty text always begins
-        with the end-of-text token if there is no other. Raises: ConfigError for an empty text without any such token."""
+        """The ids of a text in the form that the model was trained on: after the token that texts begin with. An empty text
+        always begins with the end-of-text token if there is no other. Raises: ConfigError for an empty text without any
+        such token."""
         ids = self.ids(text)
         if self.begin is not None:
             return [self.begin, *ids]
@@ -63,11 +64,11 @@ class RunTokenizer:
         return ids
 
     def check(self, vocab_size: int) -> None:
-        """Raises: ConfigError if the tokenizer gives ids that a model of ``vocab_size`` tokens lacks."""
+        """Raises: ConfigError if the tokenizer has ids that a model of ``vocab_size`` tokens does not have."""
         if self.tokenizer.vocab_size > vocab_size:
             raise ConfigError(
-                f"the tokenizer {self.tokenizer.name} has {self.tokenizer.vocab_size} tokens, the model --vocab_size "
-                f"{vocab_size}; use the tokenizer that its data was made with"
+                f"the tokenizer {self.tokenizer.name} has {self.tokenizer.vocab_size} tokens, but the model has "
+                f"--vocab_size {vocab_size}; use the tokenizer that its data was made with"
             )
 
 
@@ -83,13 +84,13 @@ class DataTokenizers:
         return tuple(path for folder in self.folders if (path := folder / TOKENIZER).is_file())
 
     def facts(self) -> TokenizerFacts | None:
-        """The record of the tokenizer in the first manifest, if there is one. Raises: DataError for a damaged manifest."""
+        """The record of the tokenizer in the first manifest, or ``None``. Raises: DataError for a damaged manifest."""
         manifests = (read_manifest(folder) for folder in self.folders)
         return next((manifest.tokenizer for manifest in manifests if manifest is not None), None)
 
 
 def tokenizers_of_data(dataset_path: str | None) -> DataTokenizers:
-    """The tokenizers next to the local token shards of ``--dataset_path``: of all sources of a mixture, in their order.
+    """The tokenizers next to the local token shards of ``--dataset_path``; for a mixture, of all its sources in order.
     Raises: ConfigError for a damaged mixture file."""
     if dataset_path is None:
         return DataTokenizers(())
@@ -106,10 +107,10 @@ def _folder(path: str) -> Path:
 
 @dataclass(frozen=True)
 class TokenFacts:
-    """What a model has learned about tokens: ``ends``, of which the first separates documents, and whether texts begin with
-    it (``prepend``). ``begin`` and ``pad`` are those that an imported model names, and ``first`` is what its tokenizer puts
-    before every text if that is not the end. Ids, or ``None`` where there is none. ``inherited`` facts are those of an
-    imported model, which no data has replaced."""
+    """Facts about tokens that a model has learned: ``ends``, the first of which separates documents, and whether texts
+    begin with it (``prepend``). ``begin`` and ``pad`` are the ones that an imported model names, and ``first`` is the token
+    that its tokenizer puts before every text, unless that is the end. All are ids, or ``None``. ``inherited`` facts come
+    from an imported model and were not replaced by data."""
 
     ends: tuple[int, ...] = ()
     prepend: bool = False
@@ -125,7 +126,7 @@ class TokenFacts:
 
     @classmethod
     def of_end(cls, end: int | None, prepend: bool) -> TokenFacts:
-        """Those of data whose documents ``end`` separates."""
+        """Facts of data whose documents ``end`` separates."""
         return cls() if end is None else cls((end,), prepend, end if prepend else None)
 
     @classmethod
@@ -142,18 +143,18 @@ class TokenFacts:
         return cls(numbers("eos"), prepend, begin, pad, first, inherited)
 
     def put_before(self, number: int | None) -> TokenFacts:
-        """These facts for a tokenizer that puts ``number`` before every text (``None``: nothing that is known)."""
+        """These facts for a tokenizer that puts ``number`` before every text (``None``: nothing known)."""
         if number is not None and number == self.end:
             return replace(self, prepend=True)
         return replace(self, first=number)
 
     def as_import(self) -> dict[str, Any]:
-        """The ids in the keys of a Hugging Face config.json; several ends are a list."""
+        """The ids under the keys of a Hugging Face config.json; several ends become a list."""
         ends: Any = list(self.ends) if len(self.ends) > 1 else self.end
         return {"bos_token_id": self.begin, "eos_token_id": ends, "pad_token_id": self.pad}
 
     def as_section(self) -> dict[str, Any]:
-        """What ``TOKENS`` holds."""
+        """The content of the section ``TOKENS``."""
         more = {"prepend": self.prepend, "first_token_id": self.first, "inherited": self.inherited}
         return {**self.as_import(), **more}
 
@@ -167,10 +168,10 @@ def token_facts(
     prepend: bool = False,
     imported: Mapping[str, Any] | None = None,
 ) -> TokenFacts:
-    """The facts from the first place that has them: what a run has kept or an import knows (``imported``), the manifest of
-    the ``data``, the run's ``eot_id``, the manifest in the folder of the ``given`` tokenizer, or the tokenizer in ``file``.
-    ``prepend`` says, where no manifest does, whether the documents of a run's data begin with the end. Raises: DataError
-    for a damaged manifest."""
+    """The facts from the first place that has them: those kept by a run or an import (``imported``), the manifest of the
+    ``data``, the run's ``eot_id``, the manifest in the folder of the ``given`` tokenizer, or the tokenizer in ``file``.
+    ``prepend`` says whether the documents of a run's data begin with the end, if no manifest does. Raises: DataError for a
+    damaged manifest."""
     known = TokenFacts.of_import(imported or {})
     if known.ends:
         return known
@@ -208,11 +209,11 @@ def find_tokenizer(
     imported: Mapping[str, Any] | None = None,
 ) -> RunTokenizer:
     """The tokenizer in the file (or folder) ``given``, else the one that a run or an import has kept next to the
-    ``checkpoint`` (``imported`` is what it knows of its tokens), else that of the run's data: the first ``tokenizer.json``
-    next to its shards, or the one that its manifest names. ``eot_id`` and ``eot_position`` are those of the run's
-    configuration, used where nothing else tells.
+    ``checkpoint`` (``imported`` are the facts about its tokens), else the one of the run's data: the first
+    ``tokenizer.json`` next to its shards, or the one that its manifest names. ``eot_id`` and ``eot_position`` come from the
+    run's configuration and are the last resort.
 
-    Raises: ConfigError if there is none, naming ``option``, which gives one; DataError if it cannot be read.
+    Raises: ConfigError if no tokenizer is found, naming ``option``, which gives one; DataError if it cannot be read.
     """
     found, record, file = tokenizer_sources(dataset_path, given, checkpoint, imported)
     if file is not None:
@@ -222,9 +223,9 @@ def find_tokenizer(
     elif record is not None and record.kind == "tokenizer_name":
         tokenizer = from_hub(record.name)
     else:
-        where = "the run's data (mock data, or your own) names none"
+        where = "the run's data (mock data, or your own) does not name one"
         if found.folders:
-            where = f"the data {dataset_path} has none, and the run has kept none"
+            where = f"the data {dataset_path} has none, and the run kept none"
         elif imported is not None:
             where = f"neither the data of the model nor {checkpoint} has one"
         raise ConfigError(f"no tokenizer: {where}; give {option} path/to/{TOKENIZER}")
@@ -236,8 +237,8 @@ def find_tokenizer(
 def tokenizer_sources(
     dataset_path: str | None, given: Path | None, checkpoint: Path | None, imported: Mapping[str, Any] | None
 ) -> tuple[DataTokenizers, TokenizerFacts | None, Path | None]:
-    """Where to look for a run's tokenizer: its data (none if the run has kept a copy: it does not matter then whether the
-    data has moved or changed), the record of the tokenizer, and the tokenizer.json that is used, if it is one. Raises:
+    """Where to look for a run's tokenizer: its data (empty if the run has kept a copy, so that it does not matter whether
+    the data has moved or changed), the record of the tokenizer, and the tokenizer.json to use, if it has that form. Raises:
     ConfigError or DataError for a damaged mixture or manifest."""
     copy = None if checkpoint is None else (checkpoint if checkpoint.is_dir() else checkpoint.parent) / TOKENIZER
     if copy is not None and not copy.is_file():
@@ -258,7 +259,7 @@ def tokenizer_sources(
 
 
 def kept_record(imported: Mapping[str, Any] | None) -> TokenizerFacts | None:
-    """The record of a tokenizer that is not a file, as a run has kept it in ``TOKENS``."""
+    """The record of a tokenizer that is not a file, as kept by a run in ``TOKENS``."""
     try:
         return TokenizerFacts(**(imported or {})["tokenizer"])
     except (KeyError, TypeError):
@@ -268,7 +269,7 @@ def kept_record(imported: Mapping[str, Any] | None) -> TokenizerFacts | None:
 def tokenizer_of_run(
     config: dict[str, dict[str, object]], given: Path | None = None, checkpoint: Path | None = None
 ) -> RunTokenizer:
-    """``find_tokenizer`` for a run's saved configuration, checked against its model's vocabulary. Raises: as there."""
+    """``find_tokenizer`` for a run's saved configuration, checked against its model's vocabulary. Raises: the same."""
     data, model = config.get("data", {}), config["model"]
     path, eot_id = data.get("dataset_path"), data.get("eot_id")
     found = find_tokenizer(

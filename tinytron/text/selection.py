@@ -1,4 +1,4 @@
-"""Which documents of a source are tokenized, in which order, and into which split."""
+"""Selects which documents of a source are tokenized, in which order, and into which split."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ VAL = "val"
 
 
 def is_held_out(text: bytes, fraction: float) -> bool:
-    """Whether a document is for validation. This depends on its text alone, so that copies of it go the same way."""
+    """True if a document goes to validation. This depends only on its text, so that copies of it get the same split."""
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") < fraction * 2**64
 
 
 @dataclass(frozen=True)
 class DocumentRule:
-    """The split of a document: ``val`` for ``val_fraction`` of them, ``split`` for the others, none for those without text
-    or with less than ``min_chars`` characters."""
+    """Splits documents: ``val`` for a fraction ``val_fraction`` of them, ``split`` for the others, none for documents that
+    are empty or have fewer than ``min_chars`` characters."""
 
     split: str
     val_fraction: float = 0.0
     min_chars: int = 0
 
     def is_kept(self, text: str) -> bool:
-        """Whether the document is tokenized; white space around it is not counted as characters."""
+        """True if the document is tokenized; surrounding white space does not count as characters."""
         return bool(text) and (not self.min_chars or len(text.strip()) >= self.min_chars)
 
     def split_of(self, text: str, held_out: bool) -> str | None:
-        """The split, or ``None`` for a document that is left out; ``held_out`` ones go to ``val`` anyway."""
+        """The split, or ``None`` for a document that is left out; ``held_out`` documents always go to ``val``."""
         if not self.is_kept(text):
             return None
         if held_out or (self.val_fraction and is_held_out(text.encode(), self.val_fraction)):
@@ -42,8 +42,8 @@ class DocumentRule:
 
 
 def shuffled(texts: Iterable[str], buffer_size: int, seed: int) -> Iterator[str]:
-    """The same texts in an order that ``seed`` decides: each leaves a buffer of ``buffer_size`` at random when another
-    comes in. A buffer of 0 or 1 keeps the order."""
+    """The same texts in an order determined by ``seed``: whenever a text enters a full buffer of ``buffer_size``, a random
+    one leaves it. A buffer of 0 or 1 keeps the order."""
     buffer: list[str] = []
     chance, buffer_size = random.Random(seed), max(1, buffer_size)
     for text in texts:
@@ -59,10 +59,10 @@ def shuffled(texts: Iterable[str], buffer_size: int, seed: int) -> Iterator[str]
 
 @dataclass(frozen=True)
 class SelectedSource:
-    """The documents of ``source``, shuffled through a buffer of ``shuffle_buffer``, up to the one with which ``rule`` has
-    kept ``max_samples``.
+    """The documents of ``source``, shuffled through a buffer of ``shuffle_buffer``, until ``rule`` has kept
+    ``max_samples``.
 
-    One process reads the documents. A later run reads again what came before its start, but does not tokenize it again.
+    One process reads the documents. A later run reads those before its start again, but does not tokenize them again.
     """
 
     source: TextSource
@@ -72,12 +72,12 @@ class SelectedSource:
     seed: int
 
     def size(self) -> tuple[int | None, str]:
-        """Unknown: how many documents there are shows only at their end."""
+        """Unknown: the number of documents is only known at the end."""
         self.source.size()  # a source that cannot be loaded raises here
         return None, "document"
 
     def identity(self) -> dict[str, Any]:
-        """That of ``source``; the selection is part of the options."""
+        """The identity of ``source``; the selection is part of the options."""
         return self.source.identity()
 
     def chunks(self, chunksize: int, start: Place = START) -> Iterator[Chunk]:
@@ -101,10 +101,10 @@ class SelectedSource:
     def read(self, chunk: Chunk) -> Iterator[str]:
         """See ``TextSource``."""
         for part in chunk.parts:
-            assert isinstance(part.data, list), "chunks holds the texts"
+            assert isinstance(part.data, list), "chunks contain the texts themselves"
             yield from part.data
 
     def _texts(self) -> Iterator[str]:
-        # Small chunks: of a stream, no more is fetched than is needed.
+        # Small chunks, so that no more of a stream is fetched than is needed.
         for chunk in self.source.chunks(min(1024, self.max_samples or 1024)):
             yield from self.source.read(chunk)

@@ -1,10 +1,10 @@
-"""Where documents come from, in chunks that any process can read on its own.
+"""Sources of documents, in chunks that any process can read independently.
 
 one process: ``source.chunks(...)`` -> Chunk, Chunk, ... (places in files, found without reading texts where possible)
 any process: ``source.read(chunk)`` -> the chunk's texts
 
-A chunk knows the place after it, from which ``chunks`` continues in a later run. How documents are cut into chunks changes
-neither them nor their order.
+A chunk includes the place after it, from which ``chunks`` continues in a later run. How documents are grouped into chunks
+changes neither the documents nor their order.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ CODE = (
     *(".ex", ".erl", ".clj", ".sh", ".sql", ".f90", ".cmake", ".yaml", ".yml", ".toml"),
 )
 SUFFIXES = (*PROSE, *CODE, *LINE_SUFFIXES, ".parquet")
-CHUNK_BYTES = 2**24  # about the most that one chunk holds
-FEW_HELD_OUT = 5  # documents; of so few, chance could hold out none
-MANY_FILES = 1000  # more are no longer listed one by one
+CHUNK_BYTES = 2**24  # approximate maximum size of a chunk
+FEW_HELD_OUT = 5  # documents; with fewer, the hash may hold out none by chance
+MANY_FILES = 1000  # more files are recorded as one hash instead of one by one
 START = Place()
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some parts, the place after them, and how much of the source (in its unit) comes before that place; whether all of
-    its documents are ``held_out`` for validation."""
+    """Some parts, the place after them, how much of the source (in its unit) comes before that place, and whether all of
+    their documents are ``held_out`` for validation."""
 
     parts: list[Part]
     after: Place
@@ -48,13 +48,13 @@ class Chunk:
 
 
 class TextSource(Protocol):
-    """A corpus. Picklable, so that workers can read chunks."""
+    """A corpus. Picklable, so that worker processes can read chunks."""
 
     def size(self) -> tuple[int | None, str]:
-        """How large the source is, if that is known, and its unit: ``B`` or ``row``."""
+        """The size of the source, if known, and its unit: ``B`` or ``row``."""
 
     def identity(self) -> dict[str, Any]:
-        """Plain JSON values that name the source and tell whether it has changed."""
+        """Plain JSON values that name the source and show whether it has changed."""
 
     def chunks(self, chunksize: int, start: Place = START) -> Iterator[Chunk]:
         """The documents after ``start``, about ``chunksize`` at a time. Raises: DataError."""
@@ -65,10 +65,10 @@ class TextSource(Protocol):
 
 @dataclass(frozen=True)
 class FileSource:
-    """Local files: the ``text_key`` of each row of JSON lines and parquet files; any other file is one document, or
-    several if it is long. ``option`` names the flag of the text key; ``path`` is what the user called the files, and
-    ``val_path`` the files after the first ``num_training``, which are held out. ``held_out_end`` is the part of every text
-    file, at its end, that is held out."""
+    """Local files: the ``text_key`` of each row of JSON lines and parquet files; any other file is one document, or several
+    if it is long. ``option`` names the flag of the text key, ``path`` is the user's name for the files, and ``val_path``
+    names the files after the first ``num_training``, which are held out. ``held_out_end`` is the fraction of every text
+    file that is held out, at its end."""
 
     files: list[Path]
     text_key: str = "text"
@@ -124,7 +124,7 @@ class FileSource:
 
 @dataclass
 class HubSource:
-    """A data set of the ``datasets`` package: a name on the hub, a folder in the layout of the hub, or one that
+    """A dataset of the ``datasets`` package: a name on the hub, a folder in the layout of the hub, or one that
     ``save_to_disk`` wrote. Loaded when it is first needed; ``streaming`` reads it row by row and keeps no copy."""
 
     path: str
@@ -138,7 +138,7 @@ class HubSource:
 
     @property
     def where(self) -> str:
-        """How errors call it."""
+        """Its name in errors."""
         config = f" --dataset_name {self.config}" if self.config else ""
         return f"--dataset_path {self.path}{config} --dataset_split {self.split}"
 
@@ -147,7 +147,7 @@ class HubSource:
         return (None if self.streaming else len(self._load())), "row"
 
     def identity(self) -> dict[str, Any]:
-        """Its names; of a local folder the files too."""
+        """Its names, and the files of a local folder."""
         names = {"path": self.path, "config": self.config, "split": self.split, "text_key": self.text_key}
         return names | {"files": _facts_of([Path(self.path)])}
 
@@ -186,7 +186,7 @@ class HubSource:
                 yield text_of({self.text_key: text}, self.text_key, f"{self.where}: row {row}", self.option)
 
     def __getstate__(self) -> dict[str, Any]:
-        # One process reads a stream; other processes map the files of a loaded data set.
+        # One process reads a stream; other processes map the files of a loaded dataset.
         return self.__dict__ | ({"loaded": None} if self.streaming else {})
 
     def _load(self) -> Any:
@@ -219,17 +219,17 @@ def open_source(
     val_fraction: float = 0.0,
 ) -> TextSource:
     """Local files if ``path`` is a file, a pattern or a folder; the ``datasets`` package for a folder that it saved, a
-    folder with a ``config``, and any other name. The local files of ``val_path`` are held out; of plain texts so few that
-    ``val_fraction`` of them are less than ``FEW_HELD_OUT``, the ends.
+    folder with a ``config``, and any other name. The local files of ``val_path`` are held out. If ``val_fraction`` of a few
+    plain texts is less than ``FEW_HELD_OUT`` documents, the ends of the files are held out instead.
 
-    Raises: DataError for a path without text; ConfigError for a file with a ``config``, and for ``val_path`` with a data
-    set of the ``datasets`` package.
+    Raises: DataError for a path without text; ConfigError for a file with a ``config``, and for ``val_path`` with a dataset
+    of the ``datasets`` package.
     """
     option = "--dataset_text_key"
     if _is_local(path, config):
         if config:
             raise ConfigError(
-                f"--dataset_name {config} is of data sets on the hub, and --dataset_path {path} is a file; leave it out"
+                f"--dataset_name {config} is for datasets on the hub, but --dataset_path {path} is local; leave it out"
             )
         files = find_text_files(path)
         if val_path is None:
@@ -238,9 +238,7 @@ def open_source(
         held_out = find_text_files(val_path, "--val_path")
         return FileSource([*files, *held_out], text_key, option, path, val_path, len(files))
     if val_path is not None:
-        raise ConfigError(
-            f"--val_path {val_path} goes with local files; of a data set on the hub use --val_fraction 0.01"
-        )
+        raise ConfigError(f"--val_path {val_path} needs local files; for a dataset on the hub use --val_fraction 0.01")
     return HubSource(path, config, split, text_key, option, streaming, cache_dir)
 
 
@@ -250,7 +248,7 @@ def _count_pieces(files: Sequence[Path]) -> int:
 
 
 def _is_local(path: str, config: str | None) -> bool:
-    """Whether ``path`` is read here, and not by the ``datasets`` package."""
+    """True if ``path`` is read as local files, and not by the ``datasets`` package."""
     place = Path(path)
     if place.is_dir():
         return not config and not _is_saved(path)
@@ -263,8 +261,8 @@ def _is_saved(path: str) -> bool:
 
 
 def find_text_files(path: str, option: str = "--dataset_path") -> list[Path]:
-    """The readable files below the folder ``path`` (hidden ones left out, links followed), those a pattern matches, or the
-    one file; sorted. Raises: DataError naming ``option`` if there is none."""
+    """The readable files in and below the folder ``path`` (without hidden ones, following links), those that match a
+    pattern, or the one file; sorted. Raises: DataError naming ``option`` if there are none."""
     place = Path(path)
     found = list(files_below(place, hidden=False)) if place.is_dir() else [Path(p) for p in glob.glob(path)]
     found = found or [place]
@@ -280,8 +278,8 @@ def find_text_files(path: str, option: str = "--dataset_path") -> list[Path]:
 
 
 def file_states(paths: Iterable[Path]) -> list[list[Any]]:
-    """Path, size and modification time of the files among ``paths`` and of all files below folders among them; a path
-    that does not exist (a name on the hub) adds nothing. Raises: OSError."""
+    """Path, size and modification time of the files among ``paths`` and of all files below folders among them; a path that
+    does not exist (a name on the hub) adds nothing. Raises: OSError."""
     files = [file for path in paths for file in ([path] if path.is_file() else sorted(files_below(path)))]
     return [[str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns] for file in files]
 
@@ -293,7 +291,7 @@ def _facts_of(paths: Iterable[Path]) -> list[dict[str, Any]] | dict[str, Any]:
 
 
 def files_in_brief(facts: list[dict[str, Any]]) -> list[dict[str, Any]] | dict[str, Any]:
-    """The facts, or of very many files their number, their bytes and one hash: every run reads them at its start."""
+    """The facts; for very many files, their number, bytes and one hash, because every run reads them at its start."""
     if len(facts) <= MANY_FILES:
         return facts
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

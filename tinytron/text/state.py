@@ -1,4 +1,4 @@
-"""The progress of a tokenization, in one file, with what it is made from, so that nothing else continues it."""
+"""Progress of a tokenization, in one file with a record of its inputs, so that no other inputs can continue it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ Recipe = dict[str, Any]
 
 @dataclass(frozen=True)
 class State:
-    """A state as it was read: the ``recipe``, the place in the source, how much of it is done (in its unit), the number
-    of documents left out, and what the writers of the splits had."""
+    """A state as read from its file: the ``recipe``, the place in the source, how much of it is done (in its unit), the
+    number of documents left out, and the states of the splits' writers."""
 
     recipe: Recipe
     place: Place
@@ -35,7 +35,7 @@ class State:
     content: bytes
 
     def restore(self, writers: Mapping[str, SplitWriter]) -> None:
-        """Bring the writers to where those were that were written. Raises: DataError if a shard has gone."""
+        """Set the writers to the saved states. Raises: DataError if a shard is missing."""
         offset = 0
         for split, writer in writers.items():
             offset += writer.restore(self.splits[split], self.content[offset:])
@@ -49,7 +49,7 @@ def write_state(
     done: int = 0,
     empty: int = 0,
 ) -> None:
-    """Write the state file, whole or not at all: a line of JSON, then what is pending. Raises: OSError."""
+    """Write the state file, completely or not at all: a line of JSON, then the pending data. Raises: OSError."""
     states = {split: writer.state() for split, writer in writers.items()}
     content = b"".join(pending for _, pending in states.values())
     facts = {"version": VERSION, "recipe": recipe, "place": place, "done": done, "empty": empty}
@@ -60,13 +60,13 @@ def write_state(
 
 
 def read_state(folder: Path) -> State | None:
-    """The state of ``folder``, ``None`` if there is none. Raises: DataError for a damaged one."""
+    """The state of ``folder``, or ``None`` if it has none. Raises: DataError if it is damaged."""
     path = folder / STATE
     try:
         with open(path, "rb") as file:
             facts, content = json.loads(file.readline()), file.read()
         if facts["version"] != VERSION or facts["sha256"] != hashlib.sha256(content).hexdigest():
-            raise ValueError("it is of another version, or not whole")
+            raise ValueError("it has another version, or is incomplete")
         place = Place(*facts["place"])
         return State(facts["recipe"], place, facts["done"], facts["empty"], facts["splits"], content)
     except FileNotFoundError:
@@ -76,11 +76,11 @@ def read_state(folder: Path) -> State | None:
 
 
 def recipe_of(options: TokenizeOptions, source: TextSource, tokenizer: TokenizerFacts) -> Recipe:
-    """All that decides the tokens, in plain JSON values. Raises: OSError if source files cannot be looked at."""
+    """Everything that determines the tokens, in plain JSON values. Raises: OSError if source files cannot be examined."""
     others: dict[str, Any] = {"num_tokens_per_file": options.num_tokens_per_file, "val_fraction": options.val_fraction}
     if options.train_bpe:
         others["train_bpe_bytes"] = options.train_bpe_bytes
-    # Only options that are in use: folders of versions without them stay valid.
+    # Only options in use, so that folders made by versions without these options stay valid.
     if options.split_name is not None:
         others["split_name"] = options.split_name
     if options.min_chars:
@@ -105,11 +105,11 @@ def recipe_in(manifest: Manifest) -> Recipe:
 
 
 def recipe_hash(recipe: Mapping[str, Any]) -> str:
-    """Sixteen hexadecimal digits that name the folder of what ``recipe`` (plain JSON values) makes."""
+    """Sixteen hexadecimal digits that name the folder for the results of ``recipe`` (plain JSON values)."""
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
 
 
-# Where the name of the flag is not the last part of the key.
+# Keys whose last part is not the name of the flag.
 FLAGS = {
     "source.path": "dataset_path",
     "source.config": "dataset_name",
@@ -121,7 +121,7 @@ FLAGS = {
 
 
 def difference(wanted: Recipe, there: Recipe) -> str | None:
-    """The first difference, in words: ``--token_dtype uint32, where the folder has uint16``; ``None`` if nothing is."""
+    """The first difference, in words: ``--token_dtype uint32, where the folder has uint16``; ``None`` if there is none."""
     if isinstance(files := there["source"].get("files"), list):  # earlier versions listed any number
         there = {**there, "source": {**there["source"], "files": files_in_brief(files)}}
     for name, (mine, other) in _leaves(wanted, there):

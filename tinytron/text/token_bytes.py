@@ -1,5 +1,5 @@
-"""The number of bytes of text that each token id stands for. It turns a loss per token into one per byte, which compares
-models with different tokenizers."""
+"""Number of bytes of text that each token id stands for, to turn a loss per token into a loss per byte, which is comparable
+between models with different tokenizers."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from tinytron.text.run_tokenizer import tokenizers_of_data
 _SPACE = "\u2581"  # how SentencePiece writes a space
 _BYTE_NAMES = [f"<0x{number:02X}>" for number in range(256)]
 _PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-# What byte-level tokenizers write for a byte (GPT-2): its Latin-1 character, or one from U+0100 on if that is invisible.
+# How byte-level tokenizers (GPT-2) write a byte: its Latin-1 character, or one from U+0100 on if that is invisible.
 _BYTE_CHARACTERS = {chr(code) for code in _PRINTABLE} | {chr(0x100 + n) for n in range(256 - len(_PRINTABLE))}
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 def token_bytes(serialized: bytes) -> list[int] | None:
-    """The bytes of every id of a tokenizer.json, special tokens 0; ``None`` for a tokenizer whose tokens do not say which
-    bytes they are: of words (WordPiece), of text that it changes first (lower case, say), or with characters that it has no
-    token for. Read without the ``tokenizers`` package.
+    """The number of bytes of every id of a tokenizer.json, 0 for special tokens. ``None`` for a tokenizer whose tokens do
+    not tell: one of words (WordPiece), one that changes the text first (to lower case, say), or one that lacks tokens for
+    some characters. Read without the ``tokenizers`` package.
 
-    A space that a tokenizer puts before a text is counted, though the text has none; after NFC its bytes are counted.
-    Raises: ValueError if the content is not a tokenizer.
+    A space that a tokenizer puts before a text is counted, though the text does not have it; for NFC, the bytes after
+    normalization count. Raises: ValueError if the content is not a tokenizer.
     """
     file = json.loads(serialized)
     try:
@@ -44,13 +44,13 @@ def token_bytes(serialized: bytes) -> list[int] | None:
     if "ByteLevel" in kinds:
         if not covered >= _BYTE_CHARACTERS:
             return None
-        sizes = {number: len(token) for number, token in names.items()}  # a character for every byte
+        sizes = {number: len(token) for number, token in names.items()}  # one character for every byte
     elif characters_of(file) is not None:
         sizes = {number: len(token.encode()) for number, token in names.items()}
     elif spaces:
         falls = "ByteFallback" in kinds
         if not falls or not {_SPACE, *_BYTE_NAMES} <= covered:
-            return None  # what has no token becomes the one for unknown text, and a space three bytes
+            return None  # text without a token becomes the unknown token, and a space three bytes
         sizes = {
             n: 1 if falls and _BYTE.fullmatch(t) else len(t.replace(_SPACE, " ").encode()) for n, t in names.items()
         }
@@ -62,7 +62,7 @@ def token_bytes(serialized: bytes) -> list[int] | None:
 
 
 def _changes_text(normalizer: Any) -> bool:
-    """Whether a normalizer changes more than how spaces are written, or than NFC, which most text is in."""
+    """True if a normalizer changes more than the spelling of spaces and NFC, which most text already is."""
     if normalizer is None:
         return False
     kind = normalizer.get("type")
@@ -83,8 +83,8 @@ def _decoders(decoder: Any) -> Iterator[dict[str, Any]]:
 
 
 def token_bytes_of_data(dataset_path: str | None) -> list[int] | None:
-    """``token_bytes`` of the one tokenizer.json next to all shards of ``--dataset_path``; ``None`` if there is none, or not
-    the same one everywhere. Raises: DataError for a damaged one."""
+    """``token_bytes`` of the one tokenizer.json next to all shards of ``--dataset_path``; ``None`` if some shards have none
+    or a different one. Raises: DataError if it is damaged."""
     found = tokenizers_of_data(dataset_path)
     files = found.files
     contents = {file.read_bytes() for file in files}
@@ -94,5 +94,5 @@ def token_bytes_of_data(dataset_path: str | None) -> list[int] | None:
         return token_bytes(contents.pop())
     except ValueError as error:
         raise DataError(
-            f"{files[0]} is no tokenizer ({error}); tokenize again with --overwrite, or remove it"
+            f"{files[0]} is not a tokenizer ({error}); tokenize again with --overwrite, or remove it"
         ) from error

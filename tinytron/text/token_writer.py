@@ -1,6 +1,6 @@
-"""Tokens of documents into shards of equal size; tokens that are not yet in a shard are carried over from run to run.
+"""Writes documents' tokens into shards of equal size; tokens that are not in a shard yet are carried over to the next run.
 
-Next to ``<split>_<index>.bin`` is ``<split>_<index>.docs``, a timl v1 file of uint32: the tokens of that shard at which
+Next to ``<split>_<index>.bin`` is ``<split>_<index>.docs``, a timl v1 file of uint32: the offsets in that shard at which
 documents begin.
 """
 
@@ -30,11 +30,11 @@ def shard_name(split: str, index: int) -> str:
 
 @dataclass
 class SplitWriter:
-    """The shards of one split: ``size`` tokens each but the last. Those before ``first`` are not written, those after
-    ``last`` not yet.
+    """The shards of one split, with ``size`` tokens each but the last. Shards before ``first`` are not written; those after
+    ``last`` are left for a later run.
 
-    ``pending`` are tokens that are in no shard yet, ``starts`` the documents that begin among them, counted from the
-    first pending token.
+    ``pending`` are tokens that are in no shard yet, ``starts`` the offsets of documents that begin among them, counted from
+    the first pending token.
     """
 
     folder: Path
@@ -44,14 +44,14 @@ class SplitWriter:
     size: int
     first: int = 0
     last: int | None = None
-    index: int = 0  # of the next shard
+    index: int = 0  # number of the next shard
     shards: list[ShardFacts] = field(default_factory=list)
     pending: list[Array] = field(default_factory=list)
     starts: list[Array] = field(default_factory=list)
-    held: int = 0  # tokens in pending
+    held: int = 0  # number of tokens in pending
 
     def add(self, tokens: Array, lengths: npt.NDArray[np.uint32]) -> None:
-        """Take the tokens of documents of these lengths. Shapes: [tokens], [documents]."""
+        """Append the tokens of documents with these lengths. Shapes: [tokens], [documents]."""
         if len(lengths):
             ends = np.cumsum(lengths, dtype=np.int64)
             self.starts.append(np.concatenate(([0], ends[:-1])) + self.held)
@@ -60,11 +60,11 @@ class SplitWriter:
 
     @property
     def done(self) -> bool:
-        """Whether the shard that ``last`` names is there."""
+        """True if the shard that ``last`` names has been written."""
         return self.last is not None and self.index > self.last
 
     def write_full(self) -> int:
-        """Write every shard that is full and wanted; returns how many. Raises: OSError."""
+        """Write every shard that is full and in range; returns their number. Raises: OSError."""
         if self.held < self.size or self.done:
             return 0
         tokens, starts = self._joined()
@@ -75,13 +75,13 @@ class SplitWriter:
                 self.shards.append(self._write(tokens[: self.size], starts[:count]))
             self.index += 1
             tokens, starts = tokens[self.size :], starts[count:] - self.size
-        # Copies: a view would keep the whole of what was joined.
+        # Copies, because a view would keep the whole joined array alive.
         self.pending, self.starts, self.held = [tokens.copy()], [starts.copy()], len(tokens)
         return self.index - before
 
     def write_rest(self) -> ShardFacts | None:
-        """Write what is pending as a shard that is not full, if there is anything and it is wanted. It stays pending, so
-        that a later run can fill the shard."""
+        """Write the pending tokens as an incomplete shard, if there are any and it is in range. They stay pending, so that
+        a later run can fill the shard."""
         if not self.held or self.done or self.index < self.first:
             return None
         return self._write(*self._joined())
@@ -101,18 +101,18 @@ class SplitWriter:
     # State for a later run.
 
     def state(self) -> tuple[dict[str, Any], bytes]:
-        """Plain values, and the pending tokens followed by the starts."""
+        """Plain values, and the bytes of the pending tokens followed by the starts."""
         tokens, starts = self._joined()
         facts = {"index": self.index, "shards": [dataclasses.asdict(shard) for shard in self.shards]}
         facts |= {"tokens": len(tokens), "starts": len(starts)}
         return facts, tokens.tobytes() + starts.tobytes()
 
     def restore(self, facts: dict[str, Any], content: bytes) -> int:
-        """Continue from a ``state()``, whose bytes ``content`` begins with; returns their number. Raises: DataError if a
-        shard of it is gone."""
+        """Continue from a ``state()``; ``content`` begins with its bytes, whose number is returned. Raises: DataError if
+        one of its shards is missing."""
         self.index, self.shards = facts["index"], [ShardFacts(**shard) for shard in facts["shards"]]
         for name in names_gone(self.shards, self.dtype.itemsize, self.folder)[:1]:
-            raise DataError(f"{self.folder / name} is gone; tokenize again with --overwrite")
+            raise DataError(f"{self.folder / name} is missing; tokenize again with --overwrite")
         cut = facts["tokens"] * self.dtype.itemsize
         stop = cut + facts["starts"] * 8
         self.pending = [np.frombuffer(content[:cut], self.dtype)]

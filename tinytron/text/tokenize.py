@@ -1,10 +1,10 @@
-"""Text to token shards: by many processes, in one order, and resumable after any interruption.
+"""Text to token shards: in many processes, in one order, and resumable after any interruption.
 
 source -> chunks -> workers (read, split off validation, encode) -> in order -> shards and sidecars -> manifest.json
 
 Whenever shards have been finished, and when it is asked to stop, the pipeline writes a state file: the place in the source,
-the tokens that are in no shard yet, and what all of this is made from. Until the manifest is there, the same call continues
-from that file.
+the tokens that are in no shard yet, and a record of the inputs. Until the manifest exists, the same call continues from
+that file.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from tinytron.data.manifest import (
     MANIFEST,
@@ -42,6 +40,7 @@ from tinytron.text.tokenizers import TextTokenizer
 from tinytron.text.train import train_tokenizer
 from tinytron.text.worker_pool import WorkerPool
 from tinytron.utils.lock import wait_for_lock
+from tinytron.utils.progress import Progress, scaled
 from tinytron.utils.signals import StopRequest
 from tinytron.utils.texts import whole_characters
 from tinytron.utils.training import write_atomically
@@ -52,7 +51,7 @@ OURS = re.compile(r".+_\d{6}\.(bin|docs)(\.tmp)?")
 
 @dataclass(frozen=True)
 class Outcome:
-    """The ``manifest``, or the signal that stopped the call; ``fresh`` if this call did anything."""
+    """The ``manifest``, or the signal that stopped the call; ``fresh`` if this call did any work."""
 
     folder: Path
     manifest: Manifest | None
@@ -68,18 +67,18 @@ def tokenize_dataset(
     tokenizer: TextTokenizer | None = None,
     repair: bool = False,
 ) -> Outcome:
-    """Write ``options.folder``, unless it is there already, or continue what an earlier call has begun. ``say`` gets
-    progress messages; ``tokenizer`` is that of the options, if it is loaded already; with ``repair`` a finished folder is
-    made again if its shards are not those of its manifest.
+    """Write ``options.folder``, unless it is already complete, or continue what an earlier call began. ``say`` gets
+    progress messages; ``tokenizer`` is the one of the options, if it is already loaded; with ``repair``, a finished folder
+    is made again if its shards do not match its manifest.
 
-    Raises: ConfigError and DataError for options that do not fit each other, the source or what is in the folder; DataError
-    if the folder cannot be written.
+    Raises: ConfigError and DataError for options that do not fit each other, the source or the contents of the folder;
+    DataError if the folder cannot be written.
     """
     source = source_of(options)
     if tokenizer is None and not options.trains:
         tokenizer = load_tokenizer(options)
     if tokenizer is not None:
-        tokenizer_facts(tokenizer, options)  # raises for a tokenizer that does not fit before anything is written
+        tokenizer_facts(tokenizer, options)  # raises before anything is written if the tokenizer does not fit
     try:
         options.folder.mkdir(parents=True, exist_ok=True)
         with wait_for_lock(options.folder / LOCK, say):
@@ -90,13 +89,13 @@ def tokenize_dataset(
     except OSError as error:
         raise DataError(
             f"--output_dir {options.folder} cannot be written ({error.strerror or error}); use a disk with space. "
-            "The same call continues where it was"
+            "The same call continues from here"
         ) from error
 
 
 def finished(folder: Path) -> Manifest | None:
-    """The manifest of a folder whose tokenization is complete and whose shards are those that the manifest names, in the
-    right sizes; else ``None``."""
+    """The manifest of a folder whose tokenization is complete and whose shards match the manifest in name and size, else
+    ``None``."""
     with contextlib.suppress(DataError, OSError):
         manifest = read_manifest(folder)
         if manifest is not None and manifest.complete:
@@ -129,19 +128,19 @@ def load_tokenizer(options: TokenizeOptions) -> TextTokenizer:
         return tokenizers.from_hub(options.tokenizer_name, options.cache_dir, options.trust_remote_code)
     if options.encoding_name is not None:
         return tokenizers.from_tiktoken(options.encoding_name)
-    assert options.tokenizer_path is not None, "one is given, and it is not to be trained"
+    assert options.tokenizer_path is not None, "the options have exactly one tokenizer, and it is not to be trained"
     return tokenizers.from_file(Path(options.tokenizer_path))
 
 
 def tokenizer_facts(tokenizer: TextTokenizer, options: TokenizeOptions) -> TokenizerFacts:
-    """The manifest's record of ``tokenizer``. Raises: ConfigError if its ids do not fit the type of the tokens, or if it
-    lacks the end-of-text token."""
+    """The manifest's record of ``tokenizer``. Raises: ConfigError if its ids do not fit the data type of the tokens, or if
+    it lacks the end-of-text token."""
     largest = int(np.iinfo(options.dtype).max)
     if tokenizer.vocab_size > largest + 1:
         advice = "use --token_dtype uint32" + (" --file_format timl" if options.file_format == "llmc" else "")
         raise ConfigError(
-            f"--{tokenizer.kind} {tokenizer.name} has ids up to {tokenizer.vocab_size - 1}, and --token_dtype "
-            f"{options.token_dtype} ends at {largest}; {advice}"
+            f"--{tokenizer.kind} {tokenizer.name} has ids up to {tokenizer.vocab_size - 1}, but the maximum of "
+            f"--token_dtype {options.token_dtype} is {largest}; {advice}"
         )
     token = number = None
     if options.eot_position != "none":
@@ -151,7 +150,7 @@ def tokenizer_facts(tokenizer: TextTokenizer, options: TokenizeOptions) -> Token
 
 
 class _Run:
-    """One call, with the folder's lock held."""
+    """One call, which has the folder's lock."""
 
     def __init__(
         self, options: TokenizeOptions, source: TextSource, stop: StopRequest, say: Callable[[str], object]
@@ -159,7 +158,7 @@ class _Run:
         self.options, self.source, self.stop, self.say = options, source, stop, say
         self.folder, self.split = options.folder, options.split
         self.ends_held_out = isinstance(source, FileSource) and source.held_out_end > 0
-        # A text whose end is held out is not held out by its hash.
+        # If the ends of texts are held out, no text is held out by its hash.
         self.rule = replace(options.rule, val_fraction=0.0) if self.ends_held_out else options.rule
         fixed = (options.dtype, options.file_format, options.num_tokens_per_file)
         self.main = SplitWriter(self.folder, self.split, *fixed, options.min_file_index, options.max_file_index)
@@ -169,12 +168,12 @@ class _Run:
         self.place, self.done, self.empty = START, 0, 0
 
     def run(self, tokenizer: TextTokenizer | None) -> Outcome:
-        """Begin, continue, or find the folder finished."""
+        """Begin, continue, or return the finished folder."""
         state, manifest = read_state(self.folder), read_manifest(self.folder)
         begun = state is not None or manifest is not None
         if not begun and any(OURS.fullmatch(path.name) for path in self.folder.iterdir()):
             raise DataError(
-                f"--output_dir {self.folder} holds shards that were not made here; use another folder, or --overwrite"
+                f"--output_dir {self.folder} contains shards from elsewhere; use another folder, or --overwrite"
             )
         if tokenizer is None:
             tokenizer = self._trained(begun)
@@ -194,26 +193,30 @@ class _Run:
             return Outcome(self.folder, None, self.stop.received)
         return Outcome(self.folder, self._finish(facts, recipe))
 
-    # The folder as it is.
+    # The folder as found.
 
     def _trained(self, begun: bool) -> TextTokenizer:
         """The tokenizer that the folder has, or a new one."""
         path, options = self.folder / TOKENIZER, self.options
         if not begun:
-            trained = train_tokenizer(options, self._documents(), self.say)
+            documents = self._documents("reading text for the tokenizer")
+            trained = train_tokenizer(options, documents, self.say)
             write_atomically(path, lambda file: file.write(trained))
         return tokenizers.from_file(path, options.kind, str(getattr(options, options.kind)).lower())
 
-    def _documents(self) -> Iterator[tuple[str, str | None]]:
-        """Every text and its split."""
-        for chunk in self.source.chunks(self.options.chunksize):
-            for text in map(whole_characters, self.source.read(chunk)):
-                yield text, self.rule.split_of(text, chunk.held_out)
+    def _documents(self, what: str) -> Iterator[tuple[str, str | None]]:
+        """Every text, with its split. ``what`` names the work in the progress that is shown."""
+        total, unit = self.source.size()
+        with Progress(what, total, unit) as progress:
+            for chunk in self.source.chunks(self.options.chunksize):
+                for text in map(whole_characters, self.source.read(chunk)):
+                    yield text, self.rule.split_of(text, chunk.held_out)
+                progress.update(chunk.done - progress.done)
 
     def _require_same(self, recipe: Recipe, there: Recipe | None) -> None:
         if there is not None and (text := difference(recipe, there)) is not None:
             raise ConfigError(
-                f"--output_dir {self.folder} was made from other options: {text}; use another folder, or --overwrite"
+                f"--output_dir {self.folder} was made with other options: {text}; use another folder, or --overwrite"
             )
 
     def _restore(self, state: State) -> None:
@@ -222,7 +225,7 @@ class _Run:
         self._require_files({shard.name for shard in self.main.shards}, self.main.index)
 
     def _require_files(self, names: set[str], stop: int) -> None:
-        """Refuse a folder whose first files an earlier call left out by ``--min_file_index``."""
+        """Refuse a folder whose first files an earlier call left out because of ``--min_file_index``."""
         last = self.options.max_file_index
         for index in range(self.options.min_file_index, stop if last is None else min(stop, last + 1)):
             if shard_name(self.split, index) not in names:
@@ -235,7 +238,7 @@ class _Run:
         names = [shard.name for shard in manifest.shards_of(self.split)]
         self._require_files(set(names), 1 + max((int(n[-10:-4]) for n in names), default=-1))
         for name in names_gone(manifest.shards, self.options.dtype.itemsize, self.folder)[:1]:
-            raise DataError(f"{self.folder / name} is gone; tokenize again with --overwrite")
+            raise DataError(f"{self.folder / name} is missing; tokenize again with --overwrite")
         if manifest.complete:
             (self.folder / STATE).unlink(missing_ok=True)
         return Outcome(self.folder, manifest, fresh=False)
@@ -245,7 +248,9 @@ class _Run:
     def _begin(self, tokenizer: TextTokenizer, recipe: Recipe) -> None:
         self.source.size()  # a source that cannot be loaded raises here
         if self.ends_held_out:
-            self.say(f"held out: the last {self.options.val_fraction:.3g} of every file, as there are few documents")
+            self.say(
+                f"held out: the last {self.options.val_fraction:.3g} of every file, because there are few documents"
+            )
         (self.folder / MANIFEST).unlink(missing_ok=True)
         if tokenizer.serialized:
             write_atomically(self.folder / TOKENIZER, lambda file: file.write(tokenizer.serialized))
@@ -255,7 +260,7 @@ class _Run:
             self.say(f"continuing after {sum(len(w.shards) for w in self.writers.values())} finished shards")
         if (index := self.main.index) < self.options.min_file_index:
             dropped = f"{index} to {self.options.min_file_index - 1}"
-            self.say(f"files {dropped} are tokenized and dropped: {self.folder} does not say where they end")
+            self.say(f"files {dropped} are tokenized and dropped, because {self.folder} does not record where they end")
 
     def _save(self, recipe: Recipe) -> None:
         write_state(self.folder, recipe, self.writers, self.place, self.done, self.empty)
@@ -264,19 +269,20 @@ class _Run:
         work = ChunkEncoder(
             self.source, tokenizer.encode, facts.eot_id, facts.eot_position, self.options.dtype, self.rule
         )
-        self._write_full(recipe)  # shards that an earlier ``--max_file_index`` held back
+        self._write_full(recipe)  # shards that an earlier ``--max_file_index`` left for later
         if self.main.done:
             return
-        with WorkerPool(work, self.options.workers) as pool, _Progress(self.source, self.done) as progress:
+        with WorkerPool(work, self.options.workers) as pool, _Rates(self.source, self.done) as rates:
             chunks = self.source.chunks(self.options.chunksize, self.place)
             for chunk, made in pool.map(chunks, lambda: bool(self.stop.received)):
                 for split, (tokens, lengths) in made.splits.items():
                     self.writers[split].add(tokens, lengths)
                 self.place, self.done, self.empty = chunk.after, chunk.done, self.empty + made.empty
                 self._write_full(recipe)
-                progress.update(chunk.done, made)
+                rates.update(chunk.done, made)
                 if self.main.done:
-                    return
+                    break
+        self.say(rates.summary())
         if self.stop.received:
             self._save(recipe)
 
@@ -285,7 +291,7 @@ class _Run:
             self._save(recipe)
 
     def _finish(self, facts: TokenizerFacts, recipe: Recipe) -> Manifest:
-        """Write the tokens that do not fill a shard, and the manifest; keep the state unless the source has ended."""
+        """Write the incomplete last shards and the manifest; keep the state unless the source has ended."""
         complete, shards = not self.main.done, list[ShardFacts]()
         documents, tokens = dict[str, int](), dict[str, int]()
         for split, writer in self.writers.items():
@@ -325,21 +331,21 @@ class _Run:
         return manifest
 
     def _empty_split(self, documents: dict[str, int]) -> DataError:
-        """The error for one split that got all documents."""
+        """The error for a split that got no documents."""
         (empty,) = (split for split, count in documents.items() if not count)
         options, count = self.options, sum(documents.values())
         if options.val_path:
             place = f"--val_path {options.val_path}" if empty == "val" else f"--dataset_path {options.dataset_path}"
             return DataError(f"{place} has no document to keep for {empty}; use another, or a smaller --min_chars")
         return DataError(
-            f"--val_fraction {options.val_fraction:g}: no document of {count} is for {empty} (a hash of the text decides); "
-            "use more documents, another --val_fraction, or --val_path FILE"
+            f"--val_fraction {options.val_fraction:g}: none of {count} documents goes to {empty} (a hash of the text "
+            "decides); use more documents, another --val_fraction, or --val_path FILE"
         )
 
     def _nothing_kept(self) -> DataError:
-        """The error of a source without a document to tokenize; looks for the length of the longest."""
+        """The error for a source without a document to tokenize; looks for the longest one."""
         path, least = self.options.dataset_path, self.options.min_chars
-        sizes = [len(text.strip()) for text, _ in self._documents()]
+        sizes = [len(text.strip()) for text, _ in self._documents("looking for the longest document")]
         if not least or not any(sizes):
             return DataError(f"--dataset_path {path} has no document with text; use another")
         return DataError(
@@ -354,27 +360,34 @@ def _clear(folder: Path) -> None:
             path.unlink()
 
 
-class _Progress:
-    """The bar on stderr: share done and time left where the size is known, documents and tokens per second of this
-    call."""
+class _Rates:
+    """The progress of tokenizing, with documents and tokens per second of this call."""
 
     def __init__(self, source: TextSource, done: int) -> None:
-        total, unit = source.size()
-        often = 0.2 if sys.stderr.isatty() else 10.0
-        self.bar = tqdm(total=total, initial=done, unit=unit, unit_scale=True, mininterval=often, file=sys.stderr)
-        self.start, self.documents, self.tokens = time.perf_counter(), 0, 0
+        total, self._unit = source.size()
+        self._first = done
+        self.progress = Progress("tokenizing", total, self._unit, initial=done)
+        self.documents = self.tokens = 0
 
     def update(self, done: int, made: Encoded) -> None:
-        """``done`` of the source, ``made`` more."""
+        """Show that ``done`` of the source is finished, ``made`` having been added."""
         for tokens, lengths in made.splits.values():
             self.documents, self.tokens = self.documents + len(lengths), self.tokens + len(tokens)
-        seconds = max(1e-9, time.perf_counter() - self.start)
-        rates = f"{self.documents / seconds:,.0f} documents/s, {self.tokens / seconds:,.0f} tokens/s"
-        self.bar.set_postfix_str(rates, refresh=False)
-        self.bar.update(done - self.bar.n)
+        self.progress.update(done - self.progress.done, self._rates())
 
-    def __enter__(self) -> _Progress:
+    def summary(self) -> str:
+        """A line to print at the end."""
+        read = scaled(self.progress.done - self._first, self._unit)
+        return f"tokenized {read} in {self.progress.seconds:.1f} s: {self._rates()}"
+
+    def _rates(self) -> str:
+        seconds = max(1e-9, self.progress.seconds)
+        # Not of one long text, which would be 0.
+        documents = f"{self.documents / seconds:,.0f} documents/s, " if self.documents >= seconds else ""
+        return f"{documents}{self.tokens / seconds:,.0f} tokens/s"
+
+    def __enter__(self) -> _Rates:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
+    def __exit__(self, *error: object) -> None:
+        self.progress.__exit__(*error)

@@ -1,4 +1,4 @@
-"""What a tokenizer's files say about its tokens, read without the package that made them."""
+"""Reads what a tokenizer's files say about its tokens, without the package that made them."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from tinytron.data.manifest import TOKENIZER
 from tinytron.utils.texts import without_bom
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
-END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<eot>")  # where a tokenizer names none
+END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<eot>")  # used if a tokenizer names none
 
 
 def usual_ends(specials: Collection[str]) -> list[str]:
-    """``END_TOKENS``, those that are ``specials`` first: an ordinary word of the vocabulary ends documents only last."""
+    """``END_TOKENS``, with those in ``specials`` first: an ordinary word of the vocabulary is the last resort."""
     return sorted(END_TOKENS, key=lambda token: token not in specials)
 
 
 def read_tokenizer(path: Path) -> dict[str, Any]:
-    """The content of a tokenizer.json. Raises: OSError; ValueError for what is not JSON."""
+    """The content of a tokenizer.json. Raises: OSError; ValueError if it is not JSON."""
     content: dict[str, Any] = json.loads(without_bom(path.read_bytes()))
     return content
 
 
 def vocabulary_of(content: Mapping[str, Any]) -> dict[str, int]:
-    """The tokens in the ``content`` of a tokenizer.json, added ones too, and their ids. Raises: ValueError, KeyError,
-    TypeError or AttributeError for a file of another form."""
+    """The tokens in the ``content`` of a tokenizer.json, including added ones, and their ids. Raises: ValueError, KeyError,
+    TypeError or AttributeError if the file has another form."""
     vocab = content["model"]["vocab"]
     pairs = vocab.items() if isinstance(vocab, dict) else ((piece, number) for number, (piece, *_) in enumerate(vocab))
     tokens = {str(token): int(number) for token, number in pairs}
@@ -37,23 +37,23 @@ def vocabulary_of(content: Mapping[str, Any]) -> dict[str, int]:
 
 
 def read_vocabulary(path: Path) -> dict[str, int]:
-    """``vocabulary_of`` the tokenizer.json ``path``. Raises: as ``read_tokenizer`` and ``vocabulary_of``."""
+    """``vocabulary_of`` the tokenizer.json ``path``. Raises: the same as ``read_tokenizer`` and ``vocabulary_of``."""
     return vocabulary_of(read_tokenizer(path))
 
 
 def specials_of(content: Mapping[str, Any]) -> set[str]:
-    """The special tokens in the ``content`` of a tokenizer.json. Raises: as ``vocabulary_of``."""
+    """The special tokens in the ``content`` of a tokenizer.json. Raises: the same as ``vocabulary_of``."""
     return {str(added.get("content")) for added in content.get("added_tokens") or [] if added.get("special")}
 
 
 def token_text(value: Any) -> str | None:
-    """The text of a token as tokenizer_config.json has it: a text, or an object with its ``content``."""
+    """The text of a token in tokenizer_config.json, which is a text or an object with its ``content``."""
     text = value.get("content") if isinstance(value, dict) else value
     return text if isinstance(text, str) else None
 
 
 def named_end(path: Path) -> str | None:
-    """The ``eos_token`` that the tokenizer_config.json next to a tokenizer.json names, if there is one."""
+    """The ``eos_token`` that the tokenizer_config.json next to a tokenizer.json names, or ``None``."""
     try:
         config = json.loads(without_bom((path.parent / TOKENIZER_CONFIG).read_bytes()))
     except (OSError, ValueError):
@@ -62,8 +62,8 @@ def named_end(path: Path) -> str | None:
 
 
 def leading_id(path: Path) -> int | None:
-    """The id that the post-processor of the tokenizer.json ``path`` puts before every text, if there is one. It alone
-    decides in transformers 5, whatever ``add_bos_token`` in tokenizer_config.json says. Raises: as ``read_vocabulary``."""
+    """The id that the post-processor of the tokenizer.json ``path`` puts before every text, or ``None``. In transformers 5
+    it alone decides, whatever ``add_bos_token`` in tokenizer_config.json says. Raises: the same as ``read_vocabulary``."""
     return _first_of(read_tokenizer(path).get("post_processor"))
 
 
@@ -72,7 +72,7 @@ def _first_of(processor: dict[str, Any] | None) -> int | None:
     if processor is None:
         return None
     kind = processor["type"]
-    if kind == "Sequence":  # each works on the result of the one before it
+    if kind == "Sequence":  # each processor works on the result of the previous one
         found = [number for part in processor["processors"] if (number := _first_of(part)) is not None]
         return found[-1] if found else None
     if kind in ("BertProcessing", "RobertaProcessing"):
@@ -92,5 +92,5 @@ def without_tokens(processor: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def tokenizer_file(place: Path) -> Path:
-    """The tokenizer.json that ``place`` is, or has in it."""
+    """The tokenizer.json that ``place`` is or contains."""
     return place / TOKENIZER if place.is_dir() else place

@@ -1,4 +1,4 @@
-"""A tokenizer made from the text that it is for."""
+"""Trains a tokenizer on the text that it is for."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from tinytron.text.tokenizers import BPE_END, first_bytes, train_bpe
 def train_tokenizer(
     options: TokenizeOptions, documents: Iterable[tuple[str, str | None]], say: Callable[[str], object]
 ) -> bytes:
-    """The tokenizer.json that ``options`` ask for, made from the texts and splits of ``documents``. Byte-level BPE learns
-    from the first training documents. Characters are those of all documents, held-out ones too: no text may have others."""
+    """The tokenizer.json that ``options`` ask for, made from the texts and splits of ``documents``. Byte-level BPE is
+    trained on the first training documents. A character tokenizer gets the characters of all documents, including held-out
+    ones, because texts with other characters cannot be encoded."""
     if options.train_chars:
         kept = (text for text, split in documents if split is not None)
         made = train_characters(kept, None if options.eot_position == "none" else BPE_END)
         say(f"tokenizer: one token for each of {made.get_vocab_size(with_added_tokens=False)} characters")
         return str(made.to_str()).encode()
-    assert options.train_bpe is not None, "no other tokenizer is trained"
+    assert options.train_bpe is not None, "no other kind of tokenizer is trained"
     used = 0
 
     def texts() -> Iterator[str]:
@@ -31,5 +32,5 @@ def train_tokenizer(
 
     say(f"training a tokenizer of {options.train_bpe} tokens")
     trained = str(train_bpe(texts(), options.train_bpe).to_str()).encode()
-    say(f"trained it on {used:,} bytes of text")
+    say(f"trained the tokenizer on {used:,} bytes of text")
     return trained

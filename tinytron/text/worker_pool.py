@@ -1,7 +1,8 @@
-"""Processes that work on a stream of tasks, whose results come in the order of the tasks.
+"""A pool of processes that work on a stream of tasks and return the results in the order of the tasks.
 
-Each process has a pipe and, here, a thread that feeds it, so that a process has work while results are being used. The pipe
-also ties their lives: a worker whose pipe closes ends, and a pipe that closes under the thread is a worker that died.
+Each process has a pipe and, in the parent, a thread that feeds it, so that it has work while results are being used. The
+pipe also links their lifetimes: a worker exits when its pipe closes, and a pipe that closes under the thread means that the
+worker died.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from tinytron.utils.signals import STOP_SIGNALS
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 WORKER = "token worker"  # the name of every process
-ROOM = 2  # tasks per worker that are begun, or done and not yet used
+ROOM = 2  # tasks per worker that are in progress, or done but not yet used
 
 
 class WorkerPool(Generic[Task, Result]):
     """``count`` processes that call ``work``, which is sent to each once; with a count of 0 this process calls it.
 
-    A context manager: on leaving it the processes are gone.
+    A context manager: it kills the processes on exit.
     """
 
     def __init__(self, work: Callable[[Task], Result], count: int) -> None:
@@ -41,7 +42,7 @@ class WorkerPool(Generic[Task, Result]):
         self._pipes: list[Connection] = []
 
     def __enter__(self) -> WorkerPool[Task, Result]:
-        # Forked from a server without threads: a fork of this process, with its threads, may hang.
+        # Forked from a server without threads, because forking this process, which has threads, may hang.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
         if self._count:
@@ -63,8 +64,8 @@ class WorkerPool(Generic[Task, Result]):
             process.join()
 
     def map(self, tasks: Iterator[Task], stopped: Callable[[], bool]) -> Iterator[tuple[Task, Result]]:
-        """Every task and its result, in order; ends early once ``stopped`` says so. Raises: what ``tasks`` or, in its
-        turn, ``work`` raises; DataError if a worker is killed."""
+        """Every task and its result, in order; ends early once ``stopped`` returns true. Raises: what ``tasks`` or, when
+        its turn comes, ``work`` raises; DataError if a worker is killed."""
         if not self._count:
             for task in tasks:
                 if stopped():
@@ -94,8 +95,8 @@ class WorkerPool(Generic[Task, Result]):
             feed.end()
 
     def _attend(self, feed: _Feed[Task, Result], process: Any, pipe: Connection) -> None:
-        """Give ``process`` one task after another."""
-        with contextlib.suppress(OSError):  # it died; the first answer says so
+        """Send ``process`` one task after another."""
+        with contextlib.suppress(OSError):  # the worker died; its first answer reports that
             pipe.send(self._work)
         while (entry := feed.next()) is not None:
             task, future = entry
@@ -104,10 +105,10 @@ class WorkerPool(Generic[Task, Result]):
                 failed, answer = pipe.recv()
             except (EOFError, OSError):
                 process.join(timeout=5)
-                what = f"worker process {process.pid} was killed (exit code {process.exitcode}), perhaps for want of memory"
-                future.set_exception(DataError(f"{what}; run again, with fewer by --num_proc or a smaller --chunksize"))
+                what = f"worker process {process.pid} was killed (exit code {process.exitcode}), perhaps out of memory"
+                future.set_exception(DataError(f"{what}; run again with a smaller --num_proc or a smaller --chunksize"))
                 return
-            except BaseException as error:  # a task that cannot be sent; raised where results are used
+            except BaseException as error:  # the task cannot be sent; raise where the result is used
                 future.set_exception(error)
                 return
             if failed:
@@ -117,12 +118,12 @@ class WorkerPool(Generic[Task, Result]):
 
 
 def start_deaf_server() -> None:
-    """Start the server that the workers are forked from, with the stop signals blocked, in it and so in them.
+    """Start the server that the workers are forked from with stop signals blocked, in the server and so in the workers.
 
-    Such a signal reaches all processes of a job, and the main one decides. Without this it ends a server that is still
-    loading its modules, and the next worker to be started is an ``EOFError``.
+    Such a signal reaches all processes of a job, and the main process decides what to do. Without blocking, it ends a
+    server that is still loading its modules, and starting the next worker raises ``EOFError``.
     """
-    resource_tracker.ensure_running()  # now, because it would unblock two of them
+    resource_tracker.ensure_running()  # before blocking, because starting it would unblock two of the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         forkserver.ensure_running()
@@ -131,7 +132,7 @@ def start_deaf_server() -> None:
 
 
 class _Feed(Generic[Task, Result]):
-    """Tasks for threads: read one by one, with a place in the order of results, while there is room."""
+    """Tasks for threads: read one by one while there is room, each with a place in the order of results."""
 
     def __init__(self, tasks: Iterator[Task], room: int) -> None:
         self.ordered: queue.Queue[tuple[Any, Future[Any]] | None] = queue.Queue()
@@ -139,9 +140,9 @@ class _Feed(Generic[Task, Result]):
         self._tasks, self._lock, self._ended = tasks, threading.Lock(), False
 
     def next(self) -> tuple[Task, Future[Result]] | None:
-        """The next task, and where its result goes; ``None`` after the last."""
+        """The next task, and the future for its result; ``None`` after the last."""
         with self._lock:
-            self.room.acquire()  # others wait for the lock
+            self.room.acquire()  # the other threads wait for the lock
             if self._ended:
                 self.room.release()
                 return None
@@ -151,7 +152,7 @@ class _Feed(Generic[Task, Result]):
             except StopIteration:
                 self._ended = True
                 self.ordered.put(None)
-            except BaseException as error:  # raised where results are used, in its turn
+            except BaseException as error:  # raised where results are used, when its turn comes
                 self._ended = True
                 future.set_exception(error)
                 self.ordered.put((None, future))
@@ -162,13 +163,13 @@ class _Feed(Generic[Task, Result]):
             return None
 
     def end(self) -> None:
-        """No more tasks: let all threads go."""
+        """No more tasks: release all threads."""
         self._ended = True
         self.room.release()
 
 
 def _serve(pipe: Connection) -> None:
-    """A worker process: until the pipe closes."""
+    """A worker process, which runs until the pipe closes."""
     # One thread per worker. putenv, because native libraries (not Python) read these.
     os.putenv("TOKENIZERS_PARALLELISM", "false")
     os.putenv("RAYON_NUM_THREADS", "1")
@@ -182,6 +183,6 @@ def _answer(work: Callable[[Any], Any], task: Any) -> tuple[bool, Any]:
     try:
         return False, work(task)
     except TinytronError as error:
-        return True, type(error)(str(error))  # without its cause, which may not travel
+        return True, type(error)(str(error))  # without its cause, which may not be picklable
     except BaseException:
         return True, RuntimeError(traceback.format_exc())

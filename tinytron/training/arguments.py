@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence, Set
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from tinytron.errors import ConfigError
 from tinytron.interop import model_options
@@ -19,9 +19,9 @@ from tinytron.utils.flags import Parser, add_flag, config_fields, parse_strictly
 from tinytron.utils.paths import one_spelling
 
 NONE: Mapping[str, type] = MappingProxyType({})
-_NAMES = ("config", PRESET)  # stand for options, and are none
+_NAMES = ("config", PRESET)  # these flags stand for options, but are not options themselves
 
-# Flags of nanoGPT, transformers, litgpt and torchtitan, and what they are here.
+# Flags of nanoGPT, transformers, litgpt and torchtitan, and their names in Tinytron.
 USUAL_NAMES = {
     **dict.fromkeys(("--learning_rate", "--lr"), "--max_lr"),
     **dict.fromkeys(("--n_layer", "--num_hidden_layers", "--n_layers"), "--num_layer"),
@@ -53,27 +53,64 @@ USUAL_NAMES = {
 }
 
 
-def build_parser(sections: Mapping[str, type] = NONE, prog: str | None = None) -> argparse.ArgumentParser:
-    """One flag per configuration field, grouped by section, of the built-in ``sections`` and further ones; booleans as
-    ``--flag`` and ``--no-flag``. ``prog`` is the command's name (default: that of the script)."""
+class About(NamedTuple):
+    """The help of a command: what it does, with examples, and the flags that ``--help`` shows of all."""
+
+    description: str
+    common: tuple[str, ...]
+
+
+PRETRAIN = About(
+    """Pre-train a GPT-style model, on random tokens if there is no --dataset_path.
+
+%(prog)s --preset tiny --max_steps 100
+%(prog)s --preset gpt2 --dataset_path data/corpus --do_val
+
+tinytron launch starts it on several GPUs.""",
+    (
+        *(PRESET, "config", "dataset_path", "seq_len", "total_batch_size", "batch_size", "max_steps", "max_lr"),
+        *("precision", "do_val", "save_every_steps", "log_dir", "dry_run"),
+    ),
+)
+PLAN = About(
+    """Print the memory that a training run would need on every GPU, without starting it.
+
+%(prog)s --preset 7b --dry_run_world_size 8 --backend nccl
+%(prog)s --preset 1b --recompute full --batch_size auto --backend nccl
+
+All flags of tinytron pretrain apply.""",
+    (
+        *(PRESET, "config", "dry_run_world_size", "backend", "seq_len", "batch_size", "total_batch_size", "precision"),
+        *("recompute", "sep_size", "optimizer"),
+    ),
+)
+
+
+def build_parser(
+    sections: Mapping[str, type] = NONE, prog: str | None = None, about: About = PRETRAIN
+) -> argparse.ArgumentParser:
+    """One flag per configuration field, grouped by section: the built-in sections, then the extra ``sections``. Booleans
+    become ``--flag`` and ``--no-flag``. ``prog`` is the command's name (default: the script's); ``about`` is its help,
+    which also shows all flags of the extra sections."""
+    further = (info.name for cls in sections.values() for info in config_fields(cls))
     parser = Parser(
         prog=prog,
         usage="%(prog)s [--flag value ...]",
-        description="Pre-train a GPT.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=about.description,
+        common=(*about.common, *further),
     )
     parser.add_argument(
         f"--{PRESET}",
         default=argparse.SUPPRESS,
         metavar="NAME",
-        help=f"sizes and rates by name; files and flags win over them ({', '.join(PRESETS)})",
+        help=f"named sizes and learning rates; files and flags override them ({', '.join(PRESETS)})",
     )
     parser.add_argument(
         "--config",
         action="append",
         default=argparse.SUPPRESS,
         metavar="FILE",
-        help="read options from a JSON or YAML file, or a run's config.json; flags win over it, later files over earlier",
+        help="read options from a JSON or YAML file, or a run's config.json; flags override it, later files earlier ones",
     )
     for section, cls in all_sections(sections).items():
         group = parser.add_argument_group(section, (cls.__doc__ or "").split(" Raises:")[0])
@@ -83,13 +120,16 @@ def build_parser(sections: Mapping[str, type] = NONE, prog: str | None = None) -
 
 
 def parse_args(
-    argv: Sequence[str] | None = None, sections: Mapping[str, type] = NONE, prog: str | None = None
+    argv: Sequence[str] | None = None,
+    sections: Mapping[str, type] = NONE,
+    prog: str | None = None,
+    about: About = PRETRAIN,
 ) -> argparse.Namespace:
-    """Parse ``argv`` (default: the command line), with the flags of further ``sections`` such as ``MyTrainer.sections``;
-    ``given`` of the result are the flags that stand there. Raises: ConfigError for unknown flags, naming the nearest known
-    one, and for values of the wrong type or a preset that does not fit. The options of ``--config`` files count as if
-    they stood before all flags, and those of the ``--preset`` before them."""
-    parser = build_parser(sections, prog)
+    """Parse ``argv`` (default: the command line), with the flags of extra ``sections`` such as ``MyTrainer.sections``;
+    ``given`` in the result is the set of flags that ``argv`` has. Raises: ConfigError for unknown flags, naming the nearest
+    known one, and for values of the wrong type or a preset that does not fit. The options of ``--config`` files count as if
+    they preceded all flags, and those of the ``--preset`` as if they preceded the files."""
+    parser = build_parser(sections, prog, about)
     preset, of_preset, of_files = _words_of_names(parser, argv, all_sections(sections))
     argv = [*of_files, *(sys.argv[1:] if argv is None else argv)]
     args = parse_strictly(parser, [*of_preset, *argv], USUAL_NAMES)
@@ -106,21 +146,21 @@ def parse_args(
 
 
 def _check_preset(name: str, args: argparse.Namespace, given: Set[str]) -> None:
-    """Raises: ConfigError if ``--preset`` and the flags that are ``given`` in addition do not go together."""
+    """Raises: ConfigError if ``--preset`` contradicts the flags that are ``given`` in addition."""
     if args.init_from is not None:
         raise ConfigError(
-            f"--preset {name} gives the sizes of a new model, and --init_from {args.init_from} has its own; leave one out"
+            f"--preset {name} sets the sizes of a new model, but --init_from {args.init_from} has its own; leave one out"
         )
     options = preset_options(name)
     if options.keys() <= given:
         raise ConfigError(
-            f"--preset {name} changes nothing: flags and --config files, which win over it, give all of its options; "
+            f"--preset {name} changes nothing: flags and --config files, which override it, give all of its options; "
             "leave one out"
         )
     tuned_for = options.get("optimizer", OptimConfig.optimizer)
     if args.optimizer != tuned_for and "max_lr" not in given:
         raise ConfigError(
-            f"--preset {name} has a --max_lr for --optimizer {tuned_for}; give one for --optimizer {args.optimizer}, such "
+            f"--preset {name} has a --max_lr for --optimizer {tuned_for}; set one for --optimizer {args.optimizer}, such "
             f"as --max_lr {GOOD_MAX_LR[args.optimizer]}"
         )
 
@@ -128,8 +168,8 @@ def _check_preset(name: str, args: argparse.Namespace, given: Set[str]) -> None:
 def _words_of_names(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, sections: Mapping[str, type]
 ) -> tuple[str | None, list[str], list[str]]:
-    """The preset of ``argv``, the words that it stands for, and those that the files stand for. A file may name the
-    preset, too."""
+    """The preset of ``argv``, the words that it stands for, and the words that the files stand for. A file may also name
+    the preset."""
     names = Parser(add_help=False)
     names.add_argument("--config", action="append", default=[])
     names.add_argument(f"--{PRESET}")
@@ -149,22 +189,22 @@ def _words_of_names(
 
 
 def build_config(args: argparse.Namespace) -> Config:
-    """The frozen configuration. ``block_size`` is ``seq_len`` unless it is given: a model cannot use positions that it was
-    not trained at. With ``--init_from`` the architecture is that of the weights, which flags of ``args.given`` must not
-    contradict, and ``seq_len`` is no longer than they read, unless it is given. Raises: ConfigError for values that break a
-    rule."""
+    """The frozen configuration. ``block_size`` is ``seq_len`` unless it is given, because a model cannot use positions that
+    it was not trained at. With ``--init_from`` the architecture comes from the weights, which flags in ``args.given`` must
+    not contradict, and ``seq_len`` is at most the model's longest sequence unless it is given. Raises: ConfigError for
+    values that break a rule."""
     values: dict[str, dict[str, Any]] = {}
     sections = all_sections(args.sections)
     for section, cls in sections.items():
         found = {info.name: getattr(args, info.name) for info in config_fields(cls)}
         values[section] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
     if args.init_from is not None:
-        values["ckpt"]["init_from"] = one_spelling(args.init_from)  # part of the run's identity, however it is spelled
+        values["ckpt"]["init_from"] = one_spelling(args.init_from)  # it identifies the run, however it is spelled
     if args.init_from is None and "block_size" not in args.given:
         values["model"]["block_size"] = max(1, values["train"]["seq_len"])
     if args.init_from is not None:
         values["model"] = model_options(args.init_from, values["model"], args.given & values["model"].keys())
-        if "seq_len" not in args.given:  # the default may be longer than the model reads
+        if "seq_len" not in args.given:  # the default may be longer than the model accepts
             values["train"]["seq_len"] = min(values["train"]["seq_len"], values["model"]["block_size"])
     config = Config.of({section: cls(**values[section]) for section, cls in sections.items()})
     check_exportable(config)

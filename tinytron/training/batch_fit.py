@@ -18,7 +18,7 @@ from tinytron.utils.memory import GIB, Memory, memory_of
 
 AUTO = 0  # --batch_size auto
 _ADVICE = "use --recompute full, a shorter --seq_len, a smaller model or more processes"
-_SHARE = 0.9  # of the free memory: the estimate may be too low by a tenth
+_SHARE = 0.9  # fraction of the free memory: the estimate may be a tenth too low
 
 
 def with_batch_size(config: Config, batch_size: int) -> Config:
@@ -31,7 +31,7 @@ def fit_batch_size(config: Config, state: ParallelState) -> tuple[Config, str]:
 
     The planner's estimate proposes a size that divides the batch. On GPUs each rank then runs one micro-batch of it forward
     and backward, and all ranks try the next smaller size if one runs out of memory. Under sequence or expert parallelism
-    the estimate decides alone: a rank that fails in the middle of an exchange would leave the others waiting.
+    only the estimate decides, because a rank that fails in the middle of an exchange would leave the others waiting.
 
     Raises: ConfigError on every rank if no size fits, or if the loss depends on the size.
     """
@@ -51,18 +51,18 @@ def fit_batch_size(config: Config, state: ParallelState) -> tuple[Config, str]:
         if not _probes(state) or _fits_everywhere(with_batch_size(config, size), state):
             needed = estimated_bytes(with_batch_size(config, size), state.layout, state.device) / GIB
             free = memory.free / GIB
-            text = f"--batch_size auto: {size} sequences a micro-batch, about {needed:.1f} of {free:.1f} free GiB"
+            text = f"--batch_size auto: {size} sequences per micro-batch, about {needed:.1f} of {free:.1f} GiB free"
             return with_batch_size(config, size), text
     raise ConfigError(f"--batch_size auto: even one sequence does not fit; {_ADVICE}")
 
 
 def sizes_that_fit(config: Config, layout: ParallelLayout, device: torch.device, memory: Memory) -> list[int]:
     """The micro-batches that divide the batch of a rank and fit ``memory`` by the estimate, largest first. Raises:
-    ConfigError if there is none."""
+    ConfigError if none fits."""
     if config.balanced_sequences is not None:
         raise ConfigError(
-            "--batch_size auto does not go with --moe_aux_loss_scope batch, whose loss depends on the micro-batch; give a "
-            "number such as --batch_size 8"
+            "--batch_size auto cannot be used with --moe_aux_loss_scope batch, whose loss depends on the micro-batch; "
+            "give a number such as --batch_size 8"
         )
     sequences, rest = divmod(config.train.total_batch_size, config.train.seq_len * layout.dp)
     if rest or not sequences:
@@ -77,8 +77,8 @@ def sizes_that_fit(config: Config, layout: ParallelLayout, device: torch.device,
     if not fitting:
         needed = estimated_bytes(with_batch_size(config, 1), layout, device)
         raise ConfigError(
-            f"--batch_size auto: one sequence needs about {needed / GIB:.1f} GiB, and {memory.free / GIB:.1f} are free; "
-            f"{_ADVICE}"
+            f"--batch_size auto: one sequence needs about {needed / GIB:.1f} GiB, but only "
+            f"{memory.free / GIB:.1f} are free; {_ADVICE}"
         )
     return fitting
 
@@ -88,14 +88,14 @@ def _probes(state: ParallelState) -> bool:
 
 
 def _fits_everywhere(config: Config, state: ParallelState) -> bool:
-    """Whether every rank can run a micro-batch. Collective."""
+    """True if every rank can run a micro-batch. Collective."""
     fits: list[bool] = [False] * dist.get_world_size(state.groups["world"])
     dist.all_gather_object(fits, _fits(config, state), group=state.groups["world"])
     return all(fits)
 
 
 def _fits(config: Config, state: ParallelState) -> bool:
-    """Whether this rank can run a micro-batch forward and backward."""
+    """True if this rank can run a micro-batch forward and backward."""
     try:
         run_micro_batch(config, state)
     except torch.OutOfMemoryError:
@@ -107,7 +107,7 @@ def _fits(config: Config, state: ParallelState) -> bool:
 
 
 def run_micro_batch(config: Config, state: ParallelState) -> None:
-    """One micro-batch of random tokens, forward and backward, through a model of its own. Raises: OutOfMemoryError."""
+    """Run one micro-batch of random tokens forward and backward, through a temporary model. Raises: OutOfMemoryError."""
     model = build_model(config, state)
     shape = (config.train.batch_size, config.train.seq_len)
     ids = torch.randint(config.model.vocab_size, shape, device=state.device)

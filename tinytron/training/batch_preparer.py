@@ -1,4 +1,4 @@
-"""From what a loader gives to micro-batches on the device: checked, cut to this rank's part of the sequences, pinned."""
+"""Turns a loader's batches into micro-batches on the device: checked, cut to this rank's part of the sequences, pinned."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from tinytron.utils.sequences import IGNORE_INDEX, documents_of, documents_witho
 
 
 class BatchPreparer:
-    """Prepares batches on the host, a thread ahead of the training step where the loader is one of ours, and moves them
-    to the device."""
+    """Prepares batches on the host, in a thread ahead of the training step if the loader is built in, and moves them to the
+    device."""
 
     def __init__(self, config: Config, state: ParallelState) -> None:
         self._state, self._data = state, config.data
         self._seq_len, self._vocab_size = config.train.seq_len, config.model.vocab_size
         self._routes = config.model.use_moe
-        self._drawn = config.seed.seed, state.group_rank("dp")  # from which a loader of the user's is shuffled
+        self._drawn = config.seed.seed, state.group_rank("dp")  # determine how a user's own loader is shuffled
         self._pin = config.data.pin_memory and state.device.type == "cuda"
 
     def steps(self, data: LoadedData, per_step: int, *, skip_steps: int = 0) -> Iterator[list[Batch]]:
-        """The micro-batches of one optimizer step at a time, until the loader ends. A loader of the user's is read again
-        then, and its first ``skip_steps`` steps are passed over. Raises: DataError for unfit batches."""
+        """The micro-batches of one optimizer step at a time, until the loader ends. A user's own loader is read again when
+        it ends, and its first ``skip_steps`` steps are skipped. Raises: DataError for invalid batches."""
         batches = iter(data.loader if data.ours else endless(data.loader, *self._drawn, skip_steps * per_step))
         steps = iter(lambda: [self.prepare(loaded, data.trusted) for loaded in islice(batches, per_step)], [])
         with contextlib.closing(prefetched(steps, self._depth(data))) as ready:
@@ -44,7 +44,7 @@ class BatchPreparer:
                 yield [batch.to(self._state.device) for batch in microbatches]
 
     def once(self, data: LoadedData) -> Iterator[Batch]:
-        """Every batch of a loader once. Raises: DataError for unfit batches."""
+        """Every batch of a loader once. Raises: DataError for invalid batches."""
         loaded = data.loader if data.ours else one_pass(data.loader, *self._drawn)
         batches = (self.prepare(batch, data.trusted) for batch in loaded)
         with contextlib.closing(prefetched(batches, self._depth(data))) as ready:
@@ -52,13 +52,13 @@ class BatchPreparer:
                 yield batch.to(self._state.device)
 
     def _depth(self, data: LoadedData) -> int:
-        """What a thread prepares ahead. Worker processes read ahead themselves, and are better not forked from a thread; a
-        loader of the user's may mind a thread."""
+        """Number of steps that a thread prepares ahead. Worker processes read ahead themselves, and should not be forked
+        from a thread; a user's own loader may not be thread-safe."""
         return self._data.prefetch if data.ours and not data.has_workers else 0
 
     def prepare(self, loaded: Any, trusted: bool = False) -> Batch:
-        """This rank's part of a loaded micro-batch's sequences, on the host; ``trusted``: the dataset itself has checked
-        lengths and token ids. Raises: DataError for unfit samples."""
+        """This rank's part of a loaded micro-batch's sequences, on the host; ``trusted``: the dataset has already checked
+        lengths and token ids. Raises: DataError for invalid samples."""
         batch = as_batch(loaded)
         if not trusted:
             check_batch(batch, self._seq_len, self._vocab_size)
@@ -78,10 +78,10 @@ class BatchPreparer:
 
 
 class BatchCount(NamedTuple):
-    """Sums over the global batch of a step, on the device: ``divisor`` (int64, at least 1) is what the loss is divided by;
-    ``weight_scale`` makes the weights of the valid targets sum up to their number; ``routing_scale`` makes sums over
-    tokens, padding left out, come out of that division as means; ``empty`` (bool) says that no target counts, so that there
-    is no mean loss."""
+    """Sums over the global batch of a step, on the device. ``divisor`` (int64, at least 1) is what the loss is divided by.
+    ``weight_scale`` scales the weights of the valid targets so that they add up to their number. ``routing_scale`` turns
+    sums over tokens (without padding) into means under that same division. ``empty`` (bool) says that no target counts, so
+    that the loss has no mean."""
 
     divisor: torch.Tensor
     weight_scale: torch.Tensor
@@ -94,8 +94,8 @@ def count_targets(
     group: dist.ProcessGroup,
     normalizer: Callable[[Batch], torch.Tensor] = Batch.targets,
 ) -> BatchCount:
-    """The count of a global batch, from this rank's micro-batches; ``normalizer`` gives what one adds to the divisor, a
-    whole number on the device (default: its valid targets). Collective over ``group``."""
+    """The count of a global batch, from this rank's micro-batches. ``normalizer`` returns what one micro-batch adds to the
+    divisor, a whole number on the device (default: its valid targets). Collective over ``group``."""
     counts = [(normalizer(b), b.targets(), b.target_weight(), b.tokens()) for b in microbatches]
     rows = [torch.stack([count.double() for count in of_one]) for of_one in counts]
     divisor, targets, weight, tokens = sum_over(torch.stack(rows).sum(0), group)
@@ -106,21 +106,22 @@ def count_targets(
 
 
 def scale_weights(microbatches: list[Batch], scale: torch.Tensor) -> list[Batch]:
-    """The micro-batches with the weights of their targets, if they have any, times ``scale``. With that of ``BatchCount``
-    the one division gives the weighted mean."""
+    """The micro-batches with their targets' weights, if they have any, multiplied by ``scale``. With the one in
+    ``BatchCount``, the single division gives the weighted mean."""
     return [b if b.weights is None else b._replace(weights=b.weights * scale) for b in microbatches]
 
 
 def check_batch(batch: Batch, seq_len: int, vocab_size: int) -> None:
-    """Raises: DataError for samples of another length than ``seq_len`` (the global batch would not be what was asked for),
-    for token ids the model has no embedding for (on a GPU they would end in a device assertion), and for weights, padding
-    and positions that make no sense.
+    """Raises: DataError for samples of another length than ``seq_len`` (the global batch would differ from the requested
+    one), for token ids without an embedding (on a GPU they would end in a device assertion), and for invalid weights,
+    padding and positions.
 
-    Reads host memory, before the batch goes to the device.
+    Reads host memory, before the batch is moved to the device.
     """
     if batch.input_ids.shape[1] != seq_len:
         raise DataError(
-            f"the dataset gave samples of {batch.input_ids.shape[1]} tokens, but --seq_len is {seq_len}; make them alike"
+            f"the dataset gave samples of {batch.input_ids.shape[1]} tokens, but --seq_len is {seq_len}; set --seq_len to "
+            f"{batch.input_ids.shape[1]}, or cut the samples"
         )
     ids = torch.cat([batch.input_ids.flatten(), batch.labels[batch.labels != IGNORE_INDEX]])
     low, high = int(ids.min()), int(ids.max())
@@ -140,6 +141,6 @@ def check_batch(batch: Batch, seq_len: int, vocab_size: int) -> None:
         steps = positions.diff(dim=1)
         if bool(positions[:, 0].any()) or not bool(((steps == 1) | (positions[:, 1:] == 0)).all()):
             raise DataError(
-                "the dataset gave positions that do not count from 0 in every row and document; give 0, 1, 2, ... and 0 "
-                "again where the next document begins"
+                "the dataset gave positions that do not count from 0 in every row and document; give 0, 1, 2, ... and "
+                "start again at 0 for each document"
             )

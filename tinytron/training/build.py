@@ -1,4 +1,4 @@
-"""The built-in model and optimizer, made from the configuration."""
+"""Builds the built-in model and optimizer from the configuration."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def build_model(config: Config, state: ParallelState) -> GPT:
         state=state,
     )
     if config.train.use_compile:
-        # On every rank torch would ask to make sure that nothing in place is computed again: nothing is.
+        # On every rank torch would warn that in-place operations must not be recomputed; there are none.
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         gpt.compile_blocks()
     return gpt
 
 
 def optimizer_groups(optim: OptimConfig, model: nn.Module) -> list[dict[str, Any]]:
-    """The optimizer's groups, over every trainable parameter."""
+    """The optimizer's parameter groups, over all trainable parameters."""
     return parameter_groups(
         model,
         specs_of(model),
@@ -69,7 +69,7 @@ def optimizer_groups(optim: OptimConfig, model: nn.Module) -> list[dict[str, Any
 
 
 def muon_options(optim: OptimConfig) -> dict[str, Any]:
-    """What Muon's own part is told, beside what it shares with AdamW."""
+    """Options of Muon that it does not share with AdamW."""
     return {
         "momentum": optim.muon_momentum,
         "ns_steps": optim.muon_ns_steps,
@@ -80,7 +80,7 @@ def muon_options(optim: OptimConfig) -> dict[str, Any]:
 
 
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW, or Muon with AdamW for what is no matrix, over every trainable parameter; not wrapped yet."""
+    """AdamW, or Muon with AdamW for parameters that are not matrices, over all trainable parameters; not wrapped yet."""
     optim = config.optim
     groups, betas = optimizer_groups(optim, model), (optim.adam_beta1, optim.adam_beta2)
     if optim.optimizer != "muon":
@@ -91,7 +91,7 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def build_schedule(optim: OptimConfig, info: TrainingInfo) -> Schedule:
-    """The learning rate by step."""
+    """The learning rate as a function of the step."""
     return Schedule(
         name=optim.lr_schedule,
         max_lr=optim.max_lr,
@@ -106,7 +106,7 @@ def build_schedule(optim: OptimConfig, info: TrainingInfo) -> Schedule:
 
 
 def optimizer_options(config: Config, model: nn.Module) -> Options:
-    """How the wrapper works, from the flags. A foreign model's forward waits for no parameters: no background gather."""
+    """The wrapper's options, from the flags. No background gather for foreign models: their forward does not wait."""
     parallel = config.parallel
     return Options(
         shard=parallel.use_distributed_optimizer,
@@ -121,13 +121,13 @@ def optimizer_options(config: Config, model: nn.Module) -> Options:
 
 
 def param_wait_hook(optimizer: DistributedOptimizer, model: nn.Module) -> Callable[[nn.Module], None]:
-    """What ``GPT.wait_for_params`` calls: wait until a module's parameters have arrived."""
+    """Hook for ``GPT.wait_for_params``: waits until a module's parameters have arrived."""
     owned = {id(module): list(module.parameters()) for module in model.modules()}
     return lambda module: optimizer.finish_gather(owned[id(module)])
 
 
 def build_routing(config: Config, model: nn.Module, state: ParallelState, folder: Path) -> RoutingReport | None:
-    """What ``--moe_router_debug`` and ``--moe_route_trace`` ask for, ``None`` without them; the routers record from now on.
+    """The report that ``--moe_router_debug`` and ``--moe_route_trace`` ask for, or ``None``; the routers start recording.
 
     Raises: ConfigError for a model without our expert layers.
     """
@@ -137,7 +137,7 @@ def build_routing(config: Config, model: nn.Module, state: ParallelState, folder
     if not (isinstance(model, HasExperts) and model.moe_layers):
         flag = "moe_router_debug" if margins else "moe_route_trace"
         raise ConfigError(
-            f"--{flag} needs the expert layers of our GPT, and this {type(model).__name__} has none; "
+            f"--{flag} needs the expert layers of Tinytron's GPT, but this {type(model).__name__} has none; "
             f"use --use_moe, or --no-{flag}"
         )
     return RoutingReport(model, state, folder, accumulation_steps(config, state.layout), margins=margins, trace=trace)
@@ -151,7 +151,7 @@ def build_metrics(
     sources: SourceLosses,
     seen_tokens: Callable[[int], dict[str, int]],
 ) -> list[Metric]:
-    """What the log says of a report's last step next to its losses: load and margins of experts, losses of sources."""
+    """Metrics that the log records with a report's last step: load and margins of experts, losses per source."""
     found: list[Metric] = []
     if isinstance(model, HasExperts) and model.moe_layers:
         experts: HasExperts = model
@@ -166,19 +166,19 @@ def build_metrics(
 def build_profiler(
     window: tuple[int, int], step: int, trace: Path, say: Callable[[str], None]
 ) -> AbstractContextManager[Any]:
-    """The profiler of the steps ``window`` (first and last, from 1) for a run that continues after ``step``; a context of
-    ``None`` if they are done already."""
+    """The profiler for the steps ``window`` (first and last, from 1) of a run that continues after ``step``; a context of
+    ``None`` if they are already done."""
     first, last = window
     if last <= step:
-        say(f"not profiling: steps {first} to {last} are done already")
+        say(f"not profiling: steps {first} to {last} are already done")
         return contextlib.nullcontext()
     say(f"profiling steps {max(first, step + 1)} to {last}: {trace}")
     return profile.build_profiler(max(first, step + 1), last, trace, done=step, say=say)
 
 
 def describe_run_size(config: Config, model: nn.Module, state: ParallelState, info: TrainingInfo) -> str:
-    """A line about what is trained, where and for how long."""
-    count = sum(spec.numel for spec in specs_of(model))  # of all experts, wherever they are
+    """A line about what is trained, on which devices and for how long."""
+    count = sum(spec.numel for spec in specs_of(model))  # including all experts, on whichever rank
     steps = f"{info.max_steps} steps" + (f" ({info.warmup_steps} of them warm-up)" if info.warmup_steps else "")
     micro_batches = f"{info.grad_accum_steps} micro-batch" + ("es" if info.grad_accum_steps > 1 else "")
     return (

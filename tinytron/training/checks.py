@@ -1,4 +1,4 @@
-"""Rules on options that must fit each other, whatever the world size. Bounds of single values stand in sections.py."""
+"""Rules about options that must fit each other, for any world size. sections.py has the bounds of single values."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check(
 
 def _check_logging(logging: LoggingConfig) -> None:
     if (processes := logging.dry_run_world_size) is not None and not logging.dry_run:
-        raise ConfigError(f"--dry_run_world_size {processes} is for --dry_run; add that, or drop it")
+        raise ConfigError(f"--dry_run_world_size {processes} needs --dry_run; add that flag, or drop this one")
     if not logging.exp_name or "/" in logging.exp_name:
         raise ConfigError(f"--exp_name {logging.exp_name!r} must be a plain folder name; use gpt")
 
@@ -65,7 +65,7 @@ def _check_evaluation(train: TrainingConfig) -> None:
         raise ConfigError(f"--{flag} {getattr(train, flag)} needs tasks; use --eval_tasks tasks.jsonl, or drop it")
     stems = [PurePath(task).stem for task in train.eval_tasks]
     if twice := {stem for stem in stems if stems.count(stem) > 1}:
-        raise ConfigError(f"--eval_tasks has two files called {min(twice)}, one name in the log; rename one")
+        raise ConfigError(f"--eval_tasks has two files called {min(twice)}, and the log goes by file name; rename one")
     first, last = train.steps_to_profile
     if not 1 <= first <= last:
         raise ConfigError(f"--steps_to_profile {first} {last} must be 1 <= first <= last; use 15 20")
@@ -73,7 +73,7 @@ def _check_evaluation(train: TrainingConfig) -> None:
 
 def _check_lengths(train: TrainingConfig, model: ModelConfig, ckpt: CkptConfig) -> None:
     if train.seq_len > model.block_size:
-        # Learned positions of weights that are there already cannot become more.
+        # The learned positions of existing weights cannot be extended.
         fixed = model.position_type == "learned" and ckpt.init_from is not None
         fitting = f"--seq_len {model.block_size}" if fixed else f"--block_size {train.seq_len}"
         raise ConfigError(f"--seq_len {train.seq_len} exceeds --block_size {model.block_size}; use {fitting}")
@@ -109,7 +109,7 @@ def _check_exports(ckpt: CkptConfig) -> None:
     if not ckpt.export_every:
         if ckpt.hub_model_id is not None:
             raise ConfigError(
-                f"--hub_model_id {ckpt.hub_model_id} uploads exports, and there are none; "
+                f"--hub_model_id {ckpt.hub_model_id} uploads exports, but there are none; "
                 f"use --export_every {ckpt.save_every_steps or 1000}"
             )
         if ckpt.export_dir is not None:
@@ -122,14 +122,14 @@ def _check_exports(ckpt: CkptConfig) -> None:
         raise ConfigError(f"--export_every {ckpt.export_every} exports checkpoints; drop it, or --no-do_save")
     if ckpt.save_every_steps and ckpt.export_every % ckpt.save_every_steps:
         raise ConfigError(
-            f"--export_every {ckpt.export_every} must be a multiple of --save_every_steps {ckpt.save_every_steps}: what is "
-            f"exported is a checkpoint; use {round_to(ckpt.export_every, ckpt.save_every_steps)}, or --save_every_steps "
-            f"{ckpt.export_every}"
+            f"--export_every {ckpt.export_every} must be a multiple of --save_every_steps {ckpt.save_every_steps}, because "
+            "checkpoints are exported; use "
+            f"{round_to(ckpt.export_every, ckpt.save_every_steps)}, or --save_every_steps {ckpt.export_every}"
         )
 
 
 def _check_kernels(train: TrainingConfig, model: ModelConfig, optim: OptimConfig, seed: SeedConfig) -> None:
-    """Rules on optional kernels, wherever they run."""
+    """Rules about optional kernels, for any device."""
     kernels = train.kernels
     check_model(kernels, train.precision, head_dim=model.resolved_head_dim, dropout=model.dropout)
     if kernels.liger:
@@ -137,24 +137,24 @@ def _check_kernels(train: TrainingConfig, model: ModelConfig, optim: OptimConfig
             raise ConfigError("--use_liger_kernel and --use_compile both fuse norms and SwiGLU; drop one of them")
         if model.norm_type != "rms" and model.mlp_type != "swiglu":
             raise ConfigError(
-                f"--use_liger_kernel has nothing for --norm_type {model.norm_type} with --mlp_type {model.mlp_type}; "
+                f"--use_liger_kernel does nothing for --norm_type {model.norm_type} with --mlp_type {model.mlp_type}; "
                 "use rms or swiglu, or drop the flag"
             )
     experts = model.use_moe and not train.use_compile
     if kernels.triton and kernels.cut and not experts and optim.optimizer != "muon":
         why = "--use_compile fuses the experts' sums" if model.use_moe else "there are no experts"
         raise ConfigError(
-            "--use_triton_kernels has nothing to do: --use_cut_cross_entropy computes the loss, --optimizer "
+            "--use_triton_kernels does nothing here: --use_cut_cross_entropy computes the loss, --optimizer "
             f"{optim.optimizer} has no symmetric products, and {why}; drop one of the two flags"
         )
     if kernels.cut and train.z_loss_coef:
         raise ConfigError(
-            f"--z_loss_coef {train.z_loss_coef} does not go with --use_cut_cross_entropy, which does not give the "
+            f"--z_loss_coef {train.z_loss_coef} cannot be used with --use_cut_cross_entropy, which does not return the "
             "log-partition; use 0, or drop the flag"
         )
     if kernels.cut and seed.deterministic:
         raise ConfigError(
-            "--deterministic does not go with --use_cut_cross_entropy, which adds gradients up in no fixed order; drop one "
+            "--deterministic cannot be used with --use_cut_cross_entropy, which adds gradients in no fixed order; drop one "
             "of them"
         )
 

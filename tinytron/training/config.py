@@ -1,4 +1,4 @@
-"""The configuration of a run: its sections by name, what identifies the run, and a check that everything fits."""
+"""The configuration of a run: its sections by name, the values that identify the run, and a consistency check."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tinytron.training.sections import (
 )
 from tinytron.utils.flags import check_bounds, config_fields
 
-BALANCED = "train.balanced_sequences"  # a value of the identity that no flag has
+BALANCED = "train.balanced_sequences"  # a part of the identity that has no flag
 
 __all__ = [
     "SECTIONS",
@@ -40,12 +40,13 @@ __all__ = [
 ]
 
 
-_TAKEN = ("help", "given", "sections", "config", "preset")  # names that the parser and parse_args add to the flags
+# Names that the parser and parse_args use themselves.
+_TAKEN = ("help", "help_all", "given", "sections", "config", "preset")
 
 
 def all_sections(further: Mapping[str, type]) -> dict[str, type]:
-    """The built-in sections and ``further`` ones, by name: dataclasses whose fields carry a ``Flag``. Raises: TypeError if
-    a section's or a flag's name is taken, or a field has no flag or no default."""
+    """The built-in sections and ``further`` ones, by name: dataclasses whose fields have a ``Flag``. Raises: TypeError if
+    the name of a section or a flag is taken, or a field has no flag or no default."""
     sections: dict[str, type] = dict(SECTIONS)
     owners: dict[str, str] = {}
     for name, cls in further.items():
@@ -55,11 +56,11 @@ def all_sections(further: Mapping[str, type]) -> dict[str, type]:
     for name, cls in sections.items():
         for info in config_fields(cls):
             if info.default is dataclasses.MISSING:
-                raise TypeError(f"{cls.__name__}.{info.name} needs a default: its flag may be left out")
+                raise TypeError(f"{cls.__name__}.{info.name} needs a default, because its flag may be left out")
             if info.name in _TAKEN:
-                raise TypeError(f"--{info.name} means something else to the parser; rename it in {name}")
+                raise TypeError(f"--{info.name} is reserved for the parser; rename it in {name}")
             if info.name in owners:
-                raise TypeError(f"--{info.name} is an option of {owners[info.name]}; rename it in {name}")
+                raise TypeError(f"--{info.name} is already an option of {owners[info.name]}; rename it in {name}")
             owners[info.name] = name
     return sections
 
@@ -67,10 +68,10 @@ def all_sections(further: Mapping[str, type]) -> dict[str, type]:
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """All options, by section. ``further`` are sections that a trainer or a script adds; they are attributes, too:
-    ``Config(further={"dpo": DpoConfig()}).dpo``. ``dp_size`` is the number of data-parallel ranks; a trainer sets it when
-    it has joined them.
+    ``Config(further={"dpo": DpoConfig()}).dpo``. ``dp_size`` is the number of data-parallel ranks; a trainer sets it after
+    joining them.
 
-    Raises: ConfigError for values that are wrong in themselves or together, whatever the world size.
+    Raises: ConfigError for values that are invalid by themselves or in combination, for any world size.
     """
 
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -97,18 +98,18 @@ class Config:
         return self.further[name] if name in self.further else getattr(self, name)
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
-        """Name and value of every section."""
+        """Name and value of each section."""
         names = [f.name for f in dataclasses.fields(self) if f.name not in ("further", "dp_size")]
         return ((name, self[name]) for name in [*names, *self.further])
 
     @classmethod
     def of(cls, sections: Mapping[str, Any]) -> Config:
-        """From all sections by name, built-in and further ones."""
+        """Build a configuration from all sections by name, built-in and further ones."""
         builtin = {name: section for name, section in sections.items() if name in SECTIONS}
         return cls(**builtin, further={name: section for name, section in sections.items() if name not in SECTIONS})
 
     def with_sections(self, further: Mapping[str, type]) -> Config:
-        """The same with the default of those sections that are missing."""
+        """This configuration with the defaults of those sections that are missing."""
         missing = {name: cls() for name, cls in further.items() if name not in self.further}
         return dataclasses.replace(self, further={**self.further, **missing}) if missing else self
 
@@ -118,15 +119,15 @@ class Config:
 
     @property
     def balanced_sequences(self) -> int | None:
-        """Sequences over which experts are balanced, if that depends on the layout: those of a micro-batch of all ranks,
-        with ``--moe_aux_loss_scope batch``."""
+        """Number of sequences over which experts are balanced, if that depends on the layout: with
+        ``--moe_aux_loss_scope batch`` those of a micro-batch over all ranks."""
         model = self.model
         depends = model.use_moe and model.moe_aux_loss_scope == "batch" and model.moe_aux_loss_coef > 0
         return self.train.batch_size * self.dp_size if depends else None
 
     def identity(self) -> dict[str, Any]:
-        """The values that make this run what it is: not layout, micro-batch, paths, intervals and step limits, but for
-        ``balanced_sequences``."""
+        """The values that identify this run. Layout, micro-batch, paths, intervals and step limits are not among them,
+        except for ``balanced_sequences``."""
         values = {
             f"{name}.{info}": getattr(section, info) for name, section in self for info in _identity(type(section))
         }
@@ -137,8 +138,8 @@ class Config:
         return {f"{name}.{info}": value for name, section in self for info, value in _identity(type(section)).items()}
 
     def config_hash(self) -> str:
-        """Eight hexadecimal digits of ``identity``; with ``exp_name`` the name of the run's folder. Values that are the
-        defaults do not count, so that an option that a later version adds does not rename the runs of this one."""
+        """Eight hexadecimal digits of ``identity``; with ``exp_name`` they name the run's folder. Default values do not
+        count, so that an option added in a later version does not rename the runs of this one."""
         defaults = self.default_identity()
         text = json.dumps({k: v for k, v in self.identity().items() if v != defaults.get(k)}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -14,14 +14,14 @@ from tinytron.utils.flags import FieldInfo, config_fields, nearest
 from tinytron.utils.optional import require_package
 from tinytron.utils.paths import user_path
 
-PRESET = "preset"  # names options (presets.py), and is none
+PRESET = "preset"  # names a set of options (presets.py), but is not an option itself
 _ABOUT = {"config_hash", TOKENS}  # describe a run or a printed configuration; not options
-_PRINT_AND_STOP = {"print_config", "dry_run"}  # no run that has a config.json did
+_PRINT_AND_STOP = {"print_config", "dry_run"}  # no run with a config.json had these set
 
 
 def options_in(file: str, sections: Mapping[str, type], usual: Mapping[str, str]) -> dict[str, Any]:
     """The options by name in a JSON or YAML ``file``: options by section, options alone, or the config.json of a run.
-    ``usual`` says what names of other programs are here. Raises: ConfigError naming the file and what is wrong in it."""
+    ``usual`` maps names in other programs to Tinytron's. Raises: ConfigError naming the file and what is wrong in it."""
     content = _content(user_path(file), file)
     of_run = isinstance(content.get("config"), dict)
     fields = {name: {info.name: info for info in config_fields(cls)} for name, cls in sections.items()}
@@ -35,12 +35,12 @@ def options_in(file: str, sections: Mapping[str, type], usual: Mapping[str, str]
                 raise ConfigError(f"--config {file}: preset must be a name, not {json.dumps(value)}; use preset: tiny")
             found[PRESET] = value
         elif key in fields and (value is None or isinstance(value, dict)):
-            for name, inner in (value or {}).items():  # None: a section whose lines are all comments
+            for name, inner in (value or {}).items():  # None: all lines of the section are comments
                 if name == PRESET:
                     raise ConfigError(f"--config {file}: preset is not an option of {key}; put it outside the sections")
                 if name in known and name not in fields[key]:
                     home = next(section for section, infos in fields.items() if name in infos)
-                    raise ConfigError(f"--config {file}: {name} is no option of {key}; it is one of {home}")
+                    raise ConfigError(f"--config {file}: {name} is not an option of {key}; it belongs to {home}")
                 if not (of_run and name in _PRINT_AND_STOP):
                     found[name] = _checked(file, name, inner, fields[key], f" in {key}", usual)
         elif isinstance(value, dict) and key not in known:
@@ -49,7 +49,7 @@ def options_in(file: str, sections: Mapping[str, type], usual: Mapping[str, str]
             found[str(key)] = _checked(file, key, value, known, "", usual)
     resolved = of_run or "config_hash" in content
     if resolved and found.get("init_from") is None and found.get("block_size") == found.get("seq_len"):
-        found.pop("block_size", None)  # it followed from the length, which a flag may change
+        found.pop("block_size", None)  # it was derived from seq_len, which a flag may change
     return found
 
 
@@ -65,13 +65,13 @@ def _content(path: Path, file: str) -> dict[str, Any]:
             f"--config {file} is not valid {path.suffix or 'YAML'} ({' '.join(str(error).split())})"
         ) from error
     if not isinstance(content, dict):
-        raise ConfigError(f"--config {file} holds no options; write lines such as max_lr: 0.001")
+        raise ConfigError(f"--config {file} has no options; write lines such as max_lr: 0.001")
     return content
 
 
 def _yaml(text: str) -> Any:
     try:
-        return json.loads(text)  # is YAML, too
+        return json.loads(text)  # JSON is also YAML
     except ValueError:
         pass
     yaml = require_package("yaml", "config")
@@ -97,7 +97,7 @@ def _checked(
 
 
 def words_of(options: Mapping[str, Any]) -> list[str]:
-    """The command line that says the same as ``options``; ``None`` is the default of those that may be so."""
+    """The command line equivalent to ``options``; ``None`` means the default for options that allow it."""
     words: list[str] = []
     for name, value in options.items():
         if isinstance(value, list):
@@ -119,8 +119,11 @@ def as_json(config: Config) -> str:
 
 
 def as_yaml(config: Config) -> str:
-    """The same as YAML, with what every option means."""
-    lines = ["# Read it with --config FILE.", f'config_hash: "{config.config_hash()}"  # of the run it is now']
+    """The configuration as YAML, with a comment for every option."""
+    lines = [
+        "# Read this file with --config FILE.",
+        f'config_hash: "{config.config_hash()}"  # of the run as configured',
+    ]
     for name, section in config:
         lines += ["", f"{name}:"]
         for info in config_fields(type(section)):

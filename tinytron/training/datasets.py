@@ -1,4 +1,4 @@
-"""Built-in data sets, and the sampler and loaders made from whatever data set a trainer has."""
+"""Built-in datasets, and the sampler and loaders for any dataset that a trainer has."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ MOCK_VAL_OFFSET = 10**9
 @dataclass(frozen=True)
 class LoadedData:
     """A loader of this rank's micro-batches, the dataset it reads if that is known, and whether the loader is one of
-    ``ours``: those follow the global order of samples and may be read by a thread."""
+    ``ours``: built-in loaders follow the global order of samples and may be read by a thread."""
 
     loader: Iterable[Any]
     dataset: Dataset[Any] | None
@@ -55,25 +55,25 @@ class LoadedData:
 
     @property
     def has_workers(self) -> bool:
-        """True if processes of the loader's own read ahead; a stream has none, as each would read the whole of it."""
+        """True if the loader's own processes read ahead. A stream has none, because each would read the whole stream."""
         return getattr(self.loader, "num_workers", 0) > 0
 
     @property
     def from_shards(self) -> bool:
-        """True if the dataset reads token shards, or is a subclass of one that does."""
+        """True if the dataset reads token shards, or is a subset of one that does."""
         return isinstance(whole_of(self.dataset), TokenShardDataset | MixtureDataset)
 
     @property
     def sources(self) -> list[str]:
-        """The names of a mixture's sources, else none."""
+        """The names of a mixture's sources, or an empty list."""
         return list(getattr(self.dataset, "names", []))
 
 
 def builtin_datasets(config: Config, state: ParallelState) -> tuple[Dataset[Any], Dataset[Any] | None]:
-    """Training and validation data as ``--dataset_path``, ``--val_dataset_path`` or ``--use_mock_data`` say. Collective.
+    """Training and validation data, as ``--dataset_path``, ``--val_dataset_path`` or ``--use_mock_data`` say. Collective.
 
-    Shards behind a URL are first fetched, once on each node. Raises: DataError on every rank for missing or damaged shards
-    and for token ids outside the vocabulary; StorageError if they cannot be fetched.
+    Shards at a URL are first downloaded, once per node. Raises: DataError on every rank for missing or damaged shards and
+    for token ids outside the vocabulary; StorageError if shards cannot be downloaded.
     """
     seq_len, vocab_size = config.train.seq_len, config.model.vocab_size
     if config.data.use_mock_data or config.data.dataset_path is None:
@@ -116,8 +116,8 @@ def _mixture(config: Config, state: ParallelState, path: Path) -> tuple[MixtureD
 def _shards(
     config: Config, state: ParallelState, path: str, split: str, *, own: bool = False
 ) -> TokenShardDataset | None:
-    """The samples of one split of one source; ``None`` if it has no validation shards, or in a run that does not validate
-    none that hold a sample. ``own``: ``path`` holds nothing else. Collective."""
+    """The samples of one split of one source; ``None`` if it has no validation shards, or if they hold no sample in a run
+    that does not validate. ``own``: ``path`` is for this split alone. Collective."""
     option = "--val_dataset_path" if own else "--dataset_path"
     world, data, seq_len = state.groups["world"], config.data, config.train.seq_len
     if is_remote(path):
@@ -130,7 +130,7 @@ def _shards(
     find = partial(find_held_out, path) if own else partial(find_shards, path, split)
     shards = agree(lambda: open_shards(find(), data.token_dtype, eot), world)
     found = [(shard.path.name, shard.count, shard.sha256) for shard in shards]
-    require_same(found, world, f"{option} {path} has other {split} shards on some nodes; copy the same ones to all")
+    require_same(found, world, f"{option} {path} has different {split} shards on some nodes; copy the same ones to all")
     if not shards:
         return None
     fewest = 2 if data.packing == "best_fit" else seq_len + 1
@@ -138,14 +138,14 @@ def _shards(
         if not validates(config):
             return None
         raise DataError(
-            f"--do_val: no validation shard holds one sample, {fewest} tokens at --seq_len {seq_len} "
+            f"--do_val: no validation shard has enough tokens for a sample, {fewest} at --seq_len {seq_len} "
             f"({shards[0].path.name}: {shards[0].count}); hold out more documents, use a shorter --seq_len, or drop "
             "--do_val"
         )
     if data.packing == "best_fit":
         mine = shards[state.rank :: state.layout.world_size]
         agree_slowly(lambda: make_pack_files(mine, seq_len), world)
-        # Nodes that share no folder lack those that ranks of other nodes made.
+        # Nodes that do not share a folder lack the files that ranks on other nodes made.
         agree_slowly(lambda: make_pack_files(shards, seq_len) if first_on_node() else None, world)
 
     def build() -> TokenShardDataset:
@@ -161,33 +161,33 @@ def _shards(
 
 
 def validates(config: Config) -> bool:
-    """Whether a run measures the validation loss."""
+    """True if a run measures the validation loss."""
     return config.train.do_val and not config.train.debug
 
 
 def split_off_validation(dataset: Dataset[Any] | None, split_rate: float) -> tuple[Dataset[Any], Dataset[Any]]:
-    """The first ``split_rate`` of the samples to train on, the rest to validate on.
+    """The first ``split_rate`` of the samples for training, the rest for validation.
 
-    Raises: ConfigError if either part would be empty, or for data that cannot be split so.
+    Raises: ConfigError if either part would be empty, or for data that cannot be split this way.
     """
     if dataset is None or not is_map_style(dataset) or getattr(dataset, "order", None) is not None:
-        kind = "an own train_loader" if dataset is None else type(dataset).__name__
+        kind = "your own train_loader" if dataset is None else type(dataset).__name__
         raise ConfigError(
-            f"--do_val and --split_rate {split_rate} need validation data, and {kind} cannot be split; set val_dataset "
-            "(of token shards: tokenize with --val_fraction 0.005), or drop them"
+            f"--do_val and --split_rate {split_rate} need validation data, but {kind} cannot be split; set val_dataset "
+            "(for token shards: tokenize with --val_fraction 0.005), or drop them"
         )
     count = size_of(dataset)
     first_val = round(count * split_rate)
     if not 0 < first_val < count:
         raise ConfigError(
-            f"--split_rate {split_rate} of {count} samples leaves no sample to train or to validate on; "
-            f"use {min(0.99, (count - 1) / count):.6g}, give val_dataset, or drop --do_val"
+            f"--split_rate {split_rate} of {count} samples leaves none for training or none for validation; "
+            f"use {min(0.99, (count - 1) / count):.6g}, set val_dataset, or drop --do_val"
         )
     return Subset(dataset, range(first_val)), Subset(dataset, range(first_val, count))
 
 
 def fingerprint(dataset: Any) -> str:
-    """What identifies the training data: its own ``fingerprint()`` if it has one, else type and size."""
+    """A string that identifies the training data: its own ``fingerprint()`` if it has one, else type and size."""
     if isinstance(dataset, Subset):
         return f"first {len(dataset)} of {fingerprint(dataset.dataset)}"
     if callable(own := getattr(dataset, "fingerprint", None)):
@@ -196,23 +196,23 @@ def fingerprint(dataset: Any) -> str:
 
 
 def epoch_size(config: Config, dataset: Dataset[Any] | None, loader: object) -> int | None:
-    """Samples in one pass over the data of all ranks, if that is known: an own loader may say it as ``num_samples``."""
+    """Number of samples in one pass over all ranks' data, if known; a user's own loader may have it as ``num_samples``."""
     if dataset is None:
         return getattr(loader, "num_samples", None)
     return order_of(config, dataset).num_samples if is_map_style(dataset) else None
 
 
 def describe(config: Config, dataset: Dataset[Any] | None, info: TrainingInfo) -> list[str]:
-    """What the user should know about the data of this run. Raises: DataError if it ends before the run does."""
+    """Lines about the data of this run that the user should know. Raises: DataError if it ends before the run does."""
     workers = config.data.num_workers
     if workers and dataset is not None and not is_map_style(dataset):
         return [
-            f"--num_workers {workers}: {type(dataset).__name__} has no numbered samples to share among processes; a thread "
-            f"reads it, --prefetch {config.data.prefetch} ahead"
+            f"--num_workers {workers}: {type(dataset).__name__} has no numbered samples to divide among processes, so a "
+            f"thread reads it, --prefetch {config.data.prefetch} ahead"
         ]
     if isinstance(dataset, MixtureDataset) and dataset.order is not None:
         samples = info.max_steps * info.global_batch_samples
-        dataset.order.counts(samples)  # beyond the last sample it raises
+        dataset.order.counts(samples)  # raises if the run needs more samples than there are
         packing = [
             f"  {n}: {line}" for n, d in zip(dataset.names, dataset.datasets, strict=True) for line in d.describe()
         ]
@@ -223,7 +223,7 @@ def describe(config: Config, dataset: Dataset[Any] | None, info: TrainingInfo) -
 
 
 def seen_tokens(config: Config, dataset: Dataset[Any] | None, step: int) -> dict[str, int]:
-    """Tokens of every source of a mixture in the first ``step`` steps: they follow from the plan alone."""
+    """Tokens of every source of a mixture in the first ``step`` steps, which follow from the plan alone."""
     if not isinstance(dataset, MixtureDataset) or dataset.order is None:
         return {}
     counts = dataset.order.counts(data_position(config, step)["samples"])
@@ -231,7 +231,7 @@ def seen_tokens(config: Config, dataset: Dataset[Any] | None, step: int) -> dict
 
 
 def identity_of(config: Config, dataset: Any) -> Callable[[int], str]:
-    """A function from a step to what identifies the data before it: of a mixture what comes later may be changed."""
+    """A function from a step to a string that identifies the data before it: later data of a mixture may be changed."""
     if isinstance(dataset, MixtureDataset) and (order := dataset.order) is not None:
         return lambda step: order.fingerprint(data_position(config, step)["samples"])
     fixed = fingerprint(dataset)
@@ -239,41 +239,41 @@ def identity_of(config: Config, dataset: Any) -> Callable[[int], str]:
 
 
 def is_map_style(dataset: Dataset[Any]) -> bool:
-    """Whether samples have numbers; iterable data sets have only an order."""
+    """True if samples have numbers; iterable datasets only have an order."""
     return not isinstance(dataset, IterableDataset)
 
 
 def order_of(config: Config, dataset: Dataset[Any]) -> Order:
-    """The data set's own ``order``, if it has one; else every sample once per epoch, shuffled by the seed."""
+    """The dataset's own ``order``, if it has one; else every sample once per epoch, shuffled by the seed."""
     own: Order | None = getattr(dataset, "order", None)
     return own if own is not None else ShuffledEpochs(size_of(dataset), config.seed.seed)
 
 
 def whole_of(dataset: Dataset[Any] | None) -> Dataset[Any] | None:
-    """The dataset that ``dataset`` is a part of, or itself."""
+    """The dataset that ``dataset`` is a subset of, or itself."""
     return whole_of(dataset.dataset) if isinstance(dataset, Subset) else dataset
 
 
 def checks_its_tokens(dataset: Dataset[Any] | None) -> bool:
-    """True for our own datasets, which refuse token ids outside the vocabulary themselves; a subclass may give others."""
+    """True for built-in datasets, which reject token ids outside the vocabulary themselves; a subclass may not."""
     return type(whole_of(dataset)) in (TokenShardDataset, MixtureDataset, MockDataset)
 
 
 def make_train_loader(
     config: Config, state: ParallelState, info: TrainingInfo, dataset: Dataset[Any] | None
 ) -> tuple[GlobalBatchSampler | None, StreamLoader | DataLoader[Batch]]:
-    """Loader of this rank's micro-batches, and its sampler if the data set is map-style."""
+    """Loader of this rank's micro-batches, and its sampler if the dataset is map-style."""
     share: dict[str, int] = {
         "global_batch": info.global_batch_samples,
         "micro_batch": config.train.batch_size,
         "dp_rank": state.group_rank("dp"),
         "dp_size": state.layout.dp,
     }
-    assert dataset is not None, "DataPipeline refuses to go on without data"
+    assert dataset is not None, "DataPipeline raises without data"
     if not is_map_style(dataset):
         return None, StreamLoader(cast(Iterable[Any], dataset), **share)
     sampler = GlobalBatchSampler(order_of(config, dataset), **share)
-    sampler.stop_step = info.max_steps  # workers that read ahead must not ask an order for more than it has
+    sampler.stop_step = info.max_steps  # workers that read ahead must not ask an order for more samples than it has
     loader = build_train_loader(
         dataset,
         sampler,

@@ -1,4 +1,4 @@
-"""What follows from the configuration, the number of processes and the size of the data."""
+"""Values derived from the configuration, the number of processes and the size of the data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tinytron.training.config import Config, OptimConfig
 
 @dataclass(frozen=True)
 class TrainingInfo:
-    """What follows from the configuration, the number of processes and the number of training samples."""
+    """Values derived from the configuration, the number of processes and the number of training samples."""
 
     dp_size: int
     grad_accum_steps: int
@@ -26,7 +26,7 @@ class TrainingInfo:
 
 @dataclass(frozen=True)
 class Due:
-    """Which recurring actions of a run are due after a step (counted from 1); all of them are after the ``last`` one."""
+    """Tells which recurring actions are due after a step (counted from 1); after the ``last`` step all of them are."""
 
     config: Config
     last: int
@@ -44,7 +44,7 @@ class Due:
         return self._runs(self.config.ckpt.do_save) and self._every(self.config.ckpt.save_every_steps, step)
 
     def report(self, step: int) -> bool:
-        """A report; also before validation, tasks and saving, to keep the log's lines in order."""
+        """A report; one also precedes validation, tasks and saving, to keep the log's lines in order."""
         follows = self.validation(step) or self.tasks(step) or self.save(step)
         return step == 1 or self._every(self.config.logging.log_every, step) or follows
 
@@ -56,7 +56,7 @@ class Due:
 
 
 def accumulation_steps(config: Config, layout: ParallelLayout) -> int:
-    """Micro-batches of one optimizer step. Raises: ConfigError if the global batch does not divide over the ranks."""
+    """Micro-batches per optimizer step. Raises: ConfigError if the global batch does not divide evenly over the ranks."""
     train = config.train
     per_pass = train.batch_size * train.seq_len * layout.dp
     if train.total_batch_size % per_pass:
@@ -71,10 +71,10 @@ def accumulation_steps(config: Config, layout: ParallelLayout) -> int:
 
 
 def derive(config: Config, layout: ParallelLayout, num_samples: int | None) -> TrainingInfo:
-    """Resolve steps and accumulation; ``num_samples`` is an epoch, ``None`` for data without a length.
+    """Resolve steps and accumulation; ``num_samples`` is the length of an epoch, or ``None`` for data without a length.
 
-    Raises: ConfigError if the global batch does not divide over the ranks, the data holds less than one global batch, or
-    nothing says how long to train.
+    Raises: ConfigError if the global batch does not divide evenly over the ranks, the data has less than one global batch,
+    or the length of the run is not specified.
     """
     train, micro_batches = config.train, accumulation_steps(config, layout)
     global_batch = train.total_batch_size // train.seq_len
@@ -83,7 +83,9 @@ def derive(config: Config, layout: ParallelLayout, num_samples: int | None) -> T
     if given := [limit for limit in limits if limit is not None]:
         max_steps = min(given)
     elif num_samples is None:
-        raise ConfigError("the training data has no length; say how long to train: --max_steps or --max_train_tokens")
+        raise ConfigError(
+            "the training data has no length; set the length of the run: --max_steps or --max_train_tokens"
+        )
     elif not (max_steps := num_samples * train.max_epochs // global_batch):
         raise ConfigError(
             f"{train.max_epochs} epochs of {num_samples} samples do not fill one global batch of {global_batch}; "
@@ -92,15 +94,15 @@ def derive(config: Config, layout: ParallelLayout, num_samples: int | None) -> T
     if config.balanced_sequences is not None:
         sequences = train.batch_size * layout.dp
         notes.append(
-            f"--moe_aux_loss_scope batch balances experts over the {sequences} sequences of a micro-batch: another "
-            "--batch_size x data-parallel ranks is another run, with a folder of its own"
+            f"--moe_aux_loss_scope batch balances experts over the {sequences} sequences of a micro-batch: a different "
+            "--batch_size x data-parallel ranks makes a different run, with its own folder"
         )
     warmup, ratio = config.optim.warmup_steps, config.optim.warmup_ratio
     if ratio:
         warmup = math.ceil(ratio * max_steps)
     elif warmup >= max_steps and warmup > 1:
         warmup = max(1, max_steps // 10)
-        if config.optim.warmup_steps != OptimConfig.warmup_steps:  # the default just fits the run
+        if config.optim.warmup_steps != OptimConfig.warmup_steps:  # shortening the default needs no note
             notes.append(
                 f"warm-up cut from {config.optim.warmup_steps} to {warmup} steps: the run has only {max_steps}"
             )
@@ -120,6 +122,6 @@ def derive(config: Config, layout: ParallelLayout, num_samples: int | None) -> T
 
 
 def data_position(config: Config, step: int) -> dict[str, int]:
-    """Where a run is in its data after ``step`` steps, in steps, samples and tokens: the order follows from these alone."""
+    """The position of a run in its data after ``step`` steps, in steps, samples and tokens; it determines the order."""
     samples = step * config.train.total_batch_size // config.train.seq_len
     return {"step": step, "samples": samples, "tokens": step * config.train.total_batch_size}

@@ -1,4 +1,4 @@
-"""``--dry_run``: what a run would need, from its configuration; no data, no run folder, no process group."""
+"""``--dry_run``: the requirements of a run, from its configuration alone; no data, run folder or process group."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tinytron.utils.training import DTYPES
 
 
 def workload(config: Config, layout: ParallelLayout) -> Workload:
-    """What one rank computes with, on the kind of device that ``--backend`` says (auto: that of this machine).
+    """One rank's work, on the kind of device that ``--backend`` implies (auto: that of this machine).
 
-    Raises: ConfigError if the batch does not divide over the ranks, or kernels cannot run there.
+    Raises: ConfigError if the batch does not divide evenly over the ranks, or kernels cannot run there.
     """
     train, backend = config.train, config.parallel.backend
     gpu = backend == "nccl" or (backend == "auto" and torch.cuda.is_available())
@@ -42,10 +42,10 @@ def workload(config: Config, layout: ParallelLayout) -> Workload:
 
 
 def plan_run(config: Config, world_size: int) -> tuple[MemoryPlan, Workload, ParallelLayout]:
-    """The memory of one of ``world_size`` ranks. Raises: ConfigError for a layout that the run would refuse, too."""
+    """Memory of one of ``world_size`` ranks. Raises: ConfigError for a layout that the run would reject, too."""
     if not config.train.batch_size:
         raise ConfigError(
-            "--dry_run needs a number: --batch_size auto measures the machine that a run starts on; use 8"
+            "--dry_run needs a number: --batch_size auto measures the machine that a run starts on; use --batch_size 8"
         )
     layout = ParallelLayout(world_size, config.parallel.sep_size, config.parallel.ep_size)
     work = workload(config, layout)
@@ -55,9 +55,9 @@ def plan_run(config: Config, world_size: int) -> tuple[MemoryPlan, Workload, Par
 
 
 def dry_run(config: Config) -> None:
-    """Print the plan of ``--dry_run_world_size`` ranks (default: those of the launcher), on the first process.
+    """Print the plan of ``--dry_run_world_size`` ranks (default: as many as launched), on the first process.
 
-    Raises: ConfigError as the run would.
+    Raises: ConfigError in the same cases as the run.
     """
     rank, launched, _ = place_in_world()
     if rank > 0:

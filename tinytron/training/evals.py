@@ -1,4 +1,4 @@
-"""Evaluations during training: loss on validation data, and tasks, with the current weights."""
+"""Evaluations during training with the current weights: loss on validation data, and tasks."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Task(NamedTuple):
 class TrainingEvals:
     """Validates on ``val`` and answers the tasks of ``--eval_tasks`` (none in a trial run). Construction is collective.
 
-    ``text_bytes_V`` is the number of bytes of every token id, int64 on the device, if ``val`` is of token shards with a
-    tokenizer.json next to them; then validation also gives bits per byte. Raises: DataError or ConfigError on every rank
+    ``text_bytes_V`` is the number of bytes of every token id, int64 on the device, if ``val`` reads token shards with a
+    tokenizer.json next to them; then validation also reports bits per byte. Raises: DataError or ConfigError on every rank
     for a damaged tokenizer.json, for malformed task files, and for tasks without a tokenizer that fits the model.
     """
 
@@ -75,12 +75,12 @@ class TrainingEvals:
         return result.loss, {"step": step, "stage": "val", **result.fields()}
 
     def loss_of(self, step: int) -> float | None:
-        """The validation loss of ``step``'s weights, if that was the last validation."""
+        """The validation loss of ``step``'s weights, if the last validation was at that step."""
         return self._last[1] if self._last is not None and self._last[0] == step else None
 
     def answer(self, step: int, model: nn.Module, loss: Callable[[Batch], LossSums]) -> list[dict[str, Any]]:
-        """The accuracies of every task, as the log keeps them. Collective. A batch has the tokens of a micro-batch of one
-        rank, at least one row."""
+        """The accuracies of every task, as records for the log. Collective. A batch has as many tokens as a micro-batch of
+        one rank, and at least one row."""
         train, entries = self._config.train, []
         for task in self.tasks:
             scores = log_probs(

@@ -1,4 +1,4 @@
-"""Before a run begins: whether its memory fits the machine."""
+"""Checks before a run begins that it fits the machine's memory."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tinytron.training.world import processes_of_node
 from tinytron.utils.memory import GIB, Memory, memory_of
 from tinytron.utils.training import DTYPES
 
-_CERTAIN = 1.2  # times the memory that there is: the estimate may be too high by a tenth
+_CERTAIN = 1.2  # times the machine's memory, because the estimate may be a tenth too high
 
 
 def memory_notes(config: Config, state: ParallelState) -> list[str]:
-    """A line if the run needs more memory than is free, by an estimate. Collective. Raises: ConfigError on every rank if
-    it needs more than the machine has; the error names flags with which it fits, if there are some."""
+    """A line if the run needs more memory than is free, by an estimate. Collective. Raises: ConfigError on every rank if it
+    needs more than the machine has; the error names flags with which it would fit, if any do."""
 
     def check() -> list[str]:
         memory = memory_of(state.device)
@@ -31,23 +31,23 @@ def memory_notes(config: Config, state: ParallelState) -> list[str]:
 
 
 def compare(config: Config, layout: ParallelLayout, device: torch.device, memory: Memory) -> list[str]:
-    """``memory_notes`` of one rank on a ``device`` with this ``memory``."""
+    """The same as ``memory_notes``, for one rank on a ``device`` with this ``memory``."""
     needed = estimated_bytes(config, layout, device)
     if needed <= memory.free:
         return []
     where = "this machine" if device.type == "cpu" else "this GPU"
     text = (
-        f"this run needs about {needed / GIB:.1f} GiB, {where} has {memory.total / GIB:.1f} "
+        f"this run needs about {needed / GIB:.1f} GiB, but {where} has {memory.total / GIB:.1f} "
         f"({memory.free / GIB:.1f} free)"
     )
-    advice = f"use {_smaller(config, layout, device, memory.free)}; --dry_run shows what takes how much"
+    advice = f"use {_smaller(config, layout, device, memory.free)}; --dry_run shows what the memory is used for"
     if needed > _CERTAIN * memory.total:
         raise ConfigError(f"{text}; {advice}")
-    return [f"{text}: it may fail, or be very slow; {advice}"]
+    return [f"{text}: the run may fail, or be very slow; {advice}"]
 
 
 def estimated_bytes(config: Config, layout: ParallelLayout, device: torch.device) -> int:
-    """The memory of a run, by the planner's estimate: of a GPU, or of all the processes of this machine on CPUs."""
+    """The planner's memory estimate of a run: for a GPU, or on CPUs for all processes of this machine together."""
     train = config.train
     estimate = Estimate(
         dtype=DTYPES[train.precision],
@@ -62,7 +62,7 @@ def estimated_bytes(config: Config, layout: ParallelLayout, device: torch.device
 
 
 def _smaller(config: Config, layout: ParallelLayout, device: torch.device, free: int) -> str:
-    """The flags with which the run would fit."""
+    """Flags with which the run would fit."""
     size = config.train.batch_size
     sizes = [size // 2**n for n in range(size.bit_length()) if size % 2**n == 0]
     for recompute in dict.fromkeys((config.train.recompute, "full")):

@@ -18,11 +18,11 @@ from tinytron.training.derive import TrainingInfo, derive
 
 
 class DataPipeline:
-    """Gives this rank's micro-batches by step, from datasets or from loaders of the user's own; what is missing is made.
+    """Provides this rank's micro-batches by step, from datasets or from a user's own loaders; builds whatever is missing.
 
-    ``train`` and ``val`` (``None`` without validation data) are the loaders and what is known of them, ``sampler`` is that
-    of a map-style training set, ``info`` are the step counts, ``validates`` says whether the run validates, ``notes`` is
-    what there is to print. Raises: ConfigError or DataError, the same on every rank, for data that does not fit.
+    ``train`` and ``val`` (``None`` without validation data) are the loaders and what is known about them, ``sampler`` is
+    the one of a map-style training set, ``info`` has the step counts, ``validates`` says whether the run validates, and
+    ``notes`` are lines to print. Raises: ConfigError or DataError, the same on every rank, for data that does not fit.
     """
 
     def __init__(
@@ -38,15 +38,13 @@ class DataPipeline:
         self.config, self.preparer = config, BatchPreparer(config, state)
         self.validates = datasets.validates(config)
         if train_dataset is None and train_loader is None:
-            raise ConfigError("_init_dataset set no train_dataset; set self.train_dataset, or self.train_loader")
+            raise ConfigError("_init_dataset set no training data; set self.train_dataset or self.train_loader")
         held_out = []
         if val_dataset is None and val_loader is None:
             train_dataset, val_dataset = self._split(train_dataset)
             if val_dataset is not None:
                 sizes = datasets.size_of(train_dataset), datasets.size_of(val_dataset)  # type: ignore[arg-type]
-                held_out.append(
-                    f"no validation data: the last {sizes[1]:,} of {sum(sizes):,} samples are held out for it"
-                )
+                held_out.append(f"no validation data: the last {sizes[1]:,} of {sum(sizes):,} samples are held out")
         epoch = datasets.epoch_size(config, train_dataset, train_loader)
         self.info: TrainingInfo = derive(config, state.layout, epoch)
         self.sampler = None
@@ -60,28 +58,28 @@ class DataPipeline:
         elif val_dataset is not None:
             self.val = LoadedData(datasets.make_val_loader(config, state, val_dataset), val_dataset, ours=True)
         self.notes = [*held_out, *self.info.notes, *datasets.describe(config, train_dataset, self.info)]
-        # From a step to what identifies the data before it.
+        # Maps a step to a string that identifies the data before it.
         self.identity = datasets.identity_of(config, train_loader if train_dataset is None else train_dataset)
 
     def _split(self, dataset: Dataset[Any] | None) -> tuple[Dataset[Any] | None, Dataset[Any] | None]:
-        """Training and validation part of a dataset without validation data, as the flags say."""
+        """Training and validation part of a dataset without validation data, according to the flags."""
         rate = self.config.train.split_rate
         if not self.validates and (rate is None or rate == 1.0):
             return dataset, None
         return datasets.split_off_validation(dataset, 0.99 if rate is None else rate)
 
     def steps(self, first: int) -> Iterator[list[Batch]]:
-        """This rank's micro-batches of one optimizer step at a time, from step ``first`` (counted from 0) on."""
+        """This rank's micro-batches of one optimizer step at a time, starting at step ``first`` (counted from 0)."""
         skip = 0
         if self.train.ours:
             (self.sampler or self.train.loader).start_step = first  # type: ignore[union-attr]
         else:
-            skip = first  # a loader of the user's can only be read again up to there
+            skip = first  # a user's own loader has to be read from its beginning
         return self.preparer.steps(self.train, self.info.grad_accum_steps, skip_steps=skip)
 
     def validation(self) -> Iterator[Batch]:
         """This rank's batches of the validation data, each once."""
-        assert self.val is not None, "no validation data: set val_dataset or pass --do_val"
+        assert self.val is not None, "there must be validation data: set val_dataset or pass --do_val"
         return self.preparer.once(self.val)
 
     def seen_tokens(self, step: int) -> dict[str, int]:

@@ -1,7 +1,8 @@
-"""Named sizes: ``--preset NAME`` stands for the flags that are written here, and nowhere else.
+"""Named sizes: ``--preset NAME`` stands for the flags that are written in this file, and nowhere else.
 
-Options come from, in this order: the defaults, the preset, ``--config`` files in their order, the other flags. The name is
-not an option of the run: the same flags by hand give the same run folder. A new preset is one entry of ``PRESETS``.
+Options are applied in this order: the defaults, the preset, ``--config`` files in their order, the other flags. The name is
+not an option of the run: giving the same flags by hand leads to the same run folder. To add a preset, add an entry to
+``PRESETS``.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from tinytron.utils.flags import nearest
 
 @dataclass(frozen=True)
 class Preset:
-    """The flags of a preset. ``about`` describes it in a line, ``parameters`` counts them at the vocabulary of the preset
-    (or the default one), and ``options`` holds values by the name of their flag."""
+    """The flags of a preset. ``about`` describes it in a line, ``parameters`` is the parameter count at the preset's
+    vocabulary (or the default one), and ``options`` has the values by the name of their flag."""
 
     about: str
     parameters: int
@@ -26,7 +27,7 @@ class Preset:
 
 
 def _shape(layers: int, heads: int, kv_heads: int, hidden: int, intermediate: int) -> dict[str, Any]:
-    """The five sizes that every preset gives."""
+    """The five sizes that every preset sets."""
     return {
         "num_layer": layers,
         "num_attention_heads": heads,
@@ -37,7 +38,7 @@ def _shape(layers: int, heads: int, kv_heads: int, hidden: int, intermediate: in
 
 
 def _batch(seq_len: int, total: int, micro: int) -> dict[str, Any]:
-    """Sequence length, tokens of a step and sequences of a micro-batch."""
+    """Sequence length, tokens per step and sequences per micro-batch."""
     return {"seq_len": seq_len, "total_batch_size": total, "batch_size": micro}
 
 
@@ -46,11 +47,11 @@ def _rates(max_lr: float, min_lr: float) -> dict[str, Any]:
     return {"max_lr": max_lr, "min_lr": min_lr}
 
 
-# A first peak rate to try, by optimizer, for the smaller models.
+# A peak rate to try first, by optimizer, for the smaller models.
 GOOD_MAX_LR: Mapping[str, float] = MappingProxyType({"adam": 4e-3, "muon": 0.02})
 # AdamW from 0.1B to 3B, as in scripts/lib/launch.sh; the default of 4e-3 is for smaller models.
 _ADAM = _rates(6e-4, 6e-5)
-# Muon takes a peak rate of 0.02 at these sizes; embeddings and norms, which AdamW updates, take half of it.
+# Muon's peak rate is 0.02 at these sizes; embeddings and norms, which AdamW updates, get half of it.
 _MUON = {
     "optimizer": "muon",
     "max_lr": GOOD_MAX_LR["muon"],
@@ -63,7 +64,7 @@ _GPT2 = {
     **{"vocab_size": 50257, "norm_type": "layer", "norm_eps": 1e-5, "mlp_type": "gelu_tanh", "bias": True},
     **{"position_type": "learned", "tied_lm_head": True, "init_std": 0.02},
 }
-# nanoGPT's model for characters: no biases, exact GELU. Its LayerNorm has no bias either; ours always has one.
+# nanoGPT's character model: no biases, exact GELU. Its LayerNorm has no bias either; Tinytron's always has one.
 _NANOGPT = {
     **{"vocab_size": 65, "norm_type": "layer", "norm_eps": 1e-5, "mlp_type": "gelu", "position_type": "learned"},
     **{"init_std": 0.02, "warmup_steps": 100, "adam_beta2": 0.99},
@@ -168,8 +169,8 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 
 
 def preset_options(name: str) -> dict[str, Any]:
-    """The options of the preset ``name``; capitals and underscores do not matter. Raises: ConfigError for an unknown name,
-    with the nearest one and all of them."""
+    """The options of the preset ``name``; case and underscores do not matter. Raises: ConfigError for an unknown name, with
+    the nearest name and all of them."""
     preset = PRESETS.get(name.lower().replace("_", "-"))
     if preset is None:
         raise ConfigError(f"--preset {name} is unknown{nearest(name, PRESETS)}; use one of {', '.join(PRESETS)}")
@@ -177,8 +178,8 @@ def preset_options(name: str) -> dict[str, Any]:
 
 
 def preset_table() -> str:
-    """The presets as a Markdown table, for docs/reference/presets.md: a column for each of the five sizes, and one for all
-    other flags."""
+    """The presets as a Markdown table, for docs/reference/presets.md: one column for each of the five sizes, and one for
+    all other flags."""
     shape = list(_shape(0, 0, 0, 0, 0))
     names = ["preset", "parameters", *(f"`--{name}`" for name in shape), "and"]
     lines = [f"| {' | '.join(names)} |\n", f"|---|---:|{'---:|' * len(shape)}---|\n"]

@@ -1,4 +1,4 @@
-"""Every option of a training run by section, as frozen dataclasses: the one source of names, defaults, help and bounds.
+"""Every option of a training run by section, as frozen dataclasses: the only source of names, defaults, help and bounds.
 
 The command line (arguments.py) and the tables in docs/reference are generated from here.
 """
@@ -20,11 +20,11 @@ from tinytron.utils.training import DTYPES
 class TrainingConfig:
     """The training loop."""
 
-    total_batch_size: Annotated[int, Flag("global batch of one optimizer step", "tokens", at_least=1)] = 524288
+    total_batch_size: Annotated[int, Flag("global batch per optimizer step", "tokens", at_least=1)] = 524288
     batch_size: Annotated[
         int,
         Flag(
-            "micro-batch of one data-parallel rank; auto: the largest that fits",
+            "micro-batch per data-parallel rank; auto: the largest that fits",
             "sequences",
             identity=False,
             at_least=0,
@@ -38,29 +38,31 @@ class TrainingConfig:
     max_train_tokens: Annotated[
         int | None,
         Flag(
-            "train on so many tokens of all ranks together, rounded up to whole steps",
+            "total training tokens across all ranks, rounded up to a whole step",
             "tokens",
             identity=False,
             at_least=1,
         ),
     ] = None
     max_epochs: Annotated[
-        int, Flag("passes over the data, if steps and tokens are not limited", identity=False, at_least=1)
+        int, Flag("passes over the data, if neither steps nor tokens are limited", identity=False, at_least=1)
     ] = 1
     do_val: Annotated[bool, Flag("validate every val_every_steps and after the last step", identity=False)] = False
     val_every_steps: Annotated[
-        int, Flag("validation interval; 0: only after the last", "steps", identity=False, at_least=0)
+        int, Flag("validate every N steps; 0: only after the last step", "steps", identity=False, at_least=0)
     ] = 250
     max_eval_tokens: Annotated[
         int | None,
-        Flag("validate on so many tokens of all ranks together; default: all", "tokens", identity=False, at_least=1),
+        Flag("validation tokens across all ranks; default: all", "tokens", identity=False, at_least=1),
     ] = None
     eval_tasks: Annotated[
         tuple[str, ...],
-        Flag("files of multiple-choice items to answer during training (docs/inference.md)", identity=False, path=True),
+        Flag(
+            "files of multiple-choice items to evaluate during training (docs/inference.md)", identity=False, path=True
+        ),
     ] = ()
     eval_every: Annotated[
-        int, Flag("interval of eval_tasks; 0: only after the last step", "steps", identity=False, at_least=0)
+        int, Flag("evaluate eval_tasks every N steps; 0: only after the last step", "steps", identity=False, at_least=0)
     ] = 0
     eval_tokenizer: Annotated[
         str | None,
@@ -69,14 +71,14 @@ class TrainingConfig:
     split_rate: Annotated[
         float | None,
         Flag(
-            "part of a dataset without validation data that is trained on; default 0.99 with do_val, else 1.0",
+            "fraction of a dataset without validation data used for training; default 0.99 with do_val, else 1.0",
             above=0,
             at_most=1,
             works=0.99,
         ),
     ] = None
     grad_clip_value: Annotated[
-        float, Flag("clip the global gradient norm to this; 0: never", at_least=0, infinite=True)
+        float, Flag("clip the global gradient norm to this; 0: no clipping", at_least=0, infinite=True)
     ] = 1.0
     spike_sigma: Annotated[
         float,
@@ -87,22 +89,23 @@ class TrainingConfig:
         ),
     ] = 0.0
     spike_window: Annotated[
-        int, Flag("accepted steps that spike_sigma compares with", "steps", identity=False, at_least=1)
+        int, Flag("number of accepted steps that spike_sigma compares with", "steps", identity=False, at_least=1)
     ] = 100
     spike_action: Annotated[
         Literal["skip", "stop"], Flag("skip a rejected step; stop: also save and end the run", identity=False)
     ] = "skip"
     replica_check_every: Annotated[
-        int, Flag("compare the replicas' parameters bit by bit; 0: never", "steps", identity=False, at_least=0)
+        int,
+        Flag("compare the replicas' parameters bit by bit every N steps; 0: off", "steps", identity=False, at_least=0),
     ] = 0
     step_timeout: Annotated[
-        float, Flag("write all stacks down when a step takes longer; 0: never", "seconds", identity=False, at_least=0)
+        float, Flag("dump all stacks if a step takes longer than this; 0: never", "seconds", identity=False, at_least=0)
     ] = 0.0
-    debug: Annotated[bool, Flag("a trial run in a folder of its own: no checkpoints, no validation")] = False
+    debug: Annotated[bool, Flag("trial run in its own folder: no checkpoints, no validation")] = False
     precision: Annotated[
         str,
         Flag(
-            "parameters and matrix products; fp32 main weights, gradients and reductions (fp64: everything)",
+            "data type of parameters and matmuls; main weights, gradients and reductions are fp32 (fp64: everything)",
             choices=tuple(DTYPES),
         ),
     ] = "bf16"
@@ -112,15 +115,16 @@ class TrainingConfig:
     recompute: Annotated[
         Recompute,
         Flag(
-            "activations computed again in backward: whole blocks, or all but matmuls, attention and exchanges",
+            "recompute activations in backward. full: those of whole blocks; selective: keep the results of matmuls, "
+            "attention and exchanges",
             identity=False,
         ),
     ] = "none"
     attn_backend: Annotated[
         Backend,
         Flag(
-            "attention: torch SDPA, the flash-attn package, torch's kernels for documents, or plain formulas; "
-            "auto: SDPA, on CPUs by tiles",
+            "attention kernels. sdpa: torch's; flash: the flash-attn package; varlen: torch's kernels for documents; math: "
+            "plain formulas; auto: sdpa, tiled on CPUs",
             identity=False,
         ),
     ] = "auto"
@@ -128,17 +132,20 @@ class TrainingConfig:
         False
     )
     use_liger_kernel: Annotated[
-        bool, Flag("RMSNorm and SwiGLU by the liger-kernel package, on CUDA devices", identity=False)
+        bool, Flag("RMSNorm and SwiGLU from the liger-kernel package, on CUDA devices", identity=False)
     ] = False
     use_cut_cross_entropy: Annotated[
-        bool, Flag("output head and loss by the cut-cross-entropy package, on CUDA devices", identity=False)
+        bool, Flag("output head and loss from the cut-cross-entropy package, on CUDA devices", identity=False)
     ] = False
     use_triton_kernels: Annotated[
         bool,
-        Flag("loss, sums of experts' rows and Muon's products by our Triton kernels, on CUDA devices", identity=False),
+        Flag(
+            "loss, sums of experts' rows and Muon's products with our Triton kernels, on CUDA devices", identity=False
+        ),
     ] = False
     disable_tf32: Annotated[
-        bool, Flag("exact fp32 matrix products on Ampere and later GPUs; on CPUs those of torch's BLAS", identity=False)
+        bool,
+        Flag("exact fp32 matmuls on Ampere and later GPUs; on CPUs, torch's BLAS instead of oneDNN", identity=False),
     ] = False
     use_profiler: Annotated[bool, Flag("write a Chrome trace of steps_to_profile", identity=False)] = False
     steps_to_profile: Annotated[tuple[int, int], Flag("first and last profiled step, from 1", identity=False)] = (
@@ -148,7 +155,7 @@ class TrainingConfig:
 
     @property
     def kernels(self) -> Kernels:
-        """The implementation of every operation that these options choose."""
+        """The implementation of each operation that these options choose."""
         return Kernels.from_flags(
             attn_backend=self.attn_backend,
             use_liger_kernel=self.use_liger_kernel,
@@ -170,33 +177,36 @@ class OptimConfig:
         float, Flag("learning rate of the last step, where a schedule decays to it", at_least=0, at_most=1000)
     ] = 3e-5
     warmup_steps: Annotated[
-        int, Flag("linear warm-up; a run of at most this length gets a tenth of its steps", "steps", at_least=0)
+        int, Flag("linear warm-up; a run of at most this length warms up for a tenth of it", "steps", at_least=0)
     ] = 1000
     warmup_ratio: Annotated[
-        float, Flag("warm-up as a part of the steps, instead of warmup_steps; 0: off", at_least=0, below=1, works=0.01)
+        float,
+        Flag("warm-up as a fraction of the steps, instead of warmup_steps; 0: off", at_least=0, below=1, works=0.01),
     ] = 0.0
-    lr_schedule: Annotated[str, Flag("shape after the warm-up", choices=tuple(SCHEDULES))] = "cosine"
+    lr_schedule: Annotated[str, Flag("after the warm-up; wsd: constant, then a decay", choices=tuple(SCHEDULES))] = (
+        "cosine"
+    )
     lr_power: Annotated[
-        float, Flag("polynomial schedule: exponent of the steps that are left", above=0, at_most=100, works=1.0)
+        float, Flag("polynomial schedule: exponent of the remaining fraction", above=0, at_most=100, works=1.0)
     ] = 1.0
     lr_cycles: Annotated[int, Flag("cosine_with_restarts: number of half waves", at_least=1)] = 1
     wsd_decay_fraction: Annotated[
-        float, Flag("last part of the steps in which wsd decays", above=0, at_most=1, works=0.1)
+        float, Flag("fraction of the steps, at the end, in which wsd decays", above=0, at_most=1, works=0.1)
     ] = 0.1
-    wsd_decay_shape: Annotated[str, Flag("how wsd decays", choices=tuple(DECAY_SHAPES))] = "cosine"
+    wsd_decay_shape: Annotated[str, Flag("shape of the wsd decay", choices=tuple(DECAY_SHAPES))] = "cosine"
     weight_decay: Annotated[
         float, Flag("decoupled weight decay of matrices and embeddings", at_least=0, at_most=1000)
     ] = 0.1
     decay_embeddings: Annotated[bool, Flag("decay the token embedding too")] = True
-    decay_all: Annotated[bool, Flag("decay every parameter, norms and biases too")] = False
+    decay_all: Annotated[bool, Flag("decay all parameters, including norms and biases")] = False
     adam_beta1: Annotated[float, Flag("decay of the first moment", at_least=0, below=1, works=0.9)] = 0.9
     adam_beta2: Annotated[float, Flag("decay of the second moment", at_least=0, below=1, works=0.9)] = 0.95
     adam_eps: Annotated[float, Flag("added to the root of the second moment", at_least=0, at_most=1)] = 1e-8
     muon_momentum: Annotated[float, Flag("momentum of Muon", at_least=0, below=1, works=0.9)] = 0.95
-    muon_ns_steps: Annotated[int, Flag("iterations of Muon's orthogonalization", at_least=1)] = 5
+    muon_ns_steps: Annotated[int, Flag("number of iterations of Muon's orthogonalization", at_least=1)] = 5
     muon_normuon: Annotated[bool, Flag("NorMuon: divide Muon's update by its running root mean square")] = False
     muon_beta2: Annotated[float, Flag("decay of NorMuon's second moment", at_least=0, below=1, works=0.9)] = 0.95
-    muon_cautious: Annotated[bool, Flag("weight decay only where it agrees in sign with Muon's update")] = False
+    muon_cautious: Annotated[bool, Flag("apply weight decay only where its sign agrees with Muon's update")] = False
     matrix_lr_mult: Annotated[float, Flag("learning-rate multiplier of matrices", at_least=0, at_most=1e6)] = 1.0
     embedding_lr_mult: Annotated[
         float, Flag("learning-rate multiplier of the (tied) token embedding", at_least=0, at_most=1e6)
@@ -209,7 +219,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where samples come from and how they are read."""
+    """The source of samples and how they are read."""
 
     dataset_path: Annotated[
         str | None,
@@ -228,36 +238,36 @@ class DataConfig:
         ),
     ] = None
     token_dtype: Annotated[
-        Literal["uint16", "uint32"] | None, Flag("type of the tokens in shards without a header", identity=False)
+        Literal["uint16", "uint32"] | None, Flag("data type of tokens in shards without a header", identity=False)
     ] = None
     document_mask: Annotated[
-        bool, Flag("tokens attend to their own document only, in which positions count from 0")
+        bool, Flag("let tokens attend only to their own document, in which positions count from 0")
     ] = False
     cross_document_loss: Annotated[
         bool, Flag("train the last token of a document to predict the first one of the next")
     ] = True
     packing: Annotated[
         Literal["concat", "best_fit"],
-        Flag("concat: cut the stream of tokens every seq_len; best_fit: fill sequences with whole documents"),
+        Flag("concat: cut the token stream every seq_len tokens; best_fit: fill sequences with whole documents"),
     ] = "concat"
     eot_id: Annotated[
         int | None,
-        Flag("token between documents, where no .docs file or manifest.json tells; default: none", at_least=0),
+        Flag("id of the token between documents, if no .docs file or manifest.json has it; default: none", at_least=0),
     ] = None
     eot_position: Annotated[
-        Literal["prepend", "append"], Flag("where eot_id stands: before every document or after it")
+        Literal["prepend", "append"], Flag("position of eot_id: before every document or after it")
     ] = "prepend"
     use_mock_data: Annotated[bool, Flag("train on random tokens", identity=False)] = False
     mock_data_num_samples: Annotated[
-        int, Flag("size of the mock data; a tenth more for validation", "samples", at_least=1)
+        int, Flag("number of mock samples; a tenth more for validation", "samples", at_least=1)
     ] = 1280
     num_workers: Annotated[
-        int, Flag("loader processes of each rank; 0: a thread of the rank loads", identity=False, at_least=0)
+        int, Flag("loader processes per rank; 0: a thread of the rank loads", identity=False, at_least=0)
     ] = 0
     prefetch: Annotated[
-        int, Flag("steps whose micro-batches are prepared ahead; 0: none", identity=False, at_least=0)
+        int, Flag("number of steps whose micro-batches are prepared ahead; 0: none", identity=False, at_least=0)
     ] = 2
-    pin_memory: Annotated[bool, Flag("load into pinned memory, from which GPUs copy at once", identity=False)] = True
+    pin_memory: Annotated[bool, Flag("load into pinned memory, from which GPUs copy directly", identity=False)] = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,36 +275,38 @@ class ParallelConfig:
     """Processes and what they share."""
 
     backend: Annotated[
-        Literal["auto", "nccl", "gloo"], Flag("collectives; auto: nccl on GPUs, gloo on CPUs", identity=False)
+        Literal["auto", "nccl", "gloo"], Flag("collective backend; auto: nccl on GPUs, gloo on CPUs", identity=False)
     ] = "auto"
     init_method: Annotated[str, Flag("how processes find each other", identity=False)] = "env://"
     sep_size: Annotated[
-        int, Flag("ranks that share each sequence (Ulysses)", "processes", identity=False, at_least=1)
+        int, Flag("number of ranks that share each sequence (Ulysses)", "processes", identity=False, at_least=1)
     ] = 1
     ep_size: Annotated[
-        int, Flag("ranks that share the experts; 0: as many as sep_size", "processes", identity=False, at_least=0)
+        int,
+        Flag("number of ranks that share the experts; 0: same as sep_size", "processes", identity=False, at_least=0),
     ] = 0
     use_distributed_optimizer: Annotated[
-        bool, Flag("shard optimizer states over the ranks (ZeRO-1)", identity=False)
+        bool, Flag("shard optimizer state over the ranks (ZeRO-1)", identity=False)
     ] = True
     bucket_size_mb: Annotated[
-        float, Flag("gradients exchanged at a time", "MiB", identity=False, above=0, works=64)
+        float,
+        Flag("size of a bucket of gradients, which are exchanged together", "MiB", identity=False, above=0, works=64),
     ] = 64.0
-    overlap_grad_reduce: Annotated[
-        bool, Flag("exchange gradients while backward still computes others", identity=False)
-    ] = True
+    overlap_grad_reduce: Annotated[bool, Flag("exchange gradients while backward is still running", identity=False)] = (
+        True
+    )
     overlap_param_gather: Annotated[
-        bool, Flag("gather updated parameters while the next forward computes", identity=False)
+        bool, Flag("gather updated parameters during the next forward pass", identity=False)
     ] = True
     grad_reduce_dtype: Annotated[
-        Literal["fp32", "bf16"], Flag("precision of gradients on the wire; sums are in fp32", identity=False)
+        Literal["fp32", "bf16"], Flag("data type in which gradients are sent; sums are in fp32", identity=False)
     ] = "fp32"
-    print_topology: Annotated[bool, Flag("print who sits where and owns what, before training", identity=False)] = False
+    print_topology: Annotated[bool, Flag("print the ranks' layout and what each owns", identity=False)] = False
     ddp_find_unused_parameters: Annotated[
-        bool, Flag("accept parameters without a gradient instead of stopping", identity=False)
+        bool, Flag("accept parameters without a gradient instead of raising an error", identity=False)
     ] = False
     ddp_gradient_as_bucket_view: Annotated[
-        bool, Flag("gradients live in the exchange buffers; off: copied there, more memory", identity=False)
+        bool, Flag("keep gradients in the exchange buffers; off: copy them there, using more memory", identity=False)
     ] = True
 
 
@@ -304,26 +316,30 @@ class CkptConfig:
 
     do_save: Annotated[bool, Flag("save every save_every_steps and after the last step", identity=False)] = True
     save_every_steps: Annotated[
-        int, Flag("save interval; 0: only after the last", "steps", identity=False, at_least=0)
+        int, Flag("save every N steps; 0: only after the last step", "steps", identity=False, at_least=0)
     ] = 5000
     save_at_start: Annotated[
         bool, Flag("also save, and export, the weights that training begins with, as step 0", identity=False)
     ] = False
     async_save: Annotated[
-        bool, Flag("train on while a checkpoint is written; off: wait for the disk", identity=False)
+        bool, Flag("continue training while a checkpoint is written; off: wait for the disk", identity=False)
     ] = True
     keep_last: Annotated[
         int,
-        Flag("checkpoints kept, newest first; 0: all, or 1 beside keep_every or keep_best", identity=False, at_least=0),
+        Flag(
+            "number of newest checkpoints to keep; 0: all, or 1 with keep_every or keep_best",
+            identity=False,
+            at_least=0,
+        ),
     ] = 0
     keep_every: Annotated[
-        int, Flag("keep those of every so many steps; 0: none for that reason", "steps", identity=False, at_least=0)
+        int, Flag("also keep every N-th step's checkpoint; 0: off", "steps", identity=False, at_least=0)
     ] = 0
-    keep_best: Annotated[bool, Flag("keep that of the lowest validation loss", identity=False)] = False
+    keep_best: Annotated[bool, Flag("also keep the checkpoint with the lowest validation loss", identity=False)] = False
     export_every: Annotated[
         int,
         Flag(
-            "write every so many steps, and at the end, what transformers opens; 0: never",
+            "export a Hugging Face checkpoint every N steps and at the end; 0: never",
             "steps",
             identity=False,
             at_least=0,
@@ -338,19 +354,19 @@ class CkptConfig:
     hub_model_id: Annotated[
         str | None, Flag("upload every export to this hub repository, owner/name, as revision step<N>", identity=False)
     ] = None
-    hub_private: Annotated[bool, Flag("make that repository, if it is new, a private one", identity=False)] = True
+    hub_private: Annotated[bool, Flag("make that repository private if it is new", identity=False)] = True
     resume: Annotated[bool, Flag("continue from the newest checkpoint of the run's folder", identity=False)] = True
     resume_path: Annotated[
         str | None,
         Flag(
-            "start from this run folder or <step>_model.pt, until the run has a checkpoint", identity=False, path=True
+            "resume from this run folder or <step>_model.pt, unless the run has a checkpoint", identity=False, path=True
         ),
     ] = None
     init_from: Annotated[
         str | None,
         Flag(
-            "begin with the weights, and the architecture, of a Hugging Face folder or hub name, or of a run: a folder or "
-            "<step>_model.pt",
+            "start from the weights and architecture of a Hugging Face folder or hub name, or of a run (a folder or "
+            "<step>_model.pt)",
             path=True,
         ),
     ] = None
@@ -358,29 +374,29 @@ class CkptConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """What is printed and written."""
+    """Console output, log files and trial modes."""
 
     exp_name: Annotated[str, Flag("first part of the run folder's name")] = "gpt"
-    log_dir: Annotated[str, Flag("where run folders are made: a folder or a URL", identity=False, path=True)] = "./log/"
+    log_dir: Annotated[str, Flag("folder or URL that contains run folders", identity=False, path=True)] = "./log/"
     log_every: Annotated[
-        int, Flag("interval of reports and of writing the log files", "steps", identity=False, at_least=1)
+        int, Flag("report and write the log files every N steps", "steps", identity=False, at_least=1)
     ] = 10
     print_config: Annotated[
         Literal["no", "json", "yaml"],
-        Flag("print the resolved configuration, as JSON if not said otherwise, and stop", identity=False, bare="json"),
+        Flag("print the resolved configuration (default format: JSON) and stop", identity=False, bare="json"),
     ] = "no"
     dry_run: Annotated[
-        bool, Flag("print the memory of a rank by kind and stop; --backend nccl: as on a GPU", identity=False)
+        bool, Flag("print a rank's memory by kind and stop; --backend nccl: as on a GPU", identity=False)
     ] = False
     dry_run_world_size: Annotated[
         int | None,
-        Flag("with dry_run: as one of so many; default: as launched", "processes", identity=False, at_least=1),
+        Flag("number of ranks that dry_run assumes; default: as launched", "processes", identity=False, at_least=1),
     ] = None
     moe_router_debug: Annotated[
-        bool, Flag("log how far the last chosen expert is ahead of the first one not chosen", identity=False)
+        bool, Flag("log the margin between the last chosen expert and the first one not chosen", identity=False)
     ] = False
     moe_route_trace: Annotated[
-        bool, Flag("write every token's experts at each report, for scripts/compare_routes.py; large", identity=False)
+        bool, Flag("write each token's experts at every report, for scripts/compare_routes.py; large", identity=False)
     ] = False
 
 
@@ -394,7 +410,7 @@ class SeedConfig:
             "seed of weights, data order and dropout", at_least=0, at_most=2**63 - 1, rule="in 0..2^63 - 1", works=1337
         ),
     ] = 1337
-    deterministic: Annotated[bool, Flag("bit-identical repetition, also on GPUs", identity=False)] = False
+    deterministic: Annotated[bool, Flag("bit-identical repetition, even on GPUs", identity=False)] = False
 
 
 SECTIONS: dict[str, type] = {

@@ -1,5 +1,5 @@
-"""The training loop. Subclass ``Trainer`` and override one ``_init_*`` to change a part, ``_loss`` to change the
-objective; what happens after a step stands in ``train``."""
+"""The training loop. Subclass ``Trainer`` and override one ``_init_*`` method to change a part, ``_loss`` to change the
+objective; ``train`` shows what happens after a step."""
 
 from __future__ import annotations
 
@@ -54,22 +54,22 @@ from tinytron.utils.profile import BACKWARD, FORWARD
 
 
 class Trainer(RankAttributes):
-    """Pre-trains a model as ``config`` says. Construction is collective over all processes; so is ``train``.
+    """Pre-trains a model as ``config`` describes. Construction is collective over all processes; so is ``train``.
 
     For subclasses (all set before ``train``): ``state`` (layout and groups), ``device``, ``dp_group/rank/world_size``,
     ``sp_group/rank/world_size``, ``master_process``, ``train_dataset/sampler/loader``, ``val_dataset/loader``,
     ``raw_model``, ``model``, ``raw_optimizer``, ``optimizer``, ``training_info``, ``log_dir``, ``one_step_results``.
-    The parts of a run, each made by one ``_init_*``: ``reporter``, ``data``, ``evals``, ``folder``, ``guards``, ``saver``.
+    The parts of a run, each built by one ``_init_*``: ``reporter``, ``data``, ``evals``, ``folder``, ``guards``, ``saver``.
 
     Raises: ConfigError, DataError or CheckpointError, the same on every rank, before any step.
     """
 
-    sections: ClassVar[Mapping[str, type]] = {}  # further sections of the configuration: name -> dataclass of flags
+    sections: ClassVar[Mapping[str, type]] = {}  # extra sections of the configuration: name -> dataclass of flags
     train_dataset: Dataset[Any] | None = None
     val_dataset: Dataset[Any] | None = None
     train_loader: Iterable[Any] | None = None
     val_loader: Iterable[Any] | None = None
-    train_sampler: GlobalBatchSampler | None = None  # of a map-style train_dataset
+    train_sampler: GlobalBatchSampler | None = None  # for a map-style train_dataset
     _continues = False  # from a checkpoint
     raw_model: nn.Module
     model: nn.Module
@@ -82,7 +82,7 @@ class Trainer(RankAttributes):
         self.one_step_results: dict[str, float] = {}
         self._init_distributed(config)  # -> state, device
         self.config = config = replace(config, dp_size=self.state.layout.dp)
-        self._init_reporter(config)  # -> reporter: from here on there is something to print with
+        self._init_reporter(config)  # -> reporter, which everything below prints with
         self.config = config = self._fit_batch_size(config)
         self._check_memory(config)
         self._init_dataset(config)  # -> train_dataset, val_dataset
@@ -93,7 +93,7 @@ class Trainer(RankAttributes):
         self._attach_optimizer()
         self._init_logging(config)  # -> folder, log_dir
         self._init_guards(config)  # -> guards
-        self._resume_from_checkpoint()  # -> step, and all of the above as it was
+        self._resume_from_checkpoint()  # -> step; restores all of the above
         self._init_saver(config)  # -> saver
         self._init_metrics(config)  # starts the reporter
 
@@ -108,32 +108,33 @@ class Trainer(RankAttributes):
         self.reporter = Reporter(self.state, [sink() for sink in SINKS.values()])
 
     def _fit_batch_size(self, config: Config) -> Config:
-        """Replace ``--batch_size auto`` by a number. Raises: ConfigError for a model whose memory nobody can estimate."""
+        """Replace ``--batch_size auto`` with a number. Raises: ConfigError for a model whose memory cannot be estimated."""
         if config.train.batch_size != AUTO:
             return config
         if type(self)._init_model is not Trainer._init_model:
             raise ConfigError(
-                "--batch_size auto estimates the memory of Tinytron's own model only; give a number such as 8"
+                "--batch_size auto can only estimate the memory of Tinytron's own model; give a number such as 8"
             )
         config, text = fit_batch_size(config, self.state)
         self._say(text)
         return config
 
     def _check_memory(self, config: Config) -> None:
-        """Say or refuse what does not fit the machine, before it takes minutes; of own models nothing is known."""
+        """Report or refuse what does not fit the machine before it takes minutes. Only Tinytron's own model is known."""
         if type(self)._init_model is Trainer._init_model:
             self._say(*memory_notes(config, self.state))
 
     def _init_dataset(self, config: Config) -> None:
-        """Set ``train_dataset`` and, if there is one, ``val_dataset``: map-style or iterable, items ``{input_ids, labels}``
-        or rows of ``seq_len + 1`` token ids; or ``train_loader`` and ``val_loader`` that give this rank's micro-batches.
-        Without validation data, ``--split_rate`` keeps part of a map-style ``train_dataset`` back (docs/data.md)."""
+        """Set ``train_dataset`` and, if there is one, ``val_dataset``: map-style or iterable, with items
+        ``{input_ids, labels}`` or rows of ``seq_len + 1`` token ids; or ``train_loader`` and ``val_loader``, which yield
+        this rank's micro-batches. Without validation data, ``--split_rate`` holds out part of a map-style
+        ``train_dataset`` (docs/data.md)."""
         if config.data.dataset_path is None and not config.data.use_mock_data:
             self._say("no --dataset_path given: training on mock data (random tokens: the loss stays near ln V)")
         self.train_dataset, self.val_dataset = datasets.builtin_datasets(config, self.state)
 
     def _init_pipeline(self, config: Config) -> None:
-        """Set ``data``, which makes what ``_init_dataset`` left unset: validation split, sampler, loaders, step counts."""
+        """Set ``data``, which builds what ``_init_dataset`` left unset: validation split, sampler, loaders, step counts."""
         names = ("train_dataset", "val_dataset", "train_loader", "val_loader")
         self.data = DataPipeline(config, self.state, **{name: getattr(self, name) for name in names})
         self.train_dataset, self.train_loader = self.data.train.dataset, self.data.train.loader
@@ -160,7 +161,7 @@ class Trainer(RankAttributes):
         )
 
     def _init_logging(self, config: Config) -> None:
-        """Set ``folder``, the run's folder; ``config.json`` follows once it is clear that the run continues in it."""
+        """Set ``folder``, the run's folder; ``config.json`` follows once it is certain that the run continues in it."""
         self.folder = RunFolder(config, self.state)
         self._say(*self.folder.notes)
 
@@ -174,7 +175,7 @@ class Trainer(RankAttributes):
         self.saver = RunSaver(config, self.state, *parts, resumed=self.step, say=self._say)
 
     def _init_metrics(self, config: Config) -> None:
-        """Say what is logged next to the losses, and open the sinks."""
+        """Choose what is logged in addition to the losses, and open the sinks."""
         self._sources = SourceLosses(self.data.train.sources, self.state)
         self.reporter.metrics += build_metrics(
             config, self.raw_model, self.state, self.log_dir, self._sources, self.data.seen_tokens
@@ -195,14 +196,14 @@ class Trainer(RankAttributes):
 
     def _loss(self, batch: Batch) -> LossSums:
         """Loss *sums* over this rank's part of a micro-batch; ``train_step`` divides them by what ``_normalizer`` counts in
-        the global batch. ``batch.extras`` are further keys of the data."""
+        the global batch. ``batch.extras`` are extra keys of the data."""
         losses: LossSums = self.model(batch.input_ids, batch.labels, **batch.model_inputs())
         return losses
 
     def _normalizer(self, batch: Batch) -> torch.Tensor:
-        """What this rank's part of a micro-batch adds to the number that the loss is divided by: a whole number, on the
-        device; default: its valid targets. It is summed over all ranks, so what each of ``sp_group`` would count again
-        counts on one of them only; rows that fill up validation have no valid label and must not count."""
+        """This rank's contribution to the divisor of the loss for a micro-batch: a whole number, on the device; default:
+        its valid targets. It is summed over all ranks, so anything that every rank of ``sp_group`` sees must be counted on
+        only one of them. Rows that pad a validation batch have no valid label and must not count."""
         return batch.targets()
 
     # The loop.
@@ -210,7 +211,7 @@ class Trainer(RankAttributes):
     def train(self) -> None:
         """Train until ``training_info.max_steps``; validate, answer tasks and save on the way and at the end. Collective.
 
-        Raises: SystemExit, once a checkpoint is saved, if a rank got SIGTERM, SIGUSR1 (status 0) or Ctrl-C (130);
+        Raises: SystemExit, after saving a checkpoint, if a rank got SIGTERM, SIGUSR1 (status 0) or Ctrl-C (130);
         TrainingError if a guard rail ends the run (docs/reliability.md).
         """
         last = self.training_info.max_steps
@@ -229,7 +230,7 @@ class Trainer(RankAttributes):
                     try:
                         self.train_step(microbatches)
                     except StepDropped:
-                        assert start is not None, "only then guards drop a step"
+                        assert start is not None, "guards drop a step only if before_step returned True"
                         start.restore()
                         self.optimizer.zero_grad()
                     else:
@@ -258,7 +259,7 @@ class Trainer(RankAttributes):
             group["lr"] = lr * group.get("lr_mult", 1.0)
         world = self.state.groups["world"]
         count = count_targets(microbatches, world, self._normalizer)
-        divisor = count.divisor  # for the one division
+        divisor = count.divisor  # used in the single division
         microbatches = scale_weights(microbatches, count.weight_scale)
         if self.config.model.use_moe:
             microbatches = [batch._replace(routing_scale=count.routing_scale) for batch in microbatches]
@@ -280,7 +281,9 @@ class Trainer(RankAttributes):
                 counts[name] = counts[name] + number if i else number
         parts = {name: value / divisor for name, value in sums.items()}
         parts |= {name: sums[name] for name in counts}
-        parts["loss"] = parts["loss"].masked_fill(count.empty, torch.nan)  # a mean of nothing is not 0, the best of all
+        parts["loss"] = parts["loss"].masked_fill(
+            count.empty, torch.nan
+        )  # no targets: not 0, which would be the best loss
         reject = self.guards.spikes.judge(self.step + 1, parts["loss"])
         grad_norm = self.optimizer.step(max_norm=self.config.train.grad_clip_value, reject=reject)
         self.optimizer.zero_grad()
@@ -297,7 +300,7 @@ class Trainer(RankAttributes):
         return loss
 
     def save(self) -> CheckpointFiles:
-        """Save a checkpoint of the current step; inside ``train`` it is written while training goes on. Collective."""
+        """Save a checkpoint of the current step; inside ``train`` it is written while training continues. Collective."""
         with self.reporter.clock.paused(), self.guards.paused():
             self.optimizer.finish_gather()
             messages = self.saver.save(self.step, self.evals.loss_of(self.step))
@@ -305,8 +308,8 @@ class Trainer(RankAttributes):
         return self.saver.files(self.step)
 
     def _finish_exchanges(self) -> None:
-        """Wait for what ranks still exchange in the background. An operation that ends after torch's profiler has stopped
-        corrupts memory (torch 2.13): the process dies by SIGSEGV or SIGABRT later."""
+        """Wait for background exchanges between ranks. An operation that ends after torch's profiler has stopped corrupts
+        memory (torch 2.13): the process later dies from SIGSEGV or SIGABRT."""
         self.optimizer.finish_gather()
         self.guards.finish_exchange()
 
@@ -318,7 +321,7 @@ class Trainer(RankAttributes):
 
     @property
     def training_info(self) -> TrainingInfo:
-        """Steps and accumulation, as they follow from flags, processes and data."""
+        """Steps and accumulation, derived from flags, processes and data."""
         return self.data.info
 
     @property
@@ -332,7 +335,7 @@ class Trainer(RankAttributes):
         return self.optimizer.inner
 
     def _attach_optimizer(self) -> None:
-        """Wrap a plain torch optimizer, and tell the wrapper the parameters' names and groups."""
+        """Wrap a plain torch optimizer, and give the wrapper the parameters' names and groups."""
         if not isinstance(self.optimizer, DistributedOptimizer):
             self.optimizer = DistributedOptimizer(optimizer=self.optimizer, process_group=self.dp_group)
         options = optimizer_options(self.config, self.raw_model)
@@ -348,7 +351,7 @@ class Trainer(RankAttributes):
         parts = (self.raw_model, self.optimizer, self.state)
         found = resume(self.config, self.log_dir, *parts, self.data.identity, self._say)
         if found is not None:
-            assert found.step is not None, "check_continues refuses metadata that is not ours"
+            assert found.step is not None, "check_continues rejects records from elsewhere"
             self.guards.load_state_dict(found.guard)
             self.step, self._continues = found.step, True
         self._say(*self.folder.begin(self.step))
@@ -370,7 +373,7 @@ class Trainer(RankAttributes):
     def _maybe_save(self) -> None:
         self._say(*self.saver.report())
         due = self.due.save(self.step) or (self.guards.ends and self.saver.enabled)
-        if due and self.step != self.saver.saved:  # a dropped step leaves the one before it, which may be saved already
+        if due and self.step != self.saver.saved:  # after a dropped step, the step before it may already be saved
             self.save()
 
     def _say_what_is_next(self) -> None:

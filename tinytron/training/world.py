@@ -1,4 +1,4 @@
-"""Joining the world: the launcher's environment, the process group, the device, and how fast all ranks multiply."""
+"""Joining the world: the launcher's environment, the process group, the device, and the matmul rate of all ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tinytron.utils.training import DTYPES, seed_all, use_deterministic_kernels
 
 
 class RankAttributes:
-    """Shorthands for a rank's place in the world, as subclasses of the trainer use them: all follow from ``state``."""
+    """Shorthands for a rank's place in the world, for subclasses of the trainer; all are derived from ``state``."""
 
     state: ParallelState
 
@@ -33,12 +33,12 @@ class RankAttributes:
 
     @property
     def master_process(self) -> bool:
-        """True on rank 0, which prints, logs and writes what is written once."""
+        """True on rank 0, which prints, logs and writes everything that is written once."""
         return self.state.is_master
 
     @property
     def dp_group(self) -> dist.ProcessGroup:
-        """The ranks that read other sequences at the same place of theirs."""
+        """The ranks that process different sequences, but the same part of each."""
         return self.state.groups["dp"]
 
     @property
@@ -70,27 +70,27 @@ class RankAttributes:
 def join_world(config: Config) -> ParallelState:
     """Read the launcher's environment (none: one process), initialize the process group and build the parallel groups.
 
-    Raises: ConfigError, before any rank waits, for a broken environment, a layout or batch that does not fit the number
-    of processes, or more processes than GPUs.
+    Raises: ConfigError, before any rank waits, for a broken environment, a layout or batch that does not fit the number of
+    processes, or more processes than GPUs.
     """
     rank, world_size, local_rank = place_in_world()
-    joined = dist.is_initialized()  # a caller (a notebook, a test) may have done it
+    joined = dist.is_initialized()  # a caller (a notebook, a test) may have initialized it
     if joined:
         rank, world_size = dist.get_rank(), dist.get_world_size()
     layout = ParallelLayout(world_size, config.parallel.sep_size, config.parallel.ep_size)
-    if config.train.batch_size:  # else it is still to be found
+    if config.train.batch_size:  # --batch_size auto is resolved later
         accumulation_steps(config, layout)  # checked before any rank waits for another
     device = torch.device("cpu")
     if torch.cuda.is_available() and config.parallel.backend != "gloo":
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(
-                f"process {local_rank} of this node has no GPU: there are {torch.cuda.device_count()}; "
+                f"process {local_rank} of this node has no GPU: the node has {torch.cuda.device_count()}; "
                 f"use --nproc_per_node {torch.cuda.device_count()}, or NUM_GPUS=0 for CPU processes"
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     elif config.parallel.backend == "nccl":
-        raise ConfigError("--backend nccl needs a GPU, and this machine has none; use --backend gloo or auto")
+        raise ConfigError("--backend nccl needs a GPU, but this machine has none; use --backend gloo or auto")
     if not joined:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
@@ -101,7 +101,7 @@ def join_world(config: Config) -> ParallelState:
                 dist.init_process_group(backend, config.parallel.init_method, rank=rank, world_size=world_size)
             except (ValueError, RuntimeError) as error:
                 raise ConfigError(
-                    f"rank {rank} cannot join the others by --init_method {config.parallel.init_method} "
+                    f"rank {rank} cannot join the others with --init_method {config.parallel.init_method} "
                     f"({first_line(error)}); launch with torchrun, which sets MASTER_ADDR and MASTER_PORT"
                 ) from error
         else:
@@ -118,19 +118,19 @@ def join_world(config: Config) -> ParallelState:
     return state
 
 
-# How many processes srun, Open MPI, MPICH and MVAPICH have started, and which of them this is.
+# Number of processes that srun, Open MPI, MPICH and MVAPICH started, and the number of this one.
 _OTHER_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _OTHER_RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK")
 
 
 def place_in_world() -> tuple[int, int, int]:
-    """Rank, world size and local rank from the launcher's environment; without one: the only process. Raises: ConfigError
-    for what cannot be, and for processes that srun or mpirun started without torchrun's variables."""
+    """Rank, world size and local rank from the launcher's environment; without one, the only process. Raises: ConfigError
+    for impossible values, and for processes that srun or mpirun started without torchrun's variables."""
     if "RANK" not in os.environ:
         for name, alone in {**dict.fromkeys(_OTHER_COUNTS, 1), **dict.fromkeys(_OTHER_RANKS, 0)}.items():
             if (text := os.environ.get(name, "")).isdecimal() and int(text) > alone:
                 raise ConfigError(
-                    f"{name}={text}, but RANK is not set: several processes would train apart; start one per node, "
+                    f"{name}={text}, but RANK is not set: the processes would train separately; start one per node, "
                     "which runs torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
                 )
     local = local_rank_variable(os.environ)
@@ -154,19 +154,19 @@ def place_in_world() -> tuple[int, int, int]:
 
 
 def processes_of_node() -> int:
-    """How many processes torchrun has started on this node; 1 where nothing tells."""
+    """Number of processes that torchrun started on this node; 1 if unknown."""
     text = os.environ.get("LOCAL_WORLD_SIZE", "")
     return max(1, int(text)) if text.isdecimal() else 1
 
 
 def first_on_node() -> bool:
-    """True in the process that fetches and makes files for all of its node."""
+    """True in the process that downloads and makes files for all of its node."""
     return place_in_world()[2] == 0
 
 
 def measure_peak(config: Config, state: ParallelState) -> tuple[float, list[str]]:
-    """Peak matmul rate of all ranks together, in FLOP/s, and lines to print: on CPUs also one if fp32 is faster than the 16
-    bits of ``--precision``. Collective."""
+    """Peak matmul rate of all ranks together, in FLOP/s, and lines to print; on CPUs there is an extra line if fp32 is
+    faster than the 16 bits of ``--precision``. Collective."""
     precision, world = config.train.precision, state.groups["world"]
     peak, source = peak_flops(state.device, DTYPES[precision])
     total = float(sum_over(torch.tensor(peak, device=state.device), world))

@@ -17,6 +17,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, NoReturn
 
 from tinytron.errors import ConfigError
+from tinytron.utils.help_text import HelpAll, HelpFormatter, brief_help, placeholder, typed_program
 from tinytron.utils.paths import expanded
 
 
@@ -154,10 +155,24 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 class Parser(argparse.ArgumentParser):
     """A parser that raises ConfigError instead of printing the usage and exiting. Flags cannot be abbreviated, not even
-    those of subcommands."""
+    those of subcommands.
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, **options})
+    ``common`` names the arguments (by ``dest``) that ``--help`` shows; ``--help-all`` shows all. Without it, both show
+    all. ``prog`` defaults to the script as it was typed.
+    """
+
+    def __init__(self, *, common: Sequence[str] = (), prog: str | None = None, **options: Any) -> None:
+        usual: dict[str, Any] = {"allow_abbrev": False, "formatter_class": HelpFormatter}
+        super().__init__(prog=typed_program() if prog is None else prog, **{**usual, **options})
+        self._common = tuple(common)
+        if self.add_help:
+            brief, full = "show the most common flags and stop", "show all flags and stop"
+            self._option_string_actions["--help"].help = brief if common else "show this and stop"
+            self.add_argument("--help-all", action=HelpAll, help=full if common else argparse.SUPPRESS)
+            self.add_argument("--help_all", action=HelpAll, help=argparse.SUPPRESS)
+
+    def format_help(self) -> str:
+        return brief_help(self, self._common) if self._common else super().format_help()
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see --help")
@@ -205,12 +220,14 @@ def add_flag(group: argparse._ActionsContainer, info: FieldInfo) -> None:
         inner = typing.get_args(info.type)
         count = "*" if inner[-1] is Ellipsis else len(inner)
         kind = expanded if info.flag.path else inner[0]
-        group.add_argument(f"--{name}", nargs=count, type=kind, default=default, help=text)
+        shown = placeholder(kind) if count == "*" else (placeholder(kind),) * count
+        group.add_argument(f"--{name}", nargs=count, type=kind, default=default, help=text, metavar=shown)
     else:
+        shown = placeholder(expanded if info.flag.path else info.type)
         kind = _number_or_word(info.flag.words) if info.type is int else info.type
         if info.flag.path:
             kind = expanded
-        group.add_argument(f"--{name}", type=kind, default=default, help=text, metavar=info.type.__name__.upper())
+        group.add_argument(f"--{name}", type=kind, default=default, help=text, metavar=shown)
 
 
 def _number_or_word(words: tuple[tuple[str, int], ...]) -> Callable[[str], int]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tinytron.errors import ConfigError, StorageError, first_line
+from tinytron.utils.progress import Progress
 from tinytron.utils.training import sha256_of
 
 T = TypeVar("T")
@@ -118,7 +119,8 @@ class RemoteFolder:
             finally:
                 temporary.unlink(missing_ok=True)
 
-        self._each("read", names, get)
+        with Progress(f"fetching from {self.url}", len(names), "file") as progress:
+            self._each("read", names, get, progress)
 
     def remove(self, names: Sequence[str]) -> None:
         """Delete the files ``names``; missing files are not an error."""
@@ -145,13 +147,17 @@ class RemoteFolder:
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 
-    def _each(self, operation: str, names: Sequence[str], action: Callable[[str], None]) -> None:
+    def _each(
+        self, operation: str, names: Sequence[str], action: Callable[[str], None], progress: Progress | None = None
+    ) -> None:
         """Call ``action`` on every name, several at a time. Raises: the first StorageError; pending names are skipped."""
         with ThreadPoolExecutor(TRANSFERS) as pool:
             jobs = [pool.submit(self._attempt, operation, name, lambda n=name: action(n)) for name in names]
             try:
                 for job in jobs:
                     job.result()
+                    if progress is not None:
+                        progress.update(1)
             except StorageError:
                 pool.shutdown(cancel_futures=True)
                 raise

@@ -28,7 +28,7 @@ class StopRequest:
 
     A scheduler may signal both a launcher and its workers, and the launcher passes its copy on. So the same signal within
     ``SAME_SIGNAL_SECONDS`` does not count. ``first`` is called with the first signal's number, ``leave`` ends the process,
-    and ``now`` returns the time in seconds.
+    and ``now`` returns the time in seconds. Unless it ``speaks``, another process of the same job says that it leaves.
     """
 
     def __init__(
@@ -36,9 +36,10 @@ class StopRequest:
         leave: Callable[[int], object] = os._exit,
         now: Callable[[], float] = time.monotonic,
         first: Callable[[int], object] = lambda number: None,
+        speaks: bool = True,
     ) -> None:
         self.received = 0
-        self._leave, self._now, self._first = leave, now, first
+        self._leave, self._now, self._first, self._speaks = leave, now, first, speaks
         self._first_at = 0.0
 
     def take(self, number: int) -> None:
@@ -48,7 +49,8 @@ class StopRequest:
             self._first_at = self._now()
             self._first(number)
         elif number != self.received or self._now() - self._first_at > SAME_SIGNAL_SECONDS[signal.Signals(number)]:
-            print(f"second {signal.Signals(number).name}: leaving at once", file=sys.stderr, flush=True)
+            if self._speaks:
+                print(f"second {signal.Signals(number).name}: leaving at once", file=sys.stderr, flush=True)
             self._leave(128 + number)
 
     @contextlib.contextmanager

@@ -33,11 +33,19 @@ def numbered_lines(content: bytes) -> Iterator[tuple[int, str]]:
             yield number, text
 
 
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """``1 shard``, ``1,024 shards``; ``plural`` of nouns that do not end in ``s`` then."""
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+
+
+def program_words() -> list[str]:
+    """The words that start Tinytron here: ``tinytron``, or if that is not on the path, this Python and its module."""
+    return ["tinytron"] if shutil.which("tinytron") else [sys.executable, "-m", "tinytron"]
+
+
 def next_command(*words: object) -> str:
-    """``next: tinytron ...``, a line to print last, with a command that can be run as it is. If ``tinytron`` is not on the
-    path, it uses this Python instead."""
-    program = ["tinytron"] if shutil.which("tinytron") else [sys.executable, "-m", "tinytron"]
-    return f"next: {shlex.join([*program, *map(str, words)])}"
+    """``next: tinytron ...``, a line to print last, with a command that can be run as it is (see ``program_words``)."""
+    return f"next: {shlex.join([*program_words(), *map(str, words)])}"
 
 
 def next_generation(checkpoint: object, *words: object) -> str:

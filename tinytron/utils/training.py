@@ -69,12 +69,13 @@ def use_deterministic_kernels() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal digits."""
+def sha256_of(path: Path, advance: Callable[[int], object] = lambda size: None) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits. ``advance`` is called with the size of every block read."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**22):
             digest.update(block)
+            advance(len(block))
     return digest.hexdigest()
 
 

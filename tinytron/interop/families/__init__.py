@@ -1,6 +1,6 @@
 """The Hugging Face families that Tinytron reads and writes, one file each.
 
-A new family is a new file and its name in the list below.
+To add a family, add a file and put its name in the list below.
 """
 
 from tinytron.interop.families import gpt2, gpt_neox, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
@@ -8,7 +8,7 @@ from tinytron.interop.families.family import Family, Part
 
 __all__ = ["FAMILIES", "Family", "Part"]
 
-# By model_type. An export takes the first one that can express the model.
+# By model_type. An export uses the first one that can express the model.
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (

@@ -1,7 +1,7 @@
-"""A family of Hugging Face models: the names of its tensors, and its config.json read and written.
+"""A family of Hugging Face models: the names of its tensors, and how its config.json is read and written.
 
-A table maps our modules to theirs: ``{i}`` is a layer, ``{e}`` an expert. Several of their tensors make one of ours: they
-are its blocks of rows, in order. Both sides pair rotary elements alike.
+A table maps our modules to theirs: ``{i}`` is a layer, ``{e}`` an expert. If several of their tensors make up one of ours,
+they are its blocks of rows, in order. Both sides pair rotary elements the same way.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Options = dict[str, Any]
 class Family:
     """One ``model_type``.
 
-    ``read`` gives the options of ``ModelConfig`` that a config.json describes. ``write`` gives the keys of a config.json,
-    and leaves out what the family cannot express: ``write_architecture`` reads it back, and notices.
+    ``read`` returns the options of ``ModelConfig`` that a config.json describes. ``write`` returns the keys of a
+    config.json, without what the family cannot express: ``write_architecture`` reads it back and notices.
 
-    ``base`` begins the names of all tensors but the head's, and is missing in files of the bare model. ``transposed``
-    modules have their weights the other way round. ``by_head`` packs order their rows by head first, then by query, key
-    and value. Tensors that match ``ignored`` are tables saved by older versions, not weights.
+    ``base`` is the prefix of all tensor names but the head's, and is absent in files of the bare model. ``transposed``
+    modules store their weights transposed. ``by_head`` modules order packed rows by head first, then by query, key and
+    value. Tensors that match ``ignored`` are tables saved by older versions, not weights.
     """
 
     model_type: str
@@ -44,8 +44,8 @@ class Family:
     ignored: str = r"\.rotary_emb\.inv_freq$"
 
     def parts(self, spec: ParamSpec, ours: torch.Tensor, config: ModelConfig, first: int = 0) -> Iterator[Part]:
-        """The tensors of theirs that make up our parameter ``spec``. ``ours`` is its tensor, or of a stacked one (experts)
-        this rank's, which begins at index ``first``."""
+        """Their tensors that make up our parameter ``spec``. ``ours`` is its tensor; for a stacked one (experts) it is this
+        rank's part, which begins at index ``first``."""
         if spec.stacked:
             module, suffix = spec.name, ".weight"
         else:
@@ -67,7 +67,7 @@ class Family:
 
 
 class Part(NamedTuple):
-    """A tensor of theirs: its ``name`` and ``shape``, and the ``view`` of ours that has its elements in its order."""
+    """One of their tensors: its ``name`` and ``shape``, and the ``view`` of ours with its elements in its order."""
 
     name: str
     view: torch.Tensor

@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: attention and feed-forward side by side, rotary positions for a part of each head."""
+"""GPT-NeoX and Pythia: attention and feed-forward in parallel, rotary positions for part of each head."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _read(settings: Settings) -> Options:
     sizes = read_sizes(settings)
     theta, fraction = settings.number("rotary_emb_base", 10000.0), settings.number("rotary_pct", 0.25)
     rope = read_rope(settings, sizes["block_size"], theta, fraction)
-    # Version 4 of transformers saves both under a second name, too, and reads only the first.
+    # Version 4 of transformers also saves both under a second name, but reads only the first.
     settings.agree("rope_theta", rope["rope_theta"])
     settings.agree("partial_rotary_factor", rope["rotary_fraction"])
     return {

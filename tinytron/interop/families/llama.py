@@ -11,7 +11,7 @@ from tinytron.model.config import ModelConfig
 
 
 def _read(settings: Settings) -> Options:
-    if not settings.switch("use_sliding_window", True):  # left by conversions from Qwen, which has windows
+    if not settings.switch("use_sliding_window", True):  # left over from Qwen, which has windows, in converted models
         settings.take("sliding_window", None)
         settings.take("max_window_layers", None)
     read_one_window(settings, 0)

@@ -25,7 +25,7 @@ def _read(settings: Settings) -> Options:
         "attention_bias": settings.switch("attention_bias", False),
     }
     options |= read_qwen_windows(settings, options["num_layer"])
-    return options | {"head_dim": options["head_dim"] or 128}  # transformers takes 128 where nothing is said
+    return options | {"head_dim": options["head_dim"] or 128}  # 128 is transformers' default
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def _read(settings: Settings) -> Options:
     options = read_decoder(settings)
     window = read_window(settings)
     window = read_one_window(settings, window if settings.switch("use_sliding_window", False) else 0)
-    settings.take("max_window_layers", None)  # older versions saved it, no version uses it
+    settings.take("max_window_layers", None)  # older versions save it, but no version uses it
     # Version 5 of transformers renamed num_experts to num_local_experts.
     experts = settings.integer("num_local_experts", settings.integer("num_experts", 128))
     every, dense = settings.integer("decoder_sparse_step", 1), settings.integers("mlp_only_layers") or []

@@ -10,16 +10,16 @@ from tinytron.interop.settings import Settings
 from tinytron.model.config import ModelConfig
 
 GELU = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
-MOST_LAYERS = 10_000  # a larger number is damage
+MOST_LAYERS = 10_000  # a larger number means a damaged file
 _SILU = {"silu": "swiglu", "swish": "swiglu"}
 
-# Llama's decoder, which most families took over.
+# Llama's decoder, which most families adopted.
 
 DENSE: Table = {"gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"), "down_proj": ("mlp.down_proj",)}
 
 
 def decoder_names(feed_forward: Table) -> Table:
-    """The table of a decoder; ``feed_forward`` has the names inside a layer's ``mlp``, relative to the layer."""
+    """The table of a decoder; ``feed_forward`` has the names of modules in a layer's ``mlp``, relative to the layer."""
     layer = "model.layers.{i}."
     attention = f"{layer}self_attn."
     return {
@@ -37,7 +37,7 @@ def decoder_names(feed_forward: Table) -> Table:
 
 
 def read_decoder(settings: Settings, *, theta: float = 10000.0, eps: float = 1e-6) -> Options:
-    """Everything but biases, windows and the feed-forward's width; ``theta`` and ``eps`` are the family's defaults."""
+    """All options but biases, windows and feed-forward width; ``theta`` and ``eps`` are the family's defaults."""
     sizes = read_sizes(settings)
     rope = read_rope(settings, sizes["block_size"], settings.number("rope_theta", theta), 1.0)
     settings.agree("partial_rotary_factor", 1.0)
@@ -53,7 +53,7 @@ def read_decoder(settings: Settings, *, theta: float = 10000.0, eps: float = 1e-
 
 
 def write_decoder(config: ModelConfig) -> dict[str, Any]:
-    """The keys that ``read_decoder`` reads, and the width of a dense feed-forward."""
+    """The keys that ``read_decoder`` reads, and the width of a dense feed-forward layer."""
     return {
         **write_sizes(config),
         "num_key_value_heads": config.num_key_value_heads,
@@ -67,7 +67,7 @@ def write_decoder(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-# Sizes, in the names of all families but GPT-2.
+# Sizes, under the names that all families but GPT-2 use.
 
 
 def read_sizes(settings: Settings) -> Options:
@@ -85,7 +85,7 @@ def read_sizes(settings: Settings) -> Options:
 
 
 def write_sizes(config: ModelConfig) -> dict[str, Any]:
-    """The keys that ``read_sizes`` reads, without those of key-value heads, and two more that all families have."""
+    """The keys that ``read_sizes`` reads, without the key-value heads, and two more that all families have."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -101,8 +101,8 @@ def write_sizes(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_rope(settings: Settings, block_size: int, theta: float, fraction: float) -> Options:
-    """Rotary positions, in the keys from before version 5 of transformers (``rope_theta`` and ``rope_scaling``) or in
-    those since (``rope_parameters``). ``theta`` and ``fraction`` are used where they say nothing."""
+    """Rotary positions, from the keys before version 5 of transformers (``rope_theta`` and ``rope_scaling``) or since
+    (``rope_parameters``). ``theta`` and ``fraction`` are the defaults for missing keys."""
     table = settings.table("rope_parameters") or settings.table("rope_scaling")
     settings.take("rope_scaling", None)
     if table is None:
@@ -124,7 +124,10 @@ def read_rope(settings: Settings, block_size: int, theta: float, fraction: float
         options["rope_beta_slow"] = table.number("beta_slow", 1.0)
         options["rope_attention_factor"] = _attention_factor(table, options["rope_scaling_factor"])
         table.one_of("truncate", {True: True}, True)
-    for key in ("original_max_position_embeddings", "finetuned"):  # written by some for kinds that do not use it
+    for key in (
+        "original_max_position_embeddings",
+        "finetuned",
+    ):  # some models have them for kinds that do not use them
         table.take(key, None)
     table.finish("rotary positions", strict=True)
     return options
@@ -138,7 +141,7 @@ def _attention_factor(table: Settings, factor: float) -> float | None:
 
 
 def write_rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
-    """The value of ``rope_scaling``: null without scaling."""
+    """The value of ``rope_scaling``; null without scaling."""
     kind = config.rope_scaling
     if kind == "none" or config.position_type != "rotary":
         return None
@@ -158,13 +161,13 @@ def write_rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
 
 
 def read_window(settings: Settings) -> int:
-    """``sliding_window``: 0 where it is null; where the key is missing transformers takes 4096."""
+    """``sliding_window``: 0 if it is null; transformers' default of 4096 if the key is missing."""
     window: int = settings.integer("sliding_window", 0 if settings.has("sliding_window") else 4096)
     return window
 
 
 def read_one_window(settings: Settings, window: int) -> int:
-    """``window``, once the ``layer_types`` of a family that has one window for all layers agree with it."""
+    """``window``, after checking that ``layer_types`` agrees, for families with one window in all layers."""
     types = settings.texts("layer_types")
     kind = "sliding_attention" if window else "full_attention"
     if types is not None and set(types) != {kind}:
@@ -173,8 +176,8 @@ def read_one_window(settings: Settings, window: int) -> int:
 
 
 def read_qwen_windows(settings: Settings, num_layer: int) -> Options:
-    """Qwen's windows: switched by ``use_sliding_window``, for the layers that ``layer_types`` names, or else those from
-    ``max_window_layers`` on."""
+    """Qwen's windows: enabled by ``use_sliding_window``, for the layers that ``layer_types`` names, or else for all layers
+    from ``max_window_layers`` on."""
     window = read_window(settings)
     first, types = settings.integer("max_window_layers", 28), settings.texts("layer_types")
     known = {"full_attention": False, "sliding_attention": True}
@@ -192,7 +195,7 @@ def read_qwen_windows(settings: Settings, num_layer: int) -> Options:
 
 
 def write_qwen_windows(config: ModelConfig) -> dict[str, Any]:
-    """The keys that ``read_qwen_windows`` reads: older versions of transformers read ``max_window_layers``."""
+    """The keys that ``read_qwen_windows`` reads; older versions of transformers need ``max_window_layers``."""
     windows = [config.window(layer) for layer in range(config.num_layer)]
     return {
         "use_sliding_window": any(windows),

@@ -1,4 +1,4 @@
-"""GGUF files for llama.cpp: its architectures, its form of a tokenizer, and the file."""
+"""GGUF files for llama.cpp: its architectures, its tokenizer format, and the file itself."""
 
 from tinytron.interop.gguf.file import ExportedGGUF, export_gguf
 from tinytron.interop.gguf.kinds import KINDS

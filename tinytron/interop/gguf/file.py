@@ -1,4 +1,4 @@
-"""Tinytron's weights and tokenizer as one GGUF file."""
+"""Writes Tinytron's weights and tokenizer as one GGUF file."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from tinytron.interop.open import Say, open_saved
 from tinytron.interop.tokenizer import TokenizerFiles, exported_tokenizer
 from tinytron.text.run_tokenizer import TOKENS
 from tinytron.utils.optional import require_package
+from tinytron.utils.progress import Progress
 from tinytron.utils.training import appears_whole
 
 
 @dataclass(frozen=True)
 class ExportedGGUF:
-    """A finished file: the architecture by llama.cpp's name, the number of tensors, the size of the file, the tokenizer,
-    and how many rows without a token were left out."""
+    """A finished file: the architecture by llama.cpp's name, the number of tensors, the file size in bytes, the tokenizer,
+    and the number of rows without a token, which were left out."""
 
     architecture: str
     tensors: int
@@ -39,16 +40,17 @@ class ExportedGGUF:
 def export_gguf(
     checkpoint: Path | str, out: Path, kind: str, *, tokenizer: Path | None = None, say: Say = lambda text: None
 ) -> ExportedGGUF:
-    """Write the weights of ``checkpoint``, whatever ``open_saved`` opens, and their tokenizer, to the GGUF file ``out``, in
-    the type ``kind`` (one of ``KINDS``). Norms, biases and routers are fp32 in all of them. ``out`` appears whole or not
-    at all. Of Tinytron's own weights one tensor at a time is in memory, of a Hugging Face model all of them.
+    """Write the weights of ``checkpoint`` (anything ``open_saved`` opens) and their tokenizer to the GGUF file ``out``, in
+    the type ``kind`` (one of ``KINDS``). Norms, biases and routers are always fp32. ``out`` appears complete or not at all.
+    Tinytron's own weights are read one tensor at a time; a Hugging Face model is in memory as a whole. ``say`` is passed to
+    ``open_saved``.
 
-    Raises: ConfigError if llama.cpp lacks the architecture or cannot read the tokenizer, ``out`` is there, or the
-    package gguf is missing; CheckpointError if the checkpoint is missing or damaged; OSError if the disk refuses; also as
-    ``open_saved``, which ``say`` is for.
+    Raises: ConfigError if llama.cpp lacks the architecture or cannot read the tokenizer, ``out`` exists, or the package
+    gguf is missing; CheckpointError if the checkpoint is missing or damaged; OSError if writing fails; and what
+    ``open_saved`` raises.
     """
     if out.exists() or out.is_symlink():
-        raise ConfigError(f"--out {out} is there already; use another name, or remove it")
+        raise ConfigError(f"--out {out} already exists; use another name, or remove it")
     gguf = require_package("gguf", "gguf")
     saved = open_saved(checkpoint, say)
     config = saved.config
@@ -77,15 +79,15 @@ def export_gguf(
 
 
 def _add(gguf: Any, writer: Any, key: str, value: Any) -> None:
-    """A key of the header; whole numbers take 32 bits, as llama.cpp reads them."""
+    """Add a key to the header; whole numbers take 32 bits, as llama.cpp reads them."""
     types = gguf.GGUFValueType
     kinds = {bool: types.BOOL, int: types.UINT32, float: types.FLOAT32, str: types.STRING, list: types.ARRAY}
-    if value != []:  # the type of the elements is unknown
+    if value != []:  # an empty list has no element type
         writer.add_key_value(key, value, kinds[type(value)])
 
 
 def _write_tensors(gguf: Any, writer: Any, parts: list[Tensor], kind: str) -> None:
-    """Announce all tensors, then make and write one after another."""
+    """Declare all tensors, then convert and write them one by one."""
     types = [gguf.GGMLQuantizationType[_type_of(part, kind)] for part in parts]
     for part, type_ in zip(parts, types, strict=True):
         shape = tuple(part.view.shape)
@@ -98,16 +100,18 @@ def _write_tensors(gguf: Any, writer: Any, parts: list[Tensor], kind: str) -> No
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for part, type_ in zip(parts, types, strict=True):
-        check_finite(
-            part.name, part.view, torch.float32 if part.full else KINDS[kind][0], f"--gguf {kind}", "--gguf bf16"
-        )
-        values: npt.NDArray[np.float32] = part.view.float().contiguous().numpy()
-        writer.write_tensor_data(gguf.quants.quantize(values, type_))
+    with Progress("exporting", len(parts), "tensor") as progress:
+        for part, type_ in zip(parts, types, strict=True):
+            check_finite(
+                part.name, part.view, torch.float32 if part.full else KINDS[kind][0], f"--gguf {kind}", "--gguf bf16"
+            )
+            values: npt.NDArray[np.float32] = part.view.float().contiguous().numpy()
+            writer.write_tensor_data(gguf.quants.quantize(values, type_))
+            progress.update(1)
 
 
 def _type_of(part: Tensor, kind: str) -> str:
-    """The type of a tensor: rows that are not whole blocks of q8_0 are f16."""
+    """The type of a tensor: f16 if its rows are not whole blocks of q8_0."""
     if part.full:
         return "F32"
     if kind == "q8_0" and part.view.shape[-1] % Q8_BLOCK:

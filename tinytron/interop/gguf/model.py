@@ -1,4 +1,4 @@
-"""Tinytron's architecture and weights as llama.cpp's: its names, its settings, its order of rows."""
+"""Translates Tinytron's architecture and weights to llama.cpp's names, settings and row order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tinytron.errors import ConfigError
 from tinytron.model.config import ModelConfig
 from tinytron.model.modules.rope import rotary_frequencies
 
-# Names of ours inside a block; several of theirs are the blocks of rows of one of ours, in order.
+# Our names inside a block, and llama.cpp's. Several of its tensors are consecutive blocks of rows of one of ours.
 _IN_BLOCK = {
     "attn_norm": ("attn_norm",),
     "attn.qkv_proj": ("attn_q", "attn_k", "attn_v"),
@@ -35,9 +35,9 @@ _FULL = re.compile(r"norm|bias|ffn_gate_inp|position_embd|rope_freqs")  # llama.
 
 @dataclass(frozen=True)
 class Architecture:
-    """One of llama.cpp's. ``interleaved``: rotary positions turn neighboring elements, so rows of queries and keys are in
-    another order. ``fused``: queries, keys and values are one tensor. ``own_head``: a tied head is stored a second time.
-    ``freq_factors``: every pair may have a factor of its own (Llama 3)."""
+    """An architecture of llama.cpp. ``interleaved``: rotary positions rotate neighboring elements, so rows of queries and
+    keys are reordered. ``fused``: queries, keys and values are one tensor. ``own_head``: a tied head is stored a second
+    time. ``freq_factors``: every pair may have its own factor (Llama 3)."""
 
     name: str
     interleaved: bool = False
@@ -60,8 +60,8 @@ ARCHITECTURES: dict[str, Architecture] = {  # by model_type
 
 
 class Tensor(NamedTuple):
-    """One of theirs: its ``name``, the ``view`` of ours that has its elements in its order, and whether it is kept in fp32
-    (``full``) whatever the type of the file."""
+    """A tensor of llama.cpp: its ``name``, the ``view`` of ours with its elements in its order, and whether it is kept in
+    fp32 (``full``) whatever the type of the file."""
 
     name: str
     view: torch.Tensor
@@ -69,50 +69,50 @@ class Tensor(NamedTuple):
 
 
 def architecture_for(model_type: str, config: ModelConfig) -> Architecture:
-    """The architecture of llama.cpp that computes what a model of the family ``model_type`` does. Raises: ConfigError
-    naming an option that it lacks."""
+    """The llama.cpp architecture that computes the same as a model of the family ``model_type``. Raises: ConfigError naming
+    an option that it lacks."""
     found = ARCHITECTURES.get(model_type)
     if found is None:
         raise ConfigError(
-            f"--gguf: llama.cpp does not know the family {model_type}; known are {', '.join(ARCHITECTURES)}; "
+            f"--gguf: llama.cpp does not support the family {model_type}; supported are {', '.join(ARCHITECTURES)}; "
             "export a Hugging Face folder instead"
         )
     for value, rule in _lacking(found, config):
-        raise ConfigError(f"--gguf: {value}, and llama.cpp's {found.name} {rule}; export a Hugging Face folder instead")
+        raise ConfigError(f"--gguf: {value}, but llama.cpp's {found.name} {rule}; export a Hugging Face folder instead")
     return found
 
 
 def _lacking(found: Architecture, config: ModelConfig) -> Iterator[tuple[str, str]]:
-    """Pairs of an option of the model that llama.cpp's architecture lacks, and the rule of that architecture."""
+    """Pairs of a model option that llama.cpp's architecture lacks, and the rule of that architecture."""
     windows = {window for layer in range(config.num_layer) if (window := config.window(layer))}
     if windows and min(windows) < config.block_size:
-        yield f"--sliding_window {min(windows)}", f"has no window below --block_size {config.block_size}"
+        yield f"--sliding_window {min(windows)}", f"supports no window below --block_size {config.block_size}"
     scaling = config.rope_scaling
     if scaling == "llama3" and not found.freq_factors:
-        yield f"--rope_scaling {scaling}", "has none, linear and yarn"
+        yield f"--rope_scaling {scaling}", "supports none, linear and yarn"
     if scaling == "yarn":
         for name, works in (("rope_beta_fast", 32.0), ("rope_beta_slow", 1.0), ("rope_attention_factor", None)):
             if (value := getattr(config, name)) != works:
-                yield f"--{name} {value}", f"has {'its default' if works is None else works}"
+                yield f"--{name} {value}", f"supports only {'its default' if works is None else works}"
     wide = config.num_attention_heads * config.resolved_head_dim
     if found.name == "qwen2" and wide != config.hidden_size:
         yield (
             f"--head_dim {config.resolved_head_dim} of {config.num_attention_heads} heads",
-            f"has heads that make up --hidden_size {config.hidden_size}",
+            f"needs heads whose widths add up to --hidden_size {config.hidden_size}",
         )
     if found.name in ("qwen3", "qwen3moe") and config.has_qkv_bias:
         yield "--attention_bias", "has no biases"
     if found.name == "gptneox" and not config.has_out_bias:
-        yield "--no-attention_bias", "has biases in all projections"
+        yield "--no-attention_bias", "needs biases in all projections"
     if found.name == "qwen3moe":
         if not config.norm_topk_prob:
-            yield "--no-norm_topk_prob", "divides the chosen scores by their sum (--norm_topk_prob)"
+            yield "--no-norm_topk_prob", "always divides the chosen scores by their sum (--norm_topk_prob)"
         if dense := [layer for layer in range(config.num_layer) if layer not in config.moe_layers]:
-            yield f"layer {dense[0]} has no experts", "has experts in every layer (--first_k_dense 0)"
+            yield f"layer {dense[0]} has no experts", "needs experts in every layer (--first_k_dense 0)"
 
 
 def model_metadata(found: Architecture, config: ModelConfig, vocab_size: int) -> dict[str, Any]:
-    """The keys that describe the model: whole numbers, floats, texts and switches by name."""
+    """The metadata keys of the model: whole numbers, floats, texts and switches."""
     values: dict[str, Any] = {
         "vocab_size": vocab_size,
         "context_length": config.block_size,
@@ -139,7 +139,7 @@ def model_metadata(found: Architecture, config: ModelConfig, vocab_size: int) ->
 
 
 def _scaling(config: ModelConfig) -> dict[str, Any]:
-    """Stretched positions; those of Llama 3 are a tensor."""
+    """Keys for stretched positions; Llama 3's scaling is stored as a tensor instead."""
     if config.rope_scaling not in ("linear", "yarn"):
         return {}
     values: dict[str, Any] = {
@@ -158,8 +158,8 @@ def tensors(
     weights: Mapping[str, torch.Tensor],
     vocab_size: int,
 ) -> Iterator[Tensor]:
-    """All tensors of the file, as views of ``weights``. Rows after the first ``vocab_size`` ids have no token
-    and are left out."""
+    """All tensors of the file, as views of ``weights``. Rows after the first ``vocab_size`` ids have no token and are left
+    out."""
     if config.rope_scaling == "llama3":
         scaled, _ = rotary_frequencies(config)
         half = config.rotary_dim // 2
@@ -190,7 +190,7 @@ def _of_spec(
 
 
 def _interleaved(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """The rows of every head, ``[heads * head_dim, ...]``, in the order in which the two elements of a rotary pair are
-    neighbors: ours are half a head apart."""
+    """The rows of every head, ``[heads * head_dim, ...]``, reordered so that the two elements of a rotary pair are
+    neighbors; in our layout they are half a head apart."""
     pairs = rows.view(-1, 2, head_dim // 2, *rows.shape[1:])
     return pairs.transpose(1, 2).reshape(rows.shape)

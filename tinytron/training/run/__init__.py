@@ -1,1 +1,1 @@
-"""The parts of a run that are about its folder: where it is, what it goes on from, what is reported and saved."""
+"""The parts of a run that concern its folder: where it is, what the run continues from, what is reported and saved."""

@@ -1,4 +1,4 @@
-"""What ``--export_every`` and ``--hub_model_id`` make of a run's checkpoints (docs/interop.md)."""
+"""Exports and uploads of a run's checkpoints, for ``--export_every`` and ``--hub_model_id`` (docs/interop.md)."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _STEP = re.compile(r"step_?(\d+)")
 
 
 def check_exportable(config: Config) -> None:
-    """Raises: ConfigError if ``--export_every`` cannot express this architecture, or ``--hub_model_id`` is no name on the
-    hub. For when a run is built: it tries all families of models."""
+    """Raises: ConfigError if ``--export_every`` cannot express this architecture, or ``--hub_model_id`` is not a valid
+    name. Called when a run is built, because it tries all families of models."""
     ckpt = config.ckpt
     if ckpt.hub_model_id is not None:
         check_repository(ckpt.hub_model_id)
@@ -41,7 +41,7 @@ def check_exportable(config: Config) -> None:
 
 
 def claim_folder(config: Config, run_folder: Path) -> None:
-    """Make ``--export_dir`` the folder of this run's exports. Raises: ConfigError if it holds those of another run, or
+    """Make ``--export_dir`` the folder of this run's exports. Raises: ConfigError if it has those of another run, or
     cannot be written."""
     name = config.ckpt.export_dir
     folder, run = Path(str(name)), str(run_folder.resolve())
@@ -64,11 +64,11 @@ def claim_folder(config: Config, run_folder: Path) -> None:
 
 
 class Exports:
-    """Exports every checkpoint that is due to ``export/step_<step>`` in the run's folder, or ``step<step>`` in
-    ``--export_dir``, and uploads it as the revision ``step<step>``, the one of the last step as ``main``, too. On the
-    master; it takes part in saving as its ``Consumer``.
+    """Exports every checkpoint that is due to ``export/step_<step>`` in the run's folder, or to ``step<step>`` in
+    ``--export_dir``, and uploads it as the revision ``step<step>``; the last one also becomes ``main``. Exists on the
+    master, where it is the ``Consumer`` of saves.
 
-    A checkpoint is kept whatever happens here: what fails is reported. Raises: ConfigError if ``--export_dir`` holds
+    A checkpoint is kept whatever happens here: failures are only reported. Raises: ConfigError if ``--export_dir`` has
     exports of another run.
     """
 
@@ -83,8 +83,8 @@ class Exports:
             self.uploader = HubUploader(repository, self.folder, private=config.ckpt.hub_private)
 
     def catch_up(self, resumed: CheckpointFiles | None) -> list[str]:
-        """Do what a process that was killed left: half-written folders go, the checkpoint that the run resumes from is
-        exported if it should have been, and folders that the hub has not got are uploaded. Returns what to print."""
+        """Finish what a killed process left: delete half-written folders, export the checkpoint that the run resumes from
+        if it should have been exported, and upload folders that the hub does not have. Returns lines to print."""
         notes = []
         try:
             self.folder.mkdir(exist_ok=True)
@@ -99,7 +99,7 @@ class Exports:
         return notes
 
     def committed(self, files: CheckpointFiles) -> str:
-        """Export ``files`` if that is due; returns what to add to the report."""
+        """Export ``files`` if that is due; returns a text to append to the report."""
         if files.step % self.config.ckpt.export_every and files.step != self.last_step:
             return ""
         out = self._out(files.step)
@@ -108,8 +108,8 @@ class Exports:
             revision = None if hub is None or last else f"step{files.step}"
             made = export(files.model, out, name=hub, revision=revision, replace=True)
             files_out = sorted(out.iterdir())
-        except Exception as error:  # a run of weeks does not end because of its by-product
-            return f"; error: not exported to {out} ({first_line(error)}), the checkpoint is whole"
+        except Exception as error:  # a failed export must not end a run of weeks
+            return f"; error: not exported to {out} ({first_line(error)}), the checkpoint is complete"
         if self.mirror is not None:
             self.mirror.push_files([str(path.relative_to(self.run_folder)) for path in files_out])
         self._upload(files.step, again=True)
@@ -117,11 +117,11 @@ class Exports:
         return f"; exported to {out}{changes}"
 
     def report(self) -> list[str]:
-        """What uploads have ended."""
+        """Messages about uploads that have ended."""
         return self.uploader.report() if self.uploader is not None else []
 
     def close(self, say: Callable[[str], None], *, wait: bool) -> None:
-        """No more checkpoints come; ``wait`` for the uploads."""
+        """Stop: there are no more checkpoints. ``wait`` for the uploads."""
         if self.uploader is not None:
             self.uploader.close(say, wait=wait)
 
@@ -147,10 +147,10 @@ def build_exports(
     last: int,
     say: Callable[[str], None],
 ) -> Exports | None:
-    """The run's ``Exports`` on the master, ``None`` on other ranks and without ``--export_every``. Collective; what an
-    earlier process left is done.
+    """The run's ``Exports`` on the master, ``None`` on other ranks and without ``--export_every``. Collective. Work that an
+    earlier process left is finished.
 
-    Raises: ConfigError on every rank if the model or its tokenizer cannot be exported, or the hub refuses.
+    Raises: ConfigError on every rank if the model or its tokenizer cannot be exported, or the hub refuses access.
     """
     ckpt, world = config.ckpt, state.groups["world"]
     if not ckpt.export_every or config.train.debug:

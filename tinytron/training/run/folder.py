@@ -45,8 +45,8 @@ class RunFolder:
     """The folder of this run, locked against other runs until the master's process ends. Construction is collective.
 
     ``path`` is the folder, ``mirror`` its remote copy if the log folder is a URL, ``description`` what ``config.json`` and
-    every checkpoint say about the run, ``notes`` what there is to print. Raises: ConfigError or StorageError on every rank
-    if the folder cannot be written, is in use, or is not the same for all.
+    every checkpoint record about the run, and ``notes`` are lines to print. Raises: ConfigError or StorageError on every
+    rank if the folder cannot be written, is in use, or is not the same for all ranks.
     """
 
     def __init__(self, config: Config, state: ParallelState) -> None:
@@ -68,19 +68,19 @@ class RunFolder:
         if 4 * len(tokens.unused) > config.model.vocab_size:
             size, unused = config.model.vocab_size, len(tokens.unused)
             self.notes.append(
-                f"--vocab_size {size}, and the tokenizer has {size - unused} tokens: {unused} rows are never used; "
-                f"--vocab_size {-(-(size - unused) // 64) * 64} would be enough (as a new run)"
+                f"--vocab_size is {size}, but the tokenizer has {size - unused} tokens: {unused} rows are never used; "
+                f"--vocab_size {-(-(size - unused) // 64) * 64} would be enough (for a new run)"
             )
         if state.is_master and (note := another_of_this_name(config, self.path)) is not None:
             self.notes.append(note)
 
     def begin(self, step: int) -> list[str]:
-        """Write ``config.json`` and the run's tokenizer, once it is clear that the run continues in this folder after
-        ``step``; drop what routers traced after that, which will be traced again; and at step 0 set the log of an earlier
-        run aside, unless with ``--debug``. Returns what there is to print. Collective.
+        """Write ``config.json`` and the run's tokenizer, once it is certain that the run continues in this folder after
+        ``step``. Drop router traces of later steps, which will be traced again. At step 0, move the log of an earlier run
+        aside (not with ``--debug``). Returns lines to print. Collective.
 
         Raises: ConfigError or, for the remote copy, StorageError on every rank: a run whose log folder cannot be written
-        does not begin.
+        does not start.
         """
         text = json.dumps(self.description, indent=2).encode()
         file = self.path / "config.json"
@@ -93,26 +93,26 @@ class RunFolder:
             if self.mirror is not None:
                 self.mirror.remote.push(self.path, [file.name, *self._tokenizer, *aside])
             keep_traces_until(self.path, step)
-            return [f"there is no checkpoint to continue from: kept the log so far as {aside[0]}"] if aside else []
+            return [f"no checkpoint to continue from: kept the earlier log as {aside[0]}"] if aside else []
 
         action = (lambda: writable(self._config, write)) if self._state.is_master else list
         return agree(action, self._state.groups["world"])
 
     def next_command(self, model: nn.Module) -> str:
-        """A line with a command for what may be done with ``model``, once it is trained and saved here."""
+        """A line with a command to try on ``model``, once it is trained and saved here."""
         if self._has_tokenizer and isinstance(model, GPT):
             return next_generation(self.path)
         return next_command("checkpoint", "inspect", self.path)
 
     def push_logs(self) -> None:
-        """Complete the log files of the remote copy, if there is one."""
+        """Bring the log files of the remote copy up to date, if there is a remote copy."""
         if self.mirror is not None and self._state.is_master:
             self.mirror.push_logs()
 
 
 def another_of_this_name(config: Config, folder: Path) -> str | None:
     """A line about the newest run of this ``--exp_name`` that has checkpoints, if ``folder`` has none: a flag that was
-    changed, or mistyped, begins another run."""
+    changed, or mistyped, starts another run."""
     if config.train.debug or complete_checkpoints(folder):
         return None
     name = re.compile(re.escape(config.logging.exp_name) + "_[0-9a-f]{8}")
@@ -124,14 +124,14 @@ def another_of_this_name(config: Config, folder: Path) -> str | None:
     for file in sorted(siblings, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             description = read_json(file)
-            balanced = description.get("balanced_sequences", config.balanced_sequences)  # older ones do not say it
+            balanced = description.get("balanced_sequences", config.balanced_sequences)  # older files do not have it
             saved = {**description["config"], BALANCED: balanced}
             checkpoints = complete_checkpoints(file.parent)
             differing = [
                 name for name, value in config.identity().items() if _saved(saved, name, value) != _plain(value)
             ]
         except (CheckpointError, KeyError, TypeError, AttributeError):
-            continue  # not a run of this version
+            continue  # not a run of a compatible version
         if checkpoints and differing:
             more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
             return (
@@ -153,8 +153,7 @@ def _plain(value: Any) -> Any:
 
 
 def set_logs_aside(folder: Path) -> list[str]:
-    """Rename the log files of ``folder`` that hold anything, and what routers traced, to ``log.txt.1`` and so on; returns
-    the new names."""
+    """Rename non-empty log files of ``folder``, and router traces, to ``log.txt.1`` and so on; returns the new names."""
     logs = [folder / name for name in LOGS]
     there = [
         path for path in (*logs, *sorted(folder.glob(ROUTES.format("*")))) if path.exists() and path.stat().st_size
@@ -170,10 +169,10 @@ def _numbered(path: Path, number: int) -> Path:
 
 
 def tokens_of(config: Config, folder: Path) -> TokenizerFiles:
-    """The tokenizer and the facts that the run in ``folder`` keeps."""
+    """The tokenizer and token facts that the run in ``folder`` keeps."""
     try:
         continued = [str(files.model) for files in checkpoints_to_resume(config, folder)[:1]]
-    except CheckpointError:  # said where it is loaded
+    except CheckpointError:  # reported when the checkpoint is loaded
         continued = []
     begun = [config.ckpt.init_from] if config.ckpt.init_from is not None else []
     return run_tokens(config.model.vocab_size, config.as_dict()["data"], [*continued, *begun])
@@ -192,7 +191,7 @@ def _write(file: Path, content: bytes) -> None:
 
 
 def run_folder(config: Config) -> Path:
-    """``<log_dir>/<exp_name>_<config_hash>``; where it is staged, if the log folder is remote."""
+    """``<log_dir>/<exp_name>_<config_hash>``; if the log folder is remote, the local staging folder."""
     return local_folder(config.logging.log_dir) / _run_name(config)
 
 
@@ -201,10 +200,10 @@ def _run_name(config: Config) -> str:
 
 
 def open_mirror(config: Config, state: ParallelState) -> Mirror | None:
-    """The remote copy of the run's folder, if the log folder is remote; what it has and the local folder lacks is fetched.
-    Collective, once the folder is prepared.
+    """The remote copy of the run's folder, if the log folder is remote; files that the local folder lacks are downloaded.
+    Collective, after the folder is prepared.
 
-    With ``--no-resume`` a run that is there is moved aside. Raises: ConfigError or StorageError on every rank if the
+    With ``--no-resume`` an existing remote run is moved aside. Raises: ConfigError or StorageError on every rank if the
     storage cannot be used.
     """
     log_dir = config.logging.log_dir
@@ -222,8 +221,8 @@ def open_mirror(config: Config, state: ParallelState) -> Mirror | None:
 def prepare_run_folder(config: Config, state: ParallelState) -> Path:
     """Create the run's folder. Collective.
 
-    With ``--no-resume`` a folder that holds a run is moved aside (``.1``, ``.2``, ...), never overwritten. A remote one is
-    staged on each node. Raises: ConfigError on every rank if the folder cannot be written, or is not the same for all.
+    With ``--no-resume`` a folder that contains a run is moved aside (``.1``, ``.2``, ...), never overwritten. A remote one
+    is staged on each node. Raises: ConfigError on every rank if the folder cannot be written, or is not the same for all.
     """
     folder, world = run_folder(config), state.groups["world"]
     seal, staged = folder / ".shared", is_remote(config.logging.log_dir)
@@ -231,7 +230,7 @@ def prepare_run_folder(config: Config, state: ParallelState) -> Path:
     def create() -> None:
         # Only the master has a log; the other nodes of a staged run have parts of checkpoints.
         if not config.ckpt.resume and (folder if staged else folder / "log.txt").exists():
-            lock_folder(folder, _REMEDY).close()  # not from under a living run
+            lock_folder(folder, _REMEDY).close()  # fails if a running process uses the folder
             number = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
             folder.rename(folder.with_name(f"{folder.name}.{number}"))
         folder.mkdir(parents=True, exist_ok=True)
@@ -240,8 +239,8 @@ def prepare_run_folder(config: Config, state: ParallelState) -> Path:
     def see() -> None:
         if not seal.exists():
             raise ConfigError(
-                f"--log_dir {config.logging.log_dir} is not the same folder on all nodes: process {state.rank} does not "
-                f"see what process 0 wrote to {folder}; use a folder that all nodes share"
+                f"--log_dir {config.logging.log_dir} is not the same folder on all nodes: process {state.rank} cannot see "
+                f"what process 0 wrote to {folder}; use a folder that all nodes share"
             )
 
     creates = first_on_node() if staged else state.is_master
@@ -252,34 +251,34 @@ def prepare_run_folder(config: Config, state: ParallelState) -> Path:
 
 
 def lock_run_folder(folder: Path, state: ParallelState) -> IO[str] | None:
-    """Keep other runs out of ``folder`` until the result is closed or the master's process ends, however it ends.
+    """Keep other runs out of ``folder`` until the result is closed or the master's process ends for any reason.
     Collective.
 
-    Raises: ConfigError on every rank if a living run holds the folder, naming its host and process.
+    Raises: ConfigError on every rank if a running process uses the folder, naming its host and process id.
     """
     return agree(lambda: lock_folder(folder, _REMEDY) if state.is_master else None, state.groups["world"])
 
 
 def remove_leftovers_of_saves(config: Config, folder: Path, state: ParallelState) -> list[str]:
-    """Delete what earlier, killed processes left half saved in ``folder``, whose lock is held; returns what there is to
-    print. Collective. Raises: ConfigError on every rank if the system refuses."""
+    """Delete half-saved files of earlier, killed processes in ``folder``, whose lock is held; returns lines to print.
+    Collective. Raises: ConfigError on every rank if deleting fails."""
 
     def remove() -> list[str]:
         size = bytes_of(leftovers(folder))
         names = [path.name for path in remove_leftovers(folder)]
-        return [f"removed what interrupted saves left: {', '.join(names)} ({size:,} bytes)"] if names else []
+        return [f"removed what interrupted saves left behind: {', '.join(names)} ({size:,} bytes)"] if names else []
 
     return agree(lambda: writable(config, remove) if state.is_master else [], state.groups["world"])
 
 
 def writable(config: Config, action: Callable[[], T]) -> T:
-    """The result of ``action``, which writes below the log folder. Raises: ConfigError if the system refuses."""
+    """The result of ``action``, which writes below the log folder. Raises: ConfigError if writing fails."""
     try:
         return action()
     except OSError as error:
         raise ConfigError(
             f"--log_dir {config.logging.log_dir} cannot be written ({error.strerror}: {error.filename}); "
-            "use a folder you may write to, such as --log_dir ./log/"
+            "use a folder you can write to, such as --log_dir ./log/"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""The guard rails of a run (docs/reliability.md), behind one object that the training loop asks once per step."""
+"""The guard rails of a run (docs/reliability.md), behind one object that the training loop consults once per step."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _PATIENCE_SECONDS = 2.0
 
 
 class Guards:
-    """Signals, spikes, replicas and stalls. Once ``ends``, the loop is to report, save and call ``leave``.
+    """Signals, spikes, replicas and stalls. Once ``ends`` is true, the loop should report, save and call ``leave``.
 
-    ``before_step`` and ``after_step`` stand around a step, ``between_microbatches`` inside, ``spikes.judge`` goes into the
-    optimizer's; ``after_report`` is called where the host has waited for the device anyway.
+    ``before_step`` and ``after_step`` enclose a step, ``between_microbatches`` is called inside it, and ``spikes.judge``
+    goes to the optimizer's step; ``after_report`` is called where the host has already waited for the device.
     """
 
     def __init__(self, config: Config, state: ParallelState, folder: Path, optimizer: DistributedOptimizer) -> None:
@@ -51,8 +51,8 @@ class Guards:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Around the training loop: signals are caught and stalls are watched. Collective."""
-        self._request, self._agreement = StopRequest(first=self._promise), StopAgreement()
+        """Context of the training loop: catches signals and watches for stalls. Collective."""
+        self._request, self._agreement = StopRequest(first=self._promise, speaks=self.state.rank == 0), StopAgreement()
         self._signal, self._dropped, self._error = 0, False, None  # a notebook may continue after a stop
         self._slow = self.acts_within_steps = True  # until the first steps have shown how long they take
         try:
@@ -60,25 +60,25 @@ class Guards:
                 yield
         finally:
             self._notice.cancel()
-            self.acts_within_steps = False  # a step by hand
+            self.acts_within_steps = False  # for a step called by hand
 
     def _promise(self, number: int) -> None:
-        """After Ctrl-C, should the step take long, say that it was heard."""
+        """Confirm after Ctrl-C that it was received, if the step takes long."""
         if number == signal.SIGINT and self.state.rank == 0:
             part = "micro-batch" if self.acts_within_steps else "step"
-            text = f"Ctrl-C: the run ends, and saves, after this {part}; a second one ends it at once"
+            text = f"Ctrl-C: the run saves and ends after this {part}; press Ctrl-C again to end it at once"
             self._notice = threading.Timer(_PATIENCE_SECONDS, print, (text,), {"file": sys.stderr, "flush": True})
             self._notice.daemon = True
             self._notice.start()
 
     def before_step(self) -> bool:
-        """A step begins. True if a signal may end it between its micro-batches; the same on every rank: so it is in the
-        first steps of a run, and where steps take longer than ``LONG_STEP_SECONDS``."""
+        """Called before a step. True if a signal may end it between its micro-batches, which is the same on every rank: in
+        the first steps of a run, and where steps take longer than ``LONG_STEP_SECONDS``."""
         self._step_began = time.monotonic()
         return self.acts_within_steps
 
     def between_microbatches(self) -> None:
-        """Collective. Raises: StepDropped, on every rank alike, if the run ends here."""
+        """Collective. Raises: StepDropped, on every rank, if the run ends here."""
         if self.acts_within_steps:
             self._poll()
             if self._signal:
@@ -86,7 +86,7 @@ class Guards:
                 raise StepDropped
 
     def after_step(self, step: int, *, last: bool) -> None:
-        """``step`` is complete. Collective. Raises: TrainingError on every rank if the replicas diverged."""
+        """Called when ``step`` is complete. Collective. Raises: TrainingError on every rank if the replicas diverged."""
         every = self.config.train.replica_check_every
         if every and step % every == 0:
             check_replicas(step, self._optimizer, self.state)
@@ -100,71 +100,75 @@ class Guards:
             self._signal, self.acts_within_steps = told[0], bool(told[1])
 
     def finish_exchange(self) -> None:
-        """Wait until all ranks have told each other what they did at the last poll."""
+        """Wait until all ranks have exchanged what they had to tell at the last poll."""
         self._agreement.finish()
 
     def after_report(self) -> None:
-        """With ``--spike_action stop``: see whether a step was rejected since the last report."""
+        """With ``--spike_action stop``: check whether a step was rejected since the last report."""
         train = self.config.train
         if train.spike_action == "stop" and (spike := self.spikes.first_spike()):
             self._error = TrainingError(
                 f"step {spike.step}: {spike.kind} {spike.value:.6g} exceeds {spike.limit:.6g}, the mean + --spike_sigma "
                 f"{train.spike_sigma:g} x standard deviation of the last --spike_window {train.spike_window} accepted "
-                "steps; the step was skipped and --spike_action stop ends the run; rerun the same command to go on "
-                "behind it, or use --spike_action skip"
+                "steps; the step was skipped, and --spike_action stop ends the run; rerun the same command to continue "
+                "after it, or use --spike_action skip"
             )
 
     @property
     def ends(self) -> bool:
-        """The run ends with this step; the same on every rank."""
+        """True if the run ends with this step; the same on every rank."""
         return self._signal != 0 or self._error is not None
 
     def leave(self, step: int, say: Callable[[str], None]) -> None:
-        """If the run ``ends``, end it. Collective. Raises: TrainingError after a spike; for a signal, after saying how to
-        resume, SystemExit: 130 after Ctrl-C, else 0."""
+        """End the run if ``ends`` is true. Collective. Raises: TrainingError after a spike; for a signal, after printing
+        how to resume, SystemExit: 130 after Ctrl-C, else 0."""
         if self._error is not None:
             raise self._error
         if self._signal:
-            off = "--debug" if self.config.train.debug else "" if self.config.ckpt.do_save else "--no-do_save"
+            off = ""
+            if self.config.train.debug:
+                off = "--debug"
+            elif not self.config.ckpt.do_save:
+                off = "--no-do_save"
             again = "the same command" if self.config.ckpt.resume else "this command without --no-resume"
             what = f"nothing is saved with {off}" if off else f"saved; run {again} again to resume"
-            if not step:  # its first step was dropped
+            if not step:  # the first step was dropped
                 what = f"there is nothing to save yet; run {again} again to begin"
             name = "Ctrl-C" if self._signal == signal.SIGINT else signal.Signals(self._signal).name
             where = f" in step {step + 1}, which does not count" if self._dropped else ""
             say(f"step {step} | stopped by {name}{where}: {what}")
             if self._signal != signal.SIGINT:
                 raise SystemExit(0)
-            self._agreement.wait()  # a launcher ends all ranks once one has failed
+            self._agreement.wait()  # because a launcher ends all ranks once one has failed
             raise SystemExit(128 + signal.SIGINT)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps, in plain types; empty without ``--spike_sigma``."""
+        """State to save in a checkpoint, in plain types; empty without ``--spike_sigma``."""
         return self.spikes.state_dict() if self.config.train.spike_sigma else {}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Go on from what ``state_dict`` returned; a run that had no guard leaves nothing to go on from."""
+        """Continue from what ``state_dict`` returned; a run without ``--spike_sigma`` saved no state to continue from."""
         if state and self.config.train.spike_sigma:
             self.spikes.load_state_dict(state)
 
 
 class StopAgreement:
-    """A stop that all ranks agree on, although a signal may reach only one of them, and each at another moment: at each
-    poll every rank tells some numbers, and learns what was told at the poll before.
+    """Lets all ranks agree to stop, although a signal may reach only one of them, and each at a different time: at each
+    poll every rank sends some numbers, and learns what was sent at the previous poll.
 
-    The exchange runs in the background, on the host: neither host nor device waits for it, except for a rank that is
-    more than a poll ahead. It has a process group of its own, so that it does not wait behind others. Collective over
-    the world, like ``poll``.
+    The exchange runs in the background, on the host: neither host nor device waits for it, except for a rank that is more
+    than a poll ahead. It has its own process group, so that it does not wait for other collectives. Collective over the
+    world, like ``poll``.
     """
 
     def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo")
         self._told = torch.zeros(2, dtype=torch.int32)
-        self._values = self._told.numpy()  # the same memory, read and written without an operation of torch
+        self._values = self._told.numpy()  # shares memory; reading and writing it takes no torch operation
         self._work: Work | None = None
 
     def wait(self) -> None:
-        """Until all ranks are here."""
+        """Wait until all ranks are here."""
         dist.barrier(self._group)
 
     def finish(self) -> None:
@@ -173,10 +177,10 @@ class StopAgreement:
             self._work.wait()
 
     def poll(self, tell: tuple[int, int], *, last: bool, now: bool) -> list[int] | None:
-        """Tell a stop signal that this rank received (0: none) and one more number. Returns the largest of each that any
-        rank told at the poll before, ``None`` if there was none; ``now`` waits for what the ranks tell at this poll, and
-        returns that: worth it where polls are seconds apart. Nothing is told once a signal was, and with ``last``, after
-        which no rank polls."""
+        """Send a stop signal that this rank received (0: none) and one more number. Returns the largest of each that any
+        rank sent at the previous poll, or ``None`` if there was none. With ``now`` it waits for what the ranks send at this
+        poll, and returns that, which pays if polls are seconds apart. Nothing is sent once a signal has been seen, nor with
+        ``last``, after which no rank polls."""
         told = self._receive()
         if not last and not (told and told[0]):
             self._values[:] = tell

@@ -1,4 +1,4 @@
-"""What is measured of a run's steps, and given to its sinks: the trainer's one place to log and to print."""
+"""Collects the measurements of a run's steps and passes them to sinks: the trainer's only place to log and print."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from tinytron.training.config import Config
 from tinytron.training.world import measure_peak
 from tinytron.utils.model import train_flops_per_token
 
-# Called with the step at every report, on every rank (so it may be collective): what to add to that step's record.
+# Called with the step at every report, on every rank (so it may be collective); returns values to add to its record.
 Metric = Callable[[int], Record]
 
 
 class Reporter:
     """Collects the results of steps on the device, and at every report writes them to the ``sinks``, on the master.
 
-    What a sink refuses waits in memory for the next call; what it raises is printed, and the run goes on. ``metrics`` are
-    further numbers for the record of a report's last step. ``clock`` measures training; evaluating and saving pause it.
+    Records that a sink fails to write wait in memory for the next call; its error is printed, and the run continues.
+    ``metrics`` add numbers to the record of a report's last step. ``clock`` measures training time; evaluation and saving
+    pause it.
     """
 
     def __init__(self, state: ParallelState, sinks: Iterable[Sink]) -> None:
@@ -38,7 +39,7 @@ class Reporter:
             self.add(sink)
 
     def add(self, sink: Sink) -> None:
-        """One more sink, before ``start``; on other ranks than the master it is not used."""
+        """Add a sink, before ``start``; only the master uses it."""
         if self._state.is_master:
             self._pending.append((sink, []))
 
@@ -51,7 +52,7 @@ class Reporter:
     def start(self, run: RunInfo) -> None:
         """Open the sinks for a run that starts, or continues, after ``run.first_step``. Collective.
 
-        Raises: whatever a sink's ``open`` and ``resume`` raise, on every rank if it is a TinytronError.
+        Raises: what a sink's ``open`` and ``resume`` raise, on every rank if it is a TinytronError.
         """
 
         def start_sinks() -> None:
@@ -63,7 +64,7 @@ class Reporter:
         self._tokens_per_step, self._reported = run.tokens_per_step, run.first_step
 
     def begin_training(self, config: Config) -> None:
-        """Measure how fast all ranks multiply, for MFU; training time starts then. Collective."""
+        """Measure how fast all ranks multiply, for MFU; training time starts afterwards. Collective."""
         self._peak_flops, lines = measure_peak(config, self._state)
         self._flops_per_token = train_flops_per_token(config.model, config.train.seq_len)
         self.say(*lines)
@@ -80,13 +81,13 @@ class Reporter:
             sink.advance_within_step(done, microbatches)
 
     def report(self, step: int, skipped: torch.Tensor) -> dict[str, float]:
-        """Write the records of the steps since the last report, up to ``step``; returns the last one's numbers, or nothing
-        if there were no steps. Collective; the host waits for the device.
+        """Write the records of the steps since the last report, up to ``step``; returns the last one's numbers, or an empty
+        result without such steps. Collective; the host waits for the device.
 
         ``skipped`` is the number of steps that the optimizer skipped, on the device.
         """
         records = self.window.flush()
-        if not records:  # a dropped step came after the last report
+        if not records:  # a dropped step followed the last report
             return {}
         seconds = self.clock.lap()
         rate = (step - self._reported) * self._tokens_per_step / seconds
@@ -102,23 +103,24 @@ class Reporter:
         return {**records[-1].fields(), "seconds": seconds / len(records), **speed}
 
     def _raise_peak(self, reached: float) -> None:
-        """Raise the peak to what training ``reached``, in FLOP/s: it may have been measured on a busy machine."""
+        """Raise the peak to the rate that training ``reached``, in FLOP/s: the machine may have been busy during the
+        measurement."""
         if reached <= self._peak_flops:
             return
         if not self._peak_raised:
             self.say(
                 f"training reached {reached / 1e12:.3g} TFLOP/s, more than the peak of {self._peak_flops / 1e12:.3g} "
-                "taken for MFU; from here on MFU is relative to the highest rate so far"
+                "measured for MFU; from here on MFU is relative to the highest rate so far"
             )
         self._peak_flops, self._peak_raised = reached, True
 
     def write(self, records: Sequence[Record]) -> None:
-        """Give records to all sinks, each with what it refused before."""
+        """Pass records to all sinks, each with those that it failed to write before."""
         for sink, pending in self._pending:
             pending.extend(records)
             try:
                 sink.write(tuple(pending))
-            except Exception as error:  # a log is not worth a run
+            except Exception as error:  # a failing log must not end a run
                 self.say(f"error: {first_line(error)}; its lines wait for the next report")
             else:
                 pending.clear()

@@ -1,4 +1,4 @@
-"""Resuming: from one of the run's checkpoints, from another run's, or from weights to begin with."""
+"""Resuming: from a checkpoint of the run, from another run's checkpoint, or from initial weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _CHANGES_NUMBERS = (
     *_LENGTHS,
     *("parallel.grad_reduce_dtype", "train.disable_tf32", "train.spike_sigma", "train.spike_action"),
 )
-# A checkpoint continues only where these are the same; other differences are the user's choice and are printed.
+# These must be the same for a checkpoint to continue; other differences are the user's choice and are printed.
 _FIXED_ON_RESUME = ("model.", "train.total_batch_size", "train.seq_len", "seed.seed")
 
 
@@ -42,11 +42,11 @@ def resume(
     data_identity: Callable[[int], str],
     say: Callable[[str], None],
 ) -> CheckpointMeta | None:
-    """Load the newest undamaged checkpoint of the run's ``folder``, else of ``--resume_path``, and return its record; if
-    there is none, the weights of ``--init_from``, and ``None``. Collective.
+    """Load the newest undamaged checkpoint of the run's ``folder``, else of ``--resume_path``, and return its record. If
+    there is no checkpoint, load the weights of ``--init_from`` and return ``None``. Collective.
 
-    ``data_identity`` says by step what identifies the data before it. Raises: CheckpointError or ConfigError on every rank
-    if what is there is damaged or of another run.
+    ``data_identity`` maps a step to a string that identifies the data before it. Raises: CheckpointError or ConfigError on
+    every rank if a checkpoint is damaged or belongs to another run.
     """
     world = state.groups["world"]
     found = agree(lambda: checkpoints_to_resume(config, folder), world)
@@ -57,7 +57,9 @@ def resume(
         say(f"resuming after step {files.step} from {files.model}")
         if before := other_optimizer(meta, optimizer):
             now = type(optimizer.inner).__name__
-            say(f"the optimizer was {before} and is {now}: momentum and other states do not fit, and start from zero")
+            say(
+                f"the optimizer was {before} and is now {now}: momentum and other state does not fit and starts from zero"
+            )
         for difference in differences:
             say(f"changed since the checkpoint: {difference}")
         return meta
@@ -68,8 +70,8 @@ def resume(
 
 
 def checkpoints_to_resume(config: Config, folder: Path) -> list[CheckpointFiles]:
-    """The checkpoints of the run's ``folder``, newest first, or else what ``--resume_path`` names: a requeued job with
-    that flag continues where it got to. Raises: CheckpointError if ``--resume_path`` names none."""
+    """The checkpoints of the run's ``folder``, newest first, or else what ``--resume_path`` names. A requeued job with that
+    flag thus continues where it got to. Raises: CheckpointError if ``--resume_path`` names no checkpoint."""
     own = complete_checkpoints(folder) if config.ckpt.resume and not config.train.debug else []
     if own or config.ckpt.resume_path is None:
         return own
@@ -79,25 +81,25 @@ def checkpoints_to_resume(config: Config, folder: Path) -> list[CheckpointFiles]
 def load_initial_weights(
     name: str, model: nn.Module, optimizer: DistributedOptimizer, state: ParallelState
 ) -> list[str]:
-    """Begin with the weights that ``--init_from name`` names; returns the settings of theirs that were ignored. Collective.
-    Raises: ConfigError or CheckpointError on every rank if they cannot be had, or do not fit the model."""
+    """Start from the weights that ``--init_from name`` names; returns their settings that were ignored. Collective.
+    Raises: ConfigError or CheckpointError on every rank if the weights cannot be read, or do not fit the model."""
 
     def load() -> list[str]:
         return load_pretrained(require_gpt(model, f"--init_from {name} fills", "load it yourself"), name)
 
-    ignored = agree_slowly(load, state.groups["world"])  # may be fetched from the hub first
+    ignored = agree_slowly(load, state.groups["world"])  # may first download from the hub
     optimizer.refresh_shards()
     return ignored
 
 
 def check_continues(config: Config, meta: CheckpointMeta, fingerprint: str, source: str) -> list[str]:
-    """Compare a checkpoint's run with ``config``, which is to continue it; returns the allowed differences, as text.
+    """Compare a checkpoint's run with ``config``, which should continue it; returns the allowed differences, as text.
 
-    Raises: CheckpointError for another format, model, batch, sequence length, seed or data set.
+    Raises: CheckpointError for another format, model, batch, sequence length, seed or dataset.
     """
     if meta.format != FORMAT_VERSION:
-        raise CheckpointError(f"{source}: format {meta.format}, this version reads format {FORMAT_VERSION}")
-    # An option that came after the checkpoint was written was at its default.
+        raise CheckpointError(f"{source} has format {meta.format}, but this version reads format {FORMAT_VERSION}")
+    # An option added after the checkpoint was written counts as having its default.
     mine, theirs = config.identity(), {**config.default_identity(), **meta.identity}
     differing = [k for k in sorted(mine.keys() | theirs.keys()) if mine.get(k) != theirs.get(k)]
     differences = [f"{k}: {theirs.get(k)} in the checkpoint, {mine.get(k)} now" for k in differing]
@@ -105,7 +107,7 @@ def check_continues(config: Config, meta: CheckpointMeta, fingerprint: str, sour
     differences += _other_differences(config, meta)
     if fixed:
         shown = "; ".join(fixed[:3])
-        raise CheckpointError(f"{source} is of a different run ({shown}); use the flags it was trained with")
+        raise CheckpointError(f"{source} belongs to a different run ({shown}); use the flags it was trained with")
     if meta.data != fingerprint:
         raise CheckpointError(
             f"{source} was trained on other data ({meta.data}, now {fingerprint}); use the same data (and the same "
@@ -115,8 +117,8 @@ def check_continues(config: Config, meta: CheckpointMeta, fingerprint: str, sour
 
 
 def _other_differences(config: Config, meta: CheckpointMeta) -> list[str]:
-    """What is not part of a run's identity and changes its numbers all the same, as text: lengths, from which the learning
-    rate follows, and precisions."""
+    """Differences, as text, in values that are not part of a run's identity but change its numbers: lengths, which
+    determine the learning rate, and precisions."""
     saved = meta.run.get("config", {})
     found = []
     for name in _CHANGES_NUMBERS:

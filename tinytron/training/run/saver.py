@@ -1,4 +1,4 @@
-"""The checkpoints of a run: what they say, and what is exported of them."""
+"""The checkpoints of a run: their records, and their exports."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ from tinytron.training.run.guards import Guards
 class RunSaver:
     """Saves a run that continues after step ``resumed`` into its folder. Construction is collective, and so is ``save``.
 
-    ``enabled`` says whether the run saves by itself (``--do_save``); ``saved`` is the step saved last, or begun from.
-    Raises: ConfigError on every rank if the model or its
-    tokenizer cannot be exported as ``--export_every`` asks.
+    ``enabled`` says whether the run saves by itself (``--do_save``); ``saved`` is the step that was last saved or resumed
+    from. Raises: ConfigError on every rank if the model or its tokenizer cannot be exported as ``--export_every`` asks.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class RunSaver:
 
     @contextlib.contextmanager
     def in_background(self) -> Iterator[None]:
-        """Around the training loop: a save inside returns while the checkpoint is still written (``--async_save``)."""
+        """Context of the training loop: a save inside returns before the checkpoint is written (``--async_save``)."""
         self._background = self.config.ckpt.async_save
         try:
             yield
@@ -66,8 +65,8 @@ class RunSaver:
             self._background = False
 
     def save(self, step: int, val_loss: float | None) -> list[str]:
-        """Save a checkpoint of ``step``, whose validation loss is ``val_loss`` if it is known; returns what there is to
-        print. Collective."""
+        """Save a checkpoint of ``step``, whose validation loss is ``val_loss`` if known; returns lines to print.
+        Collective."""
         meta = CheckpointMeta(
             format=FORMAT_VERSION,
             run=self.folder.description,
@@ -81,11 +80,11 @@ class RunSaver:
         return self.checkpoints.save(step, meta, wait=not self._background)
 
     def files(self, step: int) -> CheckpointFiles:
-        """The files of a checkpoint of ``step``, whether they are there or not."""
+        """The files of a checkpoint of ``step``, whether they exist or not."""
         return CheckpointFiles(self.folder.path, step)
 
     def report(self) -> list[str]:
-        """What ended since the last call, for printing; waits for nothing."""
+        """Messages since the last call, for printing; does not wait."""
         return self.checkpoints.report()
 
     def close(self, say: Callable[[str], None], *, wait: bool = True) -> None:

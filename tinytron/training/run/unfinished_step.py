@@ -1,4 +1,4 @@
-"""A signal may end a long step between two micro-batches. The run goes back to the state before the step."""
+"""Lets a signal end a long step between two micro-batches: the run returns to the state before the step."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class StepDropped(Exception):  # noqa: N818  # not an error
 
 class StepStart:
     """A copy of the state that a step's micro-batches change: the generators' states, the buffers of ``model`` and the sums
-    in ``tensors``. It leaves gradients out, because before a step there are none, and parameters, because only the
-    optimizer changes them."""
+    in ``tensors``. It has no gradients, because there are none before a step, and no parameters, because only the optimizer
+    changes them."""
 
     def __init__(self, model: nn.Module, tensors: Iterable[torch.Tensor] = ()) -> None:
         self._rng = rng_state()
