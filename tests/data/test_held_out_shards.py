@@ -73,7 +73,7 @@ def test_the_tools_know_a_renamed_shard(made: Path, capsys: pytest.CaptureFixtur
     assert main(["data", "verify", str(made)]) == 0
     capsys.readouterr()
     assert main(["data", "info", str(made)]) == 0
-    line = f"validation {manifest.shards[0].documents} documents, 200 tokens, 1 shards\n"
+    line = f"validation {manifest.shards[0].documents} documents, 200 tokens, 1 shard\n"
     assert line in capsys.readouterr().out
     rename(made, path.name, "elsewhere.txt")
     assert main(["data", "verify", str(made)]) != 0
