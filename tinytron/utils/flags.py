@@ -220,7 +220,7 @@ def add_flag(group: argparse._ActionsContainer, info: FieldInfo) -> None:
         inner = typing.get_args(info.type)
         count = "*" if inner[-1] is Ellipsis else len(inner)
         kind = expanded if info.flag.path else inner[0]
-        shown = placeholder(kind) if count == "*" else (placeholder(kind),) * count
+        shown = placeholder(kind) if inner[-1] is Ellipsis else (placeholder(kind),) * len(inner)
         group.add_argument(f"--{name}", nargs=count, type=kind, default=default, help=text, metavar=shown)
     else:
         shown = placeholder(expanded if info.flag.path else info.type)
