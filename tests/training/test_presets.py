@@ -98,7 +98,7 @@ def test_a_file_names_a_preset(tmp_path: Path) -> None:
         (("--preset",), "argument --preset: expected one argument; see --help"),
         (("--preset", "tiny", "--num_layre", "2"), "unknown argument --num_layre; did you mean --num_layer"),
         (("--preset", "tiny", "--init_from", "x"), "--preset tiny .* --init_from x has its own; leave one out"),
-        (("--preset", "tiny", "--optimizer", "adam"), "for --optimizer muon; set .* adam, such as --max_lr 0.004$"),
+        (("--preset", "tiny", "--optimizer", "adam"), "for --optimizer muon; set .* adam, such as --max_lr 0.002$"),
         (("--preset", "gpt2", "--optimizer", "muon"), "for --optimizer adam; set .* muon, such as --max_lr 0.02$"),
         (("--preset", "tiny", "--num_attention_heads", "3"), "--num_key_value_heads 2 must divide"),
     ],

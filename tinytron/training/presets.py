@@ -48,8 +48,8 @@ def _rates(max_lr: float, min_lr: float) -> dict[str, Any]:
 
 
 # A peak rate to try first, by optimizer, for the smaller models.
-GOOD_MAX_LR: Mapping[str, float] = MappingProxyType({"adam": 4e-3, "muon": 0.02})
-# AdamW from 0.1B to 3B, as in scripts/lib/launch.sh; the default of 4e-3 is for smaller models.
+GOOD_MAX_LR: Mapping[str, float] = MappingProxyType({"adam": 2e-3, "muon": 0.02})
+# AdamW from 0.1B to 3B, as in scripts/lib/launch.sh.
 _ADAM = _rates(6e-4, 6e-5)
 # Muon's peak rate is 0.02 at these sizes; embeddings and norms, which AdamW updates, get half of it.
 _MUON = {
