@@ -269,7 +269,7 @@ def _parsed(parse: Callable[[str], Any], text: str) -> Any:
 
 
 class UnknownOptionError(ConfigError):
-    """There is no option of that name."""
+    """No option has that name."""
 
 
 def unknown(path: str, known: Mapping[str, Any], where: str = "") -> UnknownOptionError:

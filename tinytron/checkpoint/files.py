@@ -139,7 +139,7 @@ def bytes_of(paths: Iterable[Path]) -> int:
 def find_checkpoints(path: str) -> list[CheckpointFiles]:
     """The checkpoints that ``--resume_path`` names, best first: every one in a run folder, or the one a file belongs to.
 
-    Raises: CheckpointError if there is no checkpoint, or it is incomplete.
+    Raises: CheckpointError if the checkpoint is missing or incomplete.
     """
     place = Path(path)
     if place.is_dir() and not place.name.endswith("_opt"):

@@ -73,7 +73,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """All prompts of the command line, then those of the file. Raises: ConfigError if there are no prompts or the file
+    """All prompts of the command line, then those of the file. Raises: ConfigError without prompts, or if the file
     cannot be read."""
     prompts: list[str] = list(args.prompt)
     if args.prompts_file is not None:

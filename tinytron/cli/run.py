@@ -100,7 +100,7 @@ def restore(argv: Sequence[str], prog: str = "tinytron restore") -> int:
 
 def read_spec(place: JobSpec) -> JobSpec:
     """The spec of the job that was run at ``place``, with defaults for options added since. The folder may have been
-    moved. Raises: CheckpointError if there is no spec, or if it is damaged; ConfigError for an unknown job."""
+    moved. Raises: CheckpointError if the spec is missing or damaged; ConfigError for an unknown job."""
     file = place.folder / SPEC
     try:
         spec = JobSpec.from_json(file.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What timl's flags mean in our options, where one flag is not one option."""
+"""The meaning of timl's flags in our options, where one flag is not one option."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ KNOWN: Mapping[str, _Known] = MappingProxyType(
         "Qwen/Qwen3-0.6B": _Known("qwen3-0.6b", 40960),
     }
 )
-_DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.1  # of GPT-2, and their default in transformers
+_DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.1  # GPT-2's dropouts, and their default in transformers
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 _BACKENDS = MappingProxyType({"eager": "math", "sdpa": "sdpa", "flash_attention_2": "flash"})
 # Settings of liger-kernel by their value here: the parts that Tinytron's own model has.

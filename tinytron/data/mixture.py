@@ -93,7 +93,7 @@ class MixtureOrder:
 
     @property
     def num_samples(self) -> int:
-        """The default length of a run: the sum of the sources' caps, or sizes where there is no cap; at most ``capacity``.
+        """The default length of a run: the sum of the sources' caps, or of their sizes; at most ``capacity``.
         It determines only the length: how much each source contributes is up to the weights."""
         total = sum(size if cap is None else cap for size, cap in zip(self.sizes, self.caps, strict=True))
         return total if self.capacity is None else min(total, self.capacity)

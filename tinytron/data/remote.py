@@ -26,7 +26,7 @@ def fetch_shards(url: str, option: str = "--dataset_path") -> None:
 
     A local file of the same size is not fetched again, so an interrupted call continues where it stopped. A local shard
     that the remote folder no longer has is deleted. Fetched files are compared with the hashes in ``manifest.json``, if
-    there is one. Raises: DataError if there is no shard, naming ``option``, which gave the URL; ConfigError and
+    there is one. Raises: DataError if the folder has no shard, naming ``option``, which gave the URL; ConfigError and
     StorageError as ``RemoteFolder``.
     """
     folder, pattern = _split(url)

@@ -59,7 +59,7 @@ def find_shards(dataset_path: str, split: str) -> list[Path]:
     chosen by name too. If several folders match, the folder's name decides for a file whose own name has no split.
     Matching files without any split are training shards.
 
-    Raises: DataError if there is no such folder, or no training shard.
+    Raises: DataError if the folder or its training shards are missing.
     """
     splits = _splits_at(dataset_path)
     says = (split, None) if split == "train" and not Path(dataset_path).is_dir() else (split,)

@@ -34,7 +34,7 @@ class _WorkGroup:
 class SummedExchange:
     """A reduce-scatter made of messages: each rank sends every other rank its part and sums the parts it receives.
 
-    Parts travel in ``wire_dtype`` and are summed in the precision of ``own``, in rank order, so there is no rounding
+    Parts travel in ``wire_dtype`` and are summed in the precision of ``own``, in rank order, so nothing is rounded
     between hops. On gloo it takes about a third of the time of the native reduce-scatter, which also copies the whole
     buffer first.
     """

@@ -123,7 +123,7 @@ def stream(
     """Continue every prompt (token ids) ``num_samples`` times, ``batch_size`` rows at a time, and yield every piece as it
     comes; the generator's return value is the ``Generation``.
 
-    ``decode`` turns token ids into text; without it there is no text, and stop strings cannot be found. Only the first
+    ``decode`` turns token ids into text; without it texts are empty, and stop strings cannot be found. Only the first
     ``vocab_size`` tokens of the vocabulary are sampled, and none of ``without``. A sample depends on the weights, the
     prompt, its number and ``options``, but not on the other prompts (up to the rounding of the logits). Raises: ConfigError
     for prompts that are empty, longer than ``block_size`` or outside the vocabulary, for stop strings without ``decode``,

@@ -26,7 +26,7 @@ from tinytron.text.run_tokenizer import TOKENS
 def import_model(name: str, out: Path, dtype: torch.dtype, say: Callable[[str], object] = lambda text: None) -> GPT:
     """Write the model ``name``, a folder or a name on the hub, to the folder ``out`` in ``dtype``, in the form that
     ``--init_from``, ``generate`` and ``export`` read: ``00000_model.pt``, a config.json with the ids of the tokens that
-    begin and end texts, the files of the tokenizer, and the generation settings. There is no optimizer state, so a run
+    begin and end texts, the files of the tokenizer, and the generation settings. It has no optimizer state, so a run
     cannot resume from it. ``say`` gets a line about settings of the model that are left out.
 
     Raises: ConfigError or CheckpointError if the model cannot be read or built, or ``out`` exists; OSError if writing

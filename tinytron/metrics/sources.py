@@ -21,7 +21,7 @@ def perplexity(loss: float) -> float:
 
 
 def bits_per_byte(nats: float, text_bytes: float) -> float | None:
-    """A loss of ``nats`` on ``text_bytes`` bytes of text, in bits per byte; ``None`` if there are no bytes."""
+    """A loss of ``nats`` on ``text_bytes`` bytes of text, in bits per byte; ``None`` without bytes."""
     return nats / math.log(2) / text_bytes if text_bytes else None
 
 

@@ -50,7 +50,7 @@ class RunTokenizer:
 
     def prompt_ids(self, text: str) -> list[int]:
         """The ids of a text in the form that the model was trained on: after the token that texts begin with. An empty text
-        always begins with the end-of-text token if there is no other. Raises: ConfigError for an empty text without any
+        always begins with the end-of-text token if it has no other. Raises: ConfigError for an empty text without any
         such token."""
         ids = self.ids(text)
         if self.begin is not None:

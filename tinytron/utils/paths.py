@@ -12,7 +12,7 @@ from tinytron.errors import ConfigError, DataError
 
 def expanded(text: str) -> str:
     """The path ``text`` with a leading ``~`` or ``$VARIABLE`` expanded as in a shell. The shell itself does not expand them
-    in ``--flag=~/x``, in files or in a variable's value. Raises: ConfigError if there is no such user or variable."""
+    in ``--flag=~/x``, in files or in a variable's value. Raises: ConfigError for an unknown user or variable."""
     if text.startswith("~") and (home := os.path.expanduser(text)) != text:
         return home
     if text.startswith("~"):

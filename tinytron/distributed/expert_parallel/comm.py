@@ -66,7 +66,7 @@ class Dispatched(NamedTuple):
 
     rows: torch.Tensor
     routes: DispatchPlan
-    exchange: Exchange | None  # None if there is no other rank
+    exchange: Exchange | None  # None without other ranks
 
     def wait(self) -> torch.Tensor:
         """Wait for the rows of this rank's experts, ``[Q, D]``, grouped by expert. Collective, differentiable."""

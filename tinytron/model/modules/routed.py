@@ -19,7 +19,7 @@ from tinytron.utils.sequences import IGNORE_INDEX, Documents, documents_without_
 class RoutedTokens(NamedTuple):
     """This rank's tokens, as the routers' losses count them."""
 
-    padding_Bs: torch.Tensor | None  # true for padding; None: there is no padding
+    padding_Bs: torch.Tensor | None  # true for padding; None: nothing is padded
     number: torch.Tensor  # number of tokens that are not padding, int64 scalar
     scale: torch.Tensor  # factor for sums over these tokens in the objective
 

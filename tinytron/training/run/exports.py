@@ -121,7 +121,7 @@ class Exports:
         return self.uploader.report() if self.uploader is not None else []
 
     def close(self, say: Callable[[str], None], *, wait: bool) -> None:
-        """Stop: there are no more checkpoints. ``wait`` for the uploads."""
+        """Stop after the last checkpoint. ``wait`` for the uploads."""
         if self.uploader is not None:
             self.uploader.close(say, wait=wait)
 

@@ -42,8 +42,8 @@ def resume(
     data_identity: Callable[[int], str],
     say: Callable[[str], None],
 ) -> CheckpointMeta | None:
-    """Load the newest undamaged checkpoint of the run's ``folder``, else of ``--resume_path``, and return its record. If
-    there is no checkpoint, load the weights of ``--init_from`` and return ``None``. Collective.
+    """Load the newest undamaged checkpoint of the run's ``folder``, else of ``--resume_path``, and return its record.
+    Without a checkpoint, load the weights of ``--init_from`` and return ``None``. Collective.
 
     ``data_identity`` maps a step to a string that identifies the data before it. Raises: CheckpointError or ConfigError on
     every rank if a checkpoint is damaged or belongs to another run.
