@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.runs import ROOT
-from tinytron.cli.gpt2fun import SETTINGS, RunGPT2, build_config_of
+from tinytron.cli.gpt2fun import PATHS, SETTINGS, RunGPT2, build_config_of
 from tinytron.data.formats import write_shard
 from tinytron.errors import ConfigError
 
@@ -41,7 +41,8 @@ def _run(*flags: object, cwd: Path, **env: str) -> subprocess.CompletedProcess[s
 
 def test_every_setting_names_an_option() -> None:
     paths = {option.path for option in RunGPT2.options()}
-    assert {setting.alias.path for setting in SETTINGS.values()} <= paths
+    assert PATHS.keys() == SETTINGS.keys()
+    assert {*PATHS.values()} <= paths
 
 
 def test_the_documented_command_is_gpt2() -> None:

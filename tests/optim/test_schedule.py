@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tinytron.optim import Schedule
+from tinytron.optim.schedule import SCHEDULES
 
 MAX, MIN = 4e-3, 3e-5
+DECAYING = ["cosine", "linear", "polynomial", "cosine_with_restarts", "wsd"]
+NAMES = [*DECAYING, "constant", "inverse_sqrt"]
+
+
+def test_these_are_all_schedules() -> None:
+    assert sorted(NAMES) == sorted(SCHEDULES)
 
 
 def schedule(name: Any = "cosine", warmup_steps: int = 10, max_steps: int = 111, **options: Any) -> Schedule:
@@ -23,14 +32,14 @@ def exactly(value: float) -> Any:
     return pytest.approx(value, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["cosine", "constant", "wsd"])
+@pytest.mark.parametrize("name", NAMES)
 def test_warm_up_is_linear_and_never_zero(name: str) -> None:
     rates = [schedule(name)(t) for t in range(10)]
     assert rates == exactly([MAX * k / 10 for k in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)])
     assert rates[9] == MAX
 
 
-@pytest.mark.parametrize(("name", "last"), [("cosine", MIN), ("constant", MAX), ("wsd", MIN)])
+@pytest.mark.parametrize(("name", "last"), [*((name, MIN) for name in DECAYING), ("constant", MAX)])
 def test_the_first_step_after_the_warm_up_and_the_last_are_exact(name: str, last: float) -> None:
     assert schedule(name)(10) == MAX
     assert schedule(name)(110) == last
@@ -43,6 +52,55 @@ def test_cosine_is_half_a_wave_over_the_steps_after_the_warm_up() -> None:
     assert rates[50] == exactly((MAX + MIN) / 2)
     assert rates[75] == exactly(MIN + (MAX - MIN) * (0.5 - 0.5 * math.sqrt(0.5)))
     assert all(a > b for a, b in itertools.pairwise(rates))
+
+
+def test_linear_is_a_line_and_polynomial_a_power_of_it() -> None:
+    line, square = schedule("linear"), schedule("polynomial", power=2.0)
+    assert [line(35), line(60), line(85)] == exactly([MIN + (MAX - MIN) * part for part in (0.75, 0.5, 0.25)])
+    assert [square(35), square(60)] == exactly([MIN + (MAX - MIN) * part for part in (0.75**2, 0.25)])
+
+
+def test_restarts_are_cosines_of_equal_length() -> None:
+    rates, wave = schedule("cosine_with_restarts", cycles=4), schedule(max_steps=36)
+    assert [rates(t) for t in range(10, 35)] == exactly([wave(t) for t in range(10, 35)])  # 25 of 100 steps each
+    assert rates(35) == rates(60) == rates(85) == MAX
+    assert rates(110) == MIN
+
+
+def test_inverse_sqrt_falls_by_the_root_of_the_steps() -> None:
+    rates, long = schedule("inverse_sqrt"), schedule("inverse_sqrt", warmup_steps=0)
+    assert rates(10) == MAX
+    assert [rates(40), rates(90), rates(10**6)] == exactly([MAX / 2, MAX / 3, MAX * math.sqrt(1e-5)])
+    assert [long(0), long(30_000)] == exactly([MAX, MAX / 2])
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs", "options", "kwargs"),
+    [
+        ("cosine", "cosine", {}, {}),
+        ("cosine", "cosine_with_min_lr", {"min_lr": MIN}, {"min_lr": MIN}),
+        ("linear", "linear", {}, {}),
+        ("polynomial", "polynomial", {"power": 3.0, "min_lr": MIN}, {"power": 3.0, "lr_end": MIN}),
+        ("cosine_with_restarts", "cosine_with_restarts", {"cycles": 3}, {"num_cycles": 3}),
+        ("constant", "constant_with_warmup", {}, {}),
+        ("inverse_sqrt", "inverse_sqrt", {}, {}),
+        ("wsd", "warmup_stable_decay", {"decay_shape": "sqrt"}, {"num_decay_steps": 11, "decay_type": "1-sqrt"}),
+    ],
+)
+def test_the_rates_are_those_of_transformers(name: Any, theirs: str, options: Any, kwargs: Any) -> None:
+    """One step earlier in the warm-up, whose first step has the rate 0 there, and in a run that is one step shorter, whose
+    decay would end after its last step there. Ours of 12 decaying steps has 11 intervals."""
+    transformers = pytest.importorskip("transformers")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=MAX)
+    scheduler = transformers.get_scheduler(
+        theirs, optimizer, num_warmup_steps=10, num_training_steps=110, scheduler_specific_kwargs=kwargs
+    )
+    factor = scheduler.lr_lambdas[0]
+    ours = Schedule(**{"min_lr": 0.0, **options}, name=name, max_lr=MAX, warmup_steps=10, max_steps=111)
+    if name == "wsd":
+        ours = replace(ours, decay_fraction=12 / 111)
+    assert [ours(t) for t in range(10)] == exactly([MAX * factor(t + 1) for t in range(10)])
+    assert [ours(t) for t in range(10, 111)] == pytest.approx([MAX * factor(t) for t in range(10, 111)], abs=1e-18)
 
 
 def test_constant_is_constant() -> None:
@@ -76,13 +134,13 @@ def test_wsd_of_a_short_run_ends_at_the_minimum(max_steps: int) -> None:
     assert [rates(t) for t in range(max_steps)] == [MAX] * (max_steps - 1) + [MIN]
 
 
-@pytest.mark.parametrize("name", ["cosine", "constant", "wsd"])
+@pytest.mark.parametrize("name", NAMES)
 def test_without_warm_up_the_first_step_has_the_peak(name: str) -> None:
     assert schedule(name, warmup_steps=0)(0) == MAX
 
 
 @given(
-    name=st.sampled_from(["cosine", "constant", "wsd"]),
+    name=st.sampled_from([name for name in NAMES if name != "cosine_with_restarts"]),
     max_steps=st.integers(1, 60),
     warmup=st.integers(0, 60),
     fraction=st.floats(0.0, 1.0, exclude_min=True),
@@ -95,7 +153,7 @@ def test_every_rate_is_between_the_limits_and_rises_once(
     values = [rates(t) for t in range(max_steps + 2)]
     assert all(0 < v <= MAX for v in values)
     after = values[warmup:]
-    assert all(v >= MIN for v in after)
+    assert name == "inverse_sqrt" or all(v >= MIN for v in after)
     assert all(a >= b for a, b in itertools.pairwise(after))
 
 

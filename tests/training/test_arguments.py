@@ -37,19 +37,19 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
     "data": {
         "dataset_path": None, "use_mock_data": False, "mock_data_num_samples": 1280, "num_workers": 0, "pin_memory": True,
         "token_dtype": None, "document_mask": False, "cross_document_loss": True, "packing": "concat", "eot_id": None,
-        "eot_position": "prepend", "prefetch": 2,
+        "eot_position": "prepend", "prefetch": 2, "val_dataset_path": None,
     },
     "optim": {
         "max_lr": 4e-3, "min_lr": 3e-5, "warmup_steps": 1000, "weight_decay": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.95,
         "adam_eps": 1e-8, "optimizer": "adam", "muon_momentum": 0.95, "muon_ns_steps": 5, "muon_normuon": False,
         "muon_beta2": 0.95, "muon_cautious": False, "matrix_lr_mult": 1.0, "embedding_lr_mult": 1.0, "head_lr_mult": 1.0,
         "scalar_lr_mult": 1.0, "lr_schedule": "cosine", "wsd_decay_fraction": 0.1, "wsd_decay_shape": "cosine",
-        "decay_embeddings": True, "decay_all": False,
+        "decay_embeddings": True, "decay_all": False, "warmup_ratio": 0.0, "lr_power": 1.0, "lr_cycles": 1,
     },
     "ckpt": {
         **{"do_save": True, "save_every_steps": 5000, "resume": True, "resume_path": None},
         **{"init_from": None, "async_save": True, "keep_last": 0, "keep_every": 0, "keep_best": False},
-        **{"export_every": 0, "hub_model_id": None, "hub_private": True},
+        **{"export_every": 0, "hub_model_id": None, "hub_private": True, "export_dir": None, "save_at_start": False},
     },
     "parallel": {
         "backend": "auto", "init_method": "env://", "sep_size": 1, "ddp_find_unused_parameters": False,
@@ -86,6 +86,7 @@ OTHER = {
     "max_eval_tokens": 10**6,
     "eot_id": 0,
     "split_rate": 0.5,
+    "warmup_ratio": 0.01,
     "hidden_size": 2048,
     "num_attention_heads": 64,
     "num_key_value_heads": 16,
@@ -96,6 +97,7 @@ OTHER = {
     "moe_z_loss_coef": 1e-4,
     "moe_bias_update_rate": 1e-3,
     "dataset_path": "shards",
+    "val_dataset_path": "held_out",
     "resume_path": "log/run",
     "spike_sigma": 6.0,
     "step_timeout": 600.0,
@@ -107,12 +109,15 @@ OTHER = {
     "rope_scaling": "linear",
     "export_every": 10000,
     "hub_model_id": "lab/model",
+    "export_dir": "exports",
 }
 
 NEEDED = {
     "seq_len": ["--block_size", "5000"],
     "sliding_window_layers": ["--sliding_window", "8"],
     "hub_model_id": ["--export_every", "5000"],
+    "export_dir": ["--export_every", "5000"],
+    "val_dataset_path": ["--dataset_path", "shards"],
     "dry_run_world_size": ["--dry_run"],
     "eval_every": ["--eval_tasks", "sky.jsonl"],
     "eval_tokenizer": ["--eval_tasks", "sky.jsonl"],

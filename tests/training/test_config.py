@@ -353,14 +353,14 @@ EXECUTION = {
     },
     "model": set(),
     "optim": set(),
-    "data": {"dataset_path", "use_mock_data", "num_workers", "pin_memory", "token_dtype", "prefetch"},
+    "data": {"dataset_path", "val_dataset_path", "use_mock_data", "num_workers", "pin_memory", "token_dtype", "prefetch"},
     "parallel": {
         "backend", "init_method", "sep_size", "ep_size", "use_distributed_optimizer", "bucket_size_mb",
         "overlap_grad_reduce", "overlap_param_gather", "grad_reduce_dtype", "print_topology", "ddp_find_unused_parameters",
         "ddp_gradient_as_bucket_view",
     },
     "ckpt": {"do_save", "save_every_steps", "async_save", "keep_last", "keep_every", "keep_best", "resume", "resume_path",
-             "export_every", "hub_model_id", "hub_private"},
+             "export_every", "export_dir", "save_at_start", "hub_model_id", "hub_private"},
     "logging": {
         "log_dir", "log_every", "print_config", "moe_router_debug", "moe_route_trace", "dry_run", "dry_run_world_size",
     },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -124,6 +125,16 @@ def test_a_warm_up_longer_than_the_run_is_cut_to_a_tenth(warmup: int, max_steps:
 def test_a_warm_up_of_one_step_is_never_cut() -> None:
     info = derived(config(warmup_steps=1, max_steps=1))
     assert (info.warmup_steps, info.notes) == (1, ())
+
+
+@pytest.mark.parametrize(
+    ("ratio", "max_steps", "resolved"), [(0.01, 1000, 10), (0.01, 50, 1), (0.25, 10, 3), (0.99, 5, 5), (0.0, 5000, 700)]
+)
+def test_a_warm_up_can_be_a_part_of_the_steps(ratio: float, max_steps: int, resolved: int) -> None:
+    """Rounded up, like transformers' warmup_ratio; it wins over the number of steps."""
+    part = config(warmup_steps=700, max_steps=max_steps)
+    info = derived(replace(part, optim=replace(part.optim, warmup_ratio=ratio)))
+    assert (info.warmup_steps, info.notes) == (resolved, ())
 
 
 @pytest.mark.parametrize(

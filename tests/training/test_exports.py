@@ -12,7 +12,7 @@ import torch.nn as nn
 
 from tests.helpers.errors import says
 from tests.helpers.ranks import Ranks
-from tests.helpers.runs import TINY, config_of, run_well, train, user_error
+from tests.helpers.runs import TINY, config_of, losses, run_well, train, user_error
 from tinytron.checkpoint import CheckpointFiles
 from tinytron.checkpoint.save import CheckpointSaver
 from tinytron.errors import ConfigError
@@ -159,3 +159,69 @@ def test_a_foreign_model_is_not_exported(ranks: Pools, tmp_path: Path) -> None:
 def test_what_cannot_be_exported_is_refused_at_once(flags: tuple[object, ...], text: str) -> None:
     with pytest.raises(ConfigError, match=says(text)):
         config_of(*TINY, *flags)
+
+
+# A folder of their own, and the weights at the start.
+
+START: tuple[object, ...] = ("--save_at_start", "--save_every_steps", 2, "--export_every", 2, "--max_steps", 3)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_start_is_saved_and_exported_to_a_folder_of_its_own(ranks: Pools, tmp_path: Path, world: int) -> None:
+    flags = (*START, "--export_dir", tmp_path / "models", "--log_dir", tmp_path / "log")
+    pool = ranks(world)
+    run = pool.run(train, Trainer, tmp_path, *flags)[0]
+    assert names(tmp_path / "models") == ["exported_by.json", "step0", "step2", "step3"]
+    assert not (run.folder / "export").exists()
+    assert [path.name for path in sorted(run.folder.glob("*_meta.pt"))] == [f"0000{n}_meta.pt" for n in (0, 2, 3)]
+    start = HFWeights(tmp_path / "models" / "step0").get("model.embed_tokens.weight")
+    assert torch.equal(start, torch.load(run.folder / "00000_model.pt", weights_only=True)["wte.weight"])
+    plain = pool.run(train, Trainer, tmp_path / "plain", "--max_steps", 3)[0]
+    assert [r for r in run.records if "loss" in r] != []
+    assert losses(run.log) == losses(plain.log)  # saving first changes nothing
+    # Killed in its first steps, a run begins with the saved start, and does not save it again.
+    for path in run.folder.glob("*_meta.pt"):
+        if not path.name.startswith("00000"):
+            path.unlink()
+    written = [path.stat().st_mtime_ns for path in (run.folder / "00000_model.pt", run.folder / "00002_model.pt")]
+    again = pool.run(train, Trainer, tmp_path, *flags)[0]
+    assert losses(again.log) == losses(run.log)
+    assert (run.folder / "00000_model.pt").stat().st_mtime_ns == written[0]
+    assert (run.folder / "00002_model.pt").stat().st_mtime_ns > written[1]
+
+
+def test_exports_of_another_run_are_never_replaced(ranks: Pools, tmp_path: Path) -> None:
+    models, pool = tmp_path / "models", ranks(2)
+    flags = (*RUN, "--export_dir", models)
+    kept = pool.run(train, Trainer, tmp_path, *flags)[0]
+    before = (models / "step4" / "config.json").stat().st_mtime_ns
+    for other in (("--seed", 7), ("--no-resume",)):
+        told = pool.run(user_error, Trainer, tmp_path, *flags, *other)
+        assert told[0] == told[1]
+        whose = "an earlier run" if "--no-resume" in other else str(kept.folder)
+        assert told[0].startswith(f"ConfigError: --export_dir {models} has step2 of {whose}; use another folder")
+    (models / "exported_by.json").unlink()
+    assert "has step2 of an earlier run" in pool.run(user_error, Trainer, tmp_path, *flags)[0]
+    assert (models / "step4" / "config.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (
+            ("--export_dir", "x"),
+            "--export_dir x is for exports, and there are none; use --export_every 5000, or drop it",
+        ),
+        (("--export_dir", "s3://b/x", "--export_every", 5000), "--export_dir s3://b/x is a URL; give a local folder"),
+        (("--save_at_start", "--no-do_save"), "--save_at_start saves, and --no-do_save does not; drop one of them"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags: tuple[object, ...], text: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        config_of(*TINY, *flags)
+
+
+def test_an_export_dir_that_cannot_be_written(ranks: Pools, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    told = ranks(1).run(user_error, Trainer, tmp_path, *RUN, "--export_dir", tmp_path / "file" / "models")[0]
+    assert f"--export_dir {tmp_path}/file/models cannot be written (Not a directory); use another folder" in told

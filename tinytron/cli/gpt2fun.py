@@ -11,35 +11,22 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
+from tinytron.cli.front_end import Setting, Settings, aliases_of, options_of, read_flags, require_flags, with_defaults
 from tinytron.cli.run import processes
 from tinytron.config import MISSING
 from tinytron.errors import ConfigError
 from tinytron.jobs.aliases import HEADS, Alias, tokens
-from tinytron.jobs.options import JobOptions
-from tinytron.jobs.training import TrainingJob, changed
+from tinytron.jobs.training import TrainingJob
 from tinytron.training import Config, Trainer, build_config, parse_args
 from tinytron.training.config_files import words_of
 from tinytron.training.presets import preset_options
-from tinytron.utils.flags import FieldInfo, Flag, Parser, add_flag, parse_strictly
-from tinytron.utils.help_text import shown_value
+from tinytron.utils.flags import Parser
 
 DATA_VARIABLE = "TFDS_DATA_DIR"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A flag of gpt2fun: the option of Tinytron that it sets, and its own type and default (``MISSING``: required)."""
-
-    alias: Alias
-    type: Callable[[str], Any]
-    default: Any
-    help: str
 
 
 def number_or_none(text: str) -> float:
@@ -47,7 +34,7 @@ def number_or_none(text: str) -> float:
     return 0.0 if text == "None" else float(text)
 
 
-SETTINGS: Mapping[str, Setting] = MappingProxyType(
+SETTINGS: Settings = MappingProxyType(
     {
         "model.n_layer": Setting(Alias("model.num_layer"), int, 12, "blocks"),
         "model.n_head": Setting(HEADS, int, 12, "attention heads"),
@@ -102,6 +89,7 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
         ),
     }
 )
+PATHS = {name: setting.alias.path for name, setting in SETTINGS.items() if setting.alias is not None}
 _COMMON = (
     *("num_tokens", "data_dir", "save_dir", "model.n_layer", "model.n_head", "model.n_embd", "seq_len", "batch_size"),
     *("per_device_batch_size", "optimizer.lr", "save_interval", "from_pretrained"),
@@ -113,7 +101,7 @@ _ARCHITECTURE = ("norm_type", "norm_eps", "mlp_type", "position_type", "tied_lm_
 class RunGPT2(TrainingJob):
     """GPT-2, trained as gpt2fun trains it."""
 
-    ALIASES = MappingProxyType({name: s.alias for name, s in SETTINGS.items() if name != s.alias.path})
+    ALIASES = aliases_of(SETTINGS)
     DEFAULTS = MappingProxyType(
         {"optim.min_lr": 0.0, **{f"model.{name}": preset_options("gpt2")[name] for name in _ARCHITECTURE}}
     )
@@ -127,32 +115,21 @@ def build_config_of(argv: Sequence[str], environment: Mapping[str, str]) -> Conf
         description=__doc__,
         common=_COMMON,
     )
-    for name, setting in SETTINGS.items():
-        required, none = setting.default is MISSING, setting.default is None
-        text = setting.help + (
-            " (required)" if required else "" if none else f" (default: {shown_value(setting.default)})"
-        )
-        add_flag(parser, FieldInfo(name, setting.type, True, None, Flag(text)))
-    given = {name: value for name, value in vars(parse_strictly(parser, argv)).items() if value is not None}
-    if "num_tokens" not in given:
-        raise ConfigError("--num_tokens is required: the length of the run; give --num_tokens=1000000000")
+    given = read_flags(SETTINGS, argv, parser)
+    require_flags(SETTINGS, given, "--num_tokens=1000000000, the length of the run")
     if "data_dir" not in given and DATA_VARIABLE in environment:
         given["data_dir"] = str(Path(environment[DATA_VARIABLE]) / "fineweb100B")
     if "data_dir" not in given:
         raise ConfigError(
             f"no data given; use --data_dir or set {DATA_VARIABLE}; scripts/download_fineweb100B.py downloads a dataset"
         )
-    values = {name: s.default for name, s in SETTINGS.items() if s.default not in (MISSING, None)} | given
+    values = with_defaults(SETTINGS, given)
     values["per_device_batch_size"] = min(values["per_device_batch_size"], values["batch_size"])
     save_dir = values.pop("save_dir", None)
-    options = JobOptions("gpt2fun", RunGPT2)
-    for name, value in values.items():
-        options.set(name, value)
-    options.set("ckpt.do_save", save_dir is not None)
-    options.set("model.intermediate_size", 4 * values["model.n_embd"])
-    chosen = changed(RunGPT2.options(), options.values())
+    values |= {"ckpt.do_save": save_dir is not None, "model.intermediate_size": 4 * values["model.n_embd"]}
+    chosen = options_of(RunGPT2, values, "gpt2fun")
     if "from_pretrained" in given:  # the weights determine the architecture
-        kept = {SETTINGS[name].alias.path.rpartition(".")[2] for name in given if name.startswith("model.")}
+        kept = {path.rpartition(".")[2] for name, path in PATHS.items() if name in given and name.startswith("model.")}
         sizes = {option.name for option in RunGPT2.options() if option.path.startswith("model.")}
         chosen = {name: value for name, value in chosen.items() if name not in sizes or name in kept}
     return build_config(parse_args(words_of({**chosen, "exp_name": "gpt2", "log_dir": save_dir or "./log/"})))

@@ -7,12 +7,12 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tinytron.data.manifest import Manifest
 from tinytron.data.shards import split_of
-from tinytron.text.options import parse_options
+from tinytron.text.options import TokenizeOptions, parse_options
 from tinytron.text.tokenize import tokenize_dataset
 from tinytron.utils.signals import StopRequest
 from tinytron.utils.texts import counted, program_words
@@ -29,10 +29,20 @@ After an interruption, the same command continues. Afterwards: tinytron data inf
 """
 
 
-def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Write the shards that ``argv`` (default: the command line) describes, and print how to train on them. Returns 0, or
-    128 plus the signal that stopped it. Raises: TinytronError."""
+def into_cache_dir(options: TokenizeOptions) -> TokenizeOptions:
+    """``options`` as timl's command means them: without ``--output_dir``, the shards go to ``--cache_dir``, and downloads
+    from the hub to ``hub`` in it."""
+    if options.cache_dir is None or options.output_dir is not None:
+        return options
+    return replace(options, output_dir=options.cache_dir, cache_dir=str(Path(options.cache_dir) / "hub"))
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None, *, into_cache: bool = False) -> int:
+    """Write the shards that ``argv`` (default: the command line) describes, and print how to train on them. ``into_cache``:
+    see ``into_cache_dir``. Returns 0, or 128 plus the signal that stopped it. Raises: TinytronError."""
     options = parse_options(argv, DESCRIPTION, prog)
+    if into_cache:
+        options = into_cache_dir(options)
     pretrain = ["python", "pretrain_debug.py"] if prog is None else [*program_words(), "pretrain"]
     stop = StopRequest()
     with stop.listening():

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from tinytron.data.formats import open_shard, read_header
 from tinytron.data.manifest import TOKENIZER, Manifest, ShardFacts, read_manifest
+from tinytron.data.shards import facts_of
 from tinytron.errors import ConfigError, DataError
 from tinytron.utils.optional import require_package
 from tinytron.utils.progress import Progress
@@ -58,12 +59,14 @@ def describe(folder: Path) -> list[str]:
         ]
         if not manifest.complete:
             lines.append("complete   no: the same command, without --max_file_index, continues")
+    known = {} if manifest is None else facts_of(manifest.shards, np.dtype(manifest.dtype).itemsize, files)
     by_split: dict[str, list[Path]] = {}
     for path in files:
         by_split.setdefault(path.name.rpartition("_")[0], []).append(path)
     for split, paths in by_split.items():
         count = sum(read_header(path).count for path in paths)
-        documents = "" if manifest is None else f"{counted(manifest.documents.get(split, 0), 'document')}, "
+        listed = [known[path].documents for path in paths if path in known]
+        documents = "" if manifest is None else f"{counted(sum(listed), 'document')}, "
         lines.append(f"{split:<10} {documents}{counted(count, 'token')}, {counted(len(paths), 'shard')}")
     if (text := _first_text(folder, files[0], tokens)) is not None:
         lines.append(f"begins     {text[:SHOWN_CHARS]!r}")
@@ -97,11 +100,12 @@ def problems(folder: Path) -> Iterator[str]:
         for path in files:
             yield from _readable(path)
         return
-    known = {shard.name for shard in manifest.shards}
-    yield from (f"{path}: not in the manifest" for path in files if path.name not in known)
-    with Progress("verifying shards", sum(path.stat().st_size for path in files if path.name in known)) as progress:
+    known = facts_of(manifest.shards, np.dtype(manifest.dtype).itemsize, files)
+    yield from (f"{path}: not in the manifest" for path in files if path not in known)
+    places = {shard.name: path for path, shard in known.items()}  # also of renamed files
+    with Progress("verifying shards", sum(path.stat().st_size for path in known)) as progress:
         for shard in manifest.shards:
-            yield from _shard_problems(folder / shard.name, shard, manifest, progress)
+            yield from _shard_problems(places.get(shard.name, folder / shard.name), shard, manifest, progress)
     for split, count in manifest.tokens.items():
         shards = manifest.shards_of(split)
         if (count, manifest.documents.get(split)) != (sum(s.tokens for s in shards), sum(s.documents for s in shards)):
@@ -129,7 +133,10 @@ def _shard_problems(path: Path, shard: ShardFacts, manifest: Manifest, progress:
         yield f"{path}: its sha256 differs from the one in the manifest"
     if (largest := _largest(tokens)) >= manifest.tokenizer.vocab_size:
         yield f"{path}: token id {largest} is not below the vocabulary of {manifest.tokenizer.vocab_size}"
-    yield from _sidecar_problems(path.with_suffix(".docs"), tokens, shard, manifest)
+    docs = path.with_suffix(".docs")
+    if not docs.exists():  # the shard was renamed, and its file of documents was not
+        docs = path.with_name(shard.name).with_suffix(".docs")
+    yield from _sidecar_problems(docs, tokens, shard, manifest)
 
 
 def _largest(tokens: Tokens, block: int = 2**24) -> int:

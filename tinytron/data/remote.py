@@ -20,13 +20,14 @@ def local_dataset_path(url: str) -> str:
     return str(local / pattern) if pattern else str(local)
 
 
-def fetch_shards(url: str) -> None:
+def fetch_shards(url: str, option: str = "--dataset_path") -> None:
     """Fetch the shards of a folder ``s3://bucket/folder``, or those that match a pattern
     ``s3://bucket/folder/train_*.bin``, with their sidecar files and the folder's json files.
 
     A local file of the same size is not fetched again, so an interrupted call continues where it stopped. A local shard
     that the remote folder no longer has is deleted. Fetched files are compared with the hashes in ``manifest.json``, if
-    there is one. Raises: DataError if there is no shard; ConfigError and StorageError as ``RemoteFolder``.
+    there is one. Raises: DataError if there is no shard, naming ``option``, which gave the URL; ConfigError and
+    StorageError as ``RemoteFolder``.
     """
     folder, pattern = _split(url)
     local, remote = staging_folder(folder), RemoteFolder(folder)
@@ -37,7 +38,7 @@ def fetch_shards(url: str) -> None:
 
     shards = [name for name in present if is_wanted(name)]
     if not shards:
-        raise DataError(f"--dataset_path {url} matches no file; give a URL of a folder with train_*.bin and val_*.bin")
+        raise DataError(f"{option} {url} matches no file; give a URL of a folder with train_*.bin and val_*.bin")
     for stale in local.glob("*"):
         if is_wanted(stale.name) and stale.name not in shards:
             stale.unlink()

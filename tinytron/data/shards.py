@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tinytron.data.formats import HEADER_BYTES, open_shard, open_weights, read_header
-from tinytron.data.manifest import MANIFEST, ShardFacts, read_manifest
+from tinytron.data.manifest import MANIFEST, ShardFacts, TokenizerFacts, read_manifest
 from tinytron.errors import DataError
+from tinytron.utils.training import sha256_of
 
 _HELD_OUT = (
     "val",
@@ -80,6 +81,37 @@ def find_shards(dataset_path: str, split: str) -> list[Path]:
     )
 
 
+def find_held_out(path: str) -> list[Path]:
+    """The shards of ``--val_dataset_path``, sorted: a file, the files that match a pattern, or of a folder those whose
+    names say so, else all ``*.bin``. Raises: DataError if there is none."""
+    files = _splits_at(path)
+    if not files:
+        raise DataError(
+            f"--val_dataset_path {path} has no token shards; give a file, a folder with *.bin, or a pattern such as "
+            "'shards/val_*.bin'"
+        )
+    named = [file for file, split in files.items() if split == "val"]
+    return named if named and Path(path).is_dir() else list(files)
+
+
+def check_held_out(train: Sequence[Shard], val: Sequence[Shard]) -> None:
+    """Check that the shards ``val`` of ``--val_dataset_path`` go with those that are trained on. Raises: DataError if a
+    file is in both, or if their manifests name different tokenizers."""
+    trained = {shard.path.resolve() for shard in train}
+    if both := [shard.path for shard in val if shard.path.resolve() in trained]:
+        raise DataError(
+            f"--val_dataset_path: {both[0]} is training data, too; move it to another folder, or rename it to "
+            f"val_{both[0].name.removeprefix('train_')}, so that it is not trained on"
+        )
+    made, other = ({s.tokenizer.sha256: s.tokenizer for s in shards if s.tokenizer} for shards in (train, val))
+    if made and (unknown := other.keys() - made.keys()):
+        ours, theirs = next(iter(made.values())), other[min(unknown)]
+        raise DataError(
+            f"--val_dataset_path: the shards were made with --{theirs.kind} {theirs.name}, but those of --dataset_path "
+            f"with --{ours.kind} {ours.name}, another tokenizer; tokenize both with the same one"
+        )
+
+
 def passed_over(dataset_path: str) -> list[Path]:
     """The token files at ``dataset_path`` whose names belong to neither split, sorted."""
     says = (None, "test") if Path(dataset_path).is_dir() else ("test",)
@@ -104,8 +136,8 @@ class EndOfText(NamedTuple):
 
 
 class Shard:
-    """One token file, memory-mapped when it is first used. A manifest's entries for it are trusted: ``facts``, and
-    ``vocab_size``, which bounds all ids.
+    """One token file, memory-mapped when it is first used. A manifest's entries for it are trusted: ``facts``, whose name
+    is the one under which it was written, and the ``tokenizer``, whose vocabulary bounds all ids.
 
     Raises: DataError as ``formats.read_header``: without ``facts`` in the constructor, otherwise when it is first used.
     """
@@ -116,9 +148,11 @@ class Shard:
         headerless: str | None = None,
         eot: EndOfText | None = None,
         facts: ShardFacts | None = None,
-        vocab_size: int | None = None,
+        tokenizer: TokenizerFacts | None = None,
     ) -> None:
-        self.path, self.headerless, self.eot, self.vocab_size = path, headerless, eot, vocab_size
+        self.path, self.headerless, self.eot, self.tokenizer = path, headerless, eot, tokenizer
+        self.vocab_size = tokenizer.vocab_size if tokenizer else None
+        self._written = path.with_name(facts.name) if facts else path
         self.count = read_header(path, headerless).count if facts is None else facts.tokens
         self.sha256 = facts.sha256 if facts else None
 
@@ -138,7 +172,7 @@ class Shard:
     @cached_property
     def weights(self) -> npt.NDArray[np.float32] | None:
         """The weight of each token as a target, ``[count]``, or ``None`` without a ``.weights`` file."""
-        path = self.path.with_suffix(".weights")
+        path = self._sidecar(".weights")
         if not path.exists():
             return None
         weights = np.asarray(open_weights(path))
@@ -150,13 +184,18 @@ class Shard:
     def document_starts(self) -> npt.NDArray[np.uint32] | None:
         """The offsets where documents begin, ascending, or ``None`` without a ``.docs`` file. Tokens before the first
         offset continue a document of the previous shard."""
-        path = self.path.with_suffix(".docs")
+        path = self._sidecar(".docs")
         if not path.exists():
             return None
         starts: npt.NDArray[Any] = np.asarray(open_shard(path))
         if len(starts) and not (int(starts[-1]) < self.count and np.all(starts[1:] > starts[:-1])):
             raise DataError(f"{path}: the offsets do not ascend within the {self.count} tokens of {self.path.name}")
         return starts
+
+    def _sidecar(self, suffix: str) -> Path:
+        """The file with ``suffix`` that belongs to the shard, which may have been renamed without it."""
+        path = self.path.with_suffix(suffix)
+        return path if path.exists() else self._written.with_suffix(suffix)
 
     def starts_between(self, first: int, last: int) -> npt.NDArray[np.int64]:
         """The offsets, ascending, of the documents that begin at a token ``first .. last - 1`` of the shard.
@@ -194,7 +233,11 @@ def open_shards(paths: Sequence[Path], headerless: str | None = None, eot: EndOf
     Raises: DataError for files whose size disagrees with their manifest or header, and as ``read_manifest``.
     """
     manifests = {folder: read_manifest(folder) for folder in {path.parent for path in paths}}
-    known = {folder / shard.name: shard for folder, found in manifests.items() if found for shard in found.shards}
+    known: dict[Path, ShardFacts] = {}
+    for folder, found in manifests.items():
+        if found is not None:
+            itemsize = np.dtype(found.dtype).itemsize
+            known |= facts_of(found.shards, itemsize, [path for path in paths if path.parent == folder])
     shards = []
     for path in paths:
         manifest = manifests[path.parent]
@@ -213,5 +256,31 @@ def open_shards(paths: Sequence[Path], headerless: str | None = None, eot: EndOf
         if separator is None and written.eot_id is not None:
             position: Any = written.eot_position
             separator = EndOfText(written.eot_id, position)
-        shards.append(Shard(path, headerless, separator, facts, written.vocab_size))
+        shards.append(Shard(path, headerless, separator, facts, written))
     return shards
+
+
+def facts_of(shards: Sequence[ShardFacts], itemsize: int, paths: Sequence[Path]) -> dict[Path, ShardFacts]:
+    """The entries of a manifest's ``shards``, of ``itemsize`` bytes per token, for those of the files ``paths`` in its
+    folder that it lists. A renamed file (``train_000000.bin`` moved to ``validation_000000.bin``) is recognized by its
+    content: it has the size and the SHA-256 of an entry whose own file is gone."""
+    listed = {facts.name: facts for facts in shards}
+    found = {path: listed[path.name] for path in paths if path.name in listed}
+    for path in paths:
+        if path in found or not path.exists():
+            continue
+        size = path.stat().st_size
+        gone = [f for f in shards if HEADER_BYTES + f.tokens * itemsize == size and not path.with_name(f.name).exists()]
+        content = sha256_of(path) if gone else ""
+        if (facts := next((f for f in gone if f.sha256 == content), None)) is not None:
+            found[path] = facts
+    return found
+
+
+def names_gone(shards: Sequence[ShardFacts], itemsize: int, folder: Path) -> list[str]:
+    """The names of the ``shards`` that ``folder`` has neither under that name nor under another (see ``facts_of``)."""
+    gone = [facts.name for facts in shards if not (folder / facts.name).is_file()]
+    if not gone:
+        return []
+    there = {facts.name for facts in facts_of(shards, itemsize, sorted(folder.glob("*.bin"))).values()}
+    return [name for name in gone if name not in there]

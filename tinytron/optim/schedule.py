@@ -18,7 +18,9 @@ DECAY_SHAPES: dict[str, Callable[[float], float]] = {
 class Schedule:
     """A learning-rate schedule: ``schedule(t)`` is the rate of optimizer step t, counted from 0 (not in micro-batches).
 
-    During warm-up it is ``max_lr * (t + 1) / warmup_steps``, then the function ``name`` of ``SCHEDULES``.
+    During warm-up it is ``max_lr * (t + 1) / warmup_steps``, then the function ``name`` of ``SCHEDULES``. A decay begins at
+    ``max_lr`` in the first step after the warm-up and has exactly ``min_lr`` in the last step. transformers differs by one
+    step at both ends: its first step has the rate 0, and its decay would end in the step after the last one.
     """
 
     name: str
@@ -28,28 +30,55 @@ class Schedule:
     max_steps: int
     decay_fraction: float = 0.1
     decay_shape: str = "cosine"
+    power: float = 1.0
+    cycles: int = 1
 
     def __call__(self, step: int) -> float:
         if step < self.warmup_steps:
             return self.max_lr * (step + 1) / self.warmup_steps
         return SCHEDULES[self.name](self, step)
 
-    def decayed(self, step: int, start: int, shape: str) -> float:
-        """The rate of a decay from ``max_lr`` at step ``start`` to exactly ``min_lr`` at the last step."""
+    def decayed(self, step: int, start: int, remaining: Callable[[float], float]) -> float:
+        """The rate of a decay from ``max_lr`` at step ``start`` to exactly ``min_lr`` at the last step. ``remaining`` is as
+        in ``DECAY_SHAPES``."""
         last = self.max_steps - 1
         if step >= last:
             return self.min_lr
         done = (step - start) / (last - start) if step > start else 0.0
-        return self.min_lr + (self.max_lr - self.min_lr) * DECAY_SHAPES[shape](done)
+        return self.min_lr + (self.max_lr - self.min_lr) * remaining(done)
 
 
 def _cosine(schedule: Schedule, step: int) -> float:
     """A half cosine wave from the end of the warm-up to the last step."""
-    return schedule.decayed(step, schedule.warmup_steps, "cosine")
+    return schedule.decayed(step, schedule.warmup_steps, DECAY_SHAPES["cosine"])
+
+
+def _linear(schedule: Schedule, step: int) -> float:
+    """A straight line from the end of the warm-up to the last step."""
+    return schedule.decayed(step, schedule.warmup_steps, DECAY_SHAPES["linear"])
+
+
+def _polynomial(schedule: Schedule, step: int) -> float:
+    """The part of the steps that is left, to the power of ``power``."""
+    return schedule.decayed(step, schedule.warmup_steps, lambda done: (1 - done) ** schedule.power)
+
+
+def _cosine_with_restarts(schedule: Schedule, step: int) -> float:
+    """``cycles`` half waves of equal length, each from ``max_lr`` down to ``min_lr`` (arXiv:1608.03983, section 3)."""
+    wave = DECAY_SHAPES["cosine"]
+    return schedule.decayed(step, schedule.warmup_steps, lambda done: wave(schedule.cycles * done % 1.0))
 
 
 def _constant(schedule: Schedule, step: int) -> float:
     return schedule.max_lr
+
+
+def _inverse_sqrt(schedule: Schedule, step: int) -> float:
+    """Falls with the root of the steps, however long the run is (arXiv:1706.03762, section 5.3). The time scale is the
+    warm-up; without one it is 10,000 steps from the first step, as in transformers."""
+    if schedule.warmup_steps:
+        return schedule.max_lr * math.sqrt(schedule.warmup_steps / step)
+    return schedule.max_lr * math.sqrt(_TIMESCALE / (_TIMESCALE + step))
 
 
 def _wsd(schedule: Schedule, step: int) -> float:
@@ -57,8 +86,17 @@ def _wsd(schedule: Schedule, step: int) -> float:
     ``decay_fraction`` of the steps."""
     decay_steps = max(1, round(schedule.decay_fraction * schedule.max_steps))
     start = max(schedule.warmup_steps, schedule.max_steps - decay_steps)
-    return schedule.decayed(step, start, schedule.decay_shape)
+    return schedule.decayed(step, start, DECAY_SHAPES[schedule.decay_shape])
 
 
+_TIMESCALE = 10_000  # steps
 # The schedules by name, for the steps after the warm-up. To add one, add a function and an entry here.
-SCHEDULES: dict[str, Callable[[Schedule, int], float]] = {"cosine": _cosine, "constant": _constant, "wsd": _wsd}
+SCHEDULES: dict[str, Callable[[Schedule, int], float]] = {
+    "cosine": _cosine,
+    "linear": _linear,
+    "polynomial": _polynomial,
+    "cosine_with_restarts": _cosine_with_restarts,
+    "constant": _constant,
+    "inverse_sqrt": _inverse_sqrt,
+    "wsd": _wsd,
+}

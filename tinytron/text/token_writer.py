@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from tinytron.data.formats import FileFormat, write_shard
 from tinytron.data.manifest import ShardFacts
+from tinytron.data.shards import names_gone
 from tinytron.errors import DataError
 from tinytron.utils.training import sha256_of
 
@@ -110,9 +111,8 @@ class SplitWriter:
         """Continue from a ``state()``; ``content`` begins with its bytes, whose number is returned. Raises: DataError if
         one of its shards is missing."""
         self.index, self.shards = facts["index"], [ShardFacts(**shard) for shard in facts["shards"]]
-        for shard in self.shards:
-            if not (self.folder / shard.name).is_file():
-                raise DataError(f"{self.folder / shard.name} is missing; tokenize again with --overwrite")
+        for name in names_gone(self.shards, self.dtype.itemsize, self.folder)[:1]:
+            raise DataError(f"{self.folder / name} is missing; tokenize again with --overwrite")
         cut = facts["tokens"] * self.dtype.itemsize
         stop = cut + facts["starts"] * 8
         self.pending = [np.frombuffer(content[:cut], self.dtype)]

@@ -27,7 +27,7 @@ from tinytron.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from tinytron.data.shards import open_shards
+from tinytron.data.shards import names_gone, open_shards
 from tinytron.errors import ConfigError, DataError
 from tinytron.text import tokenizers
 from tinytron.text.chunk_encoder import ChunkEncoder, Encoded
@@ -237,9 +237,8 @@ class _Run:
     def _found(self, manifest: Manifest) -> Outcome:
         names = [shard.name for shard in manifest.shards_of(self.split)]
         self._require_files(set(names), 1 + max((int(n[-10:-4]) for n in names), default=-1))
-        for name in (shard.name for shard in manifest.shards):
-            if not (self.folder / name).is_file():
-                raise DataError(f"{self.folder / name} is missing; tokenize again with --overwrite")
+        for name in names_gone(manifest.shards, self.options.dtype.itemsize, self.folder)[:1]:
+            raise DataError(f"{self.folder / name} is missing; tokenize again with --overwrite")
         if manifest.complete:
             (self.folder / STATE).unlink(missing_ok=True)
         return Outcome(self.folder, manifest, fresh=False)

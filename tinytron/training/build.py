@@ -100,6 +100,8 @@ def build_schedule(optim: OptimConfig, info: TrainingInfo) -> Schedule:
         max_steps=info.max_steps,
         decay_fraction=optim.wsd_decay_fraction,
         decay_shape=optim.wsd_decay_shape,
+        power=optim.lr_power,
+        cycles=optim.lr_cycles,
     )
 
 

@@ -18,6 +18,7 @@ from tinytron.training.sections import (
     SeedConfig,
     TrainingConfig,
 )
+from tinytron.utils.remote import is_remote
 
 
 def check(
@@ -36,6 +37,10 @@ def check(
     if optim.min_lr > optim.max_lr:
         raise ConfigError(f"--min_lr {optim.min_lr} exceeds --max_lr {optim.max_lr}; use at most {optim.max_lr}")
     _check_evaluation(train)
+    if data.val_dataset_path is not None and (data.dataset_path is None or data.use_mock_data):
+        raise ConfigError(
+            f"--val_dataset_path {data.val_dataset_path} needs shards to train on; give --dataset_path too, or drop it"
+        )
     _check_lengths(train, model, ckpt)
     _check_layout(parallel, train, model)
     if ckpt.init_from is not None and ckpt.resume_path is not None:
@@ -94,11 +99,23 @@ def _check_layout(parallel: ParallelConfig, train: TrainingConfig, model: ModelC
 
 
 def _check_exports(ckpt: CkptConfig) -> None:
+    if ckpt.save_at_start and not ckpt.do_save:
+        raise ConfigError("--save_at_start saves, and --no-do_save does not; drop one of them")
+    if ckpt.export_dir is not None and is_remote(ckpt.export_dir):
+        raise ConfigError(
+            f"--export_dir {ckpt.export_dir} is a URL; give a local folder, or drop it: with a URL as --log_dir the "
+            "exports in the run's folder are copied there"
+        )
     if not ckpt.export_every:
         if ckpt.hub_model_id is not None:
             raise ConfigError(
                 f"--hub_model_id {ckpt.hub_model_id} uploads exports, but there are none; "
                 f"use --export_every {ckpt.save_every_steps or 1000}"
+            )
+        if ckpt.export_dir is not None:
+            raise ConfigError(
+                f"--export_dir {ckpt.export_dir} is for exports, and there are none; "
+                f"use --export_every {ckpt.save_every_steps or 1000}, or drop it"
             )
         return
     if not ckpt.do_save:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ from tinytron.data.mixture_file import read_mixture
 from tinytron.data.order import Order, ShuffledEpochs
 from tinytron.data.pack_files import make_pack_files
 from tinytron.data.remote import fetch_shards, local_dataset_path
-from tinytron.data.shards import EndOfText, find_shards, open_shards, passed_over
+from tinytron.data.shards import EndOfText, check_held_out, find_held_out, find_shards, open_shards, passed_over
 from tinytron.data.streams import StreamLoader, ValStreamLoader
 from tinytron.distributed.agreement import agree, agree_slowly, require_same
 from tinytron.distributed.parallel_state import ParallelState
@@ -69,7 +70,7 @@ class LoadedData:
 
 
 def builtin_datasets(config: Config, state: ParallelState) -> tuple[Dataset[Any], Dataset[Any] | None]:
-    """Training and validation data, as ``--dataset_path`` or ``--use_mock_data`` says. Collective.
+    """Training and validation data, as ``--dataset_path``, ``--val_dataset_path`` or ``--use_mock_data`` say. Collective.
 
     Shards at a URL are first downloaded, once per node. Raises: DataError on every rank for missing or damaged shards and
     for token ids outside the vocabulary; StorageError if shards cannot be downloaded.
@@ -77,23 +78,34 @@ def builtin_datasets(config: Config, state: ParallelState) -> tuple[Dataset[Any]
     seq_len, vocab_size = config.train.seq_len, config.model.vocab_size
     if config.data.use_mock_data or config.data.dataset_path is None:
         count, seed = config.data.mock_data_num_samples, config.seed.seed
-        val = MockDataset(max(1, count // 10), seq_len, vocab_size, seed, offset=MOCK_VAL_OFFSET)
-        return MockDataset(count, seq_len, vocab_size, seed), val
-    path = config.data.dataset_path
+        mock_val = MockDataset(max(1, count // 10), seq_len, vocab_size, seed, offset=MOCK_VAL_OFFSET)
+        return MockDataset(count, seq_len, vocab_size, seed), mock_val
+    path, val_path = config.data.dataset_path, config.data.val_dataset_path
+    train: TokenShardDataset | MixtureDataset | None
+    val: TokenShardDataset | MixtureDataset | None
     if path.endswith(".json"):
-        return _mixture(config, state, Path(path.removeprefix("file://")))
-    train = _shards(config, state, path, "train")
+        train, val = _mixture(config, state, Path(path.removeprefix("file://")))
+    else:
+        train = _shards(config, state, path, "train")
+        val = None if val_path is not None else _shards(config, state, path, "val")
     assert train is not None, "find_shards refuses a folder without training shards"
-    return train, _shards(config, state, path, "val")
+    if val_path is not None:
+        val = held_out = _shards(config, state, val_path, "val", own=True)
+        parts = train.datasets if isinstance(train, MixtureDataset) else [train]
+        trained = [shard for part in parts for shard in part.shards]
+        agree(lambda: check_held_out(trained, held_out.shards if held_out else []), state.groups["world"])
+    return train, val
 
 
-def _mixture(config: Config, state: ParallelState, path: Path) -> tuple[Dataset[Any], Dataset[Any] | None]:
+def _mixture(config: Config, state: ParallelState, path: Path) -> tuple[MixtureDataset, MixtureDataset | None]:
     world = state.groups["world"]
     mixture = agree(lambda: read_mixture(path), world)
     train: dict[str, TokenShardDataset] = {}
     val: dict[str, TokenShardDataset] = {}
     for source in mixture.sources:
         for split, found in (("train", train), ("val", val)):
+            if split == "val" and config.data.val_dataset_path is not None:
+                continue
             if (dataset := _shards(config, state, source.path, split)) is not None:
                 found[source.name] = dataset
     sizes, contents = [len(d) for d in train.values()], [fingerprint(d) for d in train.values()]
@@ -101,22 +113,24 @@ def _mixture(config: Config, state: ParallelState, path: Path) -> tuple[Dataset[
     return MixtureDataset(train, order), MixtureDataset(val) if val else None
 
 
-def _shards(config: Config, state: ParallelState, path: str, split: str) -> TokenShardDataset | None:
+def _shards(
+    config: Config, state: ParallelState, path: str, split: str, *, own: bool = False
+) -> TokenShardDataset | None:
     """The samples of one split of one source; ``None`` if it has no validation shards, or if they hold no sample in a run
-    that does not validate. Collective."""
+    that does not validate. ``own``: ``path`` is for this split alone. Collective."""
+    option = "--val_dataset_path" if own else "--dataset_path"
     world, data, seq_len = state.groups["world"], config.data, config.train.seq_len
     if is_remote(path):
         url = path
-        if split == "train":
-            agree_slowly(lambda: fetch_shards(url) if first_on_node() else None, world)
+        if split == "train" or own:
+            agree_slowly(lambda: fetch_shards(url, option) if first_on_node() else None, world)
         path = local_dataset_path(url)
     path = path.removeprefix("file://")
     eot = None if data.eot_id is None else EndOfText(data.eot_id, data.eot_position)
-    shards = agree(lambda: open_shards(find_shards(path, split), data.token_dtype, eot), world)
+    find = partial(find_held_out, path) if own else partial(find_shards, path, split)
+    shards = agree(lambda: open_shards(find(), data.token_dtype, eot), world)
     found = [(shard.path.name, shard.count, shard.sha256) for shard in shards]
-    require_same(
-        found, world, f"--dataset_path {path} has different {split} shards on some nodes; copy the same ones to all"
-    )
+    require_same(found, world, f"{option} {path} has different {split} shards on some nodes; copy the same ones to all")
     if not shards:
         return None
     fewest = 2 if data.packing == "best_fit" else seq_len + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from tinytron.distributed.layout import ParallelLayout, divisors
@@ -96,8 +97,10 @@ def derive(config: Config, layout: ParallelLayout, num_samples: int | None) -> T
             f"--moe_aux_loss_scope batch balances experts over the {sequences} sequences of a micro-batch: a different "
             "--batch_size x data-parallel ranks makes a different run, with its own folder"
         )
-    warmup = config.optim.warmup_steps
-    if warmup >= max_steps and warmup > 1:
+    warmup, ratio = config.optim.warmup_steps, config.optim.warmup_ratio
+    if ratio:
+        warmup = math.ceil(ratio * max_steps)
+    elif warmup >= max_steps and warmup > 1:
         warmup = max(1, max_steps // 10)
         if config.optim.warmup_steps != OptimConfig.warmup_steps:  # shortening the default needs no note
             notes.append(

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from tinytron.kernels.choice import Backend, Kernels
 from tinytron.model.config import ModelConfig
 from tinytron.model.modules.recompute import Recompute
-from tinytron.optim.schedule import DECAY_SHAPES, SCHEDULES
+from tinytron.training.optim_section import OptimConfig
 from tinytron.utils.flags import Flag
 from tinytron.utils.training import DTYPES
 
@@ -165,49 +165,6 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """The optimizer and its schedule."""
-
-    optimizer: Annotated[
-        Literal["adam", "muon"],
-        Flag("AdamW, or Muon for matrices (a good first max_lr is 0.02) with AdamW for the rest"),
-    ] = "adam"
-    max_lr: Annotated[float, Flag("peak learning rate", at_least=0, at_most=1000)] = 4e-3
-    min_lr: Annotated[float, Flag("learning rate of the last step (cosine, wsd)", at_least=0, at_most=1000)] = 3e-5
-    warmup_steps: Annotated[
-        int, Flag("linear warm-up; a run of at most this length warms up for a tenth of it", "steps", at_least=0)
-    ] = 1000
-    lr_schedule: Annotated[str, Flag("after the warm-up; wsd: constant, then a decay", choices=tuple(SCHEDULES))] = (
-        "cosine"
-    )
-    wsd_decay_fraction: Annotated[
-        float, Flag("fraction of the steps, at the end, in which wsd decays", above=0, at_most=1, works=0.1)
-    ] = 0.1
-    wsd_decay_shape: Annotated[str, Flag("shape of the wsd decay", choices=tuple(DECAY_SHAPES))] = "cosine"
-    weight_decay: Annotated[
-        float, Flag("decoupled weight decay of matrices and embeddings", at_least=0, at_most=1000)
-    ] = 0.1
-    decay_embeddings: Annotated[bool, Flag("decay the token embedding too")] = True
-    decay_all: Annotated[bool, Flag("decay all parameters, including norms and biases")] = False
-    adam_beta1: Annotated[float, Flag("decay of the first moment", at_least=0, below=1, works=0.9)] = 0.9
-    adam_beta2: Annotated[float, Flag("decay of the second moment", at_least=0, below=1, works=0.9)] = 0.95
-    adam_eps: Annotated[float, Flag("added to the root of the second moment", at_least=0, at_most=1)] = 1e-8
-    muon_momentum: Annotated[float, Flag("momentum of Muon", at_least=0, below=1, works=0.9)] = 0.95
-    muon_ns_steps: Annotated[int, Flag("number of iterations of Muon's orthogonalization", at_least=1)] = 5
-    muon_normuon: Annotated[bool, Flag("NorMuon: divide Muon's update by its running root mean square")] = False
-    muon_beta2: Annotated[float, Flag("decay of NorMuon's second moment", at_least=0, below=1, works=0.9)] = 0.95
-    muon_cautious: Annotated[bool, Flag("apply weight decay only where its sign agrees with Muon's update")] = False
-    matrix_lr_mult: Annotated[float, Flag("learning-rate multiplier of matrices", at_least=0, at_most=1e6)] = 1.0
-    embedding_lr_mult: Annotated[
-        float, Flag("learning-rate multiplier of the (tied) token embedding", at_least=0, at_most=1e6)
-    ] = 1.0
-    head_lr_mult: Annotated[float, Flag("learning-rate multiplier of an untied head", at_least=0, at_most=1e6)] = 1.0
-    scalar_lr_mult: Annotated[float, Flag("learning-rate multiplier of norms and biases", at_least=0, at_most=1e6)] = (
-        1.0
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The source of samples and how they are read."""
 
@@ -215,6 +172,14 @@ class DataConfig:
         str | None,
         Flag(
             "folder or URL with train_*.bin and val_*.bin, a pattern of shards, or a mixture.json; default: mock data",
+            identity=False,
+            path=True,
+        ),
+    ] = None
+    val_dataset_path: Annotated[
+        str | None,
+        Flag(
+            "file, folder, URL or pattern of the validation shards; default: the val_*.bin of dataset_path",
             identity=False,
             path=True,
         ),
@@ -300,6 +265,9 @@ class CkptConfig:
     save_every_steps: Annotated[
         int, Flag("save every N steps; 0: only after the last step", "steps", identity=False, at_least=0)
     ] = 5000
+    save_at_start: Annotated[
+        bool, Flag("also save, and export, the weights that training begins with, as step 0", identity=False)
+    ] = False
     async_save: Annotated[
         bool, Flag("continue training while a checkpoint is written; off: wait for the disk", identity=False)
     ] = True
@@ -324,6 +292,12 @@ class CkptConfig:
             at_least=0,
         ),
     ] = 0
+    export_dir: Annotated[
+        str | None,
+        Flag(
+            "folder of this run's exports, as step<N>; default: export/ in the run's folder", identity=False, path=True
+        ),
+    ] = None
     hub_model_id: Annotated[
         str | None, Flag("upload every export to this hub repository, owner/name, as revision step<N>", identity=False)
     ] = None

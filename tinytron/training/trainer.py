@@ -70,6 +70,7 @@ class Trainer(RankAttributes):
     train_loader: Iterable[Any] | None = None
     val_loader: Iterable[Any] | None = None
     train_sampler: GlobalBatchSampler | None = None  # for a map-style train_dataset
+    _continues = False  # from a checkpoint
     raw_model: nn.Module
     model: nn.Module
     optimizer: DistributedOptimizer
@@ -222,6 +223,8 @@ class Trainer(RankAttributes):
         self.reporter.begin_training(self.config)
         with contextlib.closing(self.reporter), self.guards.active(), self._init_profiler(self.config) as profiler:
             with self.saver.in_background():
+                if self.config.ckpt.save_at_start and self.saver.enabled and not self._continues:
+                    self.save()
                 for microbatches in self.data.steps(self.step):
                     start = StepStart(self.raw_model, self._sources.sums) if self.guards.before_step() else None
                     try:
@@ -350,7 +353,7 @@ class Trainer(RankAttributes):
         if found is not None:
             assert found.step is not None, "check_continues rejects records from elsewhere"
             self.guards.load_state_dict(found.guard)
-            self.step = found.step
+            self.step, self._continues = found.step, True
         self._say(*self.folder.begin(self.step))
 
     def _maybe_log(self) -> None:

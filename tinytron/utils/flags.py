@@ -218,12 +218,10 @@ def add_flag(group: argparse._ActionsContainer, info: FieldInfo) -> None:
         group.add_argument(f"--{name}", choices=info.choices, default=default, help=text, **alone)
     elif typing.get_origin(info.type) is tuple:
         inner = typing.get_args(info.type)
+        count = "*" if inner[-1] is Ellipsis else len(inner)
         kind = expanded if info.flag.path else inner[0]
-        if inner[-1] is Ellipsis:
-            group.add_argument(f"--{name}", nargs="*", type=kind, default=default, help=text, metavar=placeholder(kind))
-        else:
-            metavar = (placeholder(kind),) * len(inner)
-            group.add_argument(f"--{name}", nargs=len(inner), type=kind, default=default, help=text, metavar=metavar)
+        shown = placeholder(kind) if inner[-1] is Ellipsis else (placeholder(kind),) * len(inner)
+        group.add_argument(f"--{name}", nargs=count, type=kind, default=default, help=text, metavar=shown)
     else:
         shown = placeholder(expanded if info.flag.path else info.type)
         kind = _number_or_word(info.flag.words) if info.type is int else info.type

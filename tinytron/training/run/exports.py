@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +19,11 @@ from tinytron.interop.folder import remove_leftovers
 from tinytron.interop.tokenizer import tokenizer_of_data
 from tinytron.model.protocols import require_gpt
 from tinytron.training.config import Config
+from tinytron.utils.training import write_atomically
 
 FOLDER = "export"  # in the run's folder
+OWNER = "exported_by.json"  # in --export_dir: {"run": path of the run's folder}
+_STEP = re.compile(r"step_?(\d+)")
 
 
 def check_exportable(config: Config) -> None:
@@ -36,16 +40,44 @@ def check_exportable(config: Config) -> None:
         raise ConfigError(f"--export_every {ckpt.export_every}: {error}") from error
 
 
-class Exports:
-    """Exports every checkpoint that is due to ``export/step_<step>`` in the run's folder, and uploads it as the revision
-    ``step<step>``; the last one also becomes ``main``. Exists on the master, where it is the ``Consumer`` of saves.
+def claim_folder(config: Config, run_folder: Path) -> None:
+    """Make ``--export_dir`` the folder of this run's exports. Raises: ConfigError if it has those of another run, or
+    cannot be written."""
+    name = config.ckpt.export_dir
+    folder, run = Path(str(name)), str(run_folder.resolve())
+    exports = [path.name for path in folder.glob("step*") if _STEP.fullmatch(path.name)]
+    try:
+        owner = json.loads((folder / OWNER).read_bytes()).get("run")
+    except (OSError, ValueError, AttributeError):
+        owner = None
+    if exports and (owner != run or not config.ckpt.resume):
+        whose = "an earlier run" if owner in (None, run) else owner
+        raise ConfigError(
+            f"--export_dir {name} has {min(exports)} of {whose}; use another folder, such as --export_dir {name}_2, or "
+            "move the exports away"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / OWNER, lambda file: file.write(json.dumps({"run": run}).encode()))
+    except OSError as error:
+        raise ConfigError(f"--export_dir {name} cannot be written ({error.strerror}); use another folder") from error
 
-    A checkpoint is kept whatever happens here: failures are only reported.
+
+class Exports:
+    """Exports every checkpoint that is due to ``export/step_<step>`` in the run's folder, or to ``step<step>`` in
+    ``--export_dir``, and uploads it as the revision ``step<step>``; the last one also becomes ``main``. Exists on the
+    master, where it is the ``Consumer`` of saves.
+
+    A checkpoint is kept whatever happens here: failures are only reported. Raises: ConfigError if ``--export_dir`` has
+    exports of another run.
     """
 
     def __init__(self, config: Config, run_folder: Path, last_step: int, mirror: Mirror | None) -> None:
         self.config, self.last_step, self.mirror = config, last_step, mirror
         self.run_folder, self.folder = run_folder, run_folder / FOLDER
+        if config.ckpt.export_dir is not None:
+            claim_folder(config, run_folder)
+            self.folder, self.mirror = Path(config.ckpt.export_dir), None  # the mirror copies the run's folder
         self.uploader: HubUploader | None = None
         if (repository := config.ckpt.hub_model_id) is not None:
             self.uploader = HubUploader(repository, self.folder, private=config.ckpt.hub_private)
@@ -61,8 +93,8 @@ class Exports:
             notes.append(f"error: {self.folder} cannot be written ({error.strerror})")
         if resumed is not None and not self._out(resumed.step).is_dir() and (note := self.committed(resumed)):
             notes.append(f"step {resumed.step} | {note.removeprefix('; ')}")
-        for path in sorted(self.folder.glob("step_*")):
-            if match := re.fullmatch(r"step_(\d+)", path.name):
+        for path in sorted(self.folder.glob("step*")):
+            if match := _STEP.fullmatch(path.name):
                 self._upload(int(match[1]), again=False)
         return notes
 
@@ -75,11 +107,11 @@ class Exports:
             hub, last = self.config.ckpt.hub_model_id, files.step == self.last_step
             revision = None if hub is None or last else f"step{files.step}"
             made = export(files.model, out, name=hub, revision=revision, replace=True)
-            names = [str(path.relative_to(self.run_folder)) for path in sorted(out.iterdir())]
+            files_out = sorted(out.iterdir())
         except Exception as error:  # a failed export must not end a run of weeks
             return f"; error: not exported to {out} ({first_line(error)}), the checkpoint is complete"
         if self.mirror is not None:
-            self.mirror.push_files(names)
+            self.mirror.push_files([str(path.relative_to(self.run_folder)) for path in files_out])
         self._upload(files.step, again=True)
         changes = "".join(f"; {line}" for line in made.changes)
         return f"; exported to {out}{changes}"
@@ -94,7 +126,7 @@ class Exports:
             self.uploader.close(say, wait=wait)
 
     def _out(self, step: int) -> Path:
-        return self.folder / f"step_{step:05d}"
+        return self.folder / (f"step_{step:05d}" if self.config.ckpt.export_dir is None else f"step{step}")
 
     def _upload(self, step: int, *, again: bool) -> None:
         if self.uploader is None:

@@ -1,0 +1,62 @@
+"""The options of the optimizer and its schedule; sections.py has those of all other parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from tinytron.optim.schedule import DECAY_SHAPES, SCHEDULES
+from tinytron.utils.flags import Flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer and its schedule."""
+
+    optimizer: Annotated[
+        Literal["adam", "muon"],
+        Flag("AdamW, or Muon for matrices (a good first max_lr is 0.02) with AdamW for the rest"),
+    ] = "adam"
+    max_lr: Annotated[float, Flag("peak learning rate", at_least=0, at_most=1000)] = 4e-3
+    min_lr: Annotated[
+        float, Flag("learning rate of the last step, where a schedule decays to it", at_least=0, at_most=1000)
+    ] = 3e-5
+    warmup_steps: Annotated[
+        int, Flag("linear warm-up; a run of at most this length warms up for a tenth of it", "steps", at_least=0)
+    ] = 1000
+    warmup_ratio: Annotated[
+        float,
+        Flag("warm-up as a fraction of the steps, instead of warmup_steps; 0: off", at_least=0, below=1, works=0.01),
+    ] = 0.0
+    lr_schedule: Annotated[str, Flag("after the warm-up; wsd: constant, then a decay", choices=tuple(SCHEDULES))] = (
+        "cosine"
+    )
+    lr_power: Annotated[
+        float, Flag("polynomial schedule: exponent of the remaining fraction", above=0, at_most=100, works=1.0)
+    ] = 1.0
+    lr_cycles: Annotated[int, Flag("cosine_with_restarts: number of half waves", at_least=1)] = 1
+    wsd_decay_fraction: Annotated[
+        float, Flag("fraction of the steps, at the end, in which wsd decays", above=0, at_most=1, works=0.1)
+    ] = 0.1
+    wsd_decay_shape: Annotated[str, Flag("shape of the wsd decay", choices=tuple(DECAY_SHAPES))] = "cosine"
+    weight_decay: Annotated[
+        float, Flag("decoupled weight decay of matrices and embeddings", at_least=0, at_most=1000)
+    ] = 0.1
+    decay_embeddings: Annotated[bool, Flag("decay the token embedding too")] = True
+    decay_all: Annotated[bool, Flag("decay all parameters, including norms and biases")] = False
+    adam_beta1: Annotated[float, Flag("decay of the first moment", at_least=0, below=1, works=0.9)] = 0.9
+    adam_beta2: Annotated[float, Flag("decay of the second moment", at_least=0, below=1, works=0.9)] = 0.95
+    adam_eps: Annotated[float, Flag("added to the root of the second moment", at_least=0, at_most=1)] = 1e-8
+    muon_momentum: Annotated[float, Flag("momentum of Muon", at_least=0, below=1, works=0.9)] = 0.95
+    muon_ns_steps: Annotated[int, Flag("number of iterations of Muon's orthogonalization", at_least=1)] = 5
+    muon_normuon: Annotated[bool, Flag("NorMuon: divide Muon's update by its running root mean square")] = False
+    muon_beta2: Annotated[float, Flag("decay of NorMuon's second moment", at_least=0, below=1, works=0.9)] = 0.95
+    muon_cautious: Annotated[bool, Flag("apply weight decay only where its sign agrees with Muon's update")] = False
+    matrix_lr_mult: Annotated[float, Flag("learning-rate multiplier of matrices", at_least=0, at_most=1e6)] = 1.0
+    embedding_lr_mult: Annotated[
+        float, Flag("learning-rate multiplier of the (tied) token embedding", at_least=0, at_most=1e6)
+    ] = 1.0
+    head_lr_mult: Annotated[float, Flag("learning-rate multiplier of an untied head", at_least=0, at_most=1e6)] = 1.0
+    scalar_lr_mult: Annotated[float, Flag("learning-rate multiplier of norms and biases", at_least=0, at_most=1e6)] = (
+        1.0
+    )
