@@ -114,7 +114,7 @@ def test_a_default_is_shown_as_it_would_be_typed() -> None:
 
 def test_booleans_have_no_placeholder_and_say_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     shown = helped(capsys, "pretrain", "--help-all")
-    assert re.search(r"--\[no-\]async_save +train on while", shown)
+    assert re.search(r"--\[no-\]async_save +\S", shown)
     assert "--[no-]resume" in shown
     assert "ASYNC_SAVE" not in shown
     assert "(default: on)" in shown

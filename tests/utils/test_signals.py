@@ -46,7 +46,7 @@ def test_the_second_signal_leaves(
 
 
 def test_only_a_request_that_speaks_says_that_it_leaves(capsys: pytest.CaptureFixture[str]) -> None:
-    """Of the ranks of a job one does."""
+    """One rank of a job does."""
     statuses: list[int] = []
     request = StopRequest(leave=statuses.append, speaks=False)
     request.take(USR1)

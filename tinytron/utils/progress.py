@@ -65,7 +65,7 @@ class Progress:
         return self._now() - self._began
 
     def update(self, count: int, note: str = "") -> None:
-        """``count`` more are done; ``note`` stands at the end of the bar or line."""
+        """``count`` more are done; ``note`` is shown at the end of the bar or line."""
         self.done += count
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
