@@ -36,7 +36,7 @@ RUNS: dict[str, tuple[list[str], int]] = {
     "profiler, first step": ([*SMALL, "--use_profiler", "--steps_to_profile", "1", "1"], 2),
     "print_config": ([*SMALL, "--print_config"], 1),
     "dry_run": ([*SMALL, "--dry_run"], 2),
-    "help": (["--help"], 1),
+    "help": (["--help-all"], 1),
     "no data given": ([*NO_DATA_FLAG, "--debug"], 1),
 }
 
