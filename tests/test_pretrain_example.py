@@ -293,7 +293,7 @@ NETWORK = "check the names and the network, or give a local file or folder"
         ("c.jsonl", (), {"HF_MIN_CHARS": "9999"}, "none of 60 documents has HF_MIN_CHARS=9999 characters; use HF_MIN"),
         ("c.jsonl", ("--vocab_size", 299), {}, "ConfigError: --vocab_size 299 is less than the 300 of HF_TOKENIZER="),
         ("c.jsonl", ("--vocab_size", 299), {}, "; use --vocab_size 320"),
-        ("c.jsonl", (), {"HF_TOKENIZER": "endless.json"}, "end-of-text token in HF_TOKENIZER="),
+        ("c.jsonl", (), {"HF_TOKENIZER": "endless.json"}, "no end-of-text token is known in HF_TOKENIZER="),
         ("c.jsonl", (), {"HF_TOKENIZER": "endless.json"}, "endless.json; use HF_ADD_EOS_TOKEN=0"),
         ("c.jsonl", (), {"HF_TOKENIZER": "gpt2"}, "DataError: HF_TOKENIZER=gpt2: We couldn't connect to "),
         ("c.jsonl", (), {"HF_TOKENIZER": "c.jsonl"}, "; give a tokenizer.json file"),

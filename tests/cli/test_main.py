@@ -43,8 +43,11 @@ def test_every_module_of_the_package_is_a_command_or_named_here() -> None:
         "__init__",
         "config_tables",
         "entry",
+        "front_end",
         "gpt2fun",
         "main",
+        "timl",
+        "timl_translation",
     }
 
 

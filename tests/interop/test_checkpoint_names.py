@@ -319,7 +319,7 @@ def test_urls_that_hold_no_checkpoint(storage: str, run: Path, tmp_path: Path) -
     assert f"{storage}/runs has no checkpoint itself, but has the folders a; name a run folder" in refusal(
         f"{storage}/runs"
     )
-    assert f"{storage}/nowhere holds no checkpoint; name" in refusal(f"{storage}/nowhere")
+    assert f"{storage}/nowhere has no checkpoint; name" in refusal(f"{storage}/nowhere")
     assert "00003_model.pt does not exist; name a run folder, or" in refusal(f"{storage}/runs/a/00003_model.pt")
     assert "holds a password" in refusal("s3://me:secret@bucket/run", ConfigError)
 
