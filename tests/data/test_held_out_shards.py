@@ -87,7 +87,7 @@ def test_tokenizing_again_after_a_rename_finds_all_done(tmp_path: Path, last: tu
     assert tokenize(*call, *last).fresh
     path = rename(tmp_path / "out")
     assert not tokenize(*call, *last).fresh
-    if last:  # and it goes on from there
+    if last:  # a call without the limit continues from there
         whole = tokenize(*call)
         assert whole.fresh
         assert whole.manifest is not None

@@ -72,7 +72,7 @@ def words(flags: dict[str, str]) -> list[str]:
 
 
 def run(*command: str, cwd: Path) -> str:
-    """What a command that ends well prints. Its own errors fail the test."""
+    """The output of a command, which must succeed."""
     own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         command, cwd=cwd, env={**os.environ, **own}, capture_output=True, text=True, timeout=300, check=False

@@ -145,7 +145,7 @@ def test_a_warm_up_can_be_a_part_of_the_steps(ratio: float, max_steps: int, reso
     ],
 )
 def test_a_run_says_how_long_it_warms_up(warmup: int, line: str) -> None:
-    """Of the default as of the same number given by hand, which does not fit either."""
+    """A warm-up of 1,000 steps does not fit the run, whether it is the default or was given."""
     run = config(warmup_steps=warmup, max_steps=20)
     state: Any = SimpleNamespace(layout=ParallelLayout(1), device=torch.device("cpu"))
     assert describe_run_size(run, nn.Linear(2, 3), state, derived(run)).endswith(f" | {line}")

@@ -35,9 +35,10 @@ def aliases_of(settings: Settings) -> Mapping[str, Alias]:
     return MappingProxyType({name: s.alias for name, s in settings.items() if s.alias and name != s.alias.path})
 
 
-def read_flags(settings: Settings, argv: Sequence[str], parser: Parser) -> dict[str, Any]:
-    """The flags that ``argv`` gives, by name; ``parser`` gets all flags of ``settings``. Raises: ConfigError for unknown
-    flags and values of the wrong type."""
+def read_flags(settings: Settings, argv: Sequence[str], parser: Parser, works: str) -> dict[str, Any]:
+    """The flags that ``argv`` gives, by name; ``parser`` gets all flags of ``settings``. ``works`` are the required flags
+    with values that work. Raises: ConfigError for unknown flags, values of the wrong type, and required flags that are
+    missing, naming all of them."""
     for name, setting in settings.items():
         text = setting.help
         if setting.default is MISSING:
@@ -45,15 +46,12 @@ def read_flags(settings: Settings, argv: Sequence[str], parser: Parser) -> dict[
         elif setting.default is not None:
             text += f" (default: {shown_value(setting.default)})"
         add_flag(parser, FieldInfo(name, setting.type, True, None, Flag(text)))
-    return {name: value for name, value in vars(parse_strictly(parser, argv)).items() if value is not None}
-
-
-def require_flags(settings: Settings, given: Mapping[str, Any], works: str) -> None:
-    """Raises: ConfigError naming every required flag that ``given`` lacks; ``works`` are flags with values that work."""
+    given = {name: value for name, value in vars(parse_strictly(parser, argv)).items() if value is not None}
     missing = [f"--{name}" for name, s in settings.items() if s.default is MISSING and name not in given]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         raise ConfigError(f"{', '.join(missing)} {verb} required; give {works}")
+    return given
 
 
 def with_defaults(settings: Settings, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from tinytron.cli.front_end import Setting, Settings, aliases_of, options_of, read_flags, require_flags, with_defaults
+from tinytron.cli.front_end import Setting, Settings, aliases_of, options_of, read_flags, with_defaults
 from tinytron.cli.run import processes
 from tinytron.config import MISSING
 from tinytron.errors import ConfigError
@@ -115,8 +115,7 @@ def build_config_of(argv: Sequence[str], environment: Mapping[str, str]) -> Conf
         description=__doc__,
         common=_COMMON,
     )
-    given = read_flags(SETTINGS, argv, parser)
-    require_flags(SETTINGS, given, "--num_tokens=1000000000, the length of the run")
+    given = read_flags(SETTINGS, argv, parser, "--num_tokens=1000000000, the length of the run")
     if "data_dir" not in given and DATA_VARIABLE in environment:
         given["data_dir"] = str(Path(environment[DATA_VARIABLE]) / "fineweb100B")
     if "data_dir" not in given:

@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from tinytron.cli import timl_translation as translation
-from tinytron.cli.front_end import Setting, Settings, aliases_of, options_of, read_flags, require_flags, with_defaults
+from tinytron.cli.front_end import Setting, Settings, aliases_of, options_of, read_flags, with_defaults
 from tinytron.config import MISSING
 from tinytron.jobs.aliases import Alias, tokens
 from tinytron.jobs.training import TrainingJob
@@ -138,8 +138,7 @@ def build_config_of(argv: Sequence[str], world_size: int = 1) -> Config:
         description=__doc__,
         common=_COMMON,
     )
-    given = read_flags(SETTINGS, argv, parser)
-    require_flags(SETTINGS, given, _WORKS)
+    given = read_flags(SETTINGS, argv, parser, _WORKS)
     values = with_defaults(SETTINGS, given)
     translation.check_batches(values, world_size)
     translation.check_packages(values)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from tinytron.data.formats import open_shard, read_header
 from tinytron.data.manifest import TOKENIZER, Manifest, ShardFacts, read_manifest
-from tinytron.data.shards import facts_of
+from tinytron.data.shards import facts_of, sidecar
 from tinytron.errors import ConfigError, DataError
 from tinytron.utils.optional import require_package
 from tinytron.utils.progress import Progress
@@ -133,10 +133,7 @@ def _shard_problems(path: Path, shard: ShardFacts, manifest: Manifest, progress:
         yield f"{path}: its sha256 differs from the one in the manifest"
     if (largest := _largest(tokens)) >= manifest.tokenizer.vocab_size:
         yield f"{path}: token id {largest} is not below the vocabulary of {manifest.tokenizer.vocab_size}"
-    docs = path.with_suffix(".docs")
-    if not docs.exists():  # the shard was renamed, and its file of documents was not
-        docs = path.with_name(shard.name).with_suffix(".docs")
-    yield from _sidecar_problems(docs, tokens, shard, manifest)
+    yield from _sidecar_problems(sidecar(path, shard.name, ".docs"), tokens, shard, manifest)
 
 
 def _largest(tokens: Tokens, block: int = 2**24) -> int:

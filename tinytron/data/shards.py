@@ -152,7 +152,7 @@ class Shard:
     ) -> None:
         self.path, self.headerless, self.eot, self.tokenizer = path, headerless, eot, tokenizer
         self.vocab_size = tokenizer.vocab_size if tokenizer else None
-        self._written = path.with_name(facts.name) if facts else path
+        self._written = facts.name if facts else path.name
         self.count = read_header(path, headerless).count if facts is None else facts.tokens
         self.sha256 = facts.sha256 if facts else None
 
@@ -172,7 +172,7 @@ class Shard:
     @cached_property
     def weights(self) -> npt.NDArray[np.float32] | None:
         """The weight of each token as a target, ``[count]``, or ``None`` without a ``.weights`` file."""
-        path = self._sidecar(".weights")
+        path = sidecar(self.path, self._written, ".weights")
         if not path.exists():
             return None
         weights = np.asarray(open_weights(path))
@@ -184,18 +184,13 @@ class Shard:
     def document_starts(self) -> npt.NDArray[np.uint32] | None:
         """The offsets where documents begin, ascending, or ``None`` without a ``.docs`` file. Tokens before the first
         offset continue a document of the previous shard."""
-        path = self._sidecar(".docs")
+        path = sidecar(self.path, self._written, ".docs")
         if not path.exists():
             return None
         starts: npt.NDArray[Any] = np.asarray(open_shard(path))
         if len(starts) and not (int(starts[-1]) < self.count and np.all(starts[1:] > starts[:-1])):
             raise DataError(f"{path}: the offsets do not ascend within the {self.count} tokens of {self.path.name}")
         return starts
-
-    def _sidecar(self, suffix: str) -> Path:
-        """The file with ``suffix`` that belongs to the shard, which may have been renamed without it."""
-        path = self.path.with_suffix(suffix)
-        return path if path.exists() else self._written.with_suffix(suffix)
 
     def starts_between(self, first: int, last: int) -> npt.NDArray[np.int64]:
         """The offsets, ascending, of the documents that begin at a token ``first .. last - 1`` of the shard.
@@ -258,6 +253,13 @@ def open_shards(paths: Sequence[Path], headerless: str | None = None, eot: EndOf
             separator = EndOfText(written.eot_id, position)
         shards.append(Shard(path, headerless, separator, facts, written))
     return shards
+
+
+def sidecar(path: Path, written: str, suffix: str) -> Path:
+    """The file with ``suffix`` that belongs to the shard ``path``, which may have been renamed without it since it was
+    written under the name ``written``."""
+    own = path.with_suffix(suffix)
+    return own if own.exists() else path.with_name(written).with_suffix(suffix)
 
 
 def facts_of(shards: Sequence[ShardFacts], itemsize: int, paths: Sequence[Path]) -> dict[Path, ShardFacts]:

@@ -26,6 +26,7 @@ from tinytron.training.config import Config, OptimConfig
 from tinytron.training.derive import TrainingInfo, accumulation_steps
 from tinytron.training.run.reporter import Metric
 from tinytron.utils import profile
+from tinytron.utils.texts import counted
 from tinytron.utils.training import DTYPES
 
 
@@ -180,7 +181,7 @@ def describe_run_size(config: Config, model: nn.Module, state: ParallelState, in
     """A line about what is trained, on which devices and for how long."""
     count = sum(spec.numel for spec in specs_of(model))  # including all experts, on whichever rank
     steps = f"{info.max_steps} steps" + (f" ({info.warmup_steps} of them warm-up)" if info.warmup_steps else "")
-    micro_batches = f"{info.grad_accum_steps} micro-batch" + ("es" if info.grad_accum_steps > 1 else "")
+    micro_batches = counted(info.grad_accum_steps, "micro-batch", "micro-batches")
     return (
         f"{count / 1e6:.2f}M parameters in {config.train.precision} on {state.layout.world_size} x {state.device.type} | "
         f"{steps} of {config.train.total_batch_size:,} tokens in sequences of {config.train.seq_len}, "

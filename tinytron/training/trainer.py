@@ -281,9 +281,8 @@ class Trainer(RankAttributes):
                 counts[name] = counts[name] + number if i else number
         parts = {name: value / divisor for name, value in sums.items()}
         parts |= {name: sums[name] for name in counts}
-        parts["loss"] = parts["loss"].masked_fill(
-            count.empty, torch.nan
-        )  # no targets: not 0, which would be the best loss
+        # Without targets it is not 0, which would be the best loss.
+        parts["loss"] = parts["loss"].masked_fill(count.empty, torch.nan)
         reject = self.guards.spikes.judge(self.step + 1, parts["loss"])
         grad_norm = self.optimizer.step(max_norm=self.config.train.grad_clip_value, reject=reject)
         self.optimizer.zero_grad()
