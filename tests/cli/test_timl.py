@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from tinytron.cli.timl import REDACTED, SETTINGS, PretrainModel, build_config_of, without_token
-from tinytron.cli.timl_translation import KNOWN, model_options
+from tinytron.cli.timl_translation import model_options
 from tinytron.cli.tokenize import into_cache_dir
 from tinytron.errors import ConfigError
 from tinytron.text.options import parse_options
+from tinytron.training.hf_model import KNOWN
 from tinytron.training.presets import PRESETS
 
 REQUIRED = {
@@ -212,9 +213,17 @@ def test_other_models_are_what_their_config_says(tmp_path: Path) -> None:
 
 
 def test_a_family_that_is_not_known_names_those_that_are(tmp_path: Path) -> None:
-    name = write(tmp_path / "m", model_type="mamba", hidden_size=16)
-    with pytest.raises(ConfigError, match=rf"--model_name {name}: .*mamba.*llama.*known without a config\.json: gpt2"):
+    name = write(tmp_path / "m", model_type="no_such", hidden_size=16)
+    with pytest.raises(ConfigError, match=rf"--model_name {name}: .*no_such.*known without a config\.json: gpt2"):
         built(model_name=name)
+
+
+def test_other_families_are_built_by_transformers(tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 2, "vocab_size": 61}
+    name = write(tmp_path / "m", model_type="mamba", hidden_size=16, state_size=4, **sizes)
+    config = built(model_name=name)
+    assert config.ckpt.hf_model == str(name)
+    assert config.model.vocab_size == 61
 
 
 def test_the_token_is_not_kept() -> None:

@@ -93,7 +93,7 @@ def test_our_own_architecture(tmp_path: Path, options: dict[str, Any], architect
     model = small(**options)
     made = export(write_run(tmp_path / "run", model), tmp_path / "out")
     theirs = opened(tmp_path / "out")
-    assert made.family.architecture == architecture == type(theirs).__name__
+    assert made.architecture == architecture == type(theirs).__name__
     assert sum(p.numel() for p in theirs.parameters()) == count_parameters(model.config).total
     ids, _ = batch()
     torch.testing.assert_close(model(ids), theirs(input_ids=ids).logits, rtol=0, atol=1e-5)

@@ -48,7 +48,7 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
     },
     "ckpt": {
         **{"do_save": True, "save_every_steps": 5000, "resume": True, "resume_path": None},
-        **{"init_from": None, "async_save": True, "keep_last": 0, "keep_every": 0, "keep_best": False},
+        **{"init_from": None, "hf_model": None, "async_save": True, "keep_last": 0, "keep_every": 0, "keep_best": False},
         **{"export_every": 0, "hub_model_id": None, "hub_private": True, "export_dir": None, "save_at_start": False},
     },
     "parallel": {
@@ -73,8 +73,10 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
 
 FIELDS = [(section, info) for section, cls in SECTIONS.items() for info in config_fields(cls)]
 BOOLEANS = [(section, info) for section, info in FIELDS if info.type is bool]
-# What init_from changes is in tests/interop/test_init_from.py.
-BY_NAME = [pytest.param(section, info, id=info.name) for section, info in FIELDS if info.name != "init_from"]
+# What init_from and hf_model change is in tests/interop/test_init_from.py and test_causal_lm.py.
+BY_NAME = [
+    pytest.param(section, info, id=info.name) for section, info in FIELDS if info.name not in ("init_from", "hf_model")
+]
 
 # Another valid value, where "the next one" breaks a rule or there is no number to start from.
 OTHER = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,10 @@ class SavedModel(NamedTuple):
         """One section of the run's configuration; empty if it is unknown."""
         found: dict[str, Any] = self.meta.run.get("config", {}).get(name, {})
         return found
+
+
+# In the weights of a model of transformers that the GPT cannot be: a tensor with the bytes of its config.json.
+HF_CONFIG = "hf_config"
 
 
 def is_saved_model(path: Path) -> bool:
@@ -110,13 +115,27 @@ def weights_at(path: Path) -> Path:
     return max(kept, key=lambda files: files.step).model
 
 
-def read_weights(file: Path, *, mmap: bool = False) -> dict[str, torch.Tensor]:
-    """The ``state_dict`` in a weights file; with ``mmap`` a tensor is read when it is used. Raises: CheckpointError if the
-    file is damaged or holds something else."""
+def foreign_config(file: Path) -> dict[str, Any] | None:
+    """The config.json that a weights file carries if transformers builds its model; ``None`` for other files. Raises:
+    CheckpointError if the file is damaged."""
+    content = read_file(file, mmap=True)
+    text = content.get("model", content).get(HF_CONFIG) if isinstance(content, dict) else None
+    found: dict[str, Any] | None = None if text is None else json.loads(bytes(text.tolist()))
+    return found
+
+
+def read_weights(file: Path, *, mmap: bool = False, foreign: bool = False) -> dict[str, torch.Tensor]:
+    """The ``state_dict`` in a weights file; with ``mmap`` a tensor is read when it is used. ``foreign``: of any model, not
+    only of the GPT. Raises: CheckpointError if the file is damaged or holds something else."""
     content = read_file(file, mmap=mmap)
     inner = content.get("model")  # a consolidated file has the state_dict under this key
     weights: dict[str, torch.Tensor] = inner if isinstance(inner, dict) else content
-    if "wte.weight" not in weights:
+    if HF_CONFIG in weights and not foreign:
+        raise CheckpointError(
+            f"{file} holds a model of transformers that is not Tinytron's GPT; write it to a folder with tinytron export, "
+            "and open that with transformers"
+        )
+    if not foreign and "wte.weight" not in weights:
         raise CheckpointError(f"{file} does not hold GPT weights (no wte.weight); use a file like 00100_model.pt")
     if wrong := [name for name, value in weights.items() if not isinstance(value, torch.Tensor)]:
         raise CheckpointError(f"{file} holds {wrong[0]}, which is not a tensor")

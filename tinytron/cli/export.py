@@ -79,7 +79,7 @@ def main(argv: Sequence[str], prog: str = "tinytron export") -> None:
         progress=True,
     )
     files = counted(made.files, "file")
-    print(f"wrote {args.out}: {made.family.architecture}, {made.tensors} tensors, {made.bytes:,} bytes in {files}")
+    print(f"wrote {args.out}: {made.architecture}, {made.tensors} tensors, {made.bytes:,} bytes in {files}")
     for line in (about_tokens(made.tokenizer), *made.changes):
         print(line)
     if any(path.name == TOKENIZER for path in made.tokenizer.files):  # the only form that generate reads

@@ -2,46 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from tinytron.checkpoint.load import read_json
 from tinytron.distributed.layout import divisors
 from tinytron.errors import ConfigError
-from tinytron.interop.hub import model_folder
-from tinytron.interop.load import architecture_of
-from tinytron.model.config import ModelConfig
-from tinytron.training.presets import PRESETS
+from tinytron.training.hf_model import architecture
 
 Values = Mapping[str, Any]  # timl's flags by name
 Options = dict[str, Any]  # ours by path
 
 
-class _Known(NamedTuple):
-    """A model that needs no config.json: the preset with its sizes, its longest sequence, and the dropout of its
-    config.json."""
-
-    preset: str
-    block_size: int
-    dropout: float = 0.0
-
-
-KNOWN: Mapping[str, _Known] = MappingProxyType(
-    {
-        "gpt2": _Known("gpt2", 1024, 0.1),
-        "openai-community/gpt2": _Known("gpt2", 1024, 0.1),
-        "gpt2-medium": _Known("gpt2-medium", 1024, 0.1),
-        "openai-community/gpt2-medium": _Known("gpt2-medium", 1024, 0.1),
-        "EleutherAI/pythia-160m": _Known("pythia-160m", 2048),
-        "JackFram/llama-160m": _Known("llama-160m", 2048),
-        "Qwen/Qwen3-0.6B": _Known("qwen3-0.6b", 40960),
-    }
-)
-_DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.1  # GPT-2's dropouts, and their default in transformers
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 _BACKENDS = MappingProxyType({"eager": "math", "sdpa": "sdpa", "flash_attention_2": "flash"})
 # Settings of liger-kernel by their value here: the parts that Tinytron's own model has.
@@ -85,17 +58,11 @@ _DECAYS = MappingProxyType({"linear": "linear", "cosine": "cosine", "1-sqrt": "s
 
 
 def model_options(name: str, block_size: int) -> Options:
-    """The model's options for ``--model_name name``: of a known model its preset, else what its config.json says. Raises:
-    ConfigError for a model that is not known, of another family, or shorter than ``block_size`` tokens."""
-    known = None if Path(name).exists() else KNOWN.get(name)
-    if known is not None:
-        sizes = {field.name for field in dataclasses.fields(ModelConfig)}
-        options = {key: value for key, value in PRESETS[known.preset].options.items() if key in sizes}
-        options |= {"block_size": known.block_size, "dropout": known.dropout}
-        defaults = dataclasses.asdict(ModelConfig(**options))
-        options = defaults | options
-    else:
-        options = dataclasses.asdict(_from_config(name))
+    """The model's options for ``--model_name name`` (see ``training/hf_model.py``). Raises: ConfigError for a model that is
+    not known, or shorter than ``block_size`` tokens."""
+    options, foreign = architecture(name, "--model_name")
+    if foreign:
+        return {"ckpt.hf_model": name} | {f"model.{key}": options[key] for key in ("vocab_size", "block_size")}
     if block_size > options["block_size"]:
         if options["position_type"] == "learned":
             raise ConfigError(
@@ -104,24 +71,6 @@ def model_options(name: str, block_size: int) -> Options:
             )
         options["block_size"] = block_size
     return {f"model.{key}": value for key, value in options.items()}
-
-
-def _from_config(name: str) -> ModelConfig:
-    """The architecture that ``name``, a folder or a name on the hub, has in its config.json, with the dropout and the scale
-    of the first weights that it gives there."""
-    try:
-        config = architecture_of(name)
-    except ConfigError as error:
-        raise ConfigError(f"--model_name {name}: {error}; known without a config.json: {', '.join(KNOWN)}") from error
-    path = model_folder(name, weights=False) / "config.json"
-    content = read_json(path)
-    keys, absent = _DROPOUTS if content.get("model_type") == "gpt2" else (("hidden_dropout", "attention_dropout"), 0.0)
-    rates = {key: float(content.get(key, absent)) for key in keys}
-    if len(set(rates.values())) > 1:
-        shown = ", ".join(f"{key} {rate}" for key, rate in rates.items())
-        raise ConfigError(f"{path}: {shown}, but the model has one dropout; make them equal")
-    init_std = float(content.get("initializer_range") or 0.02)  # the default of every family of transformers
-    return dataclasses.replace(config, dropout=rates[keys[0]], init_std=init_std)
 
 
 def check_batches(values: Values, world_size: int) -> None:

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 
 from tinytron.checkpoint.load import load_weights
-from tinytron.checkpoint.model import SavedModel
+from tinytron.checkpoint.model import SavedModel, foreign_config, read_weights, saved_model
 from tinytron.distributed.param_spec import ParamSpec
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.interop.architectures import write_architecture
 from tinytron.interop.card import model_card
+from tinytron.interop.causal_lm import CausalLM
 from tinytron.interop.families import Family, Part
 from tinytron.interop.folder import check_new, new_folder
 from tinytron.interop.generation import GENERATION, generation_settings
-from tinytron.interop.open import Say, open_saved
+from tinytron.interop.open import Say, local_checkpoint, open_saved
 from tinytron.interop.safetensors import write_safetensors
 from tinytron.interop.tokenizer import TokenizerFiles, exported_tokenizer
 from tinytron.interop.weights import SAFETENSORS
@@ -32,10 +33,10 @@ from tinytron.utils.training import DTYPES
 
 @dataclass(frozen=True)
 class Exported:
-    """A finished export: the family, the number of tensors and files, total bytes, the tokenizer and what is known about
-    its tokens, and a line for each setting of an imported model that training changed."""
+    """A finished export: the class in transformers, the number of tensors and files, total bytes, the tokenizer and what is
+    known about its tokens, and a line for each setting of an imported model that training changed."""
 
-    family: Family
+    architecture: str
     tensors: int
     files: int
     bytes: int
@@ -69,7 +70,10 @@ def export(
         check_new(out)
     if max_shard_size < 1:
         raise ConfigError(f"--max_shard_size {max_shard_size} must be at least 1; use 5GB")
-    saved = open_saved(checkpoint, say)
+    source = local_checkpoint(checkpoint, say)
+    if source.is_file() and (theirs := foreign_config(source)) is not None:
+        return _export_foreign(source, theirs, out, dtype, tokenizer, max_shard_size, replace)
+    saved = open_saved(source, say)
     family, settings = write_architecture(saved.config)
     weights = saved.weights()
     parts = _parts(family, saved, weights)
@@ -85,7 +89,38 @@ def export(
         (folder / "README.md").write_text(
             model_card(saved, family, dtype, found, name or out.name, revision), encoding="utf-8"
         )
-    return Exported(family, len(parts), files, size, found, tuple(changes))
+    return Exported(family.architecture, len(parts), files, size, found, tuple(changes))
+
+
+def _export_foreign(
+    file: Path,
+    settings: dict[str, Any],
+    out: Path,
+    dtype: torch.dtype | None,
+    tokenizer: Path | None,
+    max_shard_size: int,
+    replace: bool,
+) -> Exported:
+    """``export`` for the weights of a ``CausalLM``, by transformers itself."""
+    saved = saved_model(file)
+    weights = read_weights(file, mmap=True, foreign=True)
+    found = exported_tokenizer(
+        saved.config.vocab_size, saved.section("data"),
+        given=tokenizer, checkpoint=saved.file, imported=saved.section(TOKENS),
+    )  # fmt: skip
+    stored = next(weight.dtype for weight in weights.values() if weight.is_floating_point())
+    model = CausalLM(settings, str(file), dtype=stored)
+    load_weights(model, weights, str(file))
+    if dtype is not None:
+        model.hf.to(dtype)
+    model.hf.config.update(found.facts.as_import())
+    with new_folder(out, replace=replace) as folder:
+        model.hf.save_pretrained(folder, max_shard_size=max_shard_size)
+        changes = found.write(folder, saved.config.block_size)
+        files = list(folder.glob("*.safetensors"))
+        size = sum(path.stat().st_size for path in files)
+    tensors = len(model.hf.state_dict())
+    return Exported(type(model.hf).__name__, tensors, len(files), size, found, tuple(changes))
 
 
 def _parts(family: Family, saved: SavedModel, weights: Mapping[str, torch.Tensor]) -> dict[str, Part]:

@@ -50,22 +50,27 @@ def model_options(name: str, values: Mapping[str, Any], given: Set[str]) -> dict
     Raises: ConfigError naming the first contradicting flag, and what ``architecture_of`` raises.
     """
     theirs = architecture_of(name)
-    own = {key: value for key, value in values.items() if key in _FREE or key in given}
+    return check_given(FLAG, name, theirs, {key: v for key, v in values.items() if key in _FREE or key in given})
+
+
+def check_given(flag: str, name: str, theirs: ModelConfig, own: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the architecture ``theirs``, which ``flag`` names, with the user's ``own`` in their place. Raises:
+    ConfigError naming the first one that contradicts it."""
     options = {**dataclasses.asdict(theirs), **own}
     for key in sorted(own.keys() - _FREE - {"block_size", "vocab_size"}):
         alone = dataclasses.asdict(theirs) | {key: own[key]}
         if not _same(theirs, alone):
             raise ConfigError(
-                f"--{key} {own[key]} contradicts {FLAG} {name}, which has {getattr(theirs, key)}; drop --{key}"
+                f"--{key} {own[key]} contradicts {flag} {name}, which has {getattr(theirs, key)}; drop --{key}"
             )
     if options["vocab_size"] < theirs.vocab_size:
         raise ConfigError(
-            f"--vocab_size {options['vocab_size']} is less than the {theirs.vocab_size} tokens of {FLAG} {name}; "
+            f"--vocab_size {options['vocab_size']} is less than the {theirs.vocab_size} tokens of {flag} {name}; "
             f"use {theirs.vocab_size} or more"
         )
     if theirs.position_type == "learned" and options["block_size"] != theirs.block_size:
         raise ConfigError(
-            f"--block_size {options['block_size']} is not the {theirs.block_size} learned positions of {FLAG} {name}; "
+            f"--block_size {options['block_size']} is not the {theirs.block_size} learned positions of {flag} {name}; "
             f"use {theirs.block_size}"
         )
     return options

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 from tinytron.errors import ConfigError
 from tinytron.interop import model_options
+from tinytron.interop.causal_lm import foreign_settings, sizes_of
 from tinytron.training.config import Config, all_sections
 from tinytron.training.config_files import PRESET, options_in, words_of
+from tinytron.training.hf_model import new_model_options, options_of_foreign
 from tinytron.training.presets import GOOD_MAX_LR, PRESETS, preset_options
 from tinytron.training.run.exports import check_exportable
 from tinytron.training.sections import OptimConfig
@@ -151,6 +153,8 @@ def _check_preset(name: str, args: argparse.Namespace, given: Set[str]) -> None:
         raise ConfigError(
             f"--preset {name} sets the sizes of a new model, but --init_from {args.init_from} has its own; leave one out"
         )
+    if args.hf_model is not None:
+        raise ConfigError(f"--preset {name} and --hf_model {args.hf_model} both set the model's sizes; leave one out")
     options = preset_options(name)
     if options.keys() <= given:
         raise ConfigError(
@@ -190,22 +194,40 @@ def _words_of_names(
 
 def build_config(args: argparse.Namespace) -> Config:
     """The frozen configuration. ``block_size`` is ``seq_len`` unless it is given, because a model cannot use positions that
-    it was not trained at. With ``--init_from`` the architecture comes from the weights, which flags in ``args.given`` must
-    not contradict, and ``seq_len`` is at most the model's longest sequence unless it is given. Raises: ConfigError for
-    values that break a rule."""
+    it was not trained at. With ``--init_from`` the architecture comes from the weights, with ``--hf_model`` from a
+    config.json. Flags in ``args.given`` must not contradict it, and ``seq_len`` is at most the model's longest sequence
+    unless it is given. Raises: ConfigError for values that break a rule."""
     values: dict[str, dict[str, Any]] = {}
     sections = all_sections(args.sections)
     for section, cls in sections.items():
         found = {info.name: getattr(args, info.name) for info in config_fields(cls)}
         values[section] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
-    if args.init_from is not None:
-        values["ckpt"]["init_from"] = one_spelling(args.init_from)  # it identifies the run, however it is spelled
-    if args.init_from is None and "block_size" not in args.given:
-        values["model"]["block_size"] = max(1, values["train"]["seq_len"])
-    if args.init_from is not None:
-        values["model"] = model_options(args.init_from, values["model"], args.given & values["model"].keys())
+    for name in ("init_from", "hf_model"):
+        if values["ckpt"][name] is not None:
+            values["ckpt"][name] = one_spelling(values["ckpt"][name])  # it identifies the run, however it is spelled
+    if args.init_from is None and args.hf_model is None:
+        if "block_size" not in args.given:
+            values["model"]["block_size"] = max(1, values["train"]["seq_len"])
+    else:
+        values["model"] = _options_of_named_model(args, values["model"])
         if "seq_len" not in args.given:  # the default may be longer than the model accepts
             values["train"]["seq_len"] = min(values["train"]["seq_len"], values["model"]["block_size"])
     config = Config.of({section: cls(**values[section]) for section, cls in sections.items()})
     check_exportable(config)
     return config
+
+
+def _options_of_named_model(args: argparse.Namespace, values: dict[str, Any]) -> dict[str, Any]:
+    """The model options for ``--init_from`` or ``--hf_model``, and those of ``values`` that were given. Raises:
+    ConfigError."""
+    given = args.given & values.keys()
+    if args.init_from is None:
+        return new_model_options(args.hf_model, values, given)
+    if args.hf_model is not None:
+        raise ConfigError(
+            f"--hf_model {args.hf_model} is for a new model, and --init_from {args.init_from} has weights; leave one out"
+        )
+    if (foreign := foreign_settings(args.init_from)) is not None:
+        sizes = sizes_of(foreign, args.init_from)
+        return options_of_foreign("--init_from", args.init_from, sizes, values, given)
+    return model_options(args.init_from, values, given)

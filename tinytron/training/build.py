@@ -17,6 +17,7 @@ from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import specs_of
 from tinytron.distributed.zero1.distributed_optimizer import Options
 from tinytron.errors import ConfigError
+from tinytron.interop.causal_lm import CausalLM
 from tinytron.kernels.choice import check_device
 from tinytron.metrics import RoutingReport, SourceLosses, load_statistics
 from tinytron.model import GPT
@@ -24,14 +25,19 @@ from tinytron.model.protocols import HasExperts, WaitsForParameters
 from tinytron.optim import Muon, Schedule, parameter_groups
 from tinytron.training.config import Config, OptimConfig
 from tinytron.training.derive import TrainingInfo, accumulation_steps
+from tinytron.training.hf_model import build_foreign, foreign_model
 from tinytron.training.run.reporter import Metric
 from tinytron.utils import profile
+from tinytron.utils.model import train_flops_per_token
 from tinytron.utils.texts import counted
 from tinytron.utils.training import DTYPES
 
 
-def build_model(config: Config, state: ParallelState) -> GPT:
-    """The GPT of this rank, compiled if asked for. Raises: ConfigError for kernels that cannot run here."""
+def build_model(config: Config, state: ParallelState) -> GPT | CausalLM:
+    """The model of this rank, compiled if asked for: the GPT, or the model of transformers that ``--hf_model`` or
+    ``--init_from`` names. Raises: ConfigError for kernels that cannot run here, or options that the model lacks."""
+    if (named := foreign_model(config)) is not None:
+        return build_foreign(config, *named, state)
     dtype = DTYPES[config.train.precision]
     check_device(config.train.kernels, state.device, dtype)
     gpt = GPT(
@@ -162,6 +168,16 @@ def build_metrics(
     if (routing := build_routing(config, model, state, folder)) is not None:
         found.append(routing.record)
     return found
+
+
+def flops_per_token(config: Config, model: nn.Module) -> float:
+    """Floating-point operations to train on one token, for MFU. Of a model that is not the GPT, only the products with its
+    matrices are known: 6 for each weight (arXiv:2001.08361, section 2.1), without attention."""
+    if isinstance(model, GPT):
+        return train_flops_per_token(config.model, config.train.seq_len)
+    multiplied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} - multiplied
+    return 6.0 * sum(p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in looked_up)
 
 
 def build_profiler(

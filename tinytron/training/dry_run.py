@@ -14,6 +14,7 @@ from tinytron.planner.step import Workload, meta_model
 from tinytron.training.build import muon_options, optimizer_groups, optimizer_options
 from tinytron.training.config import Config
 from tinytron.training.derive import accumulation_steps
+from tinytron.training.hf_model import foreign_model
 from tinytron.training.world import place_in_world
 from tinytron.utils.training import DTYPES
 
@@ -46,6 +47,10 @@ def plan_run(config: Config, world_size: int) -> tuple[MemoryPlan, Workload, Par
     if not config.train.batch_size:
         raise ConfigError(
             "--dry_run needs a number: --batch_size auto measures the machine that a run starts on; use --batch_size 8"
+        )
+    if (named := foreign_model(config)) is not None:
+        raise ConfigError(
+            f"--dry_run knows only Tinytron's GPT, but {named[1]} is built by transformers; leave --dry_run out"
         )
     layout = ParallelLayout(world_size, config.parallel.sep_size, config.parallel.ep_size)
     work = workload(config, layout)

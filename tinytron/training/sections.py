@@ -309,6 +309,13 @@ class CkptConfig:
             "resume from this run folder or <step>_model.pt, unless the run has a checkpoint", identity=False, path=True
         ),
     ] = None
+    hf_model: Annotated[
+        str | None,
+        Flag(
+            "train a new model with this architecture: gpt2 (docs/interop.md), or the config.json of a folder or hub name",
+            path=True,
+        ),
+    ] = None
     init_from: Annotated[
         str | None,
         Flag(

@@ -34,12 +34,14 @@ from tinytron.training.build import (
     build_profiler,
     build_schedule,
     describe_run_size,
+    flops_per_token,
     optimizer_options,
     param_wait_hook,
 )
 from tinytron.training.config import Config
 from tinytron.training.derive import Due, TrainingInfo
 from tinytron.training.evals import TrainingEvals
+from tinytron.training.hf_model import foreign_model
 from tinytron.training.memory import memory_notes
 from tinytron.training.pipeline import DataPipeline
 from tinytron.training.run.exports import check_exportable
@@ -111,7 +113,7 @@ class Trainer(RankAttributes):
         """Replace ``--batch_size auto`` with a number. Raises: ConfigError for a model whose memory cannot be estimated."""
         if config.train.batch_size != AUTO:
             return config
-        if type(self)._init_model is not Trainer._init_model:
+        if not self._trains_gpt(config):
             raise ConfigError(
                 "--batch_size auto can only estimate the memory of Tinytron's own model; give a number such as 8"
             )
@@ -121,7 +123,7 @@ class Trainer(RankAttributes):
 
     def _check_memory(self, config: Config) -> None:
         """Report or refuse what does not fit the machine before it takes minutes. Only Tinytron's own model is known."""
-        if type(self)._init_model is Trainer._init_model:
+        if self._trains_gpt(config):
             self._say(*memory_notes(config, self.state))
 
     def _init_dataset(self, config: Config) -> None:
@@ -220,7 +222,7 @@ class Trainer(RankAttributes):
             self.saver.close(self._say)
             self._say_what_is_next()
             return
-        self.reporter.begin_training(self.config)
+        self.reporter.begin_training(self.config, flops_per_token(self.config, self.raw_model))
         with contextlib.closing(self.reporter), self.guards.active(), self._init_profiler(self.config) as profiler:
             with self.saver.in_background():
                 if self.config.ckpt.save_at_start and self.saver.enabled and not self._continues:
@@ -305,6 +307,10 @@ class Trainer(RankAttributes):
             messages = self.saver.save(self.step, self.evals.loss_of(self.step))
         self._say(*messages)
         return self.saver.files(self.step)
+
+    def _trains_gpt(self, config: Config) -> bool:
+        """True if the model will be Tinytron's own, whose memory can be estimated."""
+        return type(self)._init_model is Trainer._init_model and foreign_model(config) is None
 
     def _finish_exchanges(self) -> None:
         """Wait for background exchanges between ranks. An operation that ends after torch's profiler has stopped corrupts

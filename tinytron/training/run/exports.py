@@ -14,11 +14,13 @@ from tinytron.distributed.agreement import agree_slowly
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import ConfigError, first_line
 from tinytron.interop import HubUploader, check_repository, write_architecture
+from tinytron.interop.causal_lm import CausalLM
 from tinytron.interop.export import export
 from tinytron.interop.folder import remove_leftovers
 from tinytron.interop.tokenizer import tokenizer_of_data
 from tinytron.model.protocols import require_gpt
 from tinytron.training.config import Config
+from tinytron.training.hf_model import foreign_model
 from tinytron.utils.training import write_atomically
 
 FOLDER = "export"  # in the run's folder
@@ -32,7 +34,7 @@ def check_exportable(config: Config) -> None:
     ckpt = config.ckpt
     if ckpt.hub_model_id is not None:
         check_repository(ckpt.hub_model_id)
-    if not ckpt.export_every:
+    if not ckpt.export_every or foreign_model(config) is not None:
         return
     try:
         write_architecture(config.model)
@@ -155,12 +157,13 @@ def build_exports(
     ckpt, world = config.ckpt, state.groups["world"]
     if not ckpt.export_every or config.train.debug:
         return None
-    gpt = require_gpt(model, f"--export_every {ckpt.export_every} exports", "use --export_every 0")
+    if not isinstance(model, CausalLM):
+        require_gpt(model, f"--export_every {ckpt.export_every} exports", "use --export_every 0")
 
     def build() -> Exports | None:
         if not state.is_master:
             return None
-        tokenizer_of_data(config.data.dataset_path, gpt.config.vocab_size)
+        tokenizer_of_data(config.data.dataset_path, config.model.vocab_size)
         exports, files = Exports(config, run_folder, last, mirror), CheckpointFiles(run_folder, resumed)
         for note in exports.catch_up(files if files.complete else None):
             say(note)

@@ -13,7 +13,6 @@ from tinytron.metrics import StepWindow, TrainClock
 from tinytron.metrics.sinks import Record, RunInfo, Sink
 from tinytron.training.config import Config
 from tinytron.training.world import measure_peak
-from tinytron.utils.model import train_flops_per_token
 
 # Called with the step at every report, on every rank (so it may be collective); returns values to add to its record.
 Metric = Callable[[int], Record]
@@ -63,10 +62,10 @@ class Reporter:
         agree(start_sinks, self._state.groups["world"])
         self._tokens_per_step, self._reported = run.tokens_per_step, run.first_step
 
-    def begin_training(self, config: Config) -> None:
+    def begin_training(self, config: Config, flops_per_token: float) -> None:
         """Measure how fast all ranks multiply, for MFU; training time starts afterwards. Collective."""
         self._peak_flops, lines = measure_peak(config, self._state)
-        self._flops_per_token = train_flops_per_token(config.model, config.train.seq_len)
+        self._flops_per_token = flops_per_token
         self.say(*lines)
         self.clock.lap()
 

@@ -21,6 +21,7 @@ from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer
 from tinytron.errors import CheckpointError
 from tinytron.interop import about_ignored, load_pretrained
+from tinytron.interop.causal_lm import CausalLM, load_foreign
 from tinytron.model.protocols import require_gpt
 from tinytron.training.config import Config
 
@@ -85,6 +86,9 @@ def load_initial_weights(
     Raises: ConfigError or CheckpointError on every rank if the weights cannot be read, or do not fit the model."""
 
     def load() -> list[str]:
+        if isinstance(model, CausalLM):
+            load_foreign(model, name)
+            return []
         return load_pretrained(require_gpt(model, f"--init_from {name} fills", "load it yourself"), name)
 
     ignored = agree_slowly(load, state.groups["world"])  # may first download from the hub
