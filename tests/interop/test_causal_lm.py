@@ -209,6 +209,13 @@ def test_known_names_and_known_families_become_the_gpt(tmp_path: Path) -> None:
     GPT(architecture_of(str(tmp_path / "gpt2")), device="meta", seed=None)
 
 
+def test_a_run_can_be_repeated_from_its_own_config(tmp_path: Path) -> None:
+    config = config_of("--hf_model", write(tmp_path / "opt", OPT), "--seq_len", 16)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"config": config.as_dict()}))
+    assert config_of("--config", file) == config
+
+
 @pytest.mark.parametrize(
     ("flags", "text"),
     [

@@ -17,7 +17,6 @@ from tinytron.interop.hub import model_folder
 from tinytron.model.modules.loss import LossSums, cross_entropy_of_logits, fused_linear_cross_entropy
 from tinytron.utils.optional import require_package
 
-PREFIX = "hf."  # of the names of its weights
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _UNLIMITED = 2**20  # the longest sequence of a model that names none, such as Mamba
 _BACKENDS = {"auto": None, "sdpa": "sdpa", "math": "eager", "flash": "flash_attention_2"}
