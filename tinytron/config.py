@@ -161,6 +161,11 @@ def configuration(tree: Any) -> Iterator[Any]:
         _active.reset(token)
 
 
+def is_configured() -> bool:
+    """True inside ``configuration``."""
+    return _active.get(None) is not None
+
+
 def configure(cls: Callable[..., T], **more: Any) -> T:
     """An instance of ``cls`` with the active configuration's values for its fields, and ``more`` arguments. Raises:
     ConfigError outside of ``configuration``, for an option that is missing there, and for a value of the wrong type."""

@@ -2,7 +2,7 @@
 with ``--load``.
 
 ``@job("my_model/train/pretrain")`` above a class registers it. Listing the names imports no job: a table
-(``tinytron.experiments``) lists the built-in ones, and a package names its own as entry points of the group
+(``tinytron.experiments.builtin``) lists the built-in ones, and a package names its own as entry points of the group
 ``tinytron.jobs`` (``tinytron.datasets``, ``tinytron.evaluations``). A module is imported when one of its names is used.
 """
 
@@ -38,7 +38,7 @@ class Entry:
 
 
 class Registry(Mapping[str, Any]):
-    """Objects by name. ``table`` is the attribute of ``tinytron.experiments`` that lists the built-in ones as
+    """Objects by name. ``table`` is the attribute of ``tinytron.experiments.builtin`` that lists the built-in ones as
     ``key: (module, help)``; other packages list theirs as entry points of ``group``."""
 
     def __init__(self, kind: str, table: str, group: str) -> None:
@@ -50,7 +50,8 @@ class Registry(Mapping[str, Any]):
     @property
     def _entries(self) -> dict[str, Entry]:
         if self._found is None:
-            table = getattr(importlib.import_module("tinytron.experiments"), self._table)
+            table = getattr(importlib.import_module("tinytron.experiments.builtin"), self._table)
+        if self._found is None:  # an import in tinytron/experiments/__init__.py may have registered jobs by now
             self._found = {key: Entry(module, module, text) for key, (module, text) in table.items()}
             for point in importlib.metadata.entry_points(group=self._group):
                 self._put(point.name, Entry(point.value.partition(":")[0], point.value))

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.runs import ROOT
-from tinytron import experiments
 from tinytron.errors import ConfigError
+from tinytron.experiments import builtin as experiments
 from tinytron.job import BasicJob
 from tinytron.jobs.kinds import job_class
 from tinytron.registry import DATASETS, EVALUATIONS, JOBS, Registry, dataset, evaluation, job, load_module

@@ -16,7 +16,7 @@ from tinytron.optim import Schedule
 from tinytron.optim.schedule import SCHEDULES
 
 MAX, MIN = 4e-3, 3e-5
-DECAYING = ["cosine", "linear", "polynomial", "cosine_with_restarts", "wsd"]
+DECAYING = ["cosine", "linear", "polynomial", "cosine_with_restarts", "wsd", "wsds"]
 NAMES = [*DECAYING, "constant", "inverse_sqrt"]
 
 
@@ -163,3 +163,22 @@ def test_a_schedule_counts_optimizer_steps_not_micro_batches() -> None:
     with_accumulation = [rates(micro // 4) for micro in range(32)]
     assert with_accumulation[::4] == [rates(t) for t in range(8)]
     assert with_accumulation[-1] == MIN
+
+
+def test_wsds_stays_at_the_minimum_after_its_decay() -> None:
+    rates = schedule(
+        "wsds", max_steps=200, warmup_steps=10, decay_fraction=0.1, decay_shape="linear", constant_fraction=0.5
+    )
+    found = [rates(step) for step in range(200)]
+    assert found[9:80] == [rates.max_lr] * 71  # the decay is steps 80 to 99
+    assert found[80] == rates.max_lr > found[81] > found[98] > found[99] == rates.min_lr
+    assert found[99:] == [rates.min_lr] * 101
+    whole = schedule("wsds", max_steps=200, warmup_steps=10, constant_fraction=0.0)
+    assert [whole(step) for step in range(200)] == [
+        schedule("wsd", max_steps=200, warmup_steps=10)(s) for s in range(200)
+    ]
+
+
+def test_wsds_of_a_short_run() -> None:
+    rates = schedule("wsds", max_steps=3, warmup_steps=2, constant_fraction=0.9)
+    assert [rates(step) for step in range(3)] == [rates.max_lr / 2, rates.max_lr, rates.min_lr]

@@ -44,6 +44,7 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
         "adam_eps": 1e-8, "optimizer": "adam", "muon_momentum": 0.95, "muon_ns_steps": 5, "muon_normuon": False,
         "muon_beta2": 0.95, "muon_cautious": False, "matrix_lr_mult": 1.0, "embedding_lr_mult": 1.0, "head_lr_mult": 1.0,
         "scalar_lr_mult": 1.0, "lr_schedule": "cosine", "wsd_decay_fraction": 0.1, "wsd_decay_shape": "cosine",
+        "wsds_constant_fraction": 0.5,
         "decay_embeddings": True, "decay_all": False, "warmup_ratio": 0.0, "lr_power": 1.0, "lr_cycles": 1,
     },
     "ckpt": {

@@ -178,7 +178,8 @@ def test_without_the_profiler_its_window_is_nobodys_business() -> None:
 
 def due(*flags: object) -> dict[str, list[int]]:
     """The steps of a run of 7 after which each action is due."""
-    found = Due(config_of(*flags), 7)
+    config = config_of(*flags)
+    found = Due(config, 7, answers=bool(config.train.eval_tasks))
     actions = {"validation": found.validation, "tasks": found.tasks, "save": found.save, "report": found.report}
     return {name: [step for step in range(1, 8) if action(step)] for name, action in actions.items()}
 

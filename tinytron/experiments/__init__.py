@@ -1,20 +1,2 @@
-"""The built-in jobs, datasets and evaluations. Each is a short file of this package and a line in a table here, so that
-listing them imports nothing."""
-
-from __future__ import annotations
-
-from collections.abc import Mapping
-from types import MappingProxyType
-
-# key: (module that registers it, description)
-JOBS: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {
-        "gpt/train/pretrain": ("tinytron.experiments.gpt", "pre-train a GPT on token shards"),
-        "data/tokenize_variable_dataset": (
-            "tinytron.experiments.tokenize",
-            "turn documents into token shards, one after another",
-        ),
-    }
-)
-DATASETS: Mapping[str, tuple[str, str]] = MappingProxyType({})
-EVALUATIONS: Mapping[str, tuple[str, str]] = MappingProxyType({})
+"""Experiments: jobs of one short file each. To add one, write a file here or in ``models``, decorate its class with
+``@job``, and import it below, or list it in ``builtin.py``, which imports nothing."""

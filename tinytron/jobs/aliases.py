@@ -92,6 +92,7 @@ TRAINING: Mapping[str, Alias] = MappingProxyType(
         "optimization.warmup_pct": _WARMUP,
         "training.decay_pct": Alias("optim.wsd_decay_fraction"),
         "optimization.decay_pct": Alias("optim.wsd_decay_fraction"),
+        "optimization.constant_pct": Alias("optim.wsds_constant_fraction"),
         "optimization.lr": Alias("optim.max_lr"),
         "optimization.min_lr_mult": _MIN_LR,
         "optimization.beta1": Alias("optim.adam_beta1"),

@@ -13,6 +13,7 @@ from tinytron.job import MARKER, BasicJob
 from tinytron.jobs.aliases import TRAINING
 from tinytron.jobs.checkpoints import find_checkpoint, named_checkpoint, newest_run, set_later_aside, write_pointers
 from tinytron.training import Config, Trainer, build_config, parse_args
+from tinytron.training.base import BaseTrainer
 from tinytron.training.config import all_sections
 from tinytron.training.config_files import words_of
 from tinytron.training.world import place_in_world
@@ -34,7 +35,11 @@ class TrainingJob(BasicJob):
     @classmethod
     def of(cls, trainer: type[Trainer]) -> type[TrainingJob]:
         """The class of the job that trains ``trainer``."""
-        defaults: Mapping[str, Any] = getattr(trainer, "DEFAULTS", {})
+        chosen = trainer.chosen_options() if issubclass(trainer, BaseTrainer) else {}
+        defaults: Mapping[str, Any] = {
+            **{f"optim.{name}": value for name, value in chosen.items()},
+            **getattr(trainer, "DEFAULTS", {}),
+        }
         return type(trainer.__name__, (cls,), {"TRAINER": trainer, "DEFAULTS": defaults, "__doc__": trainer.__doc__})
 
     @classmethod

@@ -22,7 +22,7 @@ from tinytron.model.config import ModelConfig
 from tinytron.model.modules.attn import LayerCache
 from tinytron.model.modules.emb import RotaryEmbedding, TokenEmbedding
 from tinytron.model.modules.linear import PackedLinear, ResidualLinear
-from tinytron.model.modules.loss import LossSums, fused_linear_cross_entropy
+from tinytron.model.modules.loss import LossSums, cross_entropy_of_logits, fused_linear_cross_entropy
 from tinytron.model.modules.moe import Experts, MoE, MoEStats, Router, RouterTrace
 from tinytron.model.modules.norm import LayerNorm, RMSNorm, make_norm
 from tinytron.model.modules.recompute import Recompute
@@ -217,12 +217,16 @@ class GPT(nn.Module):
         weights: torch.Tensor | None = None,
         padding: torch.Tensor | None = None,
         routing_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor | LossSums:
+        with_logits: bool = False,
+    ) -> torch.Tensor | LossSums | tuple[torch.Tensor, LossSums]:
         """Logits ``[B, s, V]``; with ``labels`` ``[B, s]`` (already shifted; -100 is ignored) the loss *sums*, in which a
         target counts ``weights`` ``[B, s]`` times (default 1).
 
         Two arguments affect only the routers' losses and statistics: tokens in ``padding`` ``[B, s]`` do not count, and
         the losses, which are sums over tokens, are multiplied by ``routing_scale``. For the defaults see ``routed_tokens``.
+
+        ``with_logits`` returns ``(logits, sums)`` for ``labels``. It costs the memory of all logits, which otherwise are
+        never whole.
         """
         routed: RoutedTokens | None = None
         if labels is not None and self.moe_layers:
@@ -233,20 +237,29 @@ class GPT(nn.Module):
         if labels is None:
             logits: torch.Tensor = self.lm_head(x_BsD)
             return logits
-        sums = fused_linear_cross_entropy(
-            x_BsD.flatten(0, 1),
-            self.lm_head.weight,
-            labels.flatten(),
-            weights_T=None if weights is None else weights.flatten(),
-            z_loss_coef=self.z_loss_coef,
-            by=self.kernels.cross_entropy,
-        )
+        weights_T = None if weights is None else weights.flatten()
+        if with_logits:
+            logits = self.lm_head(x_BsD)
+            sums = cross_entropy_of_logits(
+                logits.flatten(0, 1), labels.flatten(), weights_T=weights_T, z_loss_coef=self.z_loss_coef
+            )
+        else:
+            sums = fused_linear_cross_entropy(
+                x_BsD.flatten(0, 1),
+                self.lm_head.weight,
+                labels.flatten(),
+                weights_T=weights_T,
+                z_loss_coef=self.z_loss_coef,
+                by=self.kernels.cross_entropy,
+            )
         if sums.per_token is not None:
             sums = sums._replace(per_token=sums.per_token.view_as(labels))
         choices = [stats.choice for stats in all_stats if stats.choice is not None]
         if self.training and choices:
             self.recorded = TracedBatch(input_ids, choices, unseen)
-        return sums if routed is None else self._add_routing_losses(sums, all_stats, routed)
+        if routed is not None:
+            sums = self._add_routing_losses(sums, all_stats, routed)
+        return (logits, sums) if with_logits else sums
 
     def _add_routing_losses(self, sums: LossSums, all_stats: list[MoEStats], routed: RoutedTokens) -> LossSums:
         if self.training:

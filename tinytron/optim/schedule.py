@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # The share of the decay from max_lr to min_lr that remains when the fraction ``done`` of its steps, 0 to 1, is over.
 DECAY_SHAPES: dict[str, Callable[[float], float]] = {
@@ -32,6 +32,7 @@ class Schedule:
     decay_shape: str = "cosine"
     power: float = 1.0
     cycles: int = 1
+    constant_fraction: float = 0.5
 
     def __call__(self, step: int) -> float:
         if step < self.warmup_steps:
@@ -89,6 +90,16 @@ def _wsd(schedule: Schedule, step: int) -> float:
     return schedule.decayed(step, start, DECAY_SHAPES[schedule.decay_shape])
 
 
+def _wsds(schedule: Schedule, step: int) -> float:
+    """Warm-up, stable, decay, stable: like ``wsd``, but the decay ends before the last ``constant_fraction`` of the steps,
+    which stay at ``min_lr`` for continual learning."""
+    decay_steps = max(1, round(schedule.decay_fraction * schedule.max_steps))
+    tail = round(schedule.constant_fraction * schedule.max_steps)
+    before = replace(schedule, max_steps=max(schedule.warmup_steps + 1, schedule.max_steps - tail))
+    start = max(schedule.warmup_steps, before.max_steps - decay_steps)
+    return before.decayed(step, start, DECAY_SHAPES[schedule.decay_shape])
+
+
 _TIMESCALE = 10_000  # steps
 # The schedules by name, for the steps after the warm-up. To add one, add a function and an entry here.
 SCHEDULES: dict[str, Callable[[Schedule, int], float]] = {
@@ -99,4 +110,5 @@ SCHEDULES: dict[str, Callable[[Schedule, int], float]] = {
     "constant": _constant,
     "inverse_sqrt": _inverse_sqrt,
     "wsd": _wsd,
+    "wsds": _wsds,
 }

@@ -33,14 +33,14 @@ from tinytron.utils.texts import counted
 from tinytron.utils.training import DTYPES
 
 
-def build_model(config: Config, state: ParallelState) -> GPT | CausalLM:
-    """The model of this rank, compiled if asked for: the GPT, or the model of transformers that ``--hf_model`` or
+def build_model(config: Config, state: ParallelState, cls: type[GPT] = GPT) -> GPT | CausalLM:
+    """The model of this rank, compiled if asked for: a GPT (``cls``), or the model of transformers that ``--hf_model`` or
     ``--init_from`` names. Raises: ConfigError for kernels that cannot run here, or options that the model lacks."""
     if (named := foreign_model(config)) is not None:
         return build_foreign(config, *named, state)
     dtype = DTYPES[config.train.precision]
     check_device(config.train.kernels, state.device, dtype)
-    gpt = GPT(
+    gpt = cls(
         config.model,
         dtype=dtype,
         device=state.device,
@@ -109,6 +109,7 @@ def build_schedule(optim: OptimConfig, info: TrainingInfo) -> Schedule:
         decay_shape=optim.wsd_decay_shape,
         power=optim.lr_power,
         cycles=optim.lr_cycles,
+        constant_fraction=optim.wsds_constant_fraction,
     )
 
 

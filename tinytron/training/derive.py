@@ -30,14 +30,15 @@ class Due:
 
     config: Config
     last: int
+    answers: bool  # there are tasks to answer
 
     def validation(self, step: int) -> bool:
         """Validation (``--do_val``)."""
         return self._runs(self.config.train.do_val) and self._every(self.config.train.val_every_steps, step)
 
     def tasks(self, step: int) -> bool:
-        """Answers to ``--eval_tasks``."""
-        return self._runs(bool(self.config.train.eval_tasks)) and self._every(self.config.train.eval_every, step)
+        """Answers to ``--eval_tasks``, or a trainer's own evaluation."""
+        return self._runs(self.answers) and self._every(self.config.train.eval_every, step)
 
     def save(self, step: int) -> bool:
         """A checkpoint (``--do_save``)."""

@@ -28,17 +28,26 @@ class OptimConfig:
         float,
         Flag("warm-up as a fraction of the steps, instead of warmup_steps; 0: off", at_least=0, below=1, works=0.01),
     ] = 0.0
-    lr_schedule: Annotated[str, Flag("after the warm-up; wsd: constant, then a decay", choices=tuple(SCHEDULES))] = (
-        "cosine"
-    )
+    lr_schedule: Annotated[
+        str, Flag("after the warm-up; wsd: constant, then a decay; wsds: then constant again", choices=tuple(SCHEDULES))
+    ] = "cosine"
     lr_power: Annotated[
         float, Flag("polynomial schedule: exponent of the remaining fraction", above=0, at_most=100, works=1.0)
     ] = 1.0
     lr_cycles: Annotated[int, Flag("cosine_with_restarts: number of half waves", at_least=1)] = 1
     wsd_decay_fraction: Annotated[
-        float, Flag("fraction of the steps, at the end, in which wsd decays", above=0, at_most=1, works=0.1)
+        float,
+        Flag(
+            "fraction of the steps in which wsd decays, at the end, or wsds, before its constant end",
+            above=0,
+            at_most=1,
+            works=0.1,
+        ),
     ] = 0.1
-    wsd_decay_shape: Annotated[str, Flag("shape of the wsd decay", choices=tuple(DECAY_SHAPES))] = "cosine"
+    wsd_decay_shape: Annotated[str, Flag("shape of the decay of wsd and wsds", choices=tuple(DECAY_SHAPES))] = "cosine"
+    wsds_constant_fraction: Annotated[
+        float, Flag("fraction of the steps, at the end, in which wsds stays at min_lr", at_least=0, below=1, works=0.5)
+    ] = 0.5
     weight_decay: Annotated[
         float, Flag("decoupled weight decay of matrices and embeddings", at_least=0, at_most=1000)
     ] = 0.1

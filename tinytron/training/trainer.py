@@ -43,6 +43,7 @@ from tinytron.training.derive import Due, TrainingInfo
 from tinytron.training.evals import TrainingEvals
 from tinytron.training.hf_model import foreign_model
 from tinytron.training.memory import memory_notes
+from tinytron.training.objective import LossFunction, loss_sums
 from tinytron.training.pipeline import DataPipeline
 from tinytron.training.run.exports import check_exportable
 from tinytron.training.run.folder import RunFolder
@@ -67,6 +68,8 @@ class Trainer(RankAttributes):
     """
 
     sections: ClassVar[Mapping[str, type]] = {}  # extra sections of the configuration: name -> dataclass of flags
+    # ``(outputs, inputs) -> mean loss``, for models that do not return ``LossSums``; a method, or set on an instance.
+    compute_loss_func: LossFunction | None = None
     train_dataset: Dataset[Any] | None = None
     val_dataset: Dataset[Any] | None = None
     train_loader: Iterable[Any] | None = None
@@ -144,7 +147,7 @@ class Trainer(RankAttributes):
             self.val_dataset, self.val_loader = self.data.val.dataset, self.data.val.loader
         self.train_sampler = self.data.sampler
         self._say(*self.data.notes)
-        self.due = Due(config, self.training_info.max_steps)
+        self.due = Due(config, self.training_info.max_steps, answers=bool(config.train.eval_tasks))
         self._schedule = build_schedule(config.optim, self.training_info)
 
     def _init_evals(self, config: Config) -> None:
@@ -152,7 +155,8 @@ class Trainer(RankAttributes):
         self.evals = TrainingEvals(config, self.state, self.data.val)
 
     def _init_model(self, config: Config) -> None:
-        """Set ``raw_model``, which owns the parameters and maps ``(input_ids, labels)`` to ``LossSums``, and ``model``,
+        """Set ``raw_model``, which owns the parameters and maps ``(input_ids, labels)`` to ``LossSums`` or an object
+        with ``.loss``, a mean, and ``model``,
         which ``_loss`` calls."""
         self.raw_model = self.model = build_model(config, self.state)
 
@@ -199,8 +203,8 @@ class Trainer(RankAttributes):
     def _loss(self, batch: Batch) -> LossSums:
         """Loss *sums* over this rank's part of a micro-batch; ``train_step`` divides them by what ``_normalizer`` counts in
         the global batch. ``batch.extras`` are extra keys of the data."""
-        losses: LossSums = self.model(batch.input_ids, batch.labels, **batch.model_inputs())
-        return losses
+        outputs = self.model(batch.input_ids, batch.labels, **batch.model_inputs())
+        return loss_sums(outputs, batch, self.compute_loss_func)
 
     def _normalizer(self, batch: Batch) -> torch.Tensor:
         """This rank's contribution to the divisor of the loss for a micro-batch: a whole number, on the device; default:
@@ -372,8 +376,11 @@ class Trainer(RankAttributes):
             self.eval()
         if self.due.tasks(self.step) and not self.guards.ends:
             with self.reporter.clock.paused(), self.guards.paused():
-                records = self.evals.answer(self.step, self.model, self._loss)
+                records = self._answer_tasks()
             self.reporter.write(records)
+
+    def _answer_tasks(self) -> list[dict[str, Any]]:
+        return self.evals.answer(self.step, self.model, self._loss)
 
     def _maybe_save(self) -> None:
         self._say(*self.saver.report())

@@ -112,6 +112,11 @@ def shown(record: Record) -> str:
     if record["stage"] == "val":
         bits = f" ({record['bits_per_byte']:.4f} bits per byte)" if "bits_per_byte" in record else ""
         return f"val loss {record['loss']:.4f}{bits} over {record['tokens']:,} tokens"
+    if "accuracy_stderr" not in record:
+        scores = {k: v for k, v in record.items() if k not in ("step", "stage", "task")}
+        return f"{record['task']}: " + ", ".join(
+            f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in scores.items()
+        )
     return (
         f"{record['task']}: accuracy {record['accuracy']:.4f} ± {record['accuracy_stderr']:.4f} "
         f"({record['accuracy_per_byte']:.4f} per byte) over {record['items']} items"

@@ -1,0 +1,370 @@
+"""``BaseTrainer``: batch and forward passes of one's own give the same numbers on every layout; models, schedules,
+optimizers and evaluators by name or by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+
+from tests.helpers.ranks import Ranks
+from tests.helpers.runs import TINY, config_of, losses, train, user_error
+from tinytron.config import build, configuration, field
+from tinytron.errors import ConfigError
+from tinytron.model import GPT
+from tinytron.model.models import LanguageModel
+from tinytron.training import Config, Trainer
+from tinytron.training.base import BaseTrainer, BaseTrainerConfig
+from tinytron.training.evaluator import Evaluator
+
+Pools = Callable[[int], Ranks]
+SHORT = ("--max_steps", 3, "--debug", "--log_every", 1)
+LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {
+    "one": (1, ()),
+    "dp 2": (2, ()),
+    "sep 2": (2, ("--sep_size", 2)),
+    "dp 2 x sep 2": (4, ("--sep_size", 2, "--no-use_distributed_optimizer")),
+}
+MOE = ("--use_moe", "--num_experts", 4, "--num_experts_per_tok", 2, "--moe_intermediate_size", 8)
+
+
+class Plain(BaseTrainer[BaseTrainerConfig, GPT]):
+    """Nothing overridden: the fused loss of ``Trainer``."""
+
+
+class WithLogits(BaseTrainer[BaseTrainerConfig, GPT]):
+    """The default forward pass, called by an own one: the loss is computed from logits."""
+
+    @staticmethod
+    def forward(state: Any, params: Any, batch: Any, *rest: Any, **named: Any) -> Any:
+        logits, loss, meta = BaseTrainer.forward(state, params, batch, *rest, **named)
+        assert logits.shape == (*batch["x"].shape, 61)
+        return logits, loss, meta
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("flags", [(), MOE], ids=["dense", "experts"])
+def test_forward_gives_the_numbers_of_the_trainer(ranks: Pools, tmp_path: Path, layout: str, flags: Any) -> None:
+    world, more = LAYOUTS[layout]
+    runs = [
+        ranks(world).run(train, cls, tmp_path / cls.__name__, *SHORT, *flags, *more)[0]
+        for cls in (Trainer, Plain, WithLogits)
+    ]
+    assert [record["loss"] for record in runs[1].records] == [record["loss"] for record in runs[0].records]
+    for theirs in runs[1:]:
+        if not flags:  # with experts, the loss of ``forward`` includes their auxiliary losses
+            assert losses(theirs.log) == pytest.approx(losses(runs[0].log), rel=1e-6)
+        norms = [[record["grad_norm"] for record in run.records] for run in (runs[0], theirs)]
+        assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+
+
+class Signal(BaseTrainer[BaseTrainerConfig, GPT]):
+    """A key of its own for every token, and a loss that uses it; some labels are ignored as -1 or by the mask."""
+
+    def batch(self, slice: str = "train") -> dict[str, Any]:
+        batch = super().batch(slice)
+        assert set(batch) == {"x", "y", "padding_mask"}
+        assert all(isinstance(value, np.ndarray) for value in batch.values())
+        batch["my_signal"] = (batch["x"] % 5).astype(np.float32)
+        batch["y"] = np.where(batch["x"] % 7 == 0, -1, batch["y"])
+        batch["padding_mask"] = batch["x"] % 11 != 0
+        return batch
+
+    @staticmethod
+    def forward(
+        state: Any, params: Any, batch: Any, key: Any = None, deterministic: bool = False, intermediates: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        assert deterministic is intermediates  # training, or validation
+        logits, loss = state.apply_fn(
+            {"params": params}, batch["x"], batch["y"], padding_mask=batch["padding_mask"], deterministic=deterministic
+        )
+        counted = batch["y"] != -100
+        aux = ((logits.logsumexp(2) - batch["my_signal"]).square() * counted).sum() / counted.sum()
+        return logits, loss + 0.1 * aux, {"my_aux": aux}
+
+
+class SignalTwin(Trainer):
+    """The same objective by hand, as sums."""
+
+    def _loss(self, batch: Any) -> Any:
+        from tinytron.model.modules.loss import LossSums
+
+        ignored = (batch.input_ids % 7 == 0) | (batch.input_ids % 11 == 0)
+        labels = batch.labels.masked_fill(ignored, -100)
+        logits, sums = self.model(batch.input_ids, labels, with_logits=True)
+        signal = (batch.input_ids % 5).float()
+        aux = ((logits.logsumexp(2) - signal).square() * (labels != -100)).sum()
+        total = sums.objective + 0.1 * aux
+        return LossSums(total, total.detach(), {"my_aux": aux.detach()})
+
+    def _normalizer(self, batch: Any) -> torch.Tensor:
+        ignored = (batch.input_ids % 7 == 0) | (batch.input_ids % 11 == 0)
+        return (~ignored & (batch.labels != -100)).sum()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_own_keys_reach_forward_on_every_layout(ranks: Pools, tmp_path: Path, layout: str) -> None:
+    flags = ("--max_steps", 3, "--log_every", 1, "--do_val", "--no-do_save")
+    twin = ranks(1).run(train, SignalTwin, tmp_path / "twin", *flags)[0]
+    world, more = LAYOUTS[layout]
+    own = ranks(world).run(train, Signal, tmp_path / "own", *flags, *more)[0]
+    for stage in ("train", "val"):
+        assert losses(own.log, stage) == pytest.approx(losses(twin.log, stage), rel=1e-5), stage
+        found, expected = (
+            [(r["my_aux"], r.get("grad_norm", 0.0)) for r in run.records if r["stage"] == stage] for run in (own, twin)
+        )
+        assert [n for pair in found for n in pair] == pytest.approx([n for pair in expected for n in pair], rel=1e-4)
+
+
+class Gated(LanguageModel):
+    """Mixes every token with a running mean of those before it."""
+
+    depth: int = field("model/depth", default=2)
+
+    def __init__(self, *, vocab_size: int, hidden_size: int, depth: int) -> None:
+        super().__init__(vocab_size=vocab_size, hidden_size=hidden_size)
+        self.layers = nn.ModuleList(nn.Linear(hidden_size, hidden_size) for _ in range(depth))
+
+    def body(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            count = torch.arange(1, x_BSD.shape[1] + 1, device=x_BSD.device, dtype=x_BSD.dtype)[:, None]
+            x_BSD = x_BSD + torch.tanh(layer(x_BSD.cumsum(1) / count))
+        return x_BSD
+
+
+@dataclass
+class GatedConfig(BaseTrainerConfig):
+    my_loss_weight: float = field("training/my_loss_weight", default=0.1)
+
+
+class TrainGated(BaseTrainer[GatedConfig, Gated]):
+    MODEL = Gated
+    CONFIG = GatedConfig
+
+    @classmethod
+    def schedule(cls) -> str:
+        return "wsd"
+
+    def report(self) -> tuple[str, list[float], int]:
+        rates = [self._lr_scheduler(step) for step in range(10)]
+        return self.config.optim.lr_schedule, rates, len(self.raw_model.layers)
+
+
+def train_configured(cls: type[Trainer], log_dir: Path, *flags: object, depth: int = 3) -> Any:
+    """``train`` in the configuration that the model reads. A job for the pool."""
+    tree = build(cls.MODEL, cls.CONFIG)  # type: ignore[attr-defined]
+    tree.model.vocab_size, tree.model.hidden_size, tree.model.depth = 61, 16, depth
+    with configuration(tree):
+        return train(cls, log_dir, *flags)
+
+
+def test_a_model_of_ones_own_trains_resumes_and_keeps_its_options(ranks: Pools, tmp_path: Path) -> None:
+    flags = ("--lr_schedule", "wsd", "--log_every", 1)
+    one = ranks(1).run(train_configured, TrainGated, tmp_path / "1", *flags)[0]
+    two = ranks(2).run(train_configured, TrainGated, tmp_path / "2", *flags)[0]
+    assert two.extra[2] == 3
+    assert losses(two.log) == pytest.approx(losses(one.log), rel=1e-5)
+    assert one.extra[0] == "wsd"
+    again = ranks(2).run(train_configured, TrainGated, tmp_path / "2", *flags, "--max_steps", 6)[0]
+    assert again.log.startswith(two.log)
+
+
+def test_a_model_that_needs_whole_sequences_says_so(ranks: Pools, tmp_path: Path) -> None:
+    errors = ranks(2).run(user_error, TrainGated, tmp_path, "--sep_size", 2)
+    assert errors[0] == errors[1]
+    assert "Gated needs whole sequences and has no experts, but --sep_size is 2; use --sep_size 1" in errors[0]
+
+
+class Named(Plain):
+    @classmethod
+    def schedule(cls) -> Any:
+        return "wsds"
+
+    @classmethod
+    def optimizer(cls) -> Any:
+        return "muon"
+
+
+class ByHand(Plain):
+    @classmethod
+    def schedule(cls) -> Any:
+        return lambda step: 0.5 / (step + 1)
+
+    @classmethod
+    def optimizer(cls) -> Any:
+        return lambda params: torch.optim.SGD(params, lr=1.0)
+
+
+def test_schedules_and_optimizers_by_name_or_function(tmp_path: Path) -> None:
+    named = Named(config_of(*TINY, *SHORT, "--log_dir", tmp_path))
+    assert (named.config.optim.lr_schedule, named.config.optim.optimizer) == ("wsds", "muon")
+    assert type(named.raw_optimizer).__name__ == "Muon"
+    given = Named(config_of(*TINY, *SHORT, "--lr_schedule", "linear", "--log_dir", tmp_path))
+    assert given.config.optim.lr_schedule == "linear"
+    by_hand = ByHand(config_of(*TINY, *SHORT, "--log_dir", tmp_path))
+    assert isinstance(by_hand.raw_optimizer, torch.optim.SGD)
+    by_hand.train()
+    assert by_hand._lr_scheduler(1) == 0.25
+
+
+def test_names_that_do_not_exist(tmp_path: Path) -> None:
+    class Wrong(Plain):
+        @classmethod
+        def schedule(cls) -> Any:
+            return "wds"
+
+    class Other(Plain):
+        @classmethod
+        def optimizer(cls) -> Any:
+            return "lion"
+
+    with pytest.raises(ConfigError, match=r"schedule\(\) returned 'wds', which does not exist; did you mean wsd"):
+        Wrong(config_of(*TINY, "--log_dir", tmp_path))
+    with pytest.raises(ConfigError, match=r"optimizer\(\) returned 'lion', which .*use one of adamw, adam, muon"):
+        Other(config_of(*TINY, "--log_dir", tmp_path))
+
+
+class Scores(Evaluator):
+    def evaluate(self) -> Mapping[str, Mapping[str, Any]]:
+        weights = next(self.trainer.raw_model.parameters())
+        return {"my_task": {"size": float(weights.shape[0]), "step": -1}}
+
+
+class Hooked(Plain):
+    """The names of other systems' steps, in the order in which they run."""
+
+    def __init__(self, spec: Config) -> None:
+        self.calls: list[str] = []
+        super().__init__(spec)
+        self.calls.append("own")
+
+    def _init_topology(self, spec: Config) -> None:
+        self.calls.append("topology")
+        super()._init_topology(spec)
+
+    def _init_data(self, spec: Config) -> None:
+        self.calls.append("data")
+        super()._init_data(spec)
+
+    def _init_batch_config(self, topology: Any) -> None:
+        assert topology.world_size == 1
+        self.calls.append("batch")
+        super()._init_batch_config(topology)
+
+    def _init_model(self) -> None:  # type: ignore[override]
+        self.calls.append("model")
+        super()._init_model()
+
+    def _init_state(self, params: Any) -> None:
+        assert "wte.weight" in params
+        self.calls.append("state")
+        super()._init_state(params)
+
+    def _init_wandb(self, spec: Config) -> None:
+        self.calls.append("wandb")
+
+    def _init_counters_and_eval(self) -> None:
+        self.calls.append("counters")
+        super()._init_counters_and_eval()
+
+    def evaluator(self) -> Evaluator:
+        return Scores.from_trainer(self)
+
+    def report(self) -> list[str]:
+        return self.calls
+
+
+def test_every_step_of_the_initialization_can_be_overridden(ranks: Pools, tmp_path: Path) -> None:
+    result = ranks(1).run(train, Hooked, tmp_path)[0]
+    assert result.extra == ["topology", "data", "batch", "model", "state", "wandb", "counters", "own"]
+    scores = [record for record in result.records if record["stage"] == "eval"]
+    assert scores == [{"step": 4, "stage": "eval", "task": "my_task", "size": 61.0}]
+
+
+class NoLoss(Plain):
+    @staticmethod
+    def forward(state: Any, params: Any, batch: Any, *rest: Any, **named: Any) -> Any:
+        return BaseTrainer.forward(state, params, batch)[0]
+
+
+class NoMean(Plain):
+    @staticmethod
+    def forward(state: Any, params: Any, batch: Any, *rest: Any, **named: Any) -> Any:
+        logits, _, _ = BaseTrainer.forward(state, params, batch)
+        return logits, logits, {}
+
+
+class NoKeys(Plain):
+    def batch(self, slice: str = "train") -> dict[str, Any]:
+        return {"x": super().batch(slice)["x"]}
+
+
+class Taken(Plain):
+    def batch(self, slice: str = "train") -> dict[str, Any]:
+        batch = super().batch(slice)
+        return {**batch, "weights": batch["x"]}
+
+
+@pytest.mark.parametrize(
+    ("cls", "text"),
+    [
+        (NoLoss, "forward() returned a Tensor; return (logits, loss, meta)"),
+        (NoMean, "the loss of forward() is a tensor of shape [2, 12, 61]; return one number"),
+        (NoKeys, "batch() returned no y; return the dictionary of super().batch(), with more keys"),
+        (Taken, "batch() returned the key weights, which means something else in a batch; rename it"),
+    ],
+)
+def test_what_overrides_must_return(ranks: Pools, tmp_path: Path, cls: type[Trainer], text: str) -> None:
+    for error in ranks(2).run(user_error, cls, tmp_path, *SHORT):
+        assert error.startswith(f"ConfigError: {text}")
+
+
+class Outputs(nn.Module):
+    """A model with ``.loss`` in its outputs, as transformers' have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(61, 8), nn.Linear(8, 61)
+        self.with_loss = True
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.head(self.table(ids))
+        mean = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return {"logits": logits} | ({"loss": mean} if self.with_loss else {})
+
+
+class TrainsOutputs(Trainer):
+    def _init_model(self, config: Config) -> None:
+        self.raw_model = self.model = Outputs().to(self.device)
+
+
+class OwnFunction(TrainsOutputs):
+    def compute_loss_func(self, outputs: Any, inputs: Any) -> torch.Tensor:  # type: ignore[override]
+        assert set(inputs) == {"input_ids", "labels"}
+        return nn.functional.cross_entropy(outputs["logits"].flatten(0, 1), inputs["labels"].flatten())
+
+
+class NoLossAtAll(TrainsOutputs):
+    def _init_model(self, config: Config) -> None:
+        super()._init_model(config)
+        self.raw_model.with_loss = False
+
+
+def test_a_mean_in_the_outputs_or_from_a_function(ranks: Pools, tmp_path: Path) -> None:
+    one, two, function = (
+        ranks(world).run(train, cls, tmp_path / f"{cls.__name__}{world}", *SHORT)[0]
+        for cls, world in ((TrainsOutputs, 1), (TrainsOutputs, 2), (OwnFunction, 2))
+    )
+    for other in (two, function):
+        assert losses(other.log) == pytest.approx(losses(one.log), rel=1e-5)
+        norms = [[record["grad_norm"] for record in run.records] for run in (one, other)]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    for error in ranks(2).run(user_error, NoLossAtAll, tmp_path, *SHORT):
+        assert error.startswith("ConfigError: the model returned a dict without a loss; return LossSums or an object")

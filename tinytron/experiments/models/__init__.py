@@ -1,0 +1,1 @@
+"""Experiments with models of your own, one short file each."""

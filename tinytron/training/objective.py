@@ -1,0 +1,52 @@
+"""The loss of a step from whatever a model returns: Tinytron's sums, a mean, or the result of a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from tinytron.data import Batch
+from tinytron.errors import ConfigError
+from tinytron.model.modules.loss import LossSums
+
+# ``compute_loss_func(outputs, inputs)``: the mean loss of a micro-batch from the model's outputs and its inputs by name.
+LossFunction = Callable[[Any, Mapping[str, Any]], torch.Tensor]
+
+
+def loss_sums(outputs: Any, batch: Batch, compute: LossFunction | None = None) -> LossSums:
+    """The loss sums of ``batch``: those that the model returned as ``outputs``; or from a mean over its targets, which is
+    the result of ``compute``, or else ``outputs.loss``. Raises: ConfigError if there is no loss."""
+    if compute is not None:
+        return sums_of_mean(compute(outputs, inputs_of(batch)), batch, "compute_loss_func")
+    if isinstance(outputs, LossSums):
+        return outputs
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    if loss is None:
+        raise ConfigError(
+            f"the model returned a {type(outputs).__name__} without a loss; return LossSums or an object with .loss, which "
+            "is a mean, or set the trainer's compute_loss_func"
+        )
+    return sums_of_mean(loss, batch, "outputs.loss")
+
+
+def inputs_of(batch: Batch) -> dict[str, Any]:
+    """The tensors of a batch by name, with extra keys of the data; ``labels`` are already shifted."""
+    return {"input_ids": batch.input_ids, "labels": batch.labels, **batch.model_inputs(), **batch.extras}
+
+
+def sums_of_mean(mean: Any, batch: Batch, source: str, aux: Mapping[str, torch.Tensor] | None = None) -> LossSums:
+    """The sums whose division by the global number of targets is right if ``mean`` is the mean over this batch's targets,
+    weighted if they have weights. ``aux`` are further means to log. ``source`` names the mean in errors.
+
+    A micro-batch without targets has no mean; NaN there rejects the step, as everywhere. Raises: ConfigError unless
+    ``mean`` is a scalar tensor.
+    """
+    if not torch.is_tensor(mean) or mean.numel() != 1:
+        shown = f"a tensor of shape {list(mean.shape)}" if torch.is_tensor(mean) else f"a {type(mean).__name__}"
+        raise ConfigError(f"{source} is {shown}; return one number, the mean loss of the micro-batch, as a tensor")
+    weight = batch.target_weight()
+    total = mean.reshape(()) * weight.to(mean.dtype)
+    sums = {name: value.detach().float().mean() * weight.float() for name, value in (aux or {}).items()}
+    return LossSums(total, total.detach(), sums)
