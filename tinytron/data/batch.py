@@ -89,6 +89,10 @@ class Batch(NamedTuple):
         optional = {name: getattr(self, name) for name in names}
         return {name: value for name, value in optional.items() if value is not None}
 
+    def as_inputs(self) -> dict[str, Any]:
+        """The batch by name, with extra keys of the data; ``labels`` are already shifted."""
+        return {"input_ids": self.input_ids, "labels": self.labels, **self.model_inputs(), **self.extras}
+
 
 def as_batch(item: Any) -> Batch:
     """Convert an item of a custom loader into a ``Batch``. The item is a ``Batch``, a dict with ``input_ids`` and

@@ -26,15 +26,20 @@ def with_batch_size(config: Config, batch_size: int) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=batch_size))
 
 
-def fit_batch_size(config: Config, state: ParallelState) -> tuple[Config, str]:
+def fit_batch_size(config: Config, state: ParallelState, *, known: bool = True) -> tuple[Config, str]:
     """``config`` with the largest micro-batch that fits on every rank, and a line about it. Collective.
 
     The planner's estimate proposes a size that divides the batch. On GPUs each rank then runs one micro-batch of it forward
     and backward, and all ranks try the next smaller size if one runs out of memory. Under sequence or expert parallelism
     only the estimate decides, because a rank that fails in the middle of an exchange would leave the others waiting.
 
-    Raises: ConfigError on every rank if no size fits, or if the loss depends on the size.
+    Raises: ConfigError on every rank if no size fits, if the loss depends on the size, or unless the model's memory is
+    ``known``.
     """
+    if not known:
+        raise ConfigError(
+            "--batch_size auto can only estimate the memory of Tinytron's own model; give a number such as 8"
+        )
     world = state.groups["world"]
 
     def propose() -> tuple[list[int], Memory]:

@@ -19,7 +19,7 @@ def loss_sums(outputs: Any, batch: Batch, compute: LossFunction | None = None) -
     """The loss sums of ``batch``: those that the model returned as ``outputs``; or from a mean over its targets, which is
     the result of ``compute``, or else ``outputs.loss``. Raises: ConfigError if there is no loss."""
     if compute is not None:
-        return sums_of_mean(compute(outputs, inputs_of(batch)), batch, "compute_loss_func")
+        return sums_of_mean(compute(outputs, batch.as_inputs()), batch, "compute_loss_func")
     if isinstance(outputs, LossSums):
         return outputs
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
@@ -29,11 +29,6 @@ def loss_sums(outputs: Any, batch: Batch, compute: LossFunction | None = None) -
             "is a mean, or set the trainer's compute_loss_func"
         )
     return sums_of_mean(loss, batch, "outputs.loss")
-
-
-def inputs_of(batch: Batch) -> dict[str, Any]:
-    """The tensors of a batch by name, with extra keys of the data; ``labels`` are already shifted."""
-    return {"input_ids": batch.input_ids, "labels": batch.labels, **batch.model_inputs(), **batch.extras}
 
 
 def sums_of_mean(mean: Any, batch: Batch, source: str, aux: Mapping[str, torch.Tensor] | None = None) -> LossSums:

@@ -19,8 +19,8 @@ from tinytron.data import Batch, GlobalBatchSampler
 from tinytron.distributed import DistributedOptimizer
 from tinytron.distributed.param_spec import specs_of
 from tinytron.distributed.topology import describe_topology
-from tinytron.errors import ConfigError
 from tinytron.metrics import SourceLosses
+from tinytron.metrics.custom import Metrics, MetricSet
 from tinytron.metrics.sinks import SINKS, RunInfo
 from tinytron.model.modules.loss import LossSums, checked_sums
 from tinytron.model.protocols import EndsSteps, WaitsForParameters
@@ -68,8 +68,9 @@ class Trainer(RankAttributes):
     """
 
     sections: ClassVar[Mapping[str, type]] = {}  # extra sections of the configuration: name -> dataclass of flags
-    # ``(outputs, inputs) -> mean loss``, for models that do not return ``LossSums``; a method, or set on an instance.
-    compute_loss_func: LossFunction | None = None
+    compute_loss_func: LossFunction | None = None  # (outputs, inputs) -> mean loss; a method, or set on an instance
+    train_metric_cls: Metrics = None  # a metric class, or several (tinytron/metrics/custom.py)
+    eval_metric_cls: Metrics = None
     train_dataset: Dataset[Any] | None = None
     val_dataset: Dataset[Any] | None = None
     train_loader: Iterable[Any] | None = None
@@ -114,14 +115,9 @@ class Trainer(RankAttributes):
 
     def _fit_batch_size(self, config: Config) -> Config:
         """Replace ``--batch_size auto`` with a number. Raises: ConfigError for a model whose memory cannot be estimated."""
-        if config.train.batch_size != AUTO:
-            return config
-        if not self._trains_gpt(config):
-            raise ConfigError(
-                "--batch_size auto can only estimate the memory of Tinytron's own model; give a number such as 8"
-            )
-        config, text = fit_batch_size(config, self.state)
-        self._say(text)
+        if config.train.batch_size == AUTO:
+            config, text = fit_batch_size(config, self.state, known=self._trains_gpt(config))
+            self._say(text)
         return config
 
     def _check_memory(self, config: Config) -> None:
@@ -183,6 +179,9 @@ class Trainer(RankAttributes):
     def _init_metrics(self, config: Config) -> None:
         """Choose what is logged in addition to the losses, and open the sinks."""
         self._sources = SourceLosses(self.data.train.sources, self.state)
+        classes = (("train", self.train_metric_cls), ("val", self.eval_metric_cls))
+        self._custom = {stage: MetricSet(found, config, self.state) for stage, found in classes}
+        self.reporter.metrics.append(lambda step: self._custom["train"].end())
         self.reporter.metrics += build_metrics(
             config, self.raw_model, self.state, self.log_dir, self._sources, self.data.seen_tokens
         )
@@ -204,6 +203,7 @@ class Trainer(RankAttributes):
         """Loss *sums* over this rank's part of a micro-batch; ``train_step`` divides them by what ``_normalizer`` counts in
         the global batch. ``batch.extras`` are extra keys of the data."""
         outputs = self.model(batch.input_ids, batch.labels, **batch.model_inputs())
+        self._custom["train" if self.model.training else "val"].update(outputs, batch)
         return loss_sums(outputs, batch, self.compute_loss_func)
 
     def _normalizer(self, batch: Batch) -> torch.Tensor:
@@ -269,6 +269,8 @@ class Trainer(RankAttributes):
         microbatches = scale_weights(microbatches, count.weight_scale)
         if self.config.model.use_moe:
             microbatches = [batch._replace(routing_scale=count.routing_scale) for batch in microbatches]
+        if self.due.report(self.step + 1):
+            self._custom["train"].begin()
         sums: dict[str, torch.Tensor] = {}
         counts: dict[str, torch.Tensor] = {}
         for i, batch in enumerate(microbatches):
@@ -299,7 +301,9 @@ class Trainer(RankAttributes):
         """Validate the current weights, log the result and return it, in nats per token. Collective."""
         with self.reporter.clock.paused(), self.guards.paused():
             objective = (self.model, self._loss, self._normalizer)
+            self._custom["val"].begin()
             loss, record = self.evals.validate(self.step, *objective, self.data.validation())
+            record |= self._custom["val"].end()
         self.one_step_results["val_loss"] = loss
         self.reporter.write([record])
         return loss
