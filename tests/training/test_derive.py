@@ -192,3 +192,20 @@ def test_recurring_actions_are_due_at_their_interval_and_at_the_end() -> None:
     assert due("--debug", "--do_val", "--eval_tasks", "a.jsonl", "--log_every", 3) == {
         "validation": [], "tasks": [], "save": [], "report": [1, 3, 6, 7],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "rate"),
+    [((), 1.0), (("--do_val",), 0.99), (("--do_val", "--debug"), 1.0), (("--do_val", "--split_rate", 0.5), 0.5)],
+)
+def test_derived_options_have_the_split_rate_they_imply(flags: tuple[object, ...], rate: float) -> None:
+    train = config_of(*flags).train
+    assert train.with_derived() == replace(train, split_rate=rate)
+
+
+def test_building_a_config_validates_it() -> None:
+    made = Config()
+    made.validate_static()
+    object.__setattr__(made, "train", replace(made.train, seq_len=8192))
+    with pytest.raises(ConfigError, match=r"--seq_len 8192 exceeds --block_size 4096; use --block_size 8192"):
+        made.validate_static()

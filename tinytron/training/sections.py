@@ -5,7 +5,7 @@ The command line (arguments.py) and the tables in docs/reference are generated f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from tinytron.kernels.choice import Backend, Kernels
@@ -152,6 +152,12 @@ class TrainingConfig:
         15,
         20,
     )
+
+    def with_derived(self) -> TrainingConfig:
+        """These options with the split rate that they imply, if none is given: 0.99 for a run that validates, else 1."""
+        if self.split_rate is not None:
+            return self
+        return replace(self, split_rate=0.99 if self.do_val and not self.debug else 1.0)
 
     @property
     def kernels(self) -> Kernels:
