@@ -88,9 +88,24 @@ def test_epochs_give_the_whole_batches_in_them(samples: int, epochs: int, steps:
 
 
 @pytest.mark.parametrize("max_steps", [1, 7, 10**6])
-def test_max_steps_beats_epochs(max_steps: int) -> None:
+def test_max_steps_hold_before_tokens_and_epochs(max_steps: int) -> None:
     for samples in (1, 1000):
-        assert derived(config(max_steps=max_steps, max_epochs=3), samples=samples).max_steps == max_steps
+        info = derived(config(max_steps=max_steps, max_epochs=3), samples=samples)
+        assert info.max_steps == max_steps
+        assert info.notes == (f"the length of the run is --max_steps {max_steps}, which holds before --max_epochs 3",)
+        all_three = derived(config(max_steps=max_steps, max_train_tokens=5 * 512, max_epochs=3), samples=samples)
+        assert all_three.max_steps == max_steps
+        assert all_three.notes == (
+            f"the length of the run is --max_steps {max_steps}, which holds before --max_train_tokens 2560 and "
+            "--max_epochs 3",
+        )
+
+
+def test_tokens_hold_before_epochs() -> None:
+    info = derived(config(max_train_tokens=4 * 512 + 1, max_epochs=3))
+    assert info.max_steps == 5
+    assert info.notes == ("the length of the run is --max_train_tokens 2049, which holds before --max_epochs 3",)
+    assert derived(config(max_train_tokens=512)).notes == derived(config(max_steps=2)).notes == ()
 
 
 @given(samples=st.integers(1, 40), epochs=st.integers(1, 5), sequences=st.integers(1, 100))

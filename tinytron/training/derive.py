@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from tinytron.distributed.layout import ParallelLayout
-from tinytron.training.config import Config, OptimConfig
+from tinytron.training.config import Config, OptimConfig, TrainingConfig
 from tinytron.utils.training import get_training_info, grad_accum_steps
 
 
@@ -77,7 +77,8 @@ def derive(config: Config, layout: ParallelLayout, num_samples: int | None) -> T
         max_train_tokens=train.max_train_tokens,
         max_epochs=train.max_epochs,
     )
-    max_steps, notes = counts.max_steps, []
+    max_steps = counts.max_steps
+    notes = _limits_note(train)
     if config.balanced_sequences is not None:
         sequences = train.batch_size * layout.dp
         notes.append(
@@ -106,6 +107,15 @@ def derive(config: Config, layout: ParallelLayout, num_samples: int | None) -> T
         profile_window=(first, last),
         notes=tuple(notes),
     )
+
+
+def _limits_note(train: TrainingConfig) -> list[str]:
+    """A line that says which limit of the run holds, if several are given."""
+    names = ("max_steps", "max_train_tokens", "max_epochs")  # in the order in which they hold
+    given = [f"--{name} {value}" for name in names if (value := getattr(train, name)) != getattr(TrainingConfig, name)]
+    if len(given) < 2:
+        return []
+    return [f"the length of the run is {given[0]}, which holds before {' and '.join(given[1:])}"]
 
 
 def data_position(config: Config, step: int) -> dict[str, int]:

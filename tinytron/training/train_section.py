@@ -40,7 +40,9 @@ class TrainingConfig:
         ),
     ] = 8
     seq_len: Annotated[int, Flag("length of a training sequence", "tokens", at_least=1)] = 4096
-    max_steps: Annotated[int | None, Flag("stop after this many steps", identity=False, at_least=1)] = None
+    max_steps: Annotated[
+        int | None, Flag("stop after this many steps; holds before the limits below", identity=False, at_least=1)
+    ] = None
     max_train_tokens: Annotated[
         int | None,
         Flag(

@@ -42,16 +42,18 @@ def get_training_info(
     max_epochs: int = 1,
 ) -> StepCounts:
     """The number of optimizer steps of a run and of the micro-batches in each. Pure arithmetic; the arguments are the flags
-    of the same names, ``dp_size`` data-parallel ranks, and the number of samples in an epoch (``None``: no length).
+    of the same names, ``dp_size`` data-parallel ranks, and the number of samples in an epoch (``None``: no length). Of
+    several limits ``max_steps`` holds before ``max_train_tokens``, and that before ``max_epochs``.
 
     Raises: ConfigError if the global batch does not divide evenly over the ranks, the data has less than one global batch,
     or the length of the run is not specified.
     """
     micro_batches = grad_accum_steps(total_batch_size, batch_size, seq_len, dp_size)
     global_batch = total_batch_size // seq_len
-    limits = [max_steps, max_train_tokens and -(-max_train_tokens // total_batch_size)]
-    if given := [limit for limit in limits if limit is not None]:
-        steps = min(given)
+    if max_steps is not None:
+        steps = max_steps
+    elif max_train_tokens is not None:
+        steps = -(-max_train_tokens // total_batch_size)
     elif num_samples is None:
         raise ConfigError(
             "the training data has no length; set the length of the run: --max_steps or --max_train_tokens"
