@@ -104,7 +104,7 @@ def build_parser(
         f"--{PRESET}",
         default=argparse.SUPPRESS,
         metavar="NAME",
-        help=f"named sizes and learning rates; files and flags override them ({', '.join(PRESETS)})",
+        help=f"named options; files and flags override them ({', '.join(PRESETS)})",
     )
     parser.add_argument(
         "--config",
