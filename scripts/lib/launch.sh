@@ -1,8 +1,8 @@
 # scripts/*/pretrain.sh source this file. `launch SCRIPT FLAG...` runs SCRIPT through torchrun on this node's GPUs, or in
 # CPU processes. Environment variables (with their defaults):
 #
-#   NUM_NODES=1 NODE_RANK=0 MASTER_ADDR=localhost MASTER_PORT=29500     several nodes: run the script on each. A platform
-#                              that sets torchrun's PET_NNODES, PET_NODE_RANK, ... needs none of them (docs/cluster.md)
+#   NUM_NODES=1 NODE_RANK=0 MASTER_ADDR=localhost MASTER_PORT=29500     several nodes: run the script on each
+#                              (not on platforms that set PET_NNODES, PET_NODE_RANK, ...: docs/cluster.md)
 #   NUM_GPUS=(all)             GPUs to use on this node; 0: CPU processes
 #   NPROC=1                    number of CPU processes, when no GPU is used
 #   SEP_SIZE=1 BATCH_SIZE=8 SEQ_LEN=4096 GBS=1024     GBS: global batch in sequences

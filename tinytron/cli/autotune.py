@@ -39,7 +39,7 @@ command of the fastest. The words after -- are flags of tinytron pretrain, which
 
 @dataclass(frozen=True)
 class Row:
-    """The result of one run. ``reason`` says why there is no speed."""
+    """The result of one run. ``reason`` says why a run was not measured."""
 
     sep_size: int
     batch_size: int
@@ -87,9 +87,7 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--target_steps", type=_count, default=20, metavar="N", help="measured steps of a run")
     parser.add_argument("--warmup_steps", type=_count, default=5, metavar="N", help="steps before those, not measured")
-    parser.add_argument(
-        "--timeout", type=_count, default=600, metavar="SECONDS", help="end a run that takes longer, and go on"
-    )
+    parser.add_argument("--timeout", type=_count, default=600, metavar="SECONDS", help="end a run that takes longer")
     parser.add_argument(
         "--nproc_per_node",
         type=_count,
@@ -108,7 +106,7 @@ def _count(text: str) -> int:
 
 
 def _target(args: argparse.Namespace) -> list[str]:
-    """What python or the launcher is to start."""
+    """The words that name the program, for python or the launcher."""
     return [args.script] if args.script else ["-m", "tinytron", "pretrain"]
 
 

@@ -64,7 +64,7 @@ class DataPipeline:
     def _split(self, dataset: Dataset[Any] | None) -> tuple[Dataset[Any] | None, Dataset[Any] | None]:
         """Training and validation part of a dataset without validation data, according to the flags."""
         rate = self.config.train.with_derived().split_rate
-        assert rate is not None
+        assert rate is not None, "with_derived sets it"
         if not self.validates and rate == 1.0:
             return dataset, None
         return datasets.split_off_validation(dataset, rate)

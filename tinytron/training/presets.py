@@ -176,7 +176,7 @@ _SIZES: Mapping[str, Preset] = MappingProxyType(
     }
 )
 
-# What each system trains by default. Lengths, intervals and paths are left to flags.
+# The defaults of each system. Lengths, intervals and paths are left to flags.
 _SYSTEMS: Mapping[str, Preset] = MappingProxyType(
     {
         "tinytron": Preset(
