@@ -2,12 +2,29 @@
 # CPU processes. Environment variables (with their defaults):
 #
 #   NUM_NODES=1 NODE_RANK=0 MASTER_ADDR=localhost MASTER_PORT=29500     several nodes: run the script on each
+#                              (not on platforms that set PET_NNODES, PET_NODE_RANK, ...: docs/cluster.md)
 #   NUM_GPUS=(all)             GPUs to use on this node; 0: CPU processes
 #   NPROC=1                    number of CPU processes, when no GPU is used
 #   SEP_SIZE=1 BATCH_SIZE=8 SEQ_LEN=4096 GBS=1024     GBS: global batch in sequences
 #   MAX_LR=6e-4 MIN_LR=6e-5 LR_WARMUP_STEPS=2 SEED=1337
 #   USE_COMPILE=(1 on GPUs, 0 on CPUs) DEBUG=1 DETER_MODE=1     1: on, 0: off
 #   DATASET_PATH=(none: mock data)   folder or pattern of token shards
+
+# Nodes of a platform: torchrun reads PET_* itself, unless the user sets NUM_NODES.
+PLATFORM_NODES=0
+if [ -z "${NUM_NODES:-}" ]; then
+    if [ -n "${PET_NNODES:-}${PET_NODE_RANK:-}${PET_MASTER_ADDR:-}${PET_RDZV_ENDPOINT:-}" ]; then
+        PLATFORM_NODES=1
+        case "${PET_NPROC_PER_NODE:-}" in
+            '' | *[!0-9]*) ;; # auto, gpu, cpu: as without a platform
+            *) : "${NUM_GPUS:=$PET_NPROC_PER_NODE}" "${NPROC:=$PET_NPROC_PER_NODE}" ;;
+        esac
+    elif [ "${WORLD_SIZE:-1}" != 1 ] && [ -n "${RANK:-}" ]; then
+        echo "error: WORLD_SIZE=$WORLD_SIZE and RANK=$RANK are set, but NUM_NODES is not; if they count nodes, use" \
+            "NUM_NODES=\$WORLD_SIZE NODE_RANK=\$RANK, and if they count processes, start python instead of this script" >&2
+        exit 2
+    fi
+fi
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
@@ -60,7 +77,9 @@ launch() {
     else
         workers="$NUM_GPUS"
     fi
-    if [ "$NUM_NODES" -eq 1 ] && [ -z "${MASTER_PORT:-}" ]; then
+    if [ "$PLATFORM_NODES" = 1 ]; then
+        rendezvous=()
+    elif [ "$NUM_NODES" -eq 1 ] && [ -z "${MASTER_PORT:-}" ]; then
         rendezvous=(--standalone)
     else
         rendezvous=(--nnodes "$NUM_NODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")

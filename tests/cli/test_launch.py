@@ -133,3 +133,13 @@ def test_a_missing_script_is_one_line(tmp_path: Path) -> None:
 def test_a_scripts_help_is_printed_once(tmp_path: Path, flag: str) -> None:
     finished = run(flag, cwd=tmp_path, processes=2, script=_script(tmp_path, "import sys; print('help', sys.argv[1:])"))
     assert (finished.code, finished.stdout) == (0, f"help ['{flag}']\n")
+
+
+def test_one_node_cannot_be_several(tmp_path: Path) -> None:
+    """torchrun would wait for a second node at a place that it cannot know."""
+    finished = run(cwd=tmp_path, processes=2, script=_script(tmp_path, SHOW), env={"PET_NNODES": "2"})
+    assert finished.code == 2
+    assert finished.stderr == (
+        "error: --standalone starts the processes of one node, but --nnodes (PET_NNODES) is 2; use --nnodes 1, or leave "
+        "--standalone out\n"
+    )

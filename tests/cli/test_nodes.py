@@ -14,11 +14,9 @@ import pytest
 from tests.helpers.runs import ROOT, Finished, finish, losses
 
 DENSE, MOE = "scripts/debug_gpt_0.25b/pretrain.sh", "scripts/debug_gpt_0.3b_a0.17b/pretrain.sh"
-TINY = [
+TINY = [  # without --intermediate_size: a preset of which every option is overridden is an error
     *("--num_layer", "2", "--num_attention_heads", "4", "--num_key_value_heads", "2", "--hidden_size", "32"),
     *(
-        "--intermediate_size",
-        "48",
         "--vocab_size",
         "61",
         "--block_size",
@@ -43,7 +41,8 @@ def _start(script: str, folder: Path, flags: Sequence[str], env: Mapping[str, ob
         "MAX_LR": 0.01,
     }
     base["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the scripts take the active python
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NUM_NODES")
+    kept = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("PET_")}
     return subprocess.Popen(
         ["bash", script, *flags, "--log_dir", str(folder)],
         cwd=ROOT,
@@ -97,6 +96,36 @@ def test_two_nodes_log_the_losses_of_one(tmp_path: Path, name: str) -> None:
     assert one.code == 0, one.stderr
     assert list(_losses(tmp_path / "one")) == [1, 2, 3]
     assert _losses(tmp_path / "two") == pytest.approx(_losses(tmp_path / "one"), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["PET", pytest.param("node counts", marks=pytest.mark.slow)])
+def test_nodes_of_a_platform_are_one_world(tmp_path: Path, kind: str) -> None:
+    """The variables of PyTorchJob, and node counts in WORLD_SIZE and RANK with the documented words before the command."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    nodes = []
+    for rank in (0, 1):
+        env: dict[str, object] = {**place, "WORLD_SIZE": 2, "RANK": rank}
+        if kind == "PET":
+            env |= {f"PET_{name}": value for name, value in place.items()}
+            env |= {"PET_NNODES": 2, "PET_NODE_RANK": rank, "PET_NPROC_PER_NODE": 2}
+        else:
+            env |= {"NUM_NODES": 2, "NODE_RANK": rank, "NPROC": 2}
+        nodes.append(_start(DENSE, tmp_path, [*TINY, "--print_topology"], env))
+    done = [finish(node, timeout=120) for node in nodes]
+    assert [(node.code, node.stderr) for node in done] == [(0, "")] * 2, done
+    assert "topology: 4 processes = dp 4 x sep 1" in done[0].stdout
+    assert "step 3/3" in done[0].stdout
+    assert done[1].stdout == ""
+
+
+def test_counts_of_unknown_things_are_one_error(tmp_path: Path) -> None:
+    done = _run(DENSE, tmp_path, TINY, WORLD_SIZE=2, RANK=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=29500)
+    assert done.code == 2
+    assert done.stderr.startswith(
+        "error: WORLD_SIZE=2 and RANK=1 are set, but NUM_NODES is not; if they count nodes, use "
+    )
+    assert "NUM_NODES=$WORLD_SIZE NODE_RANK=$RANK" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.slow

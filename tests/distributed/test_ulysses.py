@@ -13,7 +13,13 @@ import torch.distributed as dist
 from tests.helpers.ranks import Ranks
 from tests.helpers.rope import frequencies
 from tinytron.distributed import ParallelLayout, ParallelState
-from tinytron.distributed.sequence_parallel.ulysses import HeadPlan, cut_sequence, head_to_seq, seq_to_head
+from tinytron.distributed.sequence_parallel.ulysses import (
+    HeadPlan,
+    cut_sequence,
+    head_to_seq,
+    seq_to_head,
+    sum_gradients,
+)
 from tinytron.kernels.choice import Kernels
 from tinytron.model import ModelConfig
 from tinytron.model.modules.attn import Attention
@@ -138,3 +144,59 @@ def _fp32(kv_heads: int) -> None:
 @pytest.mark.parametrize("world", [2, 4])
 def test_attention_in_fp32(ranks: Pools, world: int, kv_heads: int) -> None:
     ranks(world).run(_fp32, kv_heads)
+
+
+def _steps_of_a_plain_optimizer(dtype: torch.dtype, bucket_size_mb: float) -> None:
+    """SGD without ``DistributedOptimizer`` on parts of the sequence, and on whole sequences in one process."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    group = dist.group.WORLD
+    assert group is not None
+    x = _random(B, S, 8)
+    nets = []
+    for share in (False, True):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4, bias=False))
+        net = net.to(dtype)
+        net.frozen, net.unused = (torch.nn.Parameter(torch.ones(3, dtype=dtype)) for _ in range(2))
+        net.frozen.requires_grad_(False)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+        for _ in range(2):
+            part = cut_sequence(x, rank, world) if share else x
+            for row in part:  # micro-batches
+                net(row.to(dtype)).square().sum().backward()
+            if share:
+                sum_gradients(net.parameters(), group, bucket_size_mb)
+            optimizer.step()
+            optimizer.zero_grad()
+        nets.append(net)
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-2, "atol": 2e-2}
+    for one, shared in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(shared, one, **tolerance)
+
+
+@pytest.mark.parametrize("bucket_size_mb", [1e-4, 64.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_summed_gradients_train_as_one_process(
+    ranks: Pools, world: int, dtype: torch.dtype, bucket_size_mb: float
+) -> None:
+    ranks(world).run(_steps_of_a_plain_optimizer, dtype, bucket_size_mb)
+
+
+def _a_gradient_of_one_rank() -> None:
+    """A parameter that one rank alone used: the others' missing gradients are zeros, in every precision of the model."""
+    group = dist.group.WORLD
+    assert group is not None
+    params = [torch.nn.Parameter(torch.zeros(5, dtype=t)) for t in (torch.float32, torch.bfloat16, torch.float64)]
+    if dist.get_rank() == 1:
+        for param in params:
+            param.grad = torch.full_like(param, 3.0)
+    sum_gradients(params, group)
+    for param in params:
+        assert param.grad is not None
+        assert param.grad.dtype == param.dtype
+        assert param.grad.tolist() == [3.0] * 5
+
+
+def test_a_missing_gradient_counts_as_zero(ranks: Pools) -> None:
+    ranks(2).run(_a_gradient_of_one_rank)

@@ -20,7 +20,7 @@ from tests.model.test_gpt import gradients, make_batch, sums
 from tests.model.test_moe_gpt import MOE, VARIANTS, K, MoETwin, make_model
 from tinytron.data import GlobalBatchSampler, MockDataset, ShuffledEpochs
 from tinytron.errors import DataError
-from tinytron.metrics.routing import keep_traces_until, margin_statistics, weight_entropy
+from tinytron.metrics.routing import keep_traces_until, margin_statistics, route_lines, weight_entropy
 from tinytron.metrics.sinks import Console
 from tinytron.metrics.sinks.files import json_line
 from tinytron.model import GPT, ModelConfig
@@ -160,6 +160,25 @@ def test_an_infinite_margin_is_text_at_any_depth() -> None:
     found = margin_statistics(np.full(8, math.inf), np.zeros(8))
     line = json.loads(json_line({"router_margin": [found]}), parse_constant=pytest.fail)
     assert line["router_margin"][0]["percentile_1"] == line["router_margin"][0]["mean"] == "inf"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [1, 3])
+def test_lines_written_by_column_are_those_of_a_loop(k: int, dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(1)
+    tokens, experts = (torch.randint(0, 10**6, shape, generator=random) for shape in ((50,), (50, k)))
+    weights, margins = (torch.randn(shape, generator=random, dtype=dtype) for shape in ((50, k), (50,)))
+    margins[:6] = torch.tensor([math.inf, -math.inf, math.nan, 1e-30, 0.0, 12345678.0])
+    weights[7, 0], weights[8, 0] = math.nan, 1.0
+    rows, positions = torch.arange(50) // 8, torch.arange(50) % 8 + 16
+    found = route_lines(3, 5, [rows, positions, tokens, experts, weights, margins])
+    expected = ""
+    for t in range(50):
+        place = {"row": int(rows[t]), "position": int(positions[t]), "token": int(tokens[t])}
+        decision = {"experts": experts[t].tolist(), "weights": weights[t].tolist(), "margin": margins[t].item()}
+        expected += json_line({"step": 3, "layer": 5, **place, **decision})
+    assert found == expected
+    assert route_lines(3, 5, [column[:0] for column in (rows, positions, tokens, experts, weights, margins)]) == ""
 
 
 # Runs.

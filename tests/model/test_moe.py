@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 
+from tests.helpers.runs import ROOT
 from tests.naive import moe as naive
 from tinytron.kernels.grouped_gemm import grouped_linear, looped_linear
 from tinytron.model import ModelConfig
@@ -243,3 +246,14 @@ def test_experts_see_few_numbers_of_rows_on_cpus(
     assert all(size % 32 == 0 and size - count in range(32) for size, count in zip(seen, counts * 2, strict=True))
     torch.testing.assert_close(out, expected, rtol=0.02, atol=0.02)
     torch.testing.assert_close(torch.autograd.grad(out, inputs, out_grad), expected_grads, rtol=0.03, atol=0.05)
+
+
+@pytest.mark.parametrize("first", ["mlp", "moe"])
+def test_the_layer_has_its_documented_place(first: str) -> None:
+    """Both files import, in either order, and name the same class."""
+    rest = {"mlp": "moe", "moe": "mlp"}[first]
+    modules = "tinytron.model.modules"
+    code = f"from {modules}.{first} import MoE as a; from {modules}.{rest} import MoE as b; assert a is b"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    with pytest.raises(ImportError, match="cannot import name 'MoEs'"):
+        from tinytron.model.modules.mlp import MoEs  # noqa: F401

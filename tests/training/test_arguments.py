@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from tests.training.test_config import EXECUTION
 from tinytron.errors import ConfigError
 from tinytron.training.arguments import USUAL_NAMES, build_config, build_parser, parse_args
-from tinytron.training.config import SECTIONS, Config
+from tinytron.training.config import SECTIONS, Config, TrainingConfig
 from tinytron.training.config_files import as_json
 from tinytron.utils.flags import FieldInfo, config_fields
 
@@ -27,7 +28,7 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
         "use_compile": False, "use_profiler": False, "steps_to_profile": (15, 20), "disable_tf32": False,
         "z_loss_coef": 0.0, "recompute": "none", "attn_backend": "auto", "spike_sigma": 0.0, "spike_window": 100,
         "spike_action": "skip", "replica_check_every": 0, "step_timeout": 0.0, "use_liger_kernel": False,
-        "use_cut_cross_entropy": False, "use_triton_kernels": False,
+        "use_cut_cross_entropy": False, "use_triton_kernels": False, "total_batch_sequences": None,
     },
     "logging": {
         "exp_name": "gpt", "log_dir": "./log/", "log_every": 10, "print_config": "no", "moe_router_debug": False,
@@ -75,9 +76,8 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
 FIELDS = [(section, info) for section, cls in SECTIONS.items() for info in config_fields(cls)]
 BOOLEANS = [(section, info) for section, info in FIELDS if info.type is bool]
 # What init_from and hf_model change is in tests/interop/test_init_from.py and test_causal_lm.py.
-BY_NAME = [
-    pytest.param(section, info, id=info.name) for section, info in FIELDS if info.name not in ("init_from", "hf_model")
-]
+OTHER_FIELDS = ("init_from", "hf_model", "total_batch_sequences")  # they set other fields, and have their own tests
+BY_NAME = [pytest.param(section, info, id=info.name) for section, info in FIELDS if info.name not in OTHER_FIELDS]
 
 # Another valid value, where "the next one" breaks a rule or there is no number to start from.
 OTHER = {
@@ -320,3 +320,37 @@ def test_numbers_are_finite(name: str, value: str) -> None:
 def test_amounts_that_fp32_turns_into_infinity_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"--{name} 1e\+300 must be in 0\.\."):
         build_config(parse_args([f"--{name}", "1e300"]))
+
+
+def batch_of(*arguments: str) -> int:
+    train = build_config(parse_args(arguments)).train
+    assert train.total_batch_sequences is None  # so that the saved configuration has the batch once
+    return train.total_batch_size
+
+
+def test_the_global_batch_may_be_given_in_sequences(tmp_path: Path) -> None:
+    assert batch_of("--total_batch_sequences", "6", "--seq_len", "64") == 6 * 64
+    assert batch_of("--preset", "tiny", "--total_batch_sequences", "3") == 3 * 256  # instead of the preset's
+    file = tmp_path / "options.yaml"
+    file.write_text("train:\n  total_batch_sequences: 5\n  seq_len: 32\n", encoding="utf-8")
+    assert batch_of("--config", str(file)) == 160
+    assert batch_of("--config", str(file), "--seq_len", "16", "--total_batch_sequences", "2") == 32
+    assert TrainingConfig(total_batch_sequences=4, seq_len=8).total_batch_size == 32
+    given, same = ("--seq_len", "64", "--total_batch_sequences", "6"), ("--seq_len", "64", "--total_batch_size", "384")
+    assert build_config(parse_args(given)) == build_config(parse_args(same))
+
+
+@pytest.mark.parametrize("tokens", ["524288", "384", "100"])
+def test_the_global_batch_in_both_units_is_an_error(tokens: str, tmp_path: Path) -> None:
+    text = f"--total_batch_sequences 6 and --total_batch_size {tokens} (tokens) both set the global batch; leave one of"
+    assert refusal("--seq_len", "64", "--total_batch_sequences", "6", "--total_batch_size", tokens).startswith(text)
+    file = tmp_path / "options.json"
+    file.write_text(f'{{"total_batch_size": {tokens}}}', encoding="utf-8")
+    assert refusal("--config", str(file), "--seq_len", "64", "--total_batch_sequences", "6").startswith(text)
+    with pytest.raises(ConfigError, match="--total_batch_sequences 6 and --total_batch_size 100"):
+        TrainingConfig(total_batch_sequences=6, seq_len=64, total_batch_size=100)
+
+
+def test_a_batch_of_no_sequences_is_an_error() -> None:
+    assert refusal("--total_batch_sequences", "0") == "--total_batch_sequences 0 must be at least 1; use 128"
+    assert "--seq_len 0 must be at least 1" in refusal("--total_batch_sequences", "4", "--seq_len", "0")

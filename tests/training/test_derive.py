@@ -88,9 +88,24 @@ def test_epochs_give_the_whole_batches_in_them(samples: int, epochs: int, steps:
 
 
 @pytest.mark.parametrize("max_steps", [1, 7, 10**6])
-def test_max_steps_beats_epochs(max_steps: int) -> None:
+def test_max_steps_hold_before_tokens_and_epochs(max_steps: int) -> None:
     for samples in (1, 1000):
-        assert derived(config(max_steps=max_steps, max_epochs=3), samples=samples).max_steps == max_steps
+        info = derived(config(max_steps=max_steps, max_epochs=3), samples=samples)
+        assert info.max_steps == max_steps
+        assert info.notes == (f"the length of the run is --max_steps {max_steps}, which holds before --max_epochs 3",)
+        all_three = derived(config(max_steps=max_steps, max_train_tokens=5 * 512, max_epochs=3), samples=samples)
+        assert all_three.max_steps == max_steps
+        assert all_three.notes == (
+            f"the length of the run is --max_steps {max_steps}, which holds before --max_train_tokens 2560 and "
+            "--max_epochs 3",
+        )
+
+
+def test_tokens_hold_before_epochs() -> None:
+    info = derived(config(max_train_tokens=4 * 512 + 1, max_epochs=3))
+    assert info.max_steps == 5
+    assert info.notes == ("the length of the run is --max_train_tokens 2049, which holds before --max_epochs 3",)
+    assert derived(config(max_train_tokens=512)).notes == derived(config(max_steps=2)).notes == ()
 
 
 @given(samples=st.integers(1, 40), epochs=st.integers(1, 5), sequences=st.integers(1, 100))
@@ -193,3 +208,20 @@ def test_recurring_actions_are_due_at_their_interval_and_at_the_end() -> None:
     assert due("--debug", "--do_val", "--eval_tasks", "a.jsonl", "--log_every", 3) == {
         "validation": [], "tasks": [], "save": [], "report": [1, 3, 6, 7],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "rate"),
+    [((), 1.0), (("--do_val",), 0.99), (("--do_val", "--debug"), 1.0), (("--do_val", "--split_rate", 0.5), 0.5)],
+)
+def test_derived_options_have_the_split_rate_they_imply(flags: tuple[object, ...], rate: float) -> None:
+    train = config_of(*flags).train
+    assert train.with_derived() == replace(train, split_rate=rate)
+
+
+def test_building_a_config_validates_it() -> None:
+    made = Config()
+    made.validate_static()
+    object.__setattr__(made, "train", replace(made.train, seq_len=8192))
+    with pytest.raises(ConfigError, match=r"--seq_len 8192 exceeds --block_size 4096; use --block_size 8192"):
+        made.validate_static()

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from tinytron.cli.config_tables import PAGES, tables, updated
+from tinytron.cli.gpt2fun import build_config_of as build_gpt2fun
+from tinytron.cli.timl import build_config_of as build_timl
 from tinytron.errors import ConfigError
 from tinytron.model.gpt import GPT
 from tinytron.training.arguments import build_config, parse_args
@@ -21,6 +23,7 @@ SMALL_HEADS = {
     "0.3b-a0.17b",
     "1b",
     "7b",
+    "tinytron",
 }  # those of nanoGPT's README and our first scripts
 PUBLISHED = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "smollm-135m": 134_515_008, "pythia-160m": 162_322_944}
 
@@ -66,6 +69,43 @@ def test_the_sizes_of_the_documentation() -> None:
         assert tuple(getattr(built("--preset", name).model, size) for size in sizes) == values
 
 
+def test_each_system_trains_with_its_own_defaults() -> None:
+    """The defaults by name change nothing; timl and gpt2fun are what their front ends make of the documented commands."""
+    assert built("--preset", "tinytron") == Config()
+    timl = dict.fromkeys(("output_dir", "train_file_pattern", "eval_file_pattern"), "x")
+    timl |= {"model_name": "gpt2", "block_size": "1024", "train_batch_size": "512", "per_device_train_batch_size": "32"}
+    timl |= {"per_device_eval_batch_size": "64", "learning_rate": "6e-4", "weight_decay": "0.1", "adam_beta1": "0.8"}
+    timl |= {"adam_beta2": "0.95", "adam_epsilon": "1e-8", "max_grad_norm": "1.0", "warmup_ratio": "0.01"}
+    timl |= {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr": 0.00001}'}
+    timl |= {"save_every_steps": "1000", "eval_every_steps": "100"}
+    front_ends = {
+        "timl": build_timl([f"--{name}={value}" for name, value in timl.items()]),
+        "gpt2fun": build_gpt2fun(["--num_tokens=1000000000", "--data_dir=x"], {}),
+    }
+    for name, theirs in front_ends.items():
+        ours = built("--preset", name)
+        assert (ours.model, ours.optim, ours.seed) == (theirs.model, theirs.optim, theirs.seed)
+        for option in ("total_batch_size", "batch_size", "seq_len", "grad_clip_value", "precision"):
+            assert getattr(ours.train, option) == getattr(theirs.train, option)
+
+
+def test_theseus_has_two_optimizers() -> None:
+    adam, muon = (built("--preset", name) for name in ("theseus", "theseus-muon"))
+    assert adam.model == muon.model
+    assert adam.train == muon.train
+    assert adam.train.total_batch_size == 512 * 512
+    assert (adam.optim.optimizer, adam.optim.adam_beta1, adam.optim.weight_decay) == ("adam", 0.9, 0.1)
+    multipliers = [getattr(muon.optim, f"{part}_lr_mult") for part in ("matrix", "embedding", "head", "scalar")]
+    assert multipliers == [1.0, 15.0, 0.2, 25.0]
+    assert (muon.optim.muon_normuon, muon.optim.muon_cautious) == (True, True)
+    assert (muon.optim.adam_beta1, muon.optim.adam_beta2, muon.optim.adam_eps) == (0.8, 0.95, 1e-10)
+
+
+@pytest.mark.parametrize(("name", "same"), [("llama", "llama-160m"), ("qwen", "qwen3-0.6b"), ("neox", "pythia-160m")])
+def test_a_family_has_a_short_name(name: str, same: str) -> None:
+    assert built("--preset", name) == built("--preset", same)
+
+
 def test_defaults_then_preset_then_files_then_flags(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"num_layer": 7, "max_lr": 0.5, "hidden_size": 128}))
     (tmp_path / "b.json").write_text(json.dumps({"optim": {"max_lr": 0.25}}))
@@ -93,7 +133,10 @@ def test_a_file_names_a_preset(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        (("--preset", "gtp2"), r"--preset gtp2 is unknown; did you mean gpt2\?; use one of tiny, small, .*, 7b$"),
+        (
+            ("--preset", "gtp2"),
+            r"--preset gtp2 is unknown; did you mean gpt2\?; use one of tiny, small, .*, 7b, .*, neox$",
+        ),
         (("--preset", "gpt_1b"), r"--preset gpt_1b is unknown.* use one of tiny, "),
         (("--preset",), "argument --preset: expected one argument; see --help"),
         (("--preset", "tiny", "--num_layre", "2"), "unknown argument --num_layre; did you mean --num_layer"),

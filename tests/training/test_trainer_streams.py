@@ -104,11 +104,11 @@ def test_token_limits_are_those_of_all_ranks_together(ranks: Pools, tmp_path: Pa
     assert losses(run.log, "val") == pytest.approx(losses(alone.log, "val"), rel=1e-5)
 
 
-def test_the_smaller_limit_holds(ranks: Pools, tmp_path: Path) -> None:
+def test_steps_hold_before_tokens(ranks: Pools, tmp_path: Path) -> None:
     data = shards(tmp_path / "data")
-    for steps, expected in ((2, 2), (9, 3)):
+    for steps in (2, 5):  # 200 tokens would be three
         limits = ("--max_train_tokens", 200, "--max_steps", steps)
-        assert ranks(1).run(train, Trainer, tmp_path / str(steps), *read(data), *limits)[0].step == expected
+        assert ranks(1).run(train, Trainer, tmp_path / str(steps), *read(data), *limits)[0].step == steps
 
 
 # Iterable data sets.

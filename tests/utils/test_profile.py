@@ -9,29 +9,30 @@ from pathlib import Path
 import pytest
 import torch
 
+from tinytron.errors import ConfigError
 from tinytron.utils import profile
 from tinytron.utils.matmul import use_onednn
 from tinytron.utils.profile import FORWARD, UPDATE, build_profiler, measured_matmul_rate, peak_flops
 
 CUDA = torch.device("cuda")
-NAMES = {  # as the drivers report them -> 16-bit TFLOP/s
-    "NVIDIA H200": 989.0,
-    "NVIDIA GH200 480GB": 989.0,
-    "NVIDIA H100 80GB HBM3": 989.0,
-    "NVIDIA H100 PCIe": 756.0,
-    "NVIDIA H800": 989.0,
-    "NVIDIA H20": 148.0,
-    "NVIDIA A100-SXM4-80GB": 312.0,
-    "NVIDIA A40": 149.7,
-    "NVIDIA A30": 165.0,
-    "Tesla V100-SXM2-16GB": 125.0,
-    "Tesla T4": 65.0,
-    "NVIDIA L4": 121.0,
-    "NVIDIA L40": 181.0,
-    "NVIDIA L40S": 362.0,
-    "NVIDIA RTX 6000 Ada Generation": 364.2,
-    "NVIDIA GeForce RTX 4090": 165.2,
-    "NVIDIA GeForce RTX 3090": 71.0,
+NAMES = {  # as the drivers report them -> TFLOP/s in 16 bits and in fp8
+    "NVIDIA H200": (989.0, 1979.0),
+    "NVIDIA GH200 480GB": (989.0, 1979.0),
+    "NVIDIA H100 80GB HBM3": (989.0, 1979.0),
+    "NVIDIA H100 PCIe": (756.0, 1513.0),
+    "NVIDIA H800": (989.0, 1979.0),
+    "NVIDIA H20": (148.0, 296.0),
+    "NVIDIA A100-SXM4-80GB": (312.0, None),
+    "NVIDIA A40": (149.7, None),
+    "NVIDIA A30": (165.0, None),
+    "Tesla V100-SXM2-16GB": (125.0, None),
+    "Tesla T4": (65.0, None),
+    "NVIDIA L4": (121.0, 242.5),
+    "NVIDIA L40": (181.0, 362.0),
+    "NVIDIA L40S": (362.0, 733.0),
+    "NVIDIA RTX 6000 Ada Generation": (364.2, 728.5),
+    "NVIDIA GeForce RTX 4090": (165.2, 330.3),
+    "NVIDIA GeForce RTX 3090": (71.0, None),
 }
 
 
@@ -44,9 +45,15 @@ def device_name(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return name
 
 
-@pytest.mark.parametrize(("name", "tflops"), NAMES.items())
-def test_known_gpus_have_their_own_rate(device_name: list[str], name: str, tflops: float) -> None:
+@pytest.mark.parametrize(("name", "rates"), NAMES.items())
+def test_known_gpus_have_their_own_rate(device_name: list[str], name: str, rates: tuple[float, float | None]) -> None:
     device_name[0] = name
+    tflops, in_fp8 = rates
+    if in_fp8 is None:
+        with pytest.raises(ConfigError, match=f"no fp8 matmul rate is known for {name}; use torch.bfloat16"):
+            peak_flops(CUDA, torch.float8_e4m3fn)
+    else:
+        assert peak_flops(CUDA, torch.float8_e5m2) == (in_fp8 * 1e12, "data sheet")
     assert peak_flops(CUDA, torch.bfloat16) == (tflops * 1e12, "data sheet")
     assert peak_flops(CUDA, torch.float16) == (tflops * 1e12, "data sheet")
 
@@ -55,6 +62,9 @@ def test_known_gpus_have_their_own_rate(device_name: list[str], name: str, tflop
 def test_unknown_gpus_are_measured_not_guessed_from_a_prefix(device_name: list[str], name: str) -> None:
     device_name[0] = name
     assert peak_flops(CUDA, torch.bfloat16) == (7.0, "measured")
+    for device, unknown in ((CUDA, name), (torch.device("cpu"), "cpu")):
+        with pytest.raises(ConfigError, match=f"no fp8 matmul rate is known for {unknown}"):
+            peak_flops(device, torch.float8_e4m3fn)
 
 
 def test_the_rate_is_known_with_onednn_too(device_name: list[str]) -> None:

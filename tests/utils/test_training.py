@@ -1,4 +1,4 @@
-"""Random states, and files that appear whole or not at all."""
+"""The steps of a run, random states, and files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from tinytron.utils.training import rng_state, seed_all, set_rng_state, use_deterministic_kernels, write_atomically
+from tinytron.errors import ConfigError
+from tinytron.utils.training import (
+    get_training_info,
+    rng_state,
+    seed_all,
+    set_rng_state,
+    use_deterministic_kernels,
+    write_atomically,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -115,3 +123,19 @@ def test_the_file_and_its_folder_reach_the_disk(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "replace", recorded_replace)
     write_atomically(tmp_path / "file", lambda file: file.write(b"new"))
     assert order == ["file", "rename", "folder"]
+
+
+def test_training_info_counts_steps_and_micro_batches() -> None:
+    """The documented numbers: 1,280 samples of 4,096 tokens in global batches of 128 on 8 ranks are ten steps."""
+    info = get_training_info(total_batch_size=524288, batch_size=8, seq_len=4096, dp_size=8, num_samples=1280)
+    assert (info.grad_accum_steps, info.global_batch_samples, info.steps_per_epoch, info.max_steps) == (2, 128, 10, 10)
+    sizes = {"total_batch_size": 64, "batch_size": 1, "seq_len": 16}
+    assert get_training_info(**sizes, num_samples=11, max_epochs=3).max_steps == 8  # 33 samples by 4
+    streamed = get_training_info(**sizes, max_train_tokens=65)
+    assert (streamed.max_steps, streamed.steps_per_epoch) == (2, None)
+    with pytest.raises(ConfigError, match=r"the training data has no length; .*--max_steps or --max_train_tokens"):
+        get_training_info(**sizes)
+    with pytest.raises(
+        ConfigError, match=r"--total_batch_size 64 .* = 3 x 16 x 1 = 48; use a --batch_size of \[1, 2, 4\]"
+    ):
+        get_training_info(**sizes | {"batch_size": 3}, num_samples=11)

@@ -108,9 +108,16 @@ def load_checkpoint(
     from tinytron.checkpoint.optimizer_state import load_optimizer_state  # torch's DCP takes a second to import
 
     world = state.groups["world"]
-    agree(lambda: load_weights(model, read_file(files.model), str(files.model), state), world)
+
+    def read_weights() -> dict[str, torch.Tensor]:
+        weights = read_file(files.model)
+        load_weights(model, weights, str(files.model), state)
+        return weights
+
+    weights = agree(read_weights, world)
     optimizer.refresh_shards()
-    load_optimizer_state(optimizer, files.optimizer, world, main_only=bool(other_optimizer(meta, optimizer)))
+    fresh = bool(other_optimizer(meta, optimizer))
+    load_optimizer_state(optimizer, files.optimizer, world, weights, meta.parameters, main_only=fresh)
     optimizer.load_counters(meta.counters)
     rank = dist.get_rank(world)
     if rank < len(meta.rng):

@@ -1,14 +1,16 @@
 """An optimizer's main weights and states by parameter name, independent of which rank owned which part.
 
-Keys: ``<parameter>/main`` (fp32 master weights), ``<parameter>/<state>`` (such as ``exp_avg``),
-``<parameter>/scalar.<state>`` (such as Adam's ``step``) and ``<parameter>/<sizes>.<state>`` for a state whose size differs
-from its parameter's (such as ``64x1.second_moment`` for a matrix with 64 rows; only in optimizers that own whole tensors).
+Keys: ``<parameter>/main`` (fp32 master weights, unless the weights file has them in that precision),
+``<parameter>/<state>`` (such as ``exp_avg``), ``<parameter>/scalar.<state>`` (such as Adam's ``step``) and
+``<parameter>/<sizes>.<state>`` for a state whose size differs from its parameter's (such as ``64x1.second_moment`` for a
+matrix with 64 rows; only in optimizers that own whole tensors).
 """
 
 from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,13 +32,22 @@ MAIN, SCALAR = "main", "scalar."
 _SIZES = re.compile(r"(\d+)x(\d+)\.(.+)")
 
 
-def owned_states(optimizer: DistributedOptimizer, buffers: HostBuffers) -> dict[str, FlatRanges]:
-    """Copies of all main weights and states that this rank owns, by key."""
+def are_main(weight: torch.Tensor) -> bool:
+    """True for weights in the precision of main weights, which are then not stored a second time."""
+    return weight.dtype in (torch.float32, torch.float64)
+
+
+def owned_states(
+    optimizer: DistributedOptimizer, weights: Mapping[str, torch.Tensor], buffers: HostBuffers
+) -> dict[str, FlatRanges]:
+    """Copies of all states that this rank owns, by key, and of its main weights if ``weights``, the model's ``state_dict``,
+    are less precise."""
     states: dict[str, FlatRanges] = {}
     for piece in optimizer.pieces():
         length = len(piece.main)
         runs = piece.runs
-        states[f"{piece.name}/{MAIN}"] = FlatRanges(piece.numel, runs, piece.main)
+        if piece.name not in weights or not are_main(weights[piece.name]):
+            states[f"{piece.name}/{MAIN}"] = FlatRanges(piece.numel, runs, piece.main)
         for key, value in optimizer.inner.state[piece.holder].items():
             if not torch.is_tensor(value):
                 continue
@@ -79,10 +90,17 @@ def _other_size(piece: OwnedSlice, value: torch.Tensor) -> FlatRanges:
 
 
 def load_optimizer_state(
-    optimizer: DistributedOptimizer, folder: Path, group: dist.ProcessGroup, *, main_only: bool = False
+    optimizer: DistributedOptimizer,
+    folder: Path,
+    group: dist.ProcessGroup,
+    weights: Mapping[str, torch.Tensor],
+    trained: Collection[str],
+    *,
+    main_only: bool = False,
 ) -> None:
     """Read this rank's parts, whichever layout wrote them, and create the states they belong to; with ``main_only`` read
-    only the main weights. Collective.
+    only the main weights. ``weights`` are those of the same checkpoint, which may be the main weights, too, and ``trained``
+    the names of its trained parameters. Collective.
 
     Raises: CheckpointError on every rank if the folder is damaged, lacks a parameter, or has it in a different size.
     """
@@ -91,7 +109,7 @@ def load_optimizer_state(
         stored = stored_states(folder)
         if main_only:
             stored = {name: entry for name, entry in stored.items() if name.endswith(f"/{MAIN}")}
-        return _prepare(optimizer, stored, folder)
+        return _prepare(optimizer, stored, weights, trained, folder)
 
     wanted = agree(prepare, group)
     read_states(wanted, folder, group)
@@ -141,21 +159,31 @@ def state_of(key: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
 
 
 def _prepare(
-    optimizer: DistributedOptimizer, stored: dict[str, TensorStorageMetadata], folder: Path
+    optimizer: DistributedOptimizer,
+    stored: dict[str, TensorStorageMetadata],
+    weights: Mapping[str, torch.Tensor],
+    trained: Collection[str],
+    folder: Path,
 ) -> dict[str, FlatRanges]:
-    """The memory to read into. The checkpoint determines which states exist: a fresh optimizer has none yet."""
+    """The memory to read into. The checkpoint determines which states exist: a fresh optimizer has none yet. Main weights
+    that it has among its ``weights`` only are copied from there."""
     keys: dict[str, list[str]] = {}
     for name in stored:
         parameter, key = name.rsplit("/", 1)
         keys.setdefault(parameter, []).append(key)
     wanted: dict[str, FlatRanges] = {}
     for piece in optimizer.pieces():
-        if piece.name not in keys:
+        of_piece = keys.get(piece.name, [])
+        in_weights = MAIN not in of_piece and piece.name in weights and are_main(weights[piece.name])
+        if not of_piece and not (in_weights and piece.name in trained):
             raise CheckpointError(
                 f"{folder} has no optimizer state for {piece.name}: it is from a different model or optimizer"
             )
-        state = optimizer.inner.state[piece.holder]
-        for key in keys[piece.name]:
+        if in_weights:
+            flat = weights[piece.name].reshape(-1)
+            piece.main.copy_(torch.cat([flat[run.offset : run.offset + run.length] for run in piece.runs]))
+        state = optimizer.inner.state[piece.holder] if of_piece else {}
+        for key in of_piece:
             name = f"{piece.name}/{key}"
             size, dtype = stored[name].size.numel(), stored[name].properties.dtype
             if key.startswith(SCALAR):  # the parameters of a bucket share the scalar, so they all stored the same value

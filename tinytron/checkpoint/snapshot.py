@@ -44,7 +44,7 @@ def take_snapshot(
     from tinytron.checkpoint.optimizer_state import owned_states  # torch's DCP takes a second to import
 
     weights = consolidated_weights(model, state, buffers)
-    states = owned_states(optimizer, buffers)
+    states = owned_states(optimizer, model.state_dict(), buffers)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     shapes = {spec.name: list(spec.shape) for spec in specs_of(model) if spec.name in trained}
     kind = type(optimizer.inner).__name__

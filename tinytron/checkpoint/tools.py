@@ -26,7 +26,7 @@ from tinytron.checkpoint.files import (
     verify,
 )
 from tinytron.checkpoint.load import read_file, read_meta
-from tinytron.checkpoint.optimizer_state import MAIN, read_states, state_of, stored_states
+from tinytron.checkpoint.optimizer_state import MAIN, are_main, read_states, state_of, stored_states
 from tinytron.checkpoint.report import states_by_parameter
 from tinytron.checkpoint.save import to_prune
 from tinytron.checkpoint.sharded import FlatRanges
@@ -73,7 +73,12 @@ def problems(files: CheckpointFiles) -> list[str]:
 
 def _uncovered(files: CheckpointFiles, parameters: dict[str, list[int]]) -> list[str]:
     stored = stored_states(files.optimizer)
-    found = [f"{files.optimizer} lacks {name}/{MAIN}" for name in parameters if f"{name}/{MAIN}" not in stored]
+    weights = read_file(files.model, mmap=True)
+    found = [
+        f"{files.optimizer} lacks {name}/{MAIN}"
+        for name in parameters
+        if f"{name}/{MAIN}" not in stored and not (name in weights and are_main(weights[name]))
+    ]
     for key, entry in stored.items():
         name, state = key.rsplit("/", 1)
         size, count = entry.size.numel(), covered(entry.chunks)

@@ -155,7 +155,12 @@ def _parse(argv: Sequence[str], prog: str | None) -> argparse.Namespace:
 
 
 def _check_meeting_place(args: argparse.Namespace) -> None:
-    """Raises: ConfigError for an address or a port at which torchrun would wait forever."""
+    """Raises: ConfigError for an address, a port or a number of nodes with which torchrun would wait forever."""
+    if args.standalone and str(args.nnodes) not in ("1", "1:1"):
+        raise ConfigError(
+            f"--standalone starts the processes of one node, but --nnodes (PET_NNODES) is {args.nnodes}; use --nnodes 1, "
+            "or leave --standalone out"
+        )
     if args.standalone or args.rdzv_endpoint or args.rdzv_backend != "static":
         return
     check_meeting_place(args.master_addr, args.master_port, several=str(args.nnodes) not in ("1", "1:1"))

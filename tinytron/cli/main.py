@@ -29,6 +29,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "data": Command("data", "show and check token shards"),
         "plan": Command("plan", "show what a training run would need, without starting it"),
         "pretrain": Command("pretrain", "train a model on token shards or mock data"),
+        "autotune": Command("autotune", "measure short runs over a grid of layouts and micro-batches"),
         "launch": Command("launch", "start a script in several processes, as torchrun does"),
         "checkpoint": Command("checkpoint", "show, check, consolidate and delete checkpoints"),
         "generate": Command("generate", "continue texts with a trained model"),

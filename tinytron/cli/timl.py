@@ -144,7 +144,8 @@ def build_config_of(argv: Sequence[str], world_size: int = 1) -> Config:
     translation.check_packages(values)
     model = translation.model_options(values["model_name"], values["block_size"])
     direct = {name: value for name, value in values.items() if SETTINGS[name].alias is not None}
-    ours = model | translation.schedule_options(values) | translation.run_options(values, world_size)
+    ours = model | translation.schedule_options(values) | translation.length_options(values)
+    ours |= translation.run_options(values, world_size)
     chosen = options_of(PretrainModel, direct | ours, "timl")
     chosen |= {"block_size": model["model.block_size"], "log_dir": values["output_dir"], "exp_name": "run"}
     if values["debug"]:

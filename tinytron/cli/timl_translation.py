@@ -165,12 +165,8 @@ def _min_lr(name: str, settings: Values, values: Values) -> float:
 
 def _stable_options(settings: Values, values: Values) -> Options:
     """The decay of warmup_stable_decay."""
-    limits = [values.get("max_train_steps")]
-    if (tokens := values.get("max_train_tokens")) is not None:
-        limits.append(math.ceil(tokens / (values["train_batch_size"] * values["block_size"])))
-    given = [limit for limit in limits if limit is not None]
-    steps = settings.get("num_decay_steps")
-    if steps is None or not given or not 0 < steps <= min(given):
+    steps, last = settings.get("num_decay_steps"), _last_step(values)
+    if steps is None or last is None or not 0 < steps <= last:
         raise ConfigError(
             "--lr_scheduler_type warmup_stable_decay needs num_decay_steps, at most the steps of the run, and "
             """--max_train_steps or --max_train_tokens; use '{"num_decay_steps": 100}' --max_train_steps 1000"""
@@ -179,7 +175,22 @@ def _stable_options(settings: Values, values: Values) -> Options:
         raise ConfigError(f"--lr_scheduler_kwargs: decay_type {decay} is unknown; use one of {', '.join(_DECAYS)}")
     if (warmup := settings.get("warmup_type", "linear")) != "linear":
         raise ConfigError(f"--lr_scheduler_kwargs: warmup_type {warmup} is not available; use linear")
-    return {"optim.wsd_decay_fraction": steps / min(given), "optim.wsd_decay_shape": _DECAYS[decay]}
+    return {"optim.wsd_decay_fraction": steps / last, "optim.wsd_decay_shape": _DECAYS[decay]}
+
+
+def _last_step(values: Values) -> int | None:
+    """The smaller of the two limits of a run, in steps; ``None`` without a limit."""
+    limits = [values.get("max_train_steps")]
+    if (tokens := values.get("max_train_tokens")) is not None:
+        limits.append(math.ceil(tokens / (values["train_batch_size"] * values["block_size"])))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def length_options(values: Values) -> Options:
+    """The length of a run for which both limits are given: timl takes the smaller one, where Tinytron takes the steps."""
+    if values.get("max_train_steps") is None or values.get("max_train_tokens") is None:
+        return {}
+    return {"train.max_steps": _last_step(values), "train.max_train_tokens": None}
 
 
 def run_options(values: Values, world_size: int) -> Options:

@@ -7,6 +7,8 @@ a sequence, T = B s its tokens, k choices per token, N tokens of all ranks.
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from tinytron.distributed.parallel_state import ParallelState
-from tinytron.metrics.sinks.files import json_line, keep_lines
+from tinytron.metrics.sinks.files import keep_lines
 from tinytron.model.gpt import TracedBatch
 from tinytron.model.protocols import HasExperts
 
@@ -73,17 +75,33 @@ class RoutingReport:
         first_row = (
             (self._micro_batches - 1) * self._state.layout.dp + dp_rank
         ) * B  # as GlobalBatchSampler deals them
-        tokens = recorded.input_ids_Bs.flatten().tolist()
-        padding = [False] * (B * s) if recorded.padding_Bs is None else recorded.padding_Bs.flatten().tolist()
+        place_T = torch.arange(B * s)
+        places = [first_row + place_T // s, sep_rank * s + place_T % s, recorded.input_ids_Bs.flatten()]
+        kept = slice(None) if recorded.padding_Bs is None else ~recorded.padding_Bs.flatten()
         with open(path, "a", encoding="utf-8") as file:
             for layer, choice in zip(self._layers, recorded.choices, strict=True):
-                columns = zip(tokens, *(column.tolist() for column in choice), strict=True)
-                for t, (token, experts, weights, margin) in enumerate(columns):
-                    if padding[t]:
-                        continue
-                    place = {"row": first_row + t // s, "position": sep_rank * s + t % s, "token": token}
-                    decision = {"experts": experts, "weights": weights, "margin": margin}
-                    file.write(json_line({"step": step, "layer": layer, **place, **decision}))
+                file.write(route_lines(step, layer, [column.cpu()[kept] for column in [*places, *choice]]))
+
+
+def route_lines(step: int, layer: int, columns: Sequence[torch.Tensor]) -> str:
+    """The lines of one layer's tokens in the trace: what ``json_line`` would make of each, written column by column.
+    ``columns`` are row, position and token, ``[N]``, experts and weights, ``[N, k]``, and margin, ``[N]``."""
+    row_N, position_N, token_N, expert_Nk, weight_Nk, margin_N = columns
+    slots = f"[{', '.join(['%s'] * expert_Nk.shape[1])}]"
+    template = (
+        f'{{"step": {step}, "layer": {layer}, "row": %s, "position": %s, "token": %s, "experts": {slots}, '
+        f'"weights": {slots}, "margin": %s}}\n'
+    )
+    texts = map(_texts, (row_N, position_N, token_N, *expert_Nk.T, *weight_Nk.T, margin_N))
+    return "".join(map(template.__mod__, zip(*texts, strict=True)))
+
+
+def _texts(column_N: torch.Tensor) -> list[Any]:
+    """The numbers of a column as Python's, whose text is that of JSON; those that JSON lacks as text in quotes."""
+    values: list[Any] = column_N.tolist()
+    if column_N.isfinite().all():
+        return values
+    return [value if math.isfinite(value) else f'"{value}"' for value in values]
 
 
 def keep_traces_until(folder: Path, step: int) -> None:

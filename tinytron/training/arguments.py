@@ -16,7 +16,8 @@ from tinytron.training.config_files import PRESET, options_in, words_of
 from tinytron.training.hf_model import new_model_options, options_of_foreign
 from tinytron.training.presets import GOOD_MAX_LR, PRESETS, preset_options
 from tinytron.training.run.exports import check_exportable
-from tinytron.training.sections import OptimConfig
+from tinytron.training.sections import OptimConfig, TrainingConfig
+from tinytron.training.train_section import same_batch
 from tinytron.utils.flags import Parser, add_flag, config_fields, parse_strictly
 from tinytron.utils.paths import one_spelling
 
@@ -34,7 +35,7 @@ USUAL_NAMES = {
     **dict.fromkeys(("--max_iters", "--iterations", "--train_steps"), "--max_steps"),
     **dict.fromkeys(("--epochs", "--num_epochs", "--num_train_epochs"), "--max_epochs"),
     **dict.fromkeys(("--micro_batch_size", "--per_device_train_batch_size", "--device_batch_size"), "--batch_size"),
-    "--global_batch_size": "--total_batch_size, in tokens,",
+    "--global_batch_size": "--total_batch_size, in tokens, or --total_batch_sequences",
     **dict.fromkeys(
         ("--gradient_accumulation_steps", "--grad_accum_steps"), "--total_batch_size, in tokens, which says how often,"
     ),
@@ -105,7 +106,7 @@ def build_parser(
         f"--{PRESET}",
         default=argparse.SUPPRESS,
         metavar="NAME",
-        help=f"named sizes and learning rates; files and flags override them ({', '.join(PRESETS)})",
+        help=f"named options; files and flags override them ({', '.join(PRESETS)})",
     )
     parser.add_argument(
         "--config",
@@ -142,6 +143,10 @@ def parse_args(
     given = vars(parse_strictly(parser, argv)).keys() - {*_NAMES}
     if preset is not None:
         _check_preset(preset, args, given)
+    if "total_batch_sequences" in given and args.total_batch_sequences is not None:
+        if "total_batch_size" in given:
+            raise same_batch(args.total_batch_sequences, args.total_batch_size)
+        args.total_batch_size = TrainingConfig.total_batch_size  # not the preset's
     args.given = frozenset(given | vars(parse_strictly(parser, of_preset)).keys())
     args.sections = sections
     return args

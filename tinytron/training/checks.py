@@ -19,6 +19,7 @@ from tinytron.training.sections import (
     TrainingConfig,
 )
 from tinytron.utils.remote import is_remote
+from tinytron.utils.training import round_to
 
 
 def check(
@@ -157,8 +158,3 @@ def _check_kernels(train: TrainingConfig, model: ModelConfig, optim: OptimConfig
             "--deterministic cannot be used with --use_cut_cross_entropy, which adds gradients in no fixed order; drop one "
             "of them"
         )
-
-
-def round_to(value: int, unit: int) -> int:
-    """The multiple of ``unit`` at or below ``value``, at least one."""
-    return max(unit, value // unit * unit)

@@ -89,6 +89,11 @@ class Config:
         all_sections({name: type(section) for name, section in self.further.items()})
         for name, section in self.further.items():
             object.__setattr__(self, name, section)
+        self.validate_static()
+
+    def validate_static(self) -> None:
+        """Check the values by themselves and in combination, for any world size; building a ``Config`` does it. Raises:
+        ConfigError for the first rule that is broken."""
         for _, section in self:
             check_bounds(section)
         check(**{name: self[name] for name in SECTIONS})

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tinytron.distributed.layout import ParallelLayout, divisors
-from tinytron.errors import ConfigError
-from tinytron.training.checks import round_to
-from tinytron.training.config import Config, OptimConfig
+from tinytron.distributed.layout import ParallelLayout
+from tinytron.training.config import Config, OptimConfig, TrainingConfig
+from tinytron.utils.training import get_training_info, grad_accum_steps
 
 
 @dataclass(frozen=True)
@@ -59,16 +58,7 @@ class Due:
 def accumulation_steps(config: Config, layout: ParallelLayout) -> int:
     """Micro-batches per optimizer step. Raises: ConfigError if the global batch does not divide evenly over the ranks."""
     train = config.train
-    per_pass = train.batch_size * train.seq_len * layout.dp
-    if train.total_batch_size % per_pass:
-        sequences = train.total_batch_size // train.seq_len
-        fitting = [b for b in divisors(sequences) if sequences % (b * layout.dp) == 0]
-        hint = f"use a --batch_size of {fitting}" if fitting else f"use {round_to(train.total_batch_size, per_pass)}"
-        raise ConfigError(
-            f"--total_batch_size {train.total_batch_size} (tokens) must be a multiple of --batch_size x --seq_len x "
-            f"data-parallel ranks = {train.batch_size} x {train.seq_len} x {layout.dp} = {per_pass}; {hint}"
-        )
-    return train.total_batch_size // per_pass
+    return grad_accum_steps(train.total_batch_size, train.batch_size, train.seq_len, layout.dp)
 
 
 def derive(config: Config, layout: ParallelLayout, num_samples: int | None) -> TrainingInfo:
@@ -77,21 +67,19 @@ def derive(config: Config, layout: ParallelLayout, num_samples: int | None) -> T
     Raises: ConfigError if the global batch does not divide evenly over the ranks, the data has less than one global batch,
     or the length of the run is not specified.
     """
-    train, micro_batches = config.train, accumulation_steps(config, layout)
-    global_batch = train.total_batch_size // train.seq_len
-    notes = []
-    limits = [train.max_steps, train.max_train_tokens and -(-train.max_train_tokens // train.total_batch_size)]
-    if given := [limit for limit in limits if limit is not None]:
-        max_steps = min(given)
-    elif num_samples is None:
-        raise ConfigError(
-            "the training data has no length; set the length of the run: --max_steps or --max_train_tokens"
-        )
-    elif not (max_steps := num_samples * train.max_epochs // global_batch):
-        raise ConfigError(
-            f"{train.max_epochs} epochs of {num_samples} samples do not fill one global batch of {global_batch}; "
-            f"use --max_epochs {-(-global_batch // num_samples)}, a smaller --total_batch_size, or --max_steps"
-        )
+    train = config.train
+    counts = get_training_info(
+        total_batch_size=train.total_batch_size,
+        batch_size=train.batch_size,
+        seq_len=train.seq_len,
+        dp_size=layout.dp,
+        num_samples=num_samples,
+        max_steps=train.max_steps,
+        max_train_tokens=train.max_train_tokens,
+        max_epochs=train.max_epochs,
+    )
+    max_steps = counts.max_steps
+    notes = _limits_note(train)
     if config.balanced_sequences is not None:
         sequences = train.batch_size * layout.dp
         notes.append(
@@ -113,13 +101,22 @@ def derive(config: Config, layout: ParallelLayout, num_samples: int | None) -> T
         notes.append(f"profiling steps {first} to {last}: the run has only {max_steps}")
     return TrainingInfo(
         dp_size=layout.dp,
-        grad_accum_steps=micro_batches,
-        global_batch_samples=global_batch,
+        grad_accum_steps=counts.grad_accum_steps,
+        global_batch_samples=counts.global_batch_samples,
         max_steps=max_steps,
         warmup_steps=warmup,
         profile_window=(first, last),
         notes=tuple(notes),
     )
+
+
+def _limits_note(train: TrainingConfig) -> list[str]:
+    """A line that says which limit of the run holds, if several are given."""
+    names = ("max_steps", "max_train_tokens", "max_epochs")  # in the order in which they hold
+    given = [f"--{name} {value}" for name in names if (value := getattr(train, name)) != getattr(TrainingConfig, name)]
+    if len(given) < 2:
+        return []
+    return [f"the length of the run is {given[0]}, which holds before {' and '.join(given[1:])}"]
 
 
 def data_position(config: Config, step: int) -> dict[str, int]:

@@ -63,10 +63,11 @@ class DataPipeline:
 
     def _split(self, dataset: Dataset[Any] | None) -> tuple[Dataset[Any] | None, Dataset[Any] | None]:
         """Training and validation part of a dataset without validation data, according to the flags."""
-        rate = self.config.train.split_rate
-        if not self.validates and (rate is None or rate == 1.0):
+        rate = self.config.train.with_derived().split_rate
+        assert rate is not None, "with_derived sets it"
+        if not self.validates and rate == 1.0:
             return dataset, None
-        return datasets.split_off_validation(dataset, 0.99 if rate is None else rate)
+        return datasets.split_off_validation(dataset, rate)
 
     def steps(self, first: int) -> Iterator[list[Batch]]:
         """This rank's micro-batches of one optimizer step at a time, starting at step ``first`` (counted from 0)."""

@@ -8,7 +8,7 @@ not an option of the run: giving the same flags by hand leads to the same run fo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -70,7 +70,16 @@ _NANOGPT = {
     **{"init_std": 0.02, "warmup_steps": 100, "adam_beta2": 0.99},
 }
 
-PRESETS: Mapping[str, Preset] = MappingProxyType(
+# theseus, whose GELU is that of JAX, the tanh approximation. Its schedule decays over the last hundredth of the steps.
+_THESEUS = {
+    **_shape(32, 16, 16, 2048, 8192),
+    **_batch(512, 512 * 512, 8),
+    **{"vocab_size": 100288, "norm_type": "layer", "norm_eps": 1e-5, "mlp_type": "gelu_tanh", "bias": True},
+    **{"tied_lm_head": True, "init_std": 0.02, **_rates(3e-4, 3e-6)},
+    **{"lr_schedule": "wsd", "warmup_ratio": 0.005, "wsd_decay_fraction": 0.01},
+}
+
+_SIZES: Mapping[str, Preset] = MappingProxyType(
     {
         "tiny": Preset(
             "for minutes on a CPU",
@@ -164,6 +173,55 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         ),
         "3b": Preset("scripts/gpt_3b", 2_745_583_616, {**_shape(36, 16, 4, 2048, 10240), **_ADAM}),
         "7b": Preset("scripts/gpt_7b", 7_856_721_920, {**_shape(32, 128, 16, 4096, 16384), **_rates(3e-4, 3e-5)}),
+    }
+)
+
+# The defaults of each system. Lengths, intervals and paths are left to flags.
+_SYSTEMS: Mapping[str, Preset] = MappingProxyType(
+    {
+        "tinytron": Preset(
+            "the defaults, by name",
+            525_534_208,
+            {**_shape(32, 128, 8, 1024, 4096), **_batch(4096, 524288, 8), **_rates(4e-3, 3e-5), "warmup_steps": 1000},
+        ),
+        "timl": Preset(
+            "GPT-2 as in timl's documented command",
+            124_439_808,
+            {
+                **_SIZES["gpt2"].options,
+                **{"dropout": 0.1, "batch_size": 32, "seed": 0},
+                **{"min_lr": 1e-5, "adam_beta1": 0.8, "warmup_ratio": 0.01, "warmup_steps": 0},
+            },
+        ),
+        "theseus": Preset("theseus with its adamw", 1_816_858_624, {**_THESEUS, "decay_all": True}),
+        "theseus-muon": Preset(
+            "theseus with its muon",
+            1_816_858_624,
+            {
+                **_THESEUS,
+                **{"optimizer": "muon", "muon_normuon": True, "muon_cautious": True, "weight_decay": 0.0},
+                **{"embedding_lr_mult": 15.0, "head_lr_mult": 0.2, "scalar_lr_mult": 25.0},
+                **{"adam_beta1": 0.8, "adam_eps": 1e-10},
+            },
+        ),
+        "gpt2fun": Preset(
+            "GPT-2 with gpt2fun's defaults",
+            124_475_904,
+            {
+                **_SIZES["gpt2"].options,
+                **{"vocab_size": 50304, "batch_size": 16, "min_lr": 0.0, "warmup_steps": 700, "seed": 42},
+            },
+        ),
+    }
+)
+# Families, at a size of theirs.
+_FAMILIES: Mapping[str, str] = MappingProxyType({"llama": "llama-160m", "qwen": "qwen3-0.6b", "neox": "pythia-160m"})
+
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {
+        **_SIZES,
+        **_SYSTEMS,
+        **{name: replace(_SIZES[size], about=f"the same as {size}") for name, size in _FAMILIES.items()},
     }
 )
 

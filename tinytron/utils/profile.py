@@ -12,44 +12,57 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerAction, ProfilerActivity, profile
 
+from tinytron.errors import ConfigError
+
 # The parts of a step that the trainer and the optimizer mark for the profiler, with torch.profiler.record_function.
 FORWARD, BACKWARD, EXCHANGE, UPDATE = "forward", "backward", "exchange gradients", "optimizer"
 PARTS = (FORWARD, BACKWARD, EXCHANGE, UPDATE)
 
-# Dense TFLOP/s by a part of the device name (manufacturers' data sheets), for (fp32, 16-bit). The 32-bit column is the
-# TF32 tensor-core rate where the device has one, because that is what fp32 matmuls use unless --disable_tf32 is given.
+# Dense TFLOP/s by a part of the device name, for (fp32, 16-bit, fp8). The 32-bit column is the TF32 tensor-core rate where
+# the device has one, because that is what fp32 matmuls use unless --disable_tf32 is given. ``None``: no fp8 tensor cores.
+# Sources: NVIDIA's data sheets, halved where they give rates with sparsity only (H100 3,958, L4 485, RTX 6000 Ada 1,457 in
+# fp8), and its Ada GPU architecture paper for the RTX 4090, with sums in fp32.
 # The first name that matches whole words is used, so a longer name comes before its prefix.
-PEAK_TFLOPS: dict[str, tuple[float, float]] = {
-    "GH200": (494.5, 989.0),
-    "H200": (494.5, 989.0),
-    "H100 PCIe": (378.0, 756.0),
-    "H100": (494.5, 989.0),
-    "H800": (494.5, 989.0),
-    "H20": (74.0, 148.0),
-    "A100": (156.0, 312.0),
-    "A40": (74.8, 149.7),
-    "A30": (82.0, 165.0),
-    "V100": (15.7, 125.0),
-    "T4": (8.1, 65.0),
-    "L40S": (183.0, 362.0),
-    "L40": (90.5, 181.0),
-    "L4": (60.0, 121.0),
-    "RTX 6000 Ada": (182.1, 364.2),
-    "RTX 4090": (82.6, 165.2),
-    "RTX 3090": (35.6, 71.0),
+PEAK_TFLOPS: dict[str, tuple[float, float, float | None]] = {
+    "GH200": (494.5, 989.0, 1979.0),
+    "H200": (494.5, 989.0, 1979.0),
+    "H100 PCIe": (378.0, 756.0, 1513.0),
+    "H100": (494.5, 989.0, 1979.0),
+    "H800": (494.5, 989.0, 1979.0),
+    "H20": (74.0, 148.0, 296.0),
+    "A100": (156.0, 312.0, None),
+    "A40": (74.8, 149.7, None),
+    "A30": (82.0, 165.0, None),
+    "V100": (15.7, 125.0, None),
+    "T4": (8.1, 65.0, None),
+    "L40S": (183.0, 362.0, 733.0),
+    "L40": (90.5, 181.0, 362.0),
+    "L4": (60.0, 121.0, 242.5),
+    "RTX 6000 Ada": (182.1, 364.2, 728.5),
+    "RTX 4090": (82.6, 165.2, 330.3),
+    "RTX 3090": (35.6, 71.0, None),
 }
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """The device's peak matmul rate in FLOP/s, and the source of the figure: ``"data sheet"`` or ``"measured"``."""
-    column = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 1}.get(dtype)
+    """The device's peak matmul rate in FLOP/s, and the source of the figure: ``"data sheet"`` or ``"measured"``. Raises:
+    ConfigError for fp8 on a device for which the table has no such rate, because torch.mm cannot measure it."""
+    column = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 1, **dict.fromkeys(FP8, 2)}.get(dtype)
     if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
         column = None  # without TF32 the table does not apply
     if device.type == "cuda" and column is not None:
         name = torch.cuda.get_device_name(device)
         for part, rates in PEAK_TFLOPS.items():
             if re.search(rf"\b{part}\b", name):  # an RTX A4000 is not an A40
-                return rates[column] * 1e12, "data sheet"
+                rate = rates[column]
+                if rate is not None:
+                    return rate * 1e12, "data sheet"
+                break
+    if dtype in FP8:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        raise ConfigError(f"no fp8 matmul rate is known for {name}; use torch.bfloat16")
     return measured_matmul_rate(device, dtype), "measured"
 
 

@@ -1,4 +1,4 @@
-"""Precisions, devices, seeds, random states, and atomic file writes."""
+"""The steps of a run, precisions, devices, seeds, random states, and atomic file writes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import os
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,6 +17,73 @@ import torch
 from tinytron.errors import ConfigError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """The optimizer steps of a run. ``global_batch_samples`` are the sequences of one step, ``steps_per_epoch`` the whole
+    steps in one pass over the data (``None`` for data without a length)."""
+
+    grad_accum_steps: int
+    global_batch_samples: int
+    steps_per_epoch: int | None
+    max_steps: int
+
+
+def get_training_info(
+    *,
+    total_batch_size: int,
+    batch_size: int,
+    seq_len: int,
+    dp_size: int = 1,
+    num_samples: int | None = None,
+    max_steps: int | None = None,
+    max_train_tokens: int | None = None,
+    max_epochs: int = 1,
+) -> StepCounts:
+    """The number of optimizer steps of a run and of the micro-batches in each. Pure arithmetic; the arguments are the flags
+    of the same names, ``dp_size`` data-parallel ranks, and the number of samples in an epoch (``None``: no length). Of
+    several limits ``max_steps`` holds before ``max_train_tokens``, and that before ``max_epochs``.
+
+    Raises: ConfigError if the global batch does not divide evenly over the ranks, the data has less than one global batch,
+    or the length of the run is not specified.
+    """
+    micro_batches = grad_accum_steps(total_batch_size, batch_size, seq_len, dp_size)
+    global_batch = total_batch_size // seq_len
+    if max_steps is not None:
+        steps = max_steps
+    elif max_train_tokens is not None:
+        steps = -(-max_train_tokens // total_batch_size)
+    elif num_samples is None:
+        raise ConfigError(
+            "the training data has no length; set the length of the run: --max_steps or --max_train_tokens"
+        )
+    elif not (steps := num_samples * max_epochs // global_batch):
+        raise ConfigError(
+            f"{max_epochs} epochs of {num_samples} samples do not fill one global batch of {global_batch}; "
+            f"use --max_epochs {-(-global_batch // num_samples)}, a smaller --total_batch_size, or --max_steps"
+        )
+    per_epoch = None if num_samples is None else num_samples // global_batch
+    return StepCounts(micro_batches, global_batch, per_epoch, steps)
+
+
+def grad_accum_steps(total_batch_size: int, batch_size: int, seq_len: int, dp_size: int) -> int:
+    """Micro-batches per optimizer step. Raises: ConfigError if the global batch does not divide evenly over the ranks."""
+    per_pass = batch_size * seq_len * dp_size
+    if total_batch_size % per_pass:
+        sequences = total_batch_size // seq_len
+        fitting = [b for b in range(1, sequences + 1) if sequences % (b * dp_size) == 0]
+        hint = f"use a --batch_size of {fitting}" if fitting else f"use {round_to(total_batch_size, per_pass)}"
+        raise ConfigError(
+            f"--total_batch_size {total_batch_size} (tokens) must be a multiple of --batch_size x --seq_len x "
+            f"data-parallel ranks = {batch_size} x {seq_len} x {dp_size} = {per_pass}; {hint}"
+        )
+    return total_batch_size // per_pass
+
+
+def round_to(value: int, unit: int) -> int:
+    """The multiple of ``unit`` at or below ``value``, at least one."""
+    return max(unit, value // unit * unit)
 
 
 def device_of(name: str | None) -> torch.device:

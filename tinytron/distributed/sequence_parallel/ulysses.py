@@ -2,18 +2,22 @@
 
 Letters: B batch, S whole sequence, s = S / P this rank's part, N query heads, K key/value heads, H head dimension, P ranks
 in the group; n and k are the heads of one rank. One packed exchange moves queries, keys and values; another moves the
-output back.
+output back. ``sum_gradients`` is for optimizers that do not sum gradients themselves.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 
+from tinytron.distributed.collectives import start_all_reduce
 from tinytron.distributed.exchange import all_to_all
 from tinytron.distributed.layout import divisors
+from tinytron.distributed.zero1.buckets import plan_by_elements
 from tinytron.errors import ConfigError
 
 
@@ -88,3 +92,29 @@ def cut_sequence(whole_BS: torch.Tensor, group_rank: int, size: int) -> torch.Te
     not contain its last label."""
     part = whole_BS.shape[1] // size
     return whole_BS[:, group_rank * part : (group_rank + 1) * part].contiguous()
+
+
+@torch.no_grad()
+def sum_gradients(params: Iterable[nn.Parameter], group: dist.ProcessGroup, bucket_size_mb: float = 64.0) -> None:
+    """Sum the gradients of replicated parameters in place over ``group``; for optimizers without ``DistributedOptimizer``,
+    which sums them itself.
+
+    Call it after the last backward pass of a step, and leave out parameters that are cut over the group (experts).
+    Gradients travel in flat buckets, in fp32 (fp64 for fp64 ones), which are all on their way before the first is waited
+    for. A missing gradient counts as zero, because the other ranks may have one. Collective.
+    """
+    grads_by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+    for param in (p for p in params if p.requires_grad):
+        if param.grad is None:
+            param.grad = torch.zeros_like(param)
+        grads_by_dtype.setdefault(torch.promote_types(param.grad.dtype, torch.float32), []).append(param.grad)
+    for dtype, grads in grads_by_dtype.items():
+        layout = plan_by_elements([g.numel() for g in grads], 1, int(bucket_size_mb * 2**20) // dtype.itemsize)
+        flat = torch.zeros(layout.numel, dtype=dtype, device=grads[0].device)
+        places = [(grads[slot.index], flat[slot.start : slot.end]) for slot in layout.slots]
+        for grad, place in places:
+            place.copy_(grad.reshape(-1))
+        for work in [start_all_reduce(flat[bucket.start : bucket.end], group) for bucket in layout.buckets]:
+            work.wait()
+        for grad, place in places:
+            grad.copy_(place.view_as(grad))

@@ -26,6 +26,7 @@ from tinytron.distributed.collectives import Work
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import ParamSpec
 from tinytron.distributed.sharding import box_of
+from tinytron.distributed.zero1.assignment import assignment_table, check_assignment
 from tinytron.distributed.zero1.flat_buffer import BufferParam, FlatBuffer, OwnedSlice, Ownership
 from tinytron.distributed.zero1.grouping import BufferGroup, group_parameters
 from tinytron.distributed.zero1.schedule import Bucket, ParamGather, ReductionSchedule
@@ -75,15 +76,27 @@ class DistributedOptimizer:
 
     ``options`` are fields of ``Options``; fields that are not given come from the trainer (``attach``), or else have their
     defaults. The buffers are built on first use or by ``attach``; both are collective.
+
+    ``ranks_map`` (the rank of each part of the states) and ``num_parts`` are checked against ``process_group``: part i
+    belongs to its i-th rank. ``verbose`` prints what each rank owns once the buffers are built. Raises: ConfigError for
+    another assignment.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, process_group: dist.ProcessGroup | None = None, **options: Any
+        self,
+        optimizer: torch.optim.Optimizer,
+        process_group: dist.ProcessGroup | None = None,
+        ranks_map: Mapping[int, int] | Sequence[int] | None = None,
+        num_parts: int | None = None,
+        verbose: bool = False,
+        **options: Any,
     ) -> None:
         self.inner, self._given = optimizer, options
         self.options = Options(**options)
         group = process_group if process_group is not None else dist.group.WORLD
         assert group is not None, "initialize the process group before DistributedOptimizer"
+        check_assignment(group, ranks_map, num_parts)
+        self._verbose = verbose
         self._model_params: list[list[nn.Parameter]] = [list(g["params"]) for g in optimizer.param_groups]
         self._state = ParallelState.of_group(group, self._model_params[0][0].device)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -150,6 +163,8 @@ class DistributedOptimizer:
         self.inner.state.clear()
         self._reset_counters()
         self._plan_reductions({key: i for i, key in enumerate(names)})
+        if self._verbose and self._state.is_master:
+            print(assignment_table(buffers), flush=True)
 
     def _reset_counters(self) -> None:
         device = self._model_params[0][0].device

@@ -1,8 +1,8 @@
-"""The dense feed-forward layer."""
+"""The dense feed-forward layers. ``MoE`` may be imported from here, too."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn as nn
@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from tinytron.kernels.choice import DEFAULT, Kernels
 from tinytron.kernels.swiglu import swiglu
 from tinytron.model.modules.linear import PackedLinear, ResidualLinear
+
+if TYPE_CHECKING:
+    from tinytron.model.modules.moe import MoE as MoE
 
 
 class SwiGLU(nn.Module):
@@ -56,3 +59,12 @@ def make_mlp(
     if kind == "swiglu":
         return SwiGLU(hidden_size, intermediate_size, bias, kernels)
     return GELU(hidden_size, intermediate_size, bias, "tanh" if kind == "gelu_tanh" else "none")
+
+
+def __getattr__(name: str) -> Any:
+    """``MoE``, imported on first use: its file needs ``SwiGLU`` from this one."""
+    if name == "MoE":
+        from tinytron.model.modules.moe import MoE
+
+        return MoE
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
