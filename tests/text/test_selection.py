@@ -118,6 +118,33 @@ def test_the_first_documents_are_taken_that_are_long_enough(made: Path, tmp_path
         assert tokens_of(tmp_path / name) == Naive(made / "tokenizer.json").tokens(texts)
 
 
+@pytest.mark.parametrize("position", ["prepend", "none"])
+def test_tokens_are_counted_up_to_the_document_that_reaches_the_number(
+    made: Path, tmp_path: Path, position: str
+) -> None:
+    """In both splits together, whatever the chunks and the workers; documents after it are not counted as left out."""
+    texts = [*TEXTS[:20], "", *TEXTS[20:]]
+    write_jsonl(tmp_path / "c.jsonl", texts)
+    documents = Naive(made / "tokenizer.json", position).documents(texts)
+    ends = list(itertools.accumulate(map(len, documents)))
+    flags = ("--eot_position", position, "--val_fraction", 0.2)
+    for number, count in ((ends[24], 25), (ends[24] + 1, 26), (1, 1), (10**9, 60)):
+        found = []
+        for name, more in (("a", ()), ("b", ("--chunksize", 1)), ("c", ("--chunksize", 1000, "--num_proc", 2))):
+            out = tmp_path / f"{number}{name}"
+            limited = ("--max_tokens", number, *(flags if count > 1 else flags[:2]))
+            manifest = tokenize(tmp_path / "c.jsonl", made / "tokenizer.json", out, *limited, *more).manifest
+            assert manifest is not None
+            assert manifest.complete
+            assert manifest.options["max_tokens"] == number
+            assert (sum(manifest.documents.values()), manifest.empty) == (count, int(count > 20))
+            assert sum(manifest.tokens.values()) == ends[count - 1]
+            found.append(contents(out))
+        assert found[0] == found[1] == found[2]
+        both = _documents(out) + (_documents(out, "val") if count > 1 else [])
+        assert sorted(both) == sorted(documents[:count])
+
+
 def test_shuffling_keeps_every_text_and_is_decided_by_the_seed(made: Path, tmp_path: Path) -> None:
     texts = [str(i) for i in range(100)]
     once, again, other = (list(shuffled(iter(texts), 20, seed)) for seed in (1, 1, 2))

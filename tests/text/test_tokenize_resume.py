@@ -73,12 +73,23 @@ def _dying_at(number: int, before: bool) -> Callable[[Any, Any], None]:
 FLAGS = ("--val_fraction", 0.2, "--num_tokens_per_file", 300, "--chunksize", 3)
 
 
-@pytest.mark.parametrize(("tokenizer", "before"), [("tokenizer.json", True), ("tokenizer.json", False), (None, True)])
+LIMITED = ("tokenizer.json", True, ("--max_tokens", 1000))
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "before", "more"),
+    [("tokenizer.json", True, ()), ("tokenizer.json", False, ()), (None, True, ()), LIMITED],
+)
 @pytest.mark.sample(1)
 def test_killed_at_every_write_it_goes_on_to_the_same_bytes(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: str | None, before: bool
+    made: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tokenizer: str | None,
+    before: bool,
+    more: tuple[object, ...],
 ) -> None:
-    flags = FLAGS if tokenizer else (*FLAGS, "--train_bpe", 300)
+    flags = (*FLAGS, *more) if tokenizer else (*FLAGS, "--train_bpe", 300)
     path = made / tokenizer if tokenizer else None
     tokenize(made / "c.jsonl", path, tmp_path / "whole", *flags)
     expected, deaths = contents(tmp_path / "whole"), 0

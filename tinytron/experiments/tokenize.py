@@ -19,7 +19,7 @@ from tinytron.utils.signals import StopRequest
 
 @dataclass
 class TokenizeConfig:
-    """The options of the tokenizing jobs. ``max_samples`` is unlimited if it is None or -1."""
+    """The options of the tokenizing jobs. ``max_samples`` and ``max_tokens`` are unlimited if they are None or -1."""
 
     name: str = field("data/name", help="text file, folder or pattern, or the name of a hub dataset")
     config: str | None = field("data/config", default=None, help="configuration of a hub dataset")
@@ -27,6 +27,7 @@ class TokenizeConfig:
     text_key: str = field("data/text_key", default="text", help="key of the text in a row")
     suffix: str = field("data/suffix", default="", help="added to the folder of the shards: OUT/data/<name>_<suffix>")
     max_samples: int | None = field("data/max_samples", default=None, help="number of documents to use; default: all")
+    max_tokens: int | None = field("data/max_tokens", default=None, help="stop after this many tokens; default: all")
     val_pct: float = field("data/val_pct", default=0.05, help="fraction of the documents to hold out")
     seed: int = field("data/seed", default=2357, help="seed for shuffling the documents")
     shuffle_buffer: int = field(
@@ -67,7 +68,7 @@ class TokenizeVariableDataset(BasicJob):
             tokenizer: dict[str, object] = {"train_bpe": int(name)}
         else:
             tokenizer = {backends[config.backend]: name}
-        samples = config.max_samples if config.max_samples != -1 else None
+        samples, tokens = (None if limit == -1 else limit for limit in (config.max_samples, config.max_tokens))
         options = TokenizeOptions(
             dataset_path=config.name,
             dataset_name=config.config,
@@ -77,6 +78,7 @@ class TokenizeVariableDataset(BasicJob):
             streaming=config.streaming,
             eot_position="append",
             max_samples=samples,
+            max_tokens=tokens,
             val_fraction=config.val_pct,
             shuffle_buffer=config.shuffle_buffer,
             seed=config.seed,

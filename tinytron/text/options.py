@@ -88,6 +88,15 @@ class TokenizeOptions:
         int | None,
         Flag("number of documents to use; default: all", at_least=1, at_most=2**63, works="--max_samples 100000"),
     ] = None
+    max_tokens: Annotated[
+        int | None,
+        Flag(
+            "stop after the document that reaches this many tokens, counting all splits; default: all",
+            at_least=1,
+            at_most=2**63,
+            works="--max_tokens 10**9",
+        ),
+    ] = None
     shuffle_buffer: Annotated[
         int,
         Flag(
@@ -200,8 +209,9 @@ class TokenizeOptions:
         given = [name for name, value in makers.items() if value]
         if len(given) > 1:
             raise ConfigError(f"{given[0]} makes val_*.bin, and so does {given[1]}; leave one out")
-        if self.val_path is not None and self.selects:
-            name = "--max_samples" if self.max_samples else "--shuffle_buffer"
+        limits = {"--max_samples": self.max_samples is not None, "--max_tokens": self.max_tokens is not None}
+        limits["--shuffle_buffer"] = self.selects
+        if self.val_path is not None and (name := next((name for name, given in limits.items() if given), None)):
             raise ConfigError(f"{name} cannot be combined with --val_path; use --val_fraction, or leave one out")
 
     @property

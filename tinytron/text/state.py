@@ -87,6 +87,8 @@ def recipe_of(options: TokenizeOptions, source: TextSource, tokenizer: Tokenizer
         others["min_chars"] = options.min_chars
     if options.max_samples is not None:
         others["max_samples"] = options.max_samples
+    if options.max_tokens is not None:
+        others["max_tokens"] = options.max_tokens
     if options.shuffle_buffer > 1:
         others |= {"shuffle_buffer": options.shuffle_buffer, "seed": options.seed}
     return {

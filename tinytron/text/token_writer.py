@@ -7,9 +7,10 @@ documents begin.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,28 @@ from tinytron.errors import DataError
 from tinytron.utils.training import sha256_of
 
 Array = npt.NDArray[Any]
+
+
+class Tokens(NamedTuple):
+    """The ids of some documents, one after the other, and each one's number of them. Shapes: [tokens], [documents]."""
+
+    ids: Array
+    lengths: npt.NDArray[np.uint32]
+
+    @classmethod
+    def none(cls, dtype: np.dtype[Any]) -> Tokens:
+        """No documents."""
+        return cls(np.empty(0, dtype), np.empty(0, np.uint32))
+
+    @classmethod
+    def joined(cls, batches: Sequence[Tokens]) -> Tokens:
+        """The tokens of all ``batches``, of which there is at least one."""
+        return cls(np.concatenate([made.ids for made in batches]), np.concatenate([made.lengths for made in batches]))
+
+    def first(self, documents: int) -> Tokens:
+        """The tokens of the first ``documents``."""
+        lengths = self.lengths[:documents]
+        return Tokens(self.ids[: int(lengths.sum(dtype=np.int64))], lengths)
 
 
 def shard_name(split: str, index: int) -> str:
@@ -50,13 +73,19 @@ class SplitWriter:
     starts: list[Array] = field(default_factory=list)
     held: int = 0  # number of tokens in pending
 
-    def add(self, tokens: Array, lengths: npt.NDArray[np.uint32]) -> None:
-        """Append the tokens of documents with these lengths. Shapes: [tokens], [documents]."""
+    def add(self, made: Tokens) -> None:
+        """Append the tokens of some documents; those without tokens are left out."""
+        lengths = made.lengths[made.lengths > 0]
         if len(lengths):
             ends = np.cumsum(lengths, dtype=np.int64)
             self.starts.append(np.concatenate(([0], ends[:-1])) + self.held)
-            self.pending.append(tokens)
-            self.held += len(tokens)
+            self.pending.append(made.ids)
+            self.held += len(made.ids)
+
+    @property
+    def total(self) -> int:
+        """Number of tokens added so far, in this run and earlier ones."""
+        return self.index * self.size + self.held
 
     @property
     def done(self) -> bool:

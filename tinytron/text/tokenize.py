@@ -30,8 +30,9 @@ from tinytron.data.manifest import (
 from tinytron.data.shards import names_gone, open_shards
 from tinytron.errors import ConfigError, DataError
 from tinytron.text import tokenizers
-from tinytron.text.chunk_encoder import ChunkEncoder, Encoded
+from tinytron.text.chunk_encoder import ChunkEncoder
 from tinytron.text.options import TokenizeOptions
+from tinytron.text.rates import Rates
 from tinytron.text.selection import VAL, SelectedSource
 from tinytron.text.sources import START, FileSource, TextSource, open_source
 from tinytron.text.state import STATE, Recipe, State, difference, read_state, recipe_in, recipe_of, write_state
@@ -40,7 +41,7 @@ from tinytron.text.tokenizers import TextTokenizer
 from tinytron.text.train import train_tokenizer
 from tinytron.text.worker_pool import WorkerPool
 from tinytron.utils.lock import wait_for_lock
-from tinytron.utils.progress import Progress, scaled
+from tinytron.utils.progress import Progress
 from tinytron.utils.signals import StopRequest
 from tinytron.utils.texts import whole_characters
 from tinytron.utils.training import write_atomically
@@ -115,7 +116,8 @@ def source_of(options: TokenizeOptions) -> TextSource:
         streaming=options.streaming,
         cache_dir=options.cache_dir,
         val_path=options.val_path,
-        val_fraction=0.0 if options.selects else options.val_fraction,
+        # The ends of files are not reached if the tokenization stops early; the hash holds out documents instead.
+        val_fraction=0.0 if options.selects or options.max_tokens is not None else options.val_fraction,
     )
     if not options.selects:
         return source
@@ -270,21 +272,29 @@ class _Run:
             self.source, tokenizer.encode, facts.eot_id, facts.eot_position, self.options.dtype, self.rule
         )
         self._write_full(recipe)  # shards that an earlier ``--max_file_index`` left for later
-        if self.main.done:
+        if self.main.done or self._room() == 0:
             return
-        with WorkerPool(work, self.options.workers) as pool, _Rates(self.source, self.done) as rates:
+        with WorkerPool(work, self.options.workers) as pool, Rates(self.source, self.done) as rates:
             chunks = self.source.chunks(self.options.chunksize, self.place)
             for chunk, made in pool.map(chunks, lambda: bool(self.stop.received)):
-                for split, (tokens, lengths) in made.splits.items():
-                    self.writers[split].add(tokens, lengths)
+                if (room := self._room()) is not None:
+                    made = made.until(room)
+                for split, writer in self.writers.items():
+                    writer.add(made.splits[split])
                 self.place, self.done, self.empty = chunk.after, chunk.done, self.empty + made.empty
                 self._write_full(recipe)
                 rates.update(chunk.done, made)
-                if self.main.done:
+                if self.main.done or self._room() == 0:
                     break
         self.say(rates.summary())
         if self.stop.received:
             self._save(recipe)
+
+    def _room(self) -> int | None:
+        """Number of tokens until ``--max_tokens``; ``None`` without a limit."""
+        if self.options.max_tokens is None:
+            return None
+        return max(0, self.options.max_tokens - sum(writer.total for writer in self.writers.values()))
 
     def _write_full(self, recipe: Recipe) -> None:
         if sum([writer.write_full() for writer in self.writers.values()]):
@@ -358,36 +368,3 @@ def _clear(folder: Path) -> None:
     for path in folder.iterdir():
         if OURS.fullmatch(path.name) or path.name.removesuffix(".tmp") in (MANIFEST, STATE, TOKENIZER):
             path.unlink()
-
-
-class _Rates:
-    """The progress of tokenizing, with documents and tokens per second of this call."""
-
-    def __init__(self, source: TextSource, done: int) -> None:
-        total, self._unit = source.size()
-        self._first = done
-        self.progress = Progress("tokenizing", total, self._unit, initial=done)
-        self.documents = self.tokens = 0
-
-    def update(self, done: int, made: Encoded) -> None:
-        """Show that ``done`` of the source is finished, ``made`` having been added."""
-        for tokens, lengths in made.splits.values():
-            self.documents, self.tokens = self.documents + len(lengths), self.tokens + len(tokens)
-        self.progress.update(done - self.progress.done, self._rates())
-
-    def summary(self) -> str:
-        """A line to print at the end."""
-        read = scaled(self.progress.done - self._first, self._unit)
-        return f"tokenized {read} in {self.progress.seconds:.1f} s: {self._rates()}"
-
-    def _rates(self) -> str:
-        seconds = max(1e-9, self.progress.seconds)
-        # Not of one long text, which would be 0.
-        documents = f"{self.documents / seconds:,.0f} documents/s, " if self.documents >= seconds else ""
-        return f"{documents}{self.tokens / seconds:,.0f} tokens/s"
-
-    def __enter__(self) -> _Rates:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.__exit__(*error)

@@ -314,8 +314,8 @@ def encode_documents(
     texts: list[str], encode: Encode, eot: int | None, position: str, dtype: np.dtype[Any]
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint32]]:
     """The documents' token ids, concatenated, with ``eot`` before (``prepend``) or after (``append``) each document unless
-    it is ``None``, and their lengths including that token. Without it, documents that have no tokens are left out. Shapes:
-    [tokens] of ``dtype``, [documents]. Raises: DataError for a text that contains ``eot``."""
+    it is ``None``, and their lengths including that token. Shapes: [tokens] of ``dtype``,
+    [documents]. Raises: DataError for a text that contains ``eot``."""
     ids = _encode_all(texts, encode, dtype)
     if eot is not None and any(bool((made == eot).any()) for made in ids):
         raise DataError(
@@ -323,7 +323,7 @@ def encode_documents(
             "token, or --eot_position none"
         )
     if eot is None:
-        row = [made for made in ids if len(made)]
+        row = ids
         lengths = np.array([len(made) for made in row], np.uint32)
     else:
         separator = np.array([eot], dtype)
