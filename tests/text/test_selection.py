@@ -27,6 +27,7 @@ from tinytron.data.manifest import read_manifest
 from tinytron.errors import ConfigError, DataError
 from tinytron.text import chunk_encoder
 from tinytron.text.chunk_encoder import ChunkEncoder
+from tinytron.text.encoders import PlainEncoder
 from tinytron.text.selection import DocumentRule, SelectedSource, is_held_out, shuffled
 from tinytron.text.sources import FileSource
 from tinytron.utils.signals import StopRequest
@@ -346,9 +347,9 @@ def test_texts_are_encoded_in_batches_of_bounded_size(made: Path, monkeypatch: p
         return [[ord(c) for c in text] for text in texts]
 
     texts = ["abc"] * 7 + ["d" * 30, "", "a\ud800b"]  # half a surrogate pair
-    work = ChunkEncoder(FileSource([]), encode, 0, "append", np.dtype("<u2"), DocumentRule("train"))
+    work = ChunkEncoder(FileSource([]), PlainEncoder(encode, 0, "append", np.dtype("<u2")), DocumentRule("train"))
     made_of = work(Chunk([Part("", data=texts)], Place(), 0))
-    tokens, lengths = made_of.splits["train"]
+    tokens, lengths, *_ = made_of.splits["train"][0]
     expected = [[97, 98, 99, 0]] * 7 + [[100] * 30 + [0], [97, ord("?"), 98, 0]]
     assert tokens.tolist() == [token for document in expected for token in document]
     assert lengths.tolist() == [len(document) for document in expected]

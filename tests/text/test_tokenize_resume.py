@@ -26,6 +26,7 @@ from tinytron.data.manifest import read_manifest
 from tinytron.errors import ConfigError, DataError
 from tinytron.text import parts, sources
 from tinytron.text.chunk_encoder import ChunkEncoder
+from tinytron.text.rows import TextRows
 from tinytron.text.state import read_state
 from tinytron.utils import training
 from tinytron.utils.signals import StopRequest
@@ -189,7 +190,7 @@ def test_every_source_goes_on_behind_any_chunk(tmp_path: Path, monkeypatch: pyte
         folder.mkdir()
         for path in _inputs(folder):
             source = sources.open_source(
-                str(path), config=None, split="train", text_key="text", streaming=False, cache_dir=None
+                str(path), config=None, split="train", rows=TextRows(), streaming=False, cache_dir=None
             )
             chunks = list(source.chunks(4))
             texts = [list(source.read(chunk)) for chunk in chunks]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from tinytron.text.encoders import DocumentEncoder
 from tinytron.text.selection import VAL, DocumentRule
 from tinytron.text.sources import Chunk, TextSource
 from tinytron.text.token_writer import Tokens
-from tinytron.text.tokenizers import Encode, encode_documents
 from tinytron.utils.optional import as_data_error
 from tinytron.utils.texts import whole_characters
 
@@ -21,10 +20,10 @@ _LEFT_OUT = -1
 
 @dataclass(frozen=True)
 class Encoded:
-    """The tokens of a chunk by split. ``order`` has an entry for each document of the chunk: the number of its split in
-    ``splits``, or -1 if it was left out."""
+    """The tokens of a chunk by split, for each side of the documents (``encoders.py``). ``order`` has an entry for each
+    document of the chunk: the number of its split in ``splits``, or -1 if it was left out."""
 
-    splits: dict[str, Tokens]
+    splits: dict[str, tuple[Tokens, ...]]
     order: npt.NDArray[np.int8]
 
     @property
@@ -40,19 +39,19 @@ class Encoded:
     @property
     def tokens(self) -> int:
         """Number of tokens in all splits."""
-        return sum(len(tokens.ids) for tokens in self.splits.values())
+        return sum(len(tokens.ids) for sides in self.splits.values() for tokens in sides)
 
     def until(self, room: int) -> Encoded:
         """The first documents, up to the one with which they have ``room`` tokens; all if they have fewer."""
         if self.tokens < room:
             return self
         lengths = np.zeros(len(self.order), np.int64)
-        for number, tokens in enumerate(self.splits.values()):
-            lengths[self.order == number] = tokens.lengths
+        for number, sides in enumerate(self.splits.values()):
+            lengths[self.order == number] = sum(tokens.lengths.astype(np.int64) for tokens in sides)
         order = self.order[: int(np.searchsorted(lengths.cumsum(), room)) + 1]
         counts = [int(np.count_nonzero(order == number)) for number in range(len(self.splits))]
-        cut = {split: self.splits[split].first(count) for split, count in zip(self.splits, counts, strict=True)}
-        return Encoded(cut, order)
+        found = zip(self.splits.items(), counts, strict=True)
+        return Encoded({split: tuple(t.first(count) for t in sides) for (split, sides), count in found}, order)
 
 
 @dataclass(frozen=True)
@@ -60,17 +59,14 @@ class ChunkEncoder:
     """Reads a chunk, assigns each document to a split by ``rule``, and encodes the documents."""
 
     source: TextSource
-    encode: Encode
-    eot_id: int | None
-    eot_position: str
-    dtype: np.dtype[Any]
+    encoder: DocumentEncoder
     rule: DocumentRule
 
     def __call__(self, chunk: Chunk) -> Encoded:
         """Raises: DataError naming file and line or row."""
         splits = list(dict.fromkeys((self.rule.split, VAL)))
         waiting: dict[str, list[str]] = {split: [] for split in splits}
-        made: dict[str, list[Tokens]] = {split: [Tokens.none(self.dtype)] for split in splits}
+        made: dict[str, list[tuple[Tokens, ...]]] = {split: [] for split in splits}
         order: list[int] = []
         chars = 0
 
@@ -78,7 +74,7 @@ class ChunkEncoder:
             for split, texts in waiting.items():
                 if texts:
                     with as_data_error(f"{chunk.parts[0].path}: the tokenizer failed"):
-                        made[split].append(self._encoded(texts))
+                        made[split].append(self.encoder(texts))
                     texts.clear()
 
         for text in self.source.read(chunk):
@@ -93,7 +89,9 @@ class ChunkEncoder:
                 flush()
                 chars = 0
         flush()
-        return Encoded({split: Tokens.joined(batches) for split, batches in made.items()}, np.array(order, np.int8))
+        joined = {split: self._joined(batches) for split, batches in made.items()}
+        return Encoded(joined, np.array(order, np.int8))
 
-    def _encoded(self, texts: list[str]) -> Tokens:
-        return Tokens(*encode_documents(texts, self.encode, self.eot_id, self.eot_position, self.dtype))
+    def _joined(self, batches: list[tuple[Tokens, ...]]) -> tuple[Tokens, ...]:
+        sides = range(self.encoder.sides)
+        return tuple(Tokens.joined([batch[side] for batch in batches], self.encoder.dtype) for side in sides)
