@@ -104,7 +104,7 @@ def test_the_three_jobs(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (
             "contrastive",
             {"data.name": "alpaca"},
-            "data.name=alpaca is a dataset of dialogue; use the job data/tokenize_v",
+            "data.name=alpaca is a dataset of dialogues; use the job data/tokenize_v",
         ),
     ],
 )
@@ -232,7 +232,7 @@ class Numbers(NamedDataset):
 
 
 def test_a_dataset_of_ones_own_with_workers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its module lies in a folder that worker processes do not know by themselves."""
+    """The folder of its module is not on the path of a new process."""
     (folder / "lib").mkdir()
     (folder / "lib" / "my_datasets.py").write_text(MODULE)
     rows = [{"instruction": f"{i} say", "input": "", "output": text} for i, text in enumerate(TEXTS)]

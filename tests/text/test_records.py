@@ -63,7 +63,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def weights_of(folder: Path, split: str = "train") -> list[int]:
-    """Those of all shards of a split, as whole numbers."""
+    """The weights of all shards of a split, as whole numbers."""
     found = [w for path in sorted(folder.glob(f"{split}_*.weights")) for w in open_weights(path).tolist()]
     assert all(weight in (0, 1) for weight in found)
     return [int(weight) for weight in found]
@@ -245,7 +245,7 @@ def test_workers_write_the_same_files(made: Path, tmp_path: Path) -> None:
     assert contents(tmp_path / "0") == contents(tmp_path / "2")
 
 
-# What does not fit.
+# Options that do not fit.
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_workers_write_the_same_files(made: Path, tmp_path: Path) -> None:
         ("--assistant_only", "--assistant_only needs dialogues, but the rows are texts; give --messages_key messages"),
         ("--system_prompt x", "--system_prompt needs dialogues"),
         ("--chat_template tokenizer", "--chat_template tokenizer needs dialogues"),
-        ("--messages_key m --min_chars 5", "--min_chars 5 is for texts, but the rows are dialogue; leave it out"),
+        ("--messages_key m --min_chars 5", "--min_chars 5 is for texts, but the rows are dialogues; leave it out"),
         (
             "--chosen_key c",
             "--chosen_key c needs --rejected_key, the key of the rejected answer; use --rejected_key rej",
@@ -282,7 +282,7 @@ def test_options_that_do_not_fit(made: Path, tmp_path: Path, flags: str, says: s
 def test_plain_texts_have_no_dialogues(made: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(
-        DataError, match=r"a\.txt is plain text, which has no rows with dialogue; give \.jsonl or \.parquet"
+        DataError, match=r"a\.txt is plain text, which has no rows with dialogues; give \.jsonl or \.parquet"
     ):
         tokenize(tmp_path / "a.txt", made / "tokenizer.json", tmp_path / "out", "--messages_key", "messages")
 

@@ -75,8 +75,8 @@ class TinyStories(NamedDataset):
 
 
 def choices(question: str, answers: Sequence[str], right: int) -> Messages:
-    """A question with lettered answers, and the letter and text of the ``right`` one (from 0). Raises: ValueError if there
-    is no such answer."""
+    """A question with lettered answers, and the letter and text of the ``right`` one (from 0). Raises: ValueError if
+    ``right`` is not a number of an answer."""
     if not 0 <= right < len(answers):
         raise ValueError(f"the answer is {right}, as in a split without answers; use the training split")
     lines = [f"{letter}. {answer}" for letter, answer in zip(LETTERS, answers, strict=False)]
@@ -84,7 +84,7 @@ def choices(question: str, answers: Sequence[str], right: int) -> Messages:
 
 
 def label(names: Sequence[str], number: int) -> str:
-    """The name of a class. Raises: ValueError if there is no such class."""
+    """The name of class ``number``. Raises: ValueError if the number is not that of a class."""
     if not 0 <= number < len(names):
         raise ValueError(f"the label is {number}, as in a split without labels; use the training split")
     return names[number]
@@ -95,7 +95,7 @@ class Alpaca(NamedDataset):
     """52,000 instructions, some with an input, and their answers."""
 
     path = "tatsu-lab/alpaca"
-    kind = "dialogue"
+    kind = "dialogues"
 
     @staticmethod
     def record(row: Row) -> Messages:
@@ -109,7 +109,7 @@ class UltraChat(NamedDataset):
 
     path = "HuggingFaceH4/ultrachat_200k"
     split = "train_sft"
-    kind = "dialogue"
+    kind = "dialogues"
 
     @staticmethod
     def record(row: Row) -> Messages:
@@ -124,7 +124,7 @@ class GSM8K(NamedDataset):
 
     path = "openai/gsm8k"
     config = "main"
-    kind = "dialogue"
+    kind = "dialogues"
 
     @staticmethod
     def record(row: Row) -> Messages:
@@ -137,7 +137,7 @@ class SQuAD(NamedDataset):
     """Questions about paragraphs of Wikipedia, whose answers are phrases of the paragraph."""
 
     path = "rajpurkar/squad"
-    kind = "dialogue"
+    kind = "dialogues"
 
     @staticmethod
     def record(row: Row) -> Messages:
@@ -152,7 +152,7 @@ class MMLU(NamedDataset):
     path = "cais/mmlu"
     config = "all"
     split = "auxiliary_train"
-    kind = "dialogue"
+    kind = "dialogues"
 
     @staticmethod
     def record(row: Row) -> Messages:
@@ -166,7 +166,7 @@ class WinoGrande(NamedDataset):
 
     path = "allenai/winogrande"
     config = "winogrande_xl"
-    kind = "dialogue"
+    kind = "dialogues"
 
     @staticmethod
     def record(row: Row) -> Messages:
@@ -180,7 +180,7 @@ class MNLI(NamedDataset):
 
     path = "nyu-mll/glue"
     config = "mnli"
-    kind = "dialogue"
+    kind = "dialogues"
 
     @staticmethod
     def record(row: Row) -> Messages:
@@ -197,7 +197,7 @@ class QQP(NamedDataset):
 
     path = "nyu-mll/glue"
     config = "qqp"
-    kind = "dialogue"
+    kind = "dialogues"
 
     @staticmethod
     def record(row: Row) -> Messages:
@@ -212,7 +212,7 @@ class SST2(NamedDataset):
 
     path = "nyu-mll/glue"
     config = "sst2"
-    kind = "dialogue"
+    kind = "dialogues"
 
     @staticmethod
     def record(row: Row) -> Messages:
@@ -226,7 +226,7 @@ class CFQ(NamedDataset):
 
     path = "google-research-datasets/cfq"
     config = "mcd1"
-    kind = "dialogue"
+    kind = "dialogues"
 
     @staticmethod
     def record(row: Row) -> Messages:

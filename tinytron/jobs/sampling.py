@@ -34,7 +34,7 @@ FILE = "mixture.json"
 STYLES = ("PADDED", "PMD", "CONTRASTIVE")
 _KEYS = ("name", "rate", "weight", "style", "suffix")
 _WORKS = "use [{name: fineweb, rate: 0.7, style: PMD}, {name: alpaca, rate: 0.3, style: PADDED}]"
-_TOLERANCE = Fraction(1, 10**6)  # of the sum of the rates, for thirds
+_TOLERANCE = Fraction(1, 10**6)  # the sum of the rates may be off by this, for thirds
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class Template(Protocol):
         """The segments in order. Raises: DataError for messages that the template refuses."""
 
     def identity(self) -> dict[str, str]:
-        """What determines the result, for the record of a folder."""
+        """Plain JSON values that determine the result, for the record of a folder."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class TokenizerTemplate:
         marked = [{**message, "content": f"\ue0f0{n}\ue0f1"} for n, message in enumerate(messages)]
         try:
             whole, pieces = self._render(messages), re.split("\ue0f0(\\d+)\ue0f1", self._render(marked))
-        except Exception as error:  # of the template, which may refuse the order of the roles
+        except Exception as error:  # the template may refuse the order of the roles
             raise DataError(
                 f"the tokenizer's chat template refuses the dialogue that begins with {shown} ({first_line(error)}); "
                 "change its messages, or use --chat_template chatml"

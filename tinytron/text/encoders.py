@@ -21,7 +21,7 @@ from tinytron.text.token_writer import Tokens
 from tinytron.text.tokenizers import Encode, check_no_end, encode_all, encode_documents
 
 Array = npt.NDArray[Any]
-SIDES: Mapping[RowKind, tuple[str, ...]] = {"text": ("",), "dialogue": ("",), "pairs": (".pos", ".neg")}
+SIDES: Mapping[RowKind, tuple[str, ...]] = {"text": ("",), "dialogues": ("",), "pairs": (".pos", ".neg")}
 
 
 class DocumentEncoder(Protocol):

@@ -33,7 +33,7 @@ class Documents:
     note: str = ""
 
     def identity(self) -> dict[str, Any]:
-        """What the documents are, in plain JSON values. Raises: OSError if source files cannot be examined."""
+        """Plain JSON values that identify the documents. Raises: OSError if source files cannot be examined."""
         return self.source.identity() | self.facts
 
 

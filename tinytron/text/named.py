@@ -5,7 +5,7 @@ class MyChats(NamedDataset):
     \"\"\"Questions and answers.\"\"\"
 
     path = "me/my-chats"
-    kind = "dialogue"
+    kind = "dialogues"
 
     @staticmethod
     def record(row):
@@ -28,7 +28,7 @@ class NamedDataset:
     """A dataset of the hub, or local files, at ``path``, with its ``config`` and its ``split`` for training.
 
     A subclass of the ``kind`` ``text`` names its ``text_key``, or has ``record``, a static function that makes a text of a
-    row. For other kinds ``record`` makes a list of messages (``dialogue``) or ``{"chosen", "rejected", "prompt"}``
+    row. For other kinds ``record`` makes a list of messages (``dialogues``) or ``{"chosen", "rejected", "prompt"}``
     (``pairs``; the prompt is optional, and all three are texts or messages).
     """
 
@@ -65,7 +65,7 @@ def rows_of(name: str, found: type[NamedDataset]) -> RowReader:
 
 @dataclass(frozen=True)
 class NamedRows:
-    """What the ``record`` of the dataset registered as ``name`` makes of a row."""
+    """Reads rows with the ``record`` of the dataset registered as ``name``."""
 
     name: str
     dataset: type[NamedDataset]
@@ -84,11 +84,11 @@ class NamedRows:
             value = self.dataset.record(row)
         except TinytronError:
             raise
-        except Exception as error:  # of the user's function, or of a row with other columns
+        except Exception as error:  # the user's function failed, or the row has other columns
             raise DataError(
                 f"{where}: the dataset {self.name} cannot read this row ({type(error).__name__}: {first_line(error)})"
             ) from error
-        if self.kind == "dialogue":
+        if self.kind == "dialogues":
             return as_document(value and messages_of(value, where))
         if self.kind == "pairs":
             return as_document(value and pair_of(value, where))

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from tinytron.errors import DataError
 
-RowKind = Literal["text", "dialogue", "pairs"]
+RowKind = Literal["text", "dialogues", "pairs"]
 Messages = list[dict[str, str]]
 
 
@@ -62,7 +62,7 @@ class MessageRows:
     """The dialogue under ``messages_key``."""
 
     messages_key: str
-    kind: ClassVar[RowKind] = "dialogue"
+    kind: ClassVar[RowKind] = "dialogues"
 
     @property
     def keys(self) -> tuple[str, ...]:
