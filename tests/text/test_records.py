@@ -135,6 +135,34 @@ def test_a_tokenizer_without_the_marks_spells_them(made: Path, tmp_path: Path) -
     assert "assistant" in json.loads((tmp_path / "b" / "tokenizer.json").read_text())["model"]["vocab"]
 
 
+def test_the_template_of_the_tokenizer_from_a_file_or_from_a_folder_of_the_hub(made: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    source = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
+        "{% endfor %}"
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(made / "tokenizer.json"), eos_token=EOT, chat_template=source
+    )
+    tokenizer.save_pretrained(tmp_path / "hub")
+    flags = (*CHAT, "--assistant_only", "--chat_template", "tokenizer")
+    tokenize(made / "chats.jsonl", tmp_path / "hub" / "tokenizer.json", tmp_path / "file", *flags)
+    tokenize(made / "chats.jsonl", None, tmp_path / "folder", "--tokenizer_name", tmp_path / "hub", *flags)
+    tokenize(made / "chats.jsonl", made / "tokenizer.json", tmp_path / "chatml", *CHAT, "--assistant_only")
+    for name in ("file", "folder"):
+        assert tokens_of(tmp_path / name) == tokens_of(tmp_path / "chatml")
+        assert weights_of(tmp_path / name) == weights_of(tmp_path / "chatml")
+    (tmp_path / "hub" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    with pytest.raises(ConfigError, match=r"--chat_template .*, where the folder has"):
+        tokenize(made / "chats.jsonl", tmp_path / "hub" / "tokenizer.json", tmp_path / "file", *flags)
+
+
+def test_pairs_that_are_all_in_one_split(made: Path, tmp_path: Path) -> None:
+    flags = (*KINDS["pairs"][1], "--val_fraction", 0.001)
+    with pytest.raises(DataError, match="none of 30 documents goes to val"):
+        tokenize(made / "pairs.jsonl", made / "tokenizer.json", tmp_path, *flags)
+
+
 def test_files_of_every_kind_hold_dialogues(made: Path, tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet

@@ -43,6 +43,8 @@ def main(argv: Sequence[str], prog: str = "tinytron jobs") -> None:
     for module in args.load:
         load_module(module)
     listed = DATASETS if args.datasets else JOBS
+    if args.datasets:
+        _ = [DATASETS[key] for key in DATASETS]  # imports them: their descriptions are docstrings
     width = max(map(len, listed))
     for key in listed:
         print(f"{key:{width}}  {listed.help(key)}".rstrip())

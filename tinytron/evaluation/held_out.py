@@ -119,7 +119,7 @@ def _shards(path: str, split: str, model: GPT, data: Mapping[str, Any], seq_len:
         mark_padding=model.config.use_moe,
     )
     if reading.packing == "best_fit":
-        make_pack_files(shards, seq_len)
+        make_pack_files([shard for shard in shards if shard.row is None], seq_len)
     dataset = TokenShardDataset(shards, seq_len, model.config.vocab_size, reading)
     dataset.check_token_ids()
     return dataset

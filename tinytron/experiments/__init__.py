@@ -24,28 +24,27 @@ JOBS: Mapping[str, tuple[str, str]] = MappingProxyType(
         ),
     }
 )
-_DATASETS = {
-    "fineweb": "Web pages in English: the sample of 10 billion tokens.",
-    "fineweb-edu": "Educational web pages in English: the sample of 10 billion tokens.",
-    "c4": "Web pages in English, filtered.",
-    "pile": "The Pile without its copyrighted parts: web, code, papers, forums.",
-    "pg19": "Books of Project Gutenberg from before 1919, one a document.",
-    "wikitext": "Lines of good Wikipedia articles (WikiText-103, untokenized).",
-    "tinystories": "Short stories in the words of a small child.",
-    "alpaca": "52,000 instructions, some with an input, and their answers.",
-    "ultrachat": "200,000 dialogues of several turns.",
-    "gsm8k": "Word problems of grade school with worked solutions.",
-    "squad": "Questions about paragraphs of Wikipedia, whose answers are phrases of the paragraph.",
-    "mmlu": "Questions of 57 subjects with four answers each.",
-    "winogrande": "Sentences with a blank, and two ways to fill it.",
-    "mnli": "Pairs of sentences: does the first one imply the second?",
-    "qqp": "Pairs of questions: do they ask the same?",
-    "sst2": "Sentences of film reviews: positive or negative?",
-    "cfq": "Questions and the queries that answer them, for compositional generalization (split mcd1).",
-    "hh-rlhf": "Dialogues with a helpful and harmless answer, and a worse one.",
-    "ultrafeedback": "Answers to prompts, the best one and a worse one.",
-}
-DATASETS: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {key: ("tinytron.experiments.datasets", text) for key, text in _DATASETS.items()}
+_NAMES = (
+    "fineweb",
+    "fineweb-edu",
+    "c4",
+    "pile",
+    "pg19",
+    "wikitext",
+    "tinystories",
+    "alpaca",
+    "ultrachat",
+    "gsm8k",
+    "squad",
+    "mmlu",
+    "winogrande",
+    "mnli",
+    "qqp",
+    "sst2",
+    "cfq",
+    "hh-rlhf",
+    "ultrafeedback",
 )
+# Their descriptions are the docstrings, because importing the module is cheap.
+DATASETS: Mapping[str, tuple[str, str]] = MappingProxyType(dict.fromkeys(_NAMES, ("tinytron.experiments.datasets", "")))
 EVALUATIONS: Mapping[str, tuple[str, str]] = MappingProxyType({})

@@ -313,7 +313,7 @@ class _Run:
     def _empty_split(self, documents: dict[str, int]) -> DataError:
         """The error for a split that got no documents."""
         empty = next(split for split, count in documents.items() if not count).partition(".")[0]
-        options, count = self.options, sum(documents.values())
+        options, count = self.options, sum(documents.values()) // len(SIDES[self.documents.kind])
         if options.val_path:
             place = f"--val_path {options.val_path}" if empty == "val" else f"--dataset_path {options.dataset_path}"
             return DataError(f"{place} has no document to keep for {empty}; use another, or a smaller --min_chars")
