@@ -260,6 +260,16 @@ def test_killed_at_every_write_it_goes_on_to_the_same_bytes(
     assert deaths >= 10
 
 
+def test_a_finished_folder_without_its_weights_is_made_again(made: Path, tmp_path: Path) -> None:
+    flags = (made / "chats.jsonl", made / "tokenizer.json", tmp_path, *CHAT, "--assistant_only")
+    tokenize(*flags)
+    before = contents(tmp_path)
+    assert not tokenize(*flags, repair=True).fresh
+    next(tmp_path.glob("*.weights")).unlink()
+    assert tokenize(*flags, repair=True).fresh
+    assert contents(tmp_path) == before
+
+
 def test_workers_write_the_same_files(made: Path, tmp_path: Path) -> None:
     for count in (0, 2):
         tokenize(

@@ -35,10 +35,6 @@ class DocumentEncoder(Protocol):
     def dtype(self) -> np.dtype[Any]:
         """The type of a token."""
 
-    @property
-    def weighted(self) -> bool:
-        """True if tokens have weights."""
-
     def __call__(self, documents: list[str]) -> tuple[Tokens, ...]:
         """The tokens of the documents, for each side."""
 
@@ -55,7 +51,6 @@ class PlainEncoder:
     eot_position: str
     dtype: np.dtype[Any]
     sides: ClassVar[int] = 1
-    weighted: ClassVar[bool] = False
 
     def __call__(self, documents: list[str]) -> tuple[Tokens, ...]:
         """See ``DocumentEncoder``."""
@@ -103,11 +98,6 @@ class RecordEncoder:
         """See ``DocumentEncoder``."""
         return len(SIDES[self.kind])
 
-    @property
-    def weighted(self) -> bool:
-        """See ``DocumentEncoder``."""
-        return self.row is not None or self.assistant_only
-
     def identity(self) -> dict[str, Any]:
         """See ``DocumentEncoder``. ``block_size`` and ``pairs`` tell readers how shards are divided into samples."""
         found: dict[str, Any] = {}
@@ -144,10 +134,11 @@ class RecordEncoder:
             ids.append(tokens)
             weights.append(weight)
             lengths.append(len(tokens))
+        weighted = self.row is not None or self.assistant_only
         return Tokens(
             _joined(ids, self.dtype),
             np.array(lengths, np.uint32),
-            _joined(weights, np.dtype(np.uint8)) if self.weighted else None,
+            _joined(weights, np.dtype(np.uint8)) if weighted else None,
             np.array(contents, np.uint32) if self.row is not None else None,
         )
 

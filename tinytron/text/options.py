@@ -292,6 +292,11 @@ class TokenizeOptions:
         return DocumentRule(self.split, self.val_fraction, self.min_chars)
 
     @property
+    def weighted(self) -> bool:
+        """True if every token gets a weight."""
+        return self.block_size is not None or self.assistant_only
+
+    @property
     def shard_size(self) -> int:
         """Number of tokens of every shard but the last: whole rows, if there are rows."""
         return self.num_tokens_per_file // (self.block_size or 1) * (self.block_size or 1)

@@ -254,7 +254,8 @@ def open_source(
 
 
 def _require_rows(rows: RowReader, files: Sequence[Path]) -> None:
-    if rows.kind != "text" and (plain := next(filter(is_plain_text, files), None)) is not None:
+    reads_records = rows.kind != "text" or rows.keys is None
+    if reads_records and (plain := next(filter(is_plain_text, files), None)) is not None:
         raise DataError(f"{plain} is plain text, which has no rows with {rows.kind}; give .jsonl or .parquet files")
 
 

@@ -104,7 +104,9 @@ def finished(folder: Path) -> Manifest | None:
         manifest = read_manifest(folder)
         if manifest is not None and manifest.complete:
             names = sorted(shard.name for shard in manifest.shards)
-            open_shards([folder / name for name in names])
+            shards = open_shards([folder / name for name in names])
+            if manifest.weighted and any(shard.weights is None for shard in shards):
+                return None
             return manifest if names == sorted(path.name for path in folder.glob("*.bin")) else None
     return None
 
@@ -116,18 +118,18 @@ class _Run:
         self, options: TokenizeOptions, documents: Documents, stop: StopRequest, say: Callable[[str], object]
     ) -> None:
         self.options, self.documents, self.stop, self.say = options, documents, stop, say
-        self.folder, self.source, source = options.folder, documents.source, documents.source
+        self.folder = options.folder
+        self.source = source = documents.source
         self.ends_held_out = isinstance(source, FileSource) and source.held_out_end > 0
         # If the ends of texts are held out, no text is held out by its hash.
         self.rule = replace(options.rule, val_fraction=0.0) if self.ends_held_out else options.rule
         splits = [options.split]
         if options.val_fraction or options.val_path is not None:
             splits.append(VAL)
-        weighted = options.block_size is not None or options.assistant_only
 
         def writer_of(name: str) -> SplitWriter:
             fixed = (options.dtype, options.file_format, options.shard_size)
-            return SplitWriter(self.folder, name, *fixed, weighted=weighted, row=options.block_size)
+            return SplitWriter(self.folder, name, *fixed, weighted=options.weighted, row=options.block_size)
 
         # The writers of each split, one for each side of the documents.
         self.writers_of = {s: [writer_of(f"{s}{side}") for side in SIDES[documents.kind]] for s in splits}
