@@ -33,10 +33,11 @@ from tinytron.data.manifest import read_manifest
 from tinytron.data.shards import split_of
 from tinytron.distributed.agreement import agree, agree_slowly, require_same
 from tinytron.errors import ConfigError, DataError, TinytronError
+from tinytron.text.inputs import load_tokenizer
 from tinytron.text.options import TokenizeOptions
 from tinytron.text.sources import file_states, find_text_files
 from tinytron.text.state import recipe_hash
-from tinytron.text.tokenize import finished, load_tokenizer, tokenize_dataset
+from tinytron.text.tokenize import finished, tokenize_dataset
 from tinytron.training import Config, Trainer
 from tinytron.training.world import first_on_node
 from tinytron.utils.paths import expanded

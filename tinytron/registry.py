@@ -161,6 +161,8 @@ def _import_file(path: Path) -> None:
     assert spec.loader is not None, "a .py file has a loader"
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # dataclasses look their module up
+    if (folder := str(path.resolve().parent)) not in sys.path:
+        sys.path.append(folder)  # so that worker processes, which get this path, can import the module by its name
     try:
         spec.loader.exec_module(module)
     except BaseException:

@@ -15,6 +15,7 @@ import numpy as np
 
 from tinytron.data.formats import open_shard
 from tinytron.text.options import TokenizeOptions, parse_options
+from tinytron.text.rows import TextRows
 from tinytron.text.sources import FileSource
 from tinytron.text.tokenize import Outcome, tokenize_dataset
 from tinytron.text.worker_pool import WORKER
@@ -93,7 +94,7 @@ class Naive:
 
 def read_texts(files: Iterable[Path], text_key: str = "text", option: str = "the text key") -> Iterator[str]:
     """The documents of ``files``, one after another."""
-    source = FileSource(list(files), text_key, option)
+    source = FileSource(list(files), TextRows(text_key, option))
     for chunk in source.chunks(1024):
         yield from source.read(chunk)
 

@@ -27,6 +27,7 @@ from tinytron.data.manifest import read_manifest
 from tinytron.errors import ConfigError, DataError
 from tinytron.text import chunk_encoder
 from tinytron.text.chunk_encoder import ChunkEncoder
+from tinytron.text.encoders import PlainEncoder
 from tinytron.text.selection import DocumentRule, SelectedSource, is_held_out, shuffled
 from tinytron.text.sources import FileSource
 from tinytron.utils.signals import StopRequest
@@ -116,6 +117,33 @@ def test_the_first_documents_are_taken_that_are_long_enough(made: Path, tmp_path
     ):
         tokenize(made / "c.jsonl", made / "tokenizer.json", tmp_path / name, *flags)
         assert tokens_of(tmp_path / name) == Naive(made / "tokenizer.json").tokens(texts)
+
+
+@pytest.mark.parametrize("position", ["prepend", "none"])
+def test_tokens_are_counted_up_to_the_document_that_reaches_the_number(
+    made: Path, tmp_path: Path, position: str
+) -> None:
+    """In both splits together, whatever the chunks and the workers; documents after it are not counted as left out."""
+    texts = [*TEXTS[:20], "", *TEXTS[20:]]
+    write_jsonl(tmp_path / "c.jsonl", texts)
+    documents = Naive(made / "tokenizer.json", position).documents(texts)
+    ends = list(itertools.accumulate(map(len, documents)))
+    flags = ("--eot_position", position, "--val_fraction", 0.2)
+    for number, count in ((ends[24], 25), (ends[24] + 1, 26), (1, 1), (10**9, 60)):
+        found = []
+        for name, more in (("a", ()), ("b", ("--chunksize", 1)), ("c", ("--chunksize", 1000, "--num_proc", 2))):
+            out = tmp_path / f"{number}{name}"
+            limited = ("--max_tokens", number, *(flags if count > 1 else flags[:2]))
+            manifest = tokenize(tmp_path / "c.jsonl", made / "tokenizer.json", out, *limited, *more).manifest
+            assert manifest is not None
+            assert manifest.complete
+            assert manifest.options["max_tokens"] == number
+            assert (sum(manifest.documents.values()), manifest.empty) == (count, int(count > 20))
+            assert sum(manifest.tokens.values()) == ends[count - 1]
+            found.append(contents(out))
+        assert found[0] == found[1] == found[2]
+        both = _documents(out) + (_documents(out, "val") if count > 1 else [])
+        assert sorted(both) == sorted(documents[:count])
 
 
 def test_shuffling_keeps_every_text_and_is_decided_by_the_seed(made: Path, tmp_path: Path) -> None:
@@ -319,9 +347,9 @@ def test_texts_are_encoded_in_batches_of_bounded_size(made: Path, monkeypatch: p
         return [[ord(c) for c in text] for text in texts]
 
     texts = ["abc"] * 7 + ["d" * 30, "", "a\ud800b"]  # half a surrogate pair
-    work = ChunkEncoder(FileSource([]), encode, 0, "append", np.dtype("<u2"), DocumentRule("train"))
+    work = ChunkEncoder(FileSource([]), PlainEncoder(encode, 0, "append", np.dtype("<u2")), DocumentRule("train"))
     made_of = work(Chunk([Part("", data=texts)], Place(), 0))
-    tokens, lengths = made_of.splits["train"]
+    tokens, lengths, *_ = made_of.splits["train"][0]
     expected = [[97, 98, 99, 0]] * 7 + [[100] * 30 + [0], [97, ord("?"), 98, 0]]
     assert tokens.tolist() == [token for document in expected for token in document]
     assert lengths.tolist() == [len(document) for document in expected]

@@ -17,6 +17,7 @@ pyarrow = pytest.importorskip("pyarrow")
 from tinytron.data.manifest import read_manifest  # noqa: E402
 from tinytron.errors import DataError  # noqa: E402
 from tinytron.text import parts, sources  # noqa: E402
+from tinytron.text.rows import TextRows  # noqa: E402
 
 TEXTS = make_texts(40)
 
@@ -66,7 +67,7 @@ def test_data_sets(
 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_they_go_on_behind_any_chunk(made: Path, streaming: bool) -> None:
-    source = sources.HubSource(str(made / "saved"), None, "train", "text", "--dataset_text_key", streaming)
+    source = sources.HubSource(str(made / "saved"), None, "train", TextRows(), streaming)
     chunks = list(source.chunks(7))
     assert [chunk.done for chunk in chunks] == [7, 14, 21, 28, 35, 40]
     assert source.size() == (None if streaming else 40, "row")
@@ -109,7 +110,7 @@ def test_a_name_on_the_hub_is_told_from_a_path(path: str, kind: type | None) -> 
     options: dict[str, Any] = {
         "config": None,
         "split": "train",
-        "text_key": "text",
+        "rows": TextRows(),
         "streaming": True,
         "cache_dir": None,
     }
@@ -143,14 +144,14 @@ def test_lines_are_numbered_whatever_the_blocks(
     monkeypatch.setattr(parts, "BLOCK_BYTES", block)
     lines = [json.dumps({"text": f"line {i}"}) if i % 5 else "" for i in range(1, 18)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    found = list(parts.find_parts(tmp_path / "a.jsonl", parts.Place(), limit, "text", ""))
+    found = list(parts.find_parts(tmp_path / "a.jsonl", parts.Place(), limit, TextRows()))
     assert all(part.documents <= limit for part in found)
     assert sum(part.documents for part in found) == 17
     firsts = [part.part.first for part in found]
     assert firsts == [1 + sum(part.documents for part in found[:n]) for n in range(len(found))]
-    later = parts.find_parts(tmp_path / "a.jsonl", found[0].after, limit, "text", "")
+    later = parts.find_parts(tmp_path / "a.jsonl", found[0].after, limit, TextRows())
     assert [part.part.first for part in later] == firsts[1:]
-    texts = [text for part in found for text in parts.read_part(part.part, "text", "")]
+    texts = [text for part in found for text in parts.read_part(part.part, TextRows())]
     assert texts == [f"line {i}" for i in range(1, 18) if i % 5]
 
 
@@ -200,16 +201,16 @@ def test_only_the_texts_of_a_row_group_decide_who_reads_it(tmp_path: Path, monke
     rows = [{"text": str(number), "text_of_more": f"{number} " * 99} for number in range(50)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     monkeypatch.setattr(parts, "GROUP_BYTES", 1000)
-    (found,) = parts.find_parts(tmp_path / "a.parquet", parts.Place(), 7, "text", "")
+    (found,) = parts.find_parts(tmp_path / "a.parquet", parts.Place(), 7, TextRows())
     assert found.part.data is None
-    assert len(list(parts.find_parts(tmp_path / "a.parquet", parts.Place(), 7, "text_of_more", ""))) > 1
+    assert len(list(parts.find_parts(tmp_path / "a.parquet", parts.Place(), 7, TextRows("text_of_more")))) > 1
 
 
 def test_the_ends_of_texts_are_held_out_where_whole_pieces_are_too_few(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "PIECE_BYTES", 10)
-    options: dict[str, Any] = {"config": None, "split": "train", "text_key": "text", "streaming": False}
+    options: dict[str, Any] = {"config": None, "split": "train", "rows": TextRows(), "streaming": False}
     for size, expected in ((490, 0.1), (500, 0.0)):
         (tmp_path / "a.txt").write_text("x" * size)
         source = sources.open_source(str(tmp_path / "a.txt"), **options, cache_dir=None, val_fraction=0.1)

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.corpus import starts_of, tokens_of
-from tinytron.text.token_writer import SplitWriter
+from tinytron.text.token_writer import SplitWriter, Tokens
 
 UINT16 = np.dtype("<u2")
 
@@ -32,7 +32,7 @@ def test_shards_and_sidecars_hold_the_documents(
     for first in range(0, len(lengths), chunk):
         mine = lengths[first : first + chunk]
         start = int(ends[first]) - lengths[first]
-        writer.add(tokens[start : start + sum(mine)], np.array(mine, np.uint32))
+        writer.add(Tokens(tokens[start : start + sum(mine)], np.array(mine, np.uint32)))
         writer.write_full()
         writer, before = SplitWriter(tmp_path, "train", UINT16, "timl", size, last=last), writer
         assert writer.restore(*before.state()) == len(before.state()[1])

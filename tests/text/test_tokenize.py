@@ -30,8 +30,8 @@ from tinytron.data.manifest import read_manifest  # noqa: E402
 from tinytron.errors import ConfigError, DataError  # noqa: E402
 from tinytron.text import parts  # noqa: E402
 from tinytron.text.chunk_encoder import Encoded  # noqa: E402
+from tinytron.text.rates import Rates  # noqa: E402
 from tinytron.text.sources import FileSource, file_states  # noqa: E402
-from tinytron.text.tokenize import _Rates  # noqa: E402
 from tinytron.text.tokenizers import from_file  # noqa: E402
 
 TEXTS = make_texts(60)
@@ -89,9 +89,9 @@ def test_the_command_of_the_manifest_makes_the_same_again(made: Path, tmp_path: 
 
 def test_the_bar_stands_where_the_source_does(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x" * 100)
-    with _Rates(FileSource([tmp_path / "a.txt"]), 10) as rates:
+    with Rates(FileSource([tmp_path / "a.txt"]), 10) as rates:
         for done in (10, 30, 100):
-            rates.update(done, Encoded({}, 0))
+            rates.update(done, Encoded({}, np.empty(0, np.int8)))
             assert rates.progress.done == done
     assert rates.summary().startswith("tokenized 90B in ")
 

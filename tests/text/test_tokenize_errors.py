@@ -69,6 +69,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--train_bpe_bytes 0", "--train_bpe_bytes 0 must be in 1.."),
         ("--min_chars -1", "--min_chars -1 must be in 0..2147483648; use --min_chars 50"),
         ("--max_samples 0", "--max_samples 0 must be in 1.."),
+        ("--max_tokens 0", "--max_tokens 0 must be in 1.."),
+        ("--max_tokens 9 --val_path a.txt", "--max_tokens cannot be combined with --val_path"),
         ("--shuffle_buffer -1", "--shuffle_buffer -1 must be in 0..2147483648; use --shuffle_buffer 10000"),
         ("--val_fraction 0.6", "--val_fraction 0.6 must be in 0..0.5; use --val_fraction 0.01"),
         ("--val_fraction 0.1 --dataset_split val", "--val_fraction makes val_.*, and so does --dataset_split val"),

@@ -26,6 +26,7 @@ from tinytron.data.manifest import read_manifest
 from tinytron.errors import ConfigError, DataError
 from tinytron.text import parts, sources
 from tinytron.text.chunk_encoder import ChunkEncoder
+from tinytron.text.rows import TextRows
 from tinytron.text.state import read_state
 from tinytron.utils import training
 from tinytron.utils.signals import StopRequest
@@ -73,12 +74,23 @@ def _dying_at(number: int, before: bool) -> Callable[[Any, Any], None]:
 FLAGS = ("--val_fraction", 0.2, "--num_tokens_per_file", 300, "--chunksize", 3)
 
 
-@pytest.mark.parametrize(("tokenizer", "before"), [("tokenizer.json", True), ("tokenizer.json", False), (None, True)])
+LIMITED = ("tokenizer.json", True, ("--max_tokens", 1000))
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "before", "more"),
+    [("tokenizer.json", True, ()), ("tokenizer.json", False, ()), (None, True, ()), LIMITED],
+)
 @pytest.mark.sample(1)
 def test_killed_at_every_write_it_goes_on_to_the_same_bytes(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: str | None, before: bool
+    made: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tokenizer: str | None,
+    before: bool,
+    more: tuple[object, ...],
 ) -> None:
-    flags = FLAGS if tokenizer else (*FLAGS, "--train_bpe", 300)
+    flags = (*FLAGS, *more) if tokenizer else (*FLAGS, "--train_bpe", 300)
     path = made / tokenizer if tokenizer else None
     tokenize(made / "c.jsonl", path, tmp_path / "whole", *flags)
     expected, deaths = contents(tmp_path / "whole"), 0
@@ -178,7 +190,7 @@ def test_every_source_goes_on_behind_any_chunk(tmp_path: Path, monkeypatch: pyte
         folder.mkdir()
         for path in _inputs(folder):
             source = sources.open_source(
-                str(path), config=None, split="train", text_key="text", streaming=False, cache_dir=None
+                str(path), config=None, split="train", rows=TextRows(), streaming=False, cache_dir=None
             )
             chunks = list(source.chunks(4))
             texts = [list(source.read(chunk)) for chunk in chunks]

@@ -62,6 +62,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None, *, into_cac
     if not any(split_of(shard.name) == "train" for shard in manifest.shards):
         print("these are validation shards: move them to the folder of the training shards, and train with --do_val")
         return 0
+    if manifest.paired:
+        print("these are pairs for preference training: tinytron.data.pairs.PairDataset reads them")
+        return 0
     print(f"train with: {shlex.join(pretrain)} {training_flags(outcome.folder, manifest)}")
     return 0
 
@@ -95,9 +98,10 @@ def training_flags(folder: Path, manifest: Manifest) -> str:
     shards = {split: [s.tokens for s in manifest.shards if split_of(s.name) == split] for split in ("train", "val")}
     tokens = sum(shards["train"])
     size = next(size for size in _SIZES if tokens <= size.tokens)
-    seq_len = min(size.seq_len, 2 ** max(0, (max(shards["train"]) - 1).bit_length() - 4))
-    batch = max(seq_len, min(size.batch, 2 ** max(0, tokens.bit_length() - 4)))
-    samples = sum((count - 1) // seq_len for count in shards["train"] if count)
+    row = manifest.row
+    seq_len = row or min(size.seq_len, 2 ** max(0, (max(shards["train"]) - 1).bit_length() - 4))
+    batch = max(seq_len, min(size.batch, 2 ** max(0, tokens.bit_length() - 4)) // seq_len * seq_len)
+    samples = sum((count - (row is None)) // seq_len for count in shards["train"] if count)
     steps = samples * size.epochs // (batch // seq_len)
     flags = {
         "dataset_path": shlex.quote(str(folder)),
@@ -113,5 +117,5 @@ def training_flags(folder: Path, manifest: Manifest) -> str:
         "max_epochs": size.epochs,
         "warmup_steps": min(1000, max(1, steps // 10)),
     }
-    validates = " --do_val" if any(count > seq_len for count in shards["val"]) else ""
+    validates = " --do_val" if any(count + (row is not None) > seq_len for count in shards["val"]) else ""
     return " ".join(f"--{name} {value}" for name, value in flags.items()) + validates

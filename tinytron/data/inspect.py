@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tinytron.data.formats import open_shard, read_header
+from tinytron.data.formats import open_shard, open_weights, read_header
 from tinytron.data.manifest import TOKENIZER, Manifest, ShardFacts, read_manifest
 from tinytron.data.shards import facts_of, sidecar
 from tinytron.errors import ConfigError, DataError
@@ -134,6 +134,8 @@ def _shard_problems(path: Path, shard: ShardFacts, manifest: Manifest, progress:
     if (largest := _largest(tokens)) >= manifest.tokenizer.vocab_size:
         yield f"{path}: token id {largest} is not below the vocabulary of {manifest.tokenizer.vocab_size}"
     yield from _sidecar_problems(sidecar(path, shard.name, ".docs"), tokens, shard, manifest)
+    if manifest.weighted:
+        yield from _weight_problems(sidecar(path, shard.name, ".weights"), shard)
 
 
 def _largest(tokens: Tokens, block: int = 2**24) -> int:
@@ -146,13 +148,27 @@ def _sidecar_problems(path: Path, tokens: Tokens, shard: ShardFacts, manifest: M
     except DataError as error:
         yield str(error)
         return
-    if len(starts) != shard.documents:
-        yield f"{path}: {len(starts)} documents, but the manifest says {shard.documents}"
+    row = manifest.row
+    documents = len(starts) if row is None else int(np.count_nonzero(starts % row == 0))  # others begin padding
+    if documents != shard.documents:
+        yield f"{path}: {documents} documents, but the manifest says {shard.documents}"
     if len(starts) and (starts[0] < 0 or (np.diff(starts) <= 0).any() or starts[-1] >= len(tokens)):
         yield f"{path}: the document offsets do not ascend, or are outside the shard"
         return
-    if manifest.tokenizer.eot_id is None:
+    if manifest.tokenizer.eot_id is None or row is not None:  # a row may begin in the middle of a document
         return
     ends = starts if manifest.tokenizer.eot_position == "prepend" else starts[starts > 0] - 1
     if (tokens[ends] != manifest.tokenizer.eot_id).any():
         yield f"{path}: a document does not begin at {manifest.tokenizer.eot_token}"
+
+
+def _weight_problems(path: Path, shard: ShardFacts) -> Iterator[str]:
+    try:
+        weights = open_weights(path)
+    except DataError as error:
+        yield str(error)
+        return
+    if len(weights) != shard.tokens:
+        yield f"{path}: {len(weights)} weights for {shard.tokens} tokens"
+    if len(weights) and not (weights.min() >= 0 and weights.max() < np.inf):
+        yield f"{path}: weights must be finite and at least 0"

@@ -64,6 +64,22 @@ class Manifest:
     format: str = field(default=FORMAT)
     version: int = field(default=VERSION)
 
+    @property
+    def row(self) -> int | None:
+        """Number of tokens of a row, if every document is one row of this length; else ``None``."""
+        row = self.options.get("block_size")
+        return row if isinstance(row, int) else None
+
+    @property
+    def paired(self) -> bool:
+        """True if row i of ``SPLIT.pos_*.bin`` and row i of ``SPLIT.neg_*.bin`` are a pair."""
+        return self.options.get("pairs") is True
+
+    @property
+    def weighted(self) -> bool:
+        """True if every shard was written with weights."""
+        return self.row is not None or self.options.get("assistant_only") is True
+
     def shards_of(self, split: str) -> list[ShardFacts]:
         """The files of one split, in order."""
         return [shard for shard in self.shards if shard.name.rpartition("_")[0] == split]

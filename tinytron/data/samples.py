@@ -20,6 +20,7 @@ from tinytron.data.batch import FIELDS, Batch
 from tinytron.data.manifest import read_manifest
 from tinytron.data.mixture import MixtureOrder
 from tinytron.data.pack_files import PackFile
+from tinytron.data.rows import FixedRows
 from tinytron.data.shards import Shard
 from tinytron.errors import DataError
 from tinytron.utils.sequences import IGNORE_INDEX
@@ -54,10 +55,11 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
 
     ``concat``: sample i of a shard is ``tokens[i*S : i*S + S + 1]``, S = ``seq_len``. Neighbors share one token, so every
     token except a shard's first is a target once; the remainder is dropped, and no sample crosses shards. ``best_fit``: a
-    sample is a row of the shard's packing (packing.py); the unused end of a row is padding with token 0 and no target.
+    sample is a row of the shard's packing (packing.py); the unused end of a row is padding with token 0 and no target. If
+    the shards consist of rows (rows.py), each of them is a sample, whatever the packing.
 
-    Raises: DataError for a damaged shard, for shards without a single sample, and on access for a token id of
-    ``vocab_size`` or more.
+    Raises: DataError for a damaged shard, for shards of pairs, for shards without a single sample, and on access for a
+    token id of ``vocab_size`` or more.
     """
 
     def __init__(
@@ -65,9 +67,9 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
     ) -> None:
         self.shards, self.seq_len, self.vocab_size = list(shards), seq_len, vocab_size
         self.reading = reading or SampleOptions()
-        packs = self.reading.packing == "best_fit"
-        self.packs = [PackFile(shard, seq_len) for shard in self.shards] if packs else []
-        if packs:
+        self.rows = any(shard.row is not None for shard in self.shards)
+        self.packs = self._open_packs()
+        if self.packs:
             counts = [pack.num_rows for pack in self.packs]
         else:
             counts = [max(0, shard.count - 1) // seq_len for shard in self.shards]
@@ -85,6 +87,19 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
 
     def __len__(self) -> int:
         return self.ends[-1]
+
+    def _open_packs(self) -> Sequence[PackFile | FixedRows]:
+        """The rows of every shard, unless samples are cut from its stream of tokens."""
+        if (paired := next((shard for shard in self.shards if shard.paired), None)) is not None:
+            raise DataError(
+                f"{paired.path.parent} holds pairs of answers, which only a trainer that reads pairs can use "
+                "(tinytron.data.pairs); for this one tokenize with data/tokenize_blockwise_dataset"
+            )
+        if self.rows:
+            if (other := next((shard for shard in self.shards if shard.row is None), None)) is not None:
+                raise DataError(f"{other.path} has no rows, but others have; keep them in folders of their own")
+            return [FixedRows(shard, self.seq_len) for shard in self.shards]
+        return [PackFile(shard, self.seq_len) for shard in self.shards] if self.reading.packing == "best_fit" else []
 
     @property
     def paths(self) -> list[Path]:
@@ -195,7 +210,10 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
                 f"{unused:.0%} of the tokens are not used: they are left over when shards are cut into sequences of "
                 f"{self.seq_len}; make fewer, longer shards, or use a shorter --seq_len"
             )
-        if self.packs:
+        if self.rows:
+            sizes = sorted({shard.row for shard in self.shards if shard.row is not None})
+            notes.append(f"rows: {len(self):,} rows of {'/'.join(map(str, sizes))} tokens, one per sequence")
+        elif self.packs:
             used = 1 - self.num_tokens / (len(self) * self.seq_len)
             notes.append(
                 f"best-fit packing: {len(self):,} sequences of {self.seq_len} tokens, {used:.2%} of them unused"
@@ -228,6 +246,8 @@ class TokenShardDataset(Dataset[dict[str, torch.Tensor]]):
             known = f"{shard.count}:{shard.sha256}:{self.seq_len};".encode() if shard.sha256 else None
             digest.update(known or shard.fingerprint(self.seq_len))
         packed = "packed " if self.packs else ""
+        if self.rows:
+            packed = "rows "
         return f"{packed}shards:{digest.hexdigest()[:16]}"
 
 
@@ -279,7 +299,7 @@ def read_rows(samples: Sequence[tuple[TokenShardDataset, int]]) -> Batch:
         rows["weights"] = np.empty(shape, np.float32)
     if samples[0][0].reading.document_mask:
         rows["positions"] = np.empty(shape, np.int64)
-    if samples[0][0].reading.mark_padding and samples[0][0].packs:
+    if any(dataset.reading.mark_padding and dataset.packs for dataset, _ in samples):
         rows["padding"] = np.empty(shape, np.bool_)
     for row, (dataset, index) in enumerate(samples):
         dataset.read(index, rows, row)

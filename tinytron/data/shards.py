@@ -137,7 +137,8 @@ class EndOfText(NamedTuple):
 
 class Shard:
     """One token file, memory-mapped when it is first used. A manifest's entries for it are trusted: ``facts``, whose name
-    is the one under which it was written, and the ``tokenizer``, whose vocabulary bounds all ids.
+    is the one under which it was written, the ``tokenizer``, whose vocabulary bounds all ids, the length of a ``row`` if
+    the shard consists of rows, and whether the rows are one side of pairs.
 
     Raises: DataError as ``formats.read_header``: without ``facts`` in the constructor, otherwise when it is first used.
     """
@@ -149,8 +150,11 @@ class Shard:
         eot: EndOfText | None = None,
         facts: ShardFacts | None = None,
         tokenizer: TokenizerFacts | None = None,
+        row: int | None = None,
+        paired: bool = False,
     ) -> None:
         self.path, self.headerless, self.eot, self.tokenizer = path, headerless, eot, tokenizer
+        self.row, self.paired = row, paired
         self.vocab_size = tokenizer.vocab_size if tokenizer else None
         self._written = facts.name if facts else path.name
         self.count = read_header(path, headerless).count if facts is None else facts.tokens
@@ -251,7 +255,7 @@ def open_shards(paths: Sequence[Path], headerless: str | None = None, eot: EndOf
         if separator is None and written.eot_id is not None:
             position: Any = written.eot_position
             separator = EndOfText(written.eot_id, position)
-        shards.append(Shard(path, headerless, separator, facts, written))
+        shards.append(Shard(path, headerless, separator, facts, written, manifest.row, manifest.paired))
     return shards
 
 

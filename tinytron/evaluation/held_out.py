@@ -24,6 +24,7 @@ from tinytron.evaluation.validate import ValResult, validate
 from tinytron.inference.engine import not_finite
 from tinytron.model import GPT
 from tinytron.model.modules.loss import LossSums
+from tinytron.text.rows import TextRows
 from tinytron.text.run_tokenizer import RunTokenizer, tokenizers_of_data
 from tinytron.text.sources import FileSource
 from tinytron.text.token_bytes import token_bytes, token_bytes_of_data
@@ -118,7 +119,7 @@ def _shards(path: str, split: str, model: GPT, data: Mapping[str, Any], seq_len:
         mark_padding=model.config.use_moe,
     )
     if reading.packing == "best_fit":
-        make_pack_files(shards, seq_len)
+        make_pack_files([shard for shard in shards if shard.row is None], seq_len)
     dataset = TokenShardDataset(shards, seq_len, model.config.vocab_size, reading)
     dataset.check_token_ids()
     return dataset
@@ -151,7 +152,7 @@ def _bytes_of(tokenizer: RunTokenizer) -> list[int] | None:
 def _tokens_of_file(path: Path, tokenizer: RunTokenizer, text_key: str) -> npt.NDArray[np.int64]:
     """The token ids of all documents of a file, each after the token that texts begin with, or else separated by the
     end-of-text token, if the tokenizer has one."""
-    source = FileSource([path], text_key, "--text_key", str(path))
+    source = FileSource([path], TextRows(text_key, "--text_key"), str(path))
     texts = [text for chunk in source.chunks(_DOCUMENTS_AT_ONCE) for text in source.read(chunk) if text]
     first = tokenizer.end if tokenizer.begin is None and tokenizer.prepend else tokenizer.begin
     position = "append" if first is None else "prepend"

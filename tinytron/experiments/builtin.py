@@ -19,7 +19,37 @@ JOBS: Mapping[str, tuple[str, str]] = MappingProxyType(
             "tinytron.experiments.tokenize",
             "turn documents into token shards, one after another",
         ),
+        "data/tokenize_blockwise_dataset": (
+            "tinytron.experiments.tokenize",
+            "turn documents into token shards, each into one row of architecture.block_size tokens",
+        ),
+        "data/tokenize_contrastive_dataset": (
+            "tinytron.experiments.tokenize",
+            "turn pairs of a better and a worse answer into token shards of paired rows",
+        ),
     }
 )
-DATASETS: Mapping[str, tuple[str, str]] = MappingProxyType({})
+_NAMES = (
+    "fineweb",
+    "fineweb-edu",
+    "c4",
+    "pile",
+    "pg19",
+    "wikitext",
+    "tinystories",
+    "alpaca",
+    "ultrachat",
+    "gsm8k",
+    "squad",
+    "mmlu",
+    "winogrande",
+    "mnli",
+    "qqp",
+    "sst2",
+    "cfq",
+    "hh-rlhf",
+    "ultrafeedback",
+)
+# Their descriptions are the docstrings, because importing the module is cheap.
+DATASETS: Mapping[str, tuple[str, str]] = MappingProxyType(dict.fromkeys(_NAMES, ("tinytron.experiments.datasets", "")))
 EVALUATIONS: Mapping[str, tuple[str, str]] = MappingProxyType({})

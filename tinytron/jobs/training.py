@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from tinytron.config import MISSING, Option, configuration, nested, options_of, plain
@@ -12,6 +14,7 @@ from tinytron.errors import ConfigError
 from tinytron.job import MARKER, BasicJob
 from tinytron.jobs.aliases import TRAINING
 from tinytron.jobs.checkpoints import find_checkpoint, named_checkpoint, newest_run, set_later_aside, write_pointers
+from tinytron.jobs.sampling import FILE, OPTION, PATH, Sampling, read_sampling, write_mixture
 from tinytron.training import Config, Trainer, build_config, parse_args
 from tinytron.training.base import BaseTrainer
 from tinytron.training.config import all_sections
@@ -45,7 +48,7 @@ class TrainingJob(BasicJob):
     @classmethod
     def options(cls) -> list[Option]:
         """The options of a run, except those that the job itself sets, and what the trainer and its model declare."""
-        return cls._options_of_run() + cls._declared_options()
+        return [*cls._options_of_run(), OPTION, *cls._declared_options()]
 
     @classmethod
     def _options_of_run(cls) -> list[Option]:
@@ -64,6 +67,17 @@ class TrainingJob(BasicJob):
         owners = [getattr(cls.TRAINER, name, None) for name in ("CONFIG", "MODEL")]
         return [option for owner in owners if owner is not None for option in options_of(owner)]
 
+    @cached_property
+    def sampling(self) -> list[Sampling]:
+        """The data sets of ``training.dataset``. Raises: ConfigError."""
+        value = self.spec.values.get(PATH)
+        if value is None:
+            return []
+        if (path := self.spec.values["data.dataset_path"]) is not None:
+            raise ConfigError(f"{PATH} and data.dataset_path={path} both name the data of the run; leave one out")
+        reads_pairs = getattr(self.TRAINER, "READS_PAIRS", False)
+        return read_sampling(value, Path(self.spec.root), reads_pairs=reads_pairs)
+
     def config_of_run(self) -> Config:
         """The configuration of the run. Raises: ConfigError for values that break a rule."""
         values = self.spec.values
@@ -74,6 +88,8 @@ class TrainingJob(BasicJob):
         given |= {"exp_name": self.spec.name, "log_dir": str(self.spec.folder)}
         if self.spec.restore is not None:
             given["init_from"] = str(find_checkpoint(self.spec.root, self.spec.restore).model)
+        if self.sampling:
+            given["dataset_path"] = str(self.spec.folder / FILE)
         config = build_config(parse_args(words_of(given), self.TRAINER.sections))
         if not own:
             return config
@@ -97,6 +113,10 @@ class TrainingJob(BasicJob):
 
     def run(self) -> None:
         """Train, from the newest checkpoint of the job's folder if there is one. Collective."""
+        for entry in self.sampling:
+            entry.check()
+        if self.sampling:
+            write_mixture(self.sampling, self.spec.folder)
         with configuration(nested(self.spec.values)):
             trainer = self.TRAINER(self.config_of_run())
             trainer.train()

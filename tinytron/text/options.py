@@ -35,6 +35,14 @@ class TokenizeOptions:
     dataset_name: Annotated[str | None, Flag("configuration of a dataset on the hub, such as sample-10BT")] = None
     dataset_split: Annotated[str, Flag("split of a dataset on the hub; also begins the names of the files")] = "train"
     dataset_text_key: Annotated[str, Flag("key of the text in a row")] = "text"
+    messages_key: Annotated[
+        str | None, Flag('rows are dialogues: key of the messages, [{"role": ..., "content": ...}, ...]')
+    ] = None
+    chosen_key: Annotated[str | None, Flag("rows are pairs of answers: key of the better one, a text or messages")] = (
+        None
+    )
+    rejected_key: Annotated[str | None, Flag("key of the worse answer of a pair")] = None
+    prompt_key: Annotated[str | None, Flag("key of what comes before both answers of a pair")] = None
     streaming: Annotated[bool, Flag("read a dataset on the hub row by row, without a copy on disk", identity=False)] = (
         False
     )
@@ -88,6 +96,15 @@ class TokenizeOptions:
         int | None,
         Flag("number of documents to use; default: all", at_least=1, at_most=2**63, works="--max_samples 100000"),
     ] = None
+    max_tokens: Annotated[
+        int | None,
+        Flag(
+            "stop after the document that reaches this many tokens, counting all splits; default: all",
+            at_least=1,
+            at_most=2**63,
+            works="--max_tokens 10**9",
+        ),
+    ] = None
     shuffle_buffer: Annotated[
         int,
         Flag(
@@ -99,6 +116,23 @@ class TokenizeOptions:
         ),
     ] = 0
     seed: Annotated[int, Flag("seed of --shuffle_buffer")] = 0
+
+    chat_template: Annotated[
+        Literal["chatml", "tokenizer"], Flag("write dialogues in ChatML, or with the tokenizer's own template")
+    ] = "chatml"
+    system_prompt: Annotated[str | None, Flag("system message for dialogues that begin with none")] = None
+    assistant_only: Annotated[bool, Flag("only the assistant's answers count in the loss")] = False
+    block_size: Annotated[
+        int | None,
+        Flag(
+            "make every document one row of this many tokens: its last ones, or filled up with padding",
+            unit="tokens",
+            at_least=2,
+            at_most=2**24,
+            works="--block_size 1024",
+        ),
+    ] = None
+    pad_token: Annotated[str | None, Flag("token for that padding; default: the end-of-text token")] = None
 
     output_dir: Annotated[
         str | None, Flag("folder for the shards; default: data/<name of the data>", identity=False, path=True)
@@ -190,7 +224,30 @@ class TokenizeOptions:
             raise ConfigError(
                 f"--min_file_index {self.min_file_index} must be in 0..{self.max_file_index}; use --min_file_index 0"
             )
+        self._check_records()
         self._check_splits()
+
+    def _check_records(self) -> None:
+        pair = (self.chosen_key, self.rejected_key)
+        if any(pair) and not all(pair):
+            given, other = ("chosen", "rejected") if self.chosen_key else ("rejected", "chosen")
+            raise ConfigError(
+                f"--{given}_key {getattr(self, f'{given}_key')} needs --{other}_key, the key of the {other} answer; use "
+                f"--{other}_key {other}"
+            )
+        if self.prompt_key and not any(pair):
+            raise ConfigError(
+                f"--prompt_key {self.prompt_key} is for pairs; give --chosen_key chosen --rejected_key rejected, too"
+            )
+        if self.messages_key and any(pair):
+            raise ConfigError(f"--messages_key {self.messages_key} and --chosen_key exclude each other; leave one out")
+        if self.pad_token is not None and self.block_size is None:
+            raise ConfigError(f"--pad_token {self.pad_token} needs rows to fill up; add --block_size 1024")
+        if self.num_tokens_per_file < (self.block_size or 1):
+            raise ConfigError(
+                f"--num_tokens_per_file {self.num_tokens_per_file} does not hold one row of --block_size "
+                f"{self.block_size}; use --num_tokens_per_file {self.block_size}"
+            )
 
     def _check_splits(self) -> None:
         if self.eot_position == "none" and self.eot_token is not None:
@@ -200,8 +257,9 @@ class TokenizeOptions:
         given = [name for name, value in makers.items() if value]
         if len(given) > 1:
             raise ConfigError(f"{given[0]} makes val_*.bin, and so does {given[1]}; leave one out")
-        if self.val_path is not None and self.selects:
-            name = "--max_samples" if self.max_samples else "--shuffle_buffer"
+        limits = {"--max_samples": self.max_samples is not None, "--max_tokens": self.max_tokens is not None}
+        limits["--shuffle_buffer"] = self.selects
+        if self.val_path is not None and (name := next((name for name, given in limits.items() if given), None)):
             raise ConfigError(f"{name} cannot be combined with --val_path; use --val_fraction, or leave one out")
 
     @property
@@ -232,6 +290,16 @@ class TokenizeOptions:
     def rule(self) -> DocumentRule:
         """The rule that decides which documents are tokenized, and into which split."""
         return DocumentRule(self.split, self.val_fraction, self.min_chars)
+
+    @property
+    def weighted(self) -> bool:
+        """True if every token gets a weight."""
+        return self.block_size is not None or self.assistant_only
+
+    @property
+    def shard_size(self) -> int:
+        """Number of tokens of every shard but the last: whole rows, if there are rows."""
+        return self.num_tokens_per_file // (self.block_size or 1) * (self.block_size or 1)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -269,6 +337,7 @@ _GROUPS = {
     "dataset_path": "text",
     "tokenizer_name": "tokenizer",
     "min_chars": "documents",
+    "chat_template": "dialogues and rows",
     "output_dir": "shards",
     "num_proc": "processes",
 }

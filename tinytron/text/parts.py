@@ -14,7 +14,7 @@ import gzip
 import io
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
@@ -22,6 +22,7 @@ from typing import IO, Any, NamedTuple, cast
 import numpy as np
 
 from tinytron.errors import DataError
+from tinytron.text.rows import RowReader
 from tinytron.utils.optional import as_data_error, require_package
 from tinytron.utils.texts import without_bom
 
@@ -70,32 +71,30 @@ def is_plain_text(path: Path) -> bool:
     return not path.name.endswith(LINE_SUFFIXES) and path.suffix != ".parquet"
 
 
-def find_parts(
-    path: Path, place: Place, limit: int, text_key: str, option: str, held_out_end: float = 0.0
-) -> Iterator[Found]:
+def find_parts(path: Path, place: Place, limit: int, rows: RowReader, held_out_end: float = 0.0) -> Iterator[Found]:
     """The parts of a file after ``place``, each of at most ``limit`` documents except for whole row groups. The last
-    ``held_out_end`` of a plain text's bytes, from the next line on, is held out. Raises: DataError naming the file, and
-    ``option``, which sets the text key."""
+    ``held_out_end`` of a plain text's bytes, from the next line on, is held out. Raises: DataError naming the file."""
     with as_data_error(str(path)):
         if path.name.endswith(LINE_SUFFIXES):
             yield from _find_lines(path, place, limit)
         elif path.suffix == ".parquet":
-            yield from _find_groups(path, place, limit, text_key, option)
+            yield from _find_groups(path, place, limit, rows)
         else:
             yield from _find_pieces(path, place, held_out_end)
 
 
-def read_part(part: Part, text_key: str, option: str) -> Iterator[str]:
-    """The texts of a part. Raises: DataError naming file and line or row, and ``option``, which sets the text key."""
+def read_part(part: Part, rows: RowReader) -> Iterator[str]:
+    """The documents of a part. Raises: DataError naming file and line or row."""
     path = Path(part.path)
     if isinstance(part.data, list):
         yield from part.data
     elif path.name.endswith(LINE_SUFFIXES):
-        yield from _read_lines(part, text_key, option)
+        yield from _read_lines(part, rows)
     elif path.suffix == ".parquet":
         with as_data_error(part.path), _open_parquet(path) as file:
-            for row, text in enumerate(file.read_row_group(part.start, [text_key])[text_key].to_pylist(), part.first):
-                yield text_of({text_key: text}, text_key, f"{part.path}: row {row}", option)
+            group = file.read_row_group(part.start, rows.keys and list(rows.keys))
+            for number, row in enumerate(group.to_pylist(), part.first):
+                yield rows.document(row, f"{part.path}: row {number}")
     else:
         with as_data_error(part.path):
             content = _bytes_of(part) if part.start else without_bom(_bytes_of(part))
@@ -116,18 +115,10 @@ def _bytes_of(part: Part) -> bytes:
     return content
 
 
-def text_of(row: Any, text_key: str, where: str, option: str = "the text key") -> str:
-    """``row[text_key]``; null becomes an empty text. Raises: DataError starting with ``where`` if the key is missing."""
-    if not isinstance(row, dict):
-        raise DataError(f"{where} is {type(row).__name__}, not an object with keys; give one object per line")
-    if text_key not in row:
-        keys = ", ".join(map(str, row)) or "no keys at all"
-        raise DataError(f"{where} has no key {text_key!r}; set {option} to one that it has: {keys}")
-    text = row[text_key]
-    if not isinstance(text, str | None):
-        kind = type(text).__name__
-        raise DataError(f"{where}: {text_key!r} is {kind}, not text; set {option} to another key")
-    return text or ""
+def require_keys(rows: RowReader, names: Collection[str], where: str) -> None:
+    """Raises: DataError starting with ``where`` if columns called ``names`` lack one that ``rows`` reads."""
+    if not set(rows.keys or ()) <= set(names):
+        rows.document(dict.fromkeys(names), where)
 
 
 # Lines.
@@ -182,7 +173,7 @@ def _skip(file: IO[bytes], count: int) -> None:
         count -= len(block)
 
 
-def _read_lines(part: Part, text_key: str, option: str) -> Iterator[str]:
+def _read_lines(part: Part, rows: RowReader) -> Iterator[str]:
     with as_data_error(part.path):
         content = part.data if isinstance(part.data, bytes) else _bytes_of(part)
     for number, line in enumerate(content.split(b"\n"), part.first):
@@ -194,7 +185,7 @@ def _read_lines(part: Part, text_key: str, option: str) -> Iterator[str]:
         except ValueError as error:
             found = " ".join(str(error).split())
             raise DataError(f"{part.path}, line {number}: {found}; give one JSON object per line, in UTF-8") from error
-        yield text_of(row, text_key, f"{part.path}, line {number}", option)
+        yield rows.document(row, f"{part.path}, line {number}")
 
 
 # Text.
@@ -245,45 +236,42 @@ def _open_parquet(path: Path) -> Any:
     return require_package("pyarrow.parquet").ParquetFile(path)
 
 
-def _find_groups(path: Path, place: Place, limit: int, text_key: str, option: str) -> Iterator[Found]:
+def _find_groups(path: Path, place: Place, limit: int, rows: RowReader) -> Iterator[Found]:
     with _open_parquet(path) as file:
         meta, size = file.metadata, path.stat().st_size
         names = file.schema_arrow.names
-        if text_key not in names:
-            text_of(dict.fromkeys(names), text_key, f"{path}: row 1", option)
+        require_keys(rows, names, f"{path}: row 1")
         columns = [meta.schema.column(i).path for i in range(meta.num_columns)]
-        mine = [i for i, name in enumerate(columns) if name == text_key or name.startswith(f"{text_key}.")]
+        mine = [i for i, name in enumerate(columns) if rows.keys is None or name.partition(".")[0] in rows.keys]
         row = 0
         for group in range(meta.num_row_groups):
-            rows = meta.row_group(group).num_rows
+            count = meta.row_group(group).num_rows
             skipped = place.passed if group == place.at else 0
-            if group >= place.at and rows > skipped:
+            if group >= place.at and count > skipped:
                 held = sum(meta.row_group(group).column(i).total_uncompressed_size for i in mine)
-                position = size * (row + rows) // meta.num_rows
+                position = size * (row + count) // meta.num_rows
                 after = Place(place.file, group + 1)
                 if held <= GROUP_BYTES and not skipped:
-                    yield Found(Part(str(path), group, group + 1, row + 1), after, rows, held, position)
+                    yield Found(Part(str(path), group, group + 1, row + 1), after, count, held, position)
                 else:
                     at = Place(place.file, group, skipped)
-                    batches = file.iter_batches(limit, [group], [text_key])
-                    for part, done in _texts_of_group(batches, str(path), row, skipped, text_key, option):
-                        end = at._replace(passed=done) if done < rows else after
+                    batches = file.iter_batches(limit, [group], rows.keys and list(rows.keys))
+                    for part, done in _texts_of_group(batches, str(path), row, skipped, rows):
+                        end = at._replace(passed=done) if done < count else after
                         texts = part.data or []
                         chars = sum(len(text) for text in texts if isinstance(text, str))
                         yield Found(part, end, len(texts), chars, size * (row + done) // meta.num_rows)
-            row += rows
+            row += count
 
 
-def _texts_of_group(
-    batches: Any, path: str, before: int, skipped: int, text_key: str, option: str
-) -> Iterator[tuple[Part, int]]:
+def _texts_of_group(batches: Any, path: str, before: int, skipped: int, rows: RowReader) -> Iterator[tuple[Part, int]]:
     """The texts of a row group after the first ``skipped``, and the number of its rows that are then done; ``before`` rows
     of the file come before the row group."""
     done = 0
     for batch in batches:
-        rows = batch.column(0).to_pylist()[max(0, skipped - done) :]
+        found = batch.to_pylist()[max(0, skipped - done) :]
         done += batch.num_rows
-        first = before + done - len(rows) + 1
-        texts = [text_of({text_key: t}, text_key, f"{path}: row {n}", option) for n, t in enumerate(rows, first)]
+        first = before + done - len(found) + 1
+        texts = [rows.document(row, f"{path}: row {n}") for n, row in enumerate(found, first)]
         if texts:
             yield Part(path, first=first, data=texts), done

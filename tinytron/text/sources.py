@@ -14,12 +14,22 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from tinytron.errors import ConfigError, DataError
-from tinytron.text.parts import LINE_SUFFIXES, PIECE_BYTES, Part, Place, find_parts, is_plain_text, read_part, text_of
+from tinytron.text.parts import (
+    LINE_SUFFIXES,
+    PIECE_BYTES,
+    Part,
+    Place,
+    find_parts,
+    is_plain_text,
+    read_part,
+    require_keys,
+)
+from tinytron.text.rows import RowReader, TextRows
 from tinytron.utils.optional import as_data_error, require_package
 from tinytron.utils.paths import files_below
 
@@ -65,14 +75,13 @@ class TextSource(Protocol):
 
 @dataclass(frozen=True)
 class FileSource:
-    """Local files: the ``text_key`` of each row of JSON lines and parquet files; any other file is one document, or several
-    if it is long. ``option`` names the flag of the text key, ``path`` is the user's name for the files, and ``val_path``
-    names the files after the first ``num_training``, which are held out. ``held_out_end`` is the fraction of every text
-    file that is held out, at its end."""
+    """Local files: what ``rows`` reads of each row of JSON lines and parquet files; any other file is one document, or
+    several if it is long. ``path`` is the user's name for the files, and ``val_path`` names the files after the first
+    ``num_training``, which are held out. ``held_out_end`` is the fraction of every text file that is held out, at its
+    end."""
 
     files: list[Path]
-    text_key: str = "text"
-    option: str = "the text key"
+    rows: RowReader = field(default_factory=TextRows)
     path: str = ""
     val_path: str | None = None
     num_training: int | None = None
@@ -84,7 +93,7 @@ class FileSource:
 
     def identity(self) -> dict[str, Any]:
         """Path, size and time of every file."""
-        known = {"path": self.path, "text_key": self.text_key, "files": _facts_of(self.files)}
+        known = {"path": self.path, **self.rows.identity(), "files": _facts_of(self.files)}
         if self.held_out_end:
             known["held_out"] = "ends"
         return known if self.val_path is None else known | {"val_path": self.val_path}
@@ -100,7 +109,7 @@ class FileSource:
         after, of_val = start, False
         for number in range(start.file, len(self.files)):
             place = start if number == start.file else Place(number)
-            known = (chunksize, self.text_key, self.option, self.held_out_end)
+            known = (chunksize, self.rows, self.held_out_end)
             for found in find_parts(self.files[number], place, *known):
                 held_out = found.held_out or number >= first_held_out
                 if parts and held_out != of_val:
@@ -119,7 +128,7 @@ class FileSource:
     def read(self, chunk: Chunk) -> Iterator[str]:
         """See ``TextSource``."""
         for part in chunk.parts:
-            yield from read_part(part, self.text_key, self.option)
+            yield from read_part(part, self.rows)
 
 
 @dataclass
@@ -130,8 +139,7 @@ class HubSource:
     path: str
     config: str | None
     split: str
-    text_key: str
-    option: str
+    rows: RowReader
     streaming: bool
     cache_dir: str | None = None
     loaded: Any = None
@@ -148,7 +156,7 @@ class HubSource:
 
     def identity(self) -> dict[str, Any]:
         """Its names, and the files of a local folder."""
-        names = {"path": self.path, "config": self.config, "split": self.split, "text_key": self.text_key}
+        names = {"path": self.path, "config": self.config, "split": self.split, **self.rows.identity()}
         return names | {"files": _facts_of([Path(self.path)])}
 
     def chunks(self, chunksize: int, start: Place = START) -> Iterator[Chunk]:
@@ -166,7 +174,7 @@ class HubSource:
         texts: list[str] = []
         size, first = 0, done + 1
         for row in rows.skip(done) if done else rows:
-            texts.append(text_of(row, self.text_key, f"{self.where}: row {done + 1}", self.option))
+            texts.append(self.rows.document(row, f"{self.where}: row {done + 1}"))
             done, size = done + 1, size + len(texts[-1])
             if len(texts) >= chunksize or size >= CHUNK_BYTES:
                 yield Chunk([Part(self.where, first=first, data=texts)], Place(at=done), done)
@@ -181,9 +189,10 @@ class HubSource:
                 yield from part.data
                 continue
             with as_data_error(self.where):
-                texts = self._load()[part.start : part.stop][self.text_key]
-            for row, text in enumerate(texts, part.first):
-                yield text_of({self.text_key: text}, self.text_key, f"{self.where}: row {row}", self.option)
+                columns = self._load()[part.start : part.stop]
+            found = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+            for number, row in enumerate(found, part.first):
+                yield self.rows.document(row, f"{self.where}: row {number}")
 
     def __getstate__(self) -> dict[str, Any]:
         # One process reads a stream; other processes map the files of a loaded dataset.
@@ -201,9 +210,10 @@ class HubSource:
                     options = {"split": self.split, "cache_dir": self.cache_dir, "streaming": self.streaming}
                     rows = datasets.load_dataset(self.path, self.config, **options)
             names = rows.column_names
-            if names is not None and self.text_key not in names:
-                text_of(dict.fromkeys(names), self.text_key, f"{self.where}: row 1", self.option)
-            self.loaded = rows.select_columns([self.text_key]) if names is not None else rows
+            keys = self.rows.keys
+            if names is not None:
+                require_keys(self.rows, names, f"{self.where}: row 1")
+            self.loaded = rows if names is None or keys is None else rows.select_columns(list(keys))
         return self.loaded
 
 
@@ -212,7 +222,7 @@ def open_source(
     *,
     config: str | None,
     split: str,
-    text_key: str,
+    rows: RowReader,
     streaming: bool,
     cache_dir: str | None,
     val_path: str | None = None,
@@ -222,24 +232,31 @@ def open_source(
     folder with a ``config``, and any other name. The local files of ``val_path`` are held out. If ``val_fraction`` of a few
     plain texts is less than ``FEW_HELD_OUT`` documents, the ends of the files are held out instead.
 
-    Raises: DataError for a path without text; ConfigError for a file with a ``config``, and for ``val_path`` with a dataset
-    of the ``datasets`` package.
+    Raises: DataError for a path without text, and for plain texts where ``rows`` needs rows; ConfigError for a file with a
+    ``config``, and for ``val_path`` with a dataset of the ``datasets`` package.
     """
-    option = "--dataset_text_key"
     if _is_local(path, config):
         if config:
             raise ConfigError(
                 f"--dataset_name {config} is for datasets on the hub, but --dataset_path {path} is local; leave it out"
             )
         files = find_text_files(path)
+        _require_rows(rows, files)
         if val_path is None:
             few = all(map(is_plain_text, files)) and val_fraction * _count_pieces(files) < FEW_HELD_OUT
-            return FileSource(files, text_key, option, path, held_out_end=val_fraction if few else 0.0)
+            return FileSource(files, rows, path, held_out_end=val_fraction if few else 0.0)
         held_out = find_text_files(val_path, "--val_path")
-        return FileSource([*files, *held_out], text_key, option, path, val_path, len(files))
+        _require_rows(rows, held_out)
+        return FileSource([*files, *held_out], rows, path, val_path, len(files))
     if val_path is not None:
         raise ConfigError(f"--val_path {val_path} needs local files; for a dataset on the hub use --val_fraction 0.01")
-    return HubSource(path, config, split, text_key, option, streaming, cache_dir)
+    return HubSource(path, config, split, rows, streaming, cache_dir)
+
+
+def _require_rows(rows: RowReader, files: Sequence[Path]) -> None:
+    reads_records = rows.kind != "text" or rows.keys is None
+    if reads_records and (plain := next(filter(is_plain_text, files), None)) is not None:
+        raise DataError(f"{plain} is plain text, which has no rows with {rows.kind}; give .jsonl or .parquet files")
 
 
 def _count_pieces(files: Sequence[Path]) -> int:

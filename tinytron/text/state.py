@@ -13,7 +13,7 @@ from typing import Any
 from tinytron.data.manifest import Manifest, TokenizerFacts
 from tinytron.errors import DataError
 from tinytron.text.options import TokenizeOptions
-from tinytron.text.sources import START, Place, TextSource, files_in_brief
+from tinytron.text.sources import START, Place, files_in_brief
 from tinytron.text.token_writer import SplitWriter
 from tinytron.utils.training import write_atomically
 
@@ -75,8 +75,11 @@ def read_state(folder: Path) -> State | None:
         raise DataError(f"{path} is damaged ({error}); start again with --overwrite") from error
 
 
-def recipe_of(options: TokenizeOptions, source: TextSource, tokenizer: TokenizerFacts) -> Recipe:
-    """Everything that determines the tokens, in plain JSON values. Raises: OSError if source files cannot be examined."""
+def recipe_of(
+    options: TokenizeOptions, source: Mapping[str, Any], tokenizer: TokenizerFacts, encoder: Mapping[str, Any]
+) -> Recipe:
+    """Everything that determines the tokens, in plain JSON values. ``source`` and ``encoder`` identify the documents and
+    how they become tokens."""
     others: dict[str, Any] = {"num_tokens_per_file": options.num_tokens_per_file, "val_fraction": options.val_fraction}
     if options.train_bpe:
         others["train_bpe_bytes"] = options.train_bpe_bytes
@@ -87,14 +90,16 @@ def recipe_of(options: TokenizeOptions, source: TextSource, tokenizer: Tokenizer
         others["min_chars"] = options.min_chars
     if options.max_samples is not None:
         others["max_samples"] = options.max_samples
+    if options.max_tokens is not None:
+        others["max_tokens"] = options.max_tokens
     if options.shuffle_buffer > 1:
         others |= {"shuffle_buffer": options.shuffle_buffer, "seed": options.seed}
     return {
-        "source": source.identity() | {"split": options.dataset_split},
+        "source": dict(source),
         "tokenizer": dataclasses.asdict(tokenizer),
         "dtype": options.token_dtype,
         "file_format": options.file_format,
-        "options": others,
+        "options": others | dict(encoder),
     }
 
 
@@ -117,6 +122,9 @@ FLAGS = {
     "source.text_key": "dataset_text_key",
     "dtype": "token_dtype",
     "tokenizer.eot_id": "eot_token",
+    "source.dataset": "dataset_path",
+    "options.pad_id": "pad_token",
+    "options.chat_template_sha256": "chat_template",
 }
 
 

@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from tinytron.data.manifest import (
     MANIFEST,
     TOKENIZER,
@@ -30,23 +28,26 @@ from tinytron.data.manifest import (
 from tinytron.data.shards import names_gone, open_shards
 from tinytron.errors import ConfigError, DataError
 from tinytron.text import tokenizers
-from tinytron.text.chunk_encoder import ChunkEncoder, Encoded
+from tinytron.text.chunk_encoder import ChunkEncoder
+from tinytron.text.encoders import SIDES, DocumentEncoder, text_of
+from tinytron.text.inputs import Documents, documents_of, encoder_of, load_tokenizer, tokenizer_facts
 from tinytron.text.options import TokenizeOptions
-from tinytron.text.selection import VAL, SelectedSource
-from tinytron.text.sources import START, FileSource, TextSource, open_source
+from tinytron.text.rates import Rates
+from tinytron.text.selection import VAL
+from tinytron.text.sources import START, FileSource
 from tinytron.text.state import STATE, Recipe, State, difference, read_state, recipe_in, recipe_of, write_state
 from tinytron.text.token_writer import SplitWriter, shard_name
 from tinytron.text.tokenizers import TextTokenizer
 from tinytron.text.train import train_tokenizer
 from tinytron.text.worker_pool import WorkerPool
 from tinytron.utils.lock import wait_for_lock
-from tinytron.utils.progress import Progress, scaled
+from tinytron.utils.progress import Progress
 from tinytron.utils.signals import StopRequest
 from tinytron.utils.texts import whole_characters
 from tinytron.utils.training import write_atomically
 
 LOCK = "tokenize.lock"
-OURS = re.compile(r".+_\d{6}\.(bin|docs)(\.tmp)?")
+OURS = re.compile(r".+_\d{6}\.(bin|docs|weights)(\.tmp)?")
 
 
 @dataclass(frozen=True)
@@ -74,18 +75,21 @@ def tokenize_dataset(
     Raises: ConfigError and DataError for options that do not fit each other, the source or the contents of the folder;
     DataError if the folder cannot be written.
     """
-    source = source_of(options)
+    documents = documents_of(options)
     if tokenizer is None and not options.trains:
         tokenizer = load_tokenizer(options)
     if tokenizer is not None:
-        tokenizer_facts(tokenizer, options)  # raises before anything is written if the tokenizer does not fit
+        # Raises before anything is written if the tokenizer does not fit.
+        encoder_of(options, documents.kind, tokenizer, tokenizer_facts(tokenizer, options))
     try:
         options.folder.mkdir(parents=True, exist_ok=True)
         with wait_for_lock(options.folder / LOCK, say):
             damaged = repair and (options.folder / MANIFEST).exists() and finished(options.folder) is None
             if options.overwrite or damaged:
                 _clear(options.folder)
-            return _Run(options, source, stop or StopRequest(), say).run(tokenizer)
+            if documents.note:
+                say(documents.note)
+            return _Run(options, documents, stop or StopRequest(), say).run(tokenizer)
     except OSError as error:
         raise DataError(
             f"--output_dir {options.folder} cannot be written ({error.strerror or error}); use a disk with space. "
@@ -100,71 +104,39 @@ def finished(folder: Path) -> Manifest | None:
         manifest = read_manifest(folder)
         if manifest is not None and manifest.complete:
             names = sorted(shard.name for shard in manifest.shards)
-            open_shards([folder / name for name in names])
+            shards = open_shards([folder / name for name in names])
+            if manifest.weighted and any(shard.weights is None for shard in shards):
+                return None
             return manifest if names == sorted(path.name for path in folder.glob("*.bin")) else None
     return None
-
-
-def source_of(options: TokenizeOptions) -> TextSource:
-    """The documents that the options name. Raises: ConfigError, DataError."""
-    source = open_source(
-        options.dataset_path,
-        config=options.dataset_name,
-        split=options.dataset_split,
-        text_key=options.dataset_text_key,
-        streaming=options.streaming,
-        cache_dir=options.cache_dir,
-        val_path=options.val_path,
-        val_fraction=0.0 if options.selects else options.val_fraction,
-    )
-    if not options.selects:
-        return source
-    return SelectedSource(source, options.rule, options.max_samples, options.shuffle_buffer, options.seed)
-
-
-def load_tokenizer(options: TokenizeOptions) -> TextTokenizer:
-    """The tokenizer that the options name. Raises: ConfigError, DataError."""
-    if options.tokenizer_name is not None:
-        return tokenizers.from_hub(options.tokenizer_name, options.cache_dir, options.trust_remote_code)
-    if options.encoding_name is not None:
-        return tokenizers.from_tiktoken(options.encoding_name)
-    assert options.tokenizer_path is not None, "the options have exactly one tokenizer, and it is not to be trained"
-    return tokenizers.from_file(Path(options.tokenizer_path))
-
-
-def tokenizer_facts(tokenizer: TextTokenizer, options: TokenizeOptions) -> TokenizerFacts:
-    """The manifest's record of ``tokenizer``. Raises: ConfigError if its ids do not fit the data type of the tokens, or if
-    it lacks the end-of-text token."""
-    largest = int(np.iinfo(options.dtype).max)
-    if tokenizer.vocab_size > largest + 1:
-        advice = "use --token_dtype uint32" + (" --file_format timl" if options.file_format == "llmc" else "")
-        raise ConfigError(
-            f"--{tokenizer.kind} {tokenizer.name} has ids up to {tokenizer.vocab_size - 1}, but the maximum of "
-            f"--token_dtype {options.token_dtype} is {largest}; {advice}"
-        )
-    token = number = None
-    if options.eot_position != "none":
-        token, number = tokenizer.end_of_text(options.eot_token)
-    made = (tokenizer.kind, tokenizer.name, tokenizer.sha256, tokenizer.vocab_size)
-    return TokenizerFacts(*made, eot_id=number, eot_token=token, eot_position=options.eot_position)
 
 
 class _Run:
     """One call, which has the folder's lock."""
 
     def __init__(
-        self, options: TokenizeOptions, source: TextSource, stop: StopRequest, say: Callable[[str], object]
+        self, options: TokenizeOptions, documents: Documents, stop: StopRequest, say: Callable[[str], object]
     ) -> None:
-        self.options, self.source, self.stop, self.say = options, source, stop, say
-        self.folder, self.split = options.folder, options.split
+        self.options, self.documents, self.stop, self.say = options, documents, stop, say
+        self.folder = options.folder
+        self.source = source = documents.source
         self.ends_held_out = isinstance(source, FileSource) and source.held_out_end > 0
         # If the ends of texts are held out, no text is held out by its hash.
         self.rule = replace(options.rule, val_fraction=0.0) if self.ends_held_out else options.rule
-        fixed = (options.dtype, options.file_format, options.num_tokens_per_file)
-        self.main = SplitWriter(self.folder, self.split, *fixed, options.min_file_index, options.max_file_index)
-        self.writers = {self.split: self.main}
+        splits = [options.split]
         if options.val_fraction or options.val_path is not None:
-            self.writers[VAL] = SplitWriter(self.folder, VAL, *fixed)
+            splits.append(VAL)
+
+        def writer_of(name: str) -> SplitWriter:
+            fixed = (options.dtype, options.file_format, options.shard_size)
+            return SplitWriter(self.folder, name, *fixed, weighted=options.weighted, row=options.block_size)
+
+        # The writers of each split, one for each side of the documents.
+        self.writers_of = {s: [writer_of(f"{s}{side}") for side in SIDES[documents.kind]] for s in splits}
+        for writer in self.writers_of[options.split]:
+            writer.first, writer.last = options.min_file_index, options.max_file_index
+        self.writers = {writer.split: writer for writers in self.writers_of.values() for writer in writers}
+        self.main = self.writers_of[options.split][0]
         self.place, self.done, self.empty = START, 0, 0
 
     def run(self, tokenizer: TextTokenizer | None) -> Outcome:
@@ -178,7 +150,8 @@ class _Run:
         if tokenizer is None:
             tokenizer = self._trained(begun)
         facts = tokenizer_facts(tokenizer, self.options)
-        recipe = recipe_of(self.options, self.source, facts)
+        encoder = encoder_of(self.options, self.documents.kind, tokenizer, facts)
+        recipe = recipe_of(self.options, self.documents.identity(), facts, encoder.identity())
         for there in (state.recipe if state else None, recipe_in(manifest) if manifest else None):
             self._require_same(recipe, there)
         if manifest is not None and manifest.complete:
@@ -188,7 +161,7 @@ class _Run:
         if manifest is not None and self.main.done:
             return self._found(manifest)
         self._begin(tokenizer, recipe)
-        self._tokenize(tokenizer, facts, recipe)
+        self._tokenize(encoder, recipe)
         if self.stop.received:
             return Outcome(self.folder, None, self.stop.received)
         return Outcome(self.folder, self._finish(facts, recipe))
@@ -199,12 +172,14 @@ class _Run:
         """The tokenizer that the folder has, or a new one."""
         path, options = self.folder / TOKENIZER, self.options
         if not begun:
-            documents = self._documents("reading text for the tokenizer")
-            trained = train_tokenizer(options, documents, self.say)
+            found = self._texts("reading text for the tokenizer")
+            kind, system = self.documents.kind, options.system_prompt
+            texts = ((text_of(kind, text, system) if split else text, split) for text, split in found)
+            trained = train_tokenizer(options, texts, self.say)
             write_atomically(path, lambda file: file.write(trained))
         return tokenizers.from_file(path, options.kind, str(getattr(options, options.kind)).lower())
 
-    def _documents(self, what: str) -> Iterator[tuple[str, str | None]]:
+    def _texts(self, what: str) -> Iterator[tuple[str, str | None]]:
         """Every text, with its split. ``what`` names the work in the progress that is shown."""
         total, unit = self.source.size()
         with Progress(what, total, unit) as progress:
@@ -228,14 +203,14 @@ class _Run:
         """Refuse a folder whose first files an earlier call left out because of ``--min_file_index``."""
         last = self.options.max_file_index
         for index in range(self.options.min_file_index, stop if last is None else min(stop, last + 1)):
-            if shard_name(self.split, index) not in names:
+            if shard_name(self.main.split, index) not in names:
                 raise ConfigError(
                     f"--min_file_index {self.options.min_file_index}: an earlier call left file {index} out of "
                     f"{self.folder}; use another folder, or --overwrite"
                 )
 
     def _found(self, manifest: Manifest) -> Outcome:
-        names = [shard.name for shard in manifest.shards_of(self.split)]
+        names = [shard.name for shard in manifest.shards_of(self.main.split)]
         self._require_files(set(names), 1 + max((int(n[-10:-4]) for n in names), default=-1))
         for name in names_gone(manifest.shards, self.options.dtype.itemsize, self.folder)[:1]:
             raise DataError(f"{self.folder / name} is missing; tokenize again with --overwrite")
@@ -265,26 +240,33 @@ class _Run:
     def _save(self, recipe: Recipe) -> None:
         write_state(self.folder, recipe, self.writers, self.place, self.done, self.empty)
 
-    def _tokenize(self, tokenizer: TextTokenizer, facts: TokenizerFacts, recipe: Recipe) -> None:
-        work = ChunkEncoder(
-            self.source, tokenizer.encode, facts.eot_id, facts.eot_position, self.options.dtype, self.rule
-        )
+    def _tokenize(self, encoder: DocumentEncoder, recipe: Recipe) -> None:
+        work = ChunkEncoder(self.source, encoder, self.rule)
         self._write_full(recipe)  # shards that an earlier ``--max_file_index`` left for later
-        if self.main.done:
+        if self.main.done or self._room() == 0:
             return
-        with WorkerPool(work, self.options.workers) as pool, _Rates(self.source, self.done) as rates:
+        with WorkerPool(work, self.options.workers) as pool, Rates(self.source, self.done) as rates:
             chunks = self.source.chunks(self.options.chunksize, self.place)
             for chunk, made in pool.map(chunks, lambda: bool(self.stop.received)):
-                for split, (tokens, lengths) in made.splits.items():
-                    self.writers[split].add(tokens, lengths)
+                if (room := self._room()) is not None:
+                    made = made.until(room)
+                for split, writers in self.writers_of.items():
+                    for writer, tokens in zip(writers, made.splits[split], strict=True):
+                        writer.add(tokens)
                 self.place, self.done, self.empty = chunk.after, chunk.done, self.empty + made.empty
                 self._write_full(recipe)
                 rates.update(chunk.done, made)
-                if self.main.done:
+                if self.main.done or self._room() == 0:
                     break
         self.say(rates.summary())
         if self.stop.received:
             self._save(recipe)
+
+    def _room(self) -> int | None:
+        """Number of tokens until ``--max_tokens``; ``None`` without a limit."""
+        if self.options.max_tokens is None:
+            return None
+        return max(0, self.options.max_tokens - sum(writer.total for writer in self.writers.values()))
 
     def _write_full(self, recipe: Recipe) -> None:
         if sum([writer.write_full() for writer in self.writers.values()]):
@@ -300,7 +282,7 @@ class _Run:
             documents[split] = sum(shard.documents for shard in mine)
             tokens[split] = sum(shard.tokens for shard in mine)
             shards += mine
-        if self.options.min_file_index and not documents[self.split]:
+        if self.options.min_file_index and not documents[self.main.split]:
             _clear(self.folder)
             last = self.main.index if self.main.held else self.main.index - 1
             raise DataError(
@@ -309,7 +291,7 @@ class _Run:
         if not shards:
             _clear(self.folder)
             raise self._nothing_kept()
-        if complete and VAL in self.writers and not all(documents.values()):
+        if complete and len(self.writers_of) > 1 and not all(documents.values()):
             _clear(self.folder)
             raise self._empty_split(documents)
         manifest = Manifest(
@@ -332,8 +314,8 @@ class _Run:
 
     def _empty_split(self, documents: dict[str, int]) -> DataError:
         """The error for a split that got no documents."""
-        (empty,) = (split for split, count in documents.items() if not count)
-        options, count = self.options, sum(documents.values())
+        empty = next(split for split, count in documents.items() if not count).partition(".")[0]
+        options, count = self.options, sum(documents.values()) // len(SIDES[self.documents.kind])
         if options.val_path:
             place = f"--val_path {options.val_path}" if empty == "val" else f"--dataset_path {options.dataset_path}"
             return DataError(f"{place} has no document to keep for {empty}; use another, or a smaller --min_chars")
@@ -345,7 +327,7 @@ class _Run:
     def _nothing_kept(self) -> DataError:
         """The error for a source without a document to tokenize; looks for the longest one."""
         path, least = self.options.dataset_path, self.options.min_chars
-        sizes = [len(text.strip()) for text, _ in self._documents("looking for the longest document")]
+        sizes = [len(text.strip()) for text, _ in self._texts("looking for the longest document")]
         if not least or not any(sizes):
             return DataError(f"--dataset_path {path} has no document with text; use another")
         return DataError(
@@ -358,36 +340,3 @@ def _clear(folder: Path) -> None:
     for path in folder.iterdir():
         if OURS.fullmatch(path.name) or path.name.removesuffix(".tmp") in (MANIFEST, STATE, TOKENIZER):
             path.unlink()
-
-
-class _Rates:
-    """The progress of tokenizing, with documents and tokens per second of this call."""
-
-    def __init__(self, source: TextSource, done: int) -> None:
-        total, self._unit = source.size()
-        self._first = done
-        self.progress = Progress("tokenizing", total, self._unit, initial=done)
-        self.documents = self.tokens = 0
-
-    def update(self, done: int, made: Encoded) -> None:
-        """Show that ``done`` of the source is finished, ``made`` having been added."""
-        for tokens, lengths in made.splits.values():
-            self.documents, self.tokens = self.documents + len(lengths), self.tokens + len(tokens)
-        self.progress.update(done - self.progress.done, self._rates())
-
-    def summary(self) -> str:
-        """A line to print at the end."""
-        read = scaled(self.progress.done - self._first, self._unit)
-        return f"tokenized {read} in {self.progress.seconds:.1f} s: {self._rates()}"
-
-    def _rates(self) -> str:
-        seconds = max(1e-9, self.progress.seconds)
-        # Not of one long text, which would be 0.
-        documents = f"{self.documents / seconds:,.0f} documents/s, " if self.documents >= seconds else ""
-        return f"{documents}{self.tokens / seconds:,.0f} tokens/s"
-
-    def __enter__(self) -> _Rates:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.__exit__(*error)

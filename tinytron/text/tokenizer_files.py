@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from tinytron.data.manifest import TOKENIZER
 from tinytron.utils.texts import without_bom
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<eot>")  # used if a tokenizer names none
 
 
@@ -54,11 +55,37 @@ def token_text(value: Any) -> str | None:
 
 def named_end(path: Path) -> str | None:
     """The ``eos_token`` that the tokenizer_config.json next to a tokenizer.json names, or ``None``."""
+    return token_text(_config_next_to(path).get("eos_token"))
+
+
+def named_tokens(path: Path) -> dict[str, str]:
+    """The special tokens that the tokenizer_config.json next to a tokenizer.json names, such as ``bos_token``."""
+    config = _config_next_to(path)
+    found = {key: token_text(config.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    return {key: token for key, token in found.items() if token is not None}
+
+
+def chat_template_next_to(path: Path) -> str | None:
+    """The chat template in chat_template.jinja or tokenizer_config.json next to a tokenizer.json, or ``None``."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return (path.parent / CHAT_TEMPLATE).read_text(encoding="utf-8")
+    return default_template(_config_next_to(path).get("chat_template"))
+
+
+def default_template(value: Any) -> str | None:
+    """The template for dialogues without tools: ``value``, or of several named ones ``default``."""
+    if isinstance(value, list):
+        value = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+    found = value.get("default") if isinstance(value, dict) else value
+    return found if isinstance(found, str) else None
+
+
+def _config_next_to(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(without_bom((path.parent / TOKENIZER_CONFIG).read_bytes()))
     except (OSError, ValueError):
-        return None
-    return token_text(config.get("eos_token")) if isinstance(config, dict) else None
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def leading_id(path: Path) -> int | None:

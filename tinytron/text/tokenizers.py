@@ -10,8 +10,8 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -20,7 +20,14 @@ import numpy.typing as npt
 
 from tinytron.errors import ConfigError, DataError
 from tinytron.text.characters import CharacterEncoder, characters_of
-from tinytron.text.tokenizer_files import END_TOKENS, named_end, usual_ends
+from tinytron.text.tokenizer_files import (
+    END_TOKENS,
+    chat_template_next_to,
+    default_template,
+    named_end,
+    named_tokens,
+    usual_ends,
+)
 from tinytron.utils.optional import as_data_error, require_package
 from tinytron.utils.texts import without_bom
 
@@ -47,7 +54,8 @@ class TextTokenizer:
     ``vocab_size`` is one more than its largest id, and ``unused`` are the smaller ids that no token has. ``specials`` are
     the ids of its special tokens, and ``end`` is its own end-of-text token, if it names one. ``token_id`` finds the id of
     any token. ``serialized`` is its tokenizer.json, or empty if it has no such form; ``sha256`` is the hash of the
-    vocabulary. ``decode`` returns the text of ids, without special tokens.
+    vocabulary. ``decode`` returns the text of ids, without special tokens. ``chat_template`` is its Jinja template for
+    dialogues, if it has one, and ``named`` are the special tokens that a template knows by name (``bos_token``).
     """
 
     kind: Kind
@@ -61,6 +69,8 @@ class TextTokenizer:
     sha256: str
     decode: Callable[[list[int]], str]
     unused: tuple[int, ...] = ()
+    chat_template: str | None = None
+    named: Mapping[str, str] = field(default_factory=dict)
 
     def end_of_text(self, wanted: str | None = None) -> tuple[str, int]:
         """The token that separates documents, and its id: ``wanted``, or else the tokenizer's own, or else the first of
@@ -137,9 +147,12 @@ def from_hub(name: str, cache_dir: str | None = None, trust_remote_code: bool = 
         else:
             options: dict[str, Any] = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
             tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+    template = default_template(getattr(tokenizer, "chat_template", None))
+    named = {key: token for key, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     if getattr(tokenizer, "is_fast", False):
         backend = tokenizer.backend_tokenizer
-        return _of_backend("tokenizer_name", name, backend, backend.to_str().encode(), tokenizer.eos_token)
+        found = _of_backend("tokenizer_name", name, backend, backend.to_str().encode(), tokenizer.eos_token)
+        return replace(found, chat_template=template, named=named)
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     specials = {token: vocabulary[token] for token in tokenizer.all_special_tokens if token in vocabulary}
     digest = hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
@@ -147,7 +160,7 @@ def from_hub(name: str, cache_dir: str | None = None, trust_remote_code: bool = 
     return TextTokenizer(
         "tokenizer_name", name, _Slow(tokenizer), size, tokenizer.eos_token, specials, vocabulary.get, b"", digest,
         lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)),
-        _unused(vocabulary.values(), size),
+        _unused(vocabulary.values(), size), template, named,
     )  # fmt: skip
 
 
@@ -158,7 +171,8 @@ def from_file(path: Path, kind: Kind = "tokenizer_path", name: str | None = None
     with as_data_error(f"--{kind} {path}", "give a tokenizer.json file"):
         content = without_bom(path.read_bytes())
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
-    return _of_backend(kind, str(path) if name is None else name, tokenizer, content, named_end(path))
+    found = _of_backend(kind, str(path) if name is None else name, tokenizer, content, named_end(path))
+    return replace(found, chat_template=chat_template_next_to(path), named=named_tokens(path))
 
 
 def from_tiktoken(name: str) -> TextTokenizer:
@@ -303,7 +317,8 @@ def pieces_of(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _encode_all(texts: list[str], encode: Encode, dtype: np.dtype[Any]) -> list[npt.NDArray[Any]]:
+def encode_all(texts: list[str], encode: Encode, dtype: np.dtype[Any]) -> list[npt.NDArray[Any]]:
+    """The token ids of every text, however long."""
     if max(map(len, texts), default=0) <= LONG_CHARS:
         return [np.asarray(ids, dtype) for ids in encode(texts)]
     parts = [[np.asarray(encode([piece])[0], dtype) for piece in pieces_of(text)] for text in texts]
@@ -314,16 +329,12 @@ def encode_documents(
     texts: list[str], encode: Encode, eot: int | None, position: str, dtype: np.dtype[Any]
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint32]]:
     """The documents' token ids, concatenated, with ``eot`` before (``prepend``) or after (``append``) each document unless
-    it is ``None``, and their lengths including that token. Without it, documents that have no tokens are left out. Shapes:
-    [tokens] of ``dtype``, [documents]. Raises: DataError for a text that contains ``eot``."""
-    ids = _encode_all(texts, encode, dtype)
-    if eot is not None and any(bool((made == eot).any()) for made in ids):
-        raise DataError(
-            f"texts contain the token {eot}, which should only separate documents; use --eot_token with a special "
-            "token, or --eot_position none"
-        )
+    it is ``None``, and their lengths including that token. Shapes: [tokens] of ``dtype``,
+    [documents]. Raises: DataError for a text that contains ``eot``."""
+    ids = encode_all(texts, encode, dtype)
+    check_no_end(ids, eot)
     if eot is None:
-        row = [made for made in ids if len(made)]
+        row = ids
         lengths = np.array([len(made) for made in row], np.uint32)
     else:
         separator = np.array([eot], dtype)
@@ -331,3 +342,12 @@ def encode_documents(
         row = [array for pair in pairs for array in pair]
         lengths = np.array([len(made) + 1 for made in ids], np.uint32)
     return (np.concatenate(row) if row else np.empty(0, dtype)), lengths
+
+
+def check_no_end(ids: Iterable[npt.NDArray[Any]], eot: int | None) -> None:
+    """Raises: DataError if a text's ``ids`` contain ``eot``."""
+    if eot is not None and any(bool((made == eot).any()) for made in ids):
+        raise DataError(
+            f"texts contain the token {eot}, which should only separate documents; use --eot_token with a special "
+            "token, or --eot_position none"
+        )

@@ -133,7 +133,8 @@ def _shards(
     require_same(found, world, f"{option} {path} has different {split} shards on some nodes; copy the same ones to all")
     if not shards:
         return None
-    fewest = 2 if data.packing == "best_fit" else seq_len + 1
+    packs = data.packing == "best_fit" and shards[0].row is None
+    fewest = shards[0].row or (2 if packs else seq_len + 1)
     if split == "val" and all(shard.count < fewest for shard in shards):
         if not validates(config):
             return None
@@ -142,7 +143,7 @@ def _shards(
             f"({shards[0].path.name}: {shards[0].count}); hold out more documents, use a shorter --seq_len, or drop "
             "--do_val"
         )
-    if data.packing == "best_fit":
+    if packs:
         mine = shards[state.rank :: state.layout.world_size]
         agree_slowly(lambda: make_pack_files(mine, seq_len), world)
         # Nodes that do not share a folder lack the files that ranks on other nodes made.
