@@ -21,7 +21,7 @@ FLOORS = (
     ("checkpoint", "interop", "inference", "evaluation", "planner"),
     ("training",),
     ("jobs", "experiments", "quick"),
-    ("cli",),
+    ("cli", "timl"),
 )
 SCRIPT_FLOOR = len(FLOORS) - 1
 SCRIPTS = ("scripts", "benchmarks", "examples")

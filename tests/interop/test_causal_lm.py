@@ -23,7 +23,7 @@ from tests.interop.test_init_from import LR, STEPS, Rows, RowsTrainer
 from tinytron.checkpoint import load_model
 from tinytron.cli.main import main
 from tinytron.errors import CheckpointError, ConfigError
-from tinytron.interop.causal_lm import CausalLM
+from tinytron.interop.causal_lm import build_causal_lm
 from tinytron.interop.load import architecture_of
 from tinytron.model import GPT
 from tinytron.training import Trainer
@@ -66,7 +66,7 @@ def write(folder: Path, settings: dict[str, Any]) -> Path:
 @pytest.mark.parametrize("z_loss_coef", [0.0, 0.1])
 def test_loss_and_gradients_are_those_of_transformers_logits(family: str, z_loss_coef: float) -> None:
     settings, fused = FAMILIES[family]
-    model = CausalLM(settings, family, dtype=torch.float64, z_loss_coef=z_loss_coef)
+    model = build_causal_lm(settings, family, dtype=torch.float64, z_loss_coef=z_loss_coef)
     assert model._fused is fused
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(61, (2, 12), generator=generator)
@@ -148,7 +148,7 @@ def test_a_run_is_saved_continued_exported_and_loaded(ranks: Pools, tmp_path: Pa
 
     ids = torch.arange(10)[None]
     exported = transformers.AutoModelForCausalLM.from_pretrained(whole.folder / "export" / f"step_{STEPS:05d}")
-    trained = CausalLM(OPT, "opt")
+    trained = build_causal_lm(OPT, "opt")
     trained.load_state_dict(whole.extra, strict=False)
     with torch.no_grad():
         logits = trained.hf(input_ids=ids).logits
@@ -294,7 +294,7 @@ def test_tools_for_the_gpt_say_what_to_do(ranks: Pools, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds a model of transformers .* tinytron export"):
         load_model(run.folder)
     incomplete = tmp_path / "half"
-    model = CausalLM(OPT, "opt").hf
+    model = build_causal_lm(OPT, "opt").hf
     weights = {
         name: value for name, value in model.state_dict().items() if "fc1" not in name and name != "lm_head.weight"
     }
@@ -306,6 +306,6 @@ def test_tools_for_the_gpt_say_what_to_do(ranks: Pools, tmp_path: Path) -> None:
 
 
 def test_positions_of_documents_are_an_error() -> None:
-    model, ids = CausalLM(OPT, "opt"), torch.zeros(1, 4, dtype=torch.int64)
+    model, ids = build_causal_lm(OPT, "opt"), torch.zeros(1, 4, dtype=torch.int64)
     with pytest.raises(ConfigError, match="positions that begin again inside a row need Tinytron's GPT"):
         model(ids, ids, positions=ids)

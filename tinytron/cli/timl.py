@@ -13,7 +13,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -28,7 +28,7 @@ from tinytron.training.world import place_in_world
 from tinytron.utils.flags import Parser
 
 REDACTED = "***"
-_WORKS = (
+WORKS = (
     '--model_name gpt2 --output_dir models/gpt2 --train_file_pattern "data/train_*.bin" --eval_file_pattern '
     '"data/validation_*.bin" --block_size 1024 --train_batch_size 512 --per_device_train_batch_size 32 '
     "--per_device_eval_batch_size 32 --learning_rate 6e-4 --adam_beta1 0.9 --adam_beta2 0.95 --adam_epsilon 1e-8 "
@@ -138,13 +138,17 @@ def build_config_of(argv: Sequence[str], world_size: int = 1) -> Config:
         description=__doc__,
         common=_COMMON,
     )
-    given = read_flags(SETTINGS, argv, parser, _WORKS)
-    values = with_defaults(SETTINGS, given)
+    values = with_defaults(SETTINGS, read_flags(SETTINGS, argv, parser, WORKS))
+    translation.check_forward(values)
+    return config_of(values, translation.model_options(values["model_name"], values["block_size"]), world_size)
+
+
+def config_of(values: Mapping[str, Any], model: Mapping[str, Any], world_size: int) -> Config:
+    """The configuration for the settings ``values`` and the ``model``'s options by path. Raises: ConfigError."""
     translation.check_batches(values, world_size)
     translation.check_packages(values)
-    model = translation.model_options(values["model_name"], values["block_size"])
     direct = {name: value for name, value in values.items() if SETTINGS[name].alias is not None}
-    ours = model | translation.schedule_options(values) | translation.length_options(values)
+    ours = {**model} | translation.schedule_options(values) | translation.length_options(values)
     ours |= translation.run_options(values, world_size)
     chosen = options_of(PretrainModel, direct | ours, "timl")
     chosen |= {"block_size": model["model.block_size"], "log_dir": values["output_dir"], "exp_name": "run"}

@@ -94,13 +94,17 @@ def check_batches(values: Values, world_size: int) -> None:
         )
 
 
-def check_packages(values: Values) -> None:
-    """Check the settings of forward, liger-kernel and cut-cross-entropy. Raises: ConfigError."""
+def check_forward(values: Values) -> None:
+    """Raises: ConfigError for arguments of a forward pass that takes none."""
     if forward := values.get("forward_kwargs"):
         raise ConfigError(
             f"--forward_kwargs {next(iter(forward))}: Tinytron's own model takes no further arguments; use {{}}, or "
-            "override Trainer._loss"
+            "give them to tinytron.timl.Trainer with a model of your own"
         )
+
+
+def check_packages(values: Values) -> None:
+    """Check the settings of liger-kernel and cut-cross-entropy. Raises: ConfigError."""
     for key, value in (values.get("liger_kernel_kwargs") or {}).items():
         if key not in LIGER_PARTS:
             raise ConfigError(f"--liger_kernel_kwargs: {key} is unknown; use {', '.join(LIGER_PARTS)}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,35 +78,12 @@ class CausalLM(nn.Module):
     logits are the product of hidden states and a matrix, they are never in memory as a whole.
     """
 
-    def __init__(
-        self,
-        settings: dict[str, Any],
-        source: str,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        seed: int = 1337,
-        attention: str = "auto",
-        recompute: bool = False,
-        z_loss_coef: float = 0.0,
-    ) -> None:
+    def __init__(self, model: Any, settings: dict[str, Any], *, z_loss_coef: float = 0.0) -> None:
         super().__init__()
-        config = _hf_config(settings, source)
-        transformers = require_package("transformers", "data")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # on the CPU, so that weights do not depend on the device
-            try:
-                self.hf = transformers.AutoModelForCausalLM.from_config(
-                    config, dtype=dtype, attn_implementation=_BACKENDS[attention]
-                )
-            except Exception as error:  # such as a size that does not divide, or a missing package of the family
-                raise ConfigError(f"{source}: transformers cannot build this model ({first_line(error)})") from error
-        self.hf.to(device)
-        if recompute:
-            self.hf.gradient_checkpointing_enable()
-        self.z_loss_coef = z_loss_coef
+        self.hf, self.z_loss_coef = model, z_loss_coef
         text = json.dumps(settings, sort_keys=True).encode()
-        self.register_buffer(HF_CONFIG, torch.tensor(list(text), dtype=torch.uint8))
+        device = next(model.parameters()).device
+        self.register_buffer(HF_CONFIG, torch.tensor(list(text), dtype=torch.uint8, device=device))
         self._fused = self._head_is_a_matrix()
 
     def forward(
@@ -158,6 +137,48 @@ class CausalLM(nn.Module):
         return same
 
 
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Context in which transformers shows no progress bars: every rank would."""
+    logging = require_package("transformers", "data").utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def build_causal_lm(
+    settings: dict[str, Any],
+    source: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 1337,
+    attention: str = "auto",
+    recompute: bool = False,
+    z_loss_coef: float = 0.0,
+) -> CausalLM:
+    """A new model with the config.json ``settings``, which errors call ``source``. Its weights depend on the seed alone.
+    Raises: ConfigError if transformers cannot build it."""
+    config = _hf_config(settings, source)
+    transformers = require_package("transformers", "data")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # on the CPU, so that weights do not depend on the device
+        try:
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=_BACKENDS[attention]
+            )
+        except Exception as error:  # such as a size that does not divide, or a missing package of the family
+            raise ConfigError(f"{source}: transformers cannot build this model ({first_line(error)})") from error
+    model.to(device)
+    if recompute:
+        model.gradient_checkpointing_enable()
+    return CausalLM(model, settings, z_loss_coef=z_loss_coef)
+
+
 def load_foreign(model: CausalLM, name: str) -> None:
     """Set the weights of ``model`` from the folder or hub name ``name``, or from a run. Raises: ConfigError or
     CheckpointError."""
@@ -168,9 +189,10 @@ def load_foreign(model: CausalLM, name: str) -> None:
     folder = config_file(name, weights=True).parent
     transformers = require_package("transformers", "data")
     try:
-        loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=next(model.parameters()).dtype, output_loading_info=True
-        )
+        with without_bars():
+            loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=next(model.parameters()).dtype, output_loading_info=True
+            )
     except Exception as error:
         raise CheckpointError(f"{name}: transformers cannot load these weights ({first_line(error)})") from error
     if missing := sorted(report["missing_keys"]):

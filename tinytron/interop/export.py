@@ -17,7 +17,7 @@ from tinytron.distributed.param_spec import ParamSpec
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.interop.architectures import write_architecture
 from tinytron.interop.card import model_card
-from tinytron.interop.causal_lm import CausalLM
+from tinytron.interop.causal_lm import build_causal_lm, without_bars
 from tinytron.interop.families import Family, Part
 from tinytron.interop.folder import check_new, new_folder
 from tinytron.interop.generation import GENERATION, generation_settings
@@ -109,12 +109,12 @@ def _export_foreign(
         given=tokenizer, checkpoint=saved.file, imported=saved.section(TOKENS),
     )  # fmt: skip
     stored = next(weight.dtype for weight in weights.values() if weight.is_floating_point())
-    model = CausalLM(settings, str(file), dtype=stored)
+    model = build_causal_lm(settings, str(file), dtype=stored)
     load_weights(model, weights, str(file))
     if dtype is not None:
         model.hf.to(dtype)
     model.hf.config.update(found.facts.as_import())
-    with new_folder(out, replace=replace) as folder:
+    with new_folder(out, replace=replace) as folder, without_bars():
         model.hf.save_pretrained(folder, max_shard_size=max_shard_size)
         changes = found.write(folder, saved.config.block_size)
         files = list(folder.glob("*.safetensors"))

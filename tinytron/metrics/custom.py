@@ -113,6 +113,11 @@ class MetricSet:
         """Start from nothing."""
         self._live = [cls(self._args) for cls in self._classes]  # type: ignore[call-arg]
 
+    @property
+    def collects(self) -> bool:
+        """True between ``begin`` and ``end``, if there are metrics."""
+        return bool(self._live)
+
     @torch.no_grad()
     def update(self, outputs: Any, batch: Batch) -> None:
         """Add a micro-batch, if ``begin`` was called."""

@@ -16,7 +16,7 @@ from tinytron.checkpoint.load import read_json
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import ConfigError
 from tinytron.interop.architectures import read_config
-from tinytron.interop.causal_lm import CausalLM, config_file, foreign_settings, sizes_of
+from tinytron.interop.causal_lm import CausalLM, build_causal_lm, config_file, foreign_settings, sizes_of
 from tinytron.interop.load import check_given
 from tinytron.model.config import ModelConfig
 from tinytron.training.config import Config
@@ -128,7 +128,7 @@ def build_foreign(config: Config, settings: dict[str, Any], name: str, state: Pa
             raise ConfigError(
                 f"{flag} needs Tinytron's GPT, but transformers builds {name} (family {kind}); use {works}"
             )
-    model = CausalLM(
+    model = build_causal_lm(
         settings,
         name,
         dtype=DTYPES[train.precision],
