@@ -78,8 +78,10 @@ class Registry(Mapping[str, Any]):
         return entry.help or entry.place
 
     def __getitem__(self, key: str) -> Any:
-        """The object, whose module is imported now if it was not. Raises: ConfigError for an unknown name, or if the module
-        cannot be imported or does not register it."""
+        """The object, whose module is imported now if it was not. Built-in jobs have synonyms, which are not listed.
+        Raises: ConfigError for an unknown name, or if the module cannot be imported or does not register it."""
+        if key not in self._entries:
+            key = importlib.import_module("tinytron.experiments.builtin").SYNONYMS.get(key, key)
         entry = self._entries.get(key)
         if entry is None:
             listed = "; tinytron jobs lists them" if self.kind == "job" else ""

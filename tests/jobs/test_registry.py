@@ -67,6 +67,11 @@ def test_malformed_names_are_refused(registry: Registry, key: str) -> None:
         registry.add(key, BasicJob)
 
 
+def test_a_name_of_other_pages_is_the_same_job() -> None:
+    assert JOBS["gpt/pretrain"] is JOBS["gpt/train/pretrain"]
+    assert "gpt/pretrain" not in list(JOBS)
+
+
 def test_the_nearest_name_is_proposed() -> None:
     with pytest.raises(ConfigError, match="there is no job gpt/train/pretrian; did you mean gpt/train/pretrain"):
         _ = JOBS["gpt/train/pretrian"]

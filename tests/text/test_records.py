@@ -17,7 +17,7 @@ from tests.helpers.corpus import EOT, Naive, contents, make_texts, make_tokenize
 from tests.text.test_tokenize_resume import _dying_at, _in_a_process
 from tinytron.cli.tokenize import training_flags
 from tinytron.data.formats import open_shard, open_weights
-from tinytron.data.inspect import problems
+from tinytron.data.inspect import describe, problems
 from tinytron.data.manifest import read_manifest
 from tinytron.errors import ConfigError, DataError
 from tinytron.text.encoders import PlainEncoder
@@ -207,6 +207,7 @@ def test_pairs_become_rows_side_by_side(made: Path, tmp_path: Path) -> None:
     counts = manifest.documents
     assert counts["train.pos"] == counts["train.neg"] > counts["val.pos"] == counts["val.neg"] > 0
     assert sum(counts.values()) == 2 * len(PAIRS)
+    assert f"rows       of {SIZE} tokens, in pairs" in describe(tmp_path)
     rows = {}
     for side in ("pos", "neg"):
         tokens = np.array(tokens_of(tmp_path, f"train.{side}")).reshape(-1, SIZE)

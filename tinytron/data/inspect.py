@@ -57,6 +57,8 @@ def describe(folder: Path) -> list[str]:
             f"source     {manifest.source.get('path')}",
             f"made by    {manifest.command}",
         ]
+        if manifest.row is not None:
+            lines.append(f"rows       of {manifest.row:,} tokens{', in pairs' if manifest.paired else ''}")
         if not manifest.complete:
             lines.append("complete   no: the same command, without --max_file_index, continues")
     known = {} if manifest is None else facts_of(manifest.shards, np.dtype(manifest.dtype).itemsize, files)

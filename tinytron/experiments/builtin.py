@@ -29,6 +29,8 @@ JOBS: Mapping[str, tuple[str, str]] = MappingProxyType(
         ),
     }
 )
+# Other names of jobs, which theseus' pages use.
+SYNONYMS: Mapping[str, str] = MappingProxyType({"gpt/pretrain": "gpt/train/pretrain"})
 _NAMES = (
     "fineweb",
     "fineweb-edu",

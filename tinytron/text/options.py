@@ -30,7 +30,7 @@ class TokenizeOptions:
     """
 
     dataset_path: Annotated[
-        str, Flag("file, folder or pattern of text, or name of a dataset on the hub", path=True)
+        str, Flag("file, folder or pattern of text, or name of a dataset, registered or on the hub", path=True)
     ] = ""
     dataset_name: Annotated[str | None, Flag("configuration of a dataset on the hub, such as sample-10BT")] = None
     dataset_split: Annotated[str, Flag("split of a dataset on the hub; also begins the names of the files")] = "train"
