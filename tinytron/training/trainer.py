@@ -38,7 +38,7 @@ from tinytron.training.build import (
     param_wait_hook,
 )
 from tinytron.training.config import Config
-from tinytron.training.derive import Due, TrainingInfo
+from tinytron.training.derive import Due, TrainingInfo, with_fitting_batch
 from tinytron.training.evals import TrainingEvals
 from tinytron.training.memory import memory_notes
 from tinytron.training.pipeline import DataPipeline
@@ -108,8 +108,14 @@ class Trainer(RankAttributes):
         self.reporter = Reporter(self.state, [sink() for sink in SINKS.values()])
 
     def _fit_batch_size(self, config: Config) -> Config:
-        """Replace ``--batch_size auto`` with a number. Raises: ConfigError for a model whose memory cannot be estimated."""
+        """Replace ``--batch_size auto``, or under ``--fit_batch`` a number that does not divide the batch, with one that
+        works. Raises: ConfigError for a model whose memory cannot be estimated."""
         if config.train.batch_size != AUTO:
+            given, config = config.train.batch_size, with_fitting_batch(config, self.state.layout)
+            if (size := config.train.batch_size) != given:
+                self._say(
+                    f"--fit_batch: {size} sequences per micro-batch, because {given} do not divide the global batch"
+                )
             return config
         if type(self)._init_model is not Trainer._init_model:
             raise ConfigError(
