@@ -28,7 +28,7 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
         "use_compile": False, "use_profiler": False, "steps_to_profile": (15, 20), "disable_tf32": False,
         "z_loss_coef": 0.0, "recompute": "none", "attn_backend": "auto", "spike_sigma": 0.0, "spike_window": 100,
         "spike_action": "skip", "replica_check_every": 0, "step_timeout": 0.0, "use_liger_kernel": False,
-        "use_cut_cross_entropy": False, "use_triton_kernels": False, "total_batch_sequences": None,
+        "use_cut_cross_entropy": False, "use_triton_kernels": False, "total_batch_sequences": None, "fit_batch": False,
     },
     "logging": {
         "exp_name": "gpt", "log_dir": "./log/", "log_every": 10, "print_config": "no", "moe_router_debug": False,

@@ -146,3 +146,19 @@ def _own_model_error(folder: Path) -> str:
     except ConfigError as error:
         return str(error)
     return ""
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_micro_batch_is_lowered_to_one_that_divides(ranks, tmp_path: Path, world: int) -> None:  # type: ignore[no-untyped-def]
+    """Eight sequences a step: of five and seven, four divide them on one rank and on each of two."""
+    pool: Ranks = ranks(world)
+    flags = ("--max_steps", 2, "--batch_size")
+    lowered = [pool.run(train, Trainer, tmp_path / str(size), *flags, size, "--fit_batch")[0] for size in (5, 7)]
+    plain = pool.run(train, Trainer, tmp_path / "plain", *flags, 4)[0]
+    for run in lowered:
+        assert run.log == plain.log
+        recorded = json.loads((run.folder / "config.json").read_text())
+        assert recorded["config"]["train"]["batch_size"] == 4
+    with pytest.raises(ConfigError, match="must be a multiple of --batch_size x --seq_len"):
+        plan_run(config_of(*TINY, "--batch_size", 5), world)
+    assert plan_run(config_of(*TINY, "--batch_size", 5, "--fit_batch"), world)[1].batch_size == 4

@@ -349,7 +349,7 @@ EXECUTION = {
         "recompute", "attn_backend", "use_compile", "eval_tasks", "eval_every", "eval_tokenizer",
         "disable_tf32", "use_profiler", "steps_to_profile", "spike_sigma", "spike_window", "spike_action",
         "replica_check_every", "step_timeout", "use_liger_kernel", "use_cut_cross_entropy",
-        "use_triton_kernels", "total_batch_sequences",
+        "use_triton_kernels", "total_batch_sequences", "fit_batch",
     },
     "model": set(),
     "optim": set(),

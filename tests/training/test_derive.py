@@ -19,7 +19,7 @@ from tinytron.distributed.layout import ParallelLayout
 from tinytron.errors import ConfigError
 from tinytron.training.build import describe_run_size
 from tinytron.training.config import Config, OptimConfig, TrainingConfig
-from tinytron.training.derive import Due, TrainingInfo, derive
+from tinytron.training.derive import Due, TrainingInfo, derive, with_fitting_batch
 
 S = 16
 
@@ -75,6 +75,21 @@ def test_every_proposed_value_works(sequences: int, batch_size: int, ranks: int)
     else:
         total = int(text.rsplit("use ", 1)[1])
         derived(config(sequences, batch_size, total_batch_size=total), ranks)
+
+
+@given(sequences=st.integers(1, 120), batch_size=st.integers(1, 40), ranks=st.integers(1, 12))
+def test_the_largest_micro_batch_that_divides_is_found(sequences: int, batch_size: int, ranks: int) -> None:
+    layout = ParallelLayout(ranks)
+    given, plain = (config(sequences, batch_size, fit_batch=fit) for fit in (True, False))
+    assert with_fitting_batch(plain, layout) == plain
+    fitting = [b for b in range(1, batch_size + 1) if sequences % (b * ranks) == 0]
+    if not fitting:
+        assert with_fitting_batch(given, layout) == given
+        return
+    fitted = with_fitting_batch(given, layout)
+    assert fitted == replace(given, train=replace(given.train, batch_size=fitting[-1]))
+    assert derived(fitted, ranks).grad_accum_steps == sequences // (fitting[-1] * ranks)
+    assert fitted.config_hash() == plain.config_hash()
 
 
 # Steps.

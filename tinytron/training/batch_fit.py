@@ -26,20 +26,33 @@ def with_batch_size(config: Config, batch_size: int) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=batch_size))
 
 
-def fit_batch_size(config: Config, state: ParallelState, *, known: bool = True) -> tuple[Config, str]:
+def with_fitted_batch(config: Config, state: ParallelState, *, known: bool) -> tuple[Config, list[str]]:
+    """``config`` with a number in place of ``--batch_size auto``, or under ``--fit_batch`` with one that divides the batch;
+    and lines about it. Collective. Raises: ConfigError as ``fit_batch_size``, or if the model's memory is not ``known``."""
+    if config.train.batch_size != AUTO:
+        given, config = config.train.batch_size, with_fitting_batch(config, state.layout)
+        if (size := config.train.batch_size) == given:
+            return config, []
+        return config, [
+            f"--fit_batch: {size} sequences per micro-batch, because {given} do not divide the global batch"
+        ]
+    if not known:
+        raise ConfigError(
+            "--batch_size auto can only estimate the memory of Tinytron's own model; give a number such as 8"
+        )
+    config, text = fit_batch_size(config, state)
+    return config, [text]
+
+
+def fit_batch_size(config: Config, state: ParallelState) -> tuple[Config, str]:
     """``config`` with the largest micro-batch that fits on every rank, and a line about it. Collective.
 
     The planner's estimate proposes a size that divides the batch. On GPUs each rank then runs one micro-batch of it forward
     and backward, and all ranks try the next smaller size if one runs out of memory. Under sequence or expert parallelism
     only the estimate decides, because a rank that fails in the middle of an exchange would leave the others waiting.
 
-    Raises: ConfigError on every rank if no size fits, if the loss depends on the size, or unless the model's memory is
-    ``known``.
+    Raises: ConfigError on every rank if no size fits, or if the loss depends on the size.
     """
-    if not known:
-        raise ConfigError(
-            "--batch_size auto can only estimate the memory of Tinytron's own model; give a number such as 8"
-        )
     world = state.groups["world"]
 
     def propose() -> tuple[list[int], Memory]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from tinytron.distributed.layout import ParallelLayout
+from tinytron.distributed.layout import ParallelLayout, divisors
 from tinytron.training.config import Config, OptimConfig, TrainingConfig
 from tinytron.utils.training import get_training_info, grad_accum_steps
 
@@ -59,6 +59,17 @@ def accumulation_steps(config: Config, layout: ParallelLayout) -> int:
     """Micro-batches per optimizer step. Raises: ConfigError if the global batch does not divide evenly over the ranks."""
     train = config.train
     return grad_accum_steps(train.total_batch_size, train.batch_size, train.seq_len, layout.dp)
+
+
+def with_fitting_batch(config: Config, layout: ParallelLayout) -> Config:
+    """``config`` with, under ``--fit_batch``, the largest micro-batch of at most ``--batch_size`` that divides a rank's
+    part of the global batch. Unchanged if that part is not whole sequences, which ``accumulation_steps`` refuses."""
+    train = config.train
+    sequences, rest = divmod(train.total_batch_size, train.seq_len * layout.dp)
+    if not train.fit_batch or rest or train.batch_size < 1:
+        return config
+    size = max(count for count in divisors(sequences) if count <= train.batch_size)
+    return replace(config, train=replace(train, batch_size=size))
 
 
 def derive(config: Config, layout: ParallelLayout, num_samples: int | None) -> TrainingInfo:

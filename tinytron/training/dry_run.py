@@ -13,7 +13,7 @@ from tinytron.planner.report import describe
 from tinytron.planner.step import Workload, meta_model
 from tinytron.training.build import muon_options, optimizer_groups, optimizer_options
 from tinytron.training.config import Config
-from tinytron.training.derive import accumulation_steps
+from tinytron.training.derive import accumulation_steps, with_fitting_batch
 from tinytron.training.hf_model import foreign_model
 from tinytron.training.world import place_in_world
 from tinytron.utils.training import DTYPES
@@ -53,6 +53,7 @@ def plan_run(config: Config, world_size: int) -> tuple[MemoryPlan, Workload, Par
             f"--dry_run knows only Tinytron's GPT, but {named[1]} is built by transformers; leave --dry_run out"
         )
     layout = ParallelLayout(world_size, config.parallel.sep_size, config.parallel.ep_size)
+    config = with_fitting_batch(config, layout)
     work = workload(config, layout)
     model = meta_model(config.model, work, layout)
     groups, options = optimizer_groups(config.optim, model), optimizer_options(config, model)

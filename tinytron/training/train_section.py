@@ -39,6 +39,10 @@ class TrainingConfig:
             words=(("auto", 0),),
         ),
     ] = 8
+    fit_batch: Annotated[
+        bool,
+        Flag("lower batch_size to the nearest number that divides a rank's part of the global batch", identity=False),
+    ] = False
     seq_len: Annotated[int, Flag("length of a training sequence", "tokens", at_least=1)] = 4096
     max_steps: Annotated[
         int | None, Flag("stop after this many steps; holds before the limits below", identity=False, at_least=1)

@@ -25,7 +25,7 @@ from tinytron.metrics.sinks import SINKS, RunInfo
 from tinytron.model.modules.loss import LossSums, checked_sums
 from tinytron.model.protocols import EndsSteps, WaitsForParameters
 from tinytron.training import datasets
-from tinytron.training.batch_fit import AUTO, fit_batch_size
+from tinytron.training.batch_fit import with_fitted_batch
 from tinytron.training.batch_preparer import count_targets, scale_weights
 from tinytron.training.build import (
     build_metrics,
@@ -114,10 +114,10 @@ class Trainer(RankAttributes):
         self.reporter = Reporter(self.state, [sink() for sink in SINKS.values()])
 
     def _fit_batch_size(self, config: Config) -> Config:
-        """Replace ``--batch_size auto`` with a number. Raises: ConfigError for a model whose memory cannot be estimated."""
-        if config.train.batch_size == AUTO:
-            config, text = fit_batch_size(config, self.state, known=self._trains_gpt(config))
-            self._say(text)
+        """Replace ``--batch_size auto``, or under ``--fit_batch`` a number that does not divide the batch, with one that
+        works. Raises: ConfigError for a model whose memory cannot be estimated."""
+        config, notes = with_fitted_batch(config, self.state, known=self._trains_gpt(config))
+        self._say(*notes)
         return config
 
     def _check_memory(self, config: Config) -> None:

@@ -14,7 +14,7 @@ from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import ConfigError, first_line
 from tinytron.training.config import Config
-from tinytron.training.derive import accumulation_steps
+from tinytron.training.derive import accumulation_steps, with_fitting_batch
 from tinytron.utils.launcher import check_meeting_place, local_rank_variable
 from tinytron.utils.matmul import onednn_keeps_fp32, use_onednn
 from tinytron.utils.profile import measured_matmul_rate, peak_flops
@@ -79,7 +79,7 @@ def join_world(config: Config) -> ParallelState:
         rank, world_size = dist.get_rank(), dist.get_world_size()
     layout = ParallelLayout(world_size, config.parallel.sep_size, config.parallel.ep_size)
     if config.train.batch_size:  # --batch_size auto is resolved later
-        accumulation_steps(config, layout)  # checked before any rank waits for another
+        accumulation_steps(with_fitting_batch(config, layout), layout)  # checked before any rank waits for another
     device = torch.device("cpu")
     if torch.cuda.is_available() and config.parallel.backend != "gloo":
         if local_rank >= torch.cuda.device_count():
