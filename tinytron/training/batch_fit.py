@@ -13,6 +13,7 @@ from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import ConfigError
 from tinytron.training.build import build_model
 from tinytron.training.config import Config
+from tinytron.training.derive import with_fitting_batch
 from tinytron.training.memory import estimated_bytes
 from tinytron.utils.memory import GIB, Memory, memory_of
 
