@@ -7,6 +7,7 @@ manifest.json          says that the shards are paired, and how long a row is
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
@@ -19,6 +20,7 @@ from tinytron.data.manifest import read_manifest
 from tinytron.data.rows import FixedRows
 from tinytron.data.shards import open_shards
 from tinytron.errors import DataError
+from tinytron.utils.sequences import IGNORE_INDEX
 
 POSITIVE, NEGATIVE = "pos", "neg"
 
@@ -63,6 +65,14 @@ class PairDataset(Dataset[Pair]):
             raise DataError(f"{folder} has no pairs for {split}; hold out more of them with data.val_pct=0.1")
         self.ends = list(accumulate(counts))
 
+    def fingerprint(self) -> str:
+        """A hash that identifies the pairs, independent of their path."""
+        digest = hashlib.sha256()
+        for rows in (*self.chosen, *self.rejected):
+            known = f"{rows.shard.count}:{rows.shard.sha256};".encode() if rows.shard.sha256 else None
+            digest.update(known or rows.shard.fingerprint(self.row_size))
+        return f"pairs:{digest.hexdigest()[:16]}"
+
     def _open(self, folder: Path, name: str) -> list[FixedRows]:
         return [FixedRows(shard, self.row_size) for shard in open_shards(sorted(folder.glob(f"{name}_*.bin")))]
 
@@ -86,3 +96,50 @@ class PairDataset(Dataset[Pair]):
                 f"{rows.shard.path}: token id {int(ids.max())} in row {row} is not below --vocab_size {self.vocab_size}"
             )
         return TokenRow(ids, torch.from_numpy(weights[place].copy()), rows.length(row))
+
+
+CHOSEN_SIDE, REJECTED_SIDE = 1, -1
+REFERENCE, SIDE, NUMBER = "reference", "side", "number"  # keys of a sample
+
+
+class PackedPairs(Dataset[dict[str, torch.Tensor]]):
+    """Samples of ``seq_len`` tokens, each a pair: the better answer with its prompt, then the worse one as a document of
+    its own, then padding. Both have ``row_size`` - 1 training pairs.
+
+    Keys beyond those of every sample: ``side``, float32 ``[S]``, the weight of every target, negative in the worse answer;
+    ``number``, the index of the pair; and ``reference``, the log-probabilities of both answers under the reference, which
+    are set later (float64 ``[N, 2]``). Raises: DataError if a pair is longer than ``seq_len``.
+    """
+
+    def __init__(self, pairs: PairDataset, seq_len: int) -> None:
+        self.pairs, self.seq_len, self.reference = pairs, seq_len, torch.zeros(len(pairs), 2, dtype=torch.float64)
+        self.half = pairs.row_size - 1
+        if 2 * self.half > seq_len:
+            raise DataError(
+                f"pairs of rows of {pairs.row_size} tokens need --seq_len {2 * self.half} or more, but it is {seq_len}"
+            )
+
+    def fingerprint(self) -> str:
+        """That of the pairs."""
+        return self.pairs.fingerprint()
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        pair = self.pairs[index]
+        sample = {name: torch.zeros(self.seq_len, dtype=torch.int64) for name in ("input_ids", "labels", "positions")}
+        sample["labels"].fill_(IGNORE_INDEX)
+        sample[SIDE] = torch.zeros(self.seq_len)
+        sample["padding"] = torch.ones(self.seq_len, dtype=torch.bool)
+        for start, row, side in ((0, pair.chosen, CHOSEN_SIDE), (self.half, pair.rejected, REJECTED_SIDE)):
+            part = slice(start, start + self.half)
+            weights = row.weights[1:]
+            sample["input_ids"][part] = row.ids[:-1]
+            sample["labels"][part] = row.ids[1:].masked_fill(weights == 0, IGNORE_INDEX)
+            sample["positions"][part] = torch.arange(self.half)
+            sample["padding"][part][: row.length] = False
+            sample[SIDE][part] = side * weights
+        rest = self.seq_len - 2 * self.half
+        sample["positions"][self.seq_len - rest :] = torch.arange(rest)
+        return {**sample, NUMBER: torch.tensor(index), REFERENCE: self.reference[index]}

@@ -10,6 +10,12 @@ from types import MappingProxyType
 JOBS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "gpt/train/pretrain": ("tinytron.experiments.gpt", "pre-train a GPT on token shards"),
+        "gpt/train/contrastive": ("tinytron.experiments.aligned", "train a GPT on pairs of answers (DPO)"),
+        "gpt/train/kl": ("tinytron.experiments.aligned", "pre-train in two stages, the second with a KL penalty"),
+        "backbone/train/contrastive": (
+            "tinytron.experiments.aligned",
+            "train a model of Hugging Face on pairs of answers (DPO)",
+        ),
         **{
             f"{family}/train/{kind}": ("tinytron.experiments.families", f"{verb} {name}")
             for family, name in (("llama", "a Llama"), ("qwen", "a Qwen"), ("gpt_neox", "a GPT-NeoX"))

@@ -101,8 +101,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         by_triton: bool,
     ) -> Losses:
         T = len(hidden_TD)
-        grads = _Gradients(hidden_TD, weight_VD, ctx.needs_input_grad)
-        logits = _Logits(hidden_TD, weight_VD, min(chunk_tokens, T), by_triton)
+        grads = ChunkGradients(hidden_TD, weight_VD, ctx.needs_input_grad)
+        logits = ChunkLogits(hidden_TD, weight_VD, min(chunk_tokens, T), by_triton)
         rows_ = _rows_kernel(by_triton)
         objective = hidden_TD.new_zeros((), dtype=logits.dtype)
         token = hidden_TD.new_zeros((), dtype=logits.dtype)
@@ -140,7 +140,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
-class _Logits:
+class ChunkLogits:
     """The logits of one chunk at a time, in buffers that all chunks share, because on a CPU touching fresh
     memory takes longer than the arithmetic on it. ``dtype`` is the precision of softmax and sums."""
 
@@ -162,7 +162,7 @@ class _Logits:
         return grad_tV if self._wide is None else self._product[: len(grad_tV)].copy_(grad_tV)
 
 
-class _Gradients:
+class ChunkGradients:
     """The gradients of both inputs, filled chunk by chunk; ``None`` for an input that needs no gradient."""
 
     def __init__(self, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, needed: tuple[bool, ...]) -> None:

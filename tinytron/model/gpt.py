@@ -258,10 +258,11 @@ class GPT(nn.Module):
         if self.training and choices:
             self.recorded = TracedBatch(input_ids, choices, unseen)
         if routed is not None:
-            sums = self._add_routing_losses(sums, all_stats, routed)
+            sums = self.add_routing_losses(sums, all_stats, routed)
         return (logits, sums) if with_logits else sums
 
-    def _add_routing_losses(self, sums: LossSums, all_stats: list[MoEStats], routed: RoutedTokens) -> LossSums:
+    def add_routing_losses(self, sums: LossSums, all_stats: list[MoEStats], routed: RoutedTokens) -> LossSums:
+        """``sums`` with the routers' losses of a forward pass, whose statistics of the expert layers are ``all_stats``."""
         if self.training:
             self.step_load += torch.stack([stats.load_E for stats in all_stats])
         balance = torch.stack([stats.balance for stats in all_stats]).sum()

@@ -1,0 +1,184 @@
+"""Training in two stages: pre-training, then pre-training with a penalty for leaving the model of the first stage.
+
+The penalty is KL(policy || reference) of every target's prediction, over the whole vocabulary, in chunks. The reference is
+a frozen copy of the weights at the boundary; it exists, and costs a forward pass, in the second stage only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from tinytron.checkpoint.host_buffers import HostBuffers
+from tinytron.checkpoint.load import load_weights
+from tinytron.checkpoint.model import read_weights
+from tinytron.checkpoint.snapshot import consolidated_weights
+from tinytron.config import configure, field
+from tinytron.data import Batch
+from tinytron.distributed.agreement import agree
+from tinytron.errors import CheckpointError, ConfigError
+from tinytron.kernels.kl_divergence import linear_kl_divergence
+from tinytron.model import GPT
+from tinytron.model.modules.loss import LossSums, fused_linear_cross_entropy
+from tinytron.model.modules.routed import routed_tokens
+from tinytron.training.base import BaseTrainer, BaseTrainerConfig
+from tinytron.training.build import build_model
+from tinytron.training.config import Config
+from tinytron.training.derive import Due
+from tinytron.utils.sequences import IGNORE_INDEX
+from tinytron.utils.training import write_atomically
+
+ConfigT = TypeVar("ConfigT")
+ModelT = TypeVar("ModelT")
+BOUNDARY_FILE = "boundary_0_1.pt"  # in the run's folder: the weights at the end of the first stage
+
+
+@dataclass
+class KLDivergenceTrainerConfig(BaseTrainerConfig):
+    """The options of a run, and those of its second stage."""
+
+    stage_tokens: int = field("training/stage_tokens", help="tokens of the first stage, after which the penalty begins")
+    beta: float = field("optimization/kl/beta", default=0.1, help="weight of the penalty")
+
+    def __post_init__(self) -> None:
+        if self.stage_tokens < 1:
+            raise ConfigError(
+                f"training.stage_tokens={self.stage_tokens} must be at least 1; use half of training.tokens"
+            )
+        if not self.beta >= 0:
+            raise ConfigError(f"optimization.kl.beta={self.beta} must be at least 0; use 0.1")
+
+
+@dataclass(frozen=True)
+class _DueAtBoundary(Due):
+    """Validation and a checkpoint are also due after step ``boundary``."""
+
+    boundary: int
+
+    def validation(self, step: int) -> bool:
+        return super().validation(step) or (step == self.boundary and self._runs(self.config.train.do_val))
+
+    def save(self, step: int) -> bool:
+        return super().save(step) or (step == self.boundary and self._runs(self.config.ckpt.do_save))
+
+
+class KLDivergenceTrainer(BaseTrainer[ConfigT, ModelT]):
+    """Trains the GPT in two stages, with the schedule ``wsds`` unless the options name another one. Between the stages it
+    validates, and writes the weights to ``boundary_0_1.pt``, which ``--init_from`` takes. Its options come from a job.
+
+    Raises: as ``BaseTrainer``; ConfigError if the first stage is not shorter than the run.
+    """
+
+    CONFIG: ClassVar[type] = KLDivergenceTrainerConfig
+    reference: GPT | None = None  # in the second stage
+
+    @classmethod
+    def schedule(cls) -> Any:
+        """Warm-up, stable, decay, stable."""
+        return "wsds"
+
+    def __init__(self, spec: Config) -> None:
+        self.options = configure(KLDivergenceTrainerConfig)
+        super().__init__(spec)
+
+    def _init_batch_config(self, topology: Any) -> None:
+        super()._init_batch_config(topology)
+        tokens, last = self.config.train.total_batch_size, self.training_info.max_steps
+        self.boundary = -(-self.options.stage_tokens // tokens)  # steps of the first stage
+        if self.boundary >= last:
+            raise ConfigError(
+                f"training.stage_tokens={self.options.stage_tokens} are {self.boundary} steps, but the run has {last}; use "
+                f"at most {(last - 1) * tokens}"
+            )
+        self.due = _DueAtBoundary(self.due.config, last, self.due.answers, self.boundary)
+
+    def _init_model(self, config: Config | None = None) -> None:
+        super()._init_model(config)
+        if not isinstance(self.raw_model, GPT):
+            raise ConfigError(
+                f"{type(self).__name__} trains Tinytron's GPT, but this is a {type(self.raw_model).__name__}; use a family "
+                "that the GPT has, such as llama"
+            )
+
+    def train_step(self, microbatches: list[Batch]) -> None:
+        """One optimizer step; the first one of the second stage makes the reference before it."""
+        if self.step >= self.boundary and self.reference is None:
+            self._begin_second_stage()
+        super().train_step(microbatches)
+
+    def _begin_second_stage(self) -> None:
+        self._say(f"step {self.step} | the second stage begins: KL penalty times {self.options.beta}")
+        self._finish_exchanges()
+        weights = consolidated_weights(self.raw_model, self.state, HostBuffers())
+        agree(lambda: self._write(self.log_dir / BOUNDARY_FILE, weights), self.state.groups["world"])
+        reference = self._copy_of_model()
+        reference.load_state_dict(self.raw_model.state_dict())
+        self.reference = reference.requires_grad_(False)
+
+    def _write(self, file: Path, weights: dict[str, torch.Tensor]) -> None:
+        if self.master_process and self.saver.enabled:
+            write_atomically(file, lambda out: torch.save(weights, out))
+
+    def _copy_of_model(self) -> GPT:
+        copied = build_model(self.config, self.state, type(self.raw_model))  # type: ignore[arg-type]
+        assert isinstance(copied, GPT), "the trainer refuses other models"
+        return copied.eval()
+
+    def _resume_from_checkpoint(self) -> None:
+        super()._resume_from_checkpoint()
+        if not self._continues or self.step <= self.boundary:
+            return
+        file = self.log_dir / BOUNDARY_FILE
+
+        def load() -> None:
+            if not file.is_file():
+                raise CheckpointError(
+                    f"{file} is missing; it has the reference of the second stage, in which this run is: restore it, or go "
+                    f"back to a checkpoint of step {self.boundary} or less"
+                )
+            reference = self._copy_of_model()
+            load_weights(reference, read_weights(file), str(file), self.state)
+            self.reference = reference.requires_grad_(False)
+
+        agree(load, self.state.groups["world"])
+
+    def _loss(self, batch: Batch) -> LossSums:
+        reference, model = self.reference, self.raw_model
+        if reference is None:
+            return super()._loss(batch)
+        assert isinstance(model, GPT), "_init_model has checked it"
+        routed = None
+        if model.moe_layers:
+            routed = routed_tokens(
+                batch.labels, batch.weights, batch.padding, batch.documents, batch.routing_scale, self.state
+            )
+        unseen = None if routed is None else routed.padding_Bs
+        inputs = batch.input_ids, batch.positions, batch.documents
+        with torch.no_grad():
+            other_BsD, _ = reference.hidden_states(*inputs, padding_Bs=unseen)
+        x_BsD, stats = model.hidden_states(*inputs, padding_Bs=unseen)
+        model.wait_for_params(model.lm_head)
+        labels_T = batch.labels.flatten()
+        weights_T = None if batch.weights is None else batch.weights.flatten()
+        counted_T = (labels_T != IGNORE_INDEX).to(torch.promote_types(x_BsD.dtype, torch.float32))
+        head, x_TD = model.lm_head.weight, x_BsD.flatten(0, 1)
+        kl = linear_kl_divergence(
+            x_TD,
+            head,
+            other_BsD.flatten(0, 1),
+            reference.lm_head.weight,
+            counted_T if weights_T is None else counted_T * weights_T,
+        )
+        sums = fused_linear_cross_entropy(
+            x_TD, head, labels_T, weights_T=weights_T, z_loss_coef=model.z_loss_coef, by=model.kernels.cross_entropy
+        )
+        assert sums.per_token is not None, "the fused loss returns every token's cross entropy"
+        sums = sums._replace(
+            objective=sums.objective + self.options.beta * kl, per_token=sums.per_token.view_as(batch.labels)
+        )
+        if routed is not None:
+            sums = model.add_routing_losses(sums, stats, routed)
+        return sums._replace(aux={**sums.aux, "kl": kl.detach()})
