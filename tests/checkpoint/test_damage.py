@@ -203,7 +203,7 @@ def two(ranks: Pools, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("file", ["00004_model.pt", "00004_meta.pt", "00004_opt/.metadata", "00004_opt/__1_0.distcp"])
 @pytest.mark.parametrize("where", [0.0, 0.1, 0.5, 0.9, 1.0])
-@pytest.mark.sample(7)
+@pytest.mark.sample(4)
 def test_one_flipped_bit_is_noticed_and_the_checkpoint_before_is_used(
     ranks: Pools, two: Path, tmp_path: Path, file: str, where: float
 ) -> None:

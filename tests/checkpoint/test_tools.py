@@ -438,6 +438,7 @@ def test_long_verification_shows_its_progress(
     assert re.search(r"^verifying checkpoint \d+: .* left$", capsys.readouterr().err, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_the_status(run: Path) -> None:
     _flip(run / "00002_model.pt")
     arguments = [("verify", run / "00004_opt"), ("verify", run), ("verify", run / "nothing"), ("prune", "--help")]

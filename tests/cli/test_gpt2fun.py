@@ -124,6 +124,7 @@ def test_it_trains_and_continues_on_all_processes(data: Path, tmp_path: Path) ->
     assert "step 4/4" in more.stdout
 
 
+@pytest.mark.slow
 def test_weights_to_start_from_bring_their_architecture(data: Path, tmp_path: Path) -> None:
     assert _run(*SMALL, "--save_dir=saved", f"--data_dir={data}", cwd=tmp_path).returncode == 0
     (weights,) = (tmp_path / "saved").glob("gpt2_*/00003_model.pt")

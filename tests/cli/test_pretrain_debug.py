@@ -6,7 +6,9 @@ import json
 import re
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,13 +42,23 @@ RUNS: dict[str, tuple[list[str], int]] = {
     "no data given": ([*NO_DATA_FLAG, "--debug"], 1),
 }
 
+SLOW = ("world 4", "replicated", "other micro-batch", "profiler, first step")
+
+
+def _some(names: Iterable[str]) -> list[Any]:
+    """``names`` as parameters, of which those in ``SLOW`` are marked so."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
+
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Result, Path]]:
-    """Every run's result and working directory."""
-    places = {name: tmp_path_factory.mktemp("run") for name in RUNS}
-    results = run_cases([Case(argv, str(places[name]), world) for name, (argv, world) in RUNS.items()])
-    return {name: (result, places[name]) for name, result in zip(RUNS, results, strict=True)}
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Result, Path]]:
+    """Result and working directory of every run that the selected tests look at."""
+    here = [item for item in request.session.items if item.path == request.path]
+    asked = {item.callspec.params.get("name") for item in here if hasattr(item, "callspec")}
+    chosen = [name for name in RUNS if name not in SLOW or name in asked]
+    places = {name: tmp_path_factory.mktemp("run") for name in chosen}
+    results = run_cases([Case(RUNS[name][0], str(places[name]), RUNS[name][1]) for name in chosen])
+    return {name: (result, places[name]) for name, result in zip(chosen, results, strict=True)}
 
 
 def _log(place: Path) -> str:
@@ -54,7 +66,7 @@ def _log(place: Path) -> str:
     return path.read_text()
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", _some(RUNS))
 def test_the_run_succeeds_quietly(runs: dict[str, tuple[Result, Path]], name: str) -> None:
     result, _ = runs[name]
     assert (result.code, result.hung) == (0, False), result.stderr
@@ -75,7 +87,7 @@ def test_the_golden_command_trains_four_steps(runs: dict[str, tuple[Result, Path
     assert {p.name for p in place.glob("log/debug_test_*/*")} == {"config.json", "log.txt", "log.jsonl", ".lock"}
 
 
-@pytest.mark.parametrize("name", ["world 2", "world 4", "replicated", "other micro-batch"])
+@pytest.mark.parametrize("name", _some(["world 2", "world 4", "replicated", "other micro-batch"]))
 def test_every_layout_logs_the_same(runs: dict[str, tuple[Result, Path]], name: str) -> None:
     (_, one), (_, other) = runs["world 1"], runs[name]
     for stage, steps in (("train", [1, 2, 3, 4, 5, 6, 7, 8]), ("val", [3, 6, 8])):
@@ -93,7 +105,7 @@ def test_loader_processes_change_nothing(runs: dict[str, tuple[Result, Path]]) -
     [
         ("profiler", "profiling steps 2 to 3", 2),
         ("profiler, short run", "profiling steps 1 to 4: the run has only 4", 4),
-        ("profiler, first step", "profiling steps 1 to 1", 1),
+        pytest.param("profiler, first step", "profiling steps 1 to 1", 1, marks=pytest.mark.slow),
     ],
 )
 def test_the_profiler_writes_a_trace_of_its_steps(
@@ -142,6 +154,7 @@ def test_without_a_data_flag_it_says_that_the_data_is_mock(runs: dict[str, tuple
 # Under real launchers.
 
 
+@pytest.mark.slow
 def test_our_launcher(runs: dict[str, tuple[Result, Path]], tmp_path: Path) -> None:
     finished = run_well(*VALIDATED, cwd=tmp_path, processes=2)
     assert finished.stderr == ""

@@ -201,6 +201,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("name", ["ended", "stopped"])
+@pytest.mark.sample(1)
 def test_threads_of_process_groups_end_before_the_interpreter(tmp_path: Path, name: str) -> None:
     """One that frees a tensor while the interpreter shuts down would abort the process."""
     (tmp_path / f"{name}.py").write_text(THREADS)
@@ -256,6 +257,7 @@ def test_a_run_that_hangs_is_described_and_can_be_ended(tmp_path: Path) -> None:
 IGNORES_NOTHING = "import os, time; os.write(1, b'ready\\n'); time.sleep(60)"  # at once: two write to one pipe
 
 
+@pytest.mark.slow
 def test_a_script_that_does_not_train_is_ended(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(IGNORES_NOTHING)
     process = start(cwd=tmp_path, processes=2, script=tmp_path / "script.py")

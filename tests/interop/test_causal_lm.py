@@ -126,6 +126,7 @@ def _adamw_twin(settings: dict[str, Any], steps: int = STEPS) -> tuple[dict[str,
 
 
 @pytest.mark.parametrize("zero", ["--use_distributed_optimizer", "--no-use_distributed_optimizer"])
+@pytest.mark.sample(1)
 def test_training_takes_the_steps_of_torch_alone(ranks: Pools, tmp_path: Path, zero: str) -> None:
     folder = write(tmp_path / "opt", OPT)
     expected, expected_losses = _adamw_twin(OPT)

@@ -180,6 +180,7 @@ def test_the_commands_take_a_hub_name(
     assert same(tmp_path / "exported", llama)
 
 
+@pytest.mark.slow
 def test_the_hub_as_its_own_client_asks_it(llama: Path, tmp_path: Path) -> None:
     """huggingface_hub against a stand-in server: from the command line to a loss."""
     pytest.importorskip("huggingface_hub")

@@ -240,6 +240,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         ),
     ],
 )
+@pytest.mark.sample(1)
 def test_transformers_validates_as_the_run_did(
     ranks: Callable[[int], Ranks], shards: tuple[Path, Path], tmp_path: Path, flags: tuple[object, ...], world: int,
     capsys: pytest.CaptureFixture[str],

@@ -13,11 +13,11 @@ pytest.importorskip("tokenizers")
 
 from tests.helpers.corpus import EOT, make_texts, make_tokenizer, tokens_of
 from tests.jobs.conftest import TINY
-from tinytron import experiments
 from tinytron.cli.main import main
 from tinytron.data.manifest import read_manifest
 from tinytron.data.pairs import PairDataset
 from tinytron.errors import ConfigError, DataError
+from tinytron.experiments import builtin as experiments
 from tinytron.experiments.datasets import choices, label, transcript
 from tinytron.job import JobSpec
 from tinytron.jobs.kinds import job_class

@@ -69,6 +69,7 @@ def test_train_continue_on_more_processes_and_go_back(tmp_path: Path, monkeypatc
     assert "latest" in _tinytron("checkpoints", "mine", "out").stdout
 
 
+@pytest.mark.slow
 def test_weights_of_another_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     main(["configure", GPT, "run.yaml", *TINY])
@@ -108,6 +109,7 @@ def test_stages_are_restartable(module: str) -> None:
     assert [line for line in other.stdout.splitlines() if "said" in line] == ["said c", "said c"]
 
 
+@pytest.mark.slow
 def test_own_options_reach_the_trainer_and_its_identity(module: str) -> None:
     assert main(["configure", "my_model/train/pretrain", "run.yaml", "--load", module, *TINY]) == 0
     assert "my_loss_weight: 0.1  # weight of my loss" in Path("run.yaml").read_text()
@@ -269,6 +271,7 @@ def test_a_damaged_description_is_one_line(tmp_path: Path, text: str) -> None:
         ),
     ],
 )
+@pytest.mark.sample(2)
 def test_a_signal_ends_the_stage_and_those_after_it(
     module: str,
     monkeypatch: pytest.MonkeyPatch,

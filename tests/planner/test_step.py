@@ -80,6 +80,7 @@ def test_a_step_is_within_five_percent(ranks: Pools, tmp_path: Path, name: str) 
 
 
 @pytest.mark.parametrize("name", ["dense", "fp32", "grouped heads", "other parts"])
+@pytest.mark.sample(2)
 def test_activations_are_what_autograd_saves(name: str) -> None:
     """Storage by storage, as its hooks are shown them."""
     config = config_of(*WIDE, *STEPS[name][1])

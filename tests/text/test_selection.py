@@ -120,6 +120,7 @@ def test_the_first_documents_are_taken_that_are_long_enough(made: Path, tmp_path
 
 
 @pytest.mark.parametrize("position", ["prepend", "none"])
+@pytest.mark.sample(1)
 def test_tokens_are_counted_up_to_the_document_that_reaches_the_number(
     made: Path, tmp_path: Path, position: str
 ) -> None:

@@ -97,6 +97,7 @@ def test_the_bar_stands_where_the_source_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("chunksize", [1, 7, 1000])
+@pytest.mark.sample(1)
 def test_any_number_of_workers_and_any_chunk_size_write_the_same_files(
     made: Path, tmp_path: Path, chunksize: int
 ) -> None:

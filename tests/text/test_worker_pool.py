@@ -78,6 +78,7 @@ def test_an_unforeseen_error_keeps_its_traceback() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.sample(1)
 def test_a_killed_worker_ends_it(workers: int) -> None:
     got: list[int] = []
     message = r"worker process \d+ was killed \(exit code -9\), .*; run again with a smaller --num_proc or a smaller"
@@ -130,6 +131,7 @@ def _signalled(number: int) -> None:
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
+@pytest.mark.sample(1)
 def test_a_signal_to_the_whole_job_leaves_the_server_of_workers_alone(number: signal.Signals) -> None:
     process = multiprocessing.get_context("spawn").Process(target=_signalled, args=(number,))
     process.start()

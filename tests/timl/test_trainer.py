@@ -128,6 +128,7 @@ def twin(kind: str, data: Path, steps: int = STEPS) -> tuple[list[float], dict[s
 
 
 @pytest.mark.parametrize("kind", ["toy", "gpt2", "own loss", "own optimizer", "class"])
+@pytest.mark.sample(3)
 def test_steps_are_those_of_torch_alone(ranks: Pools, data: Path, tmp_path: Path, kind: str) -> None:
     expected, weights = twin(kind, data)
     for world in (1, 2):

@@ -3,6 +3,8 @@ optimizers and evaluators by name or by hand."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from tests.helpers.ranks import Ranks
 from tests.helpers.runs import TINY, config_of, losses, train, user_error
 from tinytron.config import build, configuration, field
 from tinytron.errors import ConfigError
+from tinytron.metrics.custom import NextTokenAccuracy, create_loss_metric_cls
 from tinytron.model import GPT
 from tinytron.model.models import LanguageModel
 from tinytron.training import Config, Trainer
@@ -50,6 +53,7 @@ class WithLogits(BaseTrainer[BaseTrainerConfig, GPT]):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("flags", [(), MOE], ids=["dense", "experts"])
+@pytest.mark.sample(4)
 def test_forward_gives_the_numbers_of_the_trainer(ranks: Pools, tmp_path: Path, layout: str, flags: Any) -> None:
     world, more = LAYOUTS[layout]
     runs = [
@@ -368,3 +372,30 @@ def test_a_mean_in_the_outputs_or_from_a_function(ranks: Pools, tmp_path: Path) 
         assert norms[0] == pytest.approx(norms[1], rel=1e-5)
     for error in ranks(2).run(user_error, NoLossAtAll, tmp_path, *SHORT):
         assert error.startswith("ConfigError: the model returned a dict without a loss; return LossSums or an object")
+
+
+class Everything(Signal):
+    """Overrides what could keep a trainer alive."""
+
+    train_metric_cls = (NextTokenAccuracy, create_loss_metric_cls("my_aux"))
+
+    def evaluator(self) -> Evaluator:
+        return Scores.from_trainer(self)
+
+
+@pytest.mark.parametrize("cls", [Trainer, Everything])
+def test_an_ended_run_is_freed_at_once(tmp_path: Path, cls: type[Trainer]) -> None:
+    """It holds the lock of its folder, which the next run in this process needs: no cycle may keep it alive."""
+    Trainer(config_of(*TINY, *SHORT, "--log_dir", tmp_path / "first"))  # torch keeps frames of its first model alive
+    gc.collect()
+    gc.disable()
+    try:
+        trainer = cls(config_of(*TINY, *SHORT, "--do_val", "--log_dir", tmp_path))
+        trainer.train()
+        if cls is Everything:
+            assert 0 <= trainer.one_step_results.get("accuracy", 0.0) <= 1
+        alive = weakref.ref(trainer)
+        del trainer
+        assert alive() is None
+    finally:
+        gc.enable()

@@ -101,6 +101,7 @@ def test_a_failed_export_costs_no_checkpoint(ranks: Pools, tmp_path: Path) -> No
     assert f"; error: not exported to {out} (the export is broken), the checkpoint is complete; removed 3" in line
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_is_made_up_for(tmp_path: Path) -> None:
     """Killed between the checkpoint and its export; half of an export lies there, too."""
     flags = (*TINY, *RUN, "--log_dir", tmp_path)

@@ -160,6 +160,7 @@ PACKED = ("--document_mask", "--no-cross_document_loss", "--packing", "best_fit"
 
 @pytest.mark.parametrize("flags", [PACKED[:1], PACKED], ids=["masks", "packed"])
 @pytest.mark.parametrize(("world", "layout"), [(2, ("--sep_size", 2)), (4, ("--sep_size", 2))])
+@pytest.mark.sample(3)
 def test_documents_are_the_same_on_every_layout(
     ranks: Pools, tmp_path: Path, world: int, layout: tuple[object, ...], flags: tuple[object, ...]
 ) -> None:

@@ -48,6 +48,7 @@ class Recording(Trainer):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.sample(2)
 def test_a_run_that_moves_to_other_world_sizes_reads_each_sample_once(
     ranks: Pools, tmp_path: Path, workers: int
 ) -> None:

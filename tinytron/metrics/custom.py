@@ -142,6 +142,10 @@ class MetricSet:
             found |= own
         return found
 
+    def record(self, step: int) -> dict[str, float]:
+        """``end``, for a report of ``step``."""
+        return self.end()
+
     def _check_agreement(self, kind: str, own: dict[str, float]) -> None:
         world = self._state.groups["world"]
         of_ranks: list[Any] = [None] * dist.get_world_size(world)

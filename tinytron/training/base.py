@@ -16,6 +16,7 @@ It is the same loop as ``Trainer``'s, whose hooks can be overridden here, too (d
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, TypeVar
@@ -106,7 +107,7 @@ class _Pulled:
     """A loader whose batches go through ``BaseTrainer.batch``."""
 
     def __init__(self, trainer: BaseTrainer[Any, Any], part: str, loader: Any) -> None:
-        self._trainer, self._part, self._loader = trainer, part, loader
+        self._trainer, self._part, self._loader = weakref.proxy(trainer), part, loader  # as in Evaluator
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
@@ -247,7 +248,8 @@ class BaseTrainer(Trainer, Generic[ConfigT, ModelT]):
         result = self.forward(self._train_state, self._train_state.params, fields, None, not training, not training)
         if not isinstance(result, tuple) or len(result) != 3:
             raise ConfigError(f"forward() returned a {type(result).__name__}; return (logits, loss, meta)")
-        _, loss, meta = result
+        logits, loss, meta = result
+        self._custom["train" if training else "val"].update({"logits": logits, "loss": loss, **meta}, batch)
         numbers = {name: value for name, value in meta.items() if torch.is_tensor(value) and value.numel() == 1}
         return sums_of_mean(loss, batch, "the loss of forward()", numbers)
 

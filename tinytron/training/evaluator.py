@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ class Evaluator:
     """Answers ``--eval_tasks`` with the current weights of ``trainer``. A subclass returns scores of its own."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
+        self.trainer: Trainer = weakref.proxy(trainer)  # an ended run must be freed at once: it holds its folder's lock
 
     @classmethod
     def from_trainer(cls, trainer: Trainer) -> Evaluator:

@@ -181,7 +181,7 @@ class Trainer(RankAttributes):
         self._sources = SourceLosses(self.data.train.sources, self.state)
         classes = (("train", self.train_metric_cls), ("val", self.eval_metric_cls))
         self._custom = {stage: MetricSet(found, config, self.state) for stage, found in classes}
-        self.reporter.metrics.append(lambda step: self._custom["train"].end())
+        self.reporter.metrics.append(self._custom["train"].record)
         self.reporter.metrics += build_metrics(
             config, self.raw_model, self.state, self.log_dir, self._sources, self.data.seen_tokens
         )
