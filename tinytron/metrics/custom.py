@@ -30,7 +30,7 @@ TAKEN = {
 
 
 class Metric(Protocol):
-    """What the trainer needs of a metric; its class takes ``args``."""
+    """The methods of a metric that the trainer calls; its class takes ``args``."""
 
     def update(self, outputs: Any, inputs: Mapping[str, Any]) -> None: ...
     def gather(self) -> None: ...

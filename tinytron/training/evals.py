@@ -15,6 +15,7 @@ from tinytron.distributed.parallel_state import ParallelState
 from tinytron.evaluation import validate
 from tinytron.evaluation.choices import Item, Row, encode_items, log_probs, read_items, summarize
 from tinytron.model.modules.loss import LossSums
+from tinytron.registry import EVALUATIONS
 from tinytron.text.run_tokenizer import find_tokenizer
 from tinytron.text.token_bytes import token_bytes_of_data
 from tinytron.training.config import Config
@@ -47,7 +48,11 @@ class TrainingEvals:
         size = config.model.vocab_size
         self.text_bytes_V = None if found is None else torch.tensor((found + [0] * size)[:size], device=state.device)
         self.tasks: list[Task] = []
-        if config.train.eval_tasks and not config.train.debug:
+        named = config.train.eval_tasks if not config.train.debug else ()
+        # Names of registered evaluations, which the trainer runs; a file of that name comes first.
+        self.registered = [name for name in named if not Path(name).exists() and name in EVALUATIONS]
+        self._files = [Path(name) for name in named if name not in self.registered]
+        if self._files:
             self.tasks = agree(self._read_tasks, group)
 
     def _token_bytes(self) -> list[int] | None:
@@ -58,7 +63,7 @@ class TrainingEvals:
         given = None if train.eval_tokenizer is None else Path(train.eval_tokenizer)
         tokenizer = find_tokenizer(self._path, given, data.eot_id, data.eot_position, option="--eval_tokenizer")
         tokenizer.check(self._config.model.vocab_size)
-        files = [(path.stem, read_items(path)) for path in map(Path, train.eval_tasks)]
+        files = [(path.stem, read_items(path)) for path in self._files]
         return [Task(name, items, encode_items(items, tokenizer, train.seq_len)) for name, items in files]
 
     def validate(

@@ -23,7 +23,7 @@ from tinytron.training.config import Config
 from tinytron.training.presets import PRESETS
 from tinytron.utils.training import DTYPES
 
-Options = dict[str, Any]  # of ``ModelConfig``, by name
+Options = dict[str, Any]  # options of ``ModelConfig`` by name
 
 
 class _Known(NamedTuple):

@@ -70,7 +70,9 @@ class TrainingConfig:
     eval_tasks: Annotated[
         tuple[str, ...],
         Flag(
-            "files of multiple-choice items to evaluate during training (docs/inference.md)", identity=False, path=True
+            "files of multiple-choice items (docs/inference.md), or registered evaluations, to answer while training",
+            identity=False,
+            path=True,
         ),
     ] = ()
     eval_every: Annotated[

@@ -41,6 +41,7 @@ from tinytron.training.build import (
 from tinytron.training.config import Config
 from tinytron.training.derive import Due, TrainingInfo
 from tinytron.training.evals import TrainingEvals
+from tinytron.training.evaluator import registered_records
 from tinytron.training.hf_model import foreign_model
 from tinytron.training.memory import memory_notes
 from tinytron.training.objective import LossFunction, loss_sums
@@ -300,8 +301,8 @@ class Trainer(RankAttributes):
     def eval(self) -> float:
         """Validate the current weights, log the result and return it, in nats per token. Collective."""
         with self.reporter.clock.paused(), self.guards.paused():
-            objective = (self.model, self._loss, self._normalizer)
             self._custom["val"].begin()
+            objective = (self.model, self._loss, self._normalizer)
             loss, record = self.evals.validate(self.step, *objective, self.data.validation())
             record |= self._custom["val"].end()
         self.one_step_results["val_loss"] = loss
@@ -329,8 +330,6 @@ class Trainer(RankAttributes):
     def _end_step(self) -> None:
         if isinstance(self.raw_model, EndsSteps):
             self.raw_model.end_step(self.optimizer.last_skipped)
-
-    # Details.
 
     @property
     def training_info(self) -> TrainingInfo:
@@ -384,7 +383,7 @@ class Trainer(RankAttributes):
             self.reporter.write(records)
 
     def _answer_tasks(self) -> list[dict[str, Any]]:
-        return self.evals.answer(self.step, self.model, self._loss)
+        return self.evals.answer(self.step, self.model, self._loss) + registered_records(self)
 
     def _maybe_save(self) -> None:
         self._say(*self.saver.report())
