@@ -67,7 +67,7 @@ def write(folder: Path, settings: dict[str, Any]) -> Path:
 def test_loss_and_gradients_are_those_of_transformers_logits(family: str, z_loss_coef: float) -> None:
     settings, fused = FAMILIES[family]
     model = build_causal_lm(settings, family, dtype=torch.float64, z_loss_coef=z_loss_coef)
-    assert model._fused is fused
+    assert model.fused is fused
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(61, (2, 12), generator=generator)
     labels = torch.randint(61, (2, 12), generator=generator)

@@ -140,6 +140,29 @@ def test_steps_are_those_of_torch_alone(ranks: Pools, data: Path, tmp_path: Path
             assert torch.allclose(own[name], value, rtol=1e-4, atol=1e-6), name
 
 
+def _in_groups(data: Path, out: Path, *factors: Any) -> Trainer:
+    """A trainer of two groups, with the rates 1.0 and 0.1, and a schedule if there are ``factors``."""
+    model = Toy()
+    groups: Any = [{"params": list(model.table.parameters()), "lr": 1.0}, {"params": list(model.head.parameters())}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, list(factors)) if factors else None
+    return Trainer(model, arguments(data, out), optimizers=(optimizer, schedule))
+
+
+def _rates(trainer: Trainer, step: int) -> list[float]:
+    first = trainer._lr_scheduler(step)
+    return [first * group["lr_mult"] for group in trainer.optimizer.param_groups]
+
+
+def test_every_group_keeps_its_rate(data: Path, tmp_path: Path) -> None:
+    assert _rates(_in_groups(data, tmp_path / "a"), 2) == pytest.approx([1.0, 0.1])
+    halved = _in_groups(data, tmp_path / "b", lambda step: 1.0, lambda step: 0.5**step)
+    assert _rates(halved, 2) == pytest.approx([1.0, 0.025])
+    zero = _in_groups(data, tmp_path / "c", lambda step: 0.0, lambda step: 1.0)
+    with pytest.raises(ConfigError, match="gives the first group the rate 0, but not the others"):
+        _rates(zero, 0)
+
+
 @pytest.mark.parametrize("kind", ["toy", "own optimizer"])
 def test_a_resumed_run_is_the_one_that_was_not_stopped(ranks: Pools, data: Path, tmp_path: Path, kind: str) -> None:
     _, whole, _, weights = ranks(2).run(run, kind, data, tmp_path / "whole")[0]

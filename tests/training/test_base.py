@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from torch.utils.data import Dataset
 
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import TINY, config_of, losses, train, user_error
 from tinytron.config import build, configuration, field
+from tinytron.data import Batch, MockDataset
 from tinytron.errors import ConfigError
 from tinytron.metrics.custom import NextTokenAccuracy, create_loss_metric_cls
 from tinytron.model import GPT
@@ -25,6 +27,7 @@ from tinytron.model.models import LanguageModel
 from tinytron.training import Config, Trainer
 from tinytron.training.base import BaseTrainer, BaseTrainerConfig
 from tinytron.training.evaluator import Evaluator
+from tinytron.training.objective import sums_of_mean
 
 Pools = Callable[[int], Ranks]
 SHORT = ("--max_steps", 3, "--debug", "--log_every", 1)
@@ -62,8 +65,7 @@ def test_forward_gives_the_numbers_of_the_trainer(ranks: Pools, tmp_path: Path, 
     ]
     assert [record["loss"] for record in runs[1].records] == [record["loss"] for record in runs[0].records]
     for theirs in runs[1:]:
-        if not flags:  # with experts, the loss of ``forward`` includes their auxiliary losses
-            assert losses(theirs.log) == pytest.approx(losses(runs[0].log), rel=1e-6)
+        assert losses(theirs.log) == pytest.approx(losses(runs[0].log), rel=1e-6)
         norms = [[record["grad_norm"] for record in run.records] for run in (runs[0], theirs)]
         assert norms[1] == pytest.approx(norms[0], rel=1e-5)
 
@@ -105,7 +107,8 @@ class SignalTwin(Trainer):
         signal = (batch.input_ids % 5).float()
         aux = ((logits.logsumexp(2) - signal).square() * (labels != -100)).sum()
         total = sums.objective + 0.1 * aux
-        return LossSums(total, total.detach(), {"my_aux": aux.detach()})
+        counts = {"my_aux": (labels != -100).sum()}
+        return LossSums(total, total.detach(), {"my_aux": aux.detach()}, counts=counts)
 
     def _normalizer(self, batch: Any) -> torch.Tensor:
         ignored = (batch.input_ids % 7 == 0) | (batch.input_ids % 11 == 0)
@@ -399,3 +402,106 @@ def test_an_ended_run_is_freed_at_once(tmp_path: Path, cls: type[Trainer]) -> No
         assert alive() is None
     finally:
         gc.enable()
+
+
+class Documented(Plain):
+    """``forward`` as the pages show it: without weights and positions."""
+
+    @staticmethod
+    def forward(
+        state: Any, params: Any, batch: Any, key: Any = None, deterministic: bool = False, intermediates: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        logits, loss = state.apply_fn(
+            {"params": params}, batch["x"], batch["y"], padding_mask=batch["padding_mask"], deterministic=deterministic
+        )
+        return logits, loss, {"one": torch.ones(())}
+
+
+class Fancy(Dataset[dict[str, torch.Tensor]]):
+    """Weights, documents, padding, and rows without targets."""
+
+    def __len__(self) -> int:
+        return 11
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        random = np.random.default_rng(index)
+        ids = torch.tensor(random.integers(61, size=13))
+        labels, padding = ids[1:].clone(), torch.zeros(12, dtype=torch.bool)
+        padding[9:] = index % 2 == 0
+        labels[padding] = -100
+        if index % 4 == 1:
+            labels[:] = -100
+        positions = torch.cat([torch.arange(5), torch.arange(7)])
+        weights = torch.tensor(random.random(12), dtype=torch.float32)
+        return {"input_ids": ids[:-1], "labels": labels, "padding": padding, "positions": positions, "weights": weights}
+
+
+class _OnFancy(Trainer):
+    def _init_dataset(self, config: Config) -> None:
+        self.train_dataset, self.val_dataset = Fancy(), Fancy()
+
+
+class PlainOnFancy(_OnFancy):
+    """The twin."""
+
+
+class DocumentedOnFancy(Documented):
+    def _init_data(self, spec: Config) -> None:
+        self.train_dataset, self.val_dataset = Fancy(), Fancy()
+
+
+@pytest.mark.parametrize("flags", [(), ("--z_loss_coef", 0.1), MOE], ids=["dense", "z-loss", "experts"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_forward_pass_needs_not_know_of_weights_and_documents(
+    ranks: Pools, tmp_path: Path, world: int, flags: Any
+) -> None:
+    more = ("--max_steps", 3, "--do_val", "--no-do_save", "--log_every", 1, "--precision", "fp64", *flags)
+    twin, own = (
+        ranks(world).run(train, cls, tmp_path / cls.__name__, *more)[0] for cls in (PlainOnFancy, DocumentedOnFancy)
+    )
+    for mine, theirs in zip(own.records, twin.records, strict=True):
+        names = ("loss", "grad_norm") if mine["stage"] == "train" else ("loss",)
+        assert {name: mine[name] for name in names} == pytest.approx({name: theirs[name] for name in names}, rel=1e-9)
+        assert mine["one"] == pytest.approx(1.0)  # also with a last batch that is filled up
+
+
+class GatedOnFancy(TrainGated):
+    def _init_data(self, spec: Config) -> None:
+        self.train_dataset = Fancy()
+
+
+def _configured_error(cls: type[Trainer], log_dir: Path, *flags: object) -> str:
+    try:
+        train_configured(cls, log_dir, *flags)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_a_model_that_takes_no_positions_says_so(ranks: Pools, tmp_path: Path) -> None:
+    for error in ranks(2).run(_configured_error, GatedOnFancy, tmp_path, *SHORT):
+        assert error.startswith("the data have positions, but Gated.forward takes none; add the argument, or leave")
+
+
+class Means(TrainsOutputs):
+    """Mean losses, which are not numbers in a batch without targets."""
+
+    def _init_dataset(self, config: Config) -> None:
+        self.train_dataset = MockDataset(32, 12, 61, seed=0)
+        self.val_dataset = MockDataset(6, 12, 61, seed=1)
+
+
+def test_a_batch_that_only_fills_up_has_no_mean(ranks: Pools, tmp_path: Path) -> None:
+    one, two = (ranks(w).run(train, Means, tmp_path / str(w), "--do_val", "--no-do_save")[0] for w in (1, 2))
+    assert losses(two.log, "val") == pytest.approx(losses(one.log, "val"), rel=1e-5)
+
+
+def test_sums_of_means_in_16_bits_do_not_overflow() -> None:
+    labels = torch.zeros(64, 2048, dtype=torch.int64)
+    sums = sums_of_mean(torch.tensor(4.0, dtype=torch.float16), Batch(labels, labels), "x")
+    assert float(sums.token) == 4.0 * labels.numel()
+
+
+def test_fitting_and_memory_know_the_gpt_of_every_trainer(tmp_path: Path) -> None:
+    trainer = Named(config_of(*TINY, *SHORT, "--log_dir", tmp_path))
+    assert trainer._trains_gpt(trainer.config)

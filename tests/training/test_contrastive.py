@@ -176,18 +176,41 @@ def test_a_continued_run_keeps_its_reference(ranks: Pools, tmp_path: Path) -> No
     assert len(losses(whole.log, "val")) == 2
     other = ranks(1).run(run, tmp_path / "one", *flags)[0]
     assert losses(other.log, "val") == pytest.approx(losses(whole.log, "val"), rel=1e-9)
-    (parts.folder / "reference.pt").unlink()
-    for error in ranks(2).run(_error_of, tmp_path / "parts", *flags, "--max_steps", 6):
-        assert "reference.pt is missing or damaged" in error
-        assert "start again with --no-resume" in error
 
 
-def _error_of(log_dir: Path, *flags: object) -> str:
-    try:
-        run(log_dir, *flags)
-    except TinytronError as error:
-        return str(error)
-    return ""
+@pytest.mark.parametrize("damage", ["lost", "cut", "other"])
+def test_a_lost_reference_is_computed_again(ranks: Pools, tmp_path: Path, damage: str) -> None:
+    whole = ranks(2).run(run, tmp_path / "whole")[0]
+    part = ranks(2).run(run, tmp_path / "parts", "--max_steps", 2)[0]
+    file = part.folder / "reference.pt"
+    if damage == "lost":
+        file.unlink()
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:50])
+    else:
+        torch.save({"train": torch.zeros(3, 2)}, file)
+    again = ranks(2).run(run, tmp_path / "parts")[0]
+    assert again.log == whole.log
+
+
+class Split(Dpo):
+    """No validation pairs of its own."""
+
+    def _init_data(self, spec: Config) -> None:
+        self.train_dataset = PackedPairs(Pairs(16), spec.train.seq_len)
+
+
+def _split(log_dir: Path) -> tuple[dict[int, float], torch.Tensor]:
+    trainer = Split(config_of(*FLAGS, "--split_rate", 0.75, "--do_val", "--max_steps", 1, "--log_dir", log_dir))
+    trainer.train()
+    found = losses(read_logs(trainer.log_dir)[0]) if trainer.master_process else {}
+    return found, trainer.val_dataset.dataset.reference  # type: ignore[union-attr]
+
+
+def test_pairs_that_are_split_off_have_a_reference(ranks: Pools, tmp_path: Path) -> None:
+    found, reference = ranks(2).run(_split, tmp_path)[0]
+    assert found[1] == pytest.approx(np.log(2))
+    assert bool((reference != 0).all())
 
 
 def _backboned(log_dir: Path, folder: Path) -> Run:

@@ -123,8 +123,11 @@ def test_runs_continue_in_both_stages(ranks: Pools, tmp_path: Path) -> None:
     ranks(2).run(run, same, *flags, "--max_steps", 4)
     again = ranks(2).run(run, same, *flags)[0]
     assert all(torch.equal(again.extra[name], value) for name, value in whole.extra.items())
-    (again.folder / "boundary_0_1.pt").unlink()
-    for error in ranks(2).run(_error_of, same, *flags, "--max_steps", 7):
+    (again.folder / "boundary_0_1.pt").unlink()  # the checkpoint of that step has the same weights
+    more, further = (ranks(2).run(run, folder, *flags, "--max_steps", 6)[0] for folder in (same, tmp_path / "whole"))
+    assert more.log == further.log
+    (again.folder / f"{BOUNDARY:05d}_model.pt").unlink()
+    for error in ranks(2).run(_error_of, same, *flags, "--max_steps", 8):
         assert "boundary_0_1.pt is missing" in error
         assert f"go back to a checkpoint of step {BOUNDARY} or less" in error
 

@@ -84,7 +84,7 @@ class CausalLM(nn.Module):
         text = json.dumps(settings, sort_keys=True).encode()
         device = next(model.parameters()).device
         self.register_buffer(HF_CONFIG, torch.tensor(list(text), dtype=torch.uint8, device=device))
-        self._fused = self._head_is_a_matrix()
+        self.fused = self._head_is_a_matrix()
 
     def forward(
         self,
@@ -105,7 +105,7 @@ class CausalLM(nn.Module):
             logits: torch.Tensor = self.hf(input_ids=input_ids, use_cache=False).logits
             return logits
         weights_T = None if weights is None else weights.flatten()
-        if self._fused:
+        if self.fused:
             hidden_BSD = self.hf.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
             head = self.hf.get_output_embeddings().weight
             arguments = hidden_BSD.flatten(0, 1), head, labels.flatten()

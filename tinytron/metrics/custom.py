@@ -92,7 +92,7 @@ def create_loss_metric_cls(key: str) -> type[MeanMetric]:
             value = outputs.get(key) if isinstance(outputs, Mapping) else getattr(outputs, key, None)
             if value is None:
                 raise ConfigError(f"the model's outputs have no {key}; a metric of it cannot be logged")
-            self.add(key, value, 1)
+            self.add(key, torch.as_tensor(value), 1)
 
     LossMetric.__name__ = LossMetric.__qualname__ = f"Loss_{key}"
     return LossMetric

@@ -106,12 +106,13 @@ class Trainer(BaseTrainer):
 
     def create_optimizer_and_scheduler(self) -> None:
         """Set ``optimizer``, and use the schedule of ``create_scheduler`` if it returns one."""
-        self.optimizer = self.create_optimizer()  # type: ignore[assignment]  # the trainer wraps it
+        optimizer = self.create_optimizer()
         self._torch_schedule = self.create_scheduler()
-        if self._torch_schedule is not None:
-            rates = self._torch_schedule.base_lrs
-            for group, rate in zip(self._torch_schedule.optimizer.param_groups, rates, strict=True):
-                group["lr_mult"] = rate / rates[0] if rates[0] else 1.0
+        given = self._optimizers[0] is not None or self._optimizer_cls_and_kwargs is not None
+        if given and self._torch_schedule is None and (peak := self.config.optim.max_lr):
+            for group in optimizer.param_groups:  # lr_scheduler_type scales the rates of the given optimizer
+                group["lr_mult"] = group["lr"] / peak
+        self.optimizer = optimizer  # type: ignore[assignment]  # the trainer wraps it
 
     def create_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer that was given, or one of the class that ``get_optimizer_cls_and_kwargs`` returns."""
@@ -155,7 +156,14 @@ class Trainer(BaseTrainer):
             warnings.simplefilter("ignore")  # torch expects its own order of optimizer and schedule
             while schedule.last_epoch < step:  # also after a resume, from the beginning
                 schedule.step()
-        return float(schedule.get_last_lr()[0])
+        first, *others = map(float, schedule.get_last_lr())
+        if not first and any(others):
+            raise ConfigError(
+                "the schedule gives the first group the rate 0, but not the others; put another group first"
+            )
+        for group, rate in zip(self.optimizer.param_groups, (first, *others), strict=True):
+            group["lr_mult"] = rate / first if first else 1.0
+        return first
 
     # The loss.
 

@@ -37,7 +37,8 @@ from tinytron.training.batch_preparer import check_batch
 from tinytron.training.build import build_model
 from tinytron.training.config import Config, OptimConfig
 from tinytron.training.evaluator import Evaluator
-from tinytron.training.objective import sums_of_mean
+from tinytron.training.hf_model import foreign_model
+from tinytron.training.objective import checked_mean, means_to_log, sums_of_mean
 from tinytron.training.trainer import Trainer
 from tinytron.utils.flags import nearest
 from tinytron.utils.sequences import IGNORE_INDEX
@@ -57,23 +58,32 @@ class BaseTrainerConfig:
 
 
 class TrainState:
-    """The model as ``forward`` sees it. ``params`` are its parameters by name; ``apply_fn`` runs it."""
+    """The model as ``forward`` sees it. ``params`` are its parameters by name; ``apply_fn`` runs it.
+
+    ``inputs`` is what the current micro-batch has beyond ids, labels and mask (weights, positions, documents). ``apply_fn``
+    passes it on, so that no ``forward`` has to. ``last`` are the loss that it returned last, and the sums behind it.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.params: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self.inputs: dict[str, Any] = {}
+        self.last: tuple[torch.Tensor, LossSums, torch.Tensor] | None = None
+        signature = inspect.signature(model.forward).parameters
+        self._takes = set(signature)
+        self._takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in signature.values())
 
     def apply_fn(
         self, variables: Mapping[str, Any], x: torch.Tensor, y: torch.Tensor | None = None, **arguments: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the model with the parameters ``variables["params"]``: logits ``[B, s, V]`` and, with targets ``y``, their
-        mean loss. ``padding_mask`` ``[B, s]`` is false for padding, ``deterministic`` turns dropout off."""
+        mean loss. ``padding_mask`` ``[B, s]`` is false for padding, ``deterministic`` turns dropout off. Raises:
+        ConfigError if the data have weights or positions and the model takes none."""
         params = variables.get("params", self.params)
         changed = {name: value for name, value in params.items() if value is not self.params.get(name)}
-        deterministic = bool(arguments.get("deterministic", False))
         was_training = self.model.training
-        self.model.train(was_training and not deterministic)
-        call = _call_gpt if isinstance(self.model, GPT) else _call_model
+        self.model.train(was_training and not arguments.get("deterministic", False))
+        call = self._gpt if isinstance(self.model, GPT) else self._other
         try:
             return call(self._with(changed), x, y, arguments)
         finally:
@@ -84,23 +94,32 @@ class TrainState:
             return self.model
         return lambda *args, **kwargs: torch.func.functional_call(self.model, changed, args, kwargs)
 
+    def _gpt(
+        self, model: Callable[..., Any], x: torch.Tensor, y: torch.Tensor | None, arguments: dict[str, Any]
+    ) -> Any:
+        inputs = {**self.inputs, **{name: value for name, value in arguments.items() if name in _FOR_MODEL}}
+        if y is None:
+            return model(x, **{name: inputs[name] for name in ("positions", "documents") if name in inputs}), None
+        if (mask := arguments.get(PADDING_MASK)) is not None:
+            y = y.masked_fill(~mask.bool(), IGNORE_INDEX)
+        logits, sums = model(x, y, with_logits=True, **inputs)
+        weights = inputs.get("weights")
+        count = ((y != IGNORE_INDEX) if weights is None else weights * (y != IGNORE_INDEX)).sum(dtype=torch.float64)
+        loss = sums.objective / torch.where(count > 0, count, 1).to(sums.objective.dtype)
+        self.last = loss, sums, count
+        return logits, loss
 
-def _call_gpt(model: Callable[..., Any], x: torch.Tensor, y: torch.Tensor | None, arguments: dict[str, Any]) -> Any:
-    if y is None:
-        return model(x), None
-    inputs = {
-        name: arguments[name] for name in ("positions", "documents", "weights", "routing_scale") if name in arguments
-    }
-    mask = arguments.get(PADDING_MASK)
-    if mask is not None:
-        y = y.masked_fill(~mask.bool(), IGNORE_INDEX)
-    logits, sums = model(x, y, with_logits=True, **inputs)
-    counted = (y != IGNORE_INDEX) if (weights := inputs.get("weights")) is None else weights * (y != IGNORE_INDEX)
-    return logits, sums.objective / counted.sum().clamp(min=torch.finfo(torch.float32).tiny)
-
-
-def _call_model(model: Callable[..., Any], x: torch.Tensor, y: torch.Tensor | None, arguments: dict[str, Any]) -> Any:
-    return model(x, y, **arguments)
+    def _other(
+        self, model: Callable[..., Any], x: torch.Tensor, y: torch.Tensor | None, arguments: dict[str, Any]
+    ) -> Any:
+        given = {name: value for name, value in self.inputs.items() if name in _MEANINGFUL}
+        if not self._takes_all:
+            for name in given.keys() - self._takes - arguments.keys():
+                raise ConfigError(
+                    f"the data have {name}, but {type(self.model).__name__}.forward takes none; add the argument, or leave "
+                    f"{'--document_mask' if name == 'positions' else 'them'} out"
+                )
+        return model(x, y, **{**given, **arguments})
 
 
 class _Pulled:
@@ -169,8 +188,8 @@ class BaseTrainer(Trainer, Generic[ConfigT, ModelT]):
 
     @classmethod
     def chosen_options(cls) -> dict[str, Any]:
-        """The options of the section ``optim`` that ``schedule`` and ``optimizer`` name; options that are given override
-        them. Raises: ConfigError for an unknown name."""
+        """The options of the section ``optim`` that ``schedule`` and ``optimizer`` name. Those of a job override them;
+        outside of jobs, only options that differ from their defaults do. Raises: ConfigError for an unknown name."""
         schedule, optimizer = cls.schedule(), cls.optimizer()
         found: dict[str, Any] = {}
         if isinstance(schedule, str):
@@ -207,7 +226,9 @@ class BaseTrainer(Trainer, Generic[ConfigT, ModelT]):
         tensors[PADDING_MASK] = mask
         if taken := sorted(tensors.keys() & FIELDS.keys()):
             raise ConfigError(f"batch() returned the key {taken[0]}, which means something else in a batch; rename it")
-        batch = self._loaded[part]
+        batch = self._loaded.pop(part, Batch(ids, labels))  # without one, the override takes its data from elsewhere
+        if batch.labels.shape != labels.shape:
+            batch = Batch(ids, labels)
         padding = None if batch.padding is None and bool(mask.all()) else ~mask
         batch = batch._replace(input_ids=ids, labels=labels, padding=padding, extras=tensors)
         check_batch(batch, self.config.train.seq_len, self.config.model.vocab_size)
@@ -225,14 +246,12 @@ class BaseTrainer(Trainer, Generic[ConfigT, ModelT]):
         """Logits, mean loss over the targets of ``batch`` (this rank's micro-batch, on the device), and numbers to log by
         name. It runs in training and, ``deterministic`` and with ``intermediates``, in validation. ``key`` is always
         ``None``: dropout draws from torch's generator."""
-        optional = {name: batch[name] for name in _FOR_MODEL if name in batch}
         logits, loss = state.apply_fn(
             {"params": params},
             batch["x"],
             batch["y"],
             padding_mask=batch[PADDING_MASK],
             deterministic=deterministic,
-            **optional,
         )
         assert loss is not None, "there are targets"
         return logits, loss, {}
@@ -240,18 +259,18 @@ class BaseTrainer(Trainer, Generic[ConfigT, ModelT]):
     def _loss(self, batch: Batch) -> LossSums:
         if type(self).forward is BaseTrainer.forward and isinstance(self.raw_model, GPT):
             return super()._loss(batch)  # the same loss without the logits
-        training = self.model.training
+        training, state = self.model.training, self._train_state
+        state.inputs, state.last = batch.model_inputs(), None
         fields: dict[str, Any] = {"x": batch.input_ids, "y": batch.labels, **batch.extras}
         fields.setdefault(PADDING_MASK, torch.ones_like(batch.labels, dtype=torch.bool))
-        if isinstance(self.raw_model, GPT):
-            fields |= batch.model_inputs()
-        result = self.forward(self._train_state, self._train_state.params, fields, None, not training, not training)
+        fields |= {name: value for name, value in state.inputs.items() if name in _MEANINGFUL}
+        result = self.forward(state, state.params, fields, None, not training, not training)
         if not isinstance(result, tuple) or len(result) != 3:
             raise ConfigError(f"forward() returned a {type(result).__name__}; return (logits, loss, meta)")
         logits, loss, meta = result
         self._custom["train" if training else "val"].update({"logits": logits, "loss": loss, **meta}, batch)
         numbers = {name: value for name, value in meta.items() if torch.is_tensor(value) and value.numel() == 1}
-        return sums_of_mean(loss, batch, "the loss of forward()", numbers)
+        return _sums(loss, batch, numbers, state.last)
 
     # Initialization, in the order of ``Trainer``, under the names of other systems.
 
@@ -327,8 +346,37 @@ class BaseTrainer(Trainer, Generic[ConfigT, ModelT]):
     def _answer_tasks(self) -> list[dict[str, Any]]:
         return self._evaluator.records()
 
+    def _trains_gpt(self, config: Config) -> bool:
+        ours = type(self)._init_model is BaseTrainer._init_model and issubclass(self.MODEL, GPT)
+        return ours and foreign_model(config) is None
 
-_FOR_MODEL = ("positions", "documents", "weights", "routing_scale")
+
+_FOR_MODEL = ("positions", "documents", "weights", "padding", "routing_scale")
+_MEANINGFUL = ("positions", "weights")  # what changes the loss of any model
+
+
+def _sums(
+    loss: Any,
+    batch: Batch,
+    numbers: Mapping[str, torch.Tensor],
+    last: tuple[torch.Tensor, LossSums, torch.Tensor] | None,
+) -> LossSums:
+    """The sums for the ``loss`` of a forward pass. For the part that the GPT computed (``last``), its own sums are used.
+    Their auxiliary losses are apart from the cross entropy, and exist without targets, too."""
+    if last is None:
+        return sums_of_mean(loss, batch, "the loss of forward()", numbers)
+    own, sums, count = last
+    weight = batch.target_weight().to(sums.objective.dtype)
+    scale = torch.where(count > 0, weight / torch.where(count > 0, count, 1), 1.0).to(sums.objective.dtype)
+    more = (checked_mean(loss, "the loss of forward()") - own) * weight
+    aux, per_token, counts = means_to_log(numbers, batch)
+    return LossSums(
+        sums.objective * scale + more,
+        sums.token * scale + more.detach(),
+        {**sums.aux, **aux},
+        per_token,
+        {**sums.counts, **counts},
+    )
 
 
 def _known(what: str, name: str, names: Mapping[str, Any]) -> str:

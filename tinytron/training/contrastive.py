@@ -9,24 +9,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, ClassVar, TypeVar
 
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 
 from tinytron.config import configure, field, is_configured
 from tinytron.data import Batch
 from tinytron.data.mixture_file import read_mixture
 from tinytron.data.pairs import NUMBER, REFERENCE, SIDE, PackedPairs, PairDataset
-from tinytron.distributed.agreement import agree
+from tinytron.distributed.agreement import agree, agree_slowly
 from tinytron.distributed.collectives import sum_over
-from tinytron.errors import CheckpointError, ConfigError, DataError
-from tinytron.model import GPT
+from tinytron.errors import ConfigError, DataError
+from tinytron.interop import load_pretrained
 from tinytron.model.modules.loss import LossSums, fused_linear_cross_entropy
 from tinytron.model.modules.routed import routed_tokens
+from tinytron.model.protocols import require_gpt
 from tinytron.training.backbone import BackbonedTrainer, BackbonedTrainerConfig
 from tinytron.training.base import BaseTrainer, BaseTrainerConfig
+from tinytron.training.build import build_model
 from tinytron.training.config import Config
+from tinytron.training.datasets import whole_of
 from tinytron.utils.training import write_atomically
 
 ConfigT = TypeVar("ConfigT")
@@ -63,7 +69,7 @@ class ContrastiveTrainer(BaseTrainer[ConfigT, ModelT]):
     ``--seq_len`` must hold both answers, and ``--total_batch_size`` counts pairs times ``--seq_len``. The loss is the mean
     over pairs; validation is the same on held-out pairs.
 
-    Raises: ConfigError, DataError or CheckpointError.
+    Raises: ConfigError or DataError.
     """
 
     CONFIG: ClassVar[type] = ContrastiveTrainerConfig
@@ -87,13 +93,9 @@ class ContrastiveTrainer(BaseTrainer[ConfigT, ModelT]):
 
     # Loss.
 
-    def _init_model(self, config: Config | None = None) -> None:
-        super()._init_model(config)
-        if not isinstance(self.raw_model, GPT):
-            raise ConfigError(
-                f"{type(self).__name__} trains Tinytron's GPT, but this is a {type(self.raw_model).__name__}; use a family "
-                "that the GPT has, such as llama"
-            )
+    def _init_optimizer(self, config: Config) -> None:
+        require_gpt(self.raw_model, f"{type(self).__name__} trains", "use a family that the GPT has, such as llama")
+        super()._init_optimizer(config)
 
     def _loss(self, batch: Batch) -> LossSums:
         """DPO, as sums over pairs. The gradient of a pair's loss is that of its tokens' cross entropies, each times the
@@ -109,23 +111,25 @@ class ContrastiveTrainer(BaseTrainer[ConfigT, ModelT]):
         model.wait_for_params(model.lm_head)
         side_Bs = batch.extras[SIDE].double()
         with torch.no_grad():
-            sums = self._cross_entropy(x_BsD.detach(), batch)
+            sums = self._cross_entropy(model, x_BsD.detach(), batch)
             logp_B2 = self._sums_of_pairs(sums, side_Bs)
             margins_B2 = logp_B2 - batch.extras[REFERENCE].double()
             losses_B, slope_B = dpo(margins_B2, self.options.beta, self.options.label_smoothing)
             real_B = torch.ones_like(losses_B)
             real_B[len(real_B) - batch.filling :] = 0  # rows that only fill up the last validation batch
             weights_Bs = -side_Bs * (slope_B * real_B)[:, None]
-        objective = self._cross_entropy(x_BsD, batch, weights_Bs).objective
+        objective = self._cross_entropy(model, x_BsD, batch, weights_Bs).objective
         first = float(self.sp_rank == 0)  # the ranks of a group share their pairs
         total = (losses_B * real_B).sum() * first
         numbers = _numbers(margins_B2, logp_B2, self.options.beta)
         aux = {name: (value * real_B).sum() * first for name, value in zip(NAMES, numbers, strict=True)}
         found = LossSums(objective, total.to(objective.dtype), aux, counts=dict.fromkeys(aux, real_B.sum() * first))
+        self._custom["train" if model.training else "val"].update(found, batch)
         return found if routed is None else _with_routing(model, found, stats, routed)
 
-    def _cross_entropy(self, x_BsD: torch.Tensor, batch: Batch, weights_Bs: torch.Tensor | None = None) -> LossSums:
-        model: Any = self.raw_model
+    def _cross_entropy(
+        self, model: Any, x_BsD: torch.Tensor, batch: Batch, weights_Bs: torch.Tensor | None = None
+    ) -> LossSums:
         return fused_linear_cross_entropy(
             x_BsD.flatten(0, 1),
             model.lm_head.weight,
@@ -148,19 +152,39 @@ class ContrastiveTrainer(BaseTrainer[ConfigT, ModelT]):
     # The reference.
 
     def _resume_from_checkpoint(self) -> None:
-        """Load a checkpoint, and the reference's log-probabilities, or compute those with the weights of the beginning."""
+        """Load a checkpoint, and the reference's log-probabilities. A run that begins computes these with its own weights.
+        One that continues without their file, such as on another machine, computes them again with the weights that it
+        began with."""
         super()._resume_from_checkpoint()
-        file = self.log_dir / REFERENCE_FILE
-        sets = {"train": self.train_dataset, "val": self.val_dataset}
-        splits: dict[str, PackedPairs] = {name: pairs for name, pairs in sets.items() if isinstance(pairs, PackedPairs)}
-        if self._continues:
-            found = agree(lambda: _read_reference(file, splits), self.state.groups["world"])
-        else:
-            self._say(f"computing the reference's log-probabilities of {sum(map(len, splits.values())):,} pairs")
-            found = {name: self._log_probs(pairs) for name, pairs in splits.items()}
-            agree(lambda: self._write_reference(file, found), self.state.groups["world"])
-        for name, pairs in splits.items():
+        splits = {"train": whole_of(self.train_dataset), "val": whole_of(self.val_dataset)}
+        if splits["val"] is None or splits["val"] is splits["train"]:  # the latter: --split_rate
+            del splits["val"]
+        pairs_of: dict[str, PackedPairs] = {
+            name: pairs for name, pairs in splits.items() if isinstance(pairs, PackedPairs)
+        }
+        assert pairs_of.keys() == splits.keys(), "_init_data sets packed pairs"
+        file, world = self.log_dir / REFERENCE_FILE, self.state.groups["world"]
+        found = agree(lambda: _read_reference(file, pairs_of) if self._continues else None, world)
+        # On several nodes, only the first may have the file.
+        sent = [found]
+        dist.broadcast_object_list(sent, src=0, group=world)
+        found = sent[0]
+        if found is None:
+            self._say(f"computing the reference's log-probabilities of {sum(map(len, pairs_of.values())):,} pairs")
+            model = self._first_model() if self._continues else self.raw_model
+            found = {name: self._log_probs(model, pairs) for name, pairs in pairs_of.items()}
+            agree(lambda: self._write_reference(file, found), world)
+        for name, pairs in pairs_of.items():
             pairs.reference = found[name]
+
+    def _first_model(self) -> nn.Module:
+        """The model with the weights that the run began with."""
+        model = build_model(self.config, self.state, type(self.raw_model))  # type: ignore[arg-type]
+        if (name := self.config.ckpt.init_from) is not None:
+            agree_slowly(
+                lambda: load_pretrained(require_gpt(model, "DPO trains", "use one"), name), self.state.groups["world"]
+            )
+        return model
 
     def _write_reference(self, file: Path, found: dict[str, torch.Tensor]) -> None:
         if self.master_process:
@@ -168,10 +192,9 @@ class ContrastiveTrainer(BaseTrainer[ConfigT, ModelT]):
             write_atomically(file, lambda out: torch.save(found, out))
 
     @torch.no_grad()
-    def _log_probs(self, pairs: PackedPairs) -> torch.Tensor:
-        """Log-probabilities of all ``pairs`` under the current weights, float64 ``[N, 2]`` on the CPU. Collective: each
-        data-parallel rank computes its share."""
-        model: Any = self.raw_model
+    def _log_probs(self, model: Any, pairs: PackedPairs) -> torch.Tensor:
+        """Log-probabilities of all ``pairs`` under ``model``, float64 ``[N, 2]`` on the CPU. Collective: each data-parallel
+        rank computes its share."""
         size, mine = self.config.train.batch_size, range(self.dp_rank, len(pairs), self.dp_world_size)
         rounds = -(-len(pairs) // (self.dp_world_size * size))  # the same on every rank: experts exchange tokens
         total = torch.zeros(len(pairs), 2, dtype=torch.float64, device=self.device)
@@ -181,7 +204,7 @@ class ContrastiveTrainer(BaseTrainer[ConfigT, ModelT]):
             batch = self.data.preparer.prepare(_stack([pairs[i] for i in numbers])).to(self.device)
             x_BsD, _ = model.hidden_states(batch.input_ids, batch.positions, batch.documents, padding_Bs=batch.padding)
             side_Bs = batch.extras[SIDE].double()
-            logp_B2 = self._sums_of_pairs(self._cross_entropy(x_BsD, batch), side_Bs)
+            logp_B2 = self._sums_of_pairs(self._cross_entropy(model, x_BsD, batch), side_Bs)
             if first < len(mine) and self.sp_rank == 0:
                 total[batch.extras[NUMBER]] = logp_B2
         model.train()
@@ -239,18 +262,14 @@ def _read_pairs(path: Path, config: Config) -> tuple[PackedPairs, PackedPairs | 
     return train, PackedPairs(val, seq_len)
 
 
-def _read_reference(file: Path, splits: dict[str, PackedPairs]) -> dict[str, torch.Tensor]:
+def _read_reference(file: Path, splits: dict[str, PackedPairs]) -> dict[str, torch.Tensor] | None:
+    """The log-probabilities in ``file``; ``None`` if there are none, or those of other pairs."""
     try:
         found: dict[str, torch.Tensor] = torch.load(file, weights_only=True)
-    except (OSError, RuntimeError, EOFError) as error:
-        raise CheckpointError(
-            f"{file} is missing or damaged; it has the reference's log-probabilities, which a run that continues needs: "
-            "restore it, or start again with --no-resume"
-        ) from error
-    for name, pairs in splits.items():
-        if name not in found or len(found[name]) != len(pairs):
-            raise CheckpointError(f"{file} is of other pairs than {name}; start again with --no-resume")
-    return found
+    except (OSError, RuntimeError, EOFError, UnpicklingError):
+        return None
+    fits = all(name in found and len(found[name]) == len(pairs) for name, pairs in splits.items())
+    return found if fits else None
 
 
 def _stack(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

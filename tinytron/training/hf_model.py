@@ -139,5 +139,5 @@ def build_foreign(config: Config, settings: dict[str, Any], name: str, state: Pa
         z_loss_coef=train.z_loss_coef,
     )
     if train.use_compile:
-        model.hf.compile()
+        (model.hf.get_decoder() if model.fused else model.hf).compile()
     return model

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
+from tinytron.checkpoint import CheckpointFiles
 from tinytron.checkpoint.host_buffers import HostBuffers
 from tinytron.checkpoint.load import load_weights
 from tinytron.checkpoint.model import read_weights
@@ -24,6 +25,7 @@ from tinytron.kernels.kl_divergence import linear_kl_divergence
 from tinytron.model import GPT
 from tinytron.model.modules.loss import LossSums, fused_linear_cross_entropy
 from tinytron.model.modules.routed import routed_tokens
+from tinytron.model.protocols import require_gpt
 from tinytron.training.base import BaseTrainer, BaseTrainerConfig
 from tinytron.training.build import build_model
 from tinytron.training.config import Config
@@ -95,13 +97,9 @@ class KLDivergenceTrainer(BaseTrainer[ConfigT, ModelT]):
             )
         self.due = _DueAtBoundary(self.due.config, last, self.due.answers, self.boundary)
 
-    def _init_model(self, config: Config | None = None) -> None:
-        super()._init_model(config)
-        if not isinstance(self.raw_model, GPT):
-            raise ConfigError(
-                f"{type(self).__name__} trains Tinytron's GPT, but this is a {type(self.raw_model).__name__}; use a family "
-                "that the GPT has, such as llama"
-            )
+    def _init_optimizer(self, config: Config) -> None:
+        require_gpt(self.raw_model, f"{type(self).__name__} trains", "use a family that the GPT has, such as llama")
+        super()._init_optimizer(config)
 
     def train_step(self, microbatches: list[Batch]) -> None:
         """One optimizer step; the first one of the second stage makes the reference before it."""
@@ -132,12 +130,14 @@ class KLDivergenceTrainer(BaseTrainer[ConfigT, ModelT]):
         if not self._continues or self.step <= self.boundary:
             return
         file = self.log_dir / BOUNDARY_FILE
+        if not file.is_file():  # the checkpoint of that step has the same weights
+            file = CheckpointFiles(self.log_dir, self.boundary).model
 
         def load() -> None:
             if not file.is_file():
                 raise CheckpointError(
-                    f"{file} is missing; it has the reference of the second stage, in which this run is: restore it, or go "
-                    f"back to a checkpoint of step {self.boundary} or less"
+                    f"{self.log_dir / BOUNDARY_FILE} is missing; this run is in its second stage, and the file has the "
+                    f"reference: restore it, or go back to a checkpoint of step {self.boundary} or less"
                 )
             reference = self._copy_of_model()
             load_weights(reference, read_weights(file), str(file), self.state)
@@ -165,13 +165,9 @@ class KLDivergenceTrainer(BaseTrainer[ConfigT, ModelT]):
         weights_T = None if batch.weights is None else batch.weights.flatten()
         counted_T = (labels_T != IGNORE_INDEX).to(torch.promote_types(x_BsD.dtype, torch.float32))
         head, x_TD = model.lm_head.weight, x_BsD.flatten(0, 1)
-        kl = linear_kl_divergence(
-            x_TD,
-            head,
-            other_BsD.flatten(0, 1),
-            reference.lm_head.weight,
-            counted_T if weights_T is None else counted_T * weights_T,
-        )
+        if weights_T is not None:
+            counted_T = counted_T * weights_T
+        kl = linear_kl_divergence(x_TD, head, other_BsD.flatten(0, 1), reference.lm_head.weight, counted_T)
         sums = fused_linear_cross_entropy(
             x_TD, head, labels_T, weights_T=weights_T, z_loss_coef=model.z_loss_coef, by=model.kernels.cross_entropy
         )
@@ -181,4 +177,7 @@ class KLDivergenceTrainer(BaseTrainer[ConfigT, ModelT]):
         )
         if routed is not None:
             sums = model.add_routing_losses(sums, stats, routed)
-        return sums._replace(aux={**sums.aux, "kl": kl.detach()})
+        counts = {**sums.counts, "kl": counted_T.sum()}
+        sums = sums._replace(aux={**sums.aux, "kl": kl.detach()}, counts=counts)
+        self._custom["train" if model.training else "val"].update(sums, batch)
+        return sums

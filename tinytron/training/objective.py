@@ -35,13 +35,27 @@ def sums_of_mean(mean: Any, batch: Batch, source: str, aux: Mapping[str, torch.T
     """The sums whose division by the global number of targets is right if ``mean`` is the mean over this batch's targets,
     weighted if they have weights. ``aux`` are further means to log. ``source`` names the mean in errors.
 
-    A micro-batch without targets has no mean; NaN there rejects the step, as everywhere. Raises: ConfigError unless
-    ``mean`` is a scalar tensor.
+    A batch without targets has no mean: whatever it is there, such as NaN, counts as 0. Raises: ConfigError unless ``mean``
+    is a scalar tensor.
     """
+    mean = checked_mean(mean, source)
+    weight = batch.target_weight().to(mean.dtype)
+    total = torch.where(weight > 0, mean, 0.0) * weight
+    return LossSums(total, total.detach(), *means_to_log(aux or {}, batch))
+
+
+def checked_mean(mean: Any, source: str) -> torch.Tensor:
+    """``mean``, in fp32 or fp64, as a scalar. Raises: ConfigError unless it is one number."""
     if not torch.is_tensor(mean) or mean.numel() != 1:
         shown = f"a tensor of shape {list(mean.shape)}" if torch.is_tensor(mean) else f"a {type(mean).__name__}"
         raise ConfigError(f"{source} is {shown}; return one number, the mean loss of the micro-batch, as a tensor")
-    weight = batch.target_weight()
-    total = mean.reshape(()) * weight.to(mean.dtype)
-    sums = {name: value.detach().float().mean() * weight.float() for name, value in (aux or {}).items()}
-    return LossSums(total, total.detach(), sums)
+    return mean.reshape(()).to(torch.promote_types(mean.dtype, torch.float32))
+
+
+def means_to_log(
+    aux: Mapping[str, torch.Tensor], batch: Batch
+) -> tuple[dict[str, torch.Tensor], None, dict[str, torch.Tensor]]:
+    """The fields ``aux``, ``per_token`` and ``counts`` of ``LossSums`` for means over the targets of ``batch``."""
+    weight = batch.target_weight().float()
+    sums = {name: torch.where(weight > 0, value.detach().float().mean(), 0.0) * weight for name, value in aux.items()}
+    return sums, None, dict.fromkeys(sums, weight)

@@ -46,14 +46,17 @@ class LanguageModel(nn.Module):
         y: torch.Tensor | None = None,
         padding_mask: torch.Tensor | None = None,
         deterministic: bool = False,
+        weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits ``[B, S, V]`` for the token ids ``x`` ``[B, S]``, and their mean cross entropy with the targets ``y``, of
-        which -100 and those outside ``padding_mask`` are ignored. ``deterministic``: without dropout, for a body that has
-        some."""
+        which -100 and those outside ``padding_mask`` are ignored, and which count ``weights`` ``[B, S]`` times.
+        ``deterministic``: without dropout, for a body that has some."""
         logits = self.norm(self.body(self.embedding(x))) @ self.embedding.weight.T
         if y is None:
             return logits, None
         if padding_mask is not None:
             y = y.masked_fill(~padding_mask.bool(), IGNORE_INDEX)
-        sums = cross_entropy_of_logits(logits.flatten(0, 1), y.flatten())
-        return logits, sums.objective / (y != IGNORE_INDEX).sum().clamp(min=1)
+        weights_T = None if weights is None else weights.flatten()
+        sums = cross_entropy_of_logits(logits.flatten(0, 1), y.flatten(), weights_T=weights_T)
+        count = ((y != IGNORE_INDEX) if weights is None else weights * (y != IGNORE_INDEX)).sum(dtype=torch.float64)
+        return logits, sums.objective / torch.where(count > 0, count, 1)
