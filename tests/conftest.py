@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.helpers.ranks import Ranks
 from tests.helpers.storage import s3, s3_server, storage  # noqa: F401
@@ -35,6 +36,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         drawn = sorted(of_test, key=lambda item: hashlib.sha256(item.nodeid.encode()).digest())
         for item in drawn[mark.args[0] :]:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def no_world_is_left_behind() -> Iterator[None]:
+    """A trainer that a test makes in this process joins a world, in which other tests must not find themselves."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")
