@@ -76,9 +76,10 @@ class PlannedBuffer:
         ]
 
     def saved_bytes(self, shard: int, *, first_piece: bool = True) -> int:
-        """Bytes of one shard in a checkpoint: main weights and states without padding. A tensor's counters are stored only
-        once, with its first piece."""
+        """Bytes of one shard in a checkpoint: states, and main weights that are more precise than the parameters, without
+        padding. A tensor's counters are stored only once, with its first piece."""
         size = self.main_dtype.itemsize
+        main = int(self.dtype != self.main_dtype)
         total = 0
         for slot in self.layout.slots:
             first, last = self.layout.owned(slot.bucket, shard)
@@ -86,9 +87,9 @@ class PlannedBuffer:
             if not here:
                 continue
             if self.whole_tensors:
-                total += (here + muon_state(self.shapes[slot.index], self.options)) * size
+                total += (main * here + muon_state(self.shapes[slot.index], self.options)) * size
             else:
-                total += 3 * here * size + SCALAR * (first <= slot.start and first_piece)
+                total += (2 + main) * here * size + SCALAR * (first <= slot.start and first_piece)
         return total
 
 
