@@ -75,7 +75,7 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
 
 FIELDS = [(section, info) for section, cls in SECTIONS.items() for info in config_fields(cls)]
 BOOLEANS = [(section, info) for section, info in FIELDS if info.type is bool]
-# What init_from and hf_model change is in tests/interop/test_init_from.py and test_causal_lm.py.
+# init_from and hf_model have their tests in tests/interop/test_init_from.py and test_causal_lm.py.
 OTHER_FIELDS = ("init_from", "hf_model", "total_batch_sequences")  # they set other fields, and have their own tests
 BY_NAME = [pytest.param(section, info, id=info.name) for section, info in FIELDS if info.name not in OTHER_FIELDS]
 

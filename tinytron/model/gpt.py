@@ -270,7 +270,8 @@ class GPT(nn.Module):
         added = self.config.moe_aux_loss_coef * balance + self.config.moe_z_loss_coef * z
         aux = {"moe_balance": balance.detach(), "moe_z": z.detach()}
         objective = sums.objective + added * routed.scale.to(added.dtype)
-        return sums._replace(objective=objective, aux=aux, counts=dict.fromkeys(aux, routed.number))
+        counts = {**sums.counts, **dict.fromkeys(aux, routed.number)}
+        return sums._replace(objective=objective, aux={**sums.aux, **aux}, counts=counts)
 
     @torch.no_grad()
     def end_step(self, skipped: torch.Tensor | None = None) -> None:

@@ -61,7 +61,7 @@ class TrainState:
     """The model as ``forward`` sees it. ``params`` are its parameters by name; ``apply_fn`` runs it.
 
     ``inputs`` is what the current micro-batch has beyond ids, labels and mask (weights, positions, documents). ``apply_fn``
-    passes it on, so that no ``forward`` has to. ``last`` are the loss that it returned last, and the sums behind it.
+    passes it on, so that no ``forward`` has to. ``last`` are the loss that it returned last, and the sums for that loss.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -270,7 +270,8 @@ class BaseTrainer(Trainer, Generic[ConfigT, ModelT]):
         logits, loss, meta = result
         self._custom["train" if training else "val"].update({"logits": logits, "loss": loss, **meta}, batch)
         numbers = {name: value for name, value in meta.items() if torch.is_tensor(value) and value.numel() == 1}
-        return _sums(loss, batch, numbers, state.last)
+        last, state.last = state.last, None  # it would keep the logits alive until the next micro-batch
+        return _sums(loss, batch, numbers, last)
 
     # Initialization, in the order of ``Trainer``, under the names of other systems.
 
@@ -352,7 +353,7 @@ class BaseTrainer(Trainer, Generic[ConfigT, ModelT]):
 
 
 _FOR_MODEL = ("positions", "documents", "weights", "padding", "routing_scale")
-_MEANINGFUL = ("positions", "weights")  # what changes the loss of any model
+_MEANINGFUL = ("positions", "weights")  # these change the loss of any model
 
 
 def _sums(

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from tinytron.config import configure, field, is_configured
 from tinytron.data import Batch
+from tinytron.data.batch import collate
 from tinytron.data.mixture_file import read_mixture
 from tinytron.data.pairs import NUMBER, REFERENCE, SIDE, PackedPairs, PairDataset
 from tinytron.distributed.agreement import agree, agree_slowly
@@ -125,7 +126,7 @@ class ContrastiveTrainer(BaseTrainer[ConfigT, ModelT]):
         aux = {name: (value * real_B).sum() * first for name, value in zip(NAMES, numbers, strict=True)}
         found = LossSums(objective, total.to(objective.dtype), aux, counts=dict.fromkeys(aux, real_B.sum() * first))
         self._custom["train" if model.training else "val"].update(found, batch)
-        return found if routed is None else _with_routing(model, found, stats, routed)
+        return found if routed is None else model.add_routing_losses(found, stats, routed)
 
     def _cross_entropy(
         self, model: Any, x_BsD: torch.Tensor, batch: Batch, weights_Bs: torch.Tensor | None = None
@@ -201,7 +202,7 @@ class ContrastiveTrainer(BaseTrainer[ConfigT, ModelT]):
         model.eval()
         for first in range(0, rounds * size, size):
             numbers = [mine[i] for i in range(first, min(first + size, len(mine)))] or [0]
-            batch = self.data.preparer.prepare(_stack([pairs[i] for i in numbers])).to(self.device)
+            batch = self.data.preparer.prepare(collate([pairs[i] for i in numbers])).to(self.device)
             x_BsD, _ = model.hidden_states(batch.input_ids, batch.positions, batch.documents, padding_Bs=batch.padding)
             side_Bs = batch.extras[SIDE].double()
             logp_B2 = self._sums_of_pairs(self._cross_entropy(model, x_BsD, batch), side_Bs)
@@ -236,12 +237,6 @@ def _numbers(margins_B2: torch.Tensor, logp_B2: torch.Tensor, beta: float) -> li
     return [chosen_B, rejected_B, (chosen_B > rejected_B).double(), chosen_B - rejected_B, *logp_B2.unbind(1)]
 
 
-def _with_routing(model: Any, sums: LossSums, stats: Any, routed: Any) -> LossSums:
-    """``sums`` with the routers' losses, in addition to its own numbers."""
-    added = model.add_routing_losses(LossSums(sums.objective, sums.token), stats, routed)
-    return added._replace(aux={**sums.aux, **added.aux}, counts={**sums.counts, **added.counts})
-
-
 def _read_pairs(path: Path, config: Config) -> tuple[PackedPairs, PackedPairs | None]:
     """The training and the validation pairs of a folder, or of a mixture with one source."""
     if path.suffix == ".json":
@@ -270,7 +265,3 @@ def _read_reference(file: Path, splits: dict[str, PackedPairs]) -> dict[str, tor
         return None
     fits = all(name in found and len(found[name]) == len(pairs) for name, pairs in splits.items())
     return found if fits else None
-
-
-def _stack(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}

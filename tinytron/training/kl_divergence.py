@@ -149,7 +149,7 @@ class KLDivergenceTrainer(BaseTrainer[ConfigT, ModelT]):
         reference, model = self.reference, self.raw_model
         if reference is None:
             return super()._loss(batch)
-        assert isinstance(model, GPT), "_init_model has checked it"
+        assert isinstance(model, GPT), "_init_optimizer has checked it"
         routed = None
         if model.moe_layers:
             routed = routed_tokens(
