@@ -24,6 +24,7 @@ def as_with_matrix_units(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def test_rounded_products_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_float32_matmul_precision("medium")  # as an earlier run in the same process leaves it
     before = matmul._SETTINGS.fp32_precision
     monkeypatch.setattr(torch.Tensor, "__matmul__", as_with_matrix_units)
     assert not matmul.onednn_keeps_fp32()
@@ -31,6 +32,7 @@ def test_rounded_products_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert not matmul.onednn_keeps_fp32()
     assert matmul._SETTINGS.fp32_precision == before
+    torch.set_float32_matmul_precision("highest")
 
 
 def test_the_setting_is_given_back_after_an_error() -> None:
