@@ -327,7 +327,12 @@ class GRPOTrainer(BaseTrainer[ConfigT, ModelT]):
         loss = -reward / count
         self.evals.remember(self.step, loss)
         self.one_step_results["val_loss"] = loss
-        means = {"reward": -loss, "completion_length": length / count, "completions_ended": ended / count}
+        means = {
+            "tokens": int(length),
+            "reward": -loss,
+            "completion_length": length / count,
+            "completions_ended": ended / count,
+        }
         self.reporter.write([{"step": self.step, "stage": "val", "loss": loss, **means}])
         return loss
 
