@@ -34,8 +34,8 @@ tinytron tokenize --dataset_path "$data/pairs.jsonl" --prompt_key prompt --chose
 # Fine-tuning: whole dialogues are packed into sequences, and only the assistant's tokens count.
 flags=(--precision fp32 --seq_len 256 --batch_size 8 --warmup_steps 10 --log_every 20)
 tinytron pretrain --exp_name tuned --log_dir "$log" --init_from "$model" --dataset_path "$data/sft" \
-    --packing best_fit --document_mask --total_batch_sequences 8 --max_epochs 8 --max_lr 2e-3 --min_lr 1e-4 \
-    --do_val --val_every_steps 100 "${flags[@]}"
+    --packing best_fit --document_mask --total_batch_sequences 8 --max_epochs 5 --max_lr 2e-3 --min_lr 1e-4 \
+    --do_val --val_every_steps 50 "${flags[@]}"
 tuned="$(newest "$log/tuned_*")"
 
 # Preferences: the right answer to a question rather than that to another one.
