@@ -24,6 +24,7 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
     "train": {
         "total_batch_size": 524288, "batch_size": 8, "seq_len": 4096, "max_steps": None, "max_epochs": 1, "do_val": False,
         "max_train_tokens": None, "max_eval_tokens": None, "eval_tasks": (), "eval_every": 0, "eval_tokenizer": None,
+        "eval_length": -1, "eval_data_dir": None,
         "val_every_steps": 250, "split_rate": None, "grad_clip_value": 1.0, "debug": False, "precision": "bf16",
         "use_compile": False, "use_profiler": False, "steps_to_profile": (15, 20), "disable_tf32": False,
         "z_loss_coef": 0.0, "recompute": "none", "attn_backend": "auto", "spike_sigma": 0.0, "spike_window": 100,
@@ -51,6 +52,7 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
     "ckpt": {
         **{"do_save": True, "save_every_steps": 5000, "resume": True, "resume_path": None},
         **{"init_from": None, "hf_model": None, "async_save": True, "keep_last": 0, "keep_every": 0, "keep_best": False},
+        "best_metric": None,
         **{"export_every": 0, "hub_model_id": None, "hub_private": True, "export_dir": None, "save_at_start": False},
     },
     "parallel": {
@@ -124,6 +126,8 @@ NEEDED = {
     "dry_run_world_size": ["--dry_run"],
     "eval_every": ["--eval_tasks", "sky.jsonl"],
     "eval_tokenizer": ["--eval_tasks", "sky.jsonl"],
+    "eval_length": ["--eval_tasks", "sky.jsonl"],
+    "eval_data_dir": ["--eval_tasks", "sky.jsonl"],
 }
 
 

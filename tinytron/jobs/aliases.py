@@ -108,6 +108,8 @@ TRAINING: Mapping[str, Alias] = MappingProxyType(
         "logging.checkpoint_interval": Alias("ckpt.save_every_steps"),
         "logging.validation_interval": Alias("train.val_every_steps"),
         "eval.evaluations": Alias("train.eval_tasks"),
+        "eval.length": Alias("train.eval_length"),
+        "eval.data_dir": Alias("train.eval_data_dir"),
         "architecture.n_layers": Alias("model.num_layer"),
         "architecture.n_layer": Alias("model.num_layer"),
         "architecture.n_embd": Alias("model.hidden_size"),

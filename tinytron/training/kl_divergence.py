@@ -169,7 +169,13 @@ class KLDivergenceTrainer(BaseTrainer[ConfigT, ModelT]):
             counted_T = counted_T * weights_T
         kl = linear_kl_divergence(x_TD, head, other_BsD.flatten(0, 1), reference.lm_head.weight, counted_T)
         sums = fused_linear_cross_entropy(
-            x_TD, head, labels_T, weights_T=weights_T, z_loss_coef=model.z_loss_coef, by=model.kernels.cross_entropy
+            x_TD,
+            head,
+            labels_T,
+            weights_T=weights_T,
+            z_loss_coef=model.z_loss_coef,
+            by=model.kernels.cross_entropy,
+            count_hits=model.wants_hits,
         )
         assert sums.per_token is not None, "the fused loss returns every token's cross entropy"
         sums = sums._replace(
