@@ -38,7 +38,7 @@ from tinytron.training import Trainer
 pytest.importorskip("tokenizers")
 Pools = Callable[[int], Ranks]
 BLOCK, NEW = 24, 5
-TEXTS = [text[: 20 + 17 * n] for n, text in enumerate(make_texts(8)) if text]
+TEXTS = [text[: 30 + 60 * n] for n, text in enumerate(make_texts(8)) if text]
 
 
 @pytest.fixture(scope="module")
@@ -344,13 +344,13 @@ def _after(folder: Path, out: Path) -> dict[str, Any]:
 
 
 def run_of(ranks: Pools, world: int, data: Path, log_dir: Path, *flags: object) -> Run:
-    run: Run = ranks(world).run(_train, log_dir, *FLAGS, "--dataset_path", data, *flags)[0]
+    run: Run = ranks(world).run(_train, log_dir, *FLAGS, "--dataset_path", data, *flags, timeout=240)[0]
     return run
 
 
 def test_the_same_on_every_layout_during_training_and_after(ranks: Pools, made: Path, tmp_path: Path) -> None:
     flags = ("--eval_tasks", *NAMES, "--eval_length", 6, "--batch_size", 1, "--precision", "fp64", *EXPERTS)
-    flags = (*flags, "--init_std", 0.3, "--do_save")
+    flags = (*flags, "--init_std", 0.3, "--do_save", "--max_steps", 1)
     run = run_of(ranks, 1, made / "web", tmp_path / "1", *flags)
     alone = {record["task"]: record for record in stages(run, "eval")}
     assert list(alone) == list(NAMES)
@@ -363,7 +363,7 @@ def test_the_same_on_every_layout_during_training_and_after(ranks: Pools, made: 
             expected = alone[record["task"]]
             assert record == {**expected, "score": pytest.approx(expected["score"], rel=1e-10)}, (layout, record)
     for world in (1, 2):
-        found = ranks(world).run(_after, run.folder, tmp_path / f"after{world}")[0]
+        found = ranks(world).run(_after, run.folder, tmp_path / f"after{world}", timeout=240)[0]
         assert found["results"].keys() == alone.keys()
         for name, result in found["results"].items():
             assert result.pop("seconds") >= 0

@@ -146,7 +146,7 @@ class OfGPT(Trainer):
     calls: ClassVar[list[bool]] = []  # whether a forward pass counted
 
     def _init_dataset(self, config: Config) -> None:
-        self.train_dataset, self.val_dataset = Weighted(32), Weighted(5)
+        self.train_dataset, self.val_dataset = Weighted(32), Weighted(61)
 
     def _init_model(self, config: Config) -> None:
         super()._init_model(config)
@@ -229,7 +229,7 @@ def test_the_gpt_counts_hits_on_every_layout(
     """In validation without being asked, in training in the steps that are reported."""
     result = ranks(world).run(train, OfGPT, tmp_path, *OF_GPT, *layout)[0]
     val = next(record for record in result.records if record["stage"] == "val")
-    assert val["accuracy"] == pytest.approx(_naive_accuracy(layout, Weighted(5), list(range(5))), rel=1e-12)
+    assert val["accuracy"] == pytest.approx(_naive_accuracy(layout, Weighted(61), list(range(61))), rel=1e-12)
     assert 0 < val["accuracy"] < 1
     sampler = GlobalBatchSampler(ShuffledEpochs(32, 1337), global_batch=8, micro_batch=1, dp_rank=0, dp_size=1)
     for record in (record for record in result.records if record["stage"] == "train"):
