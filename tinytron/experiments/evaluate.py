@@ -120,7 +120,7 @@ class EvaluateJob(BasicJob):
         subject = Subject.of_checkpoint(model, tokenizer, config.batch_tokens, state)
         agree(lambda: [one.prepare(tokenizer, subject.longest) for one in self.evaluations], world)
         results = run_all(self.evaluations, subject)
-        if self.local:
+        if state.is_master:
             content = {"checkpoint": str(source), "torch": str(torch.__version__), "results": results}
             write_results(self.spec.folder / RESULTS, content)
             print(f"{shown(results)}\nwrote {self.spec.folder / RESULTS}", flush=True)
