@@ -375,7 +375,7 @@ def test_the_same_on_every_layout_during_training_and_after(ranks: Pools, made: 
     ("flags", "text"),
     [
         (("--eval_tasks", "winogrand"), "there is no evaluation winogrand; did you mean winogrande?"),
-        (("--eval_tasks", "letters", "--eval_length", 0), "--eval_length 0 evaluates nothing; use -1 for all items"),
+        (("--eval_tasks", "letters", "--eval_length", 0), "--eval_length 0 (items) must be at least 1; use 100"),
         (("--eval_length", 5), "--eval_length 5 needs tasks; use --eval_tasks tasks.jsonl, or drop it"),
         (("--eval_tasks", "mnli", "--eval_data_dir", "nowhere"), "the evaluation mnli needs nowhere/mnli.jsonl (or "),
     ],

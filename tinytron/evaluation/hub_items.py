@@ -40,7 +40,7 @@ class HubItems(Evaluation):
         """The items, up to ``length``. Raises: DataError or ConfigError for rows that cannot be read."""
         limits = [limit for limit in (self.most, self.length) if limit is not None and limit >= 0]
         found: list[Any] = []
-        for number, row in enumerate(self._rows(), 1):
+        for number, row in enumerate(self._read(), 1):
             if limits and len(found) >= min(limits):
                 break
             try:
@@ -61,7 +61,7 @@ class HubItems(Evaluation):
         """Item ``index``."""
         return self.items[index]
 
-    def _rows(self) -> Iterator[dict[str, Any]]:
+    def _read(self) -> Iterator[dict[str, Any]]:
         file = None if self.data_dir is None else self._file(self.data_dir)
         path = self.dataset.path if file is None else str(file)
         config = None if file is not None else self.dataset.config

@@ -178,7 +178,9 @@ class EncodingEvaluation(_Answered):
     def measure(self, subject: Subject) -> float:
         """The share of right answers."""
         found = subject.likeliest(self._rows, list(self._texts) or None)
-        return self._share(found and [self._texts.get(token) or self._decode([token]) for token in found])
+        if found is None:
+            return math.nan
+        return self._share([self._texts.get(token) or self._decode([token]) for token in found])
 
 
 class PerplexityEvaluation(Evaluation):

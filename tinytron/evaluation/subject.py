@@ -17,7 +17,7 @@ from tinytron.distributed.agreement import agree
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.evaluation.choices import Row, log_probs, score_rows, scored_logits
-from tinytron.inference import SamplingOptions, complete
+from tinytron.inference import Piece, SamplingOptions, complete
 from tinytron.inference.engine import excluded_tokens, not_finite
 from tinytron.model import GPT
 from tinytron.model.modules.loss import LossSums
@@ -109,6 +109,9 @@ class Subject:
         size, rank = (self.state.layout.world_size, self.state.rank) if self.state else (1, 0)
         own = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))[rank::size]  # similar lengths together
 
+        def advance(piece: Piece) -> None:
+            self.advance(piece.finish is not None)
+
         def generate() -> dict[int, str]:
             done = complete(
                 model,
@@ -118,7 +121,7 @@ class Subject:
                 vocab_size=tokenizer.vocab_size,
                 without=tokenizer.unused,
                 batch_size=max(1, self.tokens_per_batch // self.longest),
-                on_piece=lambda piece: self.advance(piece.finish is not None),
+                on_piece=advance,
             )
             return {number: sample.text for number, sample in zip(own, done.samples, strict=True)}
 

@@ -118,7 +118,12 @@ class EvaluateJob(BasicJob):
         given = None if config.tokenizer is None else Path(config.tokenizer).expanduser()
         tokenizer = agree(lambda: tokenizer_of_run(sections, given, source), world)
         subject = Subject.of_checkpoint(model, tokenizer, config.batch_tokens, state)
-        agree(lambda: [one.prepare(tokenizer, subject.longest) for one in self.evaluations], world)
+
+        def prepare() -> None:
+            for one in self.evaluations:
+                one.prepare(tokenizer, subject.longest)
+
+        agree(prepare, world)
         results = run_all(self.evaluations, subject)
         if state.is_master:
             content = {"checkpoint": str(source), "torch": str(torch.__version__), "results": results}

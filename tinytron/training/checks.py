@@ -64,8 +64,6 @@ def _check_evaluation(train: TrainingConfig) -> None:
     for flag in ("eval_every", "eval_tokenizer", "eval_length", "eval_data_dir"):
         if getattr(train, flag) != getattr(TrainingConfig, flag) and not train.eval_tasks:
             raise ConfigError(f"--{flag} {getattr(train, flag)} needs tasks; use --eval_tasks tasks.jsonl, or drop it")
-    if not train.eval_length:
-        raise ConfigError("--eval_length 0 evaluates nothing; use -1 for all items, or 100")
     stems = [PurePath(task).stem for task in train.eval_tasks]
     if twice := {stem for stem in stems if stems.count(stem) > 1}:
         raise ConfigError(f"--eval_tasks has two files called {min(twice)}, and the log goes by file name; rename one")

@@ -67,7 +67,8 @@ class TrainingEvals:
         """The evaluations among ``names``, prepared, and the names of functions."""
         train, data = self._config.train, self._config.data
         data_dir = None if train.eval_data_dir is None else Path(train.eval_data_dir)
-        found = {name: find_evaluation(name, train.eval_length, data_dir) for name in names}
+        length = -1 if train.eval_length is None else train.eval_length
+        found = {name: find_evaluation(name, length, data_dir) for name in names}
         evaluations = [made for made in found.values() if made is not None]
         if evaluations:
             given = None if train.eval_tokenizer is None else Path(train.eval_tokenizer)

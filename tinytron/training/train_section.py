@@ -79,9 +79,11 @@ class TrainingConfig:
         int, Flag("evaluate eval_tasks every N steps; 0: only after the last step", "steps", identity=False, at_least=0)
     ] = 0
     eval_length: Annotated[
-        int,
-        Flag("number of items of each of eval_tasks; -1: all", "items", identity=False, at_least=-1, works=100),
-    ] = -1
+        int | None,
+        Flag(
+            "number of items to use of each of eval_tasks; default: all", "items", identity=False, at_least=1, works=100
+        ),
+    ] = None
     eval_data_dir: Annotated[
         str | None,
         Flag(
