@@ -330,8 +330,8 @@ def _error(log_dir: Path, *flags: object) -> str:
     return user_error(Trainer, log_dir, *flags)
 
 
-def _after(folder: Path, out: Path) -> dict[str, Any]:
-    """The results of the job on the checkpoint in ``folder``."""
+def _after(folder: Path, out: Path) -> None:
+    """Run the job on the checkpoint in ``folder``."""
     values: dict[str, Any] = {option.path: option.default for option in EvaluateGPT.options() if not option.required}
     values |= {"eval.evaluations": NAMES, "eval.length": 6, "eval.checkpoint": str(folder)}
     made = EvaluateGPT(JobSpec("gpt/evaluate", "after", str(out), values))
@@ -339,8 +339,6 @@ def _after(folder: Path, out: Path) -> dict[str, Any]:
     with configuration(nested(values)):
         made.check()
         made.run()
-    found: dict[str, Any] = json.loads((made.spec.folder / "results.json").read_text())
-    return found
 
 
 def run_of(ranks: Pools, world: int, data: Path, log_dir: Path, *flags: object) -> Run:
@@ -363,9 +361,11 @@ def test_the_same_on_every_layout_during_training_and_after(ranks: Pools, made: 
             expected = alone[record["task"]]
             assert record == {**expected, "score": pytest.approx(expected["score"], rel=1e-10)}, (layout, record)
     for world in (1, 2):
-        found = ranks(world).run(_after, run.folder, tmp_path / f"after{world}", timeout=240)[0]
-        assert found["results"].keys() == alone.keys()
-        for name, result in found["results"].items():
+        out = tmp_path / f"after{world}"
+        ranks(world).run(_after, run.folder, out, timeout=240)
+        found = json.loads((out / "checkpoints/general/default/after/results.json").read_text())["results"]
+        assert found.keys() == alone.keys()
+        for name, result in found.items():
             assert result.pop("seconds") >= 0
             assert result == {key: pytest.approx(alone[name][key], rel=1e-10) for key in result}
             assert result.keys() == {"score", "higher_is_better", "count"}
@@ -375,7 +375,7 @@ def test_the_same_on_every_layout_during_training_and_after(ranks: Pools, made: 
     ("flags", "text"),
     [
         (("--eval_tasks", "winogrand"), "there is no evaluation winogrand; did you mean winogrande?"),
-        (("--eval_tasks", "letters", "--eval_length", 0), "--eval_length 0 (items) must be at least 1; use 100"),
+        (("--eval_tasks", "letters", "--eval_length", 0), "--eval_length 0 must be at least 1; use 100"),
         (("--eval_length", 5), "--eval_length 5 needs tasks; use --eval_tasks tasks.jsonl, or drop it"),
         (("--eval_tasks", "mnli", "--eval_data_dir", "nowhere"), "the evaluation mnli needs nowhere/mnli.jsonl (or "),
     ],

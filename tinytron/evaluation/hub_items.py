@@ -20,7 +20,7 @@ _ROWS_AT_ONCE = 256
 
 
 class HubItems(Evaluation):
-    """An evaluation whose items are those of a ``dataset``'s ``split``, as ``item`` makes them of rows. At most ``most``
+    """An evaluation whose items are those of a ``dataset``'s ``split``, as ``item_of`` makes them of rows. At most ``most``
     rows are used (``None``: all). With a ``data_dir``, the rows are those of a file there, called as the evaluation without
     ``_ppl``: ``mnli.jsonl``, ``mnli.jsonl.gz`` or ``mnli.parquet``.
 
@@ -31,9 +31,9 @@ class HubItems(Evaluation):
     split: ClassVar[str] = "validation"
     most: ClassVar[int | None] = None
 
-    def item(self, row: Mapping[str, Any]) -> Any:
+    def item_of(self, row: Mapping[str, Any]) -> Any:
         """What ``get`` returns for a row; ``None`` leaves the row out."""
-        raise TypeError(f"{type(self).__name__} has no method item")
+        raise TypeError(f"{type(self).__name__} has no method item_of")
 
     @cached_property
     def items(self) -> list[Any]:
@@ -44,7 +44,7 @@ class HubItems(Evaluation):
             if limits and len(found) >= min(limits):
                 break
             try:
-                item = self.item(row)
+                item = self.item_of(row)
             except Exception as error:  # other columns, or a split without answers
                 raise DataError(
                     f"the evaluation {self.name}: row {number} cannot be read ({type(error).__name__}: "
@@ -97,7 +97,7 @@ class HubItems(Evaluation):
 class TextPerplexity(HubItems, PerplexityEvaluation):
     """The perplexity of a dataset's texts. Of a dialogue these are its messages, with the answer after ``Answer:``."""
 
-    def item(self, row: Mapping[str, Any]) -> str | None:
+    def item_of(self, row: Mapping[str, Any]) -> str | None:
         """The text of a row; ``None`` for an empty one."""
         if self.dataset.kind != "text":
             return "".join(question_and_answer(self.dataset.record(row)))

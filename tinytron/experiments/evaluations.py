@@ -43,7 +43,7 @@ class _HubAnswers(HubItems, RolloutEvaluation):
 
     stop = ("\n",)
 
-    def item(self, row: Row) -> tuple[str, str]:
+    def item_of(self, row: Row) -> tuple[str, str]:
         """Question and answer."""
         prompt, answer = question_and_answer(self.dataset.record(row))
         return prompt, answer.strip()
@@ -74,9 +74,9 @@ class SQuAD(_HubAnswers):
     dataset = datasets.SQuAD
     max_new_tokens = 32
 
-    def item(self, row: Row) -> tuple[str, str]:
+    def item_of(self, row: Row) -> tuple[str, str]:
         """Paragraph and question, and all answers, one a line."""
-        prompt, _ = super().item(row)
+        prompt, _ = super().item_of(row)
         return prompt, "\n".join(row["answers"]["text"])
 
     def clean(self, text: str) -> str:
@@ -99,7 +99,7 @@ class MMLU(HubItems, EncodingEvaluation):
     split = "test"
     choices = (" A", " B", " C", " D")
 
-    def item(self, row: Row) -> tuple[str, str]:
+    def item_of(self, row: Row) -> tuple[str, str]:
         """The question with its answers, and the right letter."""
         prompt, answer = question_and_answer(self.dataset.record(row))
         return prompt, answer[1]
@@ -113,7 +113,7 @@ class _Labels(HubItems, PerplexityComparisonEvaluation):
 
     labels: ClassVar[tuple[str, ...]]
 
-    def item(self, row: Row) -> tuple[str, list[str], int]:
+    def item_of(self, row: Row) -> tuple[str, list[str], int]:
         """The question, and the names of the classes."""
         prompt, answer = question_and_answer(self.dataset.record(row))
         return prompt, [f" {name}" for name in self.labels], self.labels.index(answer.strip())
@@ -150,7 +150,7 @@ class SocialIQA(HubItems, PerplexityComparisonEvaluation):
 
     dataset = datasets.SocialIQA
 
-    def item(self, row: Row) -> tuple[str, list[str], int]:
+    def item_of(self, row: Row) -> tuple[str, list[str], int]:
         """Situation and question, and the answers."""
         answers = [f" {row[f'answer{letter}']}" for letter in "ABC"]
         return f"{row['context']} {row['question']}", answers, _number(row["label"])
@@ -162,7 +162,7 @@ class WinoGrande(HubItems, PerplexityComparisonEvaluation):
 
     dataset = datasets.WinoGrande
 
-    def item(self, row: Row) -> tuple[str, list[str], int]:
+    def item_of(self, row: Row) -> tuple[str, list[str], int]:
         """Both sentences; there is nothing before them."""
         filled = [row["sentence"].replace("_", row[option]) for option in ("option1", "option2")]
         return "", filled, _number(row["answer"])
