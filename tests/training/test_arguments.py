@@ -107,6 +107,7 @@ OTHER = {
     "spike_sigma": 6.0,
     "step_timeout": 600.0,
     "eval_tasks": ("sky.jsonl", "sea.jsonl"),
+    "eval_length": 100,
     "dense_layers": (1, 3),
     "sliding_window_layers": (1, 3),
     "rope_original_block_size": 1024,
