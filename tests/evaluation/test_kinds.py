@@ -121,7 +121,8 @@ class Compared(PerplexityComparisonEvaluation):
         return 6
 
     def get(self, index: int) -> tuple[str, Sequence[str], int]:
-        return TEXTS[index][:9], [" " + text[: 5 + 3 * index] for text in TEXTS[1 : 4 - index % 2]], index % 2
+        texts = [" " + text[: 3 + 6 * (n + index)] for n, text in enumerate(TEXTS[1 : 4 - index % 2])]
+        return TEXTS[index][:9], texts, index % 2
 
 
 KINDS: dict[str, type[Evaluation]] = {
@@ -175,6 +176,8 @@ def test_encodings_are_the_likeliest_next_tokens(tokens: int, tokenizer: RunToke
     model, right, of_choices = model_of(), 0, 0
     banned = excluded_tokens(model, tokenizer.tokenizer.vocab_size, tokenizer.tokenizer.unused)
     assert banned is not None
+    with torch.no_grad():
+        model.lm_head.weight[banned] *= 9  # tokens that the tokenizer does not have would often be the likeliest
     vowels = [tokenizer.ids(letter)[0] for letter in "aeiou"]
     for index, text in enumerate(TEXTS):
         logits = logits_of(model, tokenizer.prompt_ids(text)[-BLOCK:])[-1].masked_fill(banned, -math.inf)
@@ -228,17 +231,21 @@ def test_perplexity_is_that_of_transformers(tokenizer: RunTokenizer) -> None:
 
 
 def test_comparison_takes_the_smallest_mean_loss(tokenizer: RunTokenizer) -> None:
-    model, right = model_of(), 0
+    model, right, by_sums = model_of(), 0, 0
     for index in range(6):
         context, texts, answer = Compared().get(index)
         before = tokenizer.prompt_ids(context.rstrip())
-        means = []
+        sums, counts = [], []
         for text in texts:
-            ids = [*before[:1], *tokenizer.ids(context.rstrip() + text)]
+            ids = [*before[:1], *tokenizer.ids(context + text)]
             assert ids[: len(before)] == before
-            means.append(naive_nll(lambda seen: logits_of(model, seen), ids, len(before)) / (len(ids) - len(before)))
+            sums.append(naive_nll(lambda seen: logits_of(model, seen), ids, len(before)))
+            counts.append(len(ids) - len(before))
+        means = [nats / count for nats, count in zip(sums, counts, strict=True)]
         right += means.index(min(means)) == answer
+        by_sums += sums.index(min(sums)) == answer
     assert 0 < right < 6
+    assert right != by_sums
     assert score(Compared, model, tokenizer) == right / 6
 
 
