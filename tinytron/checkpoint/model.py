@@ -15,6 +15,7 @@ from tinytron.checkpoint.load import load_weights, read_file, read_json, read_me
 from tinytron.checkpoint.meta import CheckpointMeta
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.model import GPT, ModelConfig
+from tinytron.model.lora import merged
 
 CONFIG = "config.json"  # describes a run or an imported model; it is next to the weights
 
@@ -124,9 +125,12 @@ def foreign_config(file: Path) -> dict[str, Any] | None:
     return found
 
 
-def read_weights(file: Path, *, mmap: bool = False, foreign: bool = False) -> dict[str, torch.Tensor]:
-    """The ``state_dict`` in a weights file; with ``mmap`` a tensor is read when it is used. ``foreign``: of any model, not
-    only of the GPT. Raises: CheckpointError if the file is damaged or holds something else."""
+def read_weights(
+    file: Path, *, mmap: bool = False, foreign: bool = False, merge: bool = True
+) -> dict[str, torch.Tensor]:
+    """The ``state_dict`` in a weights file; with ``mmap`` a tensor is read when it is used. Adapters are merged into the
+    weights, unless ``merge`` is false. ``foreign``: of any model, not only of the GPT. Raises: CheckpointError if the file
+    is damaged or holds something else."""
     content = read_file(file, mmap=mmap)
     inner = content.get("model")  # a consolidated file has the state_dict under this key
     weights: dict[str, torch.Tensor] = inner if isinstance(inner, dict) else content
@@ -139,7 +143,7 @@ def read_weights(file: Path, *, mmap: bool = False, foreign: bool = False) -> di
         raise CheckpointError(f"{file} does not hold GPT weights (no wte.weight); use a file like 00100_model.pt")
     if wrong := [name for name, value in weights.items() if not isinstance(value, torch.Tensor)]:
         raise CheckpointError(f"{file} holds {wrong[0]}, which is not a tensor")
-    return weights
+    return merged(weights) if merge else weights
 
 
 def _sections_beside(file: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ _LR_CLASS: dict[Kind, str] = {
     "head": "head",
     "norm": "scalar",
     "bias": "scalar",
+    "adapter": "matrix",
 }
 
 
@@ -32,10 +33,10 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Optimizer groups that cover every trainable parameter exactly once.
 
-    Weight decay applies to matrices and the head, to embeddings with ``decay_embeddings``, and to norms and biases only
-    with ``decay_all``. Each group has an ``lr_mult`` (from ``lr_mults`` by class: matrix, embedding, head, scalar; 1 if
-    missing), by which the trainer multiplies the scheduled rate. With ``muon``, matrices except the router's get
-    ``kind="muon"`` and their ``row_blocks``.
+    Weight decay applies to matrices, adapters and the head, to embeddings with ``decay_embeddings``, and to norms and
+    biases only with ``decay_all``. Each group has an ``lr_mult`` (from ``lr_mults`` by class: matrix, embedding, head,
+    scalar; 1 if missing), by which the trainer multiplies the scheduled rate. With ``muon``, matrices except the router's
+    get ``kind="muon"`` and their ``row_blocks``.
     """
     by_name = {spec.name: spec for spec in specs}
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -44,7 +45,9 @@ def parameter_groups(
             continue
         spec = by_name[name]
         decays = (
-            decay_all or spec.kind in ("matrix", "router", "head") or (spec.kind == "embedding" and decay_embeddings)
+            decay_all
+            or spec.kind in ("matrix", "router", "head", "adapter")
+            or (spec.kind == "embedding" and decay_embeddings)
         )
         options: dict[str, Any] = {
             "weight_decay": weight_decay if decays else 0.0,

@@ -79,6 +79,10 @@ class TrainingEvals:
                 made.prepare(tokenizer, train.seq_len)
         return evaluations, [name for name, made in found.items() if made is None]
 
+    def remember(self, step: int, loss: float) -> None:
+        """``loss`` is the result of the validation after ``step``, which decides which checkpoint is the best."""
+        self._last = step, loss
+
     def validate(
         self,
         step: int,
@@ -89,7 +93,7 @@ class TrainingEvals:
     ) -> tuple[float, dict[str, Any]]:
         """The loss of ``step``'s weights, in nats per token, and the record for the log. Collective."""
         result = validate(model, loss, batches, self._state, self._sources, self.text_bytes_V, normalizer=normalizer)
-        self._last = step, result.loss
+        self.remember(step, result.loss)
         return result.loss, {"step": step, "stage": "val", **result.fields()}
 
     def noted(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
