@@ -32,7 +32,7 @@ class HubItems(Evaluation):
     most: ClassVar[int | None] = None
 
     def item_of(self, row: Mapping[str, Any]) -> Any:
-        """What ``get`` returns for a row; ``None`` leaves the row out."""
+        """The result of ``get`` for a row; ``None`` leaves the row out."""
         raise TypeError(f"{type(self).__name__} has no method item_of")
 
     @cached_property

@@ -217,7 +217,7 @@ class PerplexityEvaluation(Evaluation):
 class PerplexityComparisonEvaluation(Evaluation):
     """Chooses the continuation with the smallest mean loss per token."""
 
-    score: ClassVar[str] = "accuracy_per_token"  # of the numbers of ``summarize``
+    score: ClassVar[str] = "accuracy_per_token"  # one of the numbers of ``summarize``
 
     @abstractmethod
     def get(self, index: int) -> tuple[str, Sequence[str], int]:

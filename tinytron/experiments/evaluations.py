@@ -12,7 +12,7 @@ from tinytron.registry import evaluation
 from tinytron.text.named import NamedDataset
 
 Row = Mapping[str, Any]
-MOST_TEXTS = 1000  # of a corpus
+MOST_TEXTS = 1000  # a corpus has too many
 
 
 # Generated answers.

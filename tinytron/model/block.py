@@ -65,7 +65,7 @@ class Block(CompilesMethods):
         cache: LayerCache | None = None,
         padding_Bs: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, MoEStats | None]:
-        """Apply the block. ``cache`` is for generation, where nothing is recomputed and there are no statistics. The
+        """Apply the block. ``cache`` is for generation, where nothing is recomputed and nothing counted. The
         routing statistics leave out ``padding_Bs``."""
         if not isinstance(self.mlp, MoE):
             out_BsD = recomputed(self.recompute, self._dense, x_BsD, rotation, documents, cache, dropout=self.dropout)

@@ -104,8 +104,8 @@ class TrainingEvals:
         return records
 
     def about(self, step: int) -> dict[str, Any]:
-        """What is known of ``step``'s weights, for the record of a checkpoint: the validation loss, if the last validation
-        was at that step, and the value of ``--best_metric``."""
+        """Facts about ``step``'s weights for the record of a checkpoint: the validation loss, if the last validation was at
+        that step, and the value of ``--best_metric``."""
         known = self._last is not None and self._last[0] == step
         return {"val_loss": self._last[1] if self._last and known else None, "best_metric": self._best.at(step)}
 

@@ -9,7 +9,7 @@ from typing import Any
 from tinytron.errors import ConfigError
 from tinytron.utils.flags import nearest
 
-LOSS = "loss"  # of the validation: the default
+LOSS = "loss"  # the validation loss: the default
 _LOWER = (
     "loss",
     "perplexity",
