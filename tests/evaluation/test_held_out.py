@@ -158,7 +158,7 @@ def test_shards_need_no_tokenizer(made: Path, tmp_path: Path) -> None:
 
 
 REFUSED: list[tuple[tuple[object, ...], str]] = [
-    ((), "nothing to evaluate; give --tasks FILE.jsonl, --data PATH, or both"),
+    ((), "nothing to evaluate; give --tasks FILE.jsonl, --evaluations NAME, --data PATH, or several"),
     (("--data", "nowhere"), "--data nowhere is not a folder and matches no file"),
     (("--data", "DATA", "--seq_len", 33), "--seq_len 33 must be 1 to 32, the longest sequence that the model accepts"),
     (("--data", "DATA", "--seq_len", 0), "--seq_len 0 must be 1 to 32"),

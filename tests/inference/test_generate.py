@@ -190,10 +190,11 @@ def test_prompts_that_cannot_be_continued(prompt: list[int], options: SamplingOp
 
 
 def test_a_model_in_pieces_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model()
-    monkeypatch.setattr(model, "state", type("State", (), {"layout": ParallelLayout(2, sep=2)})())
+    """As a stream; ``complete`` uses it, on all ranks (tests/evaluation/test_kinds.py)."""
+    model = make_model("moe")
+    monkeypatch.setattr(model, "state", type("State", (), {"layout": ParallelLayout(2, sep=2), "groups": {"ep": 1}})())
     with pytest.raises(ConfigError, match="spread over several processes; save a checkpoint"):
-        complete(model, [[1]], GREEDY)
+        next(stream(model, [[1]], GREEDY))
 
 
 def test_uniform_numbers_begin_alike_and_lie_in_the_interval() -> None:

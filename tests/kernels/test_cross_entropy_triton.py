@@ -123,6 +123,16 @@ def test_the_whole_loss_equals_the_one_in_fp64(chunk: int | None, weighted: bool
         assert (one.double() - other).norm() <= tolerance * other.norm()
 
 
+def test_hits_are_counted_before_the_logits_are_overwritten() -> None:
+    hidden, weight, labels, weights = problem(torch.float32)
+    labels[1::2] = (hidden @ weight.T).argmax(1)[1::2]
+    options: dict[str, Any] = {"weights_T": weights, "chunk_tokens": 5, "count_hits": True}
+    sums, exact = (fused_linear_cross_entropy(hidden, weight, labels, by=by, **options) for by in ("triton", "torch"))
+    assert sums.hits is not None
+    assert exact.hits is not None
+    assert int(sums.hits) == int(exact.hits) > 0
+
+
 def test_gradients_of_one_input_alone_and_of_none() -> None:
     hidden, weight, labels, _ = problem(torch.float32)
     both = fused_linear_cross_entropy(hidden, weight, labels, by="triton")

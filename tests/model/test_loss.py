@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tinytron.model.modules.loss import fused_linear_cross_entropy
+from tests.helpers.kernel_packages import install
+from tinytron.model.modules.loss import cross_entropy_of_logits, fused_linear_cross_entropy
 from tinytron.utils.sequences import IGNORE_INDEX
 
 T, D, V = 37, 16, 53
@@ -330,3 +331,36 @@ def test_losses_of_single_tokens_without_grad(context: Callable[[], Any]) -> Non
         found = fused_linear_cross_entropy(hidden, weight, labels, weights_T=token_weights()).per_token
     expected = F.cross_entropy(hidden.detach() @ weight.detach().T, labels, reduction="none")
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("chunk", [1, 8, None])
+@pytest.mark.parametrize("by", ["torch", "cut"])
+def test_hits_are_the_targets_that_are_the_likeliest_token(
+    chunk: int | None, weighted: bool, by: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only those that count; the first of equal logits is the likeliest; gradients are the same."""
+    install(monkeypatch)
+    hidden, weight, labels = problem()
+    with torch.no_grad():
+        weight[7] = weight[3]  # tokens 3 and 7 are always equal
+    likeliest = (hidden @ weight.T).argmax(1)
+    assert 3 in likeliest
+    labels = torch.where((labels != IGNORE_INDEX) & (torch.arange(T) % 2 == 0), likeliest, labels)
+    labels[likeliest == 3] = 7
+    labels[int((likeliest == 3).nonzero()[0])] = 3
+    weights = token_weights() if weighted else None
+    counted = labels != IGNORE_INDEX if weights is None else (labels != IGNORE_INDEX) & (weights > 0)
+    expected = int(((likeliest == labels) & counted).sum())
+    assert 0 < expected < int(counted.sum())
+    options: dict[str, Any] = {"weights_T": weights, "chunk_tokens": chunk, "by": by}
+    losses = fused_linear_cross_entropy(hidden, weight, labels, **options, count_hits=True)
+    assert losses.hits is not None
+    assert (int(losses.hits), losses.hits.dtype) == (expected, torch.int64)
+    plain = fused_linear_cross_entropy(hidden, weight, labels, **options)
+    assert plain.hits is None
+    both = (gradients(sums.objective, hidden, weight) for sums in (losses, plain))
+    assert all(torch.equal(one, other) for one, other in zip(*both, strict=True))
+    whole = cross_entropy_of_logits(hidden @ weight.T, labels, weights_T=weights, count_hits=True)
+    assert whole.hits is not None
+    assert int(whole.hits) == expected

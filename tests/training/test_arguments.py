@@ -24,6 +24,7 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
     "train": {
         "total_batch_size": 524288, "batch_size": 8, "seq_len": 4096, "max_steps": None, "max_epochs": 1, "do_val": False,
         "max_train_tokens": None, "max_eval_tokens": None, "eval_tasks": (), "eval_every": 0, "eval_tokenizer": None,
+        "eval_length": None, "eval_data_dir": None,
         "val_every_steps": 250, "split_rate": None, "grad_clip_value": 1.0, "debug": False, "precision": "bf16",
         "use_compile": False, "use_profiler": False, "steps_to_profile": (15, 20), "disable_tf32": False,
         "z_loss_coef": 0.0, "recompute": "none", "attn_backend": "auto", "spike_sigma": 0.0, "spike_window": 100,
@@ -51,6 +52,7 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
     "ckpt": {
         **{"do_save": True, "save_every_steps": 5000, "resume": True, "resume_path": None},
         **{"init_from": None, "hf_model": None, "async_save": True, "keep_last": 0, "keep_every": 0, "keep_best": False},
+        "best_metric": None,
         **{"export_every": 0, "hub_model_id": None, "hub_private": True, "export_dir": None, "save_at_start": False},
     },
     "parallel": {
@@ -81,6 +83,7 @@ BY_NAME = [pytest.param(section, info, id=info.name) for section, info in FIELDS
 
 # Another valid value, where "the next one" breaks a rule or there is no number to start from.
 OTHER = {
+    "lora_targets": ("attn",),
     "total_batch_size": 1048576,
     "seq_len": 2048,
     "max_steps": 5,
@@ -105,6 +108,7 @@ OTHER = {
     "spike_sigma": 6.0,
     "step_timeout": 600.0,
     "eval_tasks": ("sky.jsonl", "sea.jsonl"),
+    "eval_length": 100,
     "dense_layers": (1, 3),
     "sliding_window_layers": (1, 3),
     "rope_original_block_size": 1024,
@@ -122,8 +126,13 @@ NEEDED = {
     "export_dir": ["--export_every", "5000"],
     "val_dataset_path": ["--dataset_path", "shards"],
     "dry_run_world_size": ["--dry_run"],
+    "lora_rank": ["--resume_path", "run"],
+    "lora_alpha": ["--resume_path", "run", "--lora_rank", "8"],
+    "lora_targets": ["--resume_path", "run", "--lora_rank", "8"],
     "eval_every": ["--eval_tasks", "sky.jsonl"],
     "eval_tokenizer": ["--eval_tasks", "sky.jsonl"],
+    "eval_length": ["--eval_tasks", "sky.jsonl"],
+    "eval_data_dir": ["--eval_tasks", "sky.jsonl"],
 }
 
 

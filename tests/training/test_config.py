@@ -347,6 +347,7 @@ EXECUTION = {
     "train": {
         "batch_size", "max_steps", "max_train_tokens", "max_eval_tokens", "max_epochs", "do_val", "val_every_steps",
         "recompute", "attn_backend", "use_compile", "eval_tasks", "eval_every", "eval_tokenizer",
+        "eval_length", "eval_data_dir",
         "disable_tf32", "use_profiler", "steps_to_profile", "spike_sigma", "spike_window", "spike_action",
         "replica_check_every", "step_timeout", "use_liger_kernel", "use_cut_cross_entropy",
         "use_triton_kernels", "total_batch_sequences", "fit_batch",
@@ -359,7 +360,8 @@ EXECUTION = {
         "overlap_grad_reduce", "overlap_param_gather", "grad_reduce_dtype", "print_topology", "ddp_find_unused_parameters",
         "ddp_gradient_as_bucket_view",
     },
-    "ckpt": {"do_save", "save_every_steps", "async_save", "keep_last", "keep_every", "keep_best", "resume", "resume_path",
+    "ckpt": {"do_save", "save_every_steps", "async_save", "keep_last", "keep_every", "keep_best", "best_metric", "resume",
+             "resume_path",
              "export_every", "export_dir", "save_at_start", "hub_model_id", "hub_private"},
     "logging": {
         "log_dir", "log_every", "print_config", "moe_router_debug", "moe_route_trace", "dry_run", "dry_run_world_size",

@@ -149,6 +149,7 @@ def test_the_last_validation_is_of_the_saved_weights(ranks: Pools, tmp_path: Pat
     for values in (model(ids), logits(weights, ids, SHAPE)):
         assert F.cross_entropy(values.flatten(0, 1), labels.flatten()).item() == pytest.approx(logged, rel=1e-6)
     expected = {"loss": pytest.approx(logged), "perplexity": pytest.approx(math.exp(logged)), "tokens": 36}
+    expected["accuracy"] = pytest.approx(float((model(ids).argmax(-1) == labels).double().mean()))
     assert result.records[-1] == {"step": 3, "stage": "val", **expected}
 
 

@@ -189,16 +189,16 @@ def verify(
 @dataclass(frozen=True)
 class Retention:
     """The rule for which checkpoints to keep: the newest ``keep_last``, every multiple of ``keep_every`` steps (0: off),
-    and with ``keep_best`` the one with the lowest validation loss. ``keep_last`` 0 keeps all, or just 1 if another rule is
-    on."""
+    and with ``keep_best`` the one with the lowest cost (``CheckpointMeta.cost``). ``keep_last`` 0 keeps all, or just 1 if
+    another rule is on."""
 
     keep_last: int = 0
     keep_every: int = 0
     keep_best: bool = False
 
     def to_prune(self, losses: Mapping[int, float | None]) -> list[int]:
-        """The steps to delete, oldest first. ``losses`` maps each complete checkpoint's step to its validation loss, or
-        ``None`` if it is unknown."""
+        """The steps to delete, oldest first. ``losses`` maps each complete checkpoint's step to its cost, or ``None`` if it
+        is unknown."""
         newest = self.keep_last or int(bool(self.keep_every or self.keep_best))
         if newest == 0:
             return []

@@ -23,6 +23,9 @@ class CheckpointMeta:
     data: str | None = None  # fingerprint of the data that was used before this step
     data_position: dict[str, int] = field(default_factory=dict)  # in steps, samples and tokens
     val_loss: float | None = None  # validation loss at this step, in nats per token
+    best_metric: dict[str, Any] = field(
+        default_factory=dict
+    )  # name, value, higher_is_better; empty: the validation loss
     guard: dict[str, Any] = field(default_factory=dict)  # the spike detector's window; empty without a detector
     step: int | None = None  # completed optimizer steps
 
@@ -32,6 +35,15 @@ class CheckpointMeta:
 
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # size and SHA-256, by path in the folder
     rng: list[dict[str, Any]] = field(default_factory=list)  # generator states, by rank
+
+    @property
+    def cost(self) -> float | None:
+        """The number that is lowest for the best checkpoint: its validation loss, or the value of ``--best_metric``,
+        negative if higher is better; ``None`` if it is not known."""
+        if not self.best_metric:
+            return self.val_loss
+        value = self.best_metric["value"]
+        return -value if value is not None and self.best_metric["higher_is_better"] else value
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> CheckpointMeta:

@@ -86,6 +86,7 @@ def checkpoint_report(files: CheckpointFiles) -> dict[str, Any]:
         "git": run.get("git"),
         "versions": run.get("versions", {}),
         "command": run.get("command", []),
+        "best_metric": meta.best_metric,
         "data": meta.data,
         "optimizer": config.get("optim", {}).get("optimizer"),
         "precision": config.get("train", {}).get("precision"),
@@ -161,12 +162,14 @@ def show_folder(report: dict[str, Any]) -> str:
 def show_checkpoint(report: dict[str, Any]) -> str:
     """``checkpoint_report`` as text. Tensors whose names differ only in one number share a line."""
     layout, versions = report["layout"], report["versions"]
+    best = [("best metric", f"{b['name']} {_number(b['value'], '.4f')}")] if (b := report["best_metric"]) else []
     zero = "sharded" if layout["use_distributed_optimizer"] else "not sharded"
     facts = [
         ("status", report["status"]),
         ("saved", f"{report['saved']}, format {report['format']}"),
         ("tokens", _number(report["tokens"], ",")),
         ("val loss", _number(report["val_loss"], ".4f")),
+        *best,
         (
             "size",
             f"{_size(report['bytes_weights'])} weights + {_size(report['bytes_states'])} states, "

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -80,9 +81,10 @@ def _commit(files: CheckpointFiles, meta: CheckpointMeta) -> None:
 
 def to_prune(folder: Path, retention: Retention) -> list[CheckpointFiles]:
     """The complete checkpoints of ``folder`` that ``retention`` does not keep, oldest first."""
-    found = {files.step: files for files in complete_checkpoints(folder)}
-    losses = {step: _val_loss(files) if retention.keep_best else None for step, files in found.items()}
-    return [found[step] for step in retention.to_prune(losses)]
+    newest_first = complete_checkpoints(folder)
+    found = {files.step: files for files in newest_first}
+    known = costs(newest_first) if retention.keep_best else {}
+    return [found[step] for step in retention.to_prune({step: known.get(step) for step in found})]
 
 
 def prune(folder: Path, retention: Retention) -> list[CheckpointFiles]:
@@ -93,11 +95,21 @@ def prune(folder: Path, retention: Retention) -> list[CheckpointFiles]:
     return gone
 
 
-def _val_loss(files: CheckpointFiles) -> float | None:
-    try:
-        return read_meta(files.meta).val_loss
-    except CheckpointError:  # a damaged checkpoint is never the best
-        return None
+def costs(newest_first: Sequence[CheckpointFiles]) -> dict[int, float]:
+    """By step, the number that is lowest for the best checkpoint (``CheckpointMeta.cost``), of the checkpoints that have it
+    and are judged by the same metric as the newest one."""
+    metric: str | None = None
+    found = {}
+    for files in newest_first:
+        try:
+            meta = read_meta(files.meta)
+        except CheckpointError:  # a damaged checkpoint is never the best
+            continue
+        name = meta.best_metric.get("name", "")
+        metric = name if metric is None else metric
+        if name == metric and meta.cost is not None and not math.isnan(meta.cost):
+            found[files.step] = meta.cost
+    return found
 
 
 class Consumer(Protocol):

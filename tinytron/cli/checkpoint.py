@@ -54,7 +54,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--keep_every", type=int, default=0, metavar="N", help="also keep every N-th step's checkpoint"
     )
     command.add_argument(
-        "--keep_best", action="store_true", help="also keep the checkpoint with the lowest validation loss"
+        "--keep_best", action="store_true", help="also keep the best one, by validation loss or --best_metric"
     )
     command.add_argument("--dry_run", action="store_true", help="print what would be deleted, and delete nothing")
     command.set_defaults(tool=_prune)

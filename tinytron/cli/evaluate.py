@@ -1,33 +1,31 @@
-"""``tinytron evaluate --checkpoint log/<run> --tasks FILE.jsonl --data PATH``: score a model on multiple-choice tasks, and
-measure its loss on held-out data."""
+"""``tinytron evaluate --checkpoint log/<run> --tasks FILE.jsonl --data PATH``: score a model on multiple-choice tasks and
+registered evaluations, and measure its loss on held-out data."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tinytron.data import Batch
 from tinytron.errors import ConfigError
-from tinytron.evaluation.choices import Item, encode_items, log_probs, read_items, summarize
 from tinytron.evaluation.held_out import default_seq_len, held_out, measure
+from tinytron.evaluation.kinds import ChoiceFile
+from tinytron.evaluation.named import find_evaluations
+from tinytron.evaluation.report import RESULTS, run_all, run_one, shown, write_results
 from tinytron.evaluation.sources import DataSource, Measured, data_sources
+from tinytron.evaluation.subject import Subject
 from tinytron.evaluation.validate import ValResult, total
-from tinytron.inference.engine import not_finite
 from tinytron.interop.open import CHECKPOINT_HELP, local_checkpoint, open_model
 from tinytron.model import GPT
-from tinytron.model.modules.loss import LossSums
+from tinytron.registry import load_module
 from tinytron.text.run_tokenizer import RunTokenizer, tokenizer_of_run
 from tinytron.utils.flags import Parser, parse_strictly, whole_number
 from tinytron.utils.paths import expanded, user_path
-from tinytron.utils.progress import Progress
 from tinytron.utils.texts import table
-from tinytron.utils.training import DTYPES, device_of, write_atomically
+from tinytron.utils.training import DTYPES, device_of
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -38,6 +36,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 
 %(prog)s --checkpoint log/my_run --data data/corpus
 %(prog)s --checkpoint openai-community/gpt2 --tasks arc_easy.jsonl
+%(prog)s --checkpoint openai-community/gpt2 --evaluations winogrande sst2 --eval_length 200
 """,
     )
     add = parser.add_argument
@@ -50,6 +49,21 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         metavar="FILE",
         help="files of items, one JSON object per line",
     )
+    add(
+        "--evaluations",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="registered evaluations; tinytron jobs --evaluations lists them",
+    )
+    add("--eval_length", type=whole_number, default=-1, metavar="N", help="items of each evaluation; default: all")
+    add(
+        "--eval_data_dir",
+        type=user_path,
+        metavar="DIR",
+        help="local data of evaluations, such as DIR/mnli.jsonl; default: the hub",
+    )
+    add("--load", action="append", default=[], metavar="MODULE", help="import this, which registers your evaluations")
     add(
         "--data",
         type=expanded,
@@ -83,12 +97,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Score the tasks, measure the loss, write and return the results. Raises: TinytronError; OSError (a full disk)."""
     if args.batch_tokens < 1:
         raise ConfigError(f"--batch_tokens {args.batch_tokens} must be at least 1")
-    if not args.tasks and not args.data:
-        raise ConfigError("nothing to evaluate; give --tasks FILE.jsonl, --data PATH, or both")
+    if not args.tasks and not args.data and not args.evaluations:
+        raise ConfigError("nothing to evaluate; give --tasks FILE.jsonl, --evaluations NAME, --data PATH, or several")
+    if args.eval_length < -1 or args.eval_length == 0:
+        raise ConfigError(f"--eval_length {args.eval_length} must be at least 1; leave it out to use all items")
+    for module in args.load:
+        load_module(module)
     names = [path.stem for path in args.tasks]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"--tasks has two files called {min(twice)}, and results go by file name; rename one")
-    tasks = {path.stem: read_items(path) for path in args.tasks}
+    tasks = [ChoiceFile(path) for path in args.tasks]
+    named = find_evaluations(args.evaluations, args.eval_length, args.eval_data_dir)
+    if twice := {one.name for one in named} & set(names):
+        raise ConfigError(f"--tasks and --evaluations both have a {min(twice)}; rename the file")
     data = data_sources(args.data, say=print) if args.data else None
     source = local_checkpoint(args.checkpoint, say=print)
     is_here = Path(args.checkpoint.removeprefix("file://")).exists()
@@ -97,38 +118,29 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "checkpoint": str(source) if is_here else args.checkpoint,
         "torch": str(torch.__version__),
     }
-    if tasks:
+    if tasks or named:
         tokenizer = tokenizer_of_run(config, args.tokenizer, source)
-        content["results"] = {
-            name: _answer(name, items, model, tokenizer, args.batch_tokens) for name, items in tasks.items()
-        }
+        subject = Subject.of_checkpoint(model, tokenizer, args.batch_tokens)
+        for evaluation in [*tasks, *named]:
+            evaluation.prepare(tokenizer, subject.longest)
+        content["results"] = {task.name: _answer(task, subject) for task in tasks}
+        if named:
+            content["results"] |= (found := run_all(named, subject))
+            print(shown(found))
     if data is not None:
         content["data"] = _measure(args, data, model, config, source)
     beside = source if source.is_dir() else source.parent
-    out = args.out or (beside if is_here else Path()) / "results.json"
-    write_atomically(out, lambda file: file.write(json.dumps(content, indent=2).encode() + b"\n"))
+    out = args.out or (beside if is_here else Path()) / RESULTS
+    write_results(out, content)
     print(f"wrote {out}")
     return content
 
 
-def _answer(name: str, items: list[Item], model: GPT, tokenizer: RunTokenizer, batch_tokens: int) -> dict[str, Any]:
-    """The accuracies of one task."""
-
-    longest, weight = model.config.block_size, model.lm_head.weight
-    rows = encode_items(items, tokenizer, longest)
-    with Progress(f"answering {name}", len(rows), "row") as progress:
-
-        def loss(batch: Batch) -> LossSums:
-            sums: LossSums = model(batch.input_ids, batch.labels)
-            progress.update(len(batch.labels))
-            return sums
-
-        scores = log_probs(model, loss, rows, longest=longest, tokens_per_batch=batch_tokens, device=weight.device)
-    if not all(map(math.isfinite, scores)):
-        raise not_finite(f"scores of the task {name}", weight.dtype)
-    found = summarize(items, rows, scores)
+def _answer(task: ChoiceFile, subject: Subject) -> dict[str, Any]:
+    """The accuracies of one task file."""
+    found = dict(run_one(task, subject).more)
     print(
-        f"{name}: accuracy {found['accuracy']:.4f} ± {found['accuracy_stderr']:.4f}, per token "
+        f"{task.name}: accuracy {found['accuracy']:.4f} ± {found['accuracy_stderr']:.4f}, per token "
         f"{found['accuracy_per_token']:.4f}, per byte {found['accuracy_per_byte']:.4f} over {found['items']} items"
     )
     return found

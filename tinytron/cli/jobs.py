@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tinytron.errors import ConfigError
-from tinytron.registry import DATASETS, JOBS, load_module
+from tinytron.registry import DATASETS, EVALUATIONS, JOBS, load_module
 from tinytron.utils.flags import Parser, parse_strictly, whole_number
 from tinytron.utils.texts import next_command
 
@@ -35,16 +35,17 @@ def parse_with_overrides(parser: argparse.ArgumentParser, argv: Sequence[str]) -
 
 
 def main(argv: Sequence[str], prog: str = "tinytron jobs") -> None:
-    """List the jobs, or the datasets. Raises: ConfigError."""
+    """List the jobs, the datasets or the evaluations. Raises: ConfigError."""
     parser = Parser(prog=prog, description="List the jobs that tinytron configure and tinytron run accept.")
     parser.add_argument("--datasets", action="store_true", help="list the datasets that data.name accepts by name")
+    parser.add_argument("--evaluations", action="store_true", help="list the evaluations that eval.evaluations accepts")
     add_load(parser)
     args = parse_strictly(parser, argv)
     for module in args.load:
         load_module(module)
-    listed = DATASETS if args.datasets else JOBS
-    if args.datasets:
-        _ = [DATASETS[key] for key in DATASETS]  # imports them: their descriptions are docstrings
+    listed = EVALUATIONS if args.evaluations else DATASETS if args.datasets else JOBS
+    if listed is not JOBS:
+        _ = [listed[key] for key in listed]  # imports them: their descriptions are docstrings
     width = max(map(len, listed))
     for key in listed:
         print(f"{key:{width}}  {listed.help(key)}".rstrip())

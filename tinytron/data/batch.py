@@ -71,6 +71,10 @@ class Batch(NamedTuple):
         """Number of valid labels, int64 scalar."""
         return (self.labels != IGNORE_INDEX).sum()
 
+    def counted_targets(self) -> torch.Tensor:
+        """Number of valid labels with a weight above 0, int64 scalar."""
+        return counted(self.labels, self.weights).sum()
+
     def target_weight(self) -> torch.Tensor:
         """Sum of the valid labels' weights, float64 scalar; without weights, the number of valid labels."""
         valid = self.labels != IGNORE_INDEX
@@ -92,6 +96,12 @@ class Batch(NamedTuple):
     def as_inputs(self) -> dict[str, Any]:
         """The batch by name, with extra keys of the data; ``labels`` are already shifted."""
         return {"input_ids": self.input_ids, "labels": self.labels, **self.model_inputs(), **self.extras}
+
+
+def counted(labels: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """True for the labels that count in the loss, bool, in their shape."""
+    valid = labels != IGNORE_INDEX
+    return valid if weights is None else valid & (weights > 0)
 
 
 def as_batch(item: Any) -> Batch:

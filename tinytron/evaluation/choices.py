@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from tinytron.distributed.collectives import sum_over
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.sequence_parallel.ulysses import cut_sequence
 from tinytron.errors import ConfigError, DataError
+from tinytron.model import GPT
 from tinytron.model.modules.loss import LossSums
 from tinytron.text.run_tokenizer import RunTokenizer
 from tinytron.utils.sequences import IGNORE_INDEX
@@ -110,6 +111,24 @@ def encode_items(items: Sequence[Item], tokenizer: RunTokenizer, longest: int) -
             cut = max(0, len(ids) - longest - 1)
             rows.append(Row(number, choice, tuple(ids[cut:]), start - cut, len(text.encode())))
     return rows
+
+
+def windows(number: int, ids: Sequence[int], start: int, longest: int) -> Iterator[Row]:
+    """``ids[start:]`` of text ``number`` in rows that the model can process, with each token scored once. All rows are full
+    if the text is long enough."""
+    while start < len(ids):
+        end = min(len(ids), start + longest)
+        first = max(0, end - longest - 1)
+        yield Row(number, 0, tuple(ids[first:end]), start - first, 0)
+        start = end
+
+
+def rows_of_text(number: int, text: str, tokenizer: RunTokenizer, longest: int) -> Iterator[Row]:
+    """The rows of a whole text, after the token that texts begin with, or else the end-of-text token. Without either, all
+    tokens but the first are scored."""
+    first = tokenizer.end if tokenizer.begin is None else tokenizer.begin
+    ids = tokenizer.ids(text)
+    return windows(number, ids if first is None else [first, *ids], 1, longest)
 
 
 def plan_batches(rows: Sequence[Row], tokens: int, longest: int) -> list[list[int]]:
@@ -207,6 +226,16 @@ def score_rows(
     if state is not None:
         sum_over(sums_RC, state.groups["world"])
     return sums_RC
+
+
+def scored_logits(model: GPT, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """For every row of ``batch`` the logits ``[t, V]`` at its labels, and the labels ``[t]``. Logits of other positions are
+    not computed."""
+    hidden_BsD, _ = model.hidden_states(batch.input_ids)
+    model.wait_for_params(model.lm_head)
+    for hidden_sD, labels_s in zip(hidden_BsD, batch.labels, strict=True):
+        scored_s = labels_s != IGNORE_INDEX
+        yield model.lm_head(hidden_sD[scored_s]), labels_s[scored_s]
 
 
 def summarize(items: Sequence[Item], rows: Sequence[Row], scores: Sequence[float]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import functools
 import importlib
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,13 +17,13 @@ import torch
 
 from tinytron.data import Batch
 from tinytron.errors import ConfigError
-from tinytron.evaluation.choices import Row, encode_pair, score_rows
+from tinytron.evaluation.choices import Row, encode_pair, rows_of_text, score_rows, scored_logits, windows
+from tinytron.evaluation.subject import room_for_prompt
 from tinytron.inference import SamplingOptions, complete
 from tinytron.inference.engine import not_finite
 from tinytron.interop.open import local_checkpoint, open_model
 from tinytron.model import GPT
 from tinytron.text.run_tokenizer import RunTokenizer, tokenizer_of_run
-from tinytron.utils.sequences import IGNORE_INDEX
 
 # Task settings for the number of tokens to generate; the first is the harness's own.
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -83,28 +83,16 @@ class Answers:
         for number, request in enumerate(requests):
             context, continuation = request.args
             ids, start = encode_pair(context, continuation, self.tokenizer)
-            parts.append(list(self._windows(number, ids, start)))
+            parts.append(list(windows(number, ids, start, self.longest)))
         return self._sums(parts)
 
     def loglikelihood_rolling(self, requests: Sequence[Request]) -> list[float]:
-        """The log-probability of whole texts in nats, after the token that texts begin with, or else the end-of-text token.
-        (Without either, all tokens but the first are scored.) Windows of the longest context follow each other; the last
-        one is full too."""
-        parts = []
-        for number, request in enumerate(requests):
-            first = self.tokenizer.end if self.tokenizer.begin is None else self.tokenizer.begin
-            ids = self.tokenizer.ids(request.args[0])
-            ids = ids if first is None else [first, *ids]
-            parts.append(list(self._windows(number, ids, 1)))
+        """The log-probability of whole texts in nats, as ``rows_of_text`` cuts them."""
+        parts = [
+            list(rows_of_text(number, request.args[0], self.tokenizer, self.longest))
+            for number, request in enumerate(requests)
+        ]
         return [score for score, _ in self._sums(parts)]
-
-    def _windows(self, number: int, ids: list[int], start: int) -> Iterator[Row]:
-        """``ids[start:]`` in rows that the model can process, with each token scored once."""
-        while start < len(ids):
-            end = min(len(ids), start + self.longest)
-            first = max(0, end - self.longest - 1)
-            yield Row(number, 0, tuple(ids[first:end]), start - first, 0)
-            start = end
 
     def _sums(self, parts: list[list[Row]]) -> list[tuple[float, bool]]:
         """For each request the sum of its rows' log-probabilities, and whether all their tokens are the likeliest."""
@@ -138,7 +126,7 @@ class Answers:
             context, given = requests[numbers[0]].args
             options = self._options(given, len(numbers))
             ids = self.tokenizer.prompt_ids(context)
-            room = max(self.longest + 1 - options.max_new_tokens, (self.longest + 1) // 2)
+            room = room_for_prompt(self.longest, options.max_new_tokens)
             tokenizer = self.tokenizer.tokenizer
             done = complete(
                 self.model,
@@ -174,11 +162,8 @@ class Answers:
 def _score(model: GPT, batch: Batch) -> torch.Tensor:
     """For every row the log-probability of its labels in nats, and how many labels are not the likeliest token,
     ``[B, 2]``."""
-    hidden_BSD, _ = model.hidden_states(batch.input_ids)
     found = []
-    for hidden_SD, labels_S in zip(hidden_BSD, batch.labels, strict=True):
-        scored_S = labels_S != IGNORE_INDEX  # logits of other positions are not computed
-        logits_tV, labels_t = model.lm_head(hidden_SD[scored_S]), labels_S[scored_S]
+    for logits_tV, labels_t in scored_logits(model, batch):
         wide = torch.promote_types(logits_tV.dtype, torch.float32)
         log_prob_t1 = logits_tV.to(wide).log_softmax(-1).gather(1, labels_t.unsqueeze(1))
         misses_t = logits_tV.argmax(-1) != labels_t

@@ -18,6 +18,8 @@ from tinytron.metrics import SourceLosses
 from tinytron.metrics.sources import SourceLoss, bits_per_byte, bytes_of_labels, perplexity
 from tinytron.model.modules.loss import LossSums, checked_sums
 
+ACCURACY = "accuracy"  # share of the targets that count whose label is the likeliest token
+
 
 class ValSums(NamedTuple):
     """Sums of a validation: the loss in ``nats``, its ``normalizer`` and the ``weight`` of the targets, the number of
@@ -111,9 +113,12 @@ def validate(
         counts = (normalizer(batch), batch.target_weight(), batch.targets(), plain, size)
         sums += torch.stack([losses.token.double(), *(count.double() for count in counts)])
         real = 1 - batch.filling / len(batch.labels)  # a value without its own count may cover filling samples, too
-        for name, value in losses.aux.items():
-            aux[name] = aux.get(name, 0.0) + value.double() * (1 if name in losses.counts else real)
-        for name, number in losses.counts.items():
+        found, numbers = dict(losses.aux), dict(losses.counts)
+        if losses.hits is not None and ACCURACY not in found:
+            found[ACCURACY], numbers[ACCURACY] = losses.hits, batch.counted_targets()
+        for name, value in found.items():
+            aux[name] = aux.get(name, 0.0) + value.double() * (1 if name in numbers else real)
+        for name, number in numbers.items():
             aux_counts[name] = aux_counts.get(name, 0.0) + number.double()
         if by_source is not None:
             by_source.add(batch, losses)
@@ -123,8 +128,8 @@ def validate(
     nats, count, weight, tokens, plain_nats, text_bytes = sums.tolist()
     divisors = _sum_by_name(aux_counts, state)
     means = {name: (value, divisors.get(name, count)) for name, value in _sum_by_name(aux, state).items()}
-    found = by_source.flush() if sources and by_source is not None else {}
-    return ValSums(nats, count, weight, tokens, plain_nats, text_bytes, means).result(found)
+    of_sources = by_source.flush() if sources and by_source is not None else {}
+    return ValSums(nats, count, weight, tokens, plain_nats, text_bytes, means).result(of_sources)
 
 
 def _sum_by_name(values: Mapping[str, torch.Tensor], state: ParallelState | None) -> dict[str, float]:

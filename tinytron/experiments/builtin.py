@@ -16,6 +16,11 @@ JOBS: Mapping[str, tuple[str, str]] = MappingProxyType(
             "tinytron.experiments.aligned",
             "train a model of Hugging Face on pairs of answers (DPO)",
         ),
+        "gpt/evaluate": ("tinytron.experiments.evaluate", "evaluate a GPT of a run by named evaluations"),
+        "backbone/evaluate": (
+            "tinytron.experiments.evaluate",
+            "evaluate a model of Hugging Face by named evaluations",
+        ),
         **{
             f"{family}/train/{kind}": ("tinytron.experiments.families", f"{verb} {name}")
             for family, name in (("llama", "a Llama"), ("qwen", "a Qwen"), ("gpt_neox", "a GPT-NeoX"))
@@ -54,10 +59,18 @@ _NAMES = (
     "mnli",
     "qqp",
     "sst2",
+    "siqa",
     "cfq",
     "hh-rlhf",
     "ultrafeedback",
 )
 # Their descriptions are the docstrings, because importing the module is cheap.
 DATASETS: Mapping[str, tuple[str, str]] = MappingProxyType(dict.fromkeys(_NAMES, ("tinytron.experiments.datasets", "")))
-EVALUATIONS: Mapping[str, tuple[str, str]] = MappingProxyType({})
+_EVALUATIONS = (
+    *("arithmetic", "cfq", "mmlu", "mnli", "qqp", "siqa", "squad", "sst2", "winogrande"),
+    *("fineweb_ppl", "pile_ppl", "pg19_ppl", "tinystories_ppl"),
+    *("mnli_ppl", "qqp_ppl", "siqa_ppl", "sst2_ppl", "winogrande_ppl"),
+)
+EVALUATIONS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    dict.fromkeys(_EVALUATIONS, ("tinytron.experiments.evaluations", ""))
+)

@@ -220,6 +220,20 @@ class SST2(NamedDataset):
         return turns(f"{row['sentence']}\nIs this positive or negative?", label(("negative", "positive"), row["label"]))
 
 
+@dataset("siqa")
+class SocialIQA(NamedDataset):
+    """Questions about everyday situations with three answers each."""
+
+    path = "allenai/social_i_qa"
+    kind = "dialogues"
+
+    @staticmethod
+    def record(row: Row) -> Messages:
+        """Situation and question with their answers, and the right one."""
+        answers = [row[f"answer{letter}"] for letter in "ABC"]
+        return choices(f"{row['context']} {row['question']}", answers, int(row["label"] or 0) - 1)
+
+
 @dataset("cfq")
 class CFQ(NamedDataset):
     """Questions and the queries that answer them, for compositional generalization (split mcd1)."""

@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
+from tinytron.distributed.collectives import sum_over
 from tinytron.errors import CheckpointError, ConfigError, TinytronError
 from tinytron.inference.kv_cache import KVCache
 from tinytron.inference.sampler import SamplingOptions, next_tokens
@@ -130,8 +132,24 @@ def stream(
     ``vocab_size`` tokens of the vocabulary are sampled, and none of ``without``. A sample depends on the weights, the
     prompt, its number and ``options``, but not on the other prompts (up to the rounding of the logits). Raises: ConfigError
     for prompts that are empty, longer than ``block_size`` or outside the vocabulary, for stop strings without ``decode``,
-    and for a model that is spread over several processes.
+    and for a model whose experts are spread over several processes, which ``complete`` can use.
     """
+    if _expert_group(model) is not None:
+        raise ConfigError(
+            "this model is spread over several processes; save a checkpoint and generate from it with load_model"
+        )
+    return (yield from _stream(model, prompts, options, decode, vocab_size, without, batch_size))
+
+
+def _stream(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    options: SamplingOptions,
+    decode: Decode | None,
+    vocab_size: int | None,
+    without: Sequence[int],
+    batch_size: int,
+) -> Generator[Piece, None, Generation]:
     _check(model, prompts, options, decode)
     owners = [(p, n) for p in range(len(prompts)) for n in range(options.num_samples)]
     result = Generation([Sample(p, n) for p, n in owners])
@@ -142,7 +160,7 @@ def stream(
             prompt = prompts[sample.prompt]
             text = TextStream(decode, prompt, options.stop) if decode else None
             rows.append(_Row(index, sample, prompt, options, text))
-        excluded = _excluded(model, vocab_size, without)
+        excluded = excluded_tokens(model, vocab_size, without)
         while rows:
             rows = yield from _continue(model, rows, options, result, excluded)
     return result
@@ -159,25 +177,23 @@ def complete(
     batch_size: int = 32,
     on_piece: Callable[[Piece], None] | None = None,
 ) -> Generation:
-    """Run ``stream`` to its end; ``on_piece`` is called with every piece."""
-    pieces = stream(
-        model, prompts, options, decode=decode, vocab_size=vocab_size, without=without, batch_size=batch_size
-    )
-    while True:
-        try:
-            piece = next(pieces)
-        except StopIteration as end:
-            result: Generation = end.value
-            return result
-        if on_piece is not None:
-            on_piece(piece)
+    """Run ``stream`` to its end; ``on_piece`` is called with every piece. With experts on several processes it is
+    collective over their group: each rank has prompts of its own, or none."""
+    pieces = _stream(model, prompts, options, decode, vocab_size, without, batch_size)
+    try:
+        while True:
+            try:
+                piece = next(pieces)
+            except StopIteration as end:
+                result: Generation = end.value
+                return result
+            if on_piece is not None:
+                on_piece(piece)
+    finally:
+        _serve_other_ranks(model)
 
 
 def _check(model: GPT, prompts: Sequence[Sequence[int]], options: SamplingOptions, decode: Decode | None) -> None:
-    if model.state is not None and (model.state.layout.sep > 1 or model.state.layout.ep > 1):
-        raise ConfigError(
-            "this model is spread over several processes; save a checkpoint and generate from it with load_model"
-        )
     if options.stop and decode is None:
         raise ConfigError(f"--stop {options.stop[0]!r} needs a tokenizer; give one, or use stop_tokens")
     block_size, vocab_size = model.config.block_size, model.config.vocab_size
@@ -259,6 +275,7 @@ def not_finite(what: str, dtype: torch.dtype) -> TinytronError:
 def _logits(model: GPT, cache: KVCache, ids_Bs: torch.Tensor, excluded_V: torch.Tensor | None) -> torch.Tensor:
     """The next token's logits ``[B, V]`` after ``ids_Bs``, which follow what is in the cache; the logits of ``excluded_V``
     are -inf."""
+    _other_rank_passes(model, own=True)
     with _evaluating(model):
         hidden_BsD, _ = model.hidden_states(ids_Bs, cache.extend(ids_Bs.shape[1]), cache=cache.layers)
         model.wait_for_params(model.lm_head)
@@ -268,7 +285,7 @@ def _logits(model: GPT, cache: KVCache, ids_Bs: torch.Tensor, excluded_V: torch.
     return logits_BV
 
 
-def _excluded(model: GPT, vocab_size: int | None, without: Sequence[int]) -> torch.Tensor | None:
+def excluded_tokens(model: GPT, vocab_size: int | None, without: Sequence[int]) -> torch.Tensor | None:
     """Mask of the model's tokens that are never sampled, ``[V]``: those that the tokenizer does not have."""
     weight = model.lm_head.weight
     first = len(weight) if vocab_size is None else vocab_size
@@ -277,6 +294,29 @@ def _excluded(model: GPT, vocab_size: int | None, without: Sequence[int]) -> tor
     excluded_V = torch.arange(len(weight)) >= first
     excluded_V[list(without)] = True
     return excluded_V.to(weight.device)
+
+
+def _expert_group(model: GPT) -> dist.ProcessGroup | None:
+    """The ranks that make every pass together, because each has some of the experts; ``None`` if this rank has all."""
+    spread = model.state is not None and model.state.layout.ep > 1 and model.moe_layers
+    return model.state.groups["ep"] if model.state is not None and spread else None
+
+
+def _other_rank_passes(model: GPT, *, own: bool) -> bool:
+    """Announce a pass (``own``), or ask for one: True if any rank of the expert group makes a pass now. Collective."""
+    group = _expert_group(model)
+    return group is not None and bool(sum_over(torch.tensor(int(own)), group))
+
+
+@torch.no_grad()
+def _serve_other_ranks(model: GPT) -> None:
+    """Lend this rank's experts to the others until they have ended too: a pass of one token for each of their passes."""
+    while _other_rank_passes(model, own=False):
+        weight = model.lm_head.weight
+        cache = KVCache(model.config, [0], 1, weight.dtype, weight.device)
+        with _evaluating(model):
+            token = torch.zeros(1, 1, dtype=torch.int64, device=weight.device)
+            model.hidden_states(token, cache.extend(1), cache=cache.layers)
 
 
 @contextmanager

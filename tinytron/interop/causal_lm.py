@@ -81,7 +81,7 @@ class CausalLM(nn.Module):
 
     def __init__(self, model: Any, settings: dict[str, Any], *, z_loss_coef: float = 0.0) -> None:
         super().__init__()
-        self.hf, self.z_loss_coef = model, z_loss_coef
+        self.hf, self.z_loss_coef, self.counts_hits = model, z_loss_coef, False
         text = json.dumps(settings, sort_keys=True).encode()
         device = next(model.parameters()).device
         self.register_buffer(HF_CONFIG, torch.tensor(list(text), dtype=torch.uint8, device=device))
@@ -106,15 +106,22 @@ class CausalLM(nn.Module):
             logits: torch.Tensor = self.hf(input_ids=input_ids, use_cache=False).logits
             return logits
         weights_T = None if weights is None else weights.flatten()
+        count_hits = self.counts_hits or not self.training
         if self.fused:
             hidden_BSD = self.hf.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
             head = self.hf.get_output_embeddings().weight
             arguments = hidden_BSD.flatten(0, 1), head, labels.flatten()
-            sums = fused_linear_cross_entropy(*arguments, weights_T=weights_T, z_loss_coef=self.z_loss_coef)
+            sums = fused_linear_cross_entropy(
+                *arguments, weights_T=weights_T, z_loss_coef=self.z_loss_coef, count_hits=count_hits
+            )
         else:
             outputs = self.hf(input_ids=input_ids, use_cache=False)
             sums = cross_entropy_of_logits(
-                outputs.logits.flatten(0, 1), labels.flatten(), weights_T=weights_T, z_loss_coef=self.z_loss_coef
+                outputs.logits.flatten(0, 1),
+                labels.flatten(),
+                weights_T=weights_T,
+                z_loss_coef=self.z_loss_coef,
+                count_hits=count_hits,
             )
         assert sums.per_token is not None, "both functions return it"
         return sums._replace(per_token=sums.per_token.view_as(labels))

@@ -81,6 +81,8 @@ _MIN_LR = Alias(
     type=float,
 )
 
+_LENGTH = Alias("train.eval_length", lambda value, get: None if value == -1 else value, type=int)
+
 TRAINING: Mapping[str, Alias] = MappingProxyType(
     {
         "training.batch_size": tokens("train.total_batch_size"),
@@ -111,6 +113,8 @@ TRAINING: Mapping[str, Alias] = MappingProxyType(
         "logging.checkpoint_interval": Alias("ckpt.save_every_steps"),
         "logging.validation_interval": Alias("train.val_every_steps"),
         "eval.evaluations": Alias("train.eval_tasks"),
+        "eval.length": _LENGTH,
+        "eval.data_dir": Alias("train.eval_data_dir"),
         "architecture.n_layers": Alias("model.num_layer"),
         "architecture.n_layer": Alias("model.num_layer"),
         "architecture.n_embd": Alias("model.hidden_size"),

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from tinytron.checkpoint.files import CheckpointFiles, complete_checkpoints
-from tinytron.checkpoint.load import read_meta
+from tinytron.checkpoint.save import costs
 from tinytron.errors import CheckpointError
 from tinytron.job import CHECKPOINTS
 from tinytron.utils.lock import lock_folder
@@ -30,13 +30,9 @@ def newest_run(folder: Path) -> list[CheckpointFiles]:
 
 
 def best_of(run: list[CheckpointFiles]) -> CheckpointFiles | None:
-    """The checkpoint with the lowest validation loss, if any was validated."""
-    losses = {}
-    for files in run:
-        loss = read_meta(files.meta).val_loss
-        if loss is not None:
-            losses[files] = loss
-    return min(losses, key=lambda files: losses[files], default=None)
+    """The best checkpoint of ``run``, newest first: by its validation loss or ``--best_metric``, if it is known of any."""
+    known = costs(run)
+    return min((files for files in run if files.step in known), key=lambda f: (known[f.step], f.step), default=None)
 
 
 def named_checkpoint(folder: Path, name: str) -> CheckpointFiles:

@@ -15,7 +15,7 @@ import torch
 
 from tinytron.kernels.choice import LossKernel
 
-Losses = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # objective, token, per_token
+Losses = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # objective, token, per_token, hits
 
 
 def linear_cross_entropy(
@@ -28,12 +28,14 @@ def linear_cross_entropy(
     z_loss_coef: float = 0.0,
     chunk_tokens: int | None = None,
     by: LossKernel = "torch",
+    count_hits: bool = False,
 ) -> Losses:
     """The sum over tokens of ``weight * (-log softmax(hidden @ weight.T)[label] + z_loss_coef * lse²)``, where
     lse is the logsumexp of a token's logits (z-loss: PaLM, arXiv:2204.02311, section 5).
 
     Returns this objective, differentiable once in ``hidden_TD`` and ``weight_VD``; the same sum without z-loss,
-    detached; and every token's cross entropy ``[T]``, detached and not weighted.
+    detached; every token's cross entropy ``[T]``, detached and not weighted; and with ``count_hits`` the number of labels
+    with a weight above 0 that are the likeliest token (the first of equal ones), otherwise 0.
 
     Labels equal to ``ignore_index`` count as zero. ``weights_T`` (floats, constants; default 1) weigh the
     others; a weight of 0 is the same as an ignored label. Sums, softmax and the weight's gradient are in fp32
@@ -47,17 +49,23 @@ def linear_cross_entropy(
     if not torch.is_grad_enabled():  # otherwise the forward pass would compute gradients needlessly
         hidden_TD = hidden_TD.detach()
         weight_VD = weight_VD.detach()
-    if by == "cut":
-        return _by_package(hidden_TD, weight_VD, labels_T, weights_T, z_loss_coef, ignore_index)
     if chunk_tokens is None:
         # Number of logits in a chunk: a GPU needs many to stay busy; on a CPU a smaller chunk stays in the cache.
         elements = 2**27 if hidden_TD.is_cuda else 2**22
         chunk_tokens = max(128, elements // weight_VD.shape[0])
+    if by == "cut":
+        losses = _by_package(hidden_TD, weight_VD, labels_T, weights_T, z_loss_coef, ignore_index)
+        hits = losses[3]
+        for start in range(0, len(hidden_TD) if count_hits else 0, chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
+            counted_t = _counted(labels_T[chunk], None if weights_T is None else weights_T[chunk], ignore_index)
+            hits += _hits(hidden_TD[chunk].detach() @ weight_VD.detach().t(), labels_T[chunk], counted_t)
+        return losses
     by_triton = by == "triton" and hidden_TD.dtype != torch.float64
-    losses: Losses = _LinearCrossEntropy.apply(
-        hidden_TD, weight_VD, labels_T, weights_T, z_loss_coef, chunk_tokens, ignore_index, by_triton
+    found: Losses = _LinearCrossEntropy.apply(
+        hidden_TD, weight_VD, labels_T, weights_T, z_loss_coef, chunk_tokens, ignore_index, by_triton, count_hits
     )
-    return losses
+    return found
 
 
 def cross_entropy_(
@@ -99,6 +107,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
         ignore_index: int,
         by_triton: bool,
+        count_hits: bool,
     ) -> Losses:
         T = len(hidden_TD)
         grads = ChunkGradients(hidden_TD, weight_VD, ctx.needs_input_grad)
@@ -107,13 +116,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         objective = hidden_TD.new_zeros((), dtype=logits.dtype)
         token = hidden_TD.new_zeros((), dtype=logits.dtype)
         per_token = hidden_TD.new_empty(T, dtype=logits.dtype)
+        hits = torch.zeros_like(token, dtype=torch.int64)
         for start in range(0, T, chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            counted_t = (labels_T[chunk] != ignore_index).to(logits.dtype)
-            if weights_T is not None:
-                counted_t = counted_t * weights_T[chunk].to(logits.dtype)
+            weights_t = None if weights_T is None else weights_T[chunk].to(logits.dtype)
+            counted_t = _counted(labels_T[chunk], weights_t, ignore_index).to(logits.dtype)
             nll_t = per_token[chunk]
             z_tV = logits.of(hidden_TD[chunk], weight_VD)
+            if count_hits:
+                hits += _hits(z_tV, labels_T[chunk], counted_t)
             lse_t = rows_(
                 z_tV, labels_T[chunk], counted_t, nll_t, z_loss_coef, ignore_index=ignore_index, gradient=grads.wanted
             )
@@ -123,8 +134,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grads.wanted:
                 grads.add(logits.rounded(z_tV), hidden_TD, weight_VD, chunk)
         ctx.grads = (grads.hidden_TD, grads.weight_VD)
-        ctx.mark_non_differentiable(token, per_token)
-        return objective, token, per_token
+        ctx.mark_non_differentiable(token, per_token, hits)
+        return objective, token, per_token, hits
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -137,7 +148,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden.mul_(grad_objective)
         if grad_weight is not None:
             grad_weight.mul_(grad_objective)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None, None
+
+
+def _counted(label_t: torch.Tensor, weight_t: torch.Tensor | None, ignore_index: int) -> torch.Tensor:
+    """How much each label counts: its weight (default: 1, as a bool), or 0 if it is ignored."""
+    valid_t = label_t != ignore_index
+    return valid_t if weight_t is None else valid_t * weight_t
+
+
+def _hits(logits_tV: torch.Tensor, label_t: torch.Tensor, counted_t: torch.Tensor) -> torch.Tensor:
+    """The number of labels that count and have the largest logit, int64 scalar."""
+    return ((logits_tV.argmax(1) == label_t) & (counted_t > 0)).sum()
 
 
 class ChunkLogits:
@@ -220,4 +242,4 @@ def _by_package(
     nll_T = package.linear_cross_entropy(hidden_TD, weight_VD, labels_T, ignore_index=ignore_index, reduction="none")
     nll_T = nll_T.to(torch.promote_types(nll_T.dtype, torch.float32))
     objective = (nll_T if weights_T is None else nll_T * weights_T.to(nll_T.dtype)).sum()
-    return objective, objective.detach(), nll_T.detach()
+    return objective, objective.detach(), nll_T.detach(), torch.zeros_like(objective, dtype=torch.int64)

@@ -13,15 +13,17 @@ In training, a metric sees the micro-batches of the steps that are reported, not
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 
 from tinytron.data import Batch
+from tinytron.data.batch import counted
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import ConfigError
-from tinytron.utils.sequences import IGNORE_INDEX
+from tinytron.model.protocols import CountsHits
 
 TAKEN = {
     *("step", "stage", "loss", "lr", "grad_norm", "seconds", "tokens_per_second", "mfu", "skipped_steps"),
@@ -68,19 +70,25 @@ class MeanMetric:
 
 
 class NextTokenAccuracy(MeanMetric):
-    """Share of the targets that are the likeliest token, of a model whose outputs have ``logits``."""
+    """Share of the targets with a weight above 0 that are the likeliest token. The GPT counts them as part of its loss;
+    the outputs of other models need ``logits``."""
+
+    needs_hits: ClassVar[bool] = True  # a model with the protocol CountsHits counts them while this metric collects
 
     def update(self, outputs: Any, inputs: Mapping[str, Any]) -> None:
-        """Add a micro-batch. Raises: ConfigError for a model that returns no logits, such as the GPT in training."""
-        logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
-        if logits is None:
-            raise ConfigError(
-                f"NextTokenAccuracy needs outputs with logits, but the model returned a {type(outputs).__name__}; leave it "
-                "out"
-            )
+        """Add a micro-batch. Raises: ConfigError for outputs with neither ``hits`` nor ``logits``."""
         labels = inputs["labels"]
-        counted = labels != IGNORE_INDEX
-        self.add("accuracy", ((logits.argmax(-1) == labels) & counted).sum(), counted.sum())
+        counts = counted(labels, inputs.get("weights"))
+        hits = getattr(outputs, "hits", None)
+        if hits is None:
+            logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+            if logits is None:
+                raise ConfigError(
+                    f"NextTokenAccuracy needs outputs with logits, but the model returned a {type(outputs).__name__}; "
+                    "leave it out"
+                )
+            hits = ((logits.argmax(-1) == labels) & counts).sum()
+        self.add("accuracy", hits, counts.sum())
 
 
 def create_loss_metric_cls(key: str) -> type[MeanMetric]:
@@ -102,16 +110,21 @@ Metrics = type[Metric] | Sequence[type[Metric]] | None
 
 
 class MetricSet:
-    """The metrics of one stage. They collect between ``begin`` and ``end``."""
+    """The metrics of one stage, of ``model``. They collect between ``begin`` and ``end``."""
 
-    def __init__(self, classes: Metrics, args: Any, state: ParallelState) -> None:
+    def __init__(self, classes: Metrics, args: Any, state: ParallelState, model: nn.Module) -> None:
         listed = classes if isinstance(classes, Sequence) else [] if classes is None else [classes]
-        self._classes, self._args, self._state = list(listed), args, state
+        self._classes, self._args, self._state, self._model = list(listed), args, state, model
         self._live: list[Metric] = []
 
     def begin(self) -> None:
         """Start from nothing."""
         self._live = [cls(self._args) for cls in self._classes]  # type: ignore[call-arg]
+        self._count_hits(any(getattr(cls, "needs_hits", False) for cls in self._classes))
+
+    def _count_hits(self, wanted: bool) -> None:
+        if isinstance(self._model, CountsHits):
+            self._model.counts_hits = wanted
 
     @property
     def collects(self) -> bool:
@@ -131,6 +144,7 @@ class MetricSet:
         that differ between ranks, because ``gather`` did not combine them.
         """
         metrics, self._live = self._live, []
+        self._count_hits(False)
         found: dict[str, float] = {}
         for metric in metrics:
             metric.gather()

@@ -65,13 +65,13 @@ class Block(CompilesMethods):
         cache: LayerCache | None = None,
         padding_Bs: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, MoEStats | None]:
-        """Apply the block. ``cache`` is for generation, where nothing is recomputed. The routing statistics leave out
-        ``padding_Bs``."""
+        """Apply the block. ``cache`` is for generation, where nothing is recomputed and nothing counted. The
+        routing statistics leave out ``padding_Bs``."""
         if not isinstance(self.mlp, MoE):
             out_BsD = recomputed(self.recompute, self._dense, x_BsD, rotation, documents, cache, dropout=self.dropout)
             return out_BsD, None
         x_BsD, normed_BsD, logits_TE = self._before_experts(x_BsD, rotation, documents, cache)
-        out_BsD, stats = self.mlp(normed_BsD, logits_TE, padding_Bs)
+        out_BsD, stats = self.mlp(normed_BsD, logits_TE, padding_Bs, with_stats=cache is None)
         return x_BsD + self._drop(out_BsD), stats
 
     def compile_parts(self) -> None:

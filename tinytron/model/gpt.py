@@ -101,6 +101,7 @@ class GPT(nn.Module):
         shape = (len(self.moe_layers), config.num_experts)
         for name in ("step_load", "load"):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.int64, device=device), persistent=False)
+        self.counts_hits = False  # also in training; in evaluation the loss always counts them
         self.recorded: TracedBatch | None = None  # from the last training forward pass, if the routers record
         for layer in self.moe_layers:
             layer.router.bias.zero_()
@@ -181,7 +182,8 @@ class GPT(nn.Module):
         ``block_size``.
         """
         s = input_ids_Bs.shape[1]
-        S = s * (self.state.layout.sep if self.state else 1)
+        # With a cache each sequence-parallel rank processes whole sequences of its own.
+        S = s * (self.state.layout.sep if self.state and cache is None else 1)
         if self.config.block_size < S:
             raise ConfigError(
                 f"a sequence of {S} tokens exceeds --block_size {self.config.block_size}; use --block_size {S}"
@@ -243,7 +245,11 @@ class GPT(nn.Module):
         if with_logits:
             logits = self.lm_head(x_BsD)
             sums = cross_entropy_of_logits(
-                logits.flatten(0, 1), labels.flatten(), weights_T=weights_T, z_loss_coef=self.z_loss_coef
+                logits.flatten(0, 1),
+                labels.flatten(),
+                weights_T=weights_T,
+                z_loss_coef=self.z_loss_coef,
+                count_hits=self.wants_hits,
             )
         else:
             sums = fused_linear_cross_entropy(
@@ -253,6 +259,7 @@ class GPT(nn.Module):
                 weights_T=weights_T,
                 z_loss_coef=self.z_loss_coef,
                 by=self.kernels.cross_entropy,
+                count_hits=self.wants_hits,
             )
         if sums.per_token is not None:
             sums = sums._replace(per_token=sums.per_token.view_as(labels))
@@ -262,6 +269,11 @@ class GPT(nn.Module):
         if routed is not None:
             sums = self.add_routing_losses(sums, all_stats, routed)
         return (logits, sums) if with_logits else sums
+
+    @property
+    def wants_hits(self) -> bool:
+        """True if the loss also counts the targets that are the likeliest token."""
+        return self.counts_hits or not self.training
 
     def add_routing_losses(self, sums: LossSums, all_stats: list[MoEStats], routed: RoutedTokens) -> LossSums:
         """``sums`` with the routers' losses of a forward pass, whose statistics of the expert layers are ``all_stats``."""

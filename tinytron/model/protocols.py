@@ -47,6 +47,13 @@ class HasExperts(Protocol):
         """Rows that each expert of each expert layer got since the last call, over all ranks."""
 
 
+@runtime_checkable
+class CountsHits(Protocol):
+    """A model whose loss sums have ``hits``: in evaluation always, in training while ``counts_hits`` is true."""
+
+    counts_hits: bool
+
+
 def require_gpt(model: nn.Module, uses: str, remedy: str) -> GPT:
     """``model``, checked to be Tinytron's GPT, whose weights can be converted. Raises: ConfigError that starts with
     ``uses``, a flag and a verb, and ends with ``remedy``."""

@@ -377,6 +377,7 @@ def _sums(
         {**sums.aux, **aux},
         per_token,
         {**sums.counts, **counts},
+        sums.hits,
     )
 
 

@@ -64,9 +64,9 @@ def _check_logging(logging: LoggingConfig) -> None:
 
 
 def _check_evaluation(train: TrainingConfig) -> None:
-    if (train.eval_every or train.eval_tokenizer) and not train.eval_tasks:
-        flag = "eval_every" if train.eval_every else "eval_tokenizer"
-        raise ConfigError(f"--{flag} {getattr(train, flag)} needs tasks; use --eval_tasks tasks.jsonl, or drop it")
+    for flag in ("eval_every", "eval_tokenizer", "eval_length", "eval_data_dir"):
+        if getattr(train, flag) != getattr(TrainingConfig, flag) and not train.eval_tasks:
+            raise ConfigError(f"--{flag} {getattr(train, flag)} needs tasks; use --eval_tasks tasks.jsonl, or drop it")
     stems = [PurePath(task).stem for task in train.eval_tasks]
     if twice := {stem for stem in stems if stems.count(stem) > 1}:
         raise ConfigError(f"--eval_tasks has two files called {min(twice)}, and the log goes by file name; rename one")

@@ -2,43 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn as nn
 
 from tinytron.data import Batch
-from tinytron.distributed.agreement import agree
+from tinytron.distributed.agreement import agree, agree_slowly
 from tinytron.distributed.parallel_state import ParallelState
-from tinytron.evaluation import validate
-from tinytron.evaluation.choices import Item, Row, encode_items, log_probs, read_items, summarize
+from tinytron.evaluation import Evaluation, validate
+from tinytron.evaluation.kinds import ChoiceFile
+from tinytron.evaluation.named import find_evaluation, is_registered
+from tinytron.evaluation.subject import Subject
 from tinytron.model.modules.loss import LossSums
-from tinytron.registry import EVALUATIONS
 from tinytron.text.run_tokenizer import find_tokenizer
 from tinytron.text.token_bytes import token_bytes_of_data
 from tinytron.training.config import Config
 from tinytron.training.datasets import LoadedData
-
-
-class Task(NamedTuple):
-    """A task file: its name without suffix, its items, and their tokens."""
-
-    name: str
-    items: list[Item]
-    rows: list[Row]
+from tinytron.training.run.best import LOSS, BestMetric
 
 
 class TrainingEvals:
-    """Validates on ``val`` and answers the tasks of ``--eval_tasks`` (none in a trial run). Construction is collective.
+    """Validates on ``val`` and runs the evaluations of ``--eval_tasks`` (none in a trial run). Construction is collective.
 
     ``text_bytes_V`` is the number of bytes of every token id, int64 on the device, if ``val`` reads token shards with a
     tokenizer.json next to them; then validation also reports bits per byte. Raises: DataError or ConfigError on every rank
-    for a damaged tokenizer.json, for malformed task files, and for tasks without a tokenizer that fits the model.
+    for a damaged tokenizer.json, for malformed task files or missing data, and for evaluations without a tokenizer that
+    fits the model.
     """
 
-    def __init__(self, config: Config, state: ParallelState, val: LoadedData | None) -> None:
+    def __init__(
+        self, config: Config, state: ParallelState, val: LoadedData | None, own: AbstractSet[str] = frozenset()
+    ) -> None:
         self._config, self._state = config, state
         self._sources = [] if val is None else val.sources
         self._last: tuple[int, float] | None = None  # step and loss of the last validation
@@ -47,24 +45,39 @@ class TrainingEvals:
         found = agree(self._token_bytes, group) if val is not None and val.from_shards else None
         size = config.model.vocab_size
         self.text_bytes_V = None if found is None else torch.tensor((found + [0] * size)[:size], device=state.device)
-        self.tasks: list[Task] = []
         named = config.train.eval_tasks if not config.train.debug else ()
-        # Names of registered evaluations, which the trainer runs; a file of that name comes first.
-        self.registered = [name for name in named if not Path(name).exists() and name in EVALUATIONS]
-        self._files = [Path(name) for name in named if name not in self.registered]
-        if self._files:
-            self.tasks = agree(self._read_tasks, group)
+        together = agree_slowly if any(map(is_registered, named)) else agree  # their data may have to be downloaded
+        self.tasks: list[Evaluation] = []
+        self.registered: list[str] = []  # functions, which the trainer calls
+        if named:
+            self.tasks, self.registered = together(lambda: self._find(named), group)
+        names = [*(task.name for task in self.tasks), *self.registered]
+        self._best = BestMetric(config.ckpt.best_metric, self._numbers_of_validation(), names, own)
+
+    def _numbers_of_validation(self) -> list[str]:
+        if not self._config.train.do_val or self._config.train.debug:
+            return []
+        routing = ("moe_balance", "moe_z") if self._config.model.use_moe else ()
+        return [LOSS, "perplexity", "accuracy", *(["bits_per_byte"] if self.text_bytes_V is not None else []), *routing]
 
     def _token_bytes(self) -> list[int] | None:
         return token_bytes_of_data(self._path)
 
-    def _read_tasks(self) -> list[Task]:
+    def _find(self, names: Sequence[str]) -> tuple[list[Evaluation], list[str]]:
+        """The evaluations among ``names``, prepared, and the names of functions."""
         train, data = self._config.train, self._config.data
-        given = None if train.eval_tokenizer is None else Path(train.eval_tokenizer)
-        tokenizer = find_tokenizer(self._path, given, data.eot_id, data.eot_position, option="--eval_tokenizer")
-        tokenizer.check(self._config.model.vocab_size)
-        files = [(path.stem, read_items(path)) for path in self._files]
-        return [Task(name, items, encode_items(items, tokenizer, train.seq_len)) for name, items in files]
+        data_dir = None if train.eval_data_dir is None else Path(train.eval_data_dir)
+        length = -1 if train.eval_length is None else train.eval_length
+        found = {name: find_evaluation(name, length, data_dir) for name in names}
+        evaluations = [made for made in found.values() if made is not None]
+        if evaluations:
+            given = None if train.eval_tokenizer is None else Path(train.eval_tokenizer)
+            tokenizer = find_tokenizer(self._path, given, data.eot_id, data.eot_position, option="--eval_tokenizer")
+            tokenizer.check(self._config.model.vocab_size)
+            self._tokenizer = tokenizer
+            for made in evaluations:
+                made.prepare(tokenizer, train.seq_len)
+        return evaluations, [name for name, made in found.items() if made is None]
 
     def remember(self, step: int, loss: float) -> None:
         """``loss`` is the result of the validation after ``step``, which decides which checkpoint is the best."""
@@ -83,24 +96,30 @@ class TrainingEvals:
         self.remember(step, result.loss)
         return result.loss, {"step": step, "stage": "val", **result.fields()}
 
-    def loss_of(self, step: int) -> float | None:
-        """The validation loss of ``step``'s weights, if the last validation was at that step."""
-        return self._last[1] if self._last is not None and self._last[0] == step else None
+    def noted(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """``records`` of the current weights, after taking the value of ``--best_metric`` from them. Collective. Raises:
+        ConfigError, on every rank, if there is none."""
+        if self._best.name != LOSS:
+            agree(lambda: self._best.note(records), self._state.groups["world"])
+        return records
+
+    def about(self, step: int) -> dict[str, Any]:
+        """Facts about ``step``'s weights for the record of a checkpoint: the validation loss, if the last validation was at
+        that step, and the value of ``--best_metric``."""
+        known = self._last is not None and self._last[0] == step
+        return {"val_loss": self._last[1] if self._last and known else None, "best_metric": self._best.at(step)}
 
     def answer(self, step: int, model: nn.Module, loss: Callable[[Batch], LossSums]) -> list[dict[str, Any]]:
-        """The accuracies of every task, as records for the log. Collective. A batch has as many tokens as a micro-batch of
-        one rank, and at least one row."""
-        train, entries = self._config.train, []
+        """The results of every evaluation with the current weights, as records for the log. Collective. A batch has as
+        many tokens as a micro-batch of one rank, and at least one row."""
+        if not self.tasks:
+            return []
+        train, state = self._config.train, self._state
+        tokens = train.batch_size * train.seq_len
+        subject = Subject(model, self._tokenizer, train.seq_len, tokens, state.device, state, loss)
+        entries = []
         for task in self.tasks:
-            scores = log_probs(
-                model,
-                loss,
-                task.rows,
-                longest=train.seq_len,
-                tokens_per_batch=train.batch_size * train.seq_len,
-                device=self._state.device,
-                state=self._state,
-            )
-            result = summarize(task.items, task.rows, scores)
-            entries.append({"step": step, "stage": "eval", "task": task.name, **result})
+            result = task.evaluate(subject)
+            scores = result.more if isinstance(task, ChoiceFile) else result.fields()
+            entries.append({"step": step, "stage": "eval", "task": task.name, **scores})
         return entries

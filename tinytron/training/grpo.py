@@ -333,7 +333,7 @@ class GRPOTrainer(BaseTrainer[ConfigT, ModelT]):
             "completion_length": length / count,
             "completions_ended": ended / count,
         }
-        self.reporter.write([{"step": self.step, "stage": "val", "loss": loss, **means}])
+        self.reporter.write(self.evals.noted([{"step": self.step, "stage": "val", "loss": loss, **means}]))
         return loss
 
 

@@ -83,7 +83,13 @@ class ReferenceTrainer(BaseTrainer[ConfigT, ModelT]):
             temperature=how.temperature,
         )
         sums = fused_linear_cross_entropy(
-            x_TD, head, labels_T, weights_T=weights_T, z_loss_coef=model.z_loss_coef, by=model.kernels.cross_entropy
+            x_TD,
+            head,
+            labels_T,
+            weights_T=weights_T,
+            z_loss_coef=model.z_loss_coef,
+            by=model.kernels.cross_entropy,
+            count_hits=model.wants_hits,
         )
         assert sums.per_token is not None, "the fused loss returns every token's cross entropy"
         # A temperature divides the gradient by its square, which this undoes (arXiv:1503.02531, section 2).

@@ -133,7 +133,15 @@ class CkptConfig:
     keep_every: Annotated[
         int, Flag("also keep every N-th step's checkpoint; 0: off", "steps", identity=False, at_least=0)
     ] = 0
-    keep_best: Annotated[bool, Flag("also keep the checkpoint with the lowest validation loss", identity=False)] = False
+    keep_best: Annotated[bool, Flag("also keep the best checkpoint, by best_metric", identity=False)] = False
+    best_metric: Annotated[
+        str | None,
+        Flag(
+            "number of the validation (accuracy) or name of an evaluation by which the best checkpoint is found; default: "
+            "the validation loss",
+            identity=False,
+        ),
+    ] = None
     export_every: Annotated[
         int,
         Flag(

@@ -78,6 +78,20 @@ class TrainingConfig:
     eval_every: Annotated[
         int, Flag("evaluate eval_tasks every N steps; 0: only after the last step", "steps", identity=False, at_least=0)
     ] = 0
+    eval_length: Annotated[
+        int | None,
+        Flag(
+            "number of items to use of each of eval_tasks; default: all", "items", identity=False, at_least=1, works=100
+        ),
+    ] = None
+    eval_data_dir: Annotated[
+        str | None,
+        Flag(
+            "folder with local data of registered evaluations, such as mnli.jsonl; default: the hub",
+            identity=False,
+            path=True,
+        ),
+    ] = None
     eval_tokenizer: Annotated[
         str | None,
         Flag("tokenizer.json for eval_tasks; default: the one next to the shards", identity=False, path=True),

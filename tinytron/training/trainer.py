@@ -46,6 +46,7 @@ from tinytron.training.hf_model import foreign_model
 from tinytron.training.memory import memory_notes
 from tinytron.training.objective import LossFunction, loss_sums
 from tinytron.training.pipeline import DataPipeline
+from tinytron.training.run.best import own_stages
 from tinytron.training.run.exports import check_exportable
 from tinytron.training.run.folder import RunFolder
 from tinytron.training.run.guards import Guards
@@ -149,12 +150,11 @@ class Trainer(RankAttributes):
 
     def _init_evals(self, config: Config) -> None:
         """Set ``evals``, which validates and answers tasks during training."""
-        self.evals = TrainingEvals(config, self.state, self.data.val)
+        self.evals = TrainingEvals(config, self.state, self.data.val, own_stages(self))
 
     def _init_model(self, config: Config) -> None:
         """Set ``raw_model``, which owns the parameters and maps ``(input_ids, labels)`` to ``LossSums`` or an object
-        with ``.loss``, a mean, and ``model``,
-        which ``_loss`` calls."""
+        with ``.loss``, a mean, and ``model``, which ``_loss`` calls."""
         self.raw_model = self.model = build_model(config, self.state)
 
     def _init_optimizer(self, config: Config) -> None:
@@ -181,7 +181,7 @@ class Trainer(RankAttributes):
         """Choose what is logged in addition to the losses, and open the sinks."""
         self._sources = SourceLosses(self.data.train.sources, self.state)
         classes = (("train", self.train_metric_cls), ("val", self.eval_metric_cls))
-        self._custom = {stage: MetricSet(found, config, self.state) for stage, found in classes}
+        self._custom = {stage: MetricSet(found, config, self.state, self.raw_model) for stage, found in classes}
         self.reporter.metrics.append(self._custom["train"].record)
         self.reporter.metrics += build_metrics(
             config, self.raw_model, self.state, self.log_dir, self._sources, self.data.seen_tokens
@@ -306,14 +306,14 @@ class Trainer(RankAttributes):
             loss, record = self.evals.validate(self.step, *objective, self.data.validation())
             record |= self._custom["val"].end()
         self.one_step_results["val_loss"] = loss
-        self.reporter.write([record])
+        self.reporter.write(self.evals.noted([record]))
         return loss
 
     def save(self) -> CheckpointFiles:
         """Save a checkpoint of the current step; inside ``train`` it is written while training continues. Collective."""
         with self.reporter.clock.paused(), self.guards.paused():
             self.optimizer.finish_gather()
-            messages = self.saver.save(self.step, self.evals.loss_of(self.step))
+            messages = self.saver.save(self.step, self.evals.about(self.step))
         self._say(*messages)
         return self.saver.files(self.step)
 
@@ -380,7 +380,7 @@ class Trainer(RankAttributes):
         if self.due.tasks(self.step) and not self.guards.ends:
             with self.reporter.clock.paused(), self.guards.paused():
                 records = self._answer_tasks()
-            self.reporter.write(records)
+            self.reporter.write(self.evals.noted(records))
 
     def _answer_tasks(self) -> list[dict[str, Any]]:
         return self.evals.answer(self.step, self.model, self._loss) + registered_records(self)

@@ -27,6 +27,9 @@ class LossSums(NamedTuple):
     routed tokens. The sums and counts of all ranks and micro-batches give the mean. A value without a count
     is divided like ``token``; ``_replace`` keeps the counts. A sum over anything but targets must be scaled by
     targets per count before it is added to ``objective`` (modules/routed.py).
+
+    ``hits`` is the number of targets with a weight above 0 whose label is the likeliest token, int64; ``None`` if the
+    model did not count them.
     """
 
     objective: torch.Tensor
@@ -34,6 +37,7 @@ class LossSums(NamedTuple):
     aux: Mapping[str, torch.Tensor] = MappingProxyType({})
     per_token: torch.Tensor | None = None
     counts: Mapping[str, torch.Tensor] = MappingProxyType({})
+    hits: torch.Tensor | None = None
 
 
 def checked_sums(losses: Any) -> LossSums:
@@ -63,14 +67,15 @@ def fused_linear_cross_entropy(
     z_loss_coef: float = 0.0,
     chunk_tokens: int | None = None,
     by: LossKernel = "torch",
+    count_hits: bool = False,
 ) -> LossSums:
     """Loss sums for the logits ``hidden @ weight.T``, which are never in memory as a whole.
 
     Labels equal to ``IGNORE_INDEX`` count as zero, the others ``weights_T`` times (default 1). Nothing is
     averaged: divide by the sum of the weights of the valid targets of the *global* batch. Formula, precision,
-    ``chunk_tokens`` and ``by`` are as in ``kernels.cross_entropy.linear_cross_entropy``.
+    ``chunk_tokens``, ``by`` and ``count_hits`` are as in ``kernels.cross_entropy.linear_cross_entropy``.
     """
-    objective, token, per_token = linear_cross_entropy(
+    objective, token, per_token, hits = linear_cross_entropy(
         hidden_TD,
         weight_VD,
         labels_T,
@@ -79,8 +84,9 @@ def fused_linear_cross_entropy(
         z_loss_coef=z_loss_coef,
         chunk_tokens=chunk_tokens,
         by=by,
+        count_hits=count_hits,
     )
-    return LossSums(objective, token, per_token=per_token)
+    return LossSums(objective, token, per_token=per_token, hits=hits if count_hits else None)
 
 
 def cross_entropy_of_logits(
@@ -89,6 +95,7 @@ def cross_entropy_of_logits(
     *,
     weights_T: torch.Tensor | None = None,
     z_loss_coef: float = 0.0,
+    count_hits: bool = False,
 ) -> LossSums:
     """Loss sums for logits that exist as a whole, by the same formula as ``fused_linear_cross_entropy``, which takes less
     memory where the head is a matrix."""
@@ -101,4 +108,5 @@ def cross_entropy_of_logits(
     objective = token
     if z_loss_coef:
         objective = token + z_loss_coef * (logits_TV.logsumexp(1).square() * counted_T).sum()
-    return LossSums(objective, token.detach(), per_token=nll_T.detach())
+    hits = ((logits_TV.argmax(1) == labels_T) & (counted_T > 0)).sum() if count_hits else None
+    return LossSums(objective, token.detach(), per_token=nll_T.detach(), hits=hits)

@@ -182,13 +182,17 @@ class MoE(CompilesMethods):
         self.shared = SwiGLU(config.hidden_size, shared, config.has_mlp_bias, kernels) if shared else None
 
     def forward(
-        self, x_BsD: torch.Tensor, logits_TE: torch.Tensor, padding_Bs: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, MoEStats]:
+        self,
+        x_BsD: torch.Tensor,
+        logits_TE: torch.Tensor,
+        padding_Bs: torch.Tensor | None = None,
+        with_stats: bool = True,
+    ) -> tuple[torch.Tensor, MoEStats | None]:
         """Apply the layer. The experts also process the tokens in ``padding_Bs``, but the statistics leave them out."""
         routing = self.router.choose(logits_TE)
         routes = plan_dispatch(routing.expert_Tk, self.config.num_experts, self.group)
         out_BsD = recomputed(self.recompute.mixture, self._mixture, x_BsD, routing.weight_Tk, routes)
-        return out_BsD, self._stats(routing, x_BsD.shape[0], padding_Bs)
+        return out_BsD, self._stats(routing, x_BsD.shape[0], padding_Bs) if with_stats else None
 
     def compile_parts(self) -> None:
         """Compile the parts between the exchanges; only those, because a rank's number of rows changes in every step."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch.nn as nn
 
@@ -64,16 +65,16 @@ class RunSaver:
         finally:
             self._background = False
 
-    def save(self, step: int, val_loss: float | None) -> list[str]:
-        """Save a checkpoint of ``step``, whose validation loss is ``val_loss`` if known; returns lines to print.
-        Collective."""
+    def save(self, step: int, about: Mapping[str, Any]) -> list[str]:
+        """Save a checkpoint of ``step``, with more fields of its record in ``about`` (``TrainingEvals.about``); returns
+        lines to print. Collective."""
         meta = CheckpointMeta(
             format=FORMAT_VERSION,
             run=self.folder.description,
             identity=self.config.identity(),
             data=self.data.identity(step),
             data_position=data_position(self.config, step),
-            val_loss=val_loss,
+            **about,
             guard=self.guards.state_dict(),
         )
         self.saved = step
