@@ -21,7 +21,6 @@ from tinytron.utils.flags import FieldInfo, config_fields
 # decisions of ours: one source of defaults, so four booleans are on; saving is on; sep_size 1, which fits every machine;
 # mock data when no path is given; the backend follows the device.
 DOCUMENTED: dict[str, dict[str, Any]] = {
-    "lora": (),
     "train": {
         "total_batch_size": 524288, "batch_size": 8, "seq_len": 4096, "max_steps": None, "max_epochs": 1, "do_val": False,
         "max_train_tokens": None, "max_eval_tokens": None, "eval_tasks": (), "eval_every": 0, "eval_tokenizer": None,

@@ -343,7 +343,8 @@ def test_a_configuration_cannot_be_changed() -> None:
 # The run's identity.
 
 # How a run is executed and how long: layout, micro-batch, paths, intervals, step limits. All else is what it is.
-EXECUTION = {
+EXECUTION: dict[str, set[str]] = {
+    "lora": set(),
     "train": {
         "batch_size", "max_steps", "max_train_tokens", "max_eval_tokens", "max_epochs", "do_val", "val_every_steps",
         "recompute", "attn_backend", "use_compile", "eval_tasks", "eval_every", "eval_tokenizer",
