@@ -49,6 +49,7 @@ AT_LEAST_ZERO = [
     "z_loss_coef",
     "max_lr",
     "min_lr",
+    "rewarm_lr",
     "warmup_steps",
     "weight_decay",
     "adam_eps",
@@ -84,7 +85,7 @@ def test_amounts_are_not_negative(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "grad_clip_value", "z_loss_coef", "max_lr", "min_lr", "weight_decay", "adam_eps", "matrix_lr_mult",
+        "grad_clip_value", "z_loss_coef", "max_lr", "min_lr", "rewarm_lr", "weight_decay", "adam_eps", "matrix_lr_mult",
         "embedding_lr_mult", "head_lr_mult", "scalar_lr_mult", "spike_sigma", "step_timeout",
     ],
 )  # fmt: skip
@@ -192,6 +193,34 @@ def test_amounts_are_numbers(name: str) -> None:
             "--min_lr 0.01 --max_lr 0.002",
             "--min_lr 0.01 exceeds --max_lr 0.002; use at most 0.002",
             "--min_lr 0.002 --max_lr 0.002",
+        ),
+        (
+            "--lr_schedule cosine_rewarm",
+            "--lr_schedule cosine_rewarm needs ... use --lr_stages 0.5",
+            "--lr_schedule cosine_rewarm --lr_stages 0.5",
+        ),
+        *(
+            (
+                f"--lr_schedule cosine_rewarm --lr_stages {stages}",
+                f"--lr_stages {stages} must be increasing fractions between 0 and 1; use 0.5 0.75",
+                "--lr_schedule cosine_rewarm --lr_stages 0.5 0.75",
+            )
+            for stages in ("0.0", "0.5 0.5", "0.75 0.5", "1.0", "nan")
+        ),
+        (
+            "--lr_stages 0.5",
+            "--lr_stages 0.5 is for --lr_schedule cosine_rewarm, not cosine; drop one of them",
+            "--lr_stages 0.5 --lr_schedule cosine_rewarm",
+        ),
+        (
+            "--lr_schedule cosine_rewarm --lr_stages 0.5 --min_lr 0.001",
+            "--min_lr 0.001 exceeds --rewarm_lr 0.0001; use at most 0.0001",
+            "--lr_schedule cosine_rewarm --lr_stages 0.5 --min_lr 0.0001",
+        ),
+        (
+            "--warmup_start 1.5",
+            "--warmup_start 1.5 must be in 0..1",
+            "--warmup_start 1",
         ),
         *(
             (f"--{name} {value}", f"--{name} {value} must be in [0, 1); use 0.9", f"--{name} 0.9")

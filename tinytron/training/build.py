@@ -110,6 +110,9 @@ def build_schedule(optim: OptimConfig, info: TrainingInfo) -> Schedule:
         power=optim.lr_power,
         cycles=optim.lr_cycles,
         constant_fraction=optim.wsds_constant_fraction,
+        warmup_start=optim.warmup_start,
+        stages=optim.lr_stages,
+        rewarm_lr=optim.rewarm_lr,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import PurePath
 
 from tinytron.distributed.layout import divisors
@@ -35,8 +36,7 @@ def check(
 ) -> None:
     """Raises: ConfigError for the first rule that the sections of a run break."""
     _check_logging(logging)
-    if optim.min_lr > optim.max_lr:
-        raise ConfigError(f"--min_lr {optim.min_lr} exceeds --max_lr {optim.max_lr}; use at most {optim.max_lr}")
+    _check_rates(optim)
     _check_evaluation(train)
     if data.val_dataset_path is not None and (data.dataset_path is None or data.use_mock_data):
         raise ConfigError(
@@ -58,6 +58,24 @@ def _check_logging(logging: LoggingConfig) -> None:
         raise ConfigError(f"--dry_run_world_size {processes} needs --dry_run; add that flag, or drop this one")
     if not logging.exp_name or "/" in logging.exp_name:
         raise ConfigError(f"--exp_name {logging.exp_name!r} must be a plain folder name; use gpt")
+
+
+def _check_rates(optim: OptimConfig) -> None:
+    if optim.min_lr > optim.max_lr:
+        raise ConfigError(f"--min_lr {optim.min_lr} exceeds --max_lr {optim.max_lr}; use at most {optim.max_lr}")
+    given = " ".join(map(str, optim.lr_stages))
+    if optim.lr_schedule != "cosine_rewarm":
+        if optim.lr_stages:
+            raise ConfigError(
+                f"--lr_stages {given} is for --lr_schedule cosine_rewarm, not {optim.lr_schedule}; drop one of them"
+            )
+        return
+    if not optim.lr_stages:
+        raise ConfigError("--lr_schedule cosine_rewarm needs the fractions at which stages begin; use --lr_stages 0.5")
+    if any(not low < high for low, high in itertools.pairwise((0.0, *optim.lr_stages, 1.0))):
+        raise ConfigError(f"--lr_stages {given} must be increasing fractions between 0 and 1; use 0.5 0.75")
+    if optim.min_lr > optim.rewarm_lr:
+        raise ConfigError(f"--min_lr {optim.min_lr} exceeds --rewarm_lr {optim.rewarm_lr}; use at most {optim.rewarm_lr}")
 
 
 def _check_evaluation(train: TrainingConfig) -> None:

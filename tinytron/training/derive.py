@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from tinytron.distributed.layout import ParallelLayout, divisors
+from tinytron.optim.schedule import fitting_warmup
 from tinytron.training.config import Config, OptimConfig, TrainingConfig
 from tinytron.utils.training import get_training_info, grad_accum_steps
 
@@ -100,8 +101,8 @@ def derive(config: Config, layout: ParallelLayout, num_samples: int | None) -> T
     warmup, ratio = config.optim.warmup_steps, config.optim.warmup_ratio
     if ratio:
         warmup = math.ceil(ratio * max_steps)
-    elif warmup >= max_steps and warmup > 1:
-        warmup = max(1, max_steps // 10)
+    elif (fitting := fitting_warmup(warmup, max_steps)) != warmup:
+        warmup = fitting
         if config.optim.warmup_steps != OptimConfig.warmup_steps:  # shortening the default needs no note
             notes.append(
                 f"warm-up cut from {config.optim.warmup_steps} to {warmup} steps: the run has only {max_steps}"

@@ -28,9 +28,19 @@ class OptimConfig:
         float,
         Flag("warm-up as a fraction of the steps, instead of warmup_steps; 0: off", at_least=0, below=1, works=0.01),
     ] = 0.0
+    warmup_start: Annotated[
+        float | None,
+        Flag("fraction of max_lr at which the warm-up begins; default: one step's share", at_least=0, at_most=1),
+    ] = None
     lr_schedule: Annotated[
         str, Flag("after the warm-up; wsd: constant, then a decay; wsds: then constant again", choices=tuple(SCHEDULES))
     ] = "cosine"
+    lr_stages: Annotated[
+        tuple[float, ...], Flag("cosine_rewarm: fractions of the steps at which its second and later stages begin")
+    ] = ()
+    rewarm_lr: Annotated[
+        float, Flag("cosine_rewarm: peak learning rate of its second and later stages", at_least=0, at_most=1000)
+    ] = 1e-4
     lr_power: Annotated[
         float, Flag("polynomial schedule: exponent of the remaining fraction", above=0, at_most=100, works=1.0)
     ] = 1.0
