@@ -35,6 +35,7 @@ KINDS: dict[str, tuple[object, ...]] = {
     "fp16": ("--precision", "fp16", "--init_std", 1.0),  # the first steps overflow: the scale is part of the state
     "replicated": ("--no-use_distributed_optimizer", "--dropout", 0.2),
     "epochs": ("--mock_data_num_samples", 12),  # a step straddles two epochs
+    "rates": ("--weight_decay_schedule", "cosine", "--lr_schedule", "cosine_rewarm", "--lr_stages", 0.5),
     "workers": ("--num_workers", 2, "--dropout", 0.2),
 }
 

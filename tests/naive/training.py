@@ -23,13 +23,14 @@ Batches = Sequence[tuple[torch.Tensor, ...]]
 @dataclass(frozen=True)
 class Recipe:
     """What a run optimizes with. ``micro_batches`` are consecutive parts of the global batch; they matter to the balance
-    loss of scope ``batch`` only."""
+    loss of scope ``batch`` only. ``last_decay`` is the weight decay of the last step, to which it falls in a line."""
 
     optimizer: Literal["adamw", "sgd", "muon", "normuon"] = "adamw"
     max_lr: float = 2e-3
     min_lr: float = 2e-4
     warmup: int = 2
     weight_decay: float = 0.1
+    last_decay: float | None = None
     clip: float = 0.0
     micro_batches: int = 1
 
@@ -55,8 +56,14 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
     return recipe.min_lr + (recipe.max_lr - recipe.min_lr) * (1 + math.cos(math.pi * done)) / 2
 
 
+def weight_decay(recipe: Recipe, step: int, steps: int) -> float:
+    """Constant, or a line from ``weight_decay`` to ``last_decay``."""
+    last = recipe.weight_decay if recipe.last_decay is None else recipe.last_decay
+    return recipe.weight_decay + (last - recipe.weight_decay) * step / (steps - 1)
+
+
 class _Optimizers:
-    """Plain ones over whole tensors, all with the same learning rate."""
+    """Plain ones over whole tensors, all with the same learning rate and weight decay."""
 
     def __init__(self, weights: Weights, shape: Shape, recipe: Recipe) -> None:
         muon = {n: w for n, w in weights.items() if "muon" in recipe.optimizer and "_proj" in n}
@@ -80,11 +87,13 @@ class _Optimizers:
         else:
             self.rest = torch.optim.AdamW(groups, lr=recipe.max_lr, betas=(0.9, 0.95), eps=1e-8, foreach=False)
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, decay: float) -> None:
         for group in self.rest.param_groups:
             group["lr"] = lr
+        self.rest.param_groups[0]["weight_decay"] = decay
         self.rest.step()
         for matrix in self.matrices:
+            matrix.decay = decay
             matrix.step(lr)
 
 
@@ -102,7 +111,7 @@ def train(initial: Weights, batches: Batches, shape: Shape, recipe: Recipe) -> O
         limit = recipe.clip if recipe.clip > 0 else math.inf
         outcome.norms.append(float(torch.nn.utils.clip_grad_norm_(own.values(), limit, foreach=False)))
         outcome.grads.append({n: w.grad.double().numpy().copy() for n, w in parameters.items() if w.grad is not None})
-        optimizers.step(learning_rate(recipe, step, len(batches)))
+        optimizers.step(learning_rate(recipe, step, len(batches)), weight_decay(recipe, step, len(batches)))
         for w in own.values():
             w.grad = None
         for i, bias in enumerate(biases.values()):

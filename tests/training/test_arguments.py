@@ -47,7 +47,7 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
         "scalar_lr_mult": 1.0, "lr_schedule": "cosine", "wsd_decay_fraction": 0.1, "wsd_decay_shape": "cosine",
         "wsds_constant_fraction": 0.5,
         "decay_embeddings": True, "decay_all": False, "warmup_ratio": 0.0, "lr_power": 1.0, "lr_cycles": 1,
-        "warmup_start": None, "lr_stages": (), "rewarm_lr": 1e-4,
+        "weight_decay_schedule": "constant", "weight_decay_end": 0.0, "warmup_start": None, "lr_stages": (), "rewarm_lr": 1e-4,
     },
     "ckpt": {
         **{"do_save": True, "save_every_steps": 5000, "resume": True, "resume_path": None},
@@ -92,6 +92,7 @@ OTHER = {
     "split_rate": 0.5,
     "warmup_ratio": 0.01,
     "warmup_start": 0.01,
+    "weight_decay_end": 0.01,
     "lr_stages": (0.5, 0.75),
     "hidden_size": 2048,
     "num_attention_heads": 64,
@@ -121,6 +122,7 @@ OTHER = {
 NEEDED = {
     "seq_len": ["--block_size", "5000"],
     "sliding_window_layers": ["--sliding_window", "8"],
+    "weight_decay_end": ["--weight_decay_schedule", "cosine"],
     "lr_stages": ["--lr_schedule", "cosine_rewarm"],
     "hub_model_id": ["--export_every", "5000"],
     "export_dir": ["--export_every", "5000"],

@@ -52,6 +52,7 @@ AT_LEAST_ZERO = [
     "rewarm_lr",
     "warmup_steps",
     "weight_decay",
+    "weight_decay_end",
     "adam_eps",
     "matrix_lr_mult",
     "embedding_lr_mult",
@@ -85,7 +86,7 @@ def test_amounts_are_not_negative(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "grad_clip_value", "z_loss_coef", "max_lr", "min_lr", "rewarm_lr", "weight_decay", "adam_eps", "matrix_lr_mult",
+        "grad_clip_value", "z_loss_coef", "max_lr", "min_lr", "rewarm_lr", "weight_decay", "weight_decay_end", "adam_eps", "matrix_lr_mult",
         "embedding_lr_mult", "head_lr_mult", "scalar_lr_mult", "spike_sigma", "step_timeout",
     ],
 )  # fmt: skip
@@ -216,6 +217,27 @@ def test_amounts_are_numbers(name: str) -> None:
             "--lr_schedule cosine_rewarm --lr_stages 0.5 --min_lr 0.001",
             "--min_lr 0.001 exceeds --rewarm_lr 0.0001; use at most 0.0001",
             "--lr_schedule cosine_rewarm --lr_stages 0.5 --min_lr 0.0001",
+        ),
+        *(
+            (
+                f"--weight_decay_schedule {kind} --weight_decay 0",
+                f"--weight_decay_schedule {kind} has no decay ... --weight_decay 0; use 0.1",
+                f"--weight_decay_schedule {kind} --weight_decay 0.1",
+            )
+            for kind in ("linear", "cosine", "lr")
+        ),
+        (
+            "--weight_decay_schedule lr --max_lr 0 --min_lr 0",
+            "--weight_decay_schedule lr follows the learning rate, but --max_lr is 0; use 0.001",
+            "--weight_decay_schedule lr --max_lr 0.001",
+        ),
+        *(
+            (
+                f"--weight_decay_schedule {kind} --weight_decay_end 0.01",
+                f"--weight_decay_end 0.01 is not reached by --weight_decay_schedule {kind}; use linear or cosine, or ...",
+                "--weight_decay_schedule cosine --weight_decay_end 0.01",
+            )
+            for kind in ("constant", "lr")
         ),
         (
             "--warmup_start 1.5",

@@ -22,7 +22,7 @@ from tinytron.kernels.choice import check_device
 from tinytron.metrics import RoutingReport, SourceLosses, load_statistics
 from tinytron.model import GPT
 from tinytron.model.protocols import HasExperts, WaitsForParameters
-from tinytron.optim import Muon, Schedule, parameter_groups
+from tinytron.optim import Muon, Rates, Schedule, parameter_groups
 from tinytron.training.config import Config, OptimConfig
 from tinytron.training.derive import TrainingInfo, accumulation_steps
 from tinytron.training.hf_model import build_foreign, foreign_model
@@ -113,6 +113,18 @@ def build_schedule(optim: OptimConfig, info: TrainingInfo) -> Schedule:
         warmup_start=optim.warmup_start,
         stages=optim.lr_stages,
         rewarm_lr=optim.rewarm_lr,
+    )
+
+
+def build_rates(optim: OptimConfig, info: TrainingInfo) -> Rates:
+    """The learning rate and the weight decay of each step."""
+    return Rates(
+        lr=build_schedule(optim, info),
+        max_lr=optim.max_lr,
+        max_steps=info.max_steps,
+        decay=optim.weight_decay,
+        decay_end=optim.weight_decay_end,
+        decay_schedule=optim.weight_decay_schedule,
     )
 
 

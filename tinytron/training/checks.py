@@ -63,6 +63,7 @@ def _check_logging(logging: LoggingConfig) -> None:
 def _check_rates(optim: OptimConfig) -> None:
     if optim.min_lr > optim.max_lr:
         raise ConfigError(f"--min_lr {optim.min_lr} exceeds --max_lr {optim.max_lr}; use at most {optim.max_lr}")
+    _check_weight_decay(optim)
     given = " ".join(map(str, optim.lr_stages))
     if optim.lr_schedule != "cosine_rewarm":
         if optim.lr_stages:
@@ -76,6 +77,19 @@ def _check_rates(optim: OptimConfig) -> None:
         raise ConfigError(f"--lr_stages {given} must be increasing fractions between 0 and 1; use 0.5 0.75")
     if optim.min_lr > optim.rewarm_lr:
         raise ConfigError(f"--min_lr {optim.min_lr} exceeds --rewarm_lr {optim.rewarm_lr}; use at most {optim.rewarm_lr}")
+
+
+def _check_weight_decay(optim: OptimConfig) -> None:
+    kind = optim.weight_decay_schedule
+    if kind != "constant" and optim.weight_decay == 0:
+        raise ConfigError(f"--weight_decay_schedule {kind} has no decay to schedule at --weight_decay 0; use 0.1")
+    if kind == "lr" and optim.max_lr == 0:
+        raise ConfigError("--weight_decay_schedule lr follows the learning rate, but --max_lr is 0; use 0.001")
+    if kind in ("constant", "lr") and optim.weight_decay_end:
+        raise ConfigError(
+            f"--weight_decay_end {optim.weight_decay_end} is not reached by --weight_decay_schedule {kind}; use linear or "
+            "cosine, or drop it"
+        )
 
 
 def _check_evaluation(train: TrainingConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from tinytron.optim.rates import WEIGHT_DECAY_SCHEDULES
 from tinytron.optim.schedule import DECAY_SHAPES, SCHEDULES
 from tinytron.utils.flags import Flag
 
@@ -61,6 +62,16 @@ class OptimConfig:
     weight_decay: Annotated[
         float, Flag("decoupled weight decay of matrices and embeddings", at_least=0, at_most=1000)
     ] = 0.1
+    weight_decay_schedule: Annotated[
+        str,
+        Flag(
+            "weight decay over the run: linear or cosine to weight_decay_end, or in proportion to the learning rate",
+            choices=WEIGHT_DECAY_SCHEDULES,
+        ),
+    ] = "constant"
+    weight_decay_end: Annotated[
+        float, Flag("weight decay of the last step of a linear or cosine schedule", at_least=0, at_most=1000)
+    ] = 0.0
     decay_embeddings: Annotated[bool, Flag("decay the token embedding too")] = True
     decay_all: Annotated[bool, Flag("decay all parameters, including norms and biases")] = False
     adam_beta1: Annotated[float, Flag("decay of the first moment", at_least=0, below=1, works=0.9)] = 0.9

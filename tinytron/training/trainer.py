@@ -32,7 +32,7 @@ from tinytron.training.build import (
     build_model,
     build_optimizer,
     build_profiler,
-    build_schedule,
+    build_rates,
     describe_run_size,
     flops_per_token,
     optimizer_options,
@@ -145,7 +145,7 @@ class Trainer(RankAttributes):
         self.train_sampler = self.data.sampler
         self._say(*self.data.notes)
         self.due = Due(config, self.training_info.max_steps, answers=bool(config.train.eval_tasks))
-        self._schedule = build_schedule(config.optim, self.training_info)
+        self._rates = build_rates(config.optim, self.training_info)
 
     def _init_evals(self, config: Config) -> None:
         """Set ``evals``, which validates and answers tasks during training."""
@@ -198,7 +198,7 @@ class Trainer(RankAttributes):
 
     def _lr_scheduler(self, step: int) -> float:
         """The learning rate of optimizer step ``step``, counted from 0."""
-        return self._schedule(step)
+        return self._rates.lr(step)
 
     def _loss(self, batch: Batch) -> LossSums:
         """Loss *sums* over this rank's part of a micro-batch; ``train_step`` divides them by what ``_normalizer`` counts in
@@ -262,8 +262,7 @@ class Trainer(RankAttributes):
     def train_step(self, microbatches: list[Batch]) -> None:
         """One optimizer step on this rank's part of the global batch. Collective; the host waits for no result."""
         lr = self._lr_scheduler(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_mult", 1.0)
+        self._rates.apply(self.optimizer.param_groups, self.step, lr)
         world = self.state.groups["world"]
         count = count_targets(microbatches, world, self._normalizer)
         divisor = count.divisor  # used in the single division
