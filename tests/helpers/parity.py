@@ -88,7 +88,7 @@ class Case:
             **{"max_lr": recipe.max_lr, "min_lr": recipe.min_lr, "warmup_steps": recipe.warmup},
             **{"weight_decay": recipe.weight_decay, "grad_clip_value": recipe.clip, "recompute": self.recompute},
             **({} if recipe.last_decay is None else {"weight_decay_schedule": "linear"}),
-            **{"weight_decay_end": recipe.last_decay or 0.0},
+            **{"weight_decay_end": recipe.last_decay or 0.0, "layer_lr_decay": recipe.layer_decay},
             **{"sep_size": self.sep, "ep_size": self.ep, "optimizer": "muon" if muon else "adam"},
             **{"bucket_size_mb": 0.002 if self.small_buckets else 64, "grad_reduce_dtype": self.wire},
         }

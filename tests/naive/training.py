@@ -23,7 +23,8 @@ Batches = Sequence[tuple[torch.Tensor, ...]]
 @dataclass(frozen=True)
 class Recipe:
     """What a run optimizes with. ``micro_batches`` are consecutive parts of the global batch; they matter to the balance
-    loss of scope ``batch`` only. ``last_decay`` is the weight decay of the last step, to which it falls in a line."""
+    loss of scope ``batch`` only. ``layer_decay`` multiplies
+    the rate once per block below the head. ``last_decay`` is the weight decay of the last step, to which it falls in a line."""
 
     optimizer: Literal["adamw", "sgd", "muon", "normuon"] = "adamw"
     max_lr: float = 2e-3
@@ -31,6 +32,7 @@ class Recipe:
     warmup: int = 2
     weight_decay: float = 0.1
     last_decay: float | None = None
+    layer_decay: float = 1.0
     clip: float = 0.0
     micro_batches: int = 1
 
@@ -62,8 +64,15 @@ def weight_decay(recipe: Recipe, step: int, steps: int) -> float:
     return recipe.weight_decay + (last - recipe.weight_decay) * step / (steps - 1)
 
 
+def layer_scale(name: str, layers: int, recipe: Recipe) -> float:
+    """Of the embedding, of a block, and of what follows the blocks."""
+    if name.startswith("blocks."):
+        return recipe.layer_decay ** (layers - int(name.split(".")[1]))
+    return recipe.layer_decay ** (layers + 1) if name.startswith("w") else 1.0
+
+
 class _Optimizers:
-    """Plain ones over whole tensors, all with the same learning rate and weight decay."""
+    """Plain ones, with a rate for each tensor."""
 
     def __init__(self, weights: Weights, shape: Shape, recipe: Recipe) -> None:
         muon = {n: w for n, w in weights.items() if "muon" in recipe.optimizer and "_proj" in n}
@@ -76,10 +85,11 @@ class _Optimizers:
 
         normuon = recipe.optimizer == "normuon"
         self.matrices = [Muon(w, blocks(n, w), recipe.weight_decay, normuon) for n, w in muon.items()]
-        rest = [w for n, w in weights.items() if n not in muon]
+        self.scales = [layer_scale(n, shape.layers, recipe) for n in muon]
+        rest = {n: w for n, w in weights.items() if n not in muon}
         groups = [
-            {"params": [w for w in rest if w.ndim >= 2], "weight_decay": recipe.weight_decay},
-            {"params": [w for w in rest if w.ndim < 2], "weight_decay": 0.0},
+            {"params": [w], "decays": w.ndim >= 2, "scale": layer_scale(n, shape.layers, recipe)}
+            for n, w in rest.items()
         ]
         self.rest: torch.optim.Optimizer
         if recipe.optimizer == "sgd":
@@ -89,12 +99,12 @@ class _Optimizers:
 
     def step(self, lr: float, decay: float) -> None:
         for group in self.rest.param_groups:
-            group["lr"] = lr
-        self.rest.param_groups[0]["weight_decay"] = decay
+            group["lr"] = lr * group["scale"]
+            group["weight_decay"] = decay if group["decays"] else 0.0
         self.rest.step()
-        for matrix in self.matrices:
+        for matrix, scale in zip(self.matrices, self.scales, strict=True):
             matrix.decay = decay
-            matrix.step(lr)
+            matrix.step(lr * scale)
 
 
 def train(initial: Weights, batches: Batches, shape: Shape, recipe: Recipe) -> Outcome:

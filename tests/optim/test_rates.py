@@ -53,8 +53,8 @@ def test_groups_of_ones_own_optimizer() -> None:
 
 
 RECIPES = {
-    "adamw": replace(CLIPPED, weight_decay=5.0, last_decay=1.0),
-    "muon": Recipe("muon", weight_decay=2.0, last_decay=6.0),
+    "adamw": replace(CLIPPED, weight_decay=5.0, last_decay=1.0, layer_decay=0.6),
+    "muon": Recipe("muon", weight_decay=2.0, last_decay=6.0, layer_decay=0.6),
 }
 
 
@@ -69,7 +69,9 @@ RECIPES = {
     ],
     ids=["one", "replicated", "sequence", "experts"],
 )
-def test_a_scheduled_weight_decay_trains_as_the_twin_does(ranks: Pools, tmp_path: Path, case: Case, name: str) -> None:
+def test_scheduled_decay_and_layer_wise_rates_train_as_the_twin_does(
+    ranks: Pools, tmp_path: Path, case: Case, name: str
+) -> None:
     case = replace(case, precision="fp64", recipe=RECIPES[name])
     found = differences(case, ranks(case.world).run(run_case, case, tmp_path))
     assert not found, "\n".join(found)

@@ -251,7 +251,7 @@ def test_amounts_are_numbers(name: str) -> None:
         ),
         *(
             (f"--{name} {value}", f"--{name} {value} must be in (0, 1]; use {works}", f"--{name} {works}")
-            for name, works in (("wsd_decay_fraction", 0.1), ("split_rate", 0.99))
+            for name, works in (("wsd_decay_fraction", 0.1), ("split_rate", 0.99), ("layer_lr_decay", 0.9))
             for value in (0.0, 1.1, float("nan"))
         ),
         *(

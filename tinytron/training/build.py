@@ -72,6 +72,7 @@ def optimizer_groups(optim: OptimConfig, model: nn.Module) -> list[dict[str, Any
             "head": optim.head_lr_mult,
             "scalar": optim.scalar_lr_mult,
         },
+        layer_decay=optim.layer_lr_decay,
     )
 
 

@@ -90,3 +90,12 @@ class OptimConfig:
     scalar_lr_mult: Annotated[float, Flag("learning-rate multiplier of norms and biases", at_least=0, at_most=1e6)] = (
         1.0
     )
+    layer_lr_decay: Annotated[
+        float,
+        Flag(
+            "learning rate of each block as a fraction of that of the block above; the embedding's is the lowest; 1: off",
+            above=0,
+            at_most=1,
+            works=0.9,
+        ),
+    ] = 1.0
