@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from tests.naive.gpt import Shape, Weights, balance_sum, forward, z_sum
 from tests.naive.muon import Muon
@@ -24,7 +25,8 @@ Batches = Sequence[tuple[torch.Tensor, ...]]
 class Recipe:
     """What a run optimizes with. ``micro_batches`` are consecutive parts of the global batch; they matter to the balance
     loss of scope ``batch`` only. ``layer_decay`` multiplies
-    the rate once per block below the head. ``last_decay`` is the weight decay of the last step, to which it falls in a line."""
+    the rate once per block below the head. ``last_decay`` is the weight decay of the last step, to which it falls in a line. ``ema_decay``: weights
+    are averaged, as torch does it."""
 
     optimizer: Literal["adamw", "sgd", "muon", "normuon"] = "adamw"
     max_lr: float = 2e-3
@@ -33,6 +35,7 @@ class Recipe:
     weight_decay: float = 0.1
     last_decay: float | None = None
     layer_decay: float = 1.0
+    ema_decay: float = 0.0
     clip: float = 0.0
     micro_batches: int = 1
 
@@ -48,6 +51,7 @@ class Outcome:
     load: list[Any] = field(default_factory=list)  # per step: choices by expert layer and expert
     biases: list[Any] = field(default_factory=list)  # per step: [expert layers, experts]
     weights: Arrays = field(default_factory=dict)
+    averages: Arrays = field(default_factory=dict)
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
@@ -116,12 +120,16 @@ def train(initial: Weights, batches: Batches, shape: Shape, recipe: Recipe) -> O
     names = {id(w): n for n, w in reversed(weights.items())}  # of tied ones the first name
     parameters = {names[id(w)]: w for w in own.values()}
     optimizers, outcome = _Optimizers(parameters, shape, recipe), Outcome()
+    averages: list[torch.Tensor] = []
     for step, batch in enumerate(batches):
         load = _backward({**weights, **biases}, batch, shape, recipe, outcome)
         limit = recipe.clip if recipe.clip > 0 else math.inf
         outcome.norms.append(float(torch.nn.utils.clip_grad_norm_(own.values(), limit, foreach=False)))
         outcome.grads.append({n: w.grad.double().numpy().copy() for n, w in parameters.items() if w.grad is not None})
         optimizers.step(learning_rate(recipe, step, len(batches)), weight_decay(recipe, step, len(batches)))
+        current = [w.detach().clone() for w in own.values()]
+        averages = averages or current
+        get_ema_multi_avg_fn(recipe.ema_decay)(averages, current, step)
         for w in own.values():
             w.grad = None
         for i, bias in enumerate(biases.values()):
@@ -130,6 +138,7 @@ def train(initial: Weights, batches: Batches, shape: Shape, recipe: Recipe) -> O
                 bias[e] -= shape.experts.bias_rate * float(np.sign(load[i][e] - load[i].mean()))
         outcome.load.append(load)
         outcome.biases.append(np.array([bias.double().numpy() for bias in biases.values()]))
+    outcome.averages = {names[i]: a.double().numpy() for i, a in zip(map(id, own.values()), averages, strict=True)}
     outcome.weights = {n: w.detach().double().numpy() for n, w in parameters.items()}
     return outcome
 

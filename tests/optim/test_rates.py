@@ -1,4 +1,4 @@
-"""Weight decay by step, and rates by parameter, next to the plain twin on every kind of layout."""
+"""Weight decay by step, rates by parameter, and averaged weights, next to the plain twin on every kind of layout."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def test_groups_of_ones_own_optimizer() -> None:
 
 
 RECIPES = {
-    "adamw": replace(CLIPPED, weight_decay=5.0, last_decay=1.0, layer_decay=0.6),
-    "muon": Recipe("muon", weight_decay=2.0, last_decay=6.0, layer_decay=0.6),
+    "adamw": replace(CLIPPED, weight_decay=5.0, last_decay=1.0, layer_decay=0.6, ema_decay=0.7),
+    "muon": Recipe("muon", weight_decay=2.0, last_decay=6.0, layer_decay=0.6, ema_decay=0.7),
 }
 
 
@@ -69,7 +69,7 @@ RECIPES = {
     ],
     ids=["one", "replicated", "sequence", "experts"],
 )
-def test_scheduled_decay_and_layer_wise_rates_train_as_the_twin_does(
+def test_scheduled_decay_layer_wise_rates_and_averages_are_those_of_the_twin(
     ranks: Pools, tmp_path: Path, case: Case, name: str
 ) -> None:
     case = replace(case, precision="fp64", recipe=RECIPES[name])

@@ -219,6 +219,10 @@ def test_amounts_are_numbers(name: str) -> None:
             "--lr_schedule cosine_rewarm --lr_stages 0.5 --min_lr 0.0001",
         ),
         *(
+            (f"--ema_decay {value}", f"--ema_decay {value} must be in [0, 1); use 0.999", "--ema_decay 0.999")
+            for value in (1.0, -0.1, float("nan"))
+        ),
+        *(
             (
                 f"--weight_decay_schedule {kind} --weight_decay 0",
                 f"--weight_decay_schedule {kind} has no decay ... --weight_decay 0; use 0.1",

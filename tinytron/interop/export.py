@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tinytron.checkpoint.load import load_weights
-from tinytron.checkpoint.model import SavedModel, foreign_config, read_weights, saved_model
+from tinytron.checkpoint.model import SavedModel, averages_of, foreign_config, read_weights, saved_model
 from tinytron.distributed.param_spec import ParamSpec
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.interop.architectures import write_architecture
@@ -54,13 +54,14 @@ def export(
     name: str | None = None,
     revision: str | None = None,
     replace: bool = False,
+    averaged: bool = False,
     say: Say = lambda text: None,
     progress: bool = False,
 ) -> Exported:
     """Write the weights of ``checkpoint`` (anything ``open_saved`` opens) to the folder ``out``, in ``dtype`` (default:
     as stored), in files of at most ``max_shard_size`` bytes. ``out`` appears complete or not at all; with ``replace`` it
     takes the place of an older one. The model card refers to the model as ``name`` (default: the folder's name) and loads
-    it from the hub's branch ``revision``. ``say`` is passed to ``open_saved``. ``progress`` shows how
+    it from the hub's branch ``revision``. ``averaged`` writes the moving averages of the weights. ``say`` is passed to ``open_saved``. ``progress`` shows how
     much is written.
 
     Raises: ConfigError if no family has the architecture, ``out`` exists, or the tokenizer does not fit; CheckpointError
@@ -72,10 +73,10 @@ def export(
         raise ConfigError(f"--max_shard_size {max_shard_size} must be at least 1; use 5GB")
     source = local_checkpoint(checkpoint, say)
     if source.is_file() and (theirs := foreign_config(source)) is not None:
-        return _export_foreign(source, theirs, out, dtype, tokenizer, max_shard_size, replace)
+        return _export_foreign(source, theirs, out, dtype, tokenizer, max_shard_size, replace, averaged)
     saved = open_saved(source, say)
     family, settings = write_architecture(saved.config)
-    weights = saved.weights()
+    weights = averages_of(saved, saved.weights()) if averaged else saved.weights()
     parts = _parts(family, saved, weights)
     found = exported_tokenizer(
         saved.config.vocab_size, saved.section("data"),
@@ -100,10 +101,13 @@ def _export_foreign(
     tokenizer: Path | None,
     max_shard_size: int,
     replace: bool,
+    averaged: bool,
 ) -> Exported:
     """``export`` for the weights of a ``CausalLM``, by transformers itself."""
     saved = saved_model(file)
     weights = read_weights(file, mmap=True, foreign=True)
+    if averaged:
+        weights = averages_of(saved, weights)
     found = exported_tokenizer(
         saved.config.vocab_size, saved.section("data"),
         given=tokenizer, checkpoint=saved.file, imported=saved.section(TOKENS),

@@ -141,6 +141,7 @@ def optimizer_options(config: Config, model: nn.Module) -> Options:
         grad_as_view=parallel.ddp_gradient_as_bucket_view,
         allow_unused=parallel.ddp_find_unused_parameters,
         loss_scaling=config.train.precision == "fp16",
+        ema_decay=config.optim.ema_decay,
     )
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 
 from tinytron.data import Batch
+from tinytron.distributed import DistributedOptimizer
 from tinytron.distributed.agreement import agree
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.evaluation import validate
@@ -78,6 +79,22 @@ class TrainingEvals:
         result = validate(model, loss, batches, self._state, self._sources, self.text_bytes_V, normalizer=normalizer)
         self._last = step, result.loss
         return result.loss, {"step": step, "stage": "val", **result.fields()}
+
+    def averaged(
+        self,
+        optimizer: DistributedOptimizer,
+        model: nn.Module,
+        loss: Callable[[Batch], LossSums],
+        normalizer: Callable[[Batch], torch.Tensor],
+        batches: Iterable[Batch],
+    ) -> dict[str, float]:
+        """The loss of the averaged weights (``--ema_decay``), for the record of ``validate``; empty without averages.
+        Collective."""
+        if not optimizer.options.ema_decay:
+            return {}
+        with optimizer.averaged():
+            result = validate(model, loss, batches, self._state, self._sources, normalizer=normalizer)
+        return {"ema_loss": result.loss}
 
     def loss_of(self, step: int) -> float | None:
         """The validation loss of ``step``'s weights, if the last validation was at that step."""

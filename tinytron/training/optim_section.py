@@ -99,3 +99,12 @@ class OptimConfig:
             works=0.9,
         ),
     ] = 1.0
+    ema_decay: Annotated[
+        float,
+        Flag(
+            "keep, validate and save moving averages of the weights with this decay per step; 0: off",
+            at_least=0,
+            below=1,
+            works=0.999,
+        ),
+    ] = 0.0

@@ -153,8 +153,7 @@ class Trainer(RankAttributes):
 
     def _init_model(self, config: Config) -> None:
         """Set ``raw_model``, which owns the parameters and maps ``(input_ids, labels)`` to ``LossSums`` or an object
-        with ``.loss``, a mean, and ``model``,
-        which ``_loss`` calls."""
+        with ``.loss``, a mean, and ``model``, which ``_loss`` calls."""
         self.raw_model = self.model = build_model(config, self.state)
 
     def _init_optimizer(self, config: Config) -> None:
@@ -304,6 +303,7 @@ class Trainer(RankAttributes):
             objective = (self.model, self._loss, self._normalizer)
             loss, record = self.evals.validate(self.step, *objective, self.data.validation())
             record |= self._custom["val"].end()
+            record |= self.evals.averaged(self.optimizer, *objective, self.data.validation())
         self.one_step_results["val_loss"] = loss
         self.reporter.write([record])
         return loss

@@ -111,7 +111,8 @@ def shown(record: Record) -> str:
     """A readable line for a validation or task record."""
     if record["stage"] == "val":
         bits = f" ({record['bits_per_byte']:.4f} bits per byte)" if "bits_per_byte" in record else ""
-        return f"val loss {record['loss']:.4f}{bits} over {record['tokens']:,} tokens"
+        averaged = f", averaged weights {record['ema_loss']:.4f}," if "ema_loss" in record else ""
+        return f"val loss {record['loss']:.4f}{bits}{averaged} over {record['tokens']:,} tokens"
     if "accuracy_stderr" not in record:
         scores = {k: v for k, v in record.items() if k not in ("step", "stage", "task")}
         return f"{record['task']}: " + ", ".join(
