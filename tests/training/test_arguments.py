@@ -29,6 +29,7 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
         "z_loss_coef": 0.0, "recompute": "none", "attn_backend": "auto", "spike_sigma": 0.0, "spike_window": 100,
         "spike_action": "skip", "replica_check_every": 0, "step_timeout": 0.0, "use_liger_kernel": False,
         "use_cut_cross_entropy": False, "use_triton_kernels": False, "total_batch_sequences": None, "fit_batch": False,
+        "batch_warmup_sizes": (), "batch_warmup_ends": (),
     },
     "logging": {
         "exp_name": "gpt", "log_dir": "./log/", "log_every": 10, "print_config": "no", "moe_router_debug": False,
@@ -92,6 +93,8 @@ OTHER = {
     "split_rate": 0.5,
     "warmup_ratio": 0.01,
     "warmup_start": 0.01,
+    "batch_warmup_sizes": (4096, 8192),
+    "batch_warmup_ends": (10, 20),
     "weight_decay_end": 0.01,
     "ema_decay": 0.5,
     "lr_stages": (0.5, 0.75),
@@ -121,6 +124,8 @@ OTHER = {
 }
 
 NEEDED = {
+    "batch_warmup_sizes": ["--batch_warmup_ends", "10", "20"],
+    "batch_warmup_ends": ["--batch_warmup_sizes", "4096", "8192"],
     "seq_len": ["--block_size", "5000"],
     "sliding_window_layers": ["--sliding_window", "8"],
     "weight_decay_end": ["--weight_decay_schedule", "cosine"],

@@ -218,6 +218,32 @@ def test_amounts_are_numbers(name: str) -> None:
             "--min_lr 0.001 exceeds --rewarm_lr 0.0001; use at most 0.0001",
             "--lr_schedule cosine_rewarm --lr_stages 0.5 --min_lr 0.0001",
         ),
+        (
+            "--batch_warmup_sizes 4096",
+            "--batch_warmup_sizes has 1 sizes, and --batch_warmup_ends 0 numbers of steps; give one for each size ...",
+            "--batch_warmup_sizes 4096 --batch_warmup_ends 10",
+        ),
+        *(
+            (
+                f"--batch_warmup_sizes 4096 8192 --batch_warmup_ends {ends}",
+                f"--batch_warmup_ends {ends} must be increasing numbers of steps; use 100 300",
+                "--batch_warmup_sizes 4096 8192 --batch_warmup_ends 100 300",
+            )
+            for ends in ("0 10", "10 10", "20 10")
+        ),
+        *(
+            (
+                f"--batch_warmup_sizes {tokens} --batch_warmup_ends 10",
+                f"--batch_warmup_sizes {tokens} (tokens) must be a multiple of --seq_len 4096; use {works}",
+                f"--batch_warmup_sizes {works} --batch_warmup_ends 10",
+            )
+            for tokens, works in ((0, 4096), (100, 4096), (10000, 8192))
+        ),
+        (
+            "--batch_warmup_sizes 4096 --batch_warmup_ends 10 --moe_route_trace",
+            "--moe_route_trace numbers the rows of a constant global batch, and --batch_warmup_sizes changes it; drop ...",
+            "--batch_warmup_sizes 4096 --batch_warmup_ends 10",
+        ),
         *(
             (f"--ema_decay {value}", f"--ema_decay {value} must be in [0, 1); use 0.999", "--ema_decay 0.999")
             for value in (1.0, -0.1, float("nan"))

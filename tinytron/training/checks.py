@@ -43,6 +43,7 @@ def check(
             f"--val_dataset_path {data.val_dataset_path} needs shards to train on; give --dataset_path too, or drop it"
         )
     _check_lengths(train, model, ckpt)
+    _check_batch_warmup(train, logging)
     _check_layout(parallel, train, model)
     if ckpt.init_from is not None and ckpt.resume_path is not None:
         raise ConfigError(
@@ -114,6 +115,29 @@ def _check_lengths(train: TrainingConfig, model: ModelConfig, ckpt: CkptConfig) 
         raise ConfigError(
             f"--total_batch_size {train.total_batch_size} (tokens) must be a multiple of --seq_len "
             f"{train.seq_len}; use {round_to(train.total_batch_size, train.seq_len)}"
+        )
+
+
+def _check_batch_warmup(train: TrainingConfig, logging: LoggingConfig) -> None:
+    sizes, ends = train.batch_warmup_sizes, train.batch_warmup_ends
+    given = " ".join(map(str, ends))
+    if len(sizes) != len(ends):
+        raise ConfigError(
+            f"--batch_warmup_sizes has {len(sizes)} sizes, and --batch_warmup_ends {len(ends)} numbers of steps; give one "
+            "for each size, such as --batch_warmup_sizes 65536 131072 --batch_warmup_ends 100 300"
+        )
+    if any(not low < high for low, high in itertools.pairwise((0, *ends))):
+        raise ConfigError(f"--batch_warmup_ends {given} must be increasing numbers of steps; use 100 300")
+    for tokens in sizes:
+        if tokens < 1 or tokens % train.seq_len:
+            raise ConfigError(
+                f"--batch_warmup_sizes {tokens} (tokens) must be a multiple of --seq_len {train.seq_len}; use "
+                f"{round_to(tokens, train.seq_len)}"
+            )
+    if sizes and logging.moe_route_trace:
+        raise ConfigError(
+            "--moe_route_trace numbers the rows of a constant global batch, and --batch_warmup_sizes changes it; drop one "
+            "of them"
         )
 
 

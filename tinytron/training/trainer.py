@@ -186,7 +186,8 @@ class Trainer(RankAttributes):
             config, self.raw_model, self.state, self.log_dir, self._sources, self.data.seen_tokens
         )
         length, batch = self.training_info.max_steps, config.train.total_batch_size
-        self.reporter.start(RunInfo(self.log_dir, config.as_dict(), self.step, length, batch))
+        info = RunInfo(self.log_dir, config.as_dict(), self.step, length, batch, self.data.tokens_before)
+        self.reporter.start(info)
 
     def _init_profiler(self, config: Config) -> contextlib.AbstractContextManager[Any]:
         """A profiler with a ``step`` method, or a context of ``None``."""

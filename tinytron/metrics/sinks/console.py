@@ -63,7 +63,8 @@ class Console(Sink):
         last = {record["stage"]: record for record in records}.get("train")
         for record in records:
             if record is last:
-                self.show(record["step"], train_values(record, self._run.tokens_per_step))
+                step = record["step"]
+                self.show(step, train_values(record, self._run.tokens_between(step - 1, step)))
             elif record["stage"] != "train":
                 self.say(f"step {record['step']} | {shown(record)}")
 
