@@ -71,7 +71,7 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
         "mlp_bias": False, "position_type": "rotary", "rotary_fraction": 1.0, "rope_scaling": "none",
         "rope_scaling_factor": 1.0, "rope_original_block_size": None, "rope_low_freq_factor": 1.0,
         "rope_high_freq_factor": 4.0, "rope_beta_fast": 32.0, "rope_beta_slow": 1.0, "rope_attention_factor": None,
-        "sliding_window": 0, "sliding_window_layers": (),
+        "sliding_window": 0, "sliding_window_layers": (), "mup_base_width": 0,
     },
 }  # fmt: skip
 

@@ -21,6 +21,7 @@ from tinytron.interop.causal_lm import build_causal_lm, without_bars
 from tinytron.interop.families import Family, Part
 from tinytron.interop.folder import check_new, new_folder
 from tinytron.interop.generation import GENERATION, generation_settings
+from tinytron.interop.mup import folded_config, folded_weights
 from tinytron.interop.open import Say, local_checkpoint, open_saved
 from tinytron.interop.safetensors import write_safetensors
 from tinytron.interop.tokenizer import TokenizerFiles, exported_tokenizer
@@ -75,8 +76,10 @@ def export(
     if source.is_file() and (theirs := foreign_config(source)) is not None:
         return _export_foreign(source, theirs, out, dtype, tokenizer, max_shard_size, replace, averaged)
     saved = open_saved(source, say)
-    family, settings = write_architecture(saved.config)
+    family, settings = write_architecture(folded_config(saved.config))
     weights = averages_of(saved, saved.weights()) if averaged else saved.weights()
+    weights = folded_weights(saved.config, weights)
+    saved = saved._replace(config=folded_config(saved.config))
     parts = _parts(family, saved, weights)
     found = exported_tokenizer(
         saved.config.vocab_size, saved.section("data"),

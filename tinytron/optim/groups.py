@@ -33,13 +33,15 @@ def parameter_groups(
     muon: bool = False,
     lr_mults: Mapping[str, float] | None = None,
     layer_decay: float = 1.0,
+    width_mult: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Optimizer groups that cover every trainable parameter exactly once.
 
     Weight decay applies to matrices and the head, to embeddings with ``decay_embeddings``, and to norms and biases only
     with ``decay_all``. Each group has an ``lr_mult`` (from ``lr_mults`` by class: matrix, embedding, head, scalar; 1 if
     missing), by which the trainer multiplies the scheduled rate. It shrinks by ``layer_decay`` with every block below the
-    last (see ``layer_rates``). With ``muon``, matrices except the router's get
+    last (see ``layer_rates``). For muP, ``width_mult`` divides the rate of AdamW's matrices and multiplies their weight decay,
+    which is applied times the rate; Muon's updates need no such factor. With ``muon``, matrices except the router's get
     ``kind="muon"`` and their ``row_blocks``.
     """
     by_name = {spec.name: spec for spec in specs}
@@ -52,9 +54,10 @@ def parameter_groups(
         decays = (
             decay_all or spec.kind in ("matrix", "router", "head") or (spec.kind == "embedding" and decay_embeddings)
         )
+        width = width_mult if spec.kind == "matrix" and not muon else 1.0
         options: dict[str, Any] = {
-            "weight_decay": weight_decay if decays else 0.0,
-            "lr_mult": (lr_mults or {}).get(_LR_CLASS[spec.kind], 1.0) * rate_of(spec),
+            "weight_decay": weight_decay * width if decays else 0.0,
+            "lr_mult": (lr_mults or {}).get(_LR_CLASS[spec.kind], 1.0) * rate_of(spec) / width,
         }
         if muon:
             matrix = spec.kind == "matrix" and parameter.ndim >= 2

@@ -73,6 +73,7 @@ def optimizer_groups(optim: OptimConfig, model: nn.Module) -> list[dict[str, Any
             "scalar": optim.scalar_lr_mult,
         },
         layer_decay=optim.layer_lr_decay,
+        width_mult=model.config.width_mult if isinstance(model, GPT) else 1.0,
     )
 
 
