@@ -29,7 +29,11 @@ def test_places_and_counts_agree_with_the_sizes(batch: BatchSizes, steps: int, s
     assert batch.before(steps) == sum(batch.at(step) for step in range(steps))
     within = batch.steps_within(sequences)
     assert batch.before(within) <= sequences < batch.before(within + 1)
-    assert batch.before(batch.steps_for(sequences) - 1) < max(1, sequences) <= max(1, batch.before(batch.steps_for(sequences)))
+    assert (
+        batch.before(batch.steps_for(sequences) - 1)
+        < max(1, sequences)
+        <= max(1, batch.before(batch.steps_for(sequences)))
+    )
     ranges = [range(first, int(stop)) for first, stop in batch.runs(steps, steps + 9)]
     assert [step for part in ranges for step in part] == list(range(steps, steps + 9))
     assert all(len({batch.at(step) for step in part}) == 1 for part in ranges)

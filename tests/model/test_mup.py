@@ -1,4 +1,4 @@
-"""``--mup_base_width``: initial weights, rates and multipliers by width, on every layout, and exports without multipliers."""
+"""``--mup_base_width``: weights, rates and multipliers by width, on every layout, and exports without multipliers."""
 
 from __future__ import annotations
 
@@ -93,5 +93,7 @@ def test_it_trains_the_same_on_every_layout(ranks: Pools, tmp_path: Path, layout
 
 
 def test_experts_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"--mup_base_width 4 has no rule for routers and experts; use 0, or drop --use_moe"):
+    with pytest.raises(
+        ConfigError, match=r"--mup_base_width 4 has no rule for routers and experts; use 0, or drop --use_moe"
+    ):
         config_of("--use_moe", "--mup_base_width", 4)

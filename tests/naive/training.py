@@ -24,9 +24,8 @@ Batches = Sequence[tuple[torch.Tensor, ...]]
 @dataclass(frozen=True)
 class Recipe:
     """What a run optimizes with. ``micro_batches`` are consecutive parts of the global batch; they matter to the balance
-    loss of scope ``batch`` only. ``layer_decay`` multiplies
-    the rate once per block below the head. ``last_decay`` is the weight decay of the last step, to which it falls in a line. ``ema_decay``: weights
-    are averaged, as torch does it."""
+    loss of scope ``batch`` only. ``layer_decay`` multiplies the rate once per block below the head. ``last_decay`` is the
+    weight decay of the last step, to which it falls in a line. ``ema_decay``: weights are averaged, as torch does it."""
 
     optimizer: Literal["adamw", "sgd", "muon", "normuon"] = "adamw"
     max_lr: float = 2e-3

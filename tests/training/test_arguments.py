@@ -48,7 +48,8 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
         "scalar_lr_mult": 1.0, "lr_schedule": "cosine", "wsd_decay_fraction": 0.1, "wsd_decay_shape": "cosine",
         "wsds_constant_fraction": 0.5,
         "decay_embeddings": True, "decay_all": False, "warmup_ratio": 0.0, "lr_power": 1.0, "lr_cycles": 1,
-        "layer_lr_decay": 1.0, "ema_decay": 0.0, "weight_decay_schedule": "constant", "weight_decay_end": 0.0, "warmup_start": None, "lr_stages": (), "rewarm_lr": 1e-4,
+        "layer_lr_decay": 1.0, "ema_decay": 0.0, "weight_decay_schedule": "constant", "weight_decay_end": 0.0,
+        "warmup_start": None, "lr_stages": (), "rewarm_lr": 1e-4,
     },
     "ckpt": {
         **{"do_save": True, "save_every_steps": 5000, "resume": True, "resume_path": None},

@@ -54,7 +54,7 @@ def test_the_averages_are_validated_and_training_is_not_disturbed(
 
 
 def test_averages_begin_with_the_flag_and_end_without_it(ranks: Pools, tmp_path: Path) -> None:
-    """A run that continues another one's checkpoint by ``--resume_path`` starts its averages, or drops those in the file."""
+    """A run that continues another one's checkpoint by ``--resume_path`` starts averages, or drops those in the file."""
     without = ranks(2).run(run_until, tmp_path / "a", 0, *RUN, "--max_steps", 2)[0]
     flags = ("--resume_path", without.folder, "--max_steps", 3)
     began = ranks(2).run(run_until, tmp_path / "b", 0, *AVERAGED, *flags)

@@ -31,7 +31,8 @@ class Growing(Trainer):
 
     def _init_metrics(self, config: Any) -> None:
         super()._init_metrics(config)
-        assert self.train_sampler is not None and self.train_dataset is not None
+        assert self.train_sampler is not None
+        assert self.train_dataset is not None
         samples = [self.train_sampler.samples_of_step(step) for step in range(5)]
         assert [len(of_step) for of_step in samples] == [2, 4, 4, 8, 8]
         pairs = [[self.train_dataset[n] for n in of_step] for of_step in samples]
@@ -72,7 +73,9 @@ def test_growing_batches_train_as_the_twin_does(
 
 
 def test_the_length_of_a_run_counts_the_smaller_batches() -> None:
-    config = config_of("--seq_len", 12, "--total_batch_size", 96, "--batch_size", 2, *GROWING, "--max_train_tokens", 217)
+    config = config_of(
+        "--seq_len", 12, "--total_batch_size", 96, "--batch_size", 2, *GROWING, "--max_train_tokens", 217
+    )
     layout = ParallelLayout(1)
     assert derive(config, layout, 1000).max_steps == 5  # 24 + 48 + 48 + 96 = 216 tokens are four steps
     assert [data_position(config, step)["tokens"] for step in range(6)] == [0, 24, 72, 120, 216, 312]

@@ -86,8 +86,8 @@ def test_amounts_are_not_negative(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "grad_clip_value", "z_loss_coef", "max_lr", "min_lr", "rewarm_lr", "weight_decay", "weight_decay_end", "adam_eps", "matrix_lr_mult",
-        "embedding_lr_mult", "head_lr_mult", "scalar_lr_mult", "spike_sigma", "step_timeout",
+        "grad_clip_value", "z_loss_coef", "max_lr", "min_lr", "rewarm_lr", "weight_decay", "weight_decay_end", "adam_eps",
+        "matrix_lr_mult", "embedding_lr_mult", "head_lr_mult", "scalar_lr_mult", "spike_sigma", "step_timeout",
     ],
 )  # fmt: skip
 def test_amounts_are_numbers(name: str) -> None:

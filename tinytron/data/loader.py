@@ -39,7 +39,8 @@ def sizes_of(global_batch: int | BatchSizes, unit: int) -> BatchSizes:
 class GlobalBatchSampler(Sampler[list[int]]):
     """Sample numbers of this data-parallel rank's micro-batches, from ``start_step`` to ``stop_step`` (None: endless).
 
-    Each step takes the next ``global_batch`` positions of ``order``, or as many as ``BatchSizes`` say. Sizes are in samples.
+    Each step takes the next ``global_batch`` positions of ``order``, or as many as ``BatchSizes`` say. Sizes are in
+    samples.
     """
 
     def __init__(

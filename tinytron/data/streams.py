@@ -16,9 +16,9 @@ class StreamLoader:
     """This rank's micro-batches of an iterable dataset, which must give every rank the same samples in the same order.
 
     Each step takes the next ``global_batch`` samples of the stream, or as many as ``BatchSizes`` say, so the order does not
-    depend on the layout; each rank skips the rows of the others. When the stream ends it starts again; if the dataset has ``set_epoch``,
-    that is called first. To begin at ``start_step``, the loader calls ``dataset.skip(n)`` (Hugging Face datasets have
-    it) if there is one, and otherwise reads and drops samples.
+    depend on the layout; each rank skips the rows of the others. When the stream ends it starts again; if the dataset has
+    ``set_epoch``, that is called first. To begin at ``start_step``, the loader calls ``dataset.skip(n)`` (Hugging Face
+    datasets have it) if there is one, and otherwise reads and drops samples.
     """
 
     def __init__(

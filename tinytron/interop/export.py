@@ -62,8 +62,8 @@ def export(
     """Write the weights of ``checkpoint`` (anything ``open_saved`` opens) to the folder ``out``, in ``dtype`` (default:
     as stored), in files of at most ``max_shard_size`` bytes. ``out`` appears complete or not at all; with ``replace`` it
     takes the place of an older one. The model card refers to the model as ``name`` (default: the folder's name) and loads
-    it from the hub's branch ``revision``. ``averaged`` writes the moving averages of the weights. ``say`` is passed to ``open_saved``. ``progress`` shows how
-    much is written.
+    it from the hub's branch ``revision``. ``averaged`` writes the moving averages of the weights. ``say`` is passed to
+    ``open_saved``. ``progress`` shows how much is written.
 
     Raises: ConfigError if no family has the architecture, ``out`` exists, or the tokenizer does not fit; CheckpointError
     if the checkpoint is missing or damaged; OSError if writing fails; and what ``open_saved`` raises.

@@ -40,8 +40,8 @@ def parameter_groups(
     Weight decay applies to matrices and the head, to embeddings with ``decay_embeddings``, and to norms and biases only
     with ``decay_all``. Each group has an ``lr_mult`` (from ``lr_mults`` by class: matrix, embedding, head, scalar; 1 if
     missing), by which the trainer multiplies the scheduled rate. It shrinks by ``layer_decay`` with every block below the
-    last (see ``layer_rates``). For muP, ``width_mult`` divides the rate of AdamW's matrices and multiplies their weight decay,
-    which is applied times the rate; Muon's updates need no such factor. With ``muon``, matrices except the router's get
+    last (see ``layer_rates``). For muP, ``width_mult`` divides the rate of AdamW's matrices and multiplies their weight
+    decay, which is applied times the rate; Muon's updates need no such factor. With ``muon``, matrices except the router's get
     ``kind="muon"`` and their ``row_blocks``.
     """
     by_name = {spec.name: spec for spec in specs}

@@ -122,9 +122,7 @@ def plan_buffers(
             planned = plan_buffer(numels, shards, options.bucket_numel, whole_tensors=group.whole_tensors)
             members = tuple(spec.name for spec in group.specs)
             averaged = options.ema_decay > 0
-            buffers.append(
-                PlannedBuffer(planned, members, shapes, group.params[0].dtype, group.axes, given, averaged)
-            )
+            buffers.append(PlannedBuffer(planned, members, shapes, group.params[0].dtype, group.axes, given, averaged))
     return buffers
 
 

@@ -77,7 +77,9 @@ def _check_rates(optim: OptimConfig) -> None:
     if any(not low < high for low, high in itertools.pairwise((0.0, *optim.lr_stages, 1.0))):
         raise ConfigError(f"--lr_stages {given} must be increasing fractions between 0 and 1; use 0.5 0.75")
     if optim.min_lr > optim.rewarm_lr:
-        raise ConfigError(f"--min_lr {optim.min_lr} exceeds --rewarm_lr {optim.rewarm_lr}; use at most {optim.rewarm_lr}")
+        raise ConfigError(
+            f"--min_lr {optim.min_lr} exceeds --rewarm_lr {optim.rewarm_lr}; use at most {optim.rewarm_lr}"
+        )
 
 
 def _check_weight_decay(optim: OptimConfig) -> None:

@@ -16,7 +16,8 @@ def update_averages(
     inner: torch.optim.Optimizer, shards: Iterable[nn.Parameter], decay: float, skip: torch.Tensor
 ) -> None:
     """Move each average by ``1 - decay`` of its distance to the weights; the first call copies them, as torch's
-    ``AveragedModel`` does. With a ``skip`` of 1, on the device, averages stay where they are, and the host does not wait."""
+    ``AveragedModel`` does. With a ``skip`` of 1, on the device, averages stay where they are, and the host does not
+    wait."""
     for shard in shards:
         state = inner.state[shard]
         if AVERAGE not in state:

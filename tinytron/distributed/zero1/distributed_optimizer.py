@@ -26,8 +26,8 @@ from tinytron.distributed.collectives import Work
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import ParamSpec
 from tinytron.distributed.sharding import box_of
-from tinytron.distributed.zero1.averages import swap_averages, update_averages
 from tinytron.distributed.zero1.assignment import assignment_table, check_assignment
+from tinytron.distributed.zero1.averages import swap_averages, update_averages
 from tinytron.distributed.zero1.flat_buffer import BufferParam, FlatBuffer, OwnedSlice, Ownership
 from tinytron.distributed.zero1.grouping import BufferGroup, group_parameters
 from tinytron.distributed.zero1.schedule import Bucket, ParamGather, ReductionSchedule
@@ -298,7 +298,7 @@ class DistributedOptimizer:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Context in which the model computes with its averaged weights (``ema_decay``); before there are any, with its own.
+        """Context in which the model computes with its averaged weights (``ema_decay``), or its own before there are any.
         After it, the weights are what they were, bit for bit. Collective."""
         self._swap_averages()
         yield
