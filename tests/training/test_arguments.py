@@ -125,12 +125,12 @@ OTHER = {
 }
 
 NEEDED = {
-    "batch_warmup_sizes": ["--batch_warmup_ends", "10", "20"],
-    "batch_warmup_ends": ["--batch_warmup_sizes", "4096", "8192"],
+    "batch_warmup_sizes": ["--batch_warmup_sizes", "4096", "4096", "--batch_warmup_ends", "5", "6"],
+    "batch_warmup_ends": ["--batch_warmup_sizes", "4096", "4096", "--batch_warmup_ends", "5", "6"],
     "seq_len": ["--block_size", "5000"],
     "sliding_window_layers": ["--sliding_window", "8"],
     "weight_decay_end": ["--weight_decay_schedule", "cosine"],
-    "lr_stages": ["--lr_schedule", "cosine_rewarm"],
+    "lr_stages": ["--lr_schedule", "cosine_rewarm", "--lr_stages", "0.25"],
     "hub_model_id": ["--export_every", "5000"],
     "export_dir": ["--export_every", "5000"],
     "val_dataset_path": ["--dataset_path", "shards"],

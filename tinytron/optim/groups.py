@@ -41,8 +41,8 @@ def parameter_groups(
     with ``decay_all``. Each group has an ``lr_mult`` (from ``lr_mults`` by class: matrix, embedding, head, scalar; 1 if
     missing), by which the trainer multiplies the scheduled rate. It shrinks by ``layer_decay`` with every block below the
     last (see ``layer_rates``). For muP, ``width_mult`` divides the rate of AdamW's matrices and multiplies their weight
-    decay, which is applied times the rate; Muon's updates need no such factor. With ``muon``, matrices except the router's get
-    ``kind="muon"`` and their ``row_blocks``.
+    decay, which is applied times the rate; Muon's updates need no such factor. With ``muon``, matrices except the
+    router's get ``kind="muon"`` and their ``row_blocks``.
     """
     by_name = {spec.name: spec for spec in specs}
     rate_of = layer_rates(specs, layer_decay)
