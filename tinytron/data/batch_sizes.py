@@ -32,10 +32,12 @@ class BatchSizes:
 
     def runs(self, first: int, stop: float) -> Iterator[tuple[int, float]]:
         """The steps from ``first`` to ``stop`` as ranges of one size each: the first step of each, and the one after it."""
-        for _, end in (*self.stages, (self.full, stop)):
+        for _, end in self.stages:
             if first < min(end, stop):
                 yield first, min(end, stop)
                 first = end
+        if first < stop:
+            yield first, stop
 
     def steps_within(self, sequences: int) -> int:
         """The largest number of steps that have at most ``sequences`` together."""
