@@ -68,7 +68,7 @@ def weight_decay(recipe: Recipe, step: int, steps: int) -> float:
 
 
 def layer_scale(name: str, layers: int, recipe: Recipe) -> float:
-    """Of the embedding, of a block, and of what follows the blocks."""
+    """Learning-rate factor of the embedding, a block, or what follows the blocks."""
     if name.startswith("blocks."):
         return recipe.layer_decay ** (layers - int(name.split(".")[1]))
     return recipe.layer_decay ** (layers + 1) if name.startswith("w") else 1.0

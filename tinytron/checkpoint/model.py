@@ -148,7 +148,7 @@ def read_weights(file: Path, *, mmap: bool = False, foreign: bool = False) -> di
 def averages_of(saved: SavedModel, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """``weights`` with the moving averages of ``saved``'s checkpoint (``--ema_decay``) in their place and precision. Tied
     tensors stay tied, and what is not trained stays as it is. Reads the states once in full to compare their checksums.
-    Raises: CheckpointError if there are no averages, or they are damaged."""
+    Raises: CheckpointError if averages are missing or damaged."""
     files = checkpoint_of(saved.file)
     stored = stored_states(files.optimizer) if files is not None and files.optimizer.is_dir() else {}
     keys = {name: f"{name}/{AVERAGE}" for name in weights if f"{name}/{AVERAGE}" in stored}

@@ -8,7 +8,7 @@ from typing import Any
 
 from tinytron.optim.schedule import DECAY_SHAPES
 
-# What the weight decay follows: a line or half a cosine wave to its last value, or the learning rate.
+# The weight decay follows a line or half a cosine wave to its last value, or the learning rate.
 WEIGHT_DECAY_SCHEDULES = ("constant", "linear", "cosine", "lr")
 
 
