@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tests.data.test_streams import Stream
 from tinytron.data import GlobalBatchSampler, ShuffledEpochs
-from tinytron.data.batch_sizes import BatchSizes
 from tinytron.data.streams import StreamLoader
+from tinytron.utils.batch_sizes import BatchSizes
 
 GROWING = BatchSizes(16, ((4, 2), (8, 5)))  # 4 4 8 8 8 16 16 ...
 

@@ -15,9 +15,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tinytron.data.batch import Batch, collate, masked
-from tinytron.data.batch_sizes import BatchSizes
 from tinytron.data.order import Order
 from tinytron.errors import DataError
+from tinytron.utils.batch_sizes import BatchSizes
 from tinytron.utils.signals import ignore_group_signals
 
 _AHEAD = 2**14  # positions looked up in the order at once: one at a time, that takes longer than reading the rows

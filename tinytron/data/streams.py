@@ -7,9 +7,9 @@ from itertools import count, islice
 from typing import Any
 
 from tinytron.data.batch import Batch, collate, masked
-from tinytron.data.batch_sizes import BatchSizes
 from tinytron.data.loader import micro_batch_rows, sizes_of
 from tinytron.errors import DataError
+from tinytron.utils.batch_sizes import BatchSizes
 
 
 class StreamLoader:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from tinytron.data.batch_sizes import BatchSizes
 from tinytron.distributed.layout import ParallelLayout, divisors
 from tinytron.errors import ConfigError
 from tinytron.optim.schedule import fitting_warmup
 from tinytron.training.config import Config, OptimConfig, TrainingConfig
+from tinytron.utils.batch_sizes import BatchSizes
 from tinytron.utils.training import get_training_info, grad_accum_steps, round_to
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
-from tinytron.data.batch_sizes import BatchSizes
 from tinytron.errors import ConfigError
 from tinytron.kernels.choice import Backend, Kernels
 from tinytron.model.modules.recompute import Recompute
+from tinytron.utils.batch_sizes import BatchSizes
 from tinytron.utils.flags import Flag
 from tinytron.utils.training import DTYPES
 
