@@ -41,7 +41,7 @@ setup(
             *QUICKSTART,
             *DOCS,
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-tqdm", "datasets", "transformers", "s3fs"),
-            *("moto[server]", "pyyaml", "omegaconf"),
+            *("moto[server]", "pyyaml", "omegaconf", "peft"),
             *("tiktoken", "gguf", 'triton; platform_system == "Linux"'),
         ],
     },

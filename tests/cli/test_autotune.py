@@ -68,6 +68,7 @@ def gone(path: Path) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_real_runs_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = tmp_path / "results.csv"
     flags = [str(word) for word in TINY]

@@ -54,6 +54,7 @@ def command(*words: object) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_two_commands_from_text_to_training(tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"document {n}: " + "to be or not to be, " * (n % 7 + 1)}) for n in range(200)]
     (tmp_path / "texts.jsonl").write_text("\n".join(lines))

@@ -108,6 +108,7 @@ def test_mistakes_are_one_line(flags: list[str], says: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_it_trains_and_continues_on_all_processes(data: Path, tmp_path: Path) -> None:
     """Without a launcher; on other processes it reads the same batches."""
     flags = (*SMALL, "--save_dir=saved", f"--data_dir={data}")

@@ -83,9 +83,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "experts over nodes" else [pytest.mark.slow]) for name in CASES]
-)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow  # CI starts two nodes in the tests of platforms below
 def test_two_nodes_log_the_losses_of_one(tmp_path: Path, name: str) -> None:
     script, flags, env = CASES[name]
     nodes = _two_nodes(script, tmp_path / "two", flags, **env)

@@ -3,11 +3,13 @@ formula."""
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 
 from tinytron.data import mixture as mixture_module
 from tinytron.data.mixture import MixtureOrder
-from tinytron.data.mixture_file import Mixture, Source, Stage
+from tinytron.data.mixture_file import Mixture, Source, Stage, read_mixture
 from tinytron.data.permutation import Permutation
 from tinytron.errors import ConfigError, DataError
 
@@ -40,8 +42,10 @@ def mixed(
             for k in range(count)
         ),
         tuple(
-            Stage(None if length is None else Fraction(length), tuple(Fraction(w, sum(weights)) for w in weights))
-            for length, weights in stages
+            Stage(
+                None if length is None else Fraction(length), tuple(Fraction(w, sum(weights)) for w in weights), number
+            )
+            for number, (length, weights) in enumerate(stages)
         ),
     )
 
@@ -448,3 +452,28 @@ def test_sizes_must_fit_the_sources() -> None:
         MixtureOrder(mixed([(None, [1, 1])]), [3, 0], 8, 1)
     with pytest.raises(AssertionError, match="positions count from 0"):
         MixtureOrder(mixed([(None, [1, 1])]), [3, 1], 8, 1).counts(-1)
+
+
+def test_a_fade_shifts_the_shares_and_is_one_line_of_the_plan(tmp_path: Path) -> None:
+    stages: list[dict[str, Any]] = [
+        {"tokens": 40_960, "weights": {"a": 1}},
+        {"weights": {"b": 1}, "fade": {"tokens": 655_360, "shape": "linear"}},
+    ]
+    sources = [{"name": name, "path": name} for name in "ab"]
+    (tmp_path / "mix.json").write_text(json.dumps({"sources": sources, "stages": stages}))
+    plan = read_mixture(tmp_path / "mix.json")
+    order = MixtureOrder(plan, [10**6, 10**6], 10, 7)
+    chosen = order.source_of(order(np.arange(4096 * 20)))
+    shares = chosen.reshape(20, 4096).mean(1)
+    assert shares[0] == 0
+    assert shares[1:17] == pytest.approx((np.arange(16) + 0.5) / 16, abs=1e-3)
+    assert shares[17:].tolist() == [1, 1, 1]
+    lines = "\n".join(order.describe(4096 * 20))
+    assert "weight 1/0, " in lines
+    assert lines.count("a fade to stage 2") == 1
+    assert lines.count("stage 2, from 696.3K tokens") == 1
+    text = r"stages\[1\]\.fade\.tokens 655360 is less than 16 samples of --seq_len 40961; use 655376"
+    stages[0]["tokens"] = 50_000
+    (tmp_path / "mix.json").write_text(json.dumps({"sources": sources, "stages": stages}))
+    with pytest.raises(ConfigError, match=text):
+        MixtureOrder(read_mixture(tmp_path / "mix.json"), [10**6, 10**6], 40_961, 7)

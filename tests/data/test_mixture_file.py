@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -46,8 +47,32 @@ def test_a_file_is_read_exactly(tmp_path: Path) -> None:
     )
     assert found.stages == (
         Stage(Fraction(10**9), (Fraction(7, 9), Fraction(2, 9), Fraction(0))),
-        Stage(None, (Fraction(2, 3), Fraction(0), Fraction(1, 3))),
+        Stage(None, (Fraction(2, 3), Fraction(0), Fraction(1, 3)), 1),
     )
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine", "sigmoid"])
+def test_a_fade_is_made_of_short_stages(tmp_path: Path, shape: str) -> None:
+    """From the weights before it to those after it, by the formula; the stage keeps its length."""
+    sources = [{"name": "web", "path": "web"}, {"name": "code", "path": "code"}]
+    stages = [
+        {"tokens": 1000, "weights": {"web": 1}},
+        {"tokens": 800, "weights": {"web": 0.25, "code": 0.75}, "fade": {"tokens": 320, "shape": shape}},
+        {"weights": {"code": 1}},
+    ]
+    first, *fade, second, last = read(tmp_path, {"sources": sources, "stages": stages}).stages
+    assert (first.number, first.tokens, second.number, second.tokens, last.number) == (0, 1000, 1, 480, 2)
+    assert [(stage.number, stage.fading, stage.tokens) for stage in fade] == [(1, True, 20)] * 16
+
+    def share(done: float) -> float:
+        if shape == "sigmoid":
+            low, high = (1 / (1 + math.exp(-10 * (x - 0.5))) for x in (0, 1))
+            return (1 / (1 + math.exp(-10 * (done - 0.5))) - low) / (high - low)
+        return done if shape == "linear" else (1 - math.cos(math.pi * done)) / 2
+
+    wanted = [0.75 * share((i + 0.5) / 16) for i in range(16)]
+    assert [float(stage.weights[1]) for stage in fade] == pytest.approx(wanted, abs=1e-3)
+    assert all(sum(stage.weights) == 1 for stage in fade)
 
 
 def test_weights_beside_the_sources_are_one_stage_without_end(tmp_path: Path) -> None:
@@ -78,6 +103,17 @@ def test_the_smallest_weight(tmp_path: Path) -> None:
     assert MixtureOrder(found, [1, 10], 1, 0).counts(4096 * 3).tolist() == [3, 4095 * 3]
 
 
+def faded(fade: dict[str, Any]) -> dict[str, Any]:
+    """A mixture whose second of three stages has this fade."""
+    names = ("a", "b")
+    stages: list[dict[str, Any]] = [
+        {"tokens": 50, "weights": {"a": 1}},
+        {"tokens": 50, "weights": {"b": 1}, "fade": fade},
+        {"weights": {"a": 1}},
+    ]
+    return {"sources": [{"name": name, "path": name} for name in names], "stages": stages}
+
+
 def source(**changes: Any) -> dict[str, Any]:
     """A file whose second source has other fields (None: left out)."""
     fields = {key: value for key, value in {**CODE, **changes}.items() if value is not None}
@@ -97,6 +133,19 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "an exponent beyond all": ('{"sources": 1e99999999999999999999}', "sources is Infinity.*a list"),
     "a list": ([], r'the file is \[\].*object; use {"sources": \[\.\.\.\]}'),
     "a key twice": ('{"sources": [], "sources": []}', "the key 'sources' .*twice.*; give it once"),
+    "a fade of the first stage": (
+        {"sources": [{"name": "a", "path": "a"}], "stages": [{"weights": {"a": 1}, "fade": {"tokens": 9}}]},
+        r"stages\[0\]\.fade: the first stage has nothing to fade from; leave it out",
+    ),
+    "a fade that is too long": (
+        faded({"tokens": 50}),
+        r"stages\[1\]\.fade\.tokens 50 must be less than the stage's own 50 tokens; use 25",
+    ),
+    "an unknown shape": (
+        faded({"tokens": 5, "shape": "steep"}),
+        r'shape is "steep", but must be one of linear, cosine',
+    ),
+    "a fade without a length": (faded({}), r"stages\[1\]\.fade\.tokens is not given.*use 1e8"),
     "unknown key": ({"source": [WEB]}, r"the file has an unknown key 'source'; did you mean sources\?"),
     "unlike any key": ({"xyz": 1}, "the file has an unknown key 'xyz'; use sources, stages"),
     "no sources": ({}, r'sources is not given.*a list with at least one entry; use \[{"name": "web"'),

@@ -196,6 +196,7 @@ def test_an_experiment_of_three_lines(package: Path, tmp_path: Path) -> None:
     assert sorted(losses(read_logs(folder)[0])) == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_options_batch_and_forward_of_ones_own(package: Path, tmp_path: Path) -> None:
     """The weight of the auxiliary loss is an option, and the extra key of the batch changes the loss."""
     tinytron("configure", "my_model/train/signal", "run.yaml", *SHRUNK, cwd=tmp_path, package=package)

@@ -58,7 +58,7 @@ STEPS: dict[str, tuple[int, tuple[object, ...]]] = {
 # CPUs without bf16 emulate it, in up to fifty times the time; but two ranks in fp32 are so fast that gloo still holds much.
 QUICK = {
     *("dense", "experts", "fp32, selective", "fp32, full", "fp32, two micro-batches"),
-    *("sequences shared", "experts shared", "muon"),
+    *("experts shared", "muon"),
 }
 
 

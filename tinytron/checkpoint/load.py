@@ -20,6 +20,7 @@ from tinytron.distributed.param_spec import specs_of
 from tinytron.distributed.sharding import box_of
 from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer
 from tinytron.errors import CheckpointError
+from tinytron.model.lora import is_adapter
 from tinytron.utils.training import set_rng_state
 
 
@@ -133,10 +134,13 @@ def other_optimizer(meta: CheckpointMeta, optimizer: DistributedOptimizer) -> st
 def load_weights(
     model: nn.Module, weights: dict[str, torch.Tensor], source: str, state: ParallelState | None = None
 ) -> None:
-    """Copy ``weights``, which cover the whole model, into ``model`` in place; with ``state`` only this rank's shards.
+    """Copy ``weights``, which cover the whole model, into ``model`` in place; with ``state`` only this rank's shards. Where
+    ``weights`` have no adapters, those of ``model`` keep their values.
 
     Raises: CheckpointError naming missing tensors, unknown tensors and tensors of the wrong shape.
     """
+    if not any(is_adapter(name) for name in weights):
+        weights = {**weights, **{name: tensor for name, tensor in model.state_dict().items() if is_adapter(name)}}
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     cut = {id(model.get_parameter(spec.name)): spec for spec in specs_of(model) if spec.shards and state is not None}
     named = model.named_parameters(remove_duplicate=False)  # lists tied parameters under every name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from tinytron.checkpoint.sharded import FlatRanges
 from tinytron.distributed.zero1.averages import AVERAGE
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.model import GPT, ModelConfig
+from tinytron.model.lora import merged
 
 CONFIG = "config.json"  # describes a run or an imported model; it is next to the weights
 
@@ -127,9 +128,12 @@ def foreign_config(file: Path) -> dict[str, Any] | None:
     return found
 
 
-def read_weights(file: Path, *, mmap: bool = False, foreign: bool = False) -> dict[str, torch.Tensor]:
-    """The ``state_dict`` in a weights file; with ``mmap`` a tensor is read when it is used. ``foreign``: of any model, not
-    only of the GPT. Raises: CheckpointError if the file is damaged or holds something else."""
+def read_weights(
+    file: Path, *, mmap: bool = False, foreign: bool = False, merge: bool = True
+) -> dict[str, torch.Tensor]:
+    """The ``state_dict`` in a weights file; with ``mmap`` a tensor is read when it is used. Adapters are merged into the
+    weights, unless ``merge`` is false. ``foreign``: of any model, not only of the GPT. Raises: CheckpointError if the file
+    is damaged or holds something else."""
     content = read_file(file, mmap=mmap)
     inner = content.get("model")  # a consolidated file has the state_dict under this key
     weights: dict[str, torch.Tensor] = inner if isinstance(inner, dict) else content
@@ -142,25 +146,26 @@ def read_weights(file: Path, *, mmap: bool = False, foreign: bool = False) -> di
         raise CheckpointError(f"{file} does not hold GPT weights (no wte.weight); use a file like 00100_model.pt")
     if wrong := [name for name, value in weights.items() if not isinstance(value, torch.Tensor)]:
         raise CheckpointError(f"{file} holds {wrong[0]}, which is not a tensor")
-    return weights
+    return merged(weights) if merge else weights
 
 
-def averages_of(saved: SavedModel, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """``weights`` with the moving averages of ``saved``'s checkpoint (``--ema_decay``) in their place and precision. Tied
-    tensors stay tied, and what is not trained stays as it is. Reads the states once in full to compare their checksums.
-    Raises: CheckpointError if averages are missing or damaged."""
+def averages_of(saved: SavedModel, *, foreign: bool = False) -> dict[str, torch.Tensor]:
+    """The weights of ``saved``'s checkpoint with their moving averages (``--ema_decay``) in their place and precision;
+    adapters are merged. Tied tensors stay tied, and what is not trained stays as it is. ``foreign`` as in ``read_weights``.
+    Reads the states once in full to compare their checksums. Raises: CheckpointError if averages are missing or damaged."""
     files = checkpoint_of(saved.file)
     stored = stored_states(files.optimizer) if files is not None and files.optimizer.is_dir() else {}
-    keys = {name: f"{name}/{AVERAGE}" for name in weights if f"{name}/{AVERAGE}" in stored}
-    if files is None or not keys:
+    if files is None or not any(key.endswith(f"/{AVERAGE}") for key in stored):
         raise CheckpointError(
             f"{saved.file} has no averaged weights next to it; use a checkpoint of a run with --ema_decay, or drop --ema"
         )
     verify(files.folder, saved.meta.files, [name for name in saved.meta.files if name.startswith(files.optimizer.name)])
+    weights = read_weights(saved.file, mmap=True, foreign=foreign, merge=False)
+    keys = {name: f"{name}/{AVERAGE}" for name in weights if f"{name}/{AVERAGE}" in stored}
     found = {n: torch.empty(weights[n].shape, dtype=stored[key].properties.dtype) for n, key in keys.items()}
     read_states({key: FlatRanges.whole(found[name].view(-1)) for name, key in keys.items()}, files.optimizer)
     places = {weights[name].data_ptr(): average.to(weights[name].dtype) for name, average in found.items()}
-    return {name: places.get(weight.data_ptr(), weight) for name, weight in weights.items()}
+    return merged({name: places.get(weight.data_ptr(), weight) for name, weight in weights.items()})
 
 
 def _sections_beside(file: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from tinytron.data.manifest import TOKENIZER
 from tinytron.errors import ConfigError
+from tinytron.interop.adapters import export_adapters
 from tinytron.interop.export import export
 from tinytron.interop.gguf import KINDS, export_gguf
 from tinytron.interop.open import CHECKPOINT_HELP
@@ -53,6 +54,14 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--gguf", choices=KINDS, help="write one GGUF file for llama.cpp, with weights of this data type"
     )
+    parser.add_argument(
+        "--adapters",
+        action="store_true",
+        help="write the LoRA adapters alone, for the peft package, not the merged model",
+    )
+    parser.add_argument(
+        "--base", metavar="MODEL", help="with --adapters: the model to load them on; default: the run's --init_from"
+    )
     return parser
 
 
@@ -69,6 +78,9 @@ def main(argv: Sequence[str], prog: str = "tinytron export") -> None:
     args = parse_strictly(_parser(prog), argv)
     if args.gguf is not None:
         _main_gguf(args)
+        return
+    if args.adapters or args.base is not None:
+        _main_adapters(args)
         return
     made = export(
         args.checkpoint,
@@ -103,6 +115,20 @@ def _main_gguf(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}: {made.architecture}, {made.tensors} tensors in {args.gguf}, {made.bytes:,} bytes")
     left_out = f"; {made.left_out:,} rows without a token are left out" if made.left_out else ""
     print(about_tokens(replace(made.tokenizer, unused=())) + left_out)
+
+
+def _main_adapters(args: argparse.Namespace) -> None:
+    if not args.adapters:
+        raise ConfigError(f"--base {args.base} is the model below adapters; add --adapters, or drop it")
+    for flag in ("dtype", "max_shard_size", "tokenizer"):
+        if getattr(args, flag) is not None:
+            raise ConfigError(
+                f"--{flag} applies to whole models, but --adapters writes adapters alone; drop one of the two"
+            )
+    made = export_adapters(args.checkpoint, args.out, base=args.base, say=print)
+    print(
+        f"wrote {args.out}: {counted(made.adapters, 'adapter')} of {made.base}, {made.bytes:,} bytes; open it with peft"
+    )
 
 
 def about_tokens(tokenizer: TokenizerFiles) -> str:

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
+from tinytron.cli.chat import converse, opening
 from tinytron.errors import ConfigError
 from tinytron.inference.engine import Generation, Piece, complete
 from tinytron.inference.sampler import SamplingOptions
 from tinytron.interop.open import CHECKPOINT_HELP, local_checkpoint, open_model
+from tinytron.text.dialogue import dialogue_of_run
 from tinytron.text.run_tokenizer import tokenizer_of_run
 from tinytron.utils.flags import Parser, parse_strictly, whole_number
 from tinytron.utils.paths import expanded, user_path
@@ -21,7 +23,7 @@ from tinytron.utils.texts import numbered_lines, whole_characters
 from tinytron.utils.training import DTYPES, device_of
 
 _COMMON = (
-    *("checkpoint", "prompt", "prompts_file", "max_new_tokens", "temperature", "top_k", "top_p", "num_samples"),
+    *("checkpoint", "prompt", "prompts_file", "chat", "max_new_tokens", "temperature", "top_k", "top_p", "num_samples"),
     *("seed", "device"),
 )
 
@@ -35,6 +37,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 
 %(prog)s --checkpoint log/my_run --prompt "Once upon a time"
 %(prog)s --checkpoint openai-community/gpt2 --prompts_file prompts.txt --temperature 0
+%(prog)s --checkpoint log/my_chat_run --chat
 """,
         common=_COMMON,
     )
@@ -46,6 +49,17 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         type=user_path,
         metavar="FILE",
         help='file with one prompt per line; in a .jsonl file, one {"prompt": ...} per line',
+    )
+    add(
+        "--chat",
+        action="store_true",
+        help="answer as the assistant of a dialogue; without a prompt, lines from the keyboard are the user's turns",
+    )
+    add("--system", metavar="TEXT", help="with --chat: the message that dialogues begin with")
+    add(
+        "--chat_template",
+        choices=("chatml", "tokenizer"),
+        help="with --chat: how dialogues are written; default: as in the run's data, else by the tokenizer's template",
     )
     add("--tokenizer", type=user_path, metavar="FILE", help="a tokenizer.json; default: the one next to the run's data")
     add(
@@ -103,11 +117,12 @@ def _prompts_of(path: Path) -> list[str]:
 
 
 class _Printer:
-    """Prints the samples in order; the first unfinished one appears as it grows."""
+    """Prints the samples in order, each after its prompt if there are ``prompts``; the first unfinished one appears as it
+    grows."""
 
-    def __init__(self, prompts: Sequence[str], num_samples: int, out: TextIO) -> None:
+    def __init__(self, prompts: Sequence[str], count: int, num_samples: int, out: TextIO) -> None:
         self._prompts, self._per_prompt, self._out = prompts, num_samples, out
-        self._waiting = ["" for _ in range(len(prompts) * num_samples)]
+        self._waiting = ["" for _ in range(count * num_samples)]
         self._ended = [False] * len(self._waiting)
         self._current, self._headed = 0, -1
 
@@ -132,7 +147,8 @@ class _Printer:
         if len(self._waiting) > 1:
             name = f"prompt {prompt + 1}" + (f", sample {number + 1}" if self._per_prompt > 1 else "")
             self._write(f"--- {name} ---\n")
-        self._write(self._prompts[prompt])
+        if self._prompts:
+            self._write(self._prompts[prompt])
 
     def _write(self, text: str) -> None:
         self._out.write(text)
@@ -162,22 +178,39 @@ def run(args: argparse.Namespace) -> None:
     checked = SamplingOptions(**options, stop=tuple(args.stop))
     if args.batch_size < 1:
         raise ConfigError(f"--batch_size {args.batch_size} must be at least 1")
-    texts, device = read_prompts(args), device_of(args.device)
+    for flag in ("system", "chat_template"):
+        if not args.chat and getattr(args, flag) is not None:
+            raise ConfigError(f"--{flag} is about dialogues; add --chat, or drop it")
+    if args.chat and args.eot is not None:
+        raise ConfigError("--eot does not apply to dialogues, which begin as in training; drop it")
+    talks = args.chat and not args.prompt and args.prompts_file is None
+    texts, device = [] if talks else read_prompts(args), device_of(args.device)
     source = local_checkpoint(args.checkpoint, say=_to_stderr)
     model, config = open_model(source, device, DTYPES.get(args.dtype), say=_to_stderr)
     found = tokenizer_of_run(config, args.tokenizer, source)
     if args.eot is not None:
         found = dataclasses.replace(found, prepend=args.eot, begin=None)
-    checked = SamplingOptions(**options, stop=tuple(args.stop), stop_tokens=found.stop_tokens)
+    dialogue = dialogue_of_run(config, found, args.chat_template) if args.chat else None
+    if dialogue is None:
+        ids, stop_tokens = [found.prompt_ids(text) for text in texts], found.stop_tokens
+    else:
+        ids = [dialogue.prompt_ids(opening(args.system, text)) for text in texts]
+        stop_tokens, more = dialogue.end
+        checked = dataclasses.replace(checked, stop=(*checked.stop, *more))
+    checked = dataclasses.replace(checked, stop_tokens=stop_tokens)
+    if talks:
+        assert dialogue is not None, "talks needs --chat"
+        converse(model, dialogue, checked, system=args.system)
+        return
     result = complete(
         model,
-        [found.prompt_ids(text) for text in texts],
+        ids,
         checked,
         decode=found.tokenizer.decode,
         vocab_size=found.tokenizer.vocab_size,
         without=found.tokenizer.unused,
         batch_size=args.batch_size,
-        on_piece=_Printer(texts, args.num_samples, sys.stdout).show,
+        on_piece=_Printer([] if args.chat else texts, len(ids), args.num_samples, sys.stdout).show,
     )
     print(summary(result), file=sys.stderr)
 

@@ -24,7 +24,7 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
-from tinytron.data.mixture_file import BLOCK, Mixture
+from tinytron.data.mixture_file import BLOCK, FADE_STEPS, Mixture
 from tinytron.data.order import ShuffledEpochs
 from tinytron.data.permutation import Permutation
 from tinytron.errors import ConfigError, DataError
@@ -78,10 +78,11 @@ class MixtureOrder:
         self.fingerprints = list(fingerprints or [""] * len(sizes))
         self.ends: Ints = np.cumsum(np.array(sizes, np.int64))
         self.caps = [self._cap(mixture, number) for number in range(len(sizes))]
+        self.stages = mixture.stages
         self.stage_weights = [stage.weights for stage in mixture.stages]
         self.stage_sizes = [
-            None if stage.tokens is None else self._samples(stage.tokens, f"stages[{number}].tokens")
-            for number, stage in enumerate(mixture.stages)
+            None if stage.tokens is None else self._samples(stage.tokens, stage.key, FADE_STEPS if stage.fading else 1)
+            for stage in mixture.stages
         ]
         # Every source has its own key, so that its order is the same in every mixture.
         self.keys = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") for name in self.names]
@@ -145,7 +146,7 @@ class MixtureOrder:
         used = self.counts(length).tolist()
         lines = [f"mixture {self.file}: {len(self.names)} sources, {self._tokens(length)}"]
         for k, name in enumerate(self.names):
-            shares = "/".join(f"{float(weights[k]):.4g}" for weights in self.stage_weights)
+            shares = "/".join(f"{float(stage.weights[k]):.4g}" for stage in self.stages if not stage.fading)
             line = (
                 f"  {name}: weight {shares}, has {self._tokens(self.sizes[k])}, gives {self._tokens(used[k])} "
                 f"({used[k] / self.sizes[k]:.3g} epochs)"
@@ -153,9 +154,13 @@ class MixtureOrder:
             cap = self.caps[k]
             lines.append(line if cap is None else f"{line}, at most {self._tokens(cap)}")
         for segment in self.segments:
-            end = segment.end
+            end, stage = segment.end, self.stages[segment.stage]
+            if stage.fading:
+                if not self.stages[segment.stage - 1].fading:
+                    lines.append(f"  from {self._tokens(segment.start)}: a fade to stage {stage.number + 1}")
+                continue
             parts = ", ".join(f"{n} {float(w):.4g}" for n, w in zip(self.names, segment.weights, strict=True) if w)
-            line = f"  stage {segment.stage + 1}, from {self._tokens(segment.start)} "
+            line = f"  stage {stage.number + 1}, from {self._tokens(segment.start)} "
             line += f"to {'the end of the run' if end is None else self._tokens(end)}: {parts}"
             over = [] if end is None else self._used_up_at(segment, end)
             lines.append(f"{line}; {', '.join(over)} used up at its end" if over else line)
@@ -182,19 +187,22 @@ class MixtureOrder:
         if self.capacity is not None and end > self.capacity:
             last = self.segments[-1]
             names = [name for name, weight in zip(self.names, self.stage_weights[last.stage], strict=True) if weight]
+            stage = self.stages[last.stage].number + 1
             raise DataError(
                 f"{self.file}: the mixture ends after {self.capacity * self.seq_len} tokens, when {', '.join(names)} (all "
-                f"that stage {last.stage + 1} uses) have reached their max_epochs or max_tokens; lower --max_steps to no "
+                f"that stage {stage} uses) have reached their max_epochs or max_tokens; lower --max_steps to no "
                 "more tokens than that, or raise a cap"
             )
 
     # Layout.
 
-    def _samples(self, tokens: Fraction, key: str) -> int:
+    def _samples(self, tokens: Fraction, key: str, parts: int = 1) -> int:
+        """The samples of one of the equal ``parts`` of what ``key`` gives."""
         if tokens < self.seq_len:
+            least = "one sample" if parts == 1 else f"{parts} samples"
             raise ConfigError(
-                f"{self.file}: {key} {float(tokens):.12g} is less than one sample of --seq_len {self.seq_len}; "
-                f"use {self.seq_len} or more"
+                f"{self.file}: {key} {float(tokens * parts):.12g} is less than {least} of --seq_len {self.seq_len}; "
+                f"use {self.seq_len * parts} or more"
             )
         return int(tokens // self.seq_len)
 

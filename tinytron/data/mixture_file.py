@@ -4,9 +4,10 @@ everything that needs only the file. Numbers become exact fractions of their dec
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -17,6 +18,16 @@ from tinytron.utils.flags import nearest
 from tinytron.utils.paths import expanded
 
 BLOCK = 4096  # positions; proportions are exact at the end of every block (mixture.py)
+FADE_STEPS = 16
+# The share of the new stage after the fraction ``done`` of a fade.
+FADES: dict[str, Callable[[float, float], float]] = {
+    "linear": lambda done, steepness: done,
+    "cosine": lambda done, steepness: (1 - math.cos(math.pi * done)) / 2,
+    "sigmoid": lambda done, steepness: (
+        (_sigmoid(steepness * (done - 0.5)) - _sigmoid(-steepness / 2))
+        / (_sigmoid(steepness / 2) - _sigmoid(-steepness / 2))
+    ),
+}
 _LARGEST, _SMALLEST = Decimal("1e15"), Decimal("1e-12")
 _SOURCE_KEYS = ("name", "path", "weight", "max_epochs", "max_tokens")
 
@@ -34,10 +45,18 @@ class Source:
 @dataclass(frozen=True)
 class Stage:
     """A part of the run that lasts ``tokens`` (None: to the end). ``weights`` follow the order of the sources and sum to
-    1."""
+    1. ``number`` is its place in the file; a fade is made of several stages with that of the stage it leads to, which are
+    ``fading``. ``key`` names its length in errors."""
 
     tokens: Fraction | None
     weights: tuple[Fraction, ...]
+    number: int = 0
+    fading: bool = False
+
+    @property
+    def key(self) -> str:
+        """The key of its length in the file."""
+        return f"stages[{self.number}]{'.fade' if self.fading else ''}.tokens"
 
 
 @dataclass(frozen=True)
@@ -49,14 +68,21 @@ class Mixture:
     stages: tuple[Stage, ...]
 
 
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
 def read_mixture(path: str | Path) -> Mixture:
     """Read and check a mixture file::
 
         {"sources": [{"name": "web", "path": "data/web", "weight": 0.7, "max_epochs": 2, "max_tokens": 1e9}, ...],
-         "stages": [{"tokens": 1e9, "weights": {"web": 0.5, "code": 0.5}}, ..., {"weights": {"code": 1}}]}
+         "stages": [{"tokens": 1e9, "weights": {"web": 0.5, "code": 0.5}}, ...,
+                    {"weights": {"code": 1}, "fade": {"tokens": 1e8, "shape": "cosine"}}]}
 
     Weights are relative. Without ``stages`` every source has a ``weight``. With ``stages`` only the stages have
-    weights, and a stage does not use a source that it leaves out or gives 0. Each stage but the last lasts ``tokens``.
+    weights, and a stage does not use a source that it leaves out or gives 0. Each stage but the last lasts ``tokens``. A
+    stage with a ``fade`` begins with these many tokens in which the weights go from those of the stage before to its own,
+    in ``FADE_STEPS`` steps.
     Paths are relative to the file. Raises: ConfigError naming file, key, rule and a value that works.
     """
     check = _Checker(str(path))
@@ -102,11 +128,11 @@ def _source(check: _Checker, entry: Any, key: str, has_stages: bool) -> tuple[So
 
 def _stages(check: _Checker, value: Any, names: list[str]) -> list[Stage]:
     entries = check.entries(value, "stages", '[{"tokens": 1e9, "weights": {...}}, {"weights": {...}}]')
-    stages = []
+    stages: list[Stage] = []
     for number, entry in enumerate(entries):
         key = f"stages[{number}]"
         last = number == len(entries) - 1
-        fields = check.fields(entry, key, ("tokens", "weights"), f'{{"weights": {{"{names[0]}": 1}}}}')
+        fields = check.fields(entry, key, ("tokens", "weights", "fade"), f'{{"weights": {{"{names[0]}": 1}}}}')
         if last and "tokens" in fields:
             check.fail(f"{key}.tokens cannot be given for the last stage, which lasts until the run ends; leave it out")
         tokens = None if last else check.number(fields.get("tokens"), f"{key}.tokens", "1e9")
@@ -118,11 +144,44 @@ def _stages(check: _Checker, value: Any, names: list[str]) -> list[Stage]:
         ]
         if not any(weights):
             check.fail(f"{key}.weights uses no source; give one a weight, such as {names[0]!r}: 1")
-        stages.append(Stage(tokens, _normalized(check, weights, keys)))
+        stage = Stage(tokens, _normalized(check, weights, keys), number)
+        if "fade" in fields:
+            fade = _fade(check, fields["fade"], stage, stages[-1] if stages else None)
+            stages += fade
+            if tokens is not None:
+                stage = replace(stage, tokens=tokens - sum((one.tokens for one in fade if one.tokens), Fraction(0)))
+        stages.append(stage)
     for number, name in enumerate(names):
         if not any(stage.weights[number] for stage in stages):
             check.fail(f"sources[{number}]: {name!r} has a weight in no stage; give it one, or take the source out")
     return stages
+
+
+def _fade(check: _Checker, value: Any, stage: Stage, before: Stage | None) -> list[Stage]:
+    """The stages of the fade from ``before`` to ``stage``. Raises: ConfigError."""
+    key = f"stages[{stage.number}].fade"
+    if before is None:
+        check.fail(f"{key}: the first stage has nothing to fade from; leave it out")
+    fields = check.fields(value, key, ("tokens", "shape", "steepness"), '{"tokens": 1e8, "shape": "cosine"}')
+    tokens = check.number(fields.get("tokens"), f"{key}.tokens", "1e8")
+    if stage.tokens is not None and tokens >= stage.tokens:
+        check.fail(
+            f"{key}.tokens {float(tokens):.12g} must be less than the stage's own {float(stage.tokens):.12g} tokens; use "
+            f"{float(stage.tokens / 2):.12g}"
+        )
+    shape = fields.get("shape", "linear")
+    if shape not in FADES:
+        check.fail(f"{key}.shape is {_shown(shape)}, but must be one of {', '.join(FADES)}; use cosine")
+    steepness = float(check.number(fields.get("steepness", Decimal(10)), f"{key}.steepness", "10"))
+    found = []
+    for step in range(FADE_STEPS):
+        share = Fraction(round(FADES[shape]((step + 0.5) / FADE_STEPS, steepness) * 2**20), 2**20)
+        mixed = [(1 - share) * old + share * new for old, new in zip(before.weights, stage.weights, strict=True)]
+        kept = [weight if weight * BLOCK >= 1 else Fraction(0) for weight in mixed]  # a block could lack the source
+        found.append(
+            Stage(tokens / FADE_STEPS, tuple(weight / sum(kept) for weight in kept), stage.number, fading=True)
+        )
+    return found
 
 
 def _normalized(check: _Checker, weights: list[Fraction], keys: list[str]) -> tuple[Fraction, ...]:

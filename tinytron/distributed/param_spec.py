@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 import torch.nn as nn
 
-Kind = Literal["matrix", "router", "embedding", "head", "norm", "bias"]
+Kind = Literal["matrix", "router", "embedding", "head", "norm", "bias", "adapter"]
 
 
 class Shard(NamedTuple):

@@ -1,4 +1,5 @@
-"""Training with a reference: preferences (DPO), and a second stage that stays close to the first."""
+"""Training with another model's predictions: preferences (DPO), a second stage close to the first, distillation; and
+by rewards (GRPO)."""
 
 from __future__ import annotations
 
@@ -9,6 +10,18 @@ from tinytron.training.contrastive import (
     BackbonedContrastiveTrainerConfig,
     ContrastiveTrainer,
     ContrastiveTrainerConfig,
+)
+from tinytron.training.distillation import (
+    BackbonedDistillationTrainer,
+    BackbonedDistillationTrainerConfig,
+    DistillationTrainer,
+    DistillationTrainerConfig,
+)
+from tinytron.training.grpo import (
+    BackbonedGRPOTrainer,
+    BackbonedGRPOTrainerConfig,
+    GRPOTrainer,
+    GRPOTrainerConfig,
 )
 from tinytron.training.kl_divergence import KLDivergenceTrainer, KLDivergenceTrainerConfig
 
@@ -26,3 +39,23 @@ class ContrastBackbone(BackbonedContrastiveTrainer[BackbonedContrastiveTrainerCo
 @job("gpt/train/kl")
 class StagesGPT(KLDivergenceTrainer[KLDivergenceTrainerConfig, GPT]):
     """Pre-train a GPT in two stages, the second with a KL penalty against the first."""
+
+
+@job("gpt/train/distill")
+class DistillGPT(DistillationTrainer[DistillationTrainerConfig, GPT]):
+    """Train a new GPT on data and on the predictions of a teacher."""
+
+
+@job("backbone/train/distill")
+class DistillBackbone(BackbonedDistillationTrainer[BackbonedDistillationTrainerConfig, GPT]):
+    """Train a model of Hugging Face on data and on the predictions of a teacher."""
+
+
+@job("gpt/train/grpo")
+class ReinforceGPT(GRPOTrainer[GRPOTrainerConfig, GPT]):
+    """Train a GPT by rewards for its answers (GRPO), from the weights of another job."""
+
+
+@job("backbone/train/grpo")
+class ReinforceBackbone(BackbonedGRPOTrainer[BackbonedGRPOTrainerConfig, GPT]):
+    """Train a model of Hugging Face by rewards for its answers (GRPO)."""

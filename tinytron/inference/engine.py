@@ -30,14 +30,16 @@ Finish = Literal["stop", "length"]
 @dataclass
 class Sample:
     """One continuation of ``prompts[prompt]``: ``tokens`` (without a stop token; a stop string's tokens up to its end) and
-    ``text`` (up to the stop string). ``finish``: ``stop``, or ``length`` after ``max_new_tokens``. ``cuts`` counts how
-    often the text outgrew ``block_size``, so that the model no longer saw its beginning."""
+    ``text`` (up to the stop string). ``finish``: ``stop``, or ``length`` after ``max_new_tokens``; ``stop_token`` is the
+    stop token that ended it, if one did. ``cuts`` counts how often the text outgrew ``block_size``, so that the model no
+    longer saw its beginning."""
 
     prompt: int
     number: int
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     finish: Finish | None = None
+    stop_token: int | None = None
     cuts: int = 0
 
 
@@ -91,6 +93,7 @@ class _Row:
     def add(self, token: int, stop_tokens: Sequence[int]) -> Piece:
         """Append a token; the last piece carries the reason for the end."""
         if token in stop_tokens:
+            self.sample.stop_token = token
             return self._end("stop", None, "")
         self.sample.tokens.append(token)
         self.seen.append(token)

@@ -16,6 +16,7 @@ from tinytron.checkpoint.model import HF_CONFIG, foreign_config, is_saved_model,
 from tinytron.errors import CheckpointError, ConfigError, first_line
 from tinytron.interop.families import FAMILIES
 from tinytron.interop.hub import model_folder
+from tinytron.model.lora import is_adapter
 from tinytron.model.modules.loss import LossSums, cross_entropy_of_logits, fused_linear_cross_entropy
 from tinytron.utils.optional import require_package
 
@@ -197,4 +198,5 @@ def load_foreign(model: CausalLM, name: str) -> None:
         raise CheckpointError(f"{name}: transformers cannot load these weights ({first_line(error)})") from error
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(f"{name} lacks {len(missing)} weights of its model ({missing[0]})")
-    model.hf.load_state_dict(loaded.state_dict())
+    adapters = {name: tensor for name, tensor in model.hf.state_dict().items() if is_adapter(name)}
+    model.hf.load_state_dict({**loaded.state_dict(), **adapters})

@@ -77,7 +77,7 @@ def export(
         return _export_foreign(source, theirs, out, dtype, tokenizer, max_shard_size, replace, averaged)
     saved = open_saved(source, say)
     family, settings = write_architecture(folded_config(saved.config))
-    weights = averages_of(saved, saved.weights()) if averaged else saved.weights()
+    weights = averages_of(saved) if averaged else saved.weights()
     weights = folded_weights(saved.config, weights)
     saved = saved._replace(config=folded_config(saved.config))
     parts = _parts(family, saved, weights)
@@ -108,9 +108,7 @@ def _export_foreign(
 ) -> Exported:
     """``export`` for the weights of a ``CausalLM``, by transformers itself."""
     saved = saved_model(file)
-    weights = read_weights(file, mmap=True, foreign=True)
-    if averaged:
-        weights = averages_of(saved, weights)
+    weights = averages_of(saved, foreign=True) if averaged else read_weights(file, mmap=True, foreign=True)
     found = exported_tokenizer(
         saved.config.vocab_size, saved.section("data"),
         given=tokenizer, checkpoint=saved.file, imported=saved.section(TOKENS),

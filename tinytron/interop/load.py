@@ -144,9 +144,10 @@ def load_hf(model: GPT, weights: HFWeights, family: Family, vocab_size: int, *, 
     shapes = expected_shapes(family, dataclasses.replace(model.config, vocab_size=vocab_size))
     names = _names_in(weights, family, shapes)
     _check(weights, family, shapes, names)
-    total = sum(model.get_parameter(spec.name).nbytes for spec in model.param_specs())
+    specs = [spec for spec in model.param_specs() if spec.kind != "adapter"]
+    total = sum(model.get_parameter(spec.name).nbytes for spec in specs)
     with Progress(f"reading {weights.folder}", total, shown=progress) as shown:
-        for spec in model.param_specs():
+        for spec in specs:
             held, box = model.get_parameter(spec.name), box_of(spec, model.state)
             read = box.stack() if spec.stacked else Box.whole(spec.shape)  # Hugging Face stores whole tensors
             ours = held if box == read else held.new_empty(read.size)

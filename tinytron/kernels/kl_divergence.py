@@ -20,10 +20,13 @@ def linear_kl_divergence(
     other_weight_VD: torch.Tensor,
     counted_T: torch.Tensor,
     *,
+    of_other: bool = False,
+    temperature: float = 1.0,
     chunk_tokens: int | None = None,
 ) -> torch.Tensor:
     """The sum over tokens of ``counted * sum_v p_v (log p_v - log q_v)``, where p is the softmax of ``hidden @ weight.T``
-    and q that of the ``other`` model, which is constant.
+    and q that of the ``other`` model, which is constant; with ``of_other`` KL(q || p) instead. Logits are divided by the
+    ``temperature``.
 
     Differentiable once in ``hidden_TD`` and ``weight_VD``. Softmax and sums are in fp32 (fp64 for fp64 inputs), the matrix
     products in the inputs' precision. ``counted_T`` are constants. ``chunk_tokens`` bounds the live logits.
@@ -34,7 +37,14 @@ def linear_kl_divergence(
         elements = 2**26 if hidden_TD.is_cuda else 2**21  # half of what the loss takes, because there are two models
         chunk_tokens = max(128, elements // weight_VD.shape[0])
     found: torch.Tensor = _LinearKL.apply(
-        hidden_TD, weight_VD, other_hidden_TD.detach(), other_weight_VD.detach(), counted_T, chunk_tokens
+        hidden_TD,
+        weight_VD,
+        other_hidden_TD.detach(),
+        other_weight_VD.detach(),
+        counted_T,
+        of_other,
+        temperature,
+        chunk_tokens,
     )
     return found
 
@@ -48,6 +58,8 @@ class _LinearKL(torch.autograd.Function):
         other_hidden_TD: torch.Tensor,
         other_weight_VD: torch.Tensor,
         counted_T: torch.Tensor,
+        of_other: bool,
+        temperature: float,
         chunk_tokens: int,
     ) -> torch.Tensor:
         T = len(hidden_TD)
@@ -59,18 +71,13 @@ class _LinearKL(torch.autograd.Function):
         total = hidden_TD.new_zeros((), dtype=ours.dtype)
         for start in range(0, T, chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            log_p_tV = ours.of(hidden_TD[chunk], weight_VD)
-            log_p_tV -= log_p_tV.logsumexp(1, keepdim=True)
-            ratio_tV = theirs.of(other_hidden_TD[chunk], other_weight_VD)
-            ratio_tV -= ratio_tV.logsumexp(1, keepdim=True)
-            torch.sub(log_p_tV, ratio_tV, out=ratio_tV)  # log p - log q
-            p_tV = log_p_tV.exp_()
-            kl_t1 = (p_tV * ratio_tV).sum(1, keepdim=True)
+            log_p_tV = _log_softmax_(ours.of(hidden_TD[chunk], weight_VD), temperature)
+            log_q_tV = _log_softmax_(theirs.of(other_hidden_TD[chunk], other_weight_VD), temperature)
             counted_t1 = counted_T[chunk, None].to(ours.dtype)
+            kl_t1, grad_tV = (_kl_of_other_ if of_other else _kl_)(log_p_tV, log_q_tV.to(ours.dtype))
             total += (kl_t1 * counted_t1).sum()
-            if grads.wanted:  # d KL / d z = p (log p - log q - KL)
-                grad_tV = p_tV.mul_(ratio_tV.sub_(kl_t1)).mul_(counted_t1)
-                grads.add(ours.rounded(grad_tV), hidden_TD, weight_VD, chunk)
+            if grads.wanted:
+                grads.add(ours.rounded(grad_tV.mul_(counted_t1 / temperature)), hidden_TD, weight_VD, chunk)
         ctx.grads = (grads.hidden_TD, grads.weight_VD)
         return total
 
@@ -84,4 +91,28 @@ class _LinearKL(torch.autograd.Function):
         for grad in (grad_hidden, grad_weight):
             if grad is not None:
                 grad.mul_(grad_total)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, *(None,) * 6
+
+
+def _log_softmax_(logits_tV: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The logarithm of the softmax, in the place of the logits."""
+    if temperature != 1:
+        logits_tV /= temperature
+    logits_tV -= logits_tV.logsumexp(1, keepdim=True)
+    return logits_tV
+
+
+def _kl_(log_p_tV: torch.Tensor, log_q_tV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(p || q) of every token, ``[t, 1]``, and its derivative by the logits of p, p (log p - log q - KL), in the place of
+    ``log_p_tV``; ``log_q_tV`` is overwritten, too."""
+    ratio_tV = torch.sub(log_p_tV, log_q_tV, out=log_q_tV)
+    p_tV = log_p_tV.exp_()
+    kl_t1 = (p_tV * ratio_tV).sum(1, keepdim=True)
+    return kl_t1, p_tV.mul_(ratio_tV.sub_(kl_t1))
+
+
+def _kl_of_other_(log_p_tV: torch.Tensor, log_q_tV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(q || p) of every token, and its derivative by the logits of p, p - q; in place like ``_kl_``."""
+    q_tV = log_q_tV.exp()
+    kl_t1 = (q_tV * log_q_tV.sub_(log_p_tV)).sum(1, keepdim=True)
+    return kl_t1, log_p_tV.exp_().sub_(q_tV)

@@ -57,6 +57,11 @@ class StepWindow:
         self._parts.append(torch.stack([value.double() for value in (*parts.values(), *known)]))
         self._norms.append(grad_norm)
 
+    def drop_last(self) -> None:
+        """Take the newest step back, because a further update belongs to the same step."""
+        for entries in (self._steps, self._parts, self._norms):
+            entries.pop()
+
     def flush(self) -> list[StepRecord]:
         """The records since the last flush: one reduction, one copy to the host. Collective."""
         if not self._steps:

@@ -22,6 +22,7 @@ from tinytron.model.config import ModelConfig
 from tinytron.model.modules.attn import LayerCache
 from tinytron.model.modules.emb import RotaryEmbedding, TokenEmbedding
 from tinytron.model.modules.linear import PackedLinear, ResidualLinear
+from tinytron.model.modules.lora import LowRank
 from tinytron.model.modules.loss import LossSums, cross_entropy_of_logits, fused_linear_cross_entropy
 from tinytron.model.modules.moe import Experts, MoE, MoEStats, Router, RouterTrace
 from tinytron.model.modules.norm import LayerNorm, RMSNorm, make_norm
@@ -123,7 +124,7 @@ class GPT(nn.Module):
                 parameter.fill_(1.0)
             elif spec.kind == "bias":
                 parameter.zero_()
-            else:
+            elif spec.kind != "adapter":
                 std = residual_std if spec.writes_residual else self.config.init_std
                 std = std / self.config.width_mult**0.5 if spec.kind == "matrix" else std
                 fill_normal(parameter, spec, box_of(spec, self.state), std, seed)
@@ -147,6 +148,7 @@ class GPT(nn.Module):
             RMSNorm: "norm",
             LayerNorm: "norm",
             Router: "router",
+            LowRank: "adapter",
             TokenEmbedding: "embedding",
             self.lm_head: "head",
         }

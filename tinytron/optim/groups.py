@@ -19,6 +19,7 @@ _LR_CLASS: dict[Kind, str] = {
     "head": "head",
     "norm": "scalar",
     "bias": "scalar",
+    "adapter": "matrix",
 }
 _BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
 
@@ -37,12 +38,12 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Optimizer groups that cover every trainable parameter exactly once.
 
-    Weight decay applies to matrices and the head, to embeddings with ``decay_embeddings``, and to norms and biases only
-    with ``decay_all``. Each group has an ``lr_mult`` (from ``lr_mults`` by class: matrix, embedding, head, scalar; 1 if
-    missing), by which the trainer multiplies the scheduled rate. It shrinks by ``layer_decay`` with every block below the
-    last (see ``layer_rates``). For muP, ``width_mult`` divides the rate of AdamW's matrices and multiplies their weight
-    decay, which is applied times the rate; Muon's updates need no such factor. With ``muon``, matrices except the
-    router's get ``kind="muon"`` and their ``row_blocks``.
+    Weight decay applies to matrices, adapters and the head, to embeddings with ``decay_embeddings``, and to norms and
+    biases only with ``decay_all``. Each group has an ``lr_mult`` (from ``lr_mults`` by class: matrix, embedding, head,
+    scalar; 1 if missing), by which the trainer multiplies the scheduled rate. It shrinks by ``layer_decay`` with every
+    block below the last (see ``layer_rates``). For muP, ``width_mult`` divides the rate of AdamW's matrices and multiplies
+    their weight decay, which is applied times the rate; Muon's updates need no such factor. With ``muon``, matrices except
+    the router's get ``kind="muon"`` and their ``row_blocks``.
     """
     by_name = {spec.name: spec for spec in specs}
     rate_of = layer_rates(specs, layer_decay)
@@ -52,7 +53,9 @@ def parameter_groups(
             continue
         spec = by_name[name]
         decays = (
-            decay_all or spec.kind in ("matrix", "router", "head") or (spec.kind == "embedding" and decay_embeddings)
+            decay_all
+            or spec.kind in ("matrix", "router", "head", "adapter")
+            or (spec.kind == "embedding" and decay_embeddings)
         )
         width = width_mult if spec.kind == "matrix" and not muon else 1.0
         options: dict[str, Any] = {

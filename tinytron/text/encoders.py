@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -68,7 +68,7 @@ class RowShape(NamedTuple):
     pad_id: int
 
 
-class _Piece(NamedTuple):
+class Piece(NamedTuple):
     """A special token (``number``) or a plain text, and whether it is part of an answer of the assistant."""
 
     text: str
@@ -142,30 +142,45 @@ class RecordEncoder:
             np.array(contents, np.uint32) if self.row is not None else None,
         )
 
-    def _pieces_of(self, value: str | Messages) -> list[_Piece]:
-        """The pieces of one side. Neighboring plain texts are one piece, unless only one of them is learned."""
+    def _pieces_of(self, value: str | Messages) -> list[Piece]:
+        """The pieces of one side, with the token that separates documents."""
         if isinstance(value, str):
             segments = [Segment(value, False, True)]
         else:
             segments = self.template(with_system(value, self.system_prompt))
-        found: list[_Piece] = []
-        for segment in segments:
-            for text in self._marks.split(segment.text) if segment.marks and self.specials else [segment.text]:
-                number = self.specials.get(text) if segment.marks else None
-                last = found[-1] if found else None
-                if number is None and last is not None and last.number is None and last.learned == segment.learned:
-                    found[-1] = last._replace(text=last.text + text)
-                elif text:
-                    found.append(_Piece(text, number, segment.learned))
+        found = pieces_of(segments, self.specials, self._marks)
         if self.eot_id is not None:
-            end = _Piece("", self.eot_id, isinstance(value, str))
+            end = Piece("", self.eot_id, isinstance(value, str))
             found = [end, *found] if self.eot_position == "prepend" else [*found, end]
         return found if self.assistant_only else [piece._replace(learned=True) for piece in found]
 
     @cached_property
     def _marks(self) -> re.Pattern[str]:
-        longest_first = sorted(self.specials, key=len, reverse=True)
-        return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        return marks_of(self.specials)
+
+
+def pieces_of(
+    segments: Iterable[Segment], specials: Mapping[str, int], marks: re.Pattern[str] | None = None
+) -> list[Piece]:
+    """The pieces of a rendered dialogue. Neighboring plain texts are one piece, unless only one of them is learned.
+    ``marks`` is ``marks_of(specials)``."""
+    marks = marks_of(specials) if marks is None else marks
+    found: list[Piece] = []
+    for segment in segments:
+        for text in marks.split(segment.text) if segment.marks and specials else [segment.text]:
+            number = specials.get(text) if segment.marks else None
+            last = found[-1] if found else None
+            if number is None and last is not None and last.number is None and last.learned == segment.learned:
+                found[-1] = last._replace(text=last.text + text)
+            elif text:
+                found.append(Piece(text, number, segment.learned))
+    return found
+
+
+def marks_of(specials: Mapping[str, int]) -> re.Pattern[str]:
+    """A pattern that finds the special tokens in a text."""
+    longest_first = sorted(specials, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
 
 def _joined(arrays: Sequence[Array], dtype: np.dtype[Any]) -> Array:

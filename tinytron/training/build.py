@@ -21,6 +21,7 @@ from tinytron.interop.causal_lm import CausalLM
 from tinytron.kernels.choice import check_device
 from tinytron.metrics import RoutingReport, SourceLosses, load_statistics
 from tinytron.model import GPT
+from tinytron.model.lora import add_adapters
 from tinytron.model.protocols import HasExperts, WaitsForParameters
 from tinytron.optim import Muon, Rates, Schedule, parameter_groups
 from tinytron.training.config import Config, OptimConfig
@@ -34,8 +35,16 @@ from tinytron.utils.training import DTYPES
 
 
 def build_model(config: Config, state: ParallelState, cls: type[GPT] = GPT) -> GPT | CausalLM:
-    """The model of this rank, compiled if asked for: a GPT (``cls``), or the model of transformers that ``--hf_model`` or
-    ``--init_from`` names. Raises: ConfigError for kernels that cannot run here, or options that the model lacks."""
+    """The model of this rank, compiled and with adapters if asked for: a GPT (``cls``), or the model of transformers that
+    ``--hf_model`` or ``--init_from`` names. Raises: ConfigError for kernels that cannot run here, and for options that the
+    model lacks."""
+    model = _whole_model(config, state, cls)
+    if (adapters := config.lora.adapters) is not None:
+        add_adapters(model, adapters, config.seed.seed)
+    return model
+
+
+def _whole_model(config: Config, state: ParallelState, cls: type[GPT]) -> GPT | CausalLM:
     if (named := foreign_model(config)) is not None:
         return build_foreign(config, *named, state)
     dtype = DTYPES[config.train.precision]

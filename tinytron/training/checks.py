@@ -10,6 +10,7 @@ from tinytron.distributed.sequence_parallel.ulysses import check_sep_size
 from tinytron.errors import ConfigError
 from tinytron.kernels.choice import check_model
 from tinytron.model.config import ModelConfig
+from tinytron.training.lora_section import LoraConfig, check_lora
 from tinytron.training.sections import (
     CkptConfig,
     DataConfig,
@@ -28,6 +29,7 @@ def check(
     train: TrainingConfig,
     model: ModelConfig,
     optim: OptimConfig,
+    lora: LoraConfig,
     data: DataConfig,
     parallel: ParallelConfig,
     ckpt: CkptConfig,
@@ -50,6 +52,7 @@ def check(
             f"--init_from {ckpt.init_from} begins a new run and --resume_path {ckpt.resume_path} continues "
             "one; drop one of them"
         )
+    check_lora(lora, starts_from_weights=ckpt.init_from is not None or ckpt.resume_path is not None)
     _check_exports(ckpt)
     _check_kernels(train, model, optim, seed)
 

@@ -16,6 +16,7 @@ from tinytron.training.sections import (
     CkptConfig,
     DataConfig,
     LoggingConfig,
+    LoraConfig,
     OptimConfig,
     ParallelConfig,
     SeedConfig,
@@ -31,6 +32,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "LoggingConfig",
+    "LoraConfig",
     "ModelConfig",
     "OptimConfig",
     "ParallelConfig",
@@ -79,6 +81,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainingConfig = field(default_factory=TrainingConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     ckpt: CkptConfig = field(default_factory=CkptConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

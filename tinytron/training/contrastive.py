@@ -14,7 +14,6 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 
 from tinytron.config import configure, field, is_configured
@@ -22,18 +21,17 @@ from tinytron.data import Batch
 from tinytron.data.batch import collate
 from tinytron.data.mixture_file import read_mixture
 from tinytron.data.pairs import NUMBER, REFERENCE, SIDE, PackedPairs, PairDataset
-from tinytron.distributed.agreement import agree, agree_slowly
+from tinytron.distributed.agreement import agree
 from tinytron.distributed.collectives import sum_over
 from tinytron.errors import ConfigError, DataError
-from tinytron.interop import load_pretrained
 from tinytron.model.modules.loss import LossSums, fused_linear_cross_entropy
 from tinytron.model.modules.routed import routed_tokens
 from tinytron.model.protocols import require_gpt
 from tinytron.training.backbone import BackbonedTrainer, BackbonedTrainerConfig
 from tinytron.training.base import BaseTrainer, BaseTrainerConfig
-from tinytron.training.build import build_model
 from tinytron.training.config import Config
 from tinytron.training.datasets import whole_of
+from tinytron.training.reference import first_model
 from tinytron.utils.training import write_atomically
 
 ConfigT = TypeVar("ConfigT")
@@ -172,20 +170,11 @@ class ContrastiveTrainer(BaseTrainer[ConfigT, ModelT]):
         found = sent[0]
         if found is None:
             self._say(f"computing the reference's log-probabilities of {sum(map(len, pairs_of.values())):,} pairs")
-            model = self._first_model() if self._continues else self.raw_model
+            model = first_model(self.config, self.raw_model, self.state) if self._continues else self.raw_model
             found = {name: self._log_probs(model, pairs) for name, pairs in pairs_of.items()}
             agree(lambda: self._write_reference(file, found), world)
         for name, pairs in pairs_of.items():
             pairs.reference = found[name]
-
-    def _first_model(self) -> nn.Module:
-        """The model with the weights that the run began with."""
-        model = build_model(self.config, self.state, type(self.raw_model))  # type: ignore[arg-type]
-        if (name := self.config.ckpt.init_from) is not None:
-            agree_slowly(
-                lambda: load_pretrained(require_gpt(model, "DPO trains", "use one"), name), self.state.groups["world"]
-            )
-        return model
 
     def _write_reference(self, file: Path, found: dict[str, torch.Tensor]) -> None:
         if self.master_process:

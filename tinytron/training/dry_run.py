@@ -7,6 +7,7 @@ import torch
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.errors import ConfigError
 from tinytron.kernels.choice import check_device
+from tinytron.model.lora import add_adapters
 from tinytron.planner.memory import MemoryPlan, plan_memory
 from tinytron.planner.pretend import DeviceKind
 from tinytron.planner.report import describe
@@ -56,6 +57,8 @@ def plan_run(config: Config, world_size: int) -> tuple[MemoryPlan, Workload, Par
     config = with_fitting_batch(config, layout)
     work = workload(config, layout)
     model = meta_model(config.model, work, layout)
+    if (adapters := config.lora.adapters) is not None:
+        add_adapters(model, adapters, config.seed.seed)
     groups, options = optimizer_groups(config.optim, model), optimizer_options(config, model)
     return plan_memory(model, groups, options, work, layout, muon_options(config.optim)), work, layout
 

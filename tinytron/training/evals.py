@@ -67,6 +67,10 @@ class TrainingEvals:
         files = [(path.stem, read_items(path)) for path in self._files]
         return [Task(name, items, encode_items(items, tokenizer, train.seq_len)) for name, items in files]
 
+    def remember(self, step: int, loss: float) -> None:
+        """``loss`` is the result of the validation after ``step``, which decides which checkpoint is the best."""
+        self._last = step, loss
+
     def validate(
         self,
         step: int,
@@ -77,7 +81,7 @@ class TrainingEvals:
     ) -> tuple[float, dict[str, Any]]:
         """The loss of ``step``'s weights, in nats per token, and the record for the log. Collective."""
         result = validate(model, loss, batches, self._state, self._sources, self.text_bytes_V, normalizer=normalizer)
-        self._last = step, result.loss
+        self.remember(step, result.loss)
         return result.loss, {"step": step, "stage": "val", **result.fields()}
 
     def averaged(

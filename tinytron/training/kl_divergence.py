@@ -21,16 +21,12 @@ from tinytron.config import configure, field
 from tinytron.data import Batch
 from tinytron.distributed.agreement import agree
 from tinytron.errors import CheckpointError, ConfigError
-from tinytron.kernels.kl_divergence import linear_kl_divergence
 from tinytron.model import GPT
-from tinytron.model.modules.loss import LossSums, fused_linear_cross_entropy
-from tinytron.model.modules.routed import routed_tokens
-from tinytron.model.protocols import require_gpt
-from tinytron.training.base import BaseTrainer, BaseTrainerConfig
+from tinytron.training.base import BaseTrainerConfig
 from tinytron.training.build import build_model
 from tinytron.training.config import Config
 from tinytron.training.derive import Due
-from tinytron.utils.sequences import IGNORE_INDEX
+from tinytron.training.reference import Divergence, ReferenceTrainer
 from tinytron.utils.training import write_atomically
 
 ConfigT = TypeVar("ConfigT")
@@ -67,7 +63,7 @@ class _DueAtBoundary(Due):
         return super().save(step) or (step == self.boundary and self._runs(self.config.ckpt.do_save))
 
 
-class KLDivergenceTrainer(BaseTrainer[ConfigT, ModelT]):
+class KLDivergenceTrainer(ReferenceTrainer[ConfigT, ModelT]):
     """Trains the GPT in two stages, with the schedule ``wsds`` unless the options name another one. Between the stages it
     validates, and writes the weights to ``boundary_0_1.pt``, which ``--init_from`` takes. Its options come from a job.
 
@@ -75,7 +71,6 @@ class KLDivergenceTrainer(BaseTrainer[ConfigT, ModelT]):
     """
 
     CONFIG: ClassVar[type] = KLDivergenceTrainerConfig
-    reference: GPT | None = None  # in the second stage
 
     @classmethod
     def schedule(cls) -> Any:
@@ -84,6 +79,7 @@ class KLDivergenceTrainer(BaseTrainer[ConfigT, ModelT]):
 
     def __init__(self, spec: Config) -> None:
         self.options = configure(KLDivergenceTrainerConfig)
+        self.divergence = Divergence(self.options.beta)
         super().__init__(spec)
 
     def _init_batch_config(self, topology: Any) -> None:
@@ -97,10 +93,6 @@ class KLDivergenceTrainer(BaseTrainer[ConfigT, ModelT]):
                 f"at most {sizes.before(last - 1) * length}"
             )
         self.due = _DueAtBoundary(self.due.config, last, self.due.answers, self.boundary)
-
-    def _init_optimizer(self, config: Config) -> None:
-        require_gpt(self.raw_model, f"{type(self).__name__} trains", "use a family that the GPT has, such as llama")
-        super()._init_optimizer(config)
 
     def train_step(self, microbatches: list[Batch]) -> None:
         """One optimizer step; the first one of the second stage makes the reference before it."""
@@ -145,40 +137,3 @@ class KLDivergenceTrainer(BaseTrainer[ConfigT, ModelT]):
             self.reference = reference.requires_grad_(False)
 
         agree(load, self.state.groups["world"])
-
-    def _loss(self, batch: Batch) -> LossSums:
-        reference, model = self.reference, self.raw_model
-        if reference is None:
-            return super()._loss(batch)
-        assert isinstance(model, GPT), "_init_optimizer has checked it"
-        routed = None
-        if model.moe_layers:
-            routed = routed_tokens(
-                batch.labels, batch.weights, batch.padding, batch.documents, batch.routing_scale, self.state
-            )
-        unseen = None if routed is None else routed.padding_Bs
-        inputs = batch.input_ids, batch.positions, batch.documents
-        with torch.no_grad():
-            other_BsD, _ = reference.hidden_states(*inputs, padding_Bs=unseen)
-        x_BsD, stats = model.hidden_states(*inputs, padding_Bs=unseen)
-        model.wait_for_params(model.lm_head)
-        labels_T = batch.labels.flatten()
-        weights_T = None if batch.weights is None else batch.weights.flatten()
-        counted_T = (labels_T != IGNORE_INDEX).to(torch.promote_types(x_BsD.dtype, torch.float32))
-        head, x_TD = model.lm_head.weight, x_BsD.flatten(0, 1)
-        if weights_T is not None:
-            counted_T = counted_T * weights_T
-        kl = linear_kl_divergence(x_TD, head, other_BsD.flatten(0, 1), reference.lm_head.weight, counted_T)
-        sums = fused_linear_cross_entropy(
-            x_TD, head, labels_T, weights_T=weights_T, z_loss_coef=model.z_loss_coef, by=model.kernels.cross_entropy
-        )
-        assert sums.per_token is not None, "the fused loss returns every token's cross entropy"
-        sums = sums._replace(
-            objective=sums.objective + self.options.beta * kl, per_token=sums.per_token.view_as(batch.labels)
-        )
-        if routed is not None:
-            sums = model.add_routing_losses(sums, stats, routed)
-        counts = {**sums.counts, "kl": counted_T.sum()}
-        sums = sums._replace(aux={**sums.aux, "kl": kl.detach()}, counts=counts)
-        self._custom["train" if model.training else "val"].update(sums, batch)
-        return sums

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from tinytron.model.config import ModelConfig
+from tinytron.training.lora_section import LoraConfig
 from tinytron.training.optim_section import OptimConfig
 from tinytron.training.train_section import TrainingConfig
 from tinytron.utils.flags import Flag
@@ -221,6 +222,7 @@ SECTIONS: dict[str, type] = {
     "train": TrainingConfig,
     "model": ModelConfig,
     "optim": OptimConfig,
+    "lora": LoraConfig,
     "data": DataConfig,
     "parallel": ParallelConfig,
     "ckpt": CkptConfig,

@@ -53,7 +53,8 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.dropout, self.backend = config.resolved_head_dim, config.dropout, kernels.attention
         width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.qkv_proj = PackedLinear(config.hidden_size, (width, kv_width, kv_width), bias=config.has_qkv_bias)
+        names = ("q_proj", "k_proj", "v_proj")
+        self.qkv_proj = PackedLinear(config.hidden_size, (width, kv_width, kv_width), names, bias=config.has_qkv_bias)
         self.out_proj = ResidualLinear(width, config.hidden_size, bias=config.has_out_bias)
         norm = partial(make_norm, config.norm_type, self.head_dim, config.norm_eps, kernels)
         self.q_norm = norm() if config.qk_norm else None

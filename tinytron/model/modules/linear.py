@@ -10,8 +10,9 @@ class ResidualLinear(nn.Linear):
 
 
 class PackedLinear(nn.Linear):
-    """Several projections of one input, packed into one matrix; ``row_blocks`` are their output sizes, in order."""
+    """Several projections of one input, packed into one matrix; ``row_blocks`` are their output sizes, in order, and
+    ``names`` what each would be called alone."""
 
-    def __init__(self, in_features: int, row_blocks: tuple[int, ...], bias: bool) -> None:
+    def __init__(self, in_features: int, row_blocks: tuple[int, ...], names: tuple[str, ...], bias: bool) -> None:
         super().__init__(in_features, sum(row_blocks), bias=bias)
-        self.row_blocks = row_blocks
+        self.row_blocks, self.names = row_blocks, names

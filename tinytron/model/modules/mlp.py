@@ -23,7 +23,8 @@ class SwiGLU(nn.Module):
     def __init__(self, hidden_size: int, intermediate_size: int, bias: bool, kernels: Kernels = DEFAULT) -> None:
         super().__init__()
         self.by = kernels.swiglu
-        self.gate_up_proj = PackedLinear(hidden_size, (intermediate_size, intermediate_size), bias=bias)
+        names = ("gate_proj", "up_proj")
+        self.gate_up_proj = PackedLinear(hidden_size, (intermediate_size, intermediate_size), names, bias=bias)
         self.down_proj = ResidualLinear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

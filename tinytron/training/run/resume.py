@@ -31,7 +31,7 @@ _CHANGES_NUMBERS = (
     *("parallel.grad_reduce_dtype", "train.disable_tf32", "train.spike_sigma", "train.spike_action"),
 )
 # These must be the same for a checkpoint to continue; other differences are the user's choice and are printed.
-_FIXED_ON_RESUME = ("model.", "train.total_batch_size", "train.batch_warmup", "train.seq_len", "seed.seed")
+_FIXED_ON_RESUME = ("model.", "lora.", "train.total_batch_size", "train.batch_warmup", "train.seq_len", "seed.seed")
 
 
 def resume(
@@ -83,7 +83,15 @@ def load_initial_weights(
     name: str, model: nn.Module, optimizer: DistributedOptimizer, state: ParallelState
 ) -> list[str]:
     """Start from the weights that ``--init_from name`` names; returns their settings that were ignored. Collective.
-    Raises: ConfigError or CheckpointError on every rank if the weights cannot be read, or do not fit the model."""
+    Raises: as ``fill_model``."""
+    ignored = fill_model(model, name, state)
+    optimizer.refresh_shards()
+    return ignored
+
+
+def fill_model(model: nn.Module, name: str, state: ParallelState) -> list[str]:
+    """Set the weights of ``model`` from what ``--init_from name`` takes; returns the settings that were ignored.
+    Collective. Raises: ConfigError or CheckpointError on every rank if they cannot be read, or do not fit the model."""
 
     def load() -> list[str]:
         if isinstance(model, CausalLM):
@@ -91,9 +99,7 @@ def load_initial_weights(
             return []
         return load_pretrained(require_gpt(model, f"--init_from {name} fills", "load it yourself"), name)
 
-    ignored = agree_slowly(load, state.groups["world"])  # may first download from the hub
-    optimizer.refresh_shards()
-    return ignored
+    return agree_slowly(load, state.groups["world"])  # may first download from the hub
 
 
 def check_continues(config: Config, meta: CheckpointMeta, fingerprint: str, source: str) -> list[str]:

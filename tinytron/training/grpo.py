@@ -1,0 +1,378 @@
+"""Reinforcement learning by GRPO (arXiv:2402.03300, section 4.1): several answers to each prompt, rewarded by a function of
+the user, whose rewards are compared with each other.
+
+Each step answers its prompts with the current weights, and then makes one or more updates. The loss of a token of answer i
+is -min(r A, clip(r, 1 - eps, 1 + eps) A) + beta k3. Here r is the ratio of its probability to that at the start of the
+step, A is the advantage of the answer, and k3 = exp(d) - d - 1 with d = log p_reference - log p is an unbiased estimate of
+the divergence from the first model. Losses are averaged over the tokens of an answer, and then over answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import torch.nn as nn
+
+from tinytron.config import configure, field
+from tinytron.data import Batch
+from tinytron.data.batch import collate
+from tinytron.data.prompts import NUMBER, Prompts, answer_row
+from tinytron.distributed.agreement import agree
+from tinytron.distributed.collectives import sum_over
+from tinytron.errors import ConfigError
+from tinytron.inference.sampler import SamplingOptions
+from tinytron.model.lora import without_adapters
+from tinytron.model.modules.loss import LossSums, fused_linear_cross_entropy
+from tinytron.model.modules.routed import routed_tokens
+from tinytron.model.protocols import require_gpt
+from tinytron.training.backbone import BackbonedTrainer, BackbonedTrainerConfig
+from tinytron.training.base import BaseTrainer, BaseTrainerConfig
+from tinytron.training.config import Config
+from tinytron.training.reference import first_model
+from tinytron.training.rollouts import Reward, Rollouts, Writer, advantages, load_reward, roll_out
+from tinytron.utils.sequences import IGNORE_INDEX
+
+ConfigT = TypeVar("ConfigT")
+ModelT = TypeVar("ModelT")
+ADVANTAGE, OLD, REFERENCE = "advantage", "old_logp", "reference_logp"  # extra fields of a batch of answers
+
+
+@dataclass
+class GRPOTrainerConfig(BaseTrainerConfig):
+    """The options of a run, and those of GRPO."""
+
+    reward: str | None = field(
+        "grpo/reward",
+        default=None,
+        help="function of the rewards, FILE.py:FUNCTION or MODULE:FUNCTION: (prompts, completions, **columns)",
+    )
+    group_size: int = field(
+        "optimization/grpo/group_size", default=4, help="answers to each prompt, compared with each other"
+    )
+    iterations: int = field("optimization/grpo/iterations", default=1, help="updates with the answers of one step")
+    beta: float = field(
+        "optimization/ppo/beta", default=0.04, help="weight of the divergence from the first model; 0: none"
+    )
+    clip_eps: float = field(
+        "optimization/ppo/clip_eps", default=0.2, help="largest change of a probability that counts, relative"
+    )
+    scale_rewards: bool = field(
+        "optimization/grpo/scale_rewards", default=True, help="divide advantages by the standard deviation in the group"
+    )
+    temperature: float = field(
+        "optimization/ppo/sample_temperature", default=1.0, help="temperature of answers in training"
+    )
+    top_p: float = field(
+        "optimization/ppo/sample_top_p", default=1.0, help="nucleus of answers in training; 1: all tokens"
+    )
+    max_new_tokens: int = field("grpo/max_new_tokens", default=64, help="longest answer, in tokens")
+    rollout_batch_size: int = field("grpo/rollout_batch_size", default=64, help="answers written at once on each rank")
+    tokenizer: str | None = field(
+        "grpo/tokenizer", default=None, help="tokenizer.json; default: that of the first weights"
+    )
+
+    def __post_init__(self) -> None:
+        for name, least, works in (("group_size", 2, 4), ("iterations", 1, 1), ("rollout_batch_size", 1, 64)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"grpo.{name}={getattr(self, name)} must be at least {least}; use {works}")
+        if not self.beta >= 0:
+            raise ConfigError(f"optimization.ppo.beta={self.beta} must be at least 0; use 0.04")
+        if not 0 < self.clip_eps < 1:
+            raise ConfigError(f"optimization.ppo.clip_eps={self.clip_eps} must be above 0 and below 1; use 0.2")
+        if not self.temperature > 0:
+            raise ConfigError(
+                f"optimization.ppo.sample_temperature={self.temperature} must be above 0, or all answers are alike; use 1.0"
+            )
+        self.sampling(0)
+
+    def sampling(self, seed: int) -> SamplingOptions:
+        """How answers are written in training. Raises: ConfigError for invalid values."""
+        return SamplingOptions(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=seed,
+            num_samples=self.group_size,
+        )
+
+
+@dataclass
+class BackbonedGRPOTrainerConfig(GRPOTrainerConfig, BackbonedTrainerConfig):
+    """The options of GRPO that starts from a model of Hugging Face."""
+
+
+class GRPOTrainer(BaseTrainer[ConfigT, ModelT]):
+    """Trains the GPT on the prompts of ``--dataset_path``, a file of JSON lines (data/prompts.py). ``--total_batch_size``
+    counts prompts times ``--seq_len``, which must hold a prompt and its answer; ``--batch_size`` are answers. Validation
+    (``--val_dataset_path``) logs the mean reward of the likeliest answers; its loss is minus that reward. Options come from
+    a job. Override ``reward`` to judge answers by a method.
+
+    Raises: as ``BaseTrainer``; ConfigError for prompts that leave no room, a reward that is not finite, or ranks that share
+    sequences or experts.
+    """
+
+    CONFIG: ClassVar[type] = GRPOTrainerConfig
+
+    def __init__(self, spec: Config) -> None:
+        self.options: GRPOTrainerConfig = configure(GRPOTrainerConfig)
+        parallel = spec.parallel
+        if parallel.sep_size > 1 or (spec.model.use_moe and (parallel.ep_size or 1) > 1):
+            name = "sep_size" if parallel.sep_size > 1 else "ep_size"
+            raise ConfigError(
+                f"--{name} {getattr(parallel, name)} spreads the model, and a model that writes answers must be whole on "
+                f"each rank; use --{name} 1"
+            )
+        if spec.train.seq_len <= self.options.max_new_tokens:
+            raise ConfigError(
+                f"grpo.max_new_tokens={self.options.max_new_tokens} leaves no room for a prompt in --seq_len "
+                f"{spec.train.seq_len}; use at most {spec.train.seq_len // 2}"
+            )
+        self._reward: Reward | None = None
+        if type(self).reward is GRPOTrainer.reward:
+            if self.options.reward is None:
+                raise ConfigError(f"{type(self).__name__} needs rewards; give grpo.reward=rewards.py:reward")
+            self._reward = load_reward(self.options.reward)
+        super().__init__(spec)
+
+    def reward(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> Sequence[float]:
+        """A finite number for every one of ``completions``, which answer ``prompts`` (as they are in the file). ``columns``
+        are the other keys of the file's lines, each a list. By default the function that ``grpo.reward`` names."""
+        assert self._reward is not None, "set unless this method is overridden"
+        return self._reward(prompts, completions, **columns)
+
+    # Data.
+
+    def _init_data(self, spec: Config) -> None:
+        name = spec.ckpt.init_from
+        if spec.data.dataset_path is None or name is None:
+            missing = "prompts; give --dataset_path prompts.jsonl" if name is not None else "a model; give --init_from"
+            raise ConfigError(f"{type(self).__name__} needs {missing}")
+        paths = [spec.data.dataset_path, spec.data.val_dataset_path]
+        given = self.options.tokenizer
+        room = {"seq_len": spec.train.seq_len, "longest": spec.train.seq_len + 1 - self.options.max_new_tokens}
+
+        def read() -> tuple[Writer, list[Prompts | None]]:
+            writer = Writer.of_model(name, None if given is None else Path(given), spec.model.vocab_size)
+            return writer, [None if path is None else Prompts(Path(path), writer.encode, **room) for path in paths]
+
+        self.writer, (self.train_dataset, self.val_dataset) = agree(read, self.state.groups["world"])
+        self.prompts: Prompts = self.train_dataset  # type: ignore[assignment]
+
+    def _init_optimizer(self, config: Config) -> None:
+        require_gpt(self.raw_model, f"{type(self).__name__} trains", "use a family that the GPT has, such as llama")
+        super()._init_optimizer(config)
+
+    def _resume_from_checkpoint(self) -> None:
+        """Load a checkpoint, and the first model as the reference. With LoRA that is the model without its adapters."""
+        super()._resume_from_checkpoint()
+        self.reference: nn.Module | None = None
+        if self.options.beta and not self.config.lora.lora_rank:
+            self.reference = first_model(self.config, self.raw_model, self.state)
+
+    # A step.
+
+    def train_step(self, microbatches: list[Batch]) -> None:
+        """Answer the prompts of ``microbatches`` with the current weights, and update the weights ``iterations`` times."""
+        numbers = [int(n) for batch in microbatches for n in batch.extras[NUMBER]]
+        rows, ids = [self.prompts.rows[n] for n in numbers], [self.prompts.ids[n] for n in numbers]
+        sampling = self.options.sampling(self.config.seed.seed + self.step)
+
+        def answers() -> Rollouts:
+            return roll_out(
+                self._gpt,
+                self.writer,
+                rows,
+                ids,
+                self.reward,
+                self._with_end(sampling),
+                self.options.rollout_batch_size,
+            )
+
+        self.rollouts = agree(answers, self.state.groups["world"])
+        batches = self._batches(ids, self.rollouts, size=len(microbatches[0].labels))
+        for update in range(self.options.iterations):
+            if update:
+                self.reporter.window.drop_last()
+            super().train_step(batches)
+
+    @property
+    def _gpt(self) -> Any:
+        return self.raw_model
+
+    def _with_end(self, sampling: SamplingOptions) -> SamplingOptions:
+        stop_tokens, stop = self.writer.dialogue.end
+        is_dialogue = any(not isinstance(row["prompt"], str) for row in self.prompts.rows[:1])
+        found = self.writer.tokenizer.stop_tokens
+        return (
+            replace(sampling, stop_tokens=stop_tokens, stop=stop)
+            if is_dialogue
+            else replace(sampling, stop_tokens=found)
+        )
+
+    def _batches(self, ids: list[list[int]], made: Rollouts, size: int) -> list[Batch]:
+        """Micro-batches of ``size`` answers on the device, with their advantages, and their log-probabilities under the
+        reference and, for several updates, under the current weights."""
+        seq_len = self.config.train.seq_len
+        advantages_PG = advantages(made.rewards, scale=self.options.scale_rewards)
+        judged = {"reward": made.rewards, "length": made.lengths, "ended": made.ended}
+        samples = []
+        for i, prompt in enumerate(ids):
+            for g, answer in enumerate(made.answers[i]):
+                sample = answer_row(prompt, answer, seq_len)
+                numbers = {name: values[i, g].double() for name, values in judged.items()}
+                samples.append({**sample, ADVANTAGE: advantages_PG[i, g], **numbers})
+        batches = []
+        for first in range(0, len(samples), size):
+            batch = self.data.preparer.prepare(collate(samples[first : first + size])).to(self.device)
+            extras = dict(batch.extras)
+            if self.options.iterations > 1:
+                extras[OLD] = self._log_probs(self.raw_model, batch)
+            if self.options.beta:
+                model = self.raw_model if self.reference is None else self.reference
+                with without_adapters(model) if self.reference is None else contextlib.nullcontext():
+                    extras[REFERENCE] = self._log_probs(model, batch)
+            batches.append(batch._replace(extras=extras))
+        return batches
+
+    @torch.no_grad()
+    def _log_probs(self, model: Any, batch: Batch) -> torch.Tensor:
+        """The log-probability of every target of ``batch``, without dropout: ``[B, S]``, 0 where there is none."""
+        was_training = model.training
+        model.eval()
+        x_BSD, _ = model.hidden_states(batch.input_ids, batch.positions, batch.documents, padding_Bs=batch.padding)
+        model.wait_for_params(model.lm_head)
+        sums = self._cross_entropy(model, x_BSD, batch)
+        model.train(was_training)
+        assert sums.per_token is not None, "the fused loss returns every token's cross entropy"
+        return -sums.per_token.view_as(batch.labels)
+
+    def _cross_entropy(
+        self, model: Any, x_BSD: torch.Tensor, batch: Batch, weights_BS: torch.Tensor | None = None
+    ) -> LossSums:
+        return fused_linear_cross_entropy(
+            x_BSD.flatten(0, 1),
+            model.lm_head.weight,
+            batch.labels.flatten(),
+            weights_T=None if weights_BS is None else weights_BS.flatten(),
+            by="torch" if model.kernels.cross_entropy == "cut" else model.kernels.cross_entropy,
+        )
+
+    def _loss(self, batch: Batch) -> LossSums:
+        """The loss as sums over answers. Its gradient is that of the tokens' cross entropies, each times the derivative of
+        the loss by it, so the fused loss is used twice: for the log-probabilities, and then with these weights."""
+        model: Any = self.raw_model
+        routed = None
+        if model.moe_layers:
+            routed = routed_tokens(
+                batch.labels, batch.weights, batch.padding, batch.documents, batch.routing_scale, self.state
+            )
+        unseen = None if routed is None else routed.padding_Bs
+        x_BSD, stats = model.hidden_states(batch.input_ids, batch.positions, batch.documents, padding_Bs=unseen)
+        model.wait_for_params(model.lm_head)
+        with torch.no_grad():
+            sums = self._cross_entropy(model, x_BSD.detach(), batch)
+            assert sums.per_token is not None, "the fused loss returns every token's cross entropy"
+            logp_BS = -sums.per_token.view_as(batch.labels)
+            own = token_losses(
+                logp_BS,
+                batch.extras.get(OLD, logp_BS),
+                batch.extras.get(REFERENCE),
+                batch.extras[ADVANTAGE].to(logp_BS.dtype),
+                self.options.beta,
+                self.options.clip_eps,
+            )
+            real_BS = (batch.labels != IGNORE_INDEX).to(logp_BS.dtype)
+            share_BS = real_BS / real_BS.sum(1, keepdim=True).clamp(min=1)
+            total = (own.loss * share_BS).sum()
+            aux = {"kl": (own.divergence * share_BS).sum(), "clipped": (own.clipped * share_BS).sum()}
+            for name, label in (("reward", "reward"), ("length", "completion_length"), ("ended", "completions_ended")):
+                aux[label] = batch.extras[name].sum()
+        objective = self._cross_entropy(model, x_BSD, batch, own.slope * share_BS).objective
+        counts = dict.fromkeys(aux, self._normalizer(batch).to(total.dtype))
+        found = LossSums(objective, total.to(objective.dtype), aux, counts=counts)
+        self._custom["train" if model.training else "val"].update(found, batch)
+        return found if routed is None else model.add_routing_losses(found, stats, routed)
+
+    def _normalizer(self, batch: Batch) -> torch.Tensor:
+        return torch.full((), len(batch.labels), dtype=torch.int64, device=self.device)
+
+    # Validation.
+
+    def eval(self) -> float:
+        """Answer the validation prompts, always by the likeliest token, log the mean reward, and return minus that.
+        Collective."""
+        held_out: Any = self.val_dataset
+        mine = range(self.dp_rank, len(held_out), self.dp_world_size)
+        parent = self.prompts if not isinstance(held_out, Prompts) else held_out
+        numbers = [int(held_out[n][NUMBER]) for n in mine]
+        greedy = self._with_end(SamplingOptions(max_new_tokens=self.options.max_new_tokens, temperature=0.0))
+
+        def answers() -> Rollouts | None:
+            rows, ids = [parent.rows[n] for n in numbers], [parent.ids[n] for n in numbers]
+            size = self.options.rollout_batch_size
+            return roll_out(self._gpt, self.writer, rows, ids, self.reward, greedy, size) if ids else None
+
+        with self.reporter.clock.paused(), self.guards.paused():
+            made = agree(answers, self.state.groups["world"])
+            sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+            if made is not None:
+                parts = (made.rewards.sum(), made.lengths.sum(), made.ended.sum(), len(numbers))
+                sums += torch.tensor([float(part) for part in parts], device=self.device)
+            reward, length, ended, count = sum_over(sums, self.state.groups["world"]).tolist()
+        loss = -reward / count
+        self.evals.remember(self.step, loss)
+        self.one_step_results["val_loss"] = loss
+        means = {
+            "tokens": int(length),
+            "reward": -loss,
+            "completion_length": length / count,
+            "completions_ended": ended / count,
+        }
+        self.reporter.write([{"step": self.step, "stage": "val", "loss": loss, **means}])
+        return loss
+
+
+class BackbonedGRPOTrainer(GRPOTrainer[ConfigT, ModelT], BackbonedTrainer[ConfigT, ModelT]):
+    """``GRPOTrainer`` from the weights ``--init_from`` (``architecture.backbone.weights``)."""
+
+    CONFIG = BackbonedGRPOTrainerConfig
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """For every token: its ``loss``, the derivative of the loss by the token's cross entropy (``slope``), its
+    ``divergence`` from the reference, and whether its ratio was ``clipped``; all ``[B, S]``."""
+
+    loss: torch.Tensor
+    slope: torch.Tensor
+    divergence: torch.Tensor
+    clipped: torch.Tensor
+
+
+def token_losses(
+    logp_BS: torch.Tensor,
+    old_BS: torch.Tensor,
+    reference_BS: torch.Tensor | None,
+    advantage_B: torch.Tensor,
+    beta: float,
+    clip_eps: float,
+) -> TokenLosses:
+    """GRPO's loss of every token (arXiv:2402.03300, equations 3 and 4)."""
+    advantage_B1 = advantage_B[:, None]
+    ratio_BS = (logp_BS - old_BS).exp()
+    plain_BS, limited_BS = ratio_BS * advantage_B1, ratio_BS.clamp(1 - clip_eps, 1 + clip_eps) * advantage_B1
+    clipped_BS = limited_BS < plain_BS  # constant there
+    loss_BS = -torch.minimum(plain_BS, limited_BS)
+    slope_BS = torch.where(clipped_BS, 0.0, plain_BS)  # the derivative of -r A by -log p
+    divergence_BS = torch.zeros_like(logp_BS)
+    if reference_BS is not None:
+        difference_BS = reference_BS - logp_BS
+        divergence_BS = difference_BS.exp() - difference_BS - 1
+        loss_BS = loss_BS + beta * divergence_BS
+        slope_BS = slope_BS + beta * (difference_BS.exp() - 1)  # the derivative by -log p, which is in d
+    return TokenLosses(loss_BS, slope_BS, divergence_BS, clipped_BS.to(logp_BS.dtype))
