@@ -2,8 +2,8 @@
 
     python benchmarks/mup.py --out build/mup.png        # half a minute on a CPU
 
-With muP (--mup_base_width) the curves are flat in the width; without it they rise, so that a learning rate that is right
-for a narrow model is too high for a wide one (arXiv:2203.03466, figure 5).
+With muP (--mup_base_width) the curves do not rise with the width (the first logits shrink, which muP allows); without it
+they do, so that a learning rate that is right for a narrow model is too high for a wide one (arXiv:2203.03466, figure 5).
 """
 
 from __future__ import annotations
