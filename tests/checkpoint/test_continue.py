@@ -35,6 +35,9 @@ KINDS: dict[str, tuple[object, ...]] = {
     "fp16": ("--precision", "fp16", "--init_std", 1.0),  # the first steps overflow: the scale is part of the state
     "replicated": ("--no-use_distributed_optimizer", "--dropout", 0.2),
     "epochs": ("--mock_data_num_samples", 12),  # a step straddles two epochs
+    "rates": ("--weight_decay_schedule", "cosine", "--lr_schedule", "cosine_rewarm", "--lr_stages", 0.5),
+    "averages": ("--ema_decay", 0.8, "--precision", "bf16", "--layer_lr_decay", 0.5),
+    "batches": ("--batch_warmup_sizes", 24, 48, "--batch_warmup_ends", 1, 4, "--batch_size", 1),
     "workers": ("--num_workers", 2, "--dropout", 0.2),
 }
 

@@ -26,7 +26,7 @@ FLAGS: tuple[object, ...] = (
 OPTIMIZERS: dict[str, tuple[object, ...]] = {
     "adam": (),
     "muon": ("--optimizer", "muon", "--max_lr", 0.02),
-    "normuon": ("--optimizer", "muon", "--muon_normuon", "--muon_cautious"),
+    "normuon": ("--optimizer", "muon", "--muon_normuon", "--muon_cautious", "--ema_decay", 0.7),
 }
 SAVED_ON = (4, 2, 4)  # world, sep, ep
 LAYOUTS = [
@@ -95,7 +95,7 @@ def test_states_are_of_the_expected_kinds(saved: Callable[[str], Saved]) -> None
     kinds = {name: {key.rsplit("/")[-1] for key in whole(saved(name).runs)} for name in OPTIMIZERS}
     assert kinds["adam"] == {"main", "exp_avg", "exp_avg_sq", "step"}
     assert kinds["muon"] == kinds["adam"] | {"momentum_buffer"}
-    assert kinds["normuon"] == kinds["muon"] | {"second_moment"}
+    assert kinds["normuon"] == kinds["muon"] | {"second_moment", "ema"}
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -87,6 +87,9 @@ class Case:
             **{"num_attention_heads": 4, "num_key_value_heads": self.kv_heads, "intermediate_size": 24},
             **{"max_lr": recipe.max_lr, "min_lr": recipe.min_lr, "warmup_steps": recipe.warmup},
             **{"weight_decay": recipe.weight_decay, "grad_clip_value": recipe.clip, "recompute": self.recompute},
+            **({} if recipe.last_decay is None else {"weight_decay_schedule": "linear"}),
+            **{"weight_decay_end": recipe.last_decay or 0.0, "layer_lr_decay": recipe.layer_decay},
+            **{"ema_decay": recipe.ema_decay},
             **{"sep_size": self.sep, "ep_size": self.ep, "optimizer": "muon" if muon else "adam"},
             **{"bucket_size_mb": 0.002 if self.small_buckets else 64, "grad_reduce_dtype": self.wire},
         }
@@ -185,6 +188,16 @@ def owned_gradients(optimizer: DistributedOptimizer) -> Parts:
     return parts
 
 
+def owned_averages(optimizer: DistributedOptimizer) -> Parts:
+    """This rank's parts of the averaged weights, if there are any."""
+    parts: Parts = []
+    for piece in optimizer.pieces():
+        if (average := optimizer.inner.state[piece.holder].get("ema")) is not None:
+            own = average.view(-1)[piece.start : piece.start + len(piece.main)].double().cpu().numpy().copy()
+            parts += [(piece.name, piece.numel, offset, part) for offset, part in placed(piece, own)]
+    return parts
+
+
 def placed(piece: OwnedSlice, elements: Any) -> Iterator[tuple[int, Any]]:
     """The ``elements`` of ``piece``, range by range, with their places in the flattened global tensor."""
     first = 0
@@ -247,6 +260,7 @@ def run_case(case: Case, log_dir: Path) -> dict[str, Any]:
         "norms": trainer.optimizer.norms,
         "grads": trainer.optimizer.grads,
         "weights": weights,
+        "averages": owned_averages(trainer.optimizer),
         "loads": trainer.loads,
         "biases": trainer.biases,
         "buckets": sum(len(buffer.layout.buckets) for buffer in trainer.optimizer.buffers),
@@ -341,3 +355,10 @@ def _compare_tensors(case: Case, results: Sequence[dict[str, Any]], expected: Ou
     assert weights.keys() == expected.weights.keys(), f"there are weights {sorted(weights)}"
     for name in expected.weights:
         compare(f"weight {name}", weights[name], expected.weights[name])
+    if case.recipe.ema_decay:
+        averages = assembled([result["averages"] for result in results], owners=1 if case.shard else None)
+        assert averages.keys() == expected.averages.keys(), f"there are averages {sorted(averages)}"
+        for name, average in expected.averages.items():
+            compare(f"average of {name}", averages[name], average)
+    else:
+        assert not any(result["averages"] for result in results), "there are averages"

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from tests.naive.gpt import Shape, Weights, balance_sum, forward, z_sum
 from tests.naive.muon import Muon
@@ -23,13 +24,17 @@ Batches = Sequence[tuple[torch.Tensor, ...]]
 @dataclass(frozen=True)
 class Recipe:
     """What a run optimizes with. ``micro_batches`` are consecutive parts of the global batch; they matter to the balance
-    loss of scope ``batch`` only."""
+    loss of scope ``batch`` only. ``layer_decay`` multiplies the rate once per block below the head. ``last_decay`` is the
+    weight decay of the last step, to which it falls in a line. ``ema_decay``: weights are averaged, as torch does it."""
 
     optimizer: Literal["adamw", "sgd", "muon", "normuon"] = "adamw"
     max_lr: float = 2e-3
     min_lr: float = 2e-4
     warmup: int = 2
     weight_decay: float = 0.1
+    last_decay: float | None = None
+    layer_decay: float = 1.0
+    ema_decay: float = 0.0
     clip: float = 0.0
     micro_batches: int = 1
 
@@ -45,6 +50,7 @@ class Outcome:
     load: list[Any] = field(default_factory=list)  # per step: choices by expert layer and expert
     biases: list[Any] = field(default_factory=list)  # per step: [expert layers, experts]
     weights: Arrays = field(default_factory=dict)
+    averages: Arrays = field(default_factory=dict)
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
@@ -55,8 +61,21 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
     return recipe.min_lr + (recipe.max_lr - recipe.min_lr) * (1 + math.cos(math.pi * done)) / 2
 
 
+def weight_decay(recipe: Recipe, step: int, steps: int) -> float:
+    """Constant, or a line from ``weight_decay`` to ``last_decay``."""
+    last = recipe.weight_decay if recipe.last_decay is None else recipe.last_decay
+    return recipe.weight_decay + (last - recipe.weight_decay) * step / (steps - 1)
+
+
+def layer_scale(name: str, layers: int, recipe: Recipe) -> float:
+    """Learning-rate factor of the embedding, a block, or what follows the blocks."""
+    if name.startswith("blocks."):
+        return recipe.layer_decay ** (layers - int(name.split(".")[1]))
+    return recipe.layer_decay ** (layers + 1) if name.startswith("w") else 1.0
+
+
 class _Optimizers:
-    """Plain ones over whole tensors, all with the same learning rate."""
+    """Plain ones, with a rate for each tensor."""
 
     def __init__(self, weights: Weights, shape: Shape, recipe: Recipe) -> None:
         muon = {n: w for n, w in weights.items() if "muon" in recipe.optimizer and "_proj" in n}
@@ -69,10 +88,11 @@ class _Optimizers:
 
         normuon = recipe.optimizer == "normuon"
         self.matrices = [Muon(w, blocks(n, w), recipe.weight_decay, normuon) for n, w in muon.items()]
-        rest = [w for n, w in weights.items() if n not in muon]
+        self.scales = [layer_scale(n, shape.layers, recipe) for n in muon]
+        rest = {n: w for n, w in weights.items() if n not in muon}
         groups = [
-            {"params": [w for w in rest if w.ndim >= 2], "weight_decay": recipe.weight_decay},
-            {"params": [w for w in rest if w.ndim < 2], "weight_decay": 0.0},
+            {"params": [w], "decays": w.ndim >= 2, "scale": layer_scale(n, shape.layers, recipe)}
+            for n, w in rest.items()
         ]
         self.rest: torch.optim.Optimizer
         if recipe.optimizer == "sgd":
@@ -80,12 +100,14 @@ class _Optimizers:
         else:
             self.rest = torch.optim.AdamW(groups, lr=recipe.max_lr, betas=(0.9, 0.95), eps=1e-8, foreach=False)
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, decay: float) -> None:
         for group in self.rest.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
+            group["weight_decay"] = decay if group["decays"] else 0.0
         self.rest.step()
-        for matrix in self.matrices:
-            matrix.step(lr)
+        for matrix, scale in zip(self.matrices, self.scales, strict=True):
+            matrix.decay = decay
+            matrix.step(lr * scale)
 
 
 def train(initial: Weights, batches: Batches, shape: Shape, recipe: Recipe) -> Outcome:
@@ -97,12 +119,16 @@ def train(initial: Weights, batches: Batches, shape: Shape, recipe: Recipe) -> O
     names = {id(w): n for n, w in reversed(weights.items())}  # of tied ones the first name
     parameters = {names[id(w)]: w for w in own.values()}
     optimizers, outcome = _Optimizers(parameters, shape, recipe), Outcome()
+    averages: list[torch.Tensor] = []
     for step, batch in enumerate(batches):
         load = _backward({**weights, **biases}, batch, shape, recipe, outcome)
         limit = recipe.clip if recipe.clip > 0 else math.inf
         outcome.norms.append(float(torch.nn.utils.clip_grad_norm_(own.values(), limit, foreach=False)))
         outcome.grads.append({n: w.grad.double().numpy().copy() for n, w in parameters.items() if w.grad is not None})
-        optimizers.step(learning_rate(recipe, step, len(batches)))
+        optimizers.step(learning_rate(recipe, step, len(batches)), weight_decay(recipe, step, len(batches)))
+        current = [w.detach().clone() for w in own.values()]
+        averages = averages or current
+        get_ema_multi_avg_fn(recipe.ema_decay)(averages, current, step)
         for w in own.values():
             w.grad = None
         for i, bias in enumerate(biases.values()):
@@ -111,6 +137,7 @@ def train(initial: Weights, batches: Batches, shape: Shape, recipe: Recipe) -> O
                 bias[e] -= shape.experts.bias_rate * float(np.sign(load[i][e] - load[i].mean()))
         outcome.load.append(load)
         outcome.biases.append(np.array([bias.double().numpy() for bias in biases.values()]))
+    outcome.averages = {names[i]: a.double().numpy() for i, a in zip(map(id, own.values()), averages, strict=True)}
     outcome.weights = {n: w.detach().double().numpy() for n, w in parameters.items()}
     return outcome
 

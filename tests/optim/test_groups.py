@@ -8,6 +8,7 @@ import pytest
 import torch.nn as nn
 
 from tinytron.distributed.param_spec import specs_of
+from tinytron.errors import ConfigError
 from tinytron.model import GPT, ModelConfig
 from tinytron.optim import parameter_groups
 
@@ -144,3 +145,26 @@ def test_experts_and_router_are_decayed(muon: bool) -> None:
 
 def test_without_muon_groups_say_nothing_of_it() -> None:
     assert {key for o in options_of(GPT(ModelConfig(**MOE))).values() for key in o} == {"weight_decay", "lr_mult"}
+
+
+# Layer-wise rates.
+
+
+def test_rates_fall_from_the_head_to_the_embedding() -> None:
+    config = ModelConfig(**MOE | {"num_layer": 3, "position_type": "learned"}, tied_lm_head=False)
+    found = options_of(GPT(config), layer_decay=0.5, lr_mults=MULTIPLIERS)
+    expected = {"lm_head": 1.0, "final_norm": 1.0, "blocks.2": 0.5, "blocks.1": 0.25, "blocks.0": 0.125}
+    expected |= {"wte": 0.0625, "wpe": 0.0625}
+    plain = options_of(GPT(config), lr_mults=MULTIPLIERS)
+    for name, options in found.items():
+        (rate,) = (rate for part, rate in expected.items() if name.startswith(part))
+        assert options["lr_mult"] == rate * plain[name]["lr_mult"], name
+
+
+def test_rates_of_a_foreign_model_go_by_the_numbers_in_its_names() -> None:
+    layers = nn.ModuleDict({"h": nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in range(2)])})
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "model": layers, "head": nn.Linear(4, 5, bias=False)})
+    found = {name: options["lr_mult"] for name, options in options_of(model, layer_decay=0.5).items()}
+    assert found == {"embed.weight": 0.125, "model.h.0.weight": 0.25, "model.h.1.weight": 0.5, "head.weight": 1.0}
+    with pytest.raises(ConfigError, match=r"--layer_lr_decay 0.5 needs blocks with numbers .* has weight; use 1"):
+        options_of(nn.Linear(3, 3), layer_decay=0.5)

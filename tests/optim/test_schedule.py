@@ -18,10 +18,13 @@ from tinytron.optim.schedule import SCHEDULES
 MAX, MIN = 4e-3, 3e-5
 DECAYING = ["cosine", "linear", "polynomial", "cosine_with_restarts", "wsd", "wsds"]
 NAMES = [*DECAYING, "constant", "inverse_sqrt"]
+SAME = {"cosine_with_min_lr": "cosine", "constant_with_warmup": "constant", "warmup_stable_decay": "wsd"}
 
 
 def test_these_are_all_schedules() -> None:
-    assert sorted(NAMES) == sorted(SCHEDULES)
+    assert sorted([*NAMES, *SAME, "cosine_rewarm"]) == sorted(SCHEDULES)
+    for theirs, ours in SAME.items():
+        assert [schedule(theirs)(t) for t in range(111)] == [schedule(ours)(t) for t in range(111)]
 
 
 def schedule(name: Any = "cosine", warmup_steps: int = 10, max_steps: int = 111, **options: Any) -> Schedule:
@@ -37,6 +40,16 @@ def test_warm_up_is_linear_and_never_zero(name: str) -> None:
     rates = [schedule(name)(t) for t in range(10)]
     assert rates == exactly([MAX * k / 10 for k in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)])
     assert rates[9] == MAX
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_warm_up_can_begin_at_a_fraction_of_the_peak(name: str) -> None:
+    """The linear warm-up of optax, which theseus begins at 0.01: the first step after it is the first at the peak."""
+    rates = schedule(name, warmup_start=0.01)
+    assert [rates(t) for t in range(10)] == exactly([MAX * (0.01 + 0.099 * t) for t in range(10)])
+    assert rates(10) == MAX
+    assert [rates(t) for t in range(10, 111)] == [schedule(name)(t) for t in range(10, 111)]
+    assert schedule(name, warmup_start=1.0)(0) == MAX
 
 
 @pytest.mark.parametrize(("name", "last"), [*((name, MIN) for name in DECAYING), ("constant", MAX)])
@@ -78,11 +91,11 @@ def test_inverse_sqrt_falls_by_the_root_of_the_steps() -> None:
     ("name", "theirs", "options", "kwargs"),
     [
         ("cosine", "cosine", {}, {}),
-        ("cosine", "cosine_with_min_lr", {"min_lr": MIN}, {"min_lr": MIN}),
+        ("cosine_with_min_lr", "cosine_with_min_lr", {"min_lr": MIN}, {"min_lr": MIN}),
         ("linear", "linear", {}, {}),
         ("polynomial", "polynomial", {"power": 3.0, "min_lr": MIN}, {"power": 3.0, "lr_end": MIN}),
         ("cosine_with_restarts", "cosine_with_restarts", {"cycles": 3}, {"num_cycles": 3}),
-        ("constant", "constant_with_warmup", {}, {}),
+        ("constant_with_warmup", "constant_with_warmup", {}, {}),
         ("inverse_sqrt", "inverse_sqrt", {}, {}),
         ("wsd", "warmup_stable_decay", {"decay_shape": "sqrt"}, {"num_decay_steps": 11, "decay_type": "1-sqrt"}),
     ],
@@ -100,6 +113,7 @@ def test_the_rates_are_those_of_transformers(name: Any, theirs: str, options: An
     if name == "wsd":
         ours = replace(ours, decay_fraction=12 / 111)
     assert [ours(t) for t in range(10)] == exactly([MAX * factor(t + 1) for t in range(10)])
+    assert [replace(ours, warmup_start=0.0)(t) for t in range(10)] == exactly([MAX * factor(t) for t in range(10)])
     assert [ours(t) for t in range(10, 111)] == pytest.approx([MAX * factor(t) for t in range(10, 111)], abs=1e-18)
 
 
@@ -182,3 +196,35 @@ def test_wsds_stays_at_the_minimum_after_its_decay() -> None:
 def test_wsds_of_a_short_run() -> None:
     rates = schedule("wsds", max_steps=3, warmup_steps=2, constant_fraction=0.9)
     assert [rates(step) for step in range(3)] == [rates.max_lr / 2, rates.max_lr, rates.min_lr]
+
+
+# The re-warmed cosine.
+
+
+def rewarmed(max_steps: int = 200, warmup_steps: int = 10, **options: Any) -> Schedule:
+    return schedule("cosine_rewarm", warmup_steps, max_steps, **{"stages": (0.5, 0.8), "rewarm_lr": 1e-3, **options})
+
+
+def test_each_stage_is_warmed_up_and_decays_to_the_minimum() -> None:
+    rates = rewarmed()
+    assert [rates(0), rates(9), rates(10), rates(99)] == exactly([MAX / 10, MAX, MAX, MIN])
+    for first, last in ((100, 159), (160, 199)):
+        assert [rates(first), rates(first + 9), rates(first + 10), rates(last)] == exactly([1e-4, 1e-3, 1e-3, MIN])
+        middle = (first + 10 + last) / 2
+        assert rates(math.floor(middle)) + rates(math.ceil(middle)) == exactly(1e-3 + MIN)
+        assert all(rates(t) > rates(t + 1) for t in range(first + 10, last))
+    assert rates(200) == rates(10**6) == MIN
+    whole = schedule(max_steps=100)
+    assert [rates(t) for t in range(100)] == [whole(t) for t in range(100)]
+
+
+def test_every_stage_begins_its_warm_up_at_the_same_fraction() -> None:
+    rates = rewarmed(warmup_start=0.01)
+    assert [rates(0), rates(100), rates(110), rates(160)] == exactly([0.01 * MAX, 1e-5, 1e-3, 1e-5])
+
+
+def test_a_short_stage_warms_up_for_a_tenth_of_it() -> None:
+    rates = rewarmed(stages=(0.9,), warmup_steps=20)
+    assert [rates(179), rates(180), rates(181), rates(182), rates(199)] == exactly([MIN, 5e-4, 1e-3, 1e-3, MIN])
+    tiny = rewarmed(max_steps=3, warmup_steps=1)
+    assert [tiny(t) for t in range(4)] == exactly([MAX, MIN, 1e-3, 1e-3])  # 3 steps: 2, none and 1 of them

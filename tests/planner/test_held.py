@@ -23,6 +23,8 @@ HELD: dict[str, tuple[int, tuple[object, ...]]] = {
     "two": (2, ("--precision", "bf16")),
     "two, fp32, small buckets": (2, SMALL_BUCKETS),
     "two, untied, biases": (2, ("--no-tied_lm_head", "--bias", "--precision", "bf16")),
+    "averaged": (2, ("--ema_decay", 0.9, "--precision", "bf16")),
+    "averaged, muon": (2, ("--ema_decay", 0.9, *MUON, "--muon_normuon", *SMALL_BUCKETS)),
     "replicated": (2, ("--no-use_distributed_optimizer", "--precision", "bf16")),
     "short wire": (2, ("--grad_reduce_dtype", "bf16")),
     "muon": (2, (*MUON, "--precision", "bf16", *SMALL_BUCKETS)),

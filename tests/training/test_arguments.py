@@ -30,6 +30,7 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
         "z_loss_coef": 0.0, "recompute": "none", "attn_backend": "auto", "spike_sigma": 0.0, "spike_window": 100,
         "spike_action": "skip", "replica_check_every": 0, "step_timeout": 0.0, "use_liger_kernel": False,
         "use_cut_cross_entropy": False, "use_triton_kernels": False, "total_batch_sequences": None, "fit_batch": False,
+        "batch_warmup_sizes": (), "batch_warmup_ends": (),
     },
     "logging": {
         "exp_name": "gpt", "log_dir": "./log/", "log_every": 10, "print_config": "no", "moe_router_debug": False,
@@ -48,6 +49,8 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
         "scalar_lr_mult": 1.0, "lr_schedule": "cosine", "wsd_decay_fraction": 0.1, "wsd_decay_shape": "cosine",
         "wsds_constant_fraction": 0.5,
         "decay_embeddings": True, "decay_all": False, "warmup_ratio": 0.0, "lr_power": 1.0, "lr_cycles": 1,
+        "layer_lr_decay": 1.0, "ema_decay": 0.0, "weight_decay_schedule": "constant", "weight_decay_end": 0.0,
+        "warmup_start": None, "lr_stages": (), "rewarm_lr": 1e-4,
     },
     "ckpt": {
         **{"do_save": True, "save_every_steps": 5000, "resume": True, "resume_path": None},
@@ -71,7 +74,7 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
         "mlp_bias": False, "position_type": "rotary", "rotary_fraction": 1.0, "rope_scaling": "none",
         "rope_scaling_factor": 1.0, "rope_original_block_size": None, "rope_low_freq_factor": 1.0,
         "rope_high_freq_factor": 4.0, "rope_beta_fast": 32.0, "rope_beta_slow": 1.0, "rope_attention_factor": None,
-        "sliding_window": 0, "sliding_window_layers": (),
+        "sliding_window": 0, "sliding_window_layers": (), "mup_base_width": 0,
     },
 }  # fmt: skip
 
@@ -93,6 +96,12 @@ OTHER = {
     "eot_id": 0,
     "split_rate": 0.5,
     "warmup_ratio": 0.01,
+    "warmup_start": 0.01,
+    "batch_warmup_sizes": (4096, 8192),
+    "batch_warmup_ends": (10, 20),
+    "weight_decay_end": 0.01,
+    "ema_decay": 0.5,
+    "lr_stages": (0.5, 0.75),
     "hidden_size": 2048,
     "num_attention_heads": 64,
     "num_key_value_heads": 16,
@@ -120,8 +129,12 @@ OTHER = {
 }
 
 NEEDED = {
+    "batch_warmup_sizes": ["--batch_warmup_sizes", "4096", "4096", "--batch_warmup_ends", "5", "6"],
+    "batch_warmup_ends": ["--batch_warmup_sizes", "4096", "4096", "--batch_warmup_ends", "5", "6"],
     "seq_len": ["--block_size", "5000"],
     "sliding_window_layers": ["--sliding_window", "8"],
+    "weight_decay_end": ["--weight_decay_schedule", "cosine"],
+    "lr_stages": ["--lr_schedule", "cosine_rewarm", "--lr_stages", "0.25"],
     "hub_model_id": ["--export_every", "5000"],
     "export_dir": ["--export_every", "5000"],
     "val_dataset_path": ["--dataset_path", "shards"],

@@ -49,8 +49,10 @@ AT_LEAST_ZERO = [
     "z_loss_coef",
     "max_lr",
     "min_lr",
+    "rewarm_lr",
     "warmup_steps",
     "weight_decay",
+    "weight_decay_end",
     "adam_eps",
     "matrix_lr_mult",
     "embedding_lr_mult",
@@ -84,8 +86,8 @@ def test_amounts_are_not_negative(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "grad_clip_value", "z_loss_coef", "max_lr", "min_lr", "weight_decay", "adam_eps", "matrix_lr_mult",
-        "embedding_lr_mult", "head_lr_mult", "scalar_lr_mult", "spike_sigma", "step_timeout",
+        "grad_clip_value", "z_loss_coef", "max_lr", "min_lr", "rewarm_lr", "weight_decay", "weight_decay_end", "adam_eps",
+        "matrix_lr_mult", "embedding_lr_mult", "head_lr_mult", "scalar_lr_mult", "spike_sigma", "step_timeout",
     ],
 )  # fmt: skip
 def test_amounts_are_numbers(name: str) -> None:
@@ -193,6 +195,85 @@ def test_amounts_are_numbers(name: str) -> None:
             "--min_lr 0.01 exceeds --max_lr 0.002; use at most 0.002",
             "--min_lr 0.002 --max_lr 0.002",
         ),
+        (
+            "--lr_schedule cosine_rewarm",
+            "--lr_schedule cosine_rewarm needs ... use --lr_stages 0.5",
+            "--lr_schedule cosine_rewarm --lr_stages 0.5",
+        ),
+        *(
+            (
+                f"--lr_schedule cosine_rewarm --lr_stages {stages}",
+                f"--lr_stages {stages} must be increasing fractions between 0 and 1; use 0.5 0.75",
+                "--lr_schedule cosine_rewarm --lr_stages 0.5 0.75",
+            )
+            for stages in ("0.0", "0.5 0.5", "0.75 0.5", "1.0", "nan")
+        ),
+        (
+            "--lr_stages 0.5",
+            "--lr_stages 0.5 is for --lr_schedule cosine_rewarm, not cosine; drop one of them",
+            "--lr_stages 0.5 --lr_schedule cosine_rewarm",
+        ),
+        (
+            "--lr_schedule cosine_rewarm --lr_stages 0.5 --min_lr 0.001",
+            "--min_lr 0.001 exceeds --rewarm_lr 0.0001; use at most 0.0001",
+            "--lr_schedule cosine_rewarm --lr_stages 0.5 --min_lr 0.0001",
+        ),
+        (
+            "--batch_warmup_sizes 4096",
+            "--batch_warmup_sizes has 1 sizes, and --batch_warmup_ends 0 numbers of steps; give one for each size ...",
+            "--batch_warmup_sizes 4096 --batch_warmup_ends 10",
+        ),
+        *(
+            (
+                f"--batch_warmup_sizes 4096 8192 --batch_warmup_ends {ends}",
+                f"--batch_warmup_ends {ends} must be increasing numbers of steps; use 100 300",
+                "--batch_warmup_sizes 4096 8192 --batch_warmup_ends 100 300",
+            )
+            for ends in ("0 10", "10 10", "20 10")
+        ),
+        *(
+            (
+                f"--batch_warmup_sizes {tokens} --batch_warmup_ends 10",
+                f"--batch_warmup_sizes {tokens} (tokens) must be a multiple of --seq_len 4096; use {works}",
+                f"--batch_warmup_sizes {works} --batch_warmup_ends 10",
+            )
+            for tokens, works in ((0, 4096), (100, 4096), (10000, 8192))
+        ),
+        (
+            "--batch_warmup_sizes 4096 --batch_warmup_ends 10 --moe_route_trace",
+            "--moe_route_trace numbers the rows of a constant global batch, and --batch_warmup_sizes changes it; drop ...",
+            "--batch_warmup_sizes 4096 --batch_warmup_ends 10",
+        ),
+        *(
+            (f"--ema_decay {value}", f"--ema_decay {value} must be in [0, 1); use 0.999", "--ema_decay 0.999")
+            for value in (1.0, -0.1, float("nan"))
+        ),
+        *(
+            (
+                f"--weight_decay_schedule {kind} --weight_decay 0",
+                f"--weight_decay_schedule {kind} has no decay ... --weight_decay 0; use 0.1",
+                f"--weight_decay_schedule {kind} --weight_decay 0.1",
+            )
+            for kind in ("linear", "cosine", "lr")
+        ),
+        (
+            "--weight_decay_schedule lr --max_lr 0 --min_lr 0",
+            "--weight_decay_schedule lr follows the learning rate, but --max_lr is 0; use 0.001",
+            "--weight_decay_schedule lr --max_lr 0.001",
+        ),
+        *(
+            (
+                f"--weight_decay_schedule {kind} --weight_decay_end 0.01",
+                f"--weight_decay_end 0.01 is not reached by --weight_decay_schedule {kind}; use linear or cosine, or ...",
+                "--weight_decay_schedule cosine --weight_decay_end 0.01",
+            )
+            for kind in ("constant", "lr")
+        ),
+        (
+            "--warmup_start 1.5",
+            "--warmup_start 1.5 must be in 0..1",
+            "--warmup_start 1",
+        ),
         *(
             (f"--{name} {value}", f"--{name} {value} must be in [0, 1); use 0.9", f"--{name} 0.9")
             for name in ("adam_beta1", "adam_beta2", "muon_momentum", "muon_beta2")
@@ -200,7 +281,7 @@ def test_amounts_are_numbers(name: str) -> None:
         ),
         *(
             (f"--{name} {value}", f"--{name} {value} must be in (0, 1]; use {works}", f"--{name} {works}")
-            for name, works in (("wsd_decay_fraction", 0.1), ("split_rate", 0.99))
+            for name, works in (("wsd_decay_fraction", 0.1), ("split_rate", 0.99), ("layer_lr_decay", 0.9))
             for value in (0.0, 1.1, float("nan"))
         ),
         *(

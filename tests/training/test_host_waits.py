@@ -90,6 +90,7 @@ def test_a_backward_is_watched_too() -> None:
         (1, ""),
         (1, "--precision bf16 --z_loss_coef 0.001 --recompute full"),
         (1, "--precision fp16 --recompute selective"),
+        (1, "--ema_decay 0.9 --weight_decay_schedule lr --batch_warmup_sizes 48 --batch_warmup_ends 2 --max_steps 4"),
         (1, "--spike_sigma 8 --spike_window 6"),
         (1, "--optimizer muon --muon_normuon --muon_cautious"),
         (1, "--norm_type layer --mlp_type gelu --position_type learned --dropout 0.1"),

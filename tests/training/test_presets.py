@@ -10,11 +10,14 @@ import pytest
 from tinytron.cli.config_tables import PAGES, tables, updated
 from tinytron.cli.gpt2fun import build_config_of as build_gpt2fun
 from tinytron.cli.timl import build_config_of as build_timl
+from tinytron.distributed.layout import ParallelLayout
 from tinytron.errors import ConfigError
 from tinytron.model.gpt import GPT
 from tinytron.training.arguments import build_config, parse_args
+from tinytron.training.build import build_schedule
 from tinytron.training.config import Config
 from tinytron.training.config_files import as_json
+from tinytron.training.derive import derive
 from tinytron.training.presets import PRESETS, preset_table
 
 SMALL_HEADS = {
@@ -97,8 +100,20 @@ def test_theseus_has_two_optimizers() -> None:
     assert (adam.optim.optimizer, adam.optim.adam_beta1, adam.optim.weight_decay) == ("adam", 0.9, 0.1)
     multipliers = [getattr(muon.optim, f"{part}_lr_mult") for part in ("matrix", "embedding", "head", "scalar")]
     assert multipliers == [1.0, 15.0, 0.2, 25.0]
-    assert (muon.optim.muon_normuon, muon.optim.muon_cautious) == (True, True)
+    assert (muon.optim.muon_normuon, muon.optim.muon_cautious, muon.optim.weight_decay) == (True, True, 0.0)
+    assert (muon.optim.muon_momentum, muon.optim.muon_ns_steps, muon.optim.muon_beta2) == (0.95, 5, 0.95)
+    assert (muon.train.grad_clip_value, adam.train.grad_clip_value) == (1.0, 1.0)
     assert (muon.optim.adam_beta1, muon.optim.adam_beta2, muon.optim.adam_eps) == (0.8, 0.95, 1e-10)
+
+
+def test_the_rates_of_theseus_are_pinned() -> None:
+    """optax's linear schedule from 0.01 of the peak over 0.5% of the steps, the peak, and a floor of 0.01 of it."""
+    config = built("--preset", "theseus", "--max_steps", 1000)
+    info = derive(config, ParallelLayout(1), None)
+    rates = build_schedule(config.optim, info)
+    assert info.warmup_steps == 5
+    warm_up = [3e-4 * (0.01 + 0.99 * step / 5) for step in range(6)]
+    assert [rates(step) for step in (*range(6), 990, 999)] == pytest.approx([*warm_up, 3e-4, 3e-6])
 
 
 @pytest.mark.parametrize(("name", "same"), [("llama", "llama-160m"), ("qwen", "qwen3-0.6b"), ("neox", "pythia-160m")])

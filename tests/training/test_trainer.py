@@ -169,6 +169,25 @@ def test_the_learning_rate_is_logged_as_scheduled(ranks: Pools, tmp_path: Path) 
     assert [record["lr"] for record in result.records] == pytest.approx([0.005, 0.01, 0.01, 0.0055, 0.001])
 
 
+@pytest.mark.parametrize(
+    ("flags", "rates"),
+    [
+        (("--max_steps", 5, "--warmup_start", 0.25), [0.0025, 0.00625, 0.01, 0.0055, 0.001]),
+        (
+            ("--lr_schedule", "cosine_rewarm", "--lr_stages", 0.5, "--rewarm_lr", 0.004, "--max_steps", 10),
+            [0.005, 0.01, 0.01, 0.0055, 0.001, 0.002, 0.004, 0.004, 0.0025, 0.001],
+        ),
+    ],
+)
+def test_warm_ups_and_stages_are_in_the_log(
+    ranks: Pools, tmp_path: Path, flags: tuple[object, ...], rates: list[float]
+) -> None:
+    """The first step, the end of the warm-up, the boundary between stages and the last step."""
+    flags = (*flags, "--max_lr", 0.01, "--min_lr", 0.001, "--warmup_steps", 2, "--log_every", 1, "--no-do_save")
+    (result,) = ranks(1).run(train, Trainer, tmp_path, *flags)
+    assert [record["lr"] for record in result.records] == pytest.approx(rates)
+
+
 # Validation.
 
 

@@ -13,6 +13,9 @@ import torch
 from tinytron.checkpoint.files import checkpoint_of, newest_checkpoint, verify
 from tinytron.checkpoint.load import load_weights, read_file, read_json, read_meta
 from tinytron.checkpoint.meta import CheckpointMeta
+from tinytron.checkpoint.optimizer_state import read_states, stored_states
+from tinytron.checkpoint.sharded import FlatRanges
+from tinytron.distributed.zero1.averages import AVERAGE
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.model import GPT, ModelConfig
 from tinytron.model.lora import merged
@@ -144,6 +147,25 @@ def read_weights(
     if wrong := [name for name, value in weights.items() if not isinstance(value, torch.Tensor)]:
         raise CheckpointError(f"{file} holds {wrong[0]}, which is not a tensor")
     return merged(weights) if merge else weights
+
+
+def averages_of(saved: SavedModel, *, foreign: bool = False) -> dict[str, torch.Tensor]:
+    """The weights of ``saved``'s checkpoint with their moving averages (``--ema_decay``) in their place and precision;
+    adapters are merged. Tied tensors stay tied, and what is not trained stays as it is. ``foreign`` as in ``read_weights``.
+    Reads the states once in full to compare their checksums. Raises: CheckpointError if averages are missing or damaged."""
+    files = checkpoint_of(saved.file)
+    stored = stored_states(files.optimizer) if files is not None and files.optimizer.is_dir() else {}
+    if files is None or not any(key.endswith(f"/{AVERAGE}") for key in stored):
+        raise CheckpointError(
+            f"{saved.file} has no averaged weights next to it; use a checkpoint of a run with --ema_decay, or drop --ema"
+        )
+    verify(files.folder, saved.meta.files, [name for name in saved.meta.files if name.startswith(files.optimizer.name)])
+    weights = read_weights(saved.file, mmap=True, foreign=foreign, merge=False)
+    keys = {name: f"{name}/{AVERAGE}" for name in weights if f"{name}/{AVERAGE}" in stored}
+    found = {n: torch.empty(weights[n].shape, dtype=stored[key].properties.dtype) for n, key in keys.items()}
+    read_states({key: FlatRanges.whole(found[name].view(-1)) for name, key in keys.items()}, files.optimizer)
+    places = {weights[name].data_ptr(): average.to(weights[name].dtype) for name, average in found.items()}
+    return merged({name: places.get(weight.data_ptr(), weight) for name, weight in weights.items()})
 
 
 def _sections_beside(file: Path) -> dict[str, Any]:

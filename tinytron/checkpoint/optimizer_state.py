@@ -24,6 +24,7 @@ from tinytron.checkpoint.files import checksum, damaged
 from tinytron.checkpoint.host_buffers import HostBuffers
 from tinytron.checkpoint.sharded import FlatLoadPlanner, FlatRanges, FlatSavePlanner
 from tinytron.distributed.agreement import agree
+from tinytron.distributed.zero1.averages import AVERAGE
 from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer
 from tinytron.distributed.zero1.flat_buffer import OwnedSlice
 from tinytron.errors import CheckpointError, first_line
@@ -166,14 +167,15 @@ def _prepare(
     folder: Path,
 ) -> dict[str, FlatRanges]:
     """The memory to read into. The checkpoint determines which states exist: a fresh optimizer has none yet. Main weights
-    that it has among its ``weights`` only are copied from there."""
+    that it has among its ``weights`` only are copied from there. Averages that the run does not continue are left out."""
     keys: dict[str, list[str]] = {}
     for name in stored:
         parameter, key = name.rsplit("/", 1)
         keys.setdefault(parameter, []).append(key)
     wanted: dict[str, FlatRanges] = {}
+    averages = optimizer.options.ema_decay > 0
     for piece in optimizer.pieces():
-        of_piece = keys.get(piece.name, [])
+        of_piece = [key for key in keys.get(piece.name, []) if averages or key != AVERAGE]
         in_weights = MAIN not in of_piece and piece.name in weights and are_main(weights[piece.name])
         if not of_piece and not (in_weights and piece.name in trained):
             raise CheckpointError(

@@ -50,6 +50,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help="tokenizer.json, or a folder with a tokenizer; default: the one of the run, its training data or the model",
     )
     parser.add_argument("--max_shard_size", type=byte_count, metavar="SIZE", help=f"largest file; default: {_SHARD}")
+    parser.add_argument("--ema", action="store_true", help="write the averaged weights of a run with --ema_decay")
     parser.add_argument(
         "--gguf", choices=KINDS, help="write one GGUF file for llama.cpp, with weights of this data type"
     )
@@ -88,6 +89,7 @@ def main(argv: Sequence[str], prog: str = "tinytron export") -> None:
         tokenizer=args.tokenizer,
         max_shard_size=byte_count(_SHARD) if args.max_shard_size is None else args.max_shard_size,
         say=print,
+        averaged=args.ema,
         progress=True,
     )
     files = counted(made.files, "file")
@@ -99,6 +101,11 @@ def main(argv: Sequence[str], prog: str = "tinytron export") -> None:
 
 
 def _main_gguf(args: argparse.Namespace) -> None:
+    if args.ema:
+        raise ConfigError(
+            f"--ema writes folders, and --gguf {args.gguf} a file; export a folder with --ema, and then that folder with "
+            "--gguf"
+        )
     for flag in ("dtype", "max_shard_size"):
         if getattr(args, flag) is not None:
             raise ConfigError(

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tinytron.data.batch import Batch, collate, masked
 from tinytron.data.order import Order
 from tinytron.errors import DataError
+from tinytron.utils.batch_sizes import BatchSizes
 from tinytron.utils.signals import ignore_group_signals
 
 _AHEAD = 2**14  # positions looked up in the order at once: one at a time, that takes longer than reading the rows
@@ -28,35 +29,47 @@ def micro_batch_rows(global_batch: int, micro_batch: int, dp_rank: int, dp_size:
     return range(dp_rank * micro_batch, global_batch, micro_batch * dp_size)
 
 
+def sizes_of(global_batch: int | BatchSizes, unit: int) -> BatchSizes:
+    """``global_batch`` as sizes by step, each of which must be a multiple of ``unit``."""
+    sizes = BatchSizes(global_batch) if isinstance(global_batch, int) else global_batch
+    assert all(size % unit == 0 for size in sizes.sizes()), "the global batch must divide into micro-batches"
+    return sizes
+
+
 class GlobalBatchSampler(Sampler[list[int]]):
     """Sample numbers of this data-parallel rank's micro-batches, from ``start_step`` to ``stop_step`` (None: endless).
 
-    Step t takes positions ``t * global_batch .. (t + 1) * global_batch - 1`` of ``order``. Sizes are in samples.
+    Each step takes the next ``global_batch`` positions of ``order``, or as many as ``BatchSizes`` say. Sizes are in
+    samples.
     """
 
-    def __init__(self, order: Order, *, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> None:
-        assert global_batch % (micro_batch * dp_size) == 0, "the global batch must divide into micro-batches"
-        self.order, self.global_batch, self.micro_batch = order, global_batch, micro_batch
+    def __init__(
+        self, order: Order, *, global_batch: int | BatchSizes, micro_batch: int, dp_rank: int, dp_size: int
+    ) -> None:
+        self.sizes = sizes_of(global_batch, micro_batch * dp_size)
+        self.order, self.global_batch, self.micro_batch = order, self.sizes.full, micro_batch
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.start_step = 0
         self.stop_step: int | None = None
 
     def samples_of_step(self, step: int) -> list[int]:
         """The sample numbers of global step ``step`` (counted from 0), the same on every rank."""
-        positions = np.arange(step * self.global_batch, (step + 1) * self.global_batch, dtype=np.int64)
+        positions = np.arange(self.sizes.before(step), self.sizes.before(step + 1), dtype=np.int64)
         return cast(list[int], self.order(positions).tolist())
 
     def __iter__(self) -> Iterator[list[int]]:
-        step, stop = self.start_step, math.inf if self.stop_step is None else self.stop_step
-        while step < stop:
-            steps = int(min(max(1, _AHEAD // self.global_batch), stop - step))
-            yield from self._batches(step, steps)
-            step += steps
+        for first, stop in self.sizes.runs(self.start_step, math.inf if self.stop_step is None else self.stop_step):
+            step = first
+            while step < stop:
+                steps = int(min(max(1, _AHEAD // self.sizes.at(step)), stop - step))
+                yield from self._batches(step, steps)
+                step += steps
 
     def _batches(self, step: int, steps: int) -> list[list[int]]:
-        """This rank's micro-batches of the next ``steps`` steps, starting at ``step``."""
-        first = micro_batch_rows(self.global_batch, self.micro_batch, self.dp_rank, self.dp_size)
-        starts = np.add.outer(np.arange(step, step + steps, dtype=np.int64) * self.global_batch, first)
+        """This rank's micro-batches of the next ``steps`` steps, all of one size, starting at ``step``."""
+        size = self.sizes.at(step)
+        first = micro_batch_rows(size, self.micro_batch, self.dp_rank, self.dp_size)
+        starts = np.add.outer(self.sizes.before(step) + np.arange(steps, dtype=np.int64) * size, first)
         positions = np.add.outer(starts.ravel(), np.arange(self.micro_batch))
         return cast(list[list[int]], self.order(positions.ravel()).reshape(positions.shape).tolist())
 

@@ -3,41 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 from tinytron.data.batch import Batch, collate, masked
-from tinytron.data.loader import micro_batch_rows
+from tinytron.data.loader import micro_batch_rows, sizes_of
 from tinytron.errors import DataError
+from tinytron.utils.batch_sizes import BatchSizes
 
 
 class StreamLoader:
     """This rank's micro-batches of an iterable dataset, which must give every rank the same samples in the same order.
 
-    Sample p of the stream is row ``p % global_batch`` of step ``p // global_batch``, so the order does not depend on the
-    layout; each rank skips the rows of the others. When the stream ends it starts again; if the dataset has ``set_epoch``,
-    that is called first. To begin at ``start_step``, the loader calls ``dataset.skip(n)`` (Hugging Face datasets have
-    it) if there is one, and otherwise reads and drops samples.
+    Each step takes the next ``global_batch`` samples of the stream, or as many as ``BatchSizes`` say, so the order does not
+    depend on the layout; each rank skips the rows of the others. When the stream ends it starts again; if the dataset has
+    ``set_epoch``, that is called first. To begin at ``start_step``, the loader calls ``dataset.skip(n)`` (Hugging Face
+    datasets have it) if there is one, and otherwise reads and drops samples.
     """
 
     def __init__(
-        self, dataset: Iterable[Any], *, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int
+        self, dataset: Iterable[Any], *, global_batch: int | BatchSizes, micro_batch: int, dp_rank: int, dp_size: int
     ) -> None:
-        self.dataset, self.global_batch, self.micro_batch = dataset, global_batch, micro_batch
-        mine = micro_batch_rows(global_batch, micro_batch, dp_rank, dp_size)
-        self._mine = {row for first in mine for row in range(first, first + micro_batch)}
+        self.dataset, self.sizes, self.micro_batch = dataset, sizes_of(global_batch, micro_batch * dp_size), micro_batch
+        self.dp_rank, self.dp_size = dp_rank, dp_size
         self.start_step = 0
 
     def __iter__(self) -> Iterator[Batch]:
         """Endless micro-batches. Raises: DataError if the dataset gives no sample."""
-        first = self.start_step * self.global_batch
-        rows: list[Any] = []
-        for position, item in enumerate(self._walk(first), start=first):
-            if position % self.global_batch in self._mine:
-                rows.append(item)
-                if len(rows) == self.micro_batch:
+        items = self._walk(self.sizes.before(self.start_step))
+        for step in count(self.start_step):
+            size = self.sizes.at(step)
+            mine = set(micro_batch_rows(size, self.micro_batch, self.dp_rank, self.dp_size))
+            for row in range(0, size, self.micro_batch):
+                rows = list(islice(items, self.micro_batch))
+                if row in mine:
                     yield collate(rows)
-                    rows = []
 
     def _walk(self, first: int) -> Iterator[Any]:
         """The samples of one epoch after the other, without the first ``first``."""
@@ -54,14 +54,14 @@ class StreamLoader:
             set_epoch = getattr(self.dataset, "set_epoch", None)
             if callable(set_epoch):
                 set_epoch(epoch)
-            count = 0
+            read = 0
             for item in self.dataset:
-                count += 1
-                if count > first:
+                read += 1
+                if read > first:
                     yield item
-            if not count:
+            if not read:
                 raise DataError(f"{type(self.dataset).__name__} gave no sample; it must give some on every pass")
-            first, epoch = max(0, first - count), epoch + 1
+            first, epoch = max(0, first - read), epoch + 1
 
 
 class ValStreamLoader:

@@ -113,6 +113,8 @@ def facts(config: ModelConfig) -> dict[str, Any]:
     }
     if config.position_type == "rotary":
         found |= {"rope_theta": config.rope_theta, "rotary_fraction": config.rotary_dim, **_scaling_facts(config)}
+    if config.mup_base_width:
+        found["mup_base_width"] = config.mup_base_width
     has_dense = len(config.moe_layers) < config.num_layer
     if has_dense:
         found["intermediate_size"] = config.intermediate_size

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tinytron.checkpoint.load import load_weights
-from tinytron.checkpoint.model import SavedModel, foreign_config, read_weights, saved_model
+from tinytron.checkpoint.model import SavedModel, averages_of, foreign_config, read_weights, saved_model
 from tinytron.distributed.param_spec import ParamSpec
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.interop.architectures import write_architecture
@@ -21,6 +21,7 @@ from tinytron.interop.causal_lm import build_causal_lm, without_bars
 from tinytron.interop.families import Family, Part
 from tinytron.interop.folder import check_new, new_folder
 from tinytron.interop.generation import GENERATION, generation_settings
+from tinytron.interop.mup import folded_config, folded_weights
 from tinytron.interop.open import Say, local_checkpoint, open_saved
 from tinytron.interop.safetensors import write_safetensors
 from tinytron.interop.tokenizer import TokenizerFiles, exported_tokenizer
@@ -54,14 +55,15 @@ def export(
     name: str | None = None,
     revision: str | None = None,
     replace: bool = False,
+    averaged: bool = False,
     say: Say = lambda text: None,
     progress: bool = False,
 ) -> Exported:
     """Write the weights of ``checkpoint`` (anything ``open_saved`` opens) to the folder ``out``, in ``dtype`` (default:
     as stored), in files of at most ``max_shard_size`` bytes. ``out`` appears complete or not at all; with ``replace`` it
     takes the place of an older one. The model card refers to the model as ``name`` (default: the folder's name) and loads
-    it from the hub's branch ``revision``. ``say`` is passed to ``open_saved``. ``progress`` shows how
-    much is written.
+    it from the hub's branch ``revision``. ``averaged`` writes the moving averages of the weights. ``say`` is passed to
+    ``open_saved``. ``progress`` shows how much is written.
 
     Raises: ConfigError if no family has the architecture, ``out`` exists, or the tokenizer does not fit; CheckpointError
     if the checkpoint is missing or damaged; OSError if writing fails; and what ``open_saved`` raises.
@@ -72,10 +74,12 @@ def export(
         raise ConfigError(f"--max_shard_size {max_shard_size} must be at least 1; use 5GB")
     source = local_checkpoint(checkpoint, say)
     if source.is_file() and (theirs := foreign_config(source)) is not None:
-        return _export_foreign(source, theirs, out, dtype, tokenizer, max_shard_size, replace)
+        return _export_foreign(source, theirs, out, dtype, tokenizer, max_shard_size, replace, averaged)
     saved = open_saved(source, say)
-    family, settings = write_architecture(saved.config)
-    weights = saved.weights()
+    family, settings = write_architecture(folded_config(saved.config))
+    weights = averages_of(saved) if averaged else saved.weights()
+    weights = folded_weights(saved.config, weights)
+    saved = saved._replace(config=folded_config(saved.config))
     parts = _parts(family, saved, weights)
     found = exported_tokenizer(
         saved.config.vocab_size, saved.section("data"),
@@ -100,10 +104,11 @@ def _export_foreign(
     tokenizer: Path | None,
     max_shard_size: int,
     replace: bool,
+    averaged: bool,
 ) -> Exported:
     """``export`` for the weights of a ``CausalLM``, by transformers itself."""
     saved = saved_model(file)
-    weights = read_weights(file, mmap=True, foreign=True)
+    weights = averages_of(saved, foreign=True) if averaged else read_weights(file, mmap=True, foreign=True)
     found = exported_tokenizer(
         saved.config.vocab_size, saved.section("data"),
         given=tokenizer, checkpoint=saved.file, imported=saved.section(TOKENS),

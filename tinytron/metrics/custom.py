@@ -27,7 +27,7 @@ from tinytron.model.protocols import CountsHits
 
 TAKEN = {
     *("step", "stage", "loss", "lr", "grad_norm", "seconds", "tokens_per_second", "mfu", "skipped_steps"),
-    *("perplexity", "tokens", "bits_per_byte", "sources", "expert_load", "router_margin"),
+    *("perplexity", "tokens", "ema_loss", "bits_per_byte", "sources", "expert_load", "router_margin"),
 }
 
 

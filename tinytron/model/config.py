@@ -94,6 +94,15 @@ class ModelConfig:
             works=0.013,
         ),
     ] = 0.013
+    mup_base_width: Annotated[
+        int,
+        Flag(
+            "muP: scale initial weights, learning rates, queries and output so that options tuned at this hidden_size fit; "
+            "0: off",
+            at_least=0,
+            works=256,
+        ),
+    ] = 0
     tied_lm_head: Annotated[bool, Flag("the output head shares the token embedding's weight")] = True
     use_moe: Annotated[bool, Flag("mixture-of-experts feed-forward layers")] = False
     num_experts: Annotated[int, Flag("experts per layer", at_least=1)] = 128
@@ -155,6 +164,26 @@ class ModelConfig:
             raise ConfigError(
                 f"--mlp_type {self.mlp_type} does not work with --use_moe: experts are swiglu; use swiglu"
             )
+
+        if self.use_moe and self.mup_base_width:
+            raise ConfigError(
+                f"--mup_base_width {self.mup_base_width} has no rule for routers and experts; use 0, or drop --use_moe"
+            )
+
+    @property
+    def width_mult(self) -> float:
+        """muP: the width in multiples of the base width; 1 without muP."""
+        return self.hidden_size / self.mup_base_width if self.mup_base_width else 1.0
+
+    @property
+    def output_scale(self) -> float:
+        """muP: the factor on what the head reads."""
+        return 1.0 / self.width_mult
+
+    @property
+    def query_scale(self) -> float:
+        """muP: the factor on queries that turns 1 / sqrt(head_dim) on attention scores into 1 / head_dim; else 1."""
+        return self.resolved_head_dim**-0.5 if self.mup_base_width else 1.0
 
     def is_moe_layer(self, layer: int) -> bool:
         """True if block ``layer`` (counted from 0) has experts."""

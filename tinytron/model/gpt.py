@@ -114,7 +114,7 @@ class GPT(nn.Module):
         every layout and device.
 
         Projections into the residual stream use init_std / sqrt(2 num_layer) (GPT-2, section 2.3); norms are one, biases
-        zero.
+        zero. With muP (``mup_base_width``; arXiv:2203.03466, table 8) matrices have 1 / sqrt(width_mult) of that.
         """
         residual_std = self.config.init_std / (2 * self.config.num_layer) ** 0.5
         for layer in self.moe_layers:
@@ -127,6 +127,7 @@ class GPT(nn.Module):
                 parameter.zero_()
             elif spec.kind != "adapter":
                 std = residual_std if spec.writes_residual else self.config.init_std
+                std = std / self.config.width_mult**0.5 if spec.kind == "matrix" else std
                 fill_normal(parameter, spec, box_of(spec, self.state), std, seed)
 
     def param_specs(self) -> list[ParamSpec]:
@@ -210,7 +211,7 @@ class GPT(nn.Module):
                 all_stats.append(stats)
         self.wait_for_params(self.final_norm)
         out: torch.Tensor = self.final_norm(x_BsD)
-        return out, all_stats
+        return out if self.config.output_scale == 1 else out * self.config.output_scale, all_stats
 
     def forward(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,6 +22,10 @@ class Schedule:
     During warm-up it is ``max_lr * (t + 1) / warmup_steps``, then the function ``name`` of ``SCHEDULES``. A decay begins at
     ``max_lr`` in the first step after the warm-up and has exactly ``min_lr`` in the last step. transformers differs by one
     step at both ends: its first step has the rate 0, and its decay would end in the step after the last one.
+
+    With ``warmup_start`` the first step has that fraction of ``max_lr``, and the rate rises by equal amounts to ``max_lr``
+    in the first step after the warm-up; 0 gives transformers' warm-up. ``stages`` are the fractions of the steps at which
+    the later stages of ``cosine_rewarm`` begin, and ``rewarm_lr`` is their peak.
     """
 
     name: str
@@ -33,11 +38,16 @@ class Schedule:
     power: float = 1.0
     cycles: int = 1
     constant_fraction: float = 0.5
+    warmup_start: float | None = None
+    stages: tuple[float, ...] = ()
+    rewarm_lr: float = 1e-4
 
     def __call__(self, step: int) -> float:
-        if step < self.warmup_steps:
+        if step >= self.warmup_steps or self.stages:  # each stage has a warm-up of its own
+            return SCHEDULES[self.name](self, step)
+        if self.warmup_start is None:
             return self.max_lr * (step + 1) / self.warmup_steps
-        return SCHEDULES[self.name](self, step)
+        return self.max_lr * (self.warmup_start + (1 - self.warmup_start) * step / self.warmup_steps)
 
     def decayed(self, step: int, start: int, remaining: Callable[[float], float]) -> float:
         """The rate of a decay from ``max_lr`` at step ``start`` to exactly ``min_lr`` at the last step. ``remaining`` is as
@@ -47,6 +57,11 @@ class Schedule:
             return self.min_lr
         done = (step - start) / (last - start) if step > start else 0.0
         return self.min_lr + (self.max_lr - self.min_lr) * remaining(done)
+
+
+def fitting_warmup(steps: int, length: int) -> int:
+    """A warm-up of ``steps``, or of a tenth of a run of ``length`` steps that it would fill."""
+    return max(1, length // 10) if steps >= length and steps > 1 else steps
 
 
 def _cosine(schedule: Schedule, step: int) -> float:
@@ -100,6 +115,24 @@ def _wsds(schedule: Schedule, step: int) -> float:
     return before.decayed(step, start, DECAY_SHAPES[schedule.decay_shape])
 
 
+def _cosine_rewarm(schedule: Schedule, step: int) -> float:
+    """In each of the ``stages`` a warm-up and half a cosine wave, as in a run of its own: the first stage up to ``max_lr``,
+    later ones to ``rewarm_lr``."""
+    step = min(step, schedule.max_steps - 1)
+    bounds = [0, *(round(part * schedule.max_steps) for part in schedule.stages), schedule.max_steps]
+    stage = bisect.bisect_right(bounds, step) - 1
+    length = bounds[stage + 1] - bounds[stage]
+    of_stage = replace(
+        schedule,
+        name="cosine",
+        max_lr=schedule.rewarm_lr if stage else schedule.max_lr,
+        warmup_steps=fitting_warmup(schedule.warmup_steps, length),
+        max_steps=length,
+        stages=(),
+    )
+    return of_stage(step - bounds[stage])
+
+
 _TIMESCALE = 10_000  # steps
 # The schedules by name, for the steps after the warm-up. To add one, add a function and an entry here.
 SCHEDULES: dict[str, Callable[[Schedule, int], float]] = {
@@ -111,4 +144,9 @@ SCHEDULES: dict[str, Callable[[Schedule, int], float]] = {
     "inverse_sqrt": _inverse_sqrt,
     "wsd": _wsd,
     "wsds": _wsds,
+    "cosine_rewarm": _cosine_rewarm,
+    # transformers' names of the above
+    "cosine_with_min_lr": _cosine,
+    "constant_with_warmup": _constant,
+    "warmup_stable_decay": _wsd,
 }

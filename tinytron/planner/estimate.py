@@ -25,6 +25,7 @@ class Estimate:
     recompute: Recompute = "none"
     shard: bool = True
     on_cpu: bool = False
+    averaged: bool = False
 
     def bytes(self, config: ModelConfig, layout: ParallelLayout) -> int:
         """The estimate for a model on a layout, in bytes."""
@@ -36,7 +37,9 @@ def _held(config: ModelConfig, work: Estimate, layout: ParallelLayout) -> int:
     count = count_parameters(config).total
     experts = len(config.moe_layers) * config.num_experts * 3 * config.hidden_size * config.moe_intermediate_size
     size = work.dtype.itemsize
-    states = 2 * max(4, size) + (4 if size < 4 else 0)  # two moments, plus main weights if the parameters have 16 bits
+    states = (2 + work.averaged) * max(4, size) + (
+        4 if size < 4 else 0
+    )  # two moments, plus main weights if the parameters have 16 bits
     pieces = layout.world_size if work.shard else 1
     here = count - experts + experts // layout.ep
     owned = (count - experts) // pieces + experts // max(pieces, layout.ep)

@@ -23,7 +23,7 @@ SCALAR = 4  # bytes of AdamW's step counter, in fp32
 @dataclass(frozen=True)
 class PlannedBuffer:
     """One flat buffer before it exists: its layout, the shapes (of this rank) and names of its members, the mesh ``axes``
-    that cut them, and the options of its optimizer group."""
+    that cut them, and the options of its optimizer group. ``averaged``: the weights have moving averages."""
 
     layout: BufferLayout
     names: tuple[str, ...]
@@ -31,6 +31,7 @@ class PlannedBuffer:
     dtype: torch.dtype
     axes: tuple[str, ...]
     options: Mapping[str, Any]
+    averaged: bool = False
 
     @property
     def main_dtype(self) -> torch.dtype:
@@ -65,8 +66,9 @@ class PlannedBuffer:
         """Bytes of one shard's optimizer states."""
         size = self.main_dtype.itemsize
         if not self.whole_tensors:
-            return 2 * self.owned * size + SCALAR * len(self.layout.buckets)
-        return sum(muon_state(self.shapes[index], self.options) * size for index in self.owned_tensors(shard))
+            return (2 + self.averaged) * self.owned * size + SCALAR * len(self.layout.buckets)
+        shapes = [self.shapes[index] for index in self.owned_tensors(shard)]
+        return sum((muon_state(shape, self.options) + self.averaged * math.prod(shape)) * size for shape in shapes)
 
     def owned_tensors(self, shard: int) -> list[int]:
         """The indices of the members that ``shard`` owns (with ``whole_tensors``)."""
@@ -79,7 +81,7 @@ class PlannedBuffer:
         """Bytes of one shard in a checkpoint: states, and main weights that are more precise than the parameters, without
         padding. A tensor's counters are stored only once, with its first piece."""
         size = self.main_dtype.itemsize
-        main = int(self.dtype != self.main_dtype)
+        copies = int(self.dtype != self.main_dtype) + self.averaged
         total = 0
         for slot in self.layout.slots:
             first, last = self.layout.owned(slot.bucket, shard)
@@ -87,9 +89,9 @@ class PlannedBuffer:
             if not here:
                 continue
             if self.whole_tensors:
-                total += (main * here + muon_state(self.shapes[slot.index], self.options)) * size
+                total += (copies * here + muon_state(self.shapes[slot.index], self.options)) * size
             else:
-                total += (2 + main) * here * size + SCALAR * (first <= slot.start and first_piece)
+                total += (2 + copies) * here * size + SCALAR * (first <= slot.start and first_piece)
         return total
 
 
@@ -119,7 +121,8 @@ def plan_buffers(
             shapes = tuple(tuple(p.shape) for p in group.params)
             planned = plan_buffer(numels, shards, options.bucket_numel, whole_tensors=group.whole_tensors)
             members = tuple(spec.name for spec in group.specs)
-            buffers.append(PlannedBuffer(planned, members, shapes, group.params[0].dtype, group.axes, given))
+            averaged = options.ema_decay > 0
+            buffers.append(PlannedBuffer(planned, members, shapes, group.params[0].dtype, group.axes, given, averaged))
     return buffers
 
 

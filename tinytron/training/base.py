@@ -315,7 +315,7 @@ class BaseTrainer(Trainer, Generic[ConfigT, ModelT]):
             if self.data.val is not None:
                 self.data.val = replace(self.data.val, loader=_Pulled(self, "val", self.data.val.loader))
         if callable(rate := type(self).schedule()):
-            self._schedule = rate  # type: ignore[assignment]
+            self._rates = replace(self._rates, lr=rate)
 
     def _init_model(self, config: Config | None = None) -> None:
         config = self.config if config is None else config

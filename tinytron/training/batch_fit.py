@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 import torch.distributed as dist
@@ -90,6 +91,7 @@ def sizes_that_fit(config: Config, layout: ParallelLayout, device: torch.device,
             f"--total_batch_size {config.train.total_batch_size} (tokens) must be a multiple of --seq_len x data-parallel "
             f"ranks = {needed}; use {needed * max(1, round(config.train.total_batch_size / needed))}"
         )
+    sequences = math.gcd(sequences, *(size // layout.dp for size in config.train.batch_sizes.sizes()))
     budget = _SHARE * memory.free
     sizes = sorted(divisors(sequences), reverse=True)
     fitting = [n for n in sizes if estimated_bytes(with_batch_size(config, n), layout, device) <= budget]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import count, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -34,11 +34,13 @@ class BatchPreparer:
         self._drawn = config.seed.seed, state.group_rank("dp")  # determine how a user's own loader is shuffled
         self._pin = config.data.pin_memory and state.device.type == "cuda"
 
-    def steps(self, data: LoadedData, per_step: int, *, skip_steps: int = 0) -> Iterator[list[Batch]]:
-        """The micro-batches of one optimizer step at a time, until the loader ends. A user's own loader is read again when
-        it ends, and its first ``skip_steps`` steps are skipped. Raises: DataError for invalid batches."""
-        batches = iter(data.loader if data.ours else endless(data.loader, *self._drawn, skip_steps * per_step))
-        steps = iter(lambda: [self.prepare(loaded, data.trusted) for loaded in islice(batches, per_step)], [])
+    def steps(self, data: LoadedData, before: Callable[[int], int], first: int) -> Iterator[list[Batch]]:
+        """The micro-batches of one optimizer step at a time, from step ``first`` until the loader ends. ``before`` is the
+        number of micro-batches in the first steps of the run. A user's own loader is read again when it ends, and what
+        precedes ``first`` is skipped. Raises: DataError for invalid batches."""
+        batches = iter(data.loader if data.ours else endless(data.loader, *self._drawn, before(first)))
+        sizes = (before(step + 1) - before(step) for step in count(first))
+        steps = iter(lambda: [self.prepare(loaded, data.trusted) for loaded in islice(batches, next(sizes))], [])
         with contextlib.closing(prefetched(steps, self._depth(data))) as ready:
             for microbatches in ready:
                 yield [batch.to(self._state.device) for batch in microbatches]

@@ -23,7 +23,7 @@ from tinytron.metrics import RoutingReport, SourceLosses, load_statistics
 from tinytron.model import GPT
 from tinytron.model.lora import add_adapters
 from tinytron.model.protocols import HasExperts, WaitsForParameters
-from tinytron.optim import Muon, Schedule, parameter_groups
+from tinytron.optim import Muon, Rates, Schedule, parameter_groups
 from tinytron.training.config import Config, OptimConfig
 from tinytron.training.derive import TrainingInfo, accumulation_steps
 from tinytron.training.hf_model import build_foreign, foreign_model
@@ -81,6 +81,8 @@ def optimizer_groups(optim: OptimConfig, model: nn.Module) -> list[dict[str, Any
             "head": optim.head_lr_mult,
             "scalar": optim.scalar_lr_mult,
         },
+        layer_decay=optim.layer_lr_decay,
+        width_mult=model.config.width_mult if isinstance(model, GPT) else 1.0,
     )
 
 
@@ -119,6 +121,21 @@ def build_schedule(optim: OptimConfig, info: TrainingInfo) -> Schedule:
         power=optim.lr_power,
         cycles=optim.lr_cycles,
         constant_fraction=optim.wsds_constant_fraction,
+        warmup_start=optim.warmup_start,
+        stages=optim.lr_stages,
+        rewarm_lr=optim.rewarm_lr,
+    )
+
+
+def build_rates(optim: OptimConfig, info: TrainingInfo) -> Rates:
+    """The learning rate and the weight decay of each step."""
+    return Rates(
+        lr=build_schedule(optim, info),
+        max_lr=optim.max_lr,
+        max_steps=info.max_steps,
+        decay=optim.weight_decay,
+        decay_end=optim.weight_decay_end,
+        decay_schedule=optim.weight_decay_schedule,
     )
 
 
@@ -134,6 +151,7 @@ def optimizer_options(config: Config, model: nn.Module) -> Options:
         grad_as_view=parallel.ddp_gradient_as_bucket_view,
         allow_unused=parallel.ddp_find_unused_parameters,
         loss_scaling=config.train.precision == "fp16",
+        ema_decay=config.optim.ema_decay,
     )
 
 

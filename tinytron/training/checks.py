@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import PurePath
 
 from tinytron.distributed.layout import divisors
@@ -37,14 +38,14 @@ def check(
 ) -> None:
     """Raises: ConfigError for the first rule that the sections of a run break."""
     _check_logging(logging)
-    if optim.min_lr > optim.max_lr:
-        raise ConfigError(f"--min_lr {optim.min_lr} exceeds --max_lr {optim.max_lr}; use at most {optim.max_lr}")
+    _check_rates(optim)
     _check_evaluation(train)
     if data.val_dataset_path is not None and (data.dataset_path is None or data.use_mock_data):
         raise ConfigError(
             f"--val_dataset_path {data.val_dataset_path} needs shards to train on; give --dataset_path too, or drop it"
         )
     _check_lengths(train, model, ckpt)
+    _check_batch_warmup(train, logging)
     _check_layout(parallel, train, model)
     if ckpt.init_from is not None and ckpt.resume_path is not None:
         raise ConfigError(
@@ -61,6 +62,40 @@ def _check_logging(logging: LoggingConfig) -> None:
         raise ConfigError(f"--dry_run_world_size {processes} needs --dry_run; add that flag, or drop this one")
     if not logging.exp_name or "/" in logging.exp_name:
         raise ConfigError(f"--exp_name {logging.exp_name!r} must be a plain folder name; use gpt")
+
+
+def _check_rates(optim: OptimConfig) -> None:
+    if optim.min_lr > optim.max_lr:
+        raise ConfigError(f"--min_lr {optim.min_lr} exceeds --max_lr {optim.max_lr}; use at most {optim.max_lr}")
+    _check_weight_decay(optim)
+    given = " ".join(map(str, optim.lr_stages))
+    if optim.lr_schedule != "cosine_rewarm":
+        if optim.lr_stages:
+            raise ConfigError(
+                f"--lr_stages {given} is for --lr_schedule cosine_rewarm, not {optim.lr_schedule}; drop one of them"
+            )
+        return
+    if not optim.lr_stages:
+        raise ConfigError("--lr_schedule cosine_rewarm needs the fractions at which stages begin; use --lr_stages 0.5")
+    if any(not low < high for low, high in itertools.pairwise((0.0, *optim.lr_stages, 1.0))):
+        raise ConfigError(f"--lr_stages {given} must be increasing fractions between 0 and 1; use 0.5 0.75")
+    if optim.min_lr > optim.rewarm_lr:
+        raise ConfigError(
+            f"--min_lr {optim.min_lr} exceeds --rewarm_lr {optim.rewarm_lr}; use at most {optim.rewarm_lr}"
+        )
+
+
+def _check_weight_decay(optim: OptimConfig) -> None:
+    kind = optim.weight_decay_schedule
+    if kind != "constant" and optim.weight_decay == 0:
+        raise ConfigError(f"--weight_decay_schedule {kind} has no decay to schedule at --weight_decay 0; use 0.1")
+    if kind == "lr" and optim.max_lr == 0:
+        raise ConfigError("--weight_decay_schedule lr follows the learning rate, but --max_lr is 0; use 0.001")
+    if kind in ("constant", "lr") and optim.weight_decay_end:
+        raise ConfigError(
+            f"--weight_decay_end {optim.weight_decay_end} is not reached by --weight_decay_schedule {kind}; use linear or "
+            "cosine, or drop it"
+        )
 
 
 def _check_evaluation(train: TrainingConfig) -> None:
@@ -85,6 +120,29 @@ def _check_lengths(train: TrainingConfig, model: ModelConfig, ckpt: CkptConfig) 
         raise ConfigError(
             f"--total_batch_size {train.total_batch_size} (tokens) must be a multiple of --seq_len "
             f"{train.seq_len}; use {round_to(train.total_batch_size, train.seq_len)}"
+        )
+
+
+def _check_batch_warmup(train: TrainingConfig, logging: LoggingConfig) -> None:
+    sizes, ends = train.batch_warmup_sizes, train.batch_warmup_ends
+    given = " ".join(map(str, ends))
+    if len(sizes) != len(ends):
+        raise ConfigError(
+            f"--batch_warmup_sizes has {len(sizes)} sizes, and --batch_warmup_ends {len(ends)} numbers of steps; give one "
+            "for each size, such as --batch_warmup_sizes 65536 131072 --batch_warmup_ends 100 300"
+        )
+    if any(not low < high for low, high in itertools.pairwise((0, *ends))):
+        raise ConfigError(f"--batch_warmup_ends {given} must be increasing numbers of steps; use 100 300")
+    for tokens in sizes:
+        if tokens < 1 or tokens % train.seq_len:
+            raise ConfigError(
+                f"--batch_warmup_sizes {tokens} (tokens) must be a multiple of --seq_len {train.seq_len}; use "
+                f"{round_to(tokens, train.seq_len)}"
+            )
+    if sizes and logging.moe_route_trace:
+        raise ConfigError(
+            "--moe_route_trace numbers the rows of a constant global batch, and --batch_warmup_sizes changes it; drop one "
+            "of them"
         )
 
 

@@ -212,7 +212,7 @@ def describe(config: Config, dataset: Dataset[Any] | None, info: TrainingInfo) -
             f"thread reads it, --prefetch {config.data.prefetch} ahead"
         ]
     if isinstance(dataset, MixtureDataset) and dataset.order is not None:
-        samples = info.max_steps * info.global_batch_samples
+        samples = info.batch_sizes.before(info.max_steps)
         dataset.order.counts(samples)  # raises if the run needs more samples than there are
         packing = [
             f"  {n}: {line}" for n, d in zip(dataset.names, dataset.datasets, strict=True) for line in d.describe()
@@ -264,8 +264,8 @@ def make_train_loader(
     config: Config, state: ParallelState, info: TrainingInfo, dataset: Dataset[Any] | None
 ) -> tuple[GlobalBatchSampler | None, StreamLoader | DataLoader[Batch]]:
     """Loader of this rank's micro-batches, and its sampler if the dataset is map-style."""
-    share: dict[str, int] = {
-        "global_batch": info.global_batch_samples,
+    share: dict[str, Any] = {
+        "global_batch": info.batch_sizes,
         "micro_batch": config.train.batch_size,
         "dp_rank": state.group_rank("dp"),
         "dp_size": state.layout.dp,

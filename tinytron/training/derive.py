@@ -6,17 +6,22 @@ import math
 from dataclasses import dataclass, replace
 
 from tinytron.distributed.layout import ParallelLayout, divisors
+from tinytron.errors import ConfigError
+from tinytron.optim.schedule import fitting_warmup
 from tinytron.training.config import Config, OptimConfig, TrainingConfig
-from tinytron.utils.training import get_training_info, grad_accum_steps
+from tinytron.utils.batch_sizes import BatchSizes
+from tinytron.utils.training import get_training_info, grad_accum_steps, round_to
 
 
 @dataclass(frozen=True)
 class TrainingInfo:
-    """Values derived from the configuration, the number of processes and the number of training samples."""
+    """Values derived from the configuration, the number of processes and the number of training samples. The counts of
+    micro-batches and samples are those of a step after any warm-up of the batch (``batch_sizes``)."""
 
     dp_size: int
     grad_accum_steps: int
     global_batch_samples: int
+    batch_sizes: BatchSizes
     max_steps: int
     warmup_steps: int
     profile_window: tuple[int, int]
@@ -56,8 +61,17 @@ class Due:
 
 
 def accumulation_steps(config: Config, layout: ParallelLayout) -> int:
-    """Micro-batches per optimizer step. Raises: ConfigError if the global batch does not divide evenly over the ranks."""
+    """Micro-batches per optimizer step after any warm-up of the batch. Raises: ConfigError if a global batch does not
+    divide evenly over the ranks."""
     train = config.train
+    per_pass = train.batch_size * train.seq_len * layout.dp
+    for tokens in train.batch_warmup_sizes:
+        if tokens % per_pass:
+            raise ConfigError(
+                f"--batch_warmup_sizes {tokens} (tokens) must be a multiple of --batch_size x --seq_len x data-parallel "
+                f"ranks = {train.batch_size} x {train.seq_len} x {layout.dp} = {per_pass}; use "
+                f"{round_to(tokens, per_pass)}, or a smaller --batch_size"
+            )
     return grad_accum_steps(train.total_batch_size, train.batch_size, train.seq_len, layout.dp)
 
 
@@ -65,7 +79,7 @@ def with_fitting_batch(config: Config, layout: ParallelLayout) -> Config:
     """``config`` with, under ``--fit_batch``, the largest micro-batch of at most ``--batch_size`` that divides a rank's
     part of the global batch. Unchanged if that part is not whole sequences, which ``accumulation_steps`` refuses."""
     train = config.train
-    sequences, rest = divmod(train.total_batch_size, train.seq_len * layout.dp)
+    sequences, rest = divmod(math.gcd(*train.batch_sizes.sizes()), layout.dp)
     if not train.fit_batch or rest or train.batch_size < 1:
         return config
     size = max(count for count in divisors(sequences) if count <= train.batch_size)
@@ -89,8 +103,11 @@ def derive(config: Config, layout: ParallelLayout, num_samples: int | None) -> T
         max_train_tokens=train.max_train_tokens,
         max_epochs=train.max_epochs,
     )
-    max_steps = counts.max_steps
+    max_steps = _steps(train, num_samples, counts.max_steps)
     notes = _limits_note(train)
+    if stages := list(zip(train.batch_warmup_sizes, train.batch_warmup_ends, strict=True)):
+        growth = ", ".join(f"{tokens:,} until step {end}" for tokens, end in stages)
+        notes.append(f"tokens per step: {growth}, then {train.total_batch_size:,}")
     if config.balanced_sequences is not None:
         sequences = train.batch_size * layout.dp
         notes.append(
@@ -100,8 +117,8 @@ def derive(config: Config, layout: ParallelLayout, num_samples: int | None) -> T
     warmup, ratio = config.optim.warmup_steps, config.optim.warmup_ratio
     if ratio:
         warmup = math.ceil(ratio * max_steps)
-    elif warmup >= max_steps and warmup > 1:
-        warmup = max(1, max_steps // 10)
+    elif (fitting := fitting_warmup(warmup, max_steps)) != warmup:
+        warmup = fitting
         if config.optim.warmup_steps != OptimConfig.warmup_steps:  # shortening the default needs no note
             notes.append(
                 f"warm-up cut from {config.optim.warmup_steps} to {warmup} steps: the run has only {max_steps}"
@@ -114,11 +131,22 @@ def derive(config: Config, layout: ParallelLayout, num_samples: int | None) -> T
         dp_size=layout.dp,
         grad_accum_steps=counts.grad_accum_steps,
         global_batch_samples=counts.global_batch_samples,
+        batch_sizes=train.batch_sizes,
         max_steps=max_steps,
         warmup_steps=warmup,
         profile_window=(first, last),
         notes=tuple(notes),
     )
+
+
+def _steps(train: TrainingConfig, num_samples: int | None, constant: int) -> int:
+    """Number of steps of the run, from that with a ``constant`` batch."""
+    if train.max_steps is not None or not train.batch_warmup_sizes:
+        return constant
+    if train.max_train_tokens is not None:
+        return train.batch_sizes.steps_for(-(-train.max_train_tokens // train.seq_len))
+    assert num_samples is not None, "get_training_info raises without a length"
+    return train.batch_sizes.steps_within(num_samples * train.max_epochs)
 
 
 def _limits_note(train: TrainingConfig) -> list[str]:
@@ -132,5 +160,5 @@ def _limits_note(train: TrainingConfig) -> list[str]:
 
 def data_position(config: Config, step: int) -> dict[str, int]:
     """The position of a run in its data after ``step`` steps, in steps, samples and tokens; it determines the order."""
-    samples = step * config.train.total_batch_size // config.train.seq_len
-    return {"step": step, "samples": samples, "tokens": step * config.train.total_batch_size}
+    samples = config.train.batch_sizes.before(step)
+    return {"step": step, "samples": samples, "tokens": samples * config.train.seq_len}

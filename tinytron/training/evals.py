@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 
 from tinytron.data import Batch
+from tinytron.distributed import DistributedOptimizer
 from tinytron.distributed.agreement import agree, agree_slowly
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.evaluation import Evaluation, validate
@@ -108,6 +109,22 @@ class TrainingEvals:
         that step, and the value of ``--best_metric``."""
         known = self._last is not None and self._last[0] == step
         return {"val_loss": self._last[1] if self._last and known else None, "best_metric": self._best.at(step)}
+
+    def averaged(
+        self,
+        optimizer: DistributedOptimizer,
+        model: nn.Module,
+        loss: Callable[[Batch], LossSums],
+        normalizer: Callable[[Batch], torch.Tensor],
+        batches: Iterable[Batch],
+    ) -> dict[str, float]:
+        """The loss of the averaged weights (``--ema_decay``), for the record of ``validate``; empty without averages.
+        Collective."""
+        if not optimizer.options.ema_decay:
+            return {}
+        with optimizer.averaged():
+            result = validate(model, loss, batches, self._state, self._sources, normalizer=normalizer)
+        return {"ema_loss": result.loss}
 
     def answer(self, step: int, model: nn.Module, loss: Callable[[Batch], LossSums]) -> list[dict[str, Any]]:
         """The results of every evaluation with the current weights, as records for the log. Collective. A batch has as

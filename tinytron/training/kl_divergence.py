@@ -84,12 +84,13 @@ class KLDivergenceTrainer(ReferenceTrainer[ConfigT, ModelT]):
 
     def _init_batch_config(self, topology: Any) -> None:
         super()._init_batch_config(topology)
-        tokens, last = self.config.train.total_batch_size, self.training_info.max_steps
-        self.boundary = -(-self.options.stage_tokens // tokens)  # steps of the first stage
+        sizes, length = self.training_info.batch_sizes, self.config.train.seq_len
+        last = self.training_info.max_steps
+        self.boundary = sizes.steps_for(-(-self.options.stage_tokens // length))  # steps of the first stage
         if self.boundary >= last:
             raise ConfigError(
                 f"training.stage_tokens={self.options.stage_tokens} are {self.boundary} steps, but the run has {last}; use "
-                f"at most {(last - 1) * tokens}"
+                f"at most {sizes.before(last - 1) * length}"
             )
         self.due = _DueAtBoundary(self.due.config, last, self.due.answers, self.boundary)
 

@@ -56,6 +56,7 @@ def estimated_bytes(config: Config, layout: ParallelLayout, device: torch.device
         recompute=train.recompute,
         shard=config.parallel.use_distributed_optimizer,
         on_cpu=device.type == "cpu",
+        averaged=config.optim.ema_decay > 0,
     )
     of_rank = estimate.bytes(config.model, layout)
     return of_rank * (processes_of_node() if device.type == "cpu" else 1)

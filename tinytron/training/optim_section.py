@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from tinytron.optim.rates import WEIGHT_DECAY_SCHEDULES
 from tinytron.optim.schedule import DECAY_SHAPES, SCHEDULES
 from tinytron.utils.flags import Flag
 
@@ -28,9 +29,19 @@ class OptimConfig:
         float,
         Flag("warm-up as a fraction of the steps, instead of warmup_steps; 0: off", at_least=0, below=1, works=0.01),
     ] = 0.0
+    warmup_start: Annotated[
+        float | None,
+        Flag("fraction of max_lr at which the warm-up begins; default: one step's share", at_least=0, at_most=1),
+    ] = None
     lr_schedule: Annotated[
         str, Flag("after the warm-up; wsd: constant, then a decay; wsds: then constant again", choices=tuple(SCHEDULES))
     ] = "cosine"
+    lr_stages: Annotated[
+        tuple[float, ...], Flag("cosine_rewarm: fractions of the steps at which its second and later stages begin")
+    ] = ()
+    rewarm_lr: Annotated[
+        float, Flag("cosine_rewarm: peak learning rate of its second and later stages", at_least=0, at_most=1000)
+    ] = 1e-4
     lr_power: Annotated[
         float, Flag("polynomial schedule: exponent of the remaining fraction", above=0, at_most=100, works=1.0)
     ] = 1.0
@@ -51,6 +62,16 @@ class OptimConfig:
     weight_decay: Annotated[
         float, Flag("decoupled weight decay of matrices and embeddings", at_least=0, at_most=1000)
     ] = 0.1
+    weight_decay_schedule: Annotated[
+        str,
+        Flag(
+            "weight decay over the run: linear or cosine to weight_decay_end, or in proportion to the learning rate",
+            choices=WEIGHT_DECAY_SCHEDULES,
+        ),
+    ] = "constant"
+    weight_decay_end: Annotated[
+        float, Flag("weight decay of the last step of a linear or cosine schedule", at_least=0, at_most=1000)
+    ] = 0.0
     decay_embeddings: Annotated[bool, Flag("decay the token embedding too")] = True
     decay_all: Annotated[bool, Flag("decay all parameters, including norms and biases")] = False
     adam_beta1: Annotated[float, Flag("decay of the first moment", at_least=0, below=1, works=0.9)] = 0.9
@@ -69,3 +90,21 @@ class OptimConfig:
     scalar_lr_mult: Annotated[float, Flag("learning-rate multiplier of norms and biases", at_least=0, at_most=1e6)] = (
         1.0
     )
+    layer_lr_decay: Annotated[
+        float,
+        Flag(
+            "learning rate of each block as a fraction of that of the block above; the embedding's is the lowest; 1: off",
+            above=0,
+            at_most=1,
+            works=0.9,
+        ),
+    ] = 1.0
+    ema_decay: Annotated[
+        float,
+        Flag(
+            "keep, validate and save moving averages of the weights with this decay per step; 0: off",
+            at_least=0,
+            below=1,
+            works=0.999,
+        ),
+    ] = 0.0

@@ -14,7 +14,7 @@ from tinytron.training import datasets
 from tinytron.training.batch_preparer import BatchPreparer
 from tinytron.training.config import Config
 from tinytron.training.datasets import LoadedData
-from tinytron.training.derive import TrainingInfo, derive
+from tinytron.training.derive import TrainingInfo, data_position, derive
 
 
 class DataPipeline:
@@ -71,12 +71,17 @@ class DataPipeline:
 
     def steps(self, first: int) -> Iterator[list[Batch]]:
         """This rank's micro-batches of one optimizer step at a time, starting at step ``first`` (counted from 0)."""
-        skip = 0
         if self.train.ours:
             (self.sampler or self.train.loader).start_step = first  # type: ignore[union-attr]
-        else:
-            skip = first  # a user's own loader has to be read from its beginning
-        return self.preparer.steps(self.train, self.info.grad_accum_steps, skip_steps=skip)
+        return self.preparer.steps(self.train, self.micro_batches_before, first)
+
+    def micro_batches_before(self, step: int) -> int:
+        """Micro-batches of this rank in the first ``step`` steps."""
+        return self.info.batch_sizes.before(step) // (self.config.train.batch_size * self.info.dp_size)
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens of all ranks in the first ``step`` steps."""
+        return data_position(self.config, step)["tokens"]
 
     def validation(self) -> Iterator[Batch]:
         """This rank's batches of the validation data, each once."""

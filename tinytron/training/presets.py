@@ -76,7 +76,7 @@ _THESEUS = {
     **_batch(512, 512 * 512, 8),
     **{"vocab_size": 100288, "norm_type": "layer", "norm_eps": 1e-5, "mlp_type": "gelu_tanh", "bias": True},
     **{"tied_lm_head": True, "init_std": 0.02, **_rates(3e-4, 3e-6)},
-    **{"lr_schedule": "wsd", "warmup_ratio": 0.005, "wsd_decay_fraction": 0.01},
+    **{"lr_schedule": "wsd", "warmup_ratio": 0.005, "warmup_start": 0.01, "wsd_decay_fraction": 0.01},
 }
 
 _SIZES: Mapping[str, Preset] = MappingProxyType(

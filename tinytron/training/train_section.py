@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from tinytron.errors import ConfigError
 from tinytron.kernels.choice import Backend, Kernels
 from tinytron.model.modules.recompute import Recompute
+from tinytron.utils.batch_sizes import BatchSizes
 from tinytron.utils.flags import Flag
 from tinytron.utils.training import DTYPES
 
@@ -43,6 +44,13 @@ class TrainingConfig:
         bool,
         Flag("lower batch_size to the nearest number that divides a rank's part of the global batch", identity=False),
     ] = False
+    batch_warmup_sizes: Annotated[
+        tuple[int, ...],
+        Flag("global batches of the first steps, before total_batch_size; batch_warmup_ends says how long", "tokens"),
+    ] = ()
+    batch_warmup_ends: Annotated[
+        tuple[int, ...], Flag("number of steps after which each of batch_warmup_sizes ends", "steps")
+    ] = ()
     seq_len: Annotated[int, Flag("length of a training sequence", "tokens", at_least=1)] = 4096
     max_steps: Annotated[
         int | None, Flag("stop after this many steps; holds before the limits below", identity=False, at_least=1)
@@ -195,6 +203,13 @@ class TrainingConfig:
         if self.split_rate is not None:
             return self
         return replace(self, split_rate=0.99 if self.do_val and not self.debug else 1.0)
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """The global batch of each step."""
+        stages = zip(self.batch_warmup_sizes, self.batch_warmup_ends, strict=True)
+        full = self.total_batch_size // self.seq_len
+        return BatchSizes(full, tuple((tokens // self.seq_len, end) for tokens, end in stages))
 
     @property
     def kernels(self) -> Kernels:

@@ -32,7 +32,7 @@ from tinytron.training.build import (
     build_model,
     build_optimizer,
     build_profiler,
-    build_schedule,
+    build_rates,
     describe_run_size,
     flops_per_token,
     optimizer_options,
@@ -146,7 +146,7 @@ class Trainer(RankAttributes):
         self.train_sampler = self.data.sampler
         self._say(*self.data.notes)
         self.due = Due(config, self.training_info.max_steps, answers=bool(config.train.eval_tasks))
-        self._schedule = build_schedule(config.optim, self.training_info)
+        self._rates = build_rates(config.optim, self.training_info)
 
     def _init_evals(self, config: Config) -> None:
         """Set ``evals``, which validates and answers tasks during training."""
@@ -187,7 +187,8 @@ class Trainer(RankAttributes):
             config, self.raw_model, self.state, self.log_dir, self._sources, self.data.seen_tokens
         )
         length, batch = self.training_info.max_steps, config.train.total_batch_size
-        self.reporter.start(RunInfo(self.log_dir, config.as_dict(), self.step, length, batch))
+        info = RunInfo(self.log_dir, config.as_dict(), self.step, length, batch, self.data.tokens_before)
+        self.reporter.start(info)
 
     def _init_profiler(self, config: Config) -> contextlib.AbstractContextManager[Any]:
         """A profiler with a ``step`` method, or a context of ``None``."""
@@ -198,7 +199,7 @@ class Trainer(RankAttributes):
 
     def _lr_scheduler(self, step: int) -> float:
         """The learning rate of optimizer step ``step``, counted from 0."""
-        return self._schedule(step)
+        return self._rates.lr(step)
 
     def _loss(self, batch: Batch) -> LossSums:
         """Loss *sums* over this rank's part of a micro-batch; ``train_step`` divides them by what ``_normalizer`` counts in
@@ -262,8 +263,7 @@ class Trainer(RankAttributes):
     def train_step(self, microbatches: list[Batch]) -> None:
         """One optimizer step on this rank's part of the global batch. Collective; the host waits for no result."""
         lr = self._lr_scheduler(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_mult", 1.0)
+        self._rates.apply(self.optimizer.param_groups, self.step, lr)
         world = self.state.groups["world"]
         count = count_targets(microbatches, world, self._normalizer)
         divisor = count.divisor  # used in the single division
@@ -305,6 +305,7 @@ class Trainer(RankAttributes):
             objective = (self.model, self._loss, self._normalizer)
             loss, record = self.evals.validate(self.step, *objective, self.data.validation())
             record |= self._custom["val"].end()
+            record |= self.evals.averaged(self.optimizer, *objective, self.data.validation())
         self.one_step_results["val_loss"] = loss
         self.reporter.write(self.evals.noted([record]))
         return loss

@@ -27,6 +27,7 @@ from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.param_spec import ParamSpec
 from tinytron.distributed.sharding import box_of
 from tinytron.distributed.zero1.assignment import assignment_table, check_assignment
+from tinytron.distributed.zero1.averages import swap_averages, update_averages
 from tinytron.distributed.zero1.flat_buffer import BufferParam, FlatBuffer, OwnedSlice, Ownership
 from tinytron.distributed.zero1.grouping import BufferGroup, group_parameters
 from tinytron.distributed.zero1.schedule import Bucket, ParamGather, ReductionSchedule
@@ -43,7 +44,8 @@ class Options:
     during the last backward pass. With ``overlap_param_gather``, ``step`` returns while parameters are still being gathered
     (see ``finish_gather``). ``reduce_dtype`` is the precision of gradients on the wire. ``grad_as_view=False`` lets
     autograd allocate gradients, which are then copied into the buffers. ``allow_unused`` accepts parameters without a
-    gradient (they count as zero). ``loss_scaling`` guards fp16 gradients against underflow.
+    gradient (they count as zero). ``loss_scaling`` guards fp16 gradients against underflow. ``ema_decay`` keeps exponential
+    moving averages of the weights (see ``averaged``; 0: none).
     """
 
     shard: bool = True
@@ -54,6 +56,7 @@ class Options:
     grad_as_view: bool = True
     allow_unused: bool = False
     loss_scaling: bool = False
+    ema_decay: float = 0.0
 
     @property
     def bucket_numel(self) -> int:
@@ -286,8 +289,30 @@ class DistributedOptimizer:
             self.inner.found_inf = skip  # type: ignore[attr-defined]  # fused kernels read it on the device
             self.inner.grad_scale = None  # type: ignore[attr-defined]
             self.inner.step()
-        elif not bool(skip):
+        elif bool(skip):
+            return  # optimizers create their states only if there are none, so there may be no average before them
+        else:
             self.inner.step()
+        if self.options.ema_decay:
+            update_averages(self.inner, self._shards(), self.options.ema_decay, skip)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Context in which the model computes with its averaged weights (``ema_decay``), or its own before there are any.
+        After it, the weights are what they were, bit for bit. Collective."""
+        self._swap_averages()
+        yield
+        self._swap_averages()
+
+    def _swap_averages(self) -> None:
+        self.finish_gather()
+        swap_averages(self.inner, self._shards())
+        self._gather.start(self._schedule.order)
+        self.finish_gather()
+
+    def _shards(self) -> Iterator[nn.Parameter]:
+        for buffer in self.buffers:
+            yield from buffer.shards
 
     def _grad_norm(self) -> torch.Tensor:
         """The gradient norm over all parameters. Every rank adds the elements it owns, so each counts once. Collective."""

@@ -17,6 +17,7 @@ from tinytron.interop.export import check_finite, checked_specs
 from tinytron.interop.gguf.kinds import KINDS, Q8_BLOCK
 from tinytron.interop.gguf.model import Tensor, architecture_for, model_metadata, tensors
 from tinytron.interop.gguf.tokenizer import tokenizer_metadata
+from tinytron.interop.mup import folded_config, folded_weights
 from tinytron.interop.open import Say, open_saved
 from tinytron.interop.tokenizer import TokenizerFiles, exported_tokenizer
 from tinytron.text.run_tokenizer import TOKENS
@@ -53,10 +54,11 @@ def export_gguf(
         raise ConfigError(f"--out {out} already exists; use another name, or remove it")
     gguf = require_package("gguf", "gguf")
     saved = open_saved(checkpoint, say)
-    config = saved.config
+    config = folded_config(saved.config)
     family, _ = write_architecture(config)
     found = architecture_for(family.model_type, config)
-    weights = saved.weights()
+    weights = folded_weights(saved.config, saved.weights())
+    saved = saved._replace(config=config)
     specs = checked_specs(saved, weights)
     known = exported_tokenizer(
         config.vocab_size, saved.section("data"),

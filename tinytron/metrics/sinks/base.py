@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,20 @@ Record = dict[str, Any]  # has ``step`` and ``stage`` (train, val or eval); trai
 @dataclass(frozen=True)
 class RunInfo:
     """Facts about a run: its folder (whose name is the run's name), its configuration by section, the step after which it
-    starts, the total number of steps, and the tokens per step."""
+    starts, the total number of steps, and the tokens per step, or (with a batch warm-up) of the first steps."""
 
     folder: Path
     config: dict[str, Any]
     first_step: int
     max_steps: int
     tokens_per_step: int
+    tokens_before: Callable[[int], int] | None = None
+
+    def tokens_between(self, first: int, last: int) -> int:
+        """Tokens of the steps after ``first``, up to ``last``."""
+        if self.tokens_before is None:
+            return (last - first) * self.tokens_per_step
+        return self.tokens_before(last) - self.tokens_before(first)
 
 
 class Sink:

@@ -63,7 +63,8 @@ class Console(Sink):
         last = {record["stage"]: record for record in records}.get("train")
         for record in records:
             if record is last:
-                self.show(record["step"], train_values(record, self._run.tokens_per_step))
+                step = record["step"]
+                self.show(step, train_values(record, self._run.tokens_between(step - 1, step)))
             elif record["stage"] != "train":
                 self.say(f"step {record['step']} | {shown(record)}")
 
@@ -112,7 +113,8 @@ def shown(record: Record) -> str:
     if record["stage"] == "val":
         bits = f" ({record['bits_per_byte']:.4f} bits per byte)" if "bits_per_byte" in record else ""
         right = f", accuracy {record['accuracy']:.4f}," if "accuracy" in record else ""
-        return f"val loss {record['loss']:.4f}{bits}{right} over {record['tokens']:,} tokens"
+        averaged = f", averaged weights {record['ema_loss']:.4f}," if "ema_loss" in record else ""
+        return f"val loss {record['loss']:.4f}{bits}{right}{averaged} over {record['tokens']:,} tokens"
     if "accuracy_stderr" not in record:
         scores = {k: v for k, v in record.items() if k not in ("step", "stage", "task")}
         return f"{record['task']}: " + ", ".join(

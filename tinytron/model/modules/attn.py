@@ -47,7 +47,7 @@ class Attention(nn.Module):
         window: int = 0,
     ) -> None:
         super().__init__()
-        self.window = window
+        self.window, self.query_scale = window, config.query_scale
         self.plan = HeadPlan(config.num_attention_heads, config.num_key_value_heads, state.layout.sep if state else 1)
         self.group = state.groups["sep"] if state else None
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -75,6 +75,8 @@ class Attention(nn.Module):
             q, k = rotate(qkv[:, :, : N + K], rotation).split((N, K), dim=2)  # one rotation for both
         else:
             q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
+        if self.query_scale != 1:
+            q = q * self.query_scale
         if cache is not None:
             joined: torch.Tensor = self.out_proj(cache.attend(q, k, v).flatten(2))
             return joined

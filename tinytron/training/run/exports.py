@@ -17,6 +17,7 @@ from tinytron.interop import HubUploader, check_repository, write_architecture
 from tinytron.interop.causal_lm import CausalLM
 from tinytron.interop.export import export
 from tinytron.interop.folder import remove_leftovers
+from tinytron.interop.mup import folded_config
 from tinytron.interop.tokenizer import tokenizer_of_data
 from tinytron.model.protocols import require_gpt
 from tinytron.training.config import Config
@@ -37,7 +38,7 @@ def check_exportable(config: Config) -> None:
     if not ckpt.export_every or foreign_model(config) is not None:
         return
     try:
-        write_architecture(config.model)
+        write_architecture(folded_config(config.model))
     except ConfigError as error:
         raise ConfigError(f"--export_every {ckpt.export_every}: {error}") from error
 

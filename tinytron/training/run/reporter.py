@@ -31,7 +31,7 @@ class Reporter:
         self._pending: list[tuple[Sink, list[Record]]] = []
         self.metrics: list[Metric] = []
         self.clock, self.window = TrainClock(), StepWindow(state.groups["world"])
-        self._tokens_per_step = self._reported = 0
+        self._reported = 0
         self._flops_per_token = self._peak_flops = 1.0
         self._peak_raised = False
         for sink in sinks:
@@ -60,7 +60,7 @@ class Reporter:
                 sink.resume(run.first_step)
 
         agree(start_sinks, self._state.groups["world"])
-        self._tokens_per_step, self._reported = run.tokens_per_step, run.first_step
+        self._run, self._reported = run, run.first_step
 
     def begin_training(self, config: Config, flops_per_token: float) -> None:
         """Measure how fast all ranks multiply, for MFU; training time starts afterwards. Collective."""
@@ -89,7 +89,7 @@ class Reporter:
         if not records:  # a dropped step followed the last report
             return {}
         seconds = self.clock.lap()
-        rate = (step - self._reported) * self._tokens_per_step / seconds
+        rate = self._run.tokens_between(self._reported, step) / seconds
         self._reported = step
         self._raise_peak(rate * self._flops_per_token)
         speed = {"tokens_per_second": rate, "mfu": rate * self._flops_per_token / self._peak_flops}
