@@ -26,6 +26,11 @@ MORE: dict[str, tuple[int, tuple[object, ...]]] = {
     "many ranks of experts": (16, (*WIDE_EXPERTS, "--total_batch_size", 16384, "--ep_size", 4)),
     "shared expert": (1, (*WIDE_EXPERTS, "--num_shared_experts", 1, "--first_k_dense", 1)),
 }
+LORA = ("--resume_path", "a run", "--lora_rank", 8)
+MORE |= {
+    "adapters": (1, (*GQA, *LORA)),
+    "adapters beside experts": (4, (*WIDE_EXPERTS, *LORA, "--total_batch_size", 4096, "--ep_size", 4)),
+}
 CASES = {name: case for name, case in {**STEPS, **MORE}.items() if name not in NOT_COUNTED}
 
 
@@ -38,6 +43,7 @@ def test_the_estimate_is_within_a_quarter_of_the_plan(name: str) -> None:
     estimate = Estimate(
         dtype=DTYPES[config.train.precision], batch_size=work.batch_size, seq_len=work.seq_len,
         recompute=work.recompute, shard=config.parallel.use_distributed_optimizer, on_cpu=True,
+        lora_rank=config.lora.lora_rank,
     )  # fmt: skip
     assert 0.75 < estimate.bytes(config.model, layout) / plan.peak < 1.1
 

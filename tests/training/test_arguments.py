@@ -30,7 +30,7 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
         "z_loss_coef": 0.0, "recompute": "none", "attn_backend": "auto", "spike_sigma": 0.0, "spike_window": 100,
         "spike_action": "skip", "replica_check_every": 0, "step_timeout": 0.0, "use_liger_kernel": False,
         "use_cut_cross_entropy": False, "use_triton_kernels": False, "total_batch_sequences": None, "fit_batch": False,
-        "batch_warmup_sizes": (), "batch_warmup_ends": (),
+        "batch_warmup_sizes": (), "batch_warmup_ends": (), "seq_warmup_lens": (), "seq_warmup_ends": (),
     },
     "logging": {
         "exp_name": "gpt", "log_dir": "./log/", "log_every": 10, "print_config": "no", "moe_router_debug": False,
@@ -97,6 +97,8 @@ OTHER = {
     "split_rate": 0.5,
     "warmup_ratio": 0.01,
     "warmup_start": 0.01,
+    "seq_warmup_lens": (128, 256),
+    "seq_warmup_ends": (10, 20),
     "batch_warmup_sizes": (4096, 8192),
     "batch_warmup_ends": (10, 20),
     "weight_decay_end": 0.01,
@@ -129,6 +131,8 @@ OTHER = {
 }
 
 NEEDED = {
+    "seq_warmup_lens": ["--seq_warmup_lens", "64", "64", "--seq_warmup_ends", "5", "6"],
+    "seq_warmup_ends": ["--seq_warmup_lens", "64", "64", "--seq_warmup_ends", "5", "6"],
     "batch_warmup_sizes": ["--batch_warmup_sizes", "4096", "4096", "--batch_warmup_ends", "5", "6"],
     "batch_warmup_ends": ["--batch_warmup_sizes", "4096", "4096", "--batch_warmup_ends", "5", "6"],
     "seq_len": ["--block_size", "5000"],

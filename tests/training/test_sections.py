@@ -162,5 +162,6 @@ def test_a_configuration_needs_nothing_above_the_model() -> None:
     }
     assert above == {"training"}
     assert {name for name in seen if name.startswith("tinytron.training")} == {
-        f"tinytron.training.{name}" for name in ("config", "checks", "sections", "lora_section", "optim_section", "train_section")
+        f"tinytron.training.{name}"
+        for name in ("config", "checks", "sections", "lora_section", "optim_section", "train_section")
     }

@@ -199,3 +199,28 @@ def masked(batch: Batch, rows: Sequence[int]) -> Batch:
     labels[list(rows)] = IGNORE_INDEX
     padding[list(rows)] = True
     return batch._replace(labels=labels, padding=padding, filling=len(rows))
+
+
+def split_rows(batch: Batch, length: int) -> Batch:
+    """The batch with every row cut into rows of ``length`` tokens, which divides that of the rows. Positions count from 0
+    at the start of each new row, so tokens no longer attend to the rows before it."""
+    B, S = batch.input_ids.shape
+    parts = S // length
+
+    def split(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape[:2] == (B, S):
+            return tensor.reshape(B * parts, length, *tensor.shape[2:])
+        return tensor.repeat_interleave(parts, 0)  # one value for each row
+
+    positions = batch.positions
+    if positions is not None:
+        positions = split(positions)
+        continues = (positions == 0).cumsum(1) == 0  # a document that began in an earlier row
+        positions = positions - torch.where(continues, positions[:, :1], 0)
+    fields: dict[str, Any] = {
+        name: split(value)
+        for name, value in batch._asdict().items()
+        if torch.is_tensor(value) and value.ndim and name != "positions"
+    }
+    extras = {name: split(value) for name, value in batch.extras.items()}
+    return batch._replace(**fields, positions=positions, extras=extras, filling=batch.filling * parts)

@@ -26,10 +26,12 @@ class Estimate:
     shard: bool = True
     on_cpu: bool = False
     averaged: bool = False
+    lora_rank: int = 0
 
     def bytes(self, config: ModelConfig, layout: ParallelLayout) -> int:
         """The estimate for a model on a layout, in bytes."""
-        head = config.vocab_size * config.hidden_size * 4  # the head's gradient, which the forward pass computes
+        # The head's gradient, which the forward pass computes. With adapters the head is frozen.
+        head = 0 if self.lora_rank else config.vocab_size * config.hidden_size * 4
         return _held(config, self, layout) + _activations(config, self, layout) + head
 
 
@@ -37,15 +39,31 @@ def _held(config: ModelConfig, work: Estimate, layout: ParallelLayout) -> int:
     count = count_parameters(config).total
     experts = len(config.moe_layers) * config.num_experts * 3 * config.hidden_size * config.moe_intermediate_size
     size = work.dtype.itemsize
-    states = (2 + work.averaged) * max(4, size) + (
-        4 if size < 4 else 0
-    )  # two moments, plus main weights if the parameters have 16 bits
+    # Two moments, plus main weights if the parameters have 16 bits.
+    states = (2 + work.averaged) * max(4, size) + (4 if size < 4 else 0)
     pieces = layout.world_size if work.shard else 1
     here = count - experts + experts // layout.ep
     owned = (count - experts) // pieces + experts // max(pieces, layout.ep)
+    weights = here * size
+    if work.lora_rank:  # everything else is frozen
+        here = _adapters(config, work.lora_rank)
+        weights, owned = weights + here * size, here // pieces
     gradients = here * max(4, size)
     received = gradients * (pieces - 1) // pieces if work.on_cpu else 0  # gloo's copies of other ranks' gradients
-    return here * size + gradients + received + owned * states
+    return weights + gradients + received + owned * states
+
+
+def _adapters(config: ModelConfig, rank: int) -> int:
+    """Number of parameters of adapters on all linear layers: the most that ``--lora_targets`` can choose."""
+    hidden, q = config.hidden_size, config.num_attention_heads * config.resolved_head_dim
+    kv = config.num_key_value_heads * config.resolved_head_dim
+    attention = (hidden + q) + 2 * (hidden + kv) + (q + hidden)
+    matrices = 3 if config.mlp_type == "swiglu" else 2
+    shared = config.num_shared_experts * config.moe_intermediate_size
+    experts = len(config.moe_layers)
+    mlps = (config.num_layer - experts) * matrices * (hidden + config.intermediate_size)
+    mlps += experts * 3 * (hidden + shared) * bool(shared)
+    return rank * (config.num_layer * attention + mlps)
 
 
 def _activations(config: ModelConfig, work: Estimate, layout: ParallelLayout) -> int:

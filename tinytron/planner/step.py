@@ -146,7 +146,7 @@ def _expect_gradients(model: GPT, *, accumulated: bool) -> list[torch.Tensor]:
     """Handle gradients as the flat buffers do: the first gradients are moved to the buffers and freed; gradients of later
     micro-batches are cast and added to the buffers. Returns the buffers' gradients, if any exist before the pass."""
     there: list[torch.Tensor] = []
-    for parameter in model.parameters():
+    for parameter in (p for p in model.parameters() if p.requires_grad):
         if accumulated:
             main = torch.promote_types(parameter.dtype, torch.float32)
             parameter.grad_dtype = main

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tinytron.data import Batch
-from tinytron.data.batch import FIELDS, as_batch
+from tinytron.data.batch import FIELDS, as_batch, split_rows
 from tinytron.data.passes import endless, one_pass
 from tinytron.data.prefetch import prefetched
 from tinytron.distributed.collectives import sum_over
@@ -30,6 +30,7 @@ class BatchPreparer:
     def __init__(self, config: Config, state: ParallelState) -> None:
         self._state, self._data = state, config.data
         self._seq_len, self._vocab_size = config.train.seq_len, config.model.vocab_size
+        self._row_length = config.train.row_length
         self._routes = config.model.use_moe
         self._drawn = config.seed.seed, state.group_rank("dp")  # determine how a user's own loader is shuffled
         self._pin = config.data.pin_memory and state.device.type == "cuda"
@@ -39,8 +40,14 @@ class BatchPreparer:
         number of micro-batches in the first steps of the run. A user's own loader is read again when it ends, and what
         precedes ``first`` is skipped. Raises: DataError for invalid batches."""
         batches = iter(data.loader if data.ours else endless(data.loader, *self._drawn, before(first)))
-        sizes = (before(step + 1) - before(step) for step in count(first))
-        steps = iter(lambda: [self.prepare(loaded, data.trusted) for loaded in islice(batches, next(sizes))], [])
+        numbers = count(first)
+
+        def next_step() -> list[Batch]:
+            step = next(numbers)
+            taken = islice(batches, before(step + 1) - before(step))
+            return [self.prepare(loaded, data.trusted, self._row_length(step)) for loaded in taken]
+
+        steps = iter(next_step, [])
         with contextlib.closing(prefetched(steps, self._depth(data))) as ready:
             for microbatches in ready:
                 yield [batch.to(self._state.device) for batch in microbatches]
@@ -58,12 +65,15 @@ class BatchPreparer:
         from a thread; a user's own loader may not be thread-safe."""
         return self._data.prefetch if data.ours and not data.has_workers else 0
 
-    def prepare(self, loaded: Any, trusted: bool = False) -> Batch:
-        """This rank's part of a loaded micro-batch's sequences, on the host; ``trusted``: the dataset has already checked
-        lengths and token ids. Raises: DataError for invalid samples."""
+    def prepare(self, loaded: Any, trusted: bool = False, row_length: int | None = None) -> Batch:
+        """This rank's part of a loaded micro-batch's sequences, on the host, cut into rows of ``row_length`` tokens if that
+        is given; ``trusted``: the dataset has already checked lengths and token ids. Raises: DataError for invalid
+        samples."""
         batch = as_batch(loaded)
         if not trusted:
             check_batch(batch, self._seq_len, self._vocab_size)
+        if row_length is not None and row_length != batch.input_ids.shape[1]:
+            batch = split_rows(batch, row_length)
         documents = None if batch.positions is None else documents_of(batch.positions)
         padding = batch.padding if self._routes else None
         if self._routes and padding is None and documents is not None and not trusted:

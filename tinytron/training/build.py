@@ -200,9 +200,11 @@ def build_metrics(
 
 def flops_per_token(config: Config, model: nn.Module) -> float:
     """Floating-point operations to train on one token, for MFU. Of a model that is not the GPT, only the products with its
-    matrices are known: 6 for each weight (arXiv:2001.08361, section 2.1), without attention."""
+    matrices are known: 6 for each weight (arXiv:2001.08361, section 2.1), without attention. With adapters the weights get
+    no gradient, which saves a third."""
     if isinstance(model, GPT):
-        return train_flops_per_token(config.model, config.train.seq_len)
+        share = 2 / 3 if config.lora.lora_rank else 1.0
+        return share * train_flops_per_token(config.model, config.train.seq_len)
     multiplied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} - multiplied
     return 6.0 * sum(p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in looked_up)

@@ -46,6 +46,7 @@ def check(
         )
     _check_lengths(train, model, ckpt)
     _check_batch_warmup(train, logging)
+    _check_seq_warmup(train, parallel, logging)
     _check_layout(parallel, train, model)
     if ckpt.init_from is not None and ckpt.resume_path is not None:
         raise ConfigError(
@@ -124,15 +125,8 @@ def _check_lengths(train: TrainingConfig, model: ModelConfig, ckpt: CkptConfig) 
 
 
 def _check_batch_warmup(train: TrainingConfig, logging: LoggingConfig) -> None:
-    sizes, ends = train.batch_warmup_sizes, train.batch_warmup_ends
-    given = " ".join(map(str, ends))
-    if len(sizes) != len(ends):
-        raise ConfigError(
-            f"--batch_warmup_sizes has {len(sizes)} sizes, and --batch_warmup_ends {len(ends)} numbers of steps; give one "
-            "for each size, such as --batch_warmup_sizes 65536 131072 --batch_warmup_ends 100 300"
-        )
-    if any(not low < high for low, high in itertools.pairwise((0, *ends))):
-        raise ConfigError(f"--batch_warmup_ends {given} must be increasing numbers of steps; use 100 300")
+    sizes = train.batch_warmup_sizes
+    _check_ends("batch_warmup_sizes", sizes, "batch_warmup_ends", train.batch_warmup_ends, "65536 131072")
     for tokens in sizes:
         if tokens < 1 or tokens % train.seq_len:
             raise ConfigError(
@@ -144,6 +138,35 @@ def _check_batch_warmup(train: TrainingConfig, logging: LoggingConfig) -> None:
             "--moe_route_trace numbers the rows of a constant global batch, and --batch_warmup_sizes changes it; drop one "
             "of them"
         )
+
+
+def _check_seq_warmup(train: TrainingConfig, parallel: ParallelConfig, logging: LoggingConfig) -> None:
+    lengths, sep = train.seq_warmup_lens, parallel.sep_size
+    _check_ends("seq_warmup_lens", lengths, "seq_warmup_ends", train.seq_warmup_ends, "256 1024")
+    for length in lengths:
+        if length < 1 or train.seq_len % length or length % sep:
+            fitting = [n for n in divisors(train.seq_len) if n % sep == 0]
+            shared = f", and a multiple of --sep_size {sep}" if sep > 1 else ""
+            raise ConfigError(
+                f"--seq_warmup_lens {length} must divide --seq_len {train.seq_len}{shared}; use one of {fitting}"
+            )
+    if lengths and logging.moe_route_trace:
+        raise ConfigError(
+            "--moe_route_trace numbers rows of one length, and --seq_warmup_lens changes it; drop one of them"
+        )
+
+
+def _check_ends(name: str, values: tuple[int, ...], name_of_ends: str, ends: tuple[int, ...], works: str) -> None:
+    """The rules about ``values`` of the first steps and the numbers of steps after which each ends."""
+    given = " ".join(map(str, ends))
+    if len(values) != len(ends):
+        what = "sizes" if name == "batch_warmup_sizes" else "lengths"
+        raise ConfigError(
+            f"--{name} has {len(values)} {what}, and --{name_of_ends} {len(ends)} numbers of steps; give one for each "
+            f"{what[:-1]}, such as --{name} {works} --{name_of_ends} 100 300"
+        )
+    if any(not low < high for low, high in itertools.pairwise((0, *ends))):
+        raise ConfigError(f"--{name_of_ends} {given} must be increasing numbers of steps; use 100 300")
 
 
 def _check_layout(parallel: ParallelConfig, train: TrainingConfig, model: ModelConfig) -> None:

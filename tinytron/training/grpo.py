@@ -33,7 +33,7 @@ from tinytron.model.protocols import require_gpt
 from tinytron.training.backbone import BackbonedTrainer, BackbonedTrainerConfig
 from tinytron.training.base import BaseTrainer, BaseTrainerConfig
 from tinytron.training.config import Config
-from tinytron.training.reference import first_model
+from tinytron.training.reference import first_model, refuse_short_rows
 from tinytron.training.rollouts import Reward, Rollouts, Writer, advantages, load_reward, roll_out
 from tinytron.utils.sequences import IGNORE_INDEX
 
@@ -132,6 +132,7 @@ class GRPOTrainer(BaseTrainer[ConfigT, ModelT]):
                 f"grpo.max_new_tokens={self.options.max_new_tokens} leaves no room for a prompt in --seq_len "
                 f"{spec.train.seq_len}; use at most {spec.train.seq_len // 2}"
             )
+        refuse_short_rows(spec, "an answer")
         self._reward: Reward | None = None
         if type(self).reward is GRPOTrainer.reward:
             if self.options.reward is None:

@@ -57,6 +57,7 @@ def estimated_bytes(config: Config, layout: ParallelLayout, device: torch.device
         shard=config.parallel.use_distributed_optimizer,
         on_cpu=device.type == "cpu",
         averaged=config.optim.ema_decay > 0,
+        lora_rank=config.lora.lora_rank,
     )
     of_rank = estimate.bytes(config.model, layout)
     return of_rank * (processes_of_node() if device.type == "cpu" else 1)

@@ -103,6 +103,14 @@ class ReferenceTrainer(BaseTrainer[ConfigT, ModelT]):
         return sums
 
 
+def refuse_short_rows(config: Config, what: str) -> None:
+    """Raises: ConfigError if rows are to be cut (``--seq_warmup_lens``), where each of them is ``what``."""
+    if lengths := config.train.seq_warmup_lens:
+        raise ConfigError(
+            f"--seq_warmup_lens {' '.join(map(str, lengths))} cuts sequences, but here each is {what}; drop it"
+        )
+
+
 def first_model(config: Config, model: nn.Module, state: ParallelState) -> nn.Module:
     """A model of the class of ``model``, a GPT, with the weights that the run began with, frozen and without dropout.
     Collective. Raises: as ``fill_model``."""

@@ -52,6 +52,13 @@ class TrainingConfig:
         tuple[int, ...], Flag("number of steps after which each of batch_warmup_sizes ends", "steps")
     ] = ()
     seq_len: Annotated[int, Flag("length of a training sequence", "tokens", at_least=1)] = 4096
+    seq_warmup_lens: Annotated[
+        tuple[int, ...],
+        Flag("lengths into which sequences are cut in the first steps; seq_warmup_ends says how long", "tokens"),
+    ] = ()
+    seq_warmup_ends: Annotated[
+        tuple[int, ...], Flag("number of steps after which each of seq_warmup_lens ends", "steps")
+    ] = ()
     max_steps: Annotated[
         int | None, Flag("stop after this many steps; holds before the limits below", identity=False, at_least=1)
     ] = None
@@ -210,6 +217,11 @@ class TrainingConfig:
         stages = zip(self.batch_warmup_sizes, self.batch_warmup_ends, strict=True)
         full = self.total_batch_size // self.seq_len
         return BatchSizes(full, tuple((tokens // self.seq_len, end) for tokens, end in stages))
+
+    def row_length(self, step: int) -> int:
+        """Length of the rows of step ``step``, counted from 0: ``seq_len``, or less during the warm-up of the length."""
+        stages = zip(self.seq_warmup_lens, self.seq_warmup_ends, strict=True)
+        return next((length for length, end in stages if step < end), self.seq_len)
 
     @property
     def kernels(self) -> Kernels:

@@ -31,7 +31,15 @@ _CHANGES_NUMBERS = (
     *("parallel.grad_reduce_dtype", "train.disable_tf32", "train.spike_sigma", "train.spike_action"),
 )
 # These must be the same for a checkpoint to continue; other differences are the user's choice and are printed.
-_FIXED_ON_RESUME = ("model.", "lora.", "train.total_batch_size", "train.batch_warmup", "train.seq_len", "seed.seed")
+_FIXED_ON_RESUME = (
+    "model.",
+    "lora.",
+    "train.total_batch_size",
+    "train.batch_warmup",
+    "train.seq_len",
+    "train.seq_warmup",
+    "seed.seed",
+)
 
 
 def resume(

@@ -1,9 +1,9 @@
 """Reinforcement learning with a reward that can be checked: a small model learns to add, by GRPO.
 
-    python examples/grpo_sums.py            one process, some minutes on a CPU
+    python scripts/grpo_sums/train.py       one process, two minutes on a CPU
 
 It writes sums such as ``7+5=12``, half of them wrong, trains a model of characters on them, and then rewards right answers
- (docs/posttraining.md). ``reward`` is the function that a job would name: ``grpo.reward=examples/grpo_sums.py:reward``.
+(docs/posttraining.md). ``reward`` is the function that a job would name: ``grpo.reward=scripts/grpo_sums/train.py:reward``.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> None:
         TokenizeOptions(dataset_path=str(FOLDER / "texts.jsonl"), train_chars=True, output_dir=str(shards))
     )
     flags = ("--dataset_path", shards, "--total_batch_size", 64 * 32, "--batch_size", 64, "--max_lr", 2e-3, *MODEL)
-    words = [*flags, *COMMON, "--exp_name", "imitate", "--max_steps", 200, *more]
+    words = [*flags, *COMMON, "--exp_name", "imitate", "--max_steps", 500, *more]
     imitating = Trainer(build_config(parse_args([str(word) for word in words])))
     imitating.train()
 
