@@ -67,7 +67,9 @@ def test_growing_sequences_train_as_the_twin_does(
 
 def test_continued_bit_equal(ranks: Pools, tmp_path: Path) -> None:
     def go(name: str, *flags: object) -> Run:
-        return ranks(2).run(train, Trainer, tmp_path / name, *RUN, "--lr_schedule", "constant", *flags)[0]
+        return ranks(2).run(
+            train, Trainer, tmp_path / name, *RUN, "--lr_schedule", "constant", "--warmup_steps", 1, *flags
+        )[0]
 
     whole = go("whole")
     go("parts", "--max_steps", 2)

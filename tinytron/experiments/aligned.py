@@ -24,6 +24,7 @@ from tinytron.training.grpo import (
     GRPOTrainerConfig,
 )
 from tinytron.training.kl_divergence import KLDivergenceTrainer, KLDivergenceTrainerConfig
+from tinytron.training.lora import LoraTrainer, LoraTrainerConfig
 
 
 @job("gpt/train/contrastive")
@@ -59,3 +60,8 @@ class ReinforceGPT(GRPOTrainer[GRPOTrainerConfig, GPT]):
 @job("backbone/train/grpo")
 class ReinforceBackbone(BackbonedGRPOTrainer[BackbonedGRPOTrainerConfig, GPT]):
     """Train a model of Hugging Face by rewards for its answers (GRPO)."""
+
+
+@job("gpt/train/lora")
+class AdaptGPT(LoraTrainer[LoraTrainerConfig, GPT]):
+    """Train all weights of a GPT first, and then adapters (LoRA) on them."""

@@ -38,8 +38,14 @@ def build_model(config: Config, state: ParallelState, cls: type[GPT] = GPT) -> G
     """The model of this rank, compiled and with adapters if asked for: a GPT (``cls``), or the model of transformers that
     ``--hf_model`` or ``--init_from`` names. Raises: ConfigError for kernels that cannot run here, and for options that the
     model lacks."""
+    adapters = config.lora.adapters
+    if adapters is not None and config.ckpt.init_from is None and config.ckpt.resume_path is None:
+        raise ConfigError(
+            f"--lora_rank {adapters.rank} adapts weights that stay as they are, but they would be random; give "
+            "--init_from, or drop --lora_rank"
+        )
     model = _whole_model(config, state, cls)
-    if (adapters := config.lora.adapters) is not None:
+    if adapters is not None:
         add_adapters(model, adapters, config.seed.seed)
     return model
 

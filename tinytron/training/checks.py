@@ -53,7 +53,7 @@ def check(
             f"--init_from {ckpt.init_from} begins a new run and --resume_path {ckpt.resume_path} continues "
             "one; drop one of them"
         )
-    check_lora(lora, starts_from_weights=ckpt.init_from is not None or ckpt.resume_path is not None)
+    check_lora(lora)
     _check_exports(ckpt)
     _check_kernels(train, model, optim, seed)
 

@@ -60,6 +60,32 @@ class Due:
         return step == self.last or (interval > 0 and step % interval == 0)
 
 
+@dataclass(frozen=True)
+class DueAtBoundary(Due):
+    """Validation and a checkpoint are also due after step ``boundary``."""
+
+    boundary: int
+
+    def validation(self, step: int) -> bool:
+        return super().validation(step) or (step == self.boundary and self._runs(self.config.train.do_val))
+
+    def save(self, step: int) -> bool:
+        return super().save(step) or (step == self.boundary and self._runs(self.config.ckpt.do_save))
+
+
+def due_at_boundary(due: Due, info: TrainingInfo, option: str, tokens: int) -> DueAtBoundary:
+    """``due`` for a run whose first stage has this many ``tokens``, as ``option`` says. Raises: ConfigError unless the
+    first stage is shorter than the run."""
+    sizes, length = info.batch_sizes, due.config.train.seq_len
+    boundary = sizes.steps_for(-(-tokens // length))
+    if boundary >= info.max_steps:
+        raise ConfigError(
+            f"{option}={tokens} are {boundary} steps, but the run has {info.max_steps}; use at most "
+            f"{sizes.before(info.max_steps - 1) * length}"
+        )
+    return DueAtBoundary(due.config, due.last, due.answers, boundary)
+
+
 def accumulation_steps(config: Config, layout: ParallelLayout) -> int:
     """Micro-batches per optimizer step after any warm-up of the batch. Raises: ConfigError if a global batch does not
     divide evenly over the ranks."""

@@ -25,7 +25,7 @@ from tinytron.model import GPT
 from tinytron.training.base import BaseTrainerConfig
 from tinytron.training.build import build_model
 from tinytron.training.config import Config
-from tinytron.training.derive import Due
+from tinytron.training.derive import due_at_boundary
 from tinytron.training.reference import Divergence, ReferenceTrainer
 from tinytron.utils.training import write_atomically
 
@@ -50,19 +50,6 @@ class KLDivergenceTrainerConfig(BaseTrainerConfig):
             raise ConfigError(f"optimization.kl.beta={self.beta} must be at least 0; use 0.1")
 
 
-@dataclass(frozen=True)
-class _DueAtBoundary(Due):
-    """Validation and a checkpoint are also due after step ``boundary``."""
-
-    boundary: int
-
-    def validation(self, step: int) -> bool:
-        return super().validation(step) or (step == self.boundary and self._runs(self.config.train.do_val))
-
-    def save(self, step: int) -> bool:
-        return super().save(step) or (step == self.boundary and self._runs(self.config.ckpt.do_save))
-
-
 class KLDivergenceTrainer(ReferenceTrainer[ConfigT, ModelT]):
     """Trains the GPT in two stages, with the schedule ``wsds`` unless the options name another one. Between the stages it
     validates, and writes the weights to ``boundary_0_1.pt``, which ``--init_from`` takes. Its options come from a job.
@@ -84,15 +71,8 @@ class KLDivergenceTrainer(ReferenceTrainer[ConfigT, ModelT]):
 
     def _init_batch_config(self, topology: Any) -> None:
         super()._init_batch_config(topology)
-        sizes, length = self.training_info.batch_sizes, self.config.train.seq_len
-        last = self.training_info.max_steps
-        self.boundary = sizes.steps_for(-(-self.options.stage_tokens // length))  # steps of the first stage
-        if self.boundary >= last:
-            raise ConfigError(
-                f"training.stage_tokens={self.options.stage_tokens} are {self.boundary} steps, but the run has {last}; use "
-                f"at most {sizes.before(last - 1) * length}"
-            )
-        self.due = _DueAtBoundary(self.due.config, last, self.due.answers, self.boundary)
+        self.due = due_at_boundary(self.due, self.training_info, "training.stage_tokens", self.options.stage_tokens)
+        self.boundary = self.due.boundary  # steps of the first stage
 
     def train_step(self, microbatches: list[Batch]) -> None:
         """One optimizer step; the first one of the second stage makes the reference before it."""

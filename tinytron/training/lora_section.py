@@ -31,17 +31,11 @@ class LoraConfig:
         return Adapters(self.lora_rank, self.lora_alpha, self.lora_targets) if self.lora_rank else None
 
 
-def check_lora(lora: LoraConfig, *, starts_from_weights: bool) -> None:
-    """Raises: ConfigError for options of LoRA without LoRA, or adapters of random weights."""
+def check_lora(lora: LoraConfig) -> None:
+    """Raises: ConfigError for options of LoRA without LoRA."""
     default = LoraConfig()
-    if not lora.lora_rank:
-        for name in ("lora_alpha", "lora_targets"):
-            if getattr(lora, name) != getattr(default, name):
-                value = getattr(lora, name)
-                shown = " ".join(value) if isinstance(value, tuple) else value
-                raise ConfigError(f"--{name} {shown} needs adapters; use --lora_rank 16, or drop it")
-    elif not starts_from_weights:
-        raise ConfigError(
-            f"--lora_rank {lora.lora_rank} adapts weights that stay as they are, but they would be random; give "
-            "--init_from, or drop --lora_rank"
-        )
+    for name in ("lora_alpha", "lora_targets"):
+        if not lora.lora_rank and getattr(lora, name) != getattr(default, name):
+            value = getattr(lora, name)
+            shown = " ".join(value) if isinstance(value, tuple) else value
+            raise ConfigError(f"--{name} {shown} needs adapters; use --lora_rank 16, or drop it")

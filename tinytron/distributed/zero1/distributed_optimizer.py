@@ -145,6 +145,11 @@ class DistributedOptimizer:
         self._state = state
         self._build(names, {spec.name: spec for spec in specs})
 
+    def replace_inner(self, optimizer: torch.optim.Optimizer) -> None:
+        """Wrap another ``optimizer``, such as one for other parameters, with fresh states; call ``attach`` next."""
+        self.inner = optimizer
+        self._model_params = [list(group["params"]) for group in optimizer.param_groups]
+
     def _build(self, names: Mapping[int, str], specs: Mapping[str, ParamSpec]) -> None:
         for hook in self._hooks:
             hook.remove()
