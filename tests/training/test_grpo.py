@@ -71,9 +71,14 @@ FLAGS: tuple[object, ...] = (
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
+    """``write_files`` for a model without experts."""
+    return write_files(tmp_path, "llama")
+
+
+def write_files(tmp_path: Path, family: str) -> Path:
     """A model with a tokenizer of single characters, prompts, and rewards."""
     tokenizers = pytest.importorskip("tokenizers")
-    families.save("llama", tmp_path / "hf")
+    families.save(family, tmp_path / "hf")
     words = {word: i for i, word in enumerate(["<end>", *CHARACTERS])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<end>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
@@ -130,9 +135,9 @@ def log_probs(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> torch
     return found[len(prompt) - 1 :]
 
 
-def twin(files: Path, iterations: int) -> tuple[list[dict[str, float]], GPT]:
+def twin(files: Path, iterations: int, *flags: object) -> tuple[list[dict[str, float]], GPT]:
     """The same steps, answer by answer, by automatic differentiation."""
-    config = config_of(*FLAGS, "--init_from", files / "hf")
+    config = config_of(*FLAGS, "--init_from", files / "hf", *flags)
     model = GPT(config.model, dtype=torch.float64, seed=None)
     load_pretrained(model, str(files / "hf"))
     first = copy.deepcopy(model)
@@ -184,7 +189,13 @@ def twin(files: Path, iterations: int) -> tuple[list[dict[str, float]], GPT]:
 
 @pytest.mark.parametrize(
     ("world", "job", "flags"),
-    [(1, run, ()), (2, run, ("--no-use_distributed_optimizer",)), (2, iterated, ("--recompute", "full"))],
+    [
+        (1, run, ()),
+        (2, run, ("--no-use_distributed_optimizer",)),
+        (2, iterated, ("--recompute", "full")),
+        (2, iterated, ("--sep_size", 2)),
+        (4, run, ("--sep_size", 2, "--batch_size", 1)),
+    ],
 )
 def test_steps_are_those_of_the_formula(
     ranks: Pools, files: Path, world: int, job: Callable[..., Run], flags: tuple[object, ...]
@@ -200,6 +211,21 @@ def test_steps_are_those_of_the_formula(
     assert (records[-1]["clipped"] > 0) == (job is iterated)
     for name, value in model.named_parameters():
         torch.testing.assert_close(result.extra[name], value, rtol=1e-7, atol=1e-9)
+
+
+def test_experts_on_two_ranks_answer_together(ranks: Pools, tmp_path: Path) -> None:
+    files = write_files(tmp_path, "mixtral")
+    off = ("--moe_aux_loss_coef", 0)
+    expected, model = twin(files, 1, *off)
+    result = ranks(2).run(run, files, files / "log", *off, "--ep_size", 2)[0]
+    records = [record for record in result.records if record["stage"] == "train"]
+    assert [record["loss"] for record in records] == pytest.approx(
+        [one["loss"] for one in expected], rel=1e-8, abs=1e-10
+    )
+    assert [record["reward"] for record in records] == pytest.approx([one["reward"] for one in expected])
+    for name, value in model.named_parameters():
+        if "experts" not in name:
+            torch.testing.assert_close(result.extra[name], value, rtol=1e-7, atol=1e-9)
 
 
 def test_continued_and_validated(ranks: Pools, files: Path) -> None:
@@ -242,7 +268,6 @@ def test_rewards_teach(files: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "options", "text"),
     [
-        (("--sep_size", 2), {}, "--sep_size 2 spreads the model, and a model that writes answers must be whole"),
         ((), {"grpo": {"max_new_tokens": 20}}, "grpo.max_new_tokens=20 leaves no room for a prompt in --seq_len 20"),
         ((), {"grpo": {"max_new_tokens": 17}}, "the prompt in line 2 has 5 tokens, and at most 4 leave room"),
         ((), {"group_size": 1}, "grpo.group_size=1 must be at least 2; use 4"),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 
 from tinytron.config import configure, field
@@ -34,7 +35,7 @@ from tinytron.training.backbone import BackbonedTrainer, BackbonedTrainerConfig
 from tinytron.training.base import BaseTrainer, BaseTrainerConfig
 from tinytron.training.config import Config
 from tinytron.training.reference import first_model, refuse_short_rows
-from tinytron.training.rollouts import Reward, Rollouts, Writer, advantages, load_reward, roll_out
+from tinytron.training.rollouts import Reward, Rollouts, Writer, advantages, interleaved, load_reward, roll_out
 from tinytron.utils.sequences import IGNORE_INDEX
 
 ConfigT = TypeVar("ConfigT")
@@ -112,21 +113,13 @@ class GRPOTrainer(BaseTrainer[ConfigT, ModelT]):
     (``--val_dataset_path``) logs the mean reward of the likeliest answers; its loss is minus that reward. Options come from
     a job. Override ``reward`` to judge answers by a method.
 
-    Raises: as ``BaseTrainer``; ConfigError for prompts that leave no room, a reward that is not finite, or ranks that share
-    sequences or experts.
+    Raises: as ``BaseTrainer``; ConfigError for prompts that leave no room, or a reward that is not finite.
     """
 
     CONFIG: ClassVar[type] = GRPOTrainerConfig
 
     def __init__(self, spec: Config) -> None:
         self.options: GRPOTrainerConfig = configure(GRPOTrainerConfig)
-        parallel = spec.parallel
-        if parallel.sep_size > 1 or (spec.model.use_moe and (parallel.ep_size or 1) > 1):
-            name = "sep_size" if parallel.sep_size > 1 else "ep_size"
-            raise ConfigError(
-                f"--{name} {getattr(parallel, name)} spreads the model, and a model that writes answers must be whole on "
-                f"each rank; use --{name} 1"
-            )
         if spec.train.seq_len <= self.options.max_new_tokens:
             raise ConfigError(
                 f"grpo.max_new_tokens={self.options.max_new_tokens} leaves no room for a prompt in --seq_len "
@@ -180,26 +173,28 @@ class GRPOTrainer(BaseTrainer[ConfigT, ModelT]):
     def train_step(self, microbatches: list[Batch]) -> None:
         """Answer the prompts of ``microbatches`` with the current weights, and update the weights ``iterations`` times."""
         numbers = [int(n) for batch in microbatches for n in batch.extras[NUMBER]]
-        rows, ids = [self.prompts.rows[n] for n in numbers], [self.prompts.ids[n] for n in numbers]
-        sampling = self.options.sampling(self.config.seed.seed + self.step)
-
-        def answers() -> Rollouts:
-            return roll_out(
-                self._gpt,
-                self.writer,
-                rows,
-                ids,
-                self.reward,
-                self._with_end(sampling),
-                self.options.rollout_batch_size,
-            )
-
-        self.rollouts = agree(answers, self.state.groups["world"])
+        ids = [self.prompts.ids[n] for n in numbers]
+        sampling = self._with_end(self.options.sampling(self.config.seed.seed + self.step))
+        self.rollouts = self._roll_out(self.prompts, numbers, sampling)
         batches = self._batches(ids, self.rollouts, size=len(microbatches[0].labels))
         for update in range(self.options.iterations):
             if update:
                 self.reporter.window.drop_last()
             super().train_step(batches)
+
+    def _roll_out(self, prompts: Prompts, numbers: list[int], sampling: SamplingOptions) -> Rollouts:
+        """Answers to the ``prompts`` with these ``numbers``, which the ranks of ``sp_group`` have in common and share.
+        Collective."""
+
+        def answer() -> Rollouts:
+            mine = numbers[self.sp_rank :: self.sp_world_size]
+            rows, ids = [prompts.rows[n] for n in mine], [prompts.ids[n] for n in mine]
+            return roll_out(self._gpt, self.writer, rows, ids, self.reward, sampling, self.options.rollout_batch_size)
+
+        made = agree(answer, self.state.groups["world"])
+        parts: list[Any] = [None] * self.sp_world_size
+        dist.all_gather_object(parts, made, group=self.sp_group)
+        return interleaved(parts)
 
     @property
     def _gpt(self) -> Any:
@@ -288,11 +283,13 @@ class GRPOTrainer(BaseTrainer[ConfigT, ModelT]):
                 self.options.clip_eps,
             )
             real_BS = (batch.labels != IGNORE_INDEX).to(logp_BS.dtype)
-            share_BS = real_BS / real_BS.sum(1, keepdim=True).clamp(min=1)
+            length_B1 = sum_over(real_BS.sum(1, keepdim=True), self.sp_group)
+            share_BS = real_BS / length_B1.clamp(min=1)
             total = (own.loss * share_BS).sum()
+            first = float(self.sp_rank == 0)  # the ranks of a group share their answers
             aux = {"kl": (own.divergence * share_BS).sum(), "clipped": (own.clipped * share_BS).sum()}
             for name, label in (("reward", "reward"), ("length", "completion_length"), ("ended", "completions_ended")):
-                aux[label] = batch.extras[name].sum()
+                aux[label] = batch.extras[name].sum() * first
         objective = self._cross_entropy(model, x_BSD, batch, own.slope * share_BS).objective
         counts = dict.fromkeys(aux, self._normalizer(batch).to(total.dtype))
         found = LossSums(objective, total.to(objective.dtype), aux, counts=counts)
@@ -300,7 +297,8 @@ class GRPOTrainer(BaseTrainer[ConfigT, ModelT]):
         return found if routed is None else model.add_routing_losses(found, stats, routed)
 
     def _normalizer(self, batch: Batch) -> torch.Tensor:
-        return torch.full((), len(batch.labels), dtype=torch.int64, device=self.device)
+        answers = len(batch.labels) * (self.sp_rank == 0)
+        return torch.full((), answers, dtype=torch.int64, device=self.device)
 
     # Validation.
 
@@ -313,17 +311,11 @@ class GRPOTrainer(BaseTrainer[ConfigT, ModelT]):
         numbers = [int(held_out[n][NUMBER]) for n in mine]
         greedy = self._with_end(SamplingOptions(max_new_tokens=self.options.max_new_tokens, temperature=0.0))
 
-        def answers() -> Rollouts | None:
-            rows, ids = [parent.rows[n] for n in numbers], [parent.ids[n] for n in numbers]
-            size = self.options.rollout_batch_size
-            return roll_out(self._gpt, self.writer, rows, ids, self.reward, greedy, size) if ids else None
-
         with self.reporter.clock.paused(), self.guards.paused():
-            made = agree(answers, self.state.groups["world"])
-            sums = torch.zeros(4, dtype=torch.float64, device=self.device)
-            if made is not None:
-                parts = (made.rewards.sum(), made.lengths.sum(), made.ended.sum(), len(numbers))
-                sums += torch.tensor([float(part) for part in parts], device=self.device)
+            made = self._roll_out(parent, numbers, greedy)
+            parts = (made.rewards.sum(), made.lengths.sum(), made.ended.sum(), len(numbers))
+            first = float(self.sp_rank == 0)
+            sums = torch.tensor([float(part) * first for part in parts], dtype=torch.float64, device=self.device)
             reward, length, ended, count = sum_over(sums, self.state.groups["world"]).tolist()
         loss = -reward / count
         self.evals.remember(self.step, loss)

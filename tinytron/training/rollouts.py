@@ -101,7 +101,7 @@ def roll_out(
     columns = {key: [row.get(key) for row in flat_rows] for key in sorted({key for row in rows for key in row})}
     prompts = columns.pop("prompt", [])
     try:
-        values = [float(value) for value in reward(prompts, flat_texts, **columns)]
+        values = [float(value) for value in reward(prompts, flat_texts, **columns)] if flat_texts else []
     except TinytronError:
         raise
     except Exception as error:  # a user's function
@@ -126,6 +126,21 @@ def roll_out(
         torch.tensor(lengths, dtype=torch.int64).view(shape),
         torch.tensor(ended, dtype=torch.bool).view(shape),
     )
+
+
+def interleaved(parts: Sequence[Rollouts]) -> Rollouts:
+    """The rollouts of prompts that several ranks shared: the i-th of n ranks had the prompts i, i + n, i + 2 n, ..."""
+    if len(parts) == 1:
+        return parts[0]
+    total = sum(len(part.answers) for part in parts)
+    places = [(n % len(parts), n // len(parts)) for n in range(total)]
+
+    def joined(name: str) -> torch.Tensor:
+        rows = [getattr(parts[rank], name)[n] for rank, n in places]
+        return torch.stack(rows) if rows else getattr(parts[0], name)
+
+    answers = [parts[rank].answers[n] for rank, n in places]
+    return Rollouts(answers, joined("rewards"), joined("lengths"), joined("ended"))
 
 
 def advantages(rewards_PG: torch.Tensor, *, scale: bool) -> torch.Tensor:
