@@ -41,6 +41,7 @@ def test_every_module_of_the_package_is_a_command_or_named_here() -> None:
     modules = {path.stem for path in (ROOT / "tinytron" / "cli").glob("*.py")}
     assert modules - {command.module for command in COMMANDS.values()} == {
         "__init__",
+        "chat",
         "config_tables",
         "entry",
         "front_end",

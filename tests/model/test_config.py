@@ -30,7 +30,7 @@ def refusal(**changes: Any) -> str:
     return str(caught.value)
 
 
-MAY_BE_ZERO = ["num_shared_experts", "first_k_dense", "sliding_window"]
+MAY_BE_ZERO = ["num_shared_experts", "first_k_dense", "sliding_window", "mup_base_width"]
 COUNTS = [f.name for f in dataclasses.fields(ModelConfig) if f.type.startswith("Annotated[int, ")]
 SIZES = [name for name in COUNTS if name not in MAY_BE_ZERO]
 

@@ -122,8 +122,8 @@ def _save_by_hand(log_dir: Path) -> tuple[list[str], str]:
     saver = RunSaver(config, state, folder, model, optimizer, data, guards, resumed=0, say=said.append)
     assert saver.enabled
     with saver.in_background():
-        said += saver.save(2, val_loss=1.5)
-    said += saver.save(3, val_loss=None)
+        said += saver.save(2, {"val_loss": 1.5})
+    said += saver.save(3, {"val_loss": None})
     saver.close(said.append)
     return said, str(folder.path)
 

@@ -204,6 +204,9 @@ def _options(parser: argparse.ArgumentParser) -> list[str]:
     return found
 
 
+_SHOWN_CHOICES = 80  # characters of choices in front of a flag's help; more of them are in the help
+
+
 def add_flag(group: argparse._ActionsContainer, info: FieldInfo) -> None:
     """Add the flag of one configuration field; booleans get ``--flag``, ``--no-flag`` and ``--flag true|false``."""
     name = info.name
@@ -215,6 +218,8 @@ def add_flag(group: argparse._ActionsContainer, info: FieldInfo) -> None:
         group.add_argument(f"--no_{name}", dest=name, action="store_false", default=default, help=argparse.SUPPRESS)
     elif info.choices is not None:
         alone: dict[str, Any] = {"nargs": "?", "const": info.flag.bare} if info.flag.bare else {}
+        if sum(map(len, map(str, info.choices))) > _SHOWN_CHOICES:
+            alone["metavar"], text = "NAME", f"{text}: {', '.join(map(str, info.choices))}"
         group.add_argument(f"--{name}", choices=info.choices, default=default, help=text, **alone)
     elif typing.get_origin(info.type) is tuple:
         inner = typing.get_args(info.type)
