@@ -145,6 +145,15 @@ MALFORMED: dict[str, tuple[Any, str]] = {
         faded({"tokens": 5, "shape": "steep"}),
         r'shape is "steep", but must be one of linear, cosine',
     ),
+    "a shape that is a list": (faded({"tokens": 5, "shape": ["cosine"]}), r'shape is \["cosine"\], but must be one of'),
+    "a sigmoid that is a step": (
+        faded({"tokens": 5, "shape": "sigmoid", "steepness": 2000}),
+        r"stages\[1\]\.fade\.steepness 2000 must be at most 100; use 10, or leave it out",
+    ),
+    "steepness of a line": (
+        faded({"tokens": 5, "shape": "linear", "steepness": 5}),
+        r"stages\[1\]\.fade\.steepness 5 is for the shape sigmoid; use 10, or leave it out",
+    ),
     "a fade without a length": (faded({}), r"stages\[1\]\.fade\.tokens is not given.*use 1e8"),
     "unknown key": ({"source": [WEB]}, r"the file has an unknown key 'source'; did you mean sources\?"),
     "unlike any key": ({"xyz": 1}, "the file has an unknown key 'xyz'; use sources, stages"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -141,3 +142,11 @@ def test_something_else_is_no_job(registry: Registry, monkeypatch: pytest.Monkey
     monkeypatch.setattr("tinytron.jobs.kinds.JOBS", registry)
     with pytest.raises(ConfigError, match=r"register a subclass of Trainer or of tinytron\.job\.BasicJob"):
         job_class("a/function")
+
+
+def test_every_job_of_the_package_is_in_the_table() -> None:
+    """Otherwise no command finds it."""
+    files = (ROOT / "tinytron" / "experiments").glob("*.py")
+    keys = [key for path in files for key in re.findall(r'^@job\("([\w/]+)"\)$', path.read_text(), re.MULTILINE)]
+    assert len(keys) >= 15
+    assert sorted(keys) == sorted(set(keys) & set(experiments.JOBS))

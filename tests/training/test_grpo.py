@@ -6,7 +6,9 @@ import contextlib
 import copy
 import io
 import json
+import os
 import re
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ from tests.helpers.ranks import Ranks
 from tests.helpers.runs import Run, config_of, losses, read_logs
 from tests.interop import families
 from tinytron.config import configuration
-from tinytron.errors import TinytronError
+from tinytron.data.prompts import Prompts
+from tinytron.errors import DataError, TinytronError
 from tinytron.inference.engine import complete
 from tinytron.inference.sampler import SamplingOptions
 from tinytron.interop import load_pretrained
@@ -92,7 +95,7 @@ def write_files(tmp_path: Path, family: str) -> Path:
     return tmp_path
 
 
-def run(files: Path, log_dir: Path, *flags: object, **options: Any) -> Run:
+def run(files: Path, log_dir: Path, *flags: object, cls: Any = GRPOTrainer, **options: Any) -> Run:
     """Train. A job for the pool."""
     grpo = {"reward": f"{files / 'rules.py'}:reward", "max_new_tokens": NEW, **options.pop("grpo", {})}
     tree = {
@@ -104,7 +107,7 @@ def run(files: Path, log_dir: Path, *flags: object, **options: Any) -> Run:
     }
     where = ("--log_dir", log_dir, "--init_from", files / "hf", "--dataset_path", files / "prompts.jsonl")
     with configuration(tree):
-        trainer = GRPOTrainer(config_of(*FLAGS, *where, *flags))
+        trainer = cls(config_of(*FLAGS, *where, *flags))
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         trainer.train()
     trainer.optimizer.finish_gather()
@@ -241,12 +244,53 @@ def test_continued_and_validated(ranks: Pools, files: Path) -> None:
     assert "error" not in whole.extra["printed"], "every sink takes the records"
 
 
+LONGER = ("--max_steps", 5, "--max_epochs", 5)
+
+
+class Dropped(GRPOTrainer):  # type: ignore[type-arg]
+    """Gets a signal in the second update of its second step, when steps may be left between micro-batches."""
+
+    def train_step(self, microbatches: Any) -> None:
+        self.updates = 0
+        super().train_step(microbatches)
+
+    def _loss(self, batch: Any) -> Any:
+        found = super()._loss(batch)
+        self.updates += 1
+        if self.step == 1 and self.updates == 8:  # of 12 micro-batches in 2 updates
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+
+def stopped(files: Path, log_dir: Path) -> int:
+    """The step that a stopped run saves. A job for the pool."""
+    with pytest.raises(SystemExit):
+        run(files, log_dir, *LONGER, cls=Dropped, iterations=2)
+    return int(max(path.name for path in log_dir.glob("*/*_meta.pt"))[:5])
+
+
+def test_a_step_with_several_updates_is_never_dropped_halfway(ranks: Pools, files: Path) -> None:
+    """The step that the signal came in is finished, and the run then continues as if nothing had been."""
+    (step,) = ranks(1).run(stopped, files, files / "stopped")
+    assert 2 <= step < 5
+    whole = ranks(1).run(iterated, files, files / "whole", *LONGER)[0]
+    again = ranks(1).run(iterated, files, files / "stopped", *LONGER)[0]
+    assert all(torch.equal(again.extra[name], value) for name, value in whole.extra.items() if name != "printed")
+
+
 def test_adapters_need_no_second_model(ranks: Pools, files: Path) -> None:
     """With LoRA the reference is the model without its adapters: the divergence is 0 at first, and then not."""
     result = ranks(2).run(run, files, files / "log", "--lora_rank", 2, "--max_lr", 0.1)[0]
     kl = [record["kl"] for record in result.records if record["stage"] == "train"]
     assert kl[0] == pytest.approx(0, abs=1e-12)
     assert kl[-1] > 1e-6
+
+
+def test_texts_and_dialogues_do_not_mix(tmp_path: Path) -> None:
+    lines = [{"prompt": "a"}, {"prompt": [{"role": "user", "content": "b"}]}]
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(DataError, match="line 2 and line 1 have prompts of two kinds, a text and a list of messages"):
+        Prompts(tmp_path / "mixed.jsonl", lambda prompt: [1], seq_len=8, longest=4)
 
 
 def test_rewards_teach(files: Path) -> None:

@@ -132,6 +132,16 @@ def test_runs_continue_in_both_stages(ranks: Pools, tmp_path: Path) -> None:
         assert f"go back to a checkpoint of step {BOUNDARY} or less" in error
 
 
+def test_the_second_stage_with_adapters_continues_bit_equal(ranks: Pools, tmp_path: Path) -> None:
+    """The reference keeps its adapters apart, as before the interruption."""
+    first = ranks(1).run(run, tmp_path / "first", "--max_steps", 3)[0]
+    flags = ("--init_from", first.folder / "00003_model.pt", "--lora_rank", 2, "--exp_name", "adapted")
+    whole = ranks(1).run(run, tmp_path / "whole", *flags)[0]
+    ranks(1).run(run, tmp_path / "parts", *flags, "--max_steps", 4)
+    parts = ranks(1).run(run, tmp_path / "parts", *flags)[0]
+    assert all(torch.equal(parts.extra[name], value) for name, value in whole.extra.items())
+
+
 def _error_of(log_dir: Path, *flags: object, **options: Any) -> str:
     try:
         run(log_dir, *flags, **options)
@@ -147,7 +157,7 @@ def test_options_out_of_range(tmp_path: Path) -> None:
         ({"beta": -1.0}, "optimization.kl.beta=-1.0 must be at least 0; use 0.1"),
         (
             {"stage_tokens": STEPS * tokens},
-            f"training.stage_tokens={STEPS * tokens} are {STEPS} steps, but the run has {STEPS}; use at most "
+            f"training.stage_tokens={STEPS * tokens} is {STEPS} steps, but the run has {STEPS}; use at most "
             f"{(STEPS - 1) * tokens}",
         ),
     ):

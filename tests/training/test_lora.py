@@ -179,6 +179,13 @@ def test_only_adapters_are_trained_and_the_function_starts_unchanged() -> None:
     assert float((plain(ids) - before).detach().abs().max()) > 1e-2
 
 
+def test_a_model_without_linear_layers_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"--lora_rank 2: this model has no linear layer \(nn.Linear\) for an adapter"
+    ):
+        add_adapters(torch.nn.Sequential(torch.nn.Embedding(3, 4), torch.nn.LayerNorm(4)), Adapters(2, 4.0), seed=1)
+
+
 def test_first_values_depend_on_seed_and_name() -> None:
     drawn = []
     for seed, targets in ((1, ()), (1, ("attn",)), (2, ())):
@@ -199,6 +206,8 @@ TUNED = ("--init_from", "HF", "--lora_rank", 2, "--lora_targets")
         (("--lora_alpha", 4), "--lora_alpha 4.0 needs adapters; use --lora_rank 16"),
         (("--lora_targets", "q_proj"), "--lora_targets q_proj needs adapters; use --lora_rank 16"),
         ((*TUNED, "q_porj"), "q_porj matches no linear layer of this model; did you mean q_proj?"),
+        ((*TUNED, "lm_head"), "lm_head matches no linear layer of this model, because the head has no adapter"),
+        ((*TUNED[:4], "--optimizer", "muon"), "--optimizer muon trains whole matrices, but with --lora_rank 2"),
         ((*TUNED, "zzz"), "zzz matches no linear layer of this model; use names such as q_proj"),
     ],
 )  # fmt: skip

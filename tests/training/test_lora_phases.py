@@ -110,7 +110,7 @@ def _error_of(log_dir: Path, *flags: object, tokens: int = 1) -> str:
 def test_mistakes(tmp_path: Path) -> None:
     assert _error_of(tmp_path, tokens=0).startswith("training.pre_lora_tokens=0 must be at least 1; use half of")
     assert _error_of(tmp_path, tokens=10**6).startswith(
-        f"training.pre_lora_tokens=1000000 are {-(-(10**6) // (ROWS * S))} steps, but the run has {STEPS}; use at most "
+        f"training.pre_lora_tokens=1000000 is {-(-(10**6) // (ROWS * S))} steps, but the run has {STEPS}; use at most "
     )
     text = "needs adapters for its second phase; give --lora_rank 16"
     assert text in _error_of(tmp_path, "--lora_rank", 0, "--lora_alpha", 16)

@@ -19,6 +19,7 @@ from tinytron.utils.paths import expanded
 
 BLOCK = 4096  # positions; proportions are exact at the end of every block (mixture.py)
 FADE_STEPS = 16
+_STEEPEST = 100  # of a sigmoid, which then changes in a single step
 # The share of the new stage after the fraction ``done`` of a fade.
 FADES: dict[str, Callable[[float, float], float]] = {
     "linear": lambda done, steepness: done,
@@ -170,9 +171,12 @@ def _fade(check: _Checker, value: Any, stage: Stage, before: Stage | None) -> li
             f"{float(stage.tokens / 2):.12g}"
         )
     shape = fields.get("shape", "linear")
-    if shape not in FADES:
+    if not isinstance(shape, str) or shape not in FADES:
         check.fail(f"{key}.shape is {_shown(shape)}, but must be one of {', '.join(FADES)}; use cosine")
     steepness = float(check.number(fields.get("steepness", Decimal(10)), f"{key}.steepness", "10"))
+    if "steepness" in fields and (shape != "sigmoid" or steepness > _STEEPEST):
+        rule = f"must be at most {_STEEPEST}" if shape == "sigmoid" else "is for the shape sigmoid"
+        check.fail(f"{key}.steepness {steepness:g} {rule}; use 10, or leave it out")
     found = []
     for step in range(FADE_STEPS):
         share = Fraction(round(FADES[shape]((step + 0.5) / FADE_STEPS, steepness) * 2**20), 2**20)

@@ -42,6 +42,13 @@ class Prompts(Dataset[dict[str, torch.Tensor]]):
         self.rows = [_row(file, number, line) for number, line in lines]
         if not self.rows:
             raise DataError(f'{file} has no prompts; give lines {{"prompt": "text"}}')
+        self.dialogues = not isinstance(self.rows[0]["prompt"], str)
+        for (number, _), row in zip(lines, self.rows, strict=True):
+            if isinstance(row["prompt"], str) == self.dialogues:
+                raise DataError(
+                    f"{file}: line {number} and line {lines[0][0]} have prompts of two kinds, a text and a list of "
+                    "messages, which end in different ways; use one kind"
+                )
         self.ids = [encode(row["prompt"]) for row in self.rows]
         for (number, _), ids in zip(lines, self.ids, strict=True):
             if len(ids) > longest:

@@ -12,6 +12,17 @@ JOBS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "gpt/train/pretrain": ("tinytron.experiments.gpt", "pre-train a GPT on token shards"),
         "gpt/train/contrastive": ("tinytron.experiments.aligned", "train a GPT on pairs of answers (DPO)"),
         "gpt/train/kl": ("tinytron.experiments.aligned", "pre-train in two stages, the second with a KL penalty"),
+        "gpt/train/lora": ("tinytron.experiments.aligned", "train all weights of a GPT, then adapters (LoRA)"),
+        "gpt/train/distill": ("tinytron.experiments.aligned", "train a GPT on data and the predictions of a teacher"),
+        "gpt/train/grpo": ("tinytron.experiments.aligned", "train a GPT by rewards for its answers (GRPO)"),
+        "backbone/train/distill": (
+            "tinytron.experiments.aligned",
+            "train a model of Hugging Face on data and the predictions of a teacher",
+        ),
+        "backbone/train/grpo": (
+            "tinytron.experiments.aligned",
+            "train a model of Hugging Face by rewards for its answers (GRPO)",
+        ),
         "backbone/train/contrastive": (
             "tinytron.experiments.aligned",
             "train a model of Hugging Face on pairs of answers (DPO)",

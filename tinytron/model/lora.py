@@ -48,7 +48,14 @@ def add_adapters(model: nn.Module, adapters: Adapters, seed: int) -> int:
     for target in adapters.targets:
         if target not in matched:
             hint = nearest(target, known) or "; use names such as q_proj, attn or mlp"
+            if target == "lm_head":
+                hint = ", because the head has no adapter; drop it"
             raise ConfigError(f"--lora_targets {target} matches no linear layer of this model{hint}")
+    if not found:
+        raise ConfigError(
+            f"--lora_rank {adapters.rank}: this model has no linear layer (nn.Linear) for an adapter; train it without "
+            "adapters, or use a family such as llama"
+        )
     for adapter in (module for module in model.modules() if isinstance(module, LowRank)):
         raise ConfigError(f"the model already has adapters of rank {adapter.rank}; add them once")
     model.requires_grad_(False)

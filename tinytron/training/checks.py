@@ -53,7 +53,7 @@ def check(
             f"--init_from {ckpt.init_from} begins a new run and --resume_path {ckpt.resume_path} continues "
             "one; drop one of them"
         )
-    check_lora(lora)
+    check_lora(lora, optim.optimizer)
     _check_exports(ckpt)
     _check_kernels(train, model, optim, seed)
 

@@ -80,7 +80,7 @@ def due_at_boundary(due: Due, info: TrainingInfo, option: str, tokens: int) -> D
     boundary = sizes.steps_for(-(-tokens // length))
     if boundary >= info.max_steps:
         raise ConfigError(
-            f"{option}={tokens} are {boundary} steps, but the run has {info.max_steps}; use at most "
+            f"{option}={tokens} is {boundary} steps, but the run has {info.max_steps}; use at most "
             f"{sizes.before(info.max_steps - 1) * length}"
         )
     return DueAtBoundary(due.config, due.last, due.answers, boundary)

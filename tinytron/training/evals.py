@@ -53,13 +53,17 @@ class TrainingEvals:
         if named:
             self.tasks, self.registered = together(lambda: self._find(named), group)
         names = [*(task.name for task in self.tasks), *self.registered]
-        self._best = BestMetric(config.ckpt.best_metric, self._numbers_of_validation(), names, own)
+        self._best = BestMetric(config.ckpt.best_metric, self._numbers_of_validation(own), names, own)
 
-    def _numbers_of_validation(self) -> list[str]:
+    def _numbers_of_validation(self, own: AbstractSet[str]) -> list[str]:
+        """What every validation logs; an objective of its ``own`` may log other numbers, which are not known yet."""
         if not self._config.train.do_val or self._config.train.debug:
             return []
         routing = ("moe_balance", "moe_z") if self._config.model.use_moe else ()
-        return [LOSS, "perplexity", "accuracy", *(["bits_per_byte"] if self.text_bytes_V is not None else []), *routing]
+        accuracy = [] if "val" in own else ["accuracy"]
+        averages = ["ema_loss"] if self._config.optim.ema_decay else []
+        bits = ["bits_per_byte"] if self.text_bytes_V is not None else []
+        return [LOSS, "perplexity", *accuracy, *averages, *bits, *routing]
 
     def _token_bytes(self) -> list[int] | None:
         return token_bytes_of_data(self._path)

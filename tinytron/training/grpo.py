@@ -25,7 +25,7 @@ from tinytron.data.batch import collate
 from tinytron.data.prompts import NUMBER, Prompts, answer_row
 from tinytron.distributed.agreement import agree
 from tinytron.distributed.collectives import sum_over
-from tinytron.errors import ConfigError
+from tinytron.errors import ConfigError, DataError
 from tinytron.inference.sampler import SamplingOptions
 from tinytron.model.lora import without_adapters
 from tinytron.model.modules.loss import LossSums, fused_linear_cross_entropy
@@ -52,15 +52,13 @@ class GRPOTrainerConfig(BaseTrainerConfig):
         default=None,
         help="function of the rewards, FILE.py:FUNCTION or MODULE:FUNCTION: (prompts, completions, **columns)",
     )
-    group_size: int = field(
-        "optimization/grpo/group_size", default=4, help="answers to each prompt, compared with each other"
-    )
+    group_size: int = field("optimization/grpo/group_size", default=4, help="answers sampled per prompt")
     iterations: int = field("optimization/grpo/iterations", default=1, help="updates with the answers of one step")
     beta: float = field(
         "optimization/ppo/beta", default=0.04, help="weight of the divergence from the first model; 0: none"
     )
     clip_eps: float = field(
-        "optimization/ppo/clip_eps", default=0.2, help="largest change of a probability that counts, relative"
+        "optimization/ppo/clip_eps", default=0.2, help="clip range of the probability ratio (epsilon)"
     )
     scale_rewards: bool = field(
         "optimization/grpo/scale_rewards", default=True, help="divide advantages by the standard deviation in the group"
@@ -68,9 +66,7 @@ class GRPOTrainerConfig(BaseTrainerConfig):
     temperature: float = field(
         "optimization/ppo/sample_temperature", default=1.0, help="temperature of answers in training"
     )
-    top_p: float = field(
-        "optimization/ppo/sample_top_p", default=1.0, help="nucleus of answers in training; 1: all tokens"
-    )
+    top_p: float = field("optimization/ppo/sample_top_p", default=1.0, help="top-p for answers in training; 1: off")
     max_new_tokens: int = field("grpo/max_new_tokens", default=64, help="longest answer, in tokens")
     rollout_batch_size: int = field("grpo/rollout_batch_size", default=64, help="answers written at once on each rank")
     tokenizer: str | None = field(
@@ -109,7 +105,7 @@ class BackbonedGRPOTrainerConfig(GRPOTrainerConfig, BackbonedTrainerConfig):
 
 class GRPOTrainer(BaseTrainer[ConfigT, ModelT]):
     """Trains the GPT on the prompts of ``--dataset_path``, a file of JSON lines (data/prompts.py). ``--total_batch_size``
-    counts prompts times ``--seq_len``, which must hold a prompt and its answer; ``--batch_size`` are answers. Validation
+    counts prompts times ``--seq_len``, which must hold a prompt and its answer; ``--batch_size`` counts answers. Validation
     (``--val_dataset_path``) logs the mean reward of the likeliest answers; its loss is minus that reward. Options come from
     a job. Override ``reward`` to judge answers by a method.
 
@@ -156,6 +152,12 @@ class GRPOTrainer(BaseTrainer[ConfigT, ModelT]):
 
         self.writer, (self.train_dataset, self.val_dataset) = agree(read, self.state.groups["world"])
         self.prompts: Prompts = self.train_dataset  # type: ignore[assignment]
+        held_out: Any = self.val_dataset
+        if held_out is not None and held_out.dialogues != self.prompts.dialogues:
+            raise DataError(
+                f"{held_out.file} and {self.prompts.file} have prompts of two kinds, texts and lists of messages; use one "
+                "kind"
+            )
 
     def _init_optimizer(self, config: Config) -> None:
         require_gpt(self.raw_model, f"{type(self).__name__} trains", "use a family that the GPT has, such as llama")
@@ -177,10 +179,15 @@ class GRPOTrainer(BaseTrainer[ConfigT, ModelT]):
         sampling = self._with_end(self.options.sampling(self.config.seed.seed + self.step))
         self.rollouts = self._roll_out(self.prompts, numbers, sampling)
         batches = self._batches(ids, self.rollouts, size=len(microbatches[0].labels))
-        for update in range(self.options.iterations):
-            if update:
+        super().train_step(batches)
+        # The weights have changed: from here on a signal does not drop the step, which would be answered and made again.
+        drops, self.guards.acts_within_steps = self.guards.acts_within_steps, False
+        try:
+            for _ in range(1, self.options.iterations):
                 self.reporter.window.drop_last()
-            super().train_step(batches)
+                super().train_step(batches)
+        finally:
+            self.guards.acts_within_steps = drops
 
     def _roll_out(self, prompts: Prompts, numbers: list[int], sampling: SamplingOptions) -> Rollouts:
         """Answers to the ``prompts`` with these ``numbers``, which the ranks of ``sp_group`` have in common and share.
@@ -201,14 +208,11 @@ class GRPOTrainer(BaseTrainer[ConfigT, ModelT]):
         return self.raw_model
 
     def _with_end(self, sampling: SamplingOptions) -> SamplingOptions:
+        """``sampling`` with what ends an answer: in a dialogue the end of the turn, in a text that of the document."""
+        if not self.prompts.dialogues:
+            return replace(sampling, stop_tokens=self.writer.tokenizer.stop_tokens)
         stop_tokens, stop = self.writer.dialogue.end
-        is_dialogue = any(not isinstance(row["prompt"], str) for row in self.prompts.rows[:1])
-        found = self.writer.tokenizer.stop_tokens
-        return (
-            replace(sampling, stop_tokens=stop_tokens, stop=stop)
-            if is_dialogue
-            else replace(sampling, stop_tokens=found)
-        )
+        return replace(sampling, stop_tokens=stop_tokens, stop=stop)
 
     def _batches(self, ids: list[list[int]], made: Rollouts, size: int) -> list[Batch]:
         """Micro-batches of ``size`` answers on the device, with their advantages, and their log-probabilities under the

@@ -113,7 +113,7 @@ class KLDivergenceTrainer(ReferenceTrainer[ConfigT, ModelT]):
                     f"reference: restore it, or go back to a checkpoint of step {self.boundary} or less"
                 )
             reference = self._copy_of_model()
-            load_weights(reference, read_weights(file), str(file), self.state)
+            load_weights(reference, read_weights(file, merge=False), str(file), self.state)
             self.reference = reference.requires_grad_(False)
 
         agree(load, self.state.groups["world"])

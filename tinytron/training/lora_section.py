@@ -31,9 +31,14 @@ class LoraConfig:
         return Adapters(self.lora_rank, self.lora_alpha, self.lora_targets) if self.lora_rank else None
 
 
-def check_lora(lora: LoraConfig) -> None:
-    """Raises: ConfigError for options of LoRA without LoRA."""
+def check_lora(lora: LoraConfig, optimizer: str) -> None:
+    """Raises: ConfigError for options of LoRA without LoRA, and for Muon, whose rates do not suit adapters."""
     default = LoraConfig()
+    if lora.lora_rank and optimizer == "muon":
+        raise ConfigError(
+            f"--optimizer muon trains whole matrices, but with --lora_rank {lora.lora_rank} only adapters are trained; use "
+            "--optimizer adam"
+        )
     for name in ("lora_alpha", "lora_targets"):
         if not lora.lora_rank and getattr(lora, name) != getattr(default, name):
             value = getattr(lora, name)

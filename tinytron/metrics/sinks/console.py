@@ -112,9 +112,10 @@ def shown(record: Record) -> str:
     """A readable line for a validation or task record."""
     if record["stage"] == "val":
         bits = f" ({record['bits_per_byte']:.4f} bits per byte)" if "bits_per_byte" in record else ""
-        right = f", accuracy {record['accuracy']:.4f}," if "accuracy" in record else ""
-        averaged = f", averaged weights {record['ema_loss']:.4f}," if "ema_loss" in record else ""
-        return f"val loss {record['loss']:.4f}{bits}{right}{averaged} over {record['tokens']:,} tokens"
+        more = [("accuracy", "accuracy"), ("averaged weights", "ema_loss")]
+        parts = [f"{name} {record[key]:.4f}" for name, key in more if key in record]
+        also = f", {', '.join(parts)}," if parts else ""
+        return f"val loss {record['loss']:.4f}{bits}{also} over {record['tokens']:,} tokens"
     if "accuracy_stderr" not in record:
         scores = {k: v for k, v in record.items() if k not in ("step", "stage", "task")}
         return f"{record['task']}: " + ", ".join(

@@ -10,12 +10,7 @@ from tinytron.errors import ConfigError
 from tinytron.utils.flags import nearest
 
 LOSS = "loss"  # the validation loss: the default
-_LOWER = (
-    "loss",
-    "perplexity",
-    "ppl",
-    "bits_per_byte",
-)  # ends of the names of numbers that are better if they are lower
+_LOWER = ("loss", "perplexity", "ppl", "bits_per_byte")  # suffixes of metrics where lower is better
 _MAIN = ("score", "accuracy")  # the number of an evaluation that its name stands for
 _ABOUT = ("step", "stage", "task", "time", "tokens", "higher_is_better")
 _BUILT_IN = ("tinytron.training.trainer", "tinytron.training.base")
@@ -44,7 +39,8 @@ class BestMetric:
         self._known = [*in_val, *evaluations]
         self._expected = ({"val"} if in_val else set()) | ({"eval"} if evaluations or "eval" in own else set())
         self._last: tuple[int, float, bool] | None = None
-        self._seen: set[str] = set()
+        self._seen: set[str] = set()  # stages
+        self._found: list[str] = []  # names of numbers
         possible = self.name in self._known or self.name.rpartition("/")[0] in evaluations
         if name is not None and not possible and not own & self._expected:
             raise self._unknown()
@@ -53,12 +49,13 @@ class BestMetric:
         """Take the value from ``records`` of the log. Raises: ConfigError if no kind of record has it."""
         for record in records:
             names = _numbers(record)
-            self._known += [known for known in names if known not in self._known]
+            self._found += [found for found in names if found not in self._found]
             if self.name in names:
                 value, higher = names[self.name]
                 self._last = record["step"], value, higher
             self._seen.add(record["stage"])
         if self._last is None and self.name != LOSS and self._seen >= self._expected:
+            self._known = self._found
             raise self._unknown()
 
     def at(self, step: int) -> dict[str, Any]:
