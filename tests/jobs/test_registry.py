@@ -150,3 +150,11 @@ def test_every_job_of_the_package_is_in_the_table() -> None:
     keys = [key for path in files for key in re.findall(r'^@job\("([\w/]+)"\)$', path.read_text(), re.MULTILINE)]
     assert len(keys) >= 15
     assert sorted(keys) == sorted(set(keys) & set(experiments.JOBS))
+
+
+def test_the_pages_configure_jobs_that_exist() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    named = {(key, page.name) for page in pages for key in re.findall(r"tinytron configure ([\w/]+)", page.read_text())}
+    assert len(named) > 10
+    own = {"JOB", "my_model/train/pretrain"}  # a placeholder, and a job of the reader
+    assert {(key, page) for key, page in named if key not in own and key not in JOBS} == set()
