@@ -1,4 +1,4 @@
-"""Fine-tuning and preference steps beside TRL's, on the same model, data, batch and optimizer.
+"""Fine-tuning and preference steps compared with TRL's, on the same model, data, batch and optimizer.
 
     python benchmarks/posttraining.py [--rounds 5] [--steps 12] [--out benchmarks/results/NAME.md]
 
@@ -234,7 +234,7 @@ def main() -> None:
     table = report(found, tokens)
     print(table)
     if args.out is not None:
-        args.out.write_text(f"# Fine-tuning and preferences beside TRL\n\n`{' '.join(sys.argv)}`\n\n{table}\n")
+        args.out.write_text(f"# Fine-tuning and preferences compared with TRL\n\n`{' '.join(sys.argv)}`\n\n{table}\n")
 
 
 def filled(lengths: list[int], row: int) -> float:

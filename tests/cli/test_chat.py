@@ -92,7 +92,7 @@ def test_answers_to_prompts(run: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_a_conversation(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second turn sees the first, unless the conversation begins anew; turns that do not fit are left out."""
+    """The second turn sees the first, unless a new conversation begins; turns that do not fit are left out."""
     words = ("--checkpoint", run, "--tokenizer", run.parent / "tokenizer.json", "--chat", "--max_new_tokens", 6)
     words = (*words, "--temperature", 0)
 

@@ -132,7 +132,7 @@ def error_of(files: Path, log_dir: Path, *flags: object, **options: Any) -> str:
 
 
 def log_probs(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
-    """Those of the answer's tokens, from whole logits."""
+    """Log-probabilities of the answer's tokens, from whole logits."""
     tokens = torch.tensor([[*prompt, *answer]])
     found = F.log_softmax(model(tokens[:, :-1]), -1).gather(2, tokens[:, 1:, None])[0, :, 0]
     return found[len(prompt) - 1 :]
@@ -257,7 +257,7 @@ class Dropped(GRPOTrainer):  # type: ignore[type-arg]
     def _loss(self, batch: Any) -> Any:
         found = super()._loss(batch)
         self.updates += 1
-        if self.step == 1 and self.updates == 8:  # of 12 micro-batches in 2 updates
+        if self.step == 1 and self.updates == 8:  # two updates have 12 micro-batches
             os.kill(os.getpid(), signal.SIGTERM)
         return found
 

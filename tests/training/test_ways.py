@@ -1,4 +1,4 @@
-"""Every trainer of docs/posttraining.md in other ways of computing: bf16, and compiled, beside fp32 and eager."""
+"""Every trainer of docs/posttraining.md in bf16 and compiled, compared with fp32 and eager."""
 
 from __future__ import annotations
 

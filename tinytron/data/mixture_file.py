@@ -19,7 +19,7 @@ from tinytron.utils.paths import expanded
 
 BLOCK = 4096  # positions; proportions are exact at the end of every block (mixture.py)
 FADE_STEPS = 16
-_STEEPEST = 100  # of a sigmoid, which then changes in a single step
+_STEEPEST = 100  # the largest steepness of a sigmoid, which then changes in a single step
 # The share of the new stage after the fraction ``done`` of a fade.
 FADES: dict[str, Callable[[float, float], float]] = {
     "linear": lambda done, steepness: done,

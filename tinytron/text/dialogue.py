@@ -40,7 +40,7 @@ class Dialogue:
 
     @property
     def end(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        """What ends an answer: tokens, and texts where the mark is not one token."""
+        """The tokens that end an answer, and texts that do where the mark is not one token."""
         segments = self.template(
             [{"role": "user", "content": _PLACEHOLDER}, {"role": ASSISTANT, "content": _PLACEHOLDER}]
         )

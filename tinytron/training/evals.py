@@ -56,7 +56,7 @@ class TrainingEvals:
         self._best = BestMetric(config.ckpt.best_metric, self._numbers_of_validation(own), names, own)
 
     def _numbers_of_validation(self, own: AbstractSet[str]) -> list[str]:
-        """What every validation logs; an objective of its ``own`` may log other numbers, which are not known yet."""
+        """The numbers that every validation logs. An objective of its ``own`` may log others, which are not known yet."""
         if not self._config.train.do_val or self._config.train.debug:
             return []
         routing = ("moe_balance", "moe_z") if self._config.model.use_moe else ()

@@ -121,7 +121,7 @@ def first_model(config: Config, model: nn.Module, state: ParallelState) -> nn.Mo
 
 
 def _hidden_states(reference: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the head of ``reference`` is applied to, ``[B, s, D]``, and the head ``[V, D]``."""
+    """The hidden states that the head of ``reference`` is applied to, ``[B, s, D]``, and the head ``[V, D]``."""
     if isinstance(reference, GPT):
         hidden_BsD, _ = reference.hidden_states(
             batch.input_ids, batch.positions, batch.documents, padding_Bs=batch.padding

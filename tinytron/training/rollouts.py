@@ -176,7 +176,7 @@ def _module(name: str) -> Any:
 
 def _module_of_file(path: Path) -> Any:
     if not path.is_file():
-        raise DataError(f"there is no file {path}")
+        raise DataError(f"{path} does not exist")
     spec = importlib.util.spec_from_file_location(f"tinytron_reward_{path.stem}", path)
     assert spec is not None, "a file that ends in .py has a loader"
     assert spec.loader is not None, "a file that ends in .py has a loader"
