@@ -39,8 +39,8 @@ class LoraTrainerConfig(BaseTrainerConfig):
 
 class LoraTrainer(BaseTrainer[ConfigT, ModelT]):
     """Trains all weights for ``training.pre_lora_tokens`` tokens, and then adapters as ``--lora_rank`` and its companions
-    say. At the boundary it validates and saves, and the optimizer starts from scratch, because none of its states belongs to an
-    adapter; the schedule continues. Its options come from a job.
+    say. At the boundary it validates and saves, and the optimizer starts from scratch, because none of its states belongs
+    to an adapter; the schedule continues. Its options come from a job.
 
     Raises: as ``BaseTrainer``; ConfigError without ``--lora_rank``, or if the first phase is not shorter than the run.
     """
