@@ -7,7 +7,19 @@ from dataclasses import replace
 from tinytron.checkpoint.meta import FORMAT_VERSION, CheckpointMeta
 
 # As stored since format 2.
-KEYS = ["format", "run", "identity", "data", "data_position", "val_loss", "guard", "step", "optimizer", "counters"]
+KEYS = [
+    "format",
+    "run",
+    "identity",
+    "data",
+    "data_position",
+    "val_loss",
+    "best_metric",
+    "guard",
+    "step",
+    "optimizer",
+    "counters",
+]
 KEYS += ["parameters", "files", "rng"]
 
 
