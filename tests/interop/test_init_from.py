@@ -68,7 +68,11 @@ def their_run(model: Any) -> list[float]:
     decays = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decays, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8)
+    return steps_of(torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8), model)
+
+
+def steps_of(optimizer: torch.optim.Optimizer, model: Any) -> list[float]:
+    """The run's steps by ``optimizer``; returns the losses before each."""
     ids, labels = families.batch(seed=3, rows=ROWS)
     found = []
     for _ in range(STEPS):

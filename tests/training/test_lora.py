@@ -13,7 +13,7 @@ from tests.helpers.ranks import Ranks
 from tests.helpers.runs import config_of, losses, read_logs
 from tests.interop import families
 from tests.interop.families import VOCAB, save
-from tests.interop.test_init_from import FLAGS, ROWS, STEPS, RowsTrainer, run
+from tests.interop.test_init_from import FLAGS, STEPS, RowsTrainer, run, steps_of
 from tinytron.checkpoint.load import read_file
 from tinytron.cli.main import main
 from tinytron.errors import ConfigError
@@ -35,16 +35,7 @@ def with_peft(hf: Any, folder: Path, *, train: bool = False) -> Any:
 def their_steps(model: Any) -> list[float]:
     """The run's steps by torch's AdamW on the trainable parameters; returns the losses before each."""
     mine = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(mine, lr=0.02, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    ids, labels = families.batch(seed=3, rows=ROWS)
-    found = []
-    for _ in range(STEPS):
-        loss = families.their_loss(model, ids, labels) / (labels != -100).sum()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(float(loss.detach()))
-    return found
+    return steps_of(torch.optim.AdamW(mine, lr=0.02, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1), model)
 
 
 EXPORTED = ("--save_at_start", "--save_every_steps", STEPS, "--export_every", STEPS)

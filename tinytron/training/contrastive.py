@@ -24,13 +24,13 @@ from tinytron.data.pairs import NUMBER, REFERENCE, SIDE, PackedPairs, PairDatase
 from tinytron.distributed.agreement import agree
 from tinytron.distributed.collectives import sum_over
 from tinytron.errors import ConfigError, DataError
-from tinytron.model.modules.loss import LossSums, fused_linear_cross_entropy
-from tinytron.model.modules.routed import routed_tokens
+from tinytron.model.modules.loss import LossSums
 from tinytron.model.protocols import require_gpt
 from tinytron.training.backbone import BackbonedTrainer, BackbonedTrainerConfig
 from tinytron.training.base import BaseTrainer, BaseTrainerConfig
 from tinytron.training.config import Config
 from tinytron.training.datasets import whole_of
+from tinytron.training.forward_pass import cross_entropy, forward_pass
 from tinytron.training.reference import first_model, refuse_short_rows
 from tinytron.utils.training import write_atomically
 
@@ -101,42 +101,25 @@ class ContrastiveTrainer(BaseTrainer[ConfigT, ModelT]):
         """DPO, as sums over pairs. The gradient of a pair's loss is that of its tokens' cross entropies, each times the
         derivative of the loss by it, so the fused loss is used twice: for the numbers, and then with these weights."""
         model: Any = self.raw_model
-        routed = None
-        if model.moe_layers:
-            routed = routed_tokens(
-                batch.labels, batch.weights, batch.padding, batch.documents, batch.routing_scale, self.state
-            )
-        unseen = None if routed is None else routed.padding_Bs
-        x_BsD, stats = model.hidden_states(batch.input_ids, batch.positions, batch.documents, padding_Bs=unseen)
-        model.wait_for_params(model.lm_head)
+        passed = forward_pass(model, batch, self.state)
+        x_BsD = passed.hidden_BsD
         side_Bs = batch.extras[SIDE].double()
         with torch.no_grad():
-            sums = self._cross_entropy(model, x_BsD.detach(), batch)
+            sums = cross_entropy(model, x_BsD.detach(), batch)
             logp_B2 = self._sums_of_pairs(sums, side_Bs)
             margins_B2 = logp_B2 - batch.extras[REFERENCE].double()
             losses_B, slope_B = dpo(margins_B2, self.options.beta, self.options.label_smoothing)
             real_B = torch.ones_like(losses_B)
             real_B[len(real_B) - batch.filling :] = 0  # rows that only fill up the last validation batch
             weights_Bs = -side_Bs * (slope_B * real_B)[:, None]
-        objective = self._cross_entropy(model, x_BsD, batch, weights_Bs).objective
+        objective = cross_entropy(model, x_BsD, batch, weights_Bs).objective
         first = float(self.sp_rank == 0)  # the ranks of a group share their pairs
         total = (losses_B * real_B).sum() * first
         numbers = _numbers(margins_B2, logp_B2, self.options.beta)
         aux = {name: (value * real_B).sum() * first for name, value in zip(NAMES, numbers, strict=True)}
         found = LossSums(objective, total.to(objective.dtype), aux, counts=dict.fromkeys(aux, real_B.sum() * first))
         self._custom["train" if model.training else "val"].update(found, batch)
-        return found if routed is None else model.add_routing_losses(found, stats, routed)
-
-    def _cross_entropy(
-        self, model: Any, x_BsD: torch.Tensor, batch: Batch, weights_Bs: torch.Tensor | None = None
-    ) -> LossSums:
-        return fused_linear_cross_entropy(
-            x_BsD.flatten(0, 1),
-            model.lm_head.weight,
-            batch.labels.flatten(),
-            weights_T=None if weights_Bs is None else weights_Bs.flatten(),
-            by="torch" if model.kernels.cross_entropy == "cut" else model.kernels.cross_entropy,
-        )
+        return passed.with_routing_losses(model, found)
 
     def _sums_of_pairs(self, sums: LossSums, side_Bs: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of the better and the worse answers, float64 ``[B, 2]``. Collective over ``sp_group``."""
@@ -195,7 +178,7 @@ class ContrastiveTrainer(BaseTrainer[ConfigT, ModelT]):
             batch = self.data.preparer.prepare(collate([pairs[i] for i in numbers])).to(self.device)
             x_BsD, _ = model.hidden_states(batch.input_ids, batch.positions, batch.documents, padding_Bs=batch.padding)
             side_Bs = batch.extras[SIDE].double()
-            logp_B2 = self._sums_of_pairs(self._cross_entropy(model, x_BsD, batch), side_Bs)
+            logp_B2 = self._sums_of_pairs(cross_entropy(model, x_BsD, batch), side_Bs)
             if first < len(mine) and self.sp_rank == 0:
                 total[batch.extras[NUMBER]] = logp_B2
         model.train()

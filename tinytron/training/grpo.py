@@ -28,12 +28,12 @@ from tinytron.distributed.collectives import sum_over
 from tinytron.errors import ConfigError, DataError
 from tinytron.inference.sampler import SamplingOptions
 from tinytron.model.lora import without_adapters
-from tinytron.model.modules.loss import LossSums, fused_linear_cross_entropy
-from tinytron.model.modules.routed import routed_tokens
+from tinytron.model.modules.loss import LossSums
 from tinytron.model.protocols import require_gpt
 from tinytron.training.backbone import BackbonedTrainer, BackbonedTrainerConfig
 from tinytron.training.base import BaseTrainer, BaseTrainerConfig
 from tinytron.training.config import Config
+from tinytron.training.forward_pass import cross_entropy, forward_pass
 from tinytron.training.reference import first_model, refuse_short_rows
 from tinytron.training.rollouts import Reward, Rollouts, Writer, advantages, interleaved, load_reward, roll_out
 from tinytron.utils.sequences import IGNORE_INDEX
@@ -246,36 +246,19 @@ class GRPOTrainer(BaseTrainer[ConfigT, ModelT]):
         model.eval()
         x_BSD, _ = model.hidden_states(batch.input_ids, batch.positions, batch.documents, padding_Bs=batch.padding)
         model.wait_for_params(model.lm_head)
-        sums = self._cross_entropy(model, x_BSD, batch)
+        sums = cross_entropy(model, x_BSD, batch)
         model.train(was_training)
         assert sums.per_token is not None, "the fused loss returns every token's cross entropy"
         return -sums.per_token.view_as(batch.labels)
-
-    def _cross_entropy(
-        self, model: Any, x_BSD: torch.Tensor, batch: Batch, weights_BS: torch.Tensor | None = None
-    ) -> LossSums:
-        return fused_linear_cross_entropy(
-            x_BSD.flatten(0, 1),
-            model.lm_head.weight,
-            batch.labels.flatten(),
-            weights_T=None if weights_BS is None else weights_BS.flatten(),
-            by="torch" if model.kernels.cross_entropy == "cut" else model.kernels.cross_entropy,
-        )
 
     def _loss(self, batch: Batch) -> LossSums:
         """The loss as sums over answers. Its gradient is that of the tokens' cross entropies, each times the derivative of
         the loss by it, so the fused loss is used twice: for the log-probabilities, and then with these weights."""
         model: Any = self.raw_model
-        routed = None
-        if model.moe_layers:
-            routed = routed_tokens(
-                batch.labels, batch.weights, batch.padding, batch.documents, batch.routing_scale, self.state
-            )
-        unseen = None if routed is None else routed.padding_Bs
-        x_BSD, stats = model.hidden_states(batch.input_ids, batch.positions, batch.documents, padding_Bs=unseen)
-        model.wait_for_params(model.lm_head)
+        passed = forward_pass(model, batch, self.state)
+        x_BSD = passed.hidden_BsD
         with torch.no_grad():
-            sums = self._cross_entropy(model, x_BSD.detach(), batch)
+            sums = cross_entropy(model, x_BSD.detach(), batch)
             assert sums.per_token is not None, "the fused loss returns every token's cross entropy"
             logp_BS = -sums.per_token.view_as(batch.labels)
             own = token_losses(
@@ -294,11 +277,11 @@ class GRPOTrainer(BaseTrainer[ConfigT, ModelT]):
             aux = {"kl": (own.divergence * share_BS).sum(), "clipped": (own.clipped * share_BS).sum()}
             for name, label in (("reward", "reward"), ("length", "completion_length"), ("ended", "completions_ended")):
                 aux[label] = batch.extras[name].sum() * first
-        objective = self._cross_entropy(model, x_BSD, batch, own.slope * share_BS).objective
+        objective = cross_entropy(model, x_BSD, batch, own.slope * share_BS).objective
         counts = dict.fromkeys(aux, self._normalizer(batch).to(total.dtype))
         found = LossSums(objective, total.to(objective.dtype), aux, counts=counts)
         self._custom["train" if model.training else "val"].update(found, batch)
-        return found if routed is None else model.add_routing_losses(found, stats, routed)
+        return passed.with_routing_losses(model, found)
 
     def _normalizer(self, batch: Batch) -> torch.Tensor:
         answers = len(batch.labels) * (self.sp_rank == 0)

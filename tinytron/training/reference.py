@@ -18,11 +18,11 @@ from tinytron.interop.causal_lm import CausalLM
 from tinytron.kernels.kl_divergence import linear_kl_divergence
 from tinytron.model import GPT
 from tinytron.model.modules.loss import LossSums, fused_linear_cross_entropy
-from tinytron.model.modules.routed import routed_tokens
 from tinytron.model.protocols import require_gpt
 from tinytron.training.base import BaseTrainer
 from tinytron.training.build import build_model
 from tinytron.training.config import Config
+from tinytron.training.forward_pass import forward_pass
 from tinytron.training.run.resume import fill_model
 from tinytron.utils.sequences import IGNORE_INDEX
 
@@ -57,16 +57,10 @@ class ReferenceTrainer(BaseTrainer[ConfigT, ModelT]):
             return super()._loss(batch)
         model, how = self.raw_model, self.divergence
         assert isinstance(model, GPT), "_init_optimizer has checked it"
-        routed = None
-        if model.moe_layers:
-            routed = routed_tokens(
-                batch.labels, batch.weights, batch.padding, batch.documents, batch.routing_scale, self.state
-            )
-        unseen = None if routed is None else routed.padding_Bs
         with torch.no_grad():
             other_BsD, other_head = _hidden_states(self.reference, batch)
-        x_BsD, stats = model.hidden_states(batch.input_ids, batch.positions, batch.documents, padding_Bs=unseen)
-        model.wait_for_params(model.lm_head)
+        passed = forward_pass(model, batch, self.state)
+        x_BsD = passed.hidden_BsD
         labels_T = batch.labels.flatten()
         weights_T = None if batch.weights is None else batch.weights.flatten()
         counted_T = (labels_T != IGNORE_INDEX).to(torch.promote_types(x_BsD.dtype, torch.float32))
@@ -95,8 +89,7 @@ class ReferenceTrainer(BaseTrainer[ConfigT, ModelT]):
         # A temperature divides the gradient by its square, which this undoes (arXiv:1503.02531, section 2).
         objective = how.data * sums.objective + how.weight * how.temperature**2 * kl
         sums = sums._replace(objective=objective, per_token=sums.per_token.view_as(batch.labels))
-        if routed is not None:
-            sums = model.add_routing_losses(sums, stats, routed)
+        sums = passed.with_routing_losses(model, sums)
         counts = {**sums.counts, "kl": counted_T.sum()}
         sums = sums._replace(aux={**sums.aux, "kl": kl.detach()}, counts=counts)
         self._custom["train" if model.training else "val"].update(sums, batch)
