@@ -8,11 +8,17 @@ import re
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from torch.distributed import HashStore
 
 from tests.helpers.runs import ROOT, run
+from tinytron.cli.launch import keep_the_store
 
 SHOW = """
 import json, os, sys
@@ -143,3 +149,26 @@ def test_one_node_cannot_be_several(tmp_path: Path) -> None:
         "error: --standalone starts the processes of one node, but --nnodes (PET_NNODES) is 2; use --nnodes 1, or leave "
         "--standalone out\n"
     )
+
+
+def test_the_first_node_keeps_the_store_until_the_others_have_left() -> None:
+    store = HashStore()
+    passed = threading.Barrier(2)
+    left: list[int] = []
+
+    def wait_for_all(agent: Any) -> None:
+        passed.wait()
+        if agent._worker_group.group_rank == 1:
+            time.sleep(0.3)  # still reading
+            left.append(1)
+
+    def leave(rank: int) -> None:
+        group = SimpleNamespace(group_rank=rank, group_world_size=2)
+        keep_the_store(wait_for_all)(cast(Any, SimpleNamespace(_worker_group=group, _store=store)))
+        left.append(-rank)
+
+    others = threading.Thread(target=leave, args=(1,))
+    others.start()
+    leave(0)
+    others.join()
+    assert left.index(1) < left.index(0)

@@ -16,12 +16,13 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.agent.server import local_elastic_agent
+from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
 from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -33,6 +34,7 @@ from tinytron.utils.signals import SAME_SIGNAL_SECONDS, heard
 
 # Time from SIGTERM to SIGKILL for the workers that remain when one has failed: without that one they cannot save anyway.
 _FAILED_GRACE_SECONDS = "10"
+_LEAVE_SECONDS = 10.0  # maximum wait of the first node for the others to leave the store that it hosts
 _DESCRIPTION = """Start a script on several processes: torchrun, which takes the same flags.
 
 %(prog)s --standalone --nproc_per_node 8 -m tinytron pretrain --preset gpt2
@@ -95,6 +97,27 @@ class _Forwarder:
             raise SignalException(f"got {self.received.name}", self.received)
 
 
+def keep_the_store(wait_for_all: Callable[[SimpleElasticAgent], None]) -> Callable[[SimpleElasticAgent], None]:
+    """torchrun's barrier at the end, after which the first node also waits until the others have left it.
+
+    The first node's agent hosts the store in which the agents meet. Without the wait it can exit while another agent is
+    still reading that the barrier is passed; that agent then prints a traceback after a run without errors.
+    """
+
+    def wait_and_leave(agent: SimpleElasticAgent) -> None:
+        wait_for_all(agent)
+        group, store = agent._worker_group, agent._store
+        assert store is not None, "the barrier has used it"
+        with contextlib.suppress(RuntimeError):  # the store is gone: no agent is left to wait for
+            left = store.add("tinytron/left", 1)
+            end = time.monotonic() + _LEAVE_SECONDS
+            while group.group_rank == 0 and left < group.group_world_size and time.monotonic() < end:
+                time.sleep(0.02)
+                left = store.add("tinytron/left", 0)
+
+    return wait_and_leave
+
+
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Launch the workers and exit with the status of the first that fails. Raises: ConfigError for bad torchrun options."""
     args = _parse(sys.argv[1:] if argv is None else argv, prog)
@@ -109,11 +132,14 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads_per_worker(args)))
     # A new store for restarted workers: in the shared one, gloo finds the addresses of their predecessors (torch 2.13).
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):  # torch sets the level of each by itself
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="torch.distributed")
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _FAILED_GRACE_SECONDS)
     forwarder = _Forwarder()
     local_elastic_agent.start_processes = forwarder.start_processes
+    SimpleElasticAgent._exit_barrier = keep_the_store(SimpleElasticAgent._exit_barrier)  # type: ignore[method-assign]
     try:
         torchrun.run(args)
     except ChildFailedError as error:
