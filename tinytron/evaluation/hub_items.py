@@ -22,7 +22,8 @@ _ROWS_AT_ONCE = 256
 class HubItems(Evaluation):
     """An evaluation whose items are those of a ``dataset``'s ``split``, as ``item_of`` makes them of rows. At most ``most``
     rows are used (``None``: all). With a ``data_dir``, the rows are those of a file there, called as the evaluation without
-    ``_ppl``: ``mnli.jsonl``, ``mnli.jsonl.gz`` or ``mnli.parquet``.
+    ``_ppl``: ``mnli.jsonl``, ``mnli.jsonl.gz`` or ``mnli.parquet``. With several ``configs``, the hub's rows are taken from
+    each in turn, so that the first items are of all of them.
 
     Put it before one of the four kinds: ``class Mine(HubItems, RolloutEvaluation)``.
     """
@@ -30,6 +31,12 @@ class HubItems(Evaluation):
     dataset: ClassVar[type[NamedDataset]]
     split: ClassVar[str] = "validation"
     most: ClassVar[int | None] = None
+    configs: ClassVar[tuple[str, ...]] = ()  # empty: that of the dataset
+
+    @property
+    def columns(self) -> str:
+        """The columns that a row needs, in words for errors."""
+        return f"the columns of {self.dataset.path}, split {self.split}"
 
     def item_of(self, row: Mapping[str, Any]) -> Any:
         """The result of ``get`` for a row; ``None`` leaves the row out."""
@@ -48,7 +55,7 @@ class HubItems(Evaluation):
             except Exception as error:  # other columns, or a split without answers
                 raise DataError(
                     f"the evaluation {self.name}: row {number} cannot be read ({type(error).__name__}: "
-                    f"{first_line(error)}); it needs the columns of {self.dataset.path}, split {self.split}"
+                    f"{first_line(error)}); it needs {self.columns}"
                 ) from error
             if item is not None:
                 found.append(item)
@@ -62,22 +69,32 @@ class HubItems(Evaluation):
         return self.items[index]
 
     def _read(self) -> Iterator[dict[str, Any]]:
-        file = None if self.data_dir is None else self._file(self.data_dir)
-        path = self.dataset.path if file is None else str(file)
-        config = None if file is not None else self.dataset.config
+        if self.data_dir is not None:
+            yield from self._stream(str(self._file(self.data_dir)), None)
+            return
         try:
-            options = {"config": config, "split": self.split, "rows": _WholeRows(), "streaming": True}
-            source = open_source(path, **options, cache_dir=None)  # type: ignore[arg-type]
-            for chunk in source.chunks(_ROWS_AT_ONCE):
-                yield from map(json.loads, source.read(chunk))
+            parts = [self._stream(self.dataset.path, config) for config in self.configs or (self.dataset.config,)]
+            while parts:
+                for part in tuple(parts):
+                    row = next(part, None)
+                    if row is None:
+                        parts.remove(part)
+                    else:
+                        yield row
         except TinytronError as error:
-            if file is not None:
-                raise
             raise DataError(
-                f"the evaluation {self.name} needs the dataset {path} of the hub, which cannot be read ({error}); "
-                f"without a network, put its rows into DIR/{self._stem}.jsonl and give --eval_data_dir DIR "
+                f"the evaluation {self.name} needs the dataset {self.dataset.path} of the hub, which cannot be read "
+                f"({error}); without a network, put its rows into DIR/{self._stem}.jsonl and give --eval_data_dir DIR "
                 "(eval.data_dir)"
             ) from error
+
+    def _stream(self, path: str, config: str | None) -> Iterator[dict[str, Any]]:
+        options = {"config": config, "split": self.split, "rows": _WholeRows(), "streaming": True}
+        source = open_source(path, **options, cache_dir=None)  # type: ignore[arg-type]
+        for chunk in source.chunks(_ROWS_AT_ONCE):
+            yield from map(json.loads, source.read(chunk))
+
+    _or_else: ClassVar[str] = ", or leave --eval_data_dir (eval.data_dir) out to use the hub"
 
     @property
     def _stem(self) -> str:
@@ -88,10 +105,31 @@ class HubItems(Evaluation):
         found = next((folder / name for name in names if (folder / name).is_file()), None)
         if found is None:
             raise ConfigError(
-                f"the evaluation {self.name} needs {folder / names[0]} (or {', '.join(names[1:])}), with the columns of "
-                f"{self.dataset.path}; put it there, or leave --eval_data_dir (eval.data_dir) out to use the hub"
+                f"the evaluation {self.name} needs {folder / names[0]} (or {', '.join(names[1:])}), with {self.columns}; "
+                f"put it there{self._or_else}"
             )
         return found
+
+
+class FileItems(HubItems):
+    """An evaluation whose rows are always those of a local file, because ``datasets`` cannot read them from the hub.
+    ``needs`` names the columns, and who publishes them."""
+
+    needs: ClassVar[str]
+    _or_else = ""
+
+    @property
+    def columns(self) -> str:
+        """The columns that a row needs, in words for errors."""
+        return self.needs
+
+    def _read(self) -> Iterator[dict[str, Any]]:
+        if self.data_dir is None:
+            raise ConfigError(
+                f"the evaluation {self.name} reads a local file: put rows with {self.needs} into "
+                f"DIR/{self._stem}.jsonl, and give --eval_data_dir DIR (eval.data_dir)"
+            )
+        yield from super()._read()
 
 
 class TextPerplexity(HubItems, PerplexityEvaluation):

@@ -14,7 +14,7 @@
             return f"{a} + {b} =", str(a + b)
 
 kind                               get(index)                      score
-``RolloutEvaluation``              prompt, answer                  share of generated texts that are right
+``RolloutEvaluation``              prompt, answer                  share of generated texts that are right, or mean grade
 ``EncodingEvaluation``             prompt, answer                  share of likeliest next tokens that are right
 ``PerplexityEvaluation``           text                            exp of the mean loss of all tokens
 ``PerplexityComparisonEvaluation`` context, continuations, right   share of items whose likeliest one per token is right
@@ -107,15 +107,16 @@ class _Answered(Evaluation):
         """The answer in a ``text`` of the model."""
         return text.strip()
 
-    def check(self, answer: str, given: str) -> bool:
-        """True if the answer that the model has ``given``, after ``clean``, is right."""
+    def check(self, answer: str, given: str) -> bool | float:
+        """True if the answer that the model has ``given``, after ``clean``, is right; or how right it is, from 0 to 1."""
         return given == answer
 
     def _share(self, texts: Sequence[str] | None) -> float:
         if texts is None:
             return math.nan
         checked = zip(self._answers, texts, strict=True)
-        return sum(bool(self.check(answer, self.clean(text))) for answer, text in checked) / len(texts)
+        grades = [self.check(answer, self.clean(text)) for answer, text in checked]
+        return math.fsum(grade if isinstance(grade, float) else bool(grade) for grade in grades) / len(texts)
 
     def _pairs(self, items: Sequence[Any]) -> list[str]:
         for number, item in enumerate(items):

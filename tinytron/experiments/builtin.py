@@ -78,10 +78,14 @@ _NAMES = (
 # Their descriptions are the docstrings, because importing the module is cheap.
 DATASETS: Mapping[str, tuple[str, str]] = MappingProxyType(dict.fromkeys(_NAMES, ("tinytron.experiments.datasets", "")))
 _EVALUATIONS = (
-    *("arithmetic", "cfq", "mmlu", "mnli", "qqp", "siqa", "squad", "sst2", "winogrande"),
+    *("alpaca", "arithmetic", "blimp", "cfq", "mmlu", "mnli", "qqp", "siqa", "squad", "sst2", "winogrande"),
     *("fineweb_ppl", "pile_ppl", "pg19_ppl", "tinystories_ppl"),
     *("mnli_ppl", "qqp_ppl", "siqa_ppl", "sst2_ppl", "winogrande_ppl"),
 )
+_OF_FILES = ("bbq", "clutrr", "fever", "longbench", "longhealth", "mtob", "pes2o_ppl", "pile_injected_ppl")
 EVALUATIONS: Mapping[str, tuple[str, str]] = MappingProxyType(
-    dict.fromkeys(_EVALUATIONS, ("tinytron.experiments.evaluations", ""))
+    {
+        **dict.fromkeys(_EVALUATIONS, ("tinytron.experiments.evaluations", "")),
+        **dict.fromkeys(_OF_FILES, ("tinytron.experiments.evaluations_of_files", "")),
+    }
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from tinytron.evaluation.grades import word_f1
 from tinytron.evaluation.hub_items import HubItems, TextPerplexity, question_and_answer
 from tinytron.evaluation.kinds import EncodingEvaluation, PerplexityComparisonEvaluation, RolloutEvaluation
 from tinytron.experiments import datasets
@@ -13,6 +14,26 @@ from tinytron.text.named import NamedDataset
 
 Row = Mapping[str, Any]
 MOST_TEXTS = 1000  # a corpus has too many
+_BLIMP = """
+adjunct_island anaphor_gender_agreement anaphor_number_agreement animate_subject_passive animate_subject_trans causative
+complex_NP_island coordinate_structure_constraint_complex_left_branch coordinate_structure_constraint_object_extraction
+determiner_noun_agreement_1 determiner_noun_agreement_2 determiner_noun_agreement_irregular_1
+determiner_noun_agreement_irregular_2 determiner_noun_agreement_with_adj_2 determiner_noun_agreement_with_adj_irregular_1
+determiner_noun_agreement_with_adj_irregular_2 determiner_noun_agreement_with_adjective_1
+distractor_agreement_relational_noun distractor_agreement_relative_clause drop_argument ellipsis_n_bar_1
+ellipsis_n_bar_2 existential_there_object_raising existential_there_quantifiers_1 existential_there_quantifiers_2
+existential_there_subject_raising expletive_it_object_raising inchoative intransitive
+irregular_past_participle_adjectives irregular_past_participle_verbs irregular_plural_subject_verb_agreement_1
+irregular_plural_subject_verb_agreement_2 left_branch_island_echo_question left_branch_island_simple_question
+matrix_question_npi_licensor_present npi_present_1 npi_present_2 only_npi_licensor_present only_npi_scope passive_1
+passive_2 principle_A_c_command principle_A_case_1 principle_A_case_2 principle_A_domain_1 principle_A_domain_2
+principle_A_domain_3 principle_A_reconstruction regular_plural_subject_verb_agreement_1
+regular_plural_subject_verb_agreement_2 sentential_negation_npi_licensor_present sentential_negation_npi_scope
+sentential_subject_island superlative_quantifiers_1 superlative_quantifiers_2 tough_vs_raising_1 tough_vs_raising_2
+transitive wh_island wh_questions_object_gap wh_questions_subject_gap wh_questions_subject_gap_long_distance
+wh_vs_that_no_gap wh_vs_that_no_gap_long_distance wh_vs_that_with_gap wh_vs_that_with_gap_long_distance
+"""
+BLIMP = tuple(_BLIMP.split())  # the configurations of the dataset
 
 
 # Generated answers.
@@ -41,12 +62,27 @@ class Arithmetic(RolloutEvaluation):
 class _HubAnswers(HubItems, RolloutEvaluation):
     """Questions of a dataset, with its answers."""
 
-    stop = ("\n",)
+    stop: ClassVar[tuple[str, ...]] = ("\n",)
 
     def item_of(self, row: Row) -> tuple[str, str]:
         """Question and answer."""
         prompt, answer = question_and_answer(self.dataset.record(row))
         return prompt, answer.strip()
+
+
+@evaluation("alpaca")
+class Alpaca(_HubAnswers):
+    """Answers to 1,000 instructions; the score is the mean F1 of their words, compared with the given answers."""
+
+    dataset = datasets.Alpaca
+    split = "train"
+    most = 1000
+    max_new_tokens = 128
+    stop = ()
+
+    def check(self, answer: str, given: str) -> float:
+        """F1 of the words."""
+        return word_f1(answer, given)
 
 
 @evaluation("cfq")
@@ -166,6 +202,25 @@ class WinoGrande(HubItems, PerplexityComparisonEvaluation):
         """Both sentences; there is nothing before them."""
         filled = [row["sentence"].replace("_", row[option]) for option in ("option1", "option2")]
         return "", filled, _number(row["answer"])
+
+
+class _BLiMPRows(NamedDataset):
+    """Pairs of sentences, of which one is grammatical."""
+
+    path = "nyu-mll/blimp"
+
+
+@evaluation("blimp")
+class BLiMP(HubItems, PerplexityComparisonEvaluation):
+    """Pairs of a grammatical and an ungrammatical sentence, of 67 phenomena in turn (arXiv:1912.00582)."""
+
+    dataset = _BLiMPRows
+    split = "train"
+    configs = BLIMP
+
+    def item_of(self, row: Row) -> tuple[str, list[str], int]:
+        """Both sentences; there is nothing before them."""
+        return "", [row["sentence_good"], row["sentence_bad"]], 0
 
 
 def _number(label: str) -> int:
