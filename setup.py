@@ -41,7 +41,7 @@ setup(
             *QUICKSTART,
             *DOCS,
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-tqdm", "datasets", "transformers", "s3fs"),
-            *("moto[server]", "pyyaml", "omegaconf", "peft"),
+            *("moto[server]", "pyyaml", "omegaconf", "peft", "tensorboard", "wandb"),
             *("tiktoken", "gguf", 'triton; platform_system == "Linux"'),
         ],
     },

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from tinytron.checkpoint.host_buffers import HostBuffers
+from tinytron.checkpoint.snapshot import consolidated_weights
 from tinytron.errors import TinytronError
 from tinytron.training import Config, Trainer, build_config, parse_args
 
@@ -42,6 +46,12 @@ class Run:
     log: str
     records: list[dict[str, Any]]
     extra: Any
+
+
+def whole_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The weights of the model with all its experts, on the master; empty on other ranks. Collective."""
+    trainer.optimizer.finish_gather()
+    return consolidated_weights(trainer.raw_model, trainer.state, HostBuffers())
 
 
 def train(cls: type[Trainer], log_dir: Path, *flags: object) -> Run:

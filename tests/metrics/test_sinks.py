@@ -19,7 +19,7 @@ from tests.helpers.ranks import Ranks
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import ConfigError, StorageError
-from tinytron.metrics.sinks import SINKS, JsonLog, Record, RunInfo, Sink, TextLog
+from tinytron.metrics.sinks import SINKS, Background, Console, JsonLog, Record, RunInfo, Sink, TextLog, make_sinks
 from tinytron.training.run.reporter import Reporter
 
 Pools = Callable[[int], Ranks]
@@ -243,7 +243,9 @@ def test_a_sink_that_cannot_begin_ends_the_run_before_it_begins(ranks: Pools, tm
 
 
 def test_the_built_in_sinks_have_names() -> None:
-    assert list(SINKS) == ["text", "jsonl", "console"]
+    assert list(SINKS) == ["log", "jsonl", "csv", "tensorboard", "wandb", "console"]
+    made = make_sinks(["console", "wandb", "log"])
+    assert [type(sink) for sink in made] == [TextLog, Background, Console]
 
 
 def test_a_refusal_names_the_file(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from tests.helpers.runs import config_of
 from tests.planner.test_step import GQA, STEPS, WIDE, WIDE_EXPERTS
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.errors import ConfigError
+from tinytron.model import GPT
 from tinytron.planner.estimate import Estimate
+from tinytron.training.batch_fit import sizes_that_fit
 from tinytron.training.dry_run import plan_run
-from tinytron.training.memory import compare
+from tinytron.training.memory import compare, estimated_bytes
 from tinytron.utils import memory
 from tinytron.utils.memory import GIB, Memory, memory_of
 from tinytron.utils.training import DTYPES
@@ -49,6 +52,35 @@ def test_the_estimate_is_within_a_quarter_of_the_plan(name: str) -> None:
 
 
 # The messages.
+
+
+def test_a_frozen_model_costs_its_weights() -> None:
+    """Those of its experts are shared by the ranks of ep, those of the rest are not."""
+    work: dict[str, Any] = {"dtype": torch.float32, "batch_size": 1, "seq_len": 64}
+    dense, mixed = (config_of(*WIDE, *flags).model for flags in (GQA, WIDE_EXPERTS))
+    for layout in (ParallelLayout(1), ParallelLayout(4, 1, 4)):
+        alone = Estimate(**work).bytes(dense, layout)
+        both = Estimate(**work, frozen=(dense, mixed)).bytes(dense, layout)
+        made = [GPT(dense, device="meta", seed=None), GPT(mixed, device="meta", seed=None)]
+        experts = sum(p.numel() for name, p in made[1].named_parameters() if ".experts." in name)
+        weights = sum(p.numel() for model in made for p in model.parameters())
+        assert experts > 0
+        assert both - alone == 4 * (weights - experts + experts // layout.ep)
+
+
+def test_a_frozen_model_may_be_what_does_not_fit() -> None:
+    config, layout = config_of(*BIG), ParallelLayout(1)
+    needed = [estimated_bytes(config, layout, CPU, (config.model,) * count) for count in (0, 1)]
+    room = Memory(needed[1] - 1, needed[1] - 1)
+    assert compare(config, layout, CPU, room) == []
+    (line,) = compare(config, layout, CPU, room, (config.model,))
+    assert line.startswith(f"this run needs about {needed[1] / GIB:.1f} GiB")
+    with pytest.raises(ConfigError, match="this run needs about"):
+        compare(config, layout, CPU, room, (config.model,) * 10)
+    enough = Memory(10**12, int(needed[0] / 0.9) + 2)
+    sizes = [sizes_that_fit(config, layout, CPU, enough, (config.model,) * count)[0] for count in (0, 1)]
+    assert sizes == [16, 8]
+
 
 BIG = (
     *("--num_layer", 12, "--num_attention_heads", 16, "--hidden_size", 1024, "--seq_len", 1024, "--vocab_size", 50304),

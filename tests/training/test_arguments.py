@@ -35,6 +35,8 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
     "logging": {
         "exp_name": "gpt", "log_dir": "./log/", "log_every": 10, "print_config": "no", "moe_router_debug": False,
         "moe_route_trace": False, "dry_run": False, "dry_run_world_size": None,
+        "loggers": ("console", "log", "jsonl"), "wandb_project": None, "wandb_run_name": None, "wandb_group": None,
+        "wandb_mode": None,
     },
     "seed": {"seed": 1337, "deterministic": False},
     "data": {
@@ -86,6 +88,10 @@ BY_NAME = [pytest.param(section, info, id=info.name) for section, info in FIELDS
 
 # Another valid value, where "the next one" breaks a rule or there is no number to start from.
 OTHER = {
+    "loggers": ("console", "wandb"),
+    "wandb_project": "mine",
+    "wandb_run_name": "first",
+    "wandb_group": "all",
     "lora_targets": ("attn",),
     "total_batch_size": 1048576,
     "seq_len": 2048,
@@ -143,6 +149,10 @@ NEEDED = {
     "export_dir": ["--export_every", "5000"],
     "val_dataset_path": ["--dataset_path", "shards"],
     "dry_run_world_size": ["--dry_run"],
+    **{
+        name: ["--loggers", "console", "wandb"]
+        for name in ("wandb_project", "wandb_run_name", "wandb_group", "wandb_mode")
+    },
     "lora_rank": ["--resume_path", "run"],
     "lora_alpha": ["--resume_path", "run", "--lora_rank", "8"],
     "lora_targets": ["--resume_path", "run", "--lora_rank", "8"],

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.helpers.ranks import Ranks
-from tests.helpers.runs import Run, config_of, losses, read_logs
+from tests.helpers.runs import Run, config_of, losses, read_logs, whole_weights
 from tests.interop import families
 from tinytron.config import configuration
 from tinytron.data.pairs import PackedPairs, Pair, PairDataset, TokenRow
@@ -93,8 +93,7 @@ def run(log_dir: Path, *flags: object, smoothing: float = 0.0) -> Run:
     with configuration(tree):
         trainer = Dpo(config_of(*FLAGS, "--max_epochs", STEPS, "--log_dir", log_dir, *flags))
     trainer.train()
-    trainer.optimizer.finish_gather()
-    weights = {name: p.detach().clone() for name, p in trainer.raw_model.named_parameters()}
+    weights = whole_weights(trainer)
     log, records = read_logs(trainer.log_dir) if trainer.master_process else ("", [])
     return Run(trainer.log_dir, trainer.step, log, records, weights)
 
@@ -145,11 +144,12 @@ def test_steps_are_those_of_the_formula_pair_by_pair(ranks: Pools, tmp_path: Pat
     result = ranks(world).run(run, tmp_path, *flags)[0]
     records = [record for record in result.records if record["stage"] == "train"]
     for record, values in zip(records, expected, strict=True):
+        if record["step"] == 1:  # every margin is 0, up to rounding, which decides which answer is the better one
+            values.pop("rewards/accuracy")
         assert {name: record[name] for name in values} == pytest.approx(values, rel=1e-9, abs=1e-12)
     assert expected[0]["rewards/margin"] == 0.0 < expected[-1]["rewards/margin"]
-    if "ep 2" not in layout:
-        for name, value in model.named_parameters():
-            assert torch.allclose(result.extra[name], value, rtol=1e-8, atol=1e-11), name
+    for name, value in model.named_parameters():
+        assert torch.allclose(result.extra[name], value, rtol=1e-8, atol=1e-11), name
 
 
 def test_label_smoothing(ranks: Pools, tmp_path: Path) -> None:

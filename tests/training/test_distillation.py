@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.helpers.ranks import Ranks
-from tests.helpers.runs import Run, config_of, losses, read_logs
+from tests.helpers.runs import Run, config_of, losses, read_logs, whole_weights
 from tests.interop import families
 from tests.training.test_contrastive import MOE
 from tests.training.test_kl_divergence import FLAGS as KL_FLAGS
@@ -22,6 +22,7 @@ from tinytron.errors import TinytronError
 from tinytron.model import GPT
 from tinytron.training import Config
 from tinytron.training.distillation import DistillationTrainer, DistillationTrainerConfig
+from tinytron.utils.model import count_parameters
 
 Pools = Callable[[int], Ranks]
 VOCAB, WEIGHT, TEMPERATURE = families.VOCAB, 0.7, 2.0
@@ -50,8 +51,10 @@ def run(log_dir: Path, teacher: Path, *flags: object, **options: Any) -> Run:
     with configuration({"distillation": given}):
         trainer = Student(config_of(*FLAGS, "--log_dir", log_dir, *flags))
     trainer.train()
-    trainer.optimizer.finish_gather()
-    weights = {name: p.detach().clone() for name, p in trainer.raw_model.named_parameters()}
+    (frozen,) = trainer._frozen_models(trainer.config) or ()
+    if isinstance(trainer.reference, GPT):
+        assert count_parameters(frozen) == count_parameters(trainer.reference.config)
+    weights = whole_weights(trainer)
     log, records = read_logs(trainer.log_dir) if trainer.master_process else ("", [])
     return Run(trainer.log_dir, trainer.step, log, records, weights)
 

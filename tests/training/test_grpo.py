@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.helpers.ranks import Ranks
-from tests.helpers.runs import Run, config_of, losses, read_logs
+from tests.helpers.runs import Run, config_of, losses, read_logs, whole_weights
 from tests.interop import families
 from tinytron.config import configuration
 from tinytron.data.prompts import Prompts
@@ -110,8 +110,9 @@ def run(files: Path, log_dir: Path, *flags: object, cls: Any = GRPOTrainer, **op
         trainer = cls(config_of(*FLAGS, *where, *flags))
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         trainer.train()
-    trainer.optimizer.finish_gather()
-    weights: dict[str, Any] = {name: p.detach().clone() for name, p in trainer.raw_model.named_parameters()}
+    frozen = () if trainer.reference is None else (trainer.config.model,)
+    assert trainer._frozen_models(trainer.config) == frozen
+    weights: dict[str, Any] = dict(whole_weights(trainer))
     weights["printed"] = printed.getvalue()
     log, records = read_logs(trainer.log_dir) if trainer.master_process else ("", [])
     return Run(trainer.log_dir, trainer.step, log, records, weights)
@@ -227,8 +228,7 @@ def test_experts_on_two_ranks_answer_together(ranks: Pools, tmp_path: Path) -> N
     )
     assert [record["reward"] for record in records] == pytest.approx([one["reward"] for one in expected])
     for name, value in model.named_parameters():
-        if "experts" not in name:
-            torch.testing.assert_close(result.extra[name], value, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(result.extra[name], value, rtol=1e-7, atol=1e-9)
 
 
 def test_continued_and_validated(ranks: Pools, files: Path) -> None:

@@ -18,7 +18,8 @@ from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import StorageError, TinytronError
 from tinytron.utils.remote import RemoteFolder
 
-LOGS = ("log.txt", "log.jsonl", "config.json")
+LOGS = ("log.txt", "log.jsonl", "log.csv", "wandb.json", "config.json")
+LOG_FOLDERS = ("tensorboard",)
 _ADVICE = "training continues with the local copy, and the next save tries again"
 
 
@@ -88,7 +89,9 @@ class Mirror:
         self._parts.clear()
 
     def _push_logs(self) -> None:
-        self.remote.push(self.folder, [name for name in LOGS if (self.folder / name).is_file()])
+        below = [path for name in LOG_FOLDERS for path in sorted((self.folder / name).glob("*")) if path.is_file()]
+        names = [name for name in LOGS if (self.folder / name).is_file()]
+        self.remote.push(self.folder, [*names, *(str(path.relative_to(self.folder)) for path in below)])
 
     def _push_commits(self) -> None:
         self._push_parts()
@@ -138,15 +141,16 @@ class Mirror:
         last."""
         files, arrived = CheckpointFiles(self.folder, step), self.folder / ".pull"
         print(f"fetching checkpoint {step} from {self.remote.url}", flush=True)
-        for name in LOGS:  # unlike a checkpoint's files they change, possibly without changing size
+        logs = [name for name in present if name in LOGS or name.split("/")[0] in LOG_FOLDERS]
+        for name in logs:  # unlike a checkpoint's files they change, possibly without changing size
             (arrived / name).unlink(missing_ok=True)
-        parts = [name for name in names if name != files.meta.name]
-        parts += [name for name in LOGS if name in present]
+        parts = [*(name for name in names if name != files.meta.name), *logs]
         self.remote.pull([*parts, files.meta.name], arrived)
         files.meta.unlink(missing_ok=True)
         shutil.rmtree(files.optimizer, ignore_errors=True)
         files.optimizer.mkdir(parents=True)
         for name in [*parts, files.meta.name]:
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(arrived / name, self.folder / name)
         shutil.rmtree(arrived)
 

@@ -97,8 +97,8 @@ SETTINGS: Settings = MappingProxyType(
         "seed": Setting(Alias("seed.seed"), int, 0, "seed of weights and data order"),
         "full_determinism": Setting(Alias("seed.deterministic"), bool, False, "bit-identical repetition, also on GPUs"),
         "bf16": _own(bool, True, "parameters in bf16 with fp32 main weights; false: fp32"),
-        "wandb_project": _own(str, None, "accepted; a Weights & Biases logger does not exist yet"),
-        "wandb_run_name": _own(str, None, "accepted; a Weights & Biases logger does not exist yet"),
+        "wandb_project": _own(str, None, "log to this project of Weights & Biases; default: no logging there"),
+        "wandb_run_name": _own(str, None, "name of the run there; alone, the project is that of output_dir"),
         "push_to_hub": _own(bool, False, "upload every checkpoint as the revision step<N>, the last one as main too"),
         "hub_model_id": _own(str, None, "hub repository, owner/name"),
         "hub_token": _own(str, None, "token of the hub; default: HF_TOKEN, or that of hf auth login"),
@@ -179,10 +179,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.argv[1:] = words
     if token:
         os.environ["HF_TOKEN"] = token  # where huggingface_hub looks
-    rank, world_size = place_in_world()[:2]
+    _, world_size = place_in_world()[:2]
     config = build_config_of(words, world_size)
-    if rank == 0 and any(word.startswith("--wandb_") for word in words):
-        print(
-            f"no Weights & Biases logger: the figures are in log.jsonl of the run's folder in {config.logging.log_dir}"
-        )
     Trainer(config).train()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from tinytron.distributed.layout import divisors
 from tinytron.errors import ConfigError
 from tinytron.training.hf_model import architecture
+from tinytron.training.sections import LoggingConfig
 
 Values = Mapping[str, Any]  # timl's flags by name
 Options = dict[str, Any]  # ours by path
@@ -215,6 +217,18 @@ def run_options(values: Values, world_size: int) -> Options:
         "train.precision": "bf16" if values["bf16"] else "fp32",
         "train.attn_backend": "auto" if attention is None else _BACKENDS[attention],
         **_saving_options(values),
+        **_wandb_options(values),
+    }
+
+
+def _wandb_options(values: Values) -> Options:
+    project, name = values.get("wandb_project"), values.get("wandb_run_name")
+    if project is None and name is None:
+        return {}
+    return {
+        "logging.loggers": [*LoggingConfig().loggers, "wandb"],
+        "logging.wandb_project": project or Path(values["output_dir"]).name,
+        "logging.wandb_run_name": name,
     }
 
 

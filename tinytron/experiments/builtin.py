@@ -87,5 +87,6 @@ EVALUATIONS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         **dict.fromkeys(_EVALUATIONS, ("tinytron.experiments.evaluations", "")),
         **dict.fromkeys(_OF_FILES, ("tinytron.experiments.evaluations_of_files", "")),
+        "lagging": ("tinytron.experiments.lagging", ""),
     }
 )

@@ -17,7 +17,7 @@ from tinytron.utils.model import count_parameters
 class Estimate:
     """An estimate of one rank's peak memory in a step with AdamW. It is within a quarter of the plan, and more often too
     low than too high. It leaves out the scores of ``--attn_backend math`` and dropout masks. Sizes are for whole
-    sequences."""
+    sequences. ``frozen`` are further models, of which only the weights are held."""
 
     dtype: torch.dtype
     batch_size: int
@@ -27,23 +27,30 @@ class Estimate:
     on_cpu: bool = False
     averaged: bool = False
     lora_rank: int = 0
+    frozen: tuple[ModelConfig, ...] = ()
 
     def bytes(self, config: ModelConfig, layout: ParallelLayout) -> int:
         """The estimate for a model on a layout, in bytes."""
         # The head's gradient, which the forward pass computes. With adapters the head is frozen.
         head = 0 if self.lora_rank else config.vocab_size * config.hidden_size * 4
-        return _held(config, self, layout) + _activations(config, self, layout) + head
+        others = sum(_weights_here(other, layout)[0] for other in self.frozen) * self.dtype.itemsize
+        return _held(config, self, layout) + _activations(config, self, layout) + head + others
+
+
+def _weights_here(config: ModelConfig, layout: ParallelLayout) -> tuple[int, int, int]:
+    """Number of parameters on a rank, and of those outside of the experts and in all experts."""
+    experts = len(config.moe_layers) * config.num_experts * 3 * config.hidden_size * config.moe_intermediate_size
+    others = count_parameters(config).total - experts
+    return others + experts // layout.ep, others, experts
 
 
 def _held(config: ModelConfig, work: Estimate, layout: ParallelLayout) -> int:
-    count = count_parameters(config).total
-    experts = len(config.moe_layers) * config.num_experts * 3 * config.hidden_size * config.moe_intermediate_size
+    here, others, experts = _weights_here(config, layout)
     size = work.dtype.itemsize
     # Two moments, plus main weights if the parameters have 16 bits.
     states = (2 + work.averaged) * max(4, size) + (4 if size < 4 else 0)
     pieces = layout.world_size if work.shard else 1
-    here = count - experts + experts // layout.ep
-    owned = (count - experts) // pieces + experts // max(pieces, layout.ep)
+    owned = others // pieces + experts // max(pieces, layout.ep)
     weights = here * size
     if work.lora_rank:  # everything else is frozen
         here = _adapters(config, work.lora_rank)

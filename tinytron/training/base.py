@@ -38,6 +38,7 @@ from tinytron.training.build import build_model
 from tinytron.training.config import Config, OptimConfig
 from tinytron.training.evaluator import Evaluator
 from tinytron.training.hf_model import foreign_model
+from tinytron.training.memory import Frozen
 from tinytron.training.objective import checked_mean, means_to_log, sums_of_mean
 from tinytron.training.trainer import Trainer
 from tinytron.utils.flags import nearest
@@ -347,9 +348,9 @@ class BaseTrainer(Trainer, Generic[ConfigT, ModelT]):
     def _answer_tasks(self) -> list[dict[str, Any]]:
         return self._evaluator.records()
 
-    def _trains_gpt(self, config: Config) -> bool:
+    def _frozen_models(self, config: Config) -> Frozen | None:
         ours = type(self)._init_model is BaseTrainer._init_model and issubclass(self.MODEL, GPT)
-        return ours and foreign_model(config) is None
+        return () if ours and foreign_model(config) is None else None
 
 
 _FOR_MODEL = ("positions", "documents", "weights", "padding", "routing_scale")

@@ -15,7 +15,7 @@ from tinytron.errors import ConfigError
 from tinytron.training.build import build_model
 from tinytron.training.config import Config
 from tinytron.training.derive import with_fitting_batch
-from tinytron.training.memory import estimated_bytes
+from tinytron.training.memory import Frozen, estimated_bytes
 from tinytron.utils.memory import GIB, Memory, memory_of
 
 AUTO = 0  # --batch_size auto
@@ -28,9 +28,10 @@ def with_batch_size(config: Config, batch_size: int) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=batch_size))
 
 
-def with_fitted_batch(config: Config, state: ParallelState, *, known: bool) -> tuple[Config, list[str]]:
+def with_fitted_batch(config: Config, state: ParallelState, frozen: Frozen | None) -> tuple[Config, list[str]]:
     """``config`` with a number in place of ``--batch_size auto``, or under ``--fit_batch`` with one that divides the batch;
-    and lines about it. Collective. Raises: ConfigError as ``fit_batch_size``, or if the model's memory is not ``known``."""
+    and lines about it. ``frozen`` is ``None`` for a model whose memory is unknown. Collective. Raises: ConfigError as
+    ``fit_batch_size``, or if it would need that memory."""
     if config.train.batch_size != AUTO:
         given, config = config.train.batch_size, with_fitting_batch(config, state.layout)
         if (size := config.train.batch_size) == given:
@@ -38,15 +39,15 @@ def with_fitted_batch(config: Config, state: ParallelState, *, known: bool) -> t
         return config, [
             f"--fit_batch: {size} sequences per micro-batch, because {given} do not divide the global batch"
         ]
-    if not known:
+    if frozen is None:
         raise ConfigError(
             "--batch_size auto can only estimate the memory of Tinytron's own model; give a number such as 8"
         )
-    config, text = fit_batch_size(config, state)
+    config, text = fit_batch_size(config, state, frozen)
     return config, [text]
 
 
-def fit_batch_size(config: Config, state: ParallelState) -> tuple[Config, str]:
+def fit_batch_size(config: Config, state: ParallelState, frozen: Frozen = ()) -> tuple[Config, str]:
     """``config`` with the largest micro-batch that fits on every rank, and a line about it. Collective.
 
     The planner's estimate proposes a size that divides the batch. On GPUs each rank then runs one micro-batch of it forward
@@ -61,7 +62,7 @@ def fit_batch_size(config: Config, state: ParallelState) -> tuple[Config, str]:
         memory = memory_of(state.device)
         if memory is None:
             raise ConfigError("--batch_size auto: the memory of this machine is unknown; give a number such as 8")
-        return sizes_that_fit(config, state.layout, state.device, memory), memory
+        return sizes_that_fit(config, state.layout, state.device, memory, frozen), memory
 
     sizes, memory = agree(propose, world)
     proposals: list[list[int]] = [[]] * dist.get_world_size(world)
@@ -69,14 +70,16 @@ def fit_batch_size(config: Config, state: ParallelState) -> tuple[Config, str]:
     common = [size for size in sizes if all(size in other for other in proposals)]
     for size in common:
         if not _probes(state) or _fits_everywhere(with_batch_size(config, size), state):
-            needed = estimated_bytes(with_batch_size(config, size), state.layout, state.device) / GIB
+            needed = estimated_bytes(with_batch_size(config, size), state.layout, state.device, frozen) / GIB
             free = memory.free / GIB
             text = f"--batch_size auto: {size} sequences per micro-batch, about {needed:.1f} of {free:.1f} GiB free"
             return with_batch_size(config, size), text
     raise ConfigError(f"--batch_size auto: even one sequence does not fit; {_ADVICE}")
 
 
-def sizes_that_fit(config: Config, layout: ParallelLayout, device: torch.device, memory: Memory) -> list[int]:
+def sizes_that_fit(
+    config: Config, layout: ParallelLayout, device: torch.device, memory: Memory, frozen: Frozen = ()
+) -> list[int]:
     """The micro-batches that divide the batch of a rank and fit ``memory`` by the estimate, largest first. Raises:
     ConfigError if none fits."""
     if config.balanced_sequences is not None:
@@ -94,9 +97,9 @@ def sizes_that_fit(config: Config, layout: ParallelLayout, device: torch.device,
     sequences = math.gcd(sequences, *(size // layout.dp for size in config.train.batch_sizes.sizes()))
     budget = _SHARE * memory.free
     sizes = sorted(divisors(sequences), reverse=True)
-    fitting = [n for n in sizes if estimated_bytes(with_batch_size(config, n), layout, device) <= budget]
+    fitting = [n for n in sizes if estimated_bytes(with_batch_size(config, n), layout, device, frozen) <= budget]
     if not fitting:
-        needed = estimated_bytes(with_batch_size(config, 1), layout, device)
+        needed = estimated_bytes(with_batch_size(config, 1), layout, device, frozen)
         raise ConfigError(
             f"--batch_size auto: one sequence needs about {needed / GIB:.1f} GiB, but only "
             f"{memory.free / GIB:.1f} are free; {_ADVICE}"

@@ -9,6 +9,7 @@ from tinytron.distributed.layout import divisors
 from tinytron.distributed.sequence_parallel.ulysses import check_sep_size
 from tinytron.errors import ConfigError
 from tinytron.kernels.choice import check_model
+from tinytron.metrics.sinks import SINKS
 from tinytron.model.config import ModelConfig
 from tinytron.training.lora_section import LoraConfig, check_lora
 from tinytron.training.sections import (
@@ -20,6 +21,7 @@ from tinytron.training.sections import (
     SeedConfig,
     TrainingConfig,
 )
+from tinytron.utils.flags import nearest
 from tinytron.utils.remote import is_remote
 from tinytron.utils.training import round_to
 
@@ -63,6 +65,13 @@ def _check_logging(logging: LoggingConfig) -> None:
         raise ConfigError(f"--dry_run_world_size {processes} needs --dry_run; add that flag, or drop this one")
     if not logging.exp_name or "/" in logging.exp_name:
         raise ConfigError(f"--exp_name {logging.exp_name!r} must be a plain folder name; use gpt")
+    for name in logging.loggers:
+        if name not in SINKS:
+            raise ConfigError(f"--loggers {name} is not one of {', '.join(SINKS)}{nearest(name, SINKS)}")
+    for option in ("wandb_project", "wandb_run_name", "wandb_group", "wandb_mode"):
+        if (value := getattr(logging, option)) is not None and "wandb" not in logging.loggers:
+            loggers = " ".join(logging.loggers)
+            raise ConfigError(f"--{option} {value} needs the logger wandb; use --loggers {loggers} wandb, or drop it")
 
 
 def _check_rates(optim: OptimConfig) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 from tinytron.config import configure, field
+from tinytron.distributed.agreement import agree
 from tinytron.errors import ConfigError
 from tinytron.interop.causal_lm import CausalLM, foreign_settings, sizes_of
 from tinytron.interop.load import architecture_of
@@ -19,6 +20,8 @@ from tinytron.training.backbone import BackbonedTrainer, BackbonedTrainerConfig
 from tinytron.training.base import BaseTrainerConfig
 from tinytron.training.build import build_model
 from tinytron.training.config import Config, LoraConfig
+from tinytron.training.hf_model import foreign_model
+from tinytron.training.memory import Frozen
 from tinytron.training.reference import Divergence, ReferenceTrainer
 from tinytron.training.run.resume import fill_model
 
@@ -85,6 +88,10 @@ class DistillationTrainer(ReferenceTrainer[ConfigT, ModelT]):
         self.reference = teacher.eval().requires_grad_(False)
         count = sum(parameter.numel() for parameter in teacher.parameters())
         self._say(f"the teacher is {name}, with {count / 1e6:.2f}M parameters on this rank")
+
+    def _frozen_models(self, config: Config) -> Frozen | None:
+        teacher = agree(lambda: teacher_config(config, self.options.teacher), self.state.groups["world"])
+        return (teacher.model,) if foreign_model(config) is None else None
 
 
 class BackbonedDistillationTrainer(DistillationTrainer[ConfigT, ModelT], BackbonedTrainer[ConfigT, ModelT]):

@@ -38,9 +38,17 @@ class Evaluator:
         return [{**scores, **about, "task": task} for task, scores in self.evaluate().items()]
 
 
+def check_registered(trainer: Trainer) -> None:
+    """Call ``check(trainer)`` of the registered evaluations that have it, before training. Raises: what they raise."""
+    for name in trainer.evals.registered:
+        if callable(check := getattr(EVALUATIONS[name], "check", None)):
+            check(trainer)
+
+
 def registered_records(trainer: Trainer) -> list[dict[str, Any]]:
     """For the log, the scores of the evaluations that ``--eval_tasks`` names and ``@evaluation`` registered. Each is called
-    with the trainer, on every rank, and returns its scores by name; or it is a class with a method ``evaluate`` that does.
+    with the trainer, on every rank, and returns its scores by name; or it is a class with a method ``evaluate`` that does,
+    and possibly a static one ``check(trainer)``, which may refuse a run before it begins.
 
     Raises: ConfigError for another result.
     """

@@ -34,6 +34,7 @@ from tinytron.training.backbone import BackbonedTrainer, BackbonedTrainerConfig
 from tinytron.training.base import BaseTrainer, BaseTrainerConfig
 from tinytron.training.config import Config
 from tinytron.training.forward_pass import cross_entropy, forward_pass
+from tinytron.training.memory import Frozen
 from tinytron.training.reference import first_model, refuse_short_rows
 from tinytron.training.rollouts import Reward, Rollouts, Writer, advantages, interleaved, load_reward, roll_out
 from tinytron.utils.sequences import IGNORE_INDEX
@@ -163,11 +164,18 @@ class GRPOTrainer(BaseTrainer[ConfigT, ModelT]):
         require_gpt(self.raw_model, f"{type(self).__name__} trains", "use a family that the GPT has, such as llama")
         super()._init_optimizer(config)
 
+    def _frozen_models(self, config: Config) -> Frozen | None:
+        others = super()._frozen_models(config)
+        return others if others is None or not self._keeps_reference(config) else (*others, config.model)
+
+    def _keeps_reference(self, config: Config) -> bool:
+        return bool(self.options.beta) and not config.lora.lora_rank
+
     def _resume_from_checkpoint(self) -> None:
         """Load a checkpoint, and the first model as the reference. With LoRA that is the model without its adapters."""
         super()._resume_from_checkpoint()
         self.reference: nn.Module | None = None
-        if self.options.beta and not self.config.lora.lora_rank:
+        if self._keeps_reference(self.config):
             self.reference = first_model(self.config, self.raw_model, self.state)
 
     # A step.

@@ -26,6 +26,7 @@ from tinytron.training.base import BaseTrainerConfig
 from tinytron.training.build import build_model
 from tinytron.training.config import Config
 from tinytron.training.derive import due_at_boundary
+from tinytron.training.memory import Frozen
 from tinytron.training.reference import Divergence, ReferenceTrainer
 from tinytron.utils.training import write_atomically
 
@@ -73,6 +74,10 @@ class KLDivergenceTrainer(ReferenceTrainer[ConfigT, ModelT]):
         super()._init_batch_config(topology)
         self.due = due_at_boundary(self.due, self.training_info, "training.stage_tokens", self.options.stage_tokens)
         self.boundary = self.due.boundary  # steps of the first stage
+
+    def _frozen_models(self, config: Config) -> Frozen | None:
+        others = super()._frozen_models(config)
+        return None if others is None else (*others, config.model)
 
     def train_step(self, microbatches: list[Batch]) -> None:
         """One optimizer step; the first one of the second stage makes the reference before it."""

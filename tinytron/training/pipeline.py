@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from tinytron.data import Batch
+from tinytron.data.loader import build_train_loader
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import ConfigError
 from tinytron.training import datasets
@@ -74,6 +77,25 @@ class DataPipeline:
         if self.train.ours:
             (self.sampler or self.train.loader).start_step = first  # type: ignore[union-attr]
         return self.preparer.steps(self.train, self.micro_batches_before, first)
+
+    def check_again(self) -> None:
+        """Raises: ConfigError for data whose order is not ours, which ``again`` cannot read: streams, loaders of the
+        user's, and those that a trainer's ``batch`` changes."""
+        if self.sampler is None or not isinstance(self.train.loader, DataLoader) or not self.train.ours:
+            raise ConfigError(
+                "the batches of earlier steps can only be read again from a dataset with __getitem__ and the built-in "
+                "loader; leave lagging out of --eval_tasks"
+            )
+
+    def again(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of ``step`` (counted from 0) once more, by the formula of the order. Raises: as
+        ``check_again``."""
+        self.check_again()
+        assert self.train.dataset is not None, "the built-in loader reads one"
+        sampler = copy.copy(self.sampler)
+        sampler.start_step, sampler.stop_step = step, step + 1  # type: ignore[union-attr]
+        loader = build_train_loader(self.train.dataset, sampler, num_workers=0, pin_memory=False)  # type: ignore[arg-type]
+        return next(self.preparer.steps(replace(self.train, loader=loader), self.micro_batches_before, step))
 
     def micro_batches_before(self, step: int) -> int:
         """Micro-batches of this rank in the first ``step`` steps."""

@@ -187,13 +187,26 @@ class CkptConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """Console output, log files and trial modes."""
+    """Console output, loggers and trial modes."""
 
     exp_name: Annotated[str, Flag("first part of the run folder's name")] = "gpt"
     log_dir: Annotated[str, Flag("folder or URL that contains run folders", identity=False, path=True)] = "./log/"
     log_every: Annotated[
         int, Flag("report and write the log files every N steps", "steps", identity=False, at_least=1)
     ] = 10
+    loggers: Annotated[
+        tuple[str, ...],
+        Flag("where records go: console, log (log.txt), jsonl, csv, tensorboard, wandb", identity=False),
+    ] = ("console", "log", "jsonl")
+    wandb_project: Annotated[str | None, Flag("project of Weights & Biases; default: tinytron", identity=False)] = None
+    wandb_run_name: Annotated[
+        str | None, Flag("name of the run there; default: that of the run's folder", identity=False)
+    ] = None
+    wandb_group: Annotated[str | None, Flag("group of the run there", identity=False)] = None
+    wandb_mode: Annotated[
+        Literal["online", "offline"] | None,
+        Flag("offline: keep files that wandb sync uploads later; default: WANDB_MODE, or online", identity=False),
+    ] = None
     print_config: Annotated[
         Literal["no", "json", "yaml"],
         Flag("print the resolved configuration (default format: JSON) and stop", identity=False, bare="json"),

@@ -21,7 +21,7 @@ from tinytron.distributed.param_spec import specs_of
 from tinytron.distributed.topology import describe_topology
 from tinytron.metrics import SourceLosses
 from tinytron.metrics.custom import Metrics, MetricSet
-from tinytron.metrics.sinks import SINKS, RunInfo
+from tinytron.metrics.sinks import RunInfo, make_sinks
 from tinytron.model.modules.loss import LossSums, checked_sums
 from tinytron.model.protocols import EndsSteps, WaitsForParameters
 from tinytron.training import datasets
@@ -41,9 +41,9 @@ from tinytron.training.build import (
 from tinytron.training.config import Config
 from tinytron.training.derive import Due, TrainingInfo
 from tinytron.training.evals import TrainingEvals
-from tinytron.training.evaluator import registered_records
+from tinytron.training.evaluator import check_registered, registered_records
 from tinytron.training.hf_model import foreign_model
-from tinytron.training.memory import memory_notes
+from tinytron.training.memory import Frozen, memory_notes
 from tinytron.training.objective import LossFunction, loss_sums
 from tinytron.training.pipeline import DataPipeline
 from tinytron.training.run.best import own_stages
@@ -113,19 +113,19 @@ class Trainer(RankAttributes):
 
     def _init_reporter(self, config: Config) -> None:
         """Set ``reporter``, with the sinks that records and messages go to."""
-        self.reporter = Reporter(self.state, [sink() for sink in SINKS.values()])
+        self.reporter = Reporter(self.state, make_sinks(config.logging.loggers))
 
     def _fit_batch_size(self, config: Config) -> Config:
         """Replace ``--batch_size auto``, or under ``--fit_batch`` a number that does not divide the batch, with one that
         works. Raises: ConfigError for a model whose memory cannot be estimated."""
-        config, notes = with_fitted_batch(config, self.state, known=self._trains_gpt(config))
+        config, notes = with_fitted_batch(config, self.state, self._frozen_models(config))
         self._say(*notes)
         return config
 
     def _check_memory(self, config: Config) -> None:
         """Report or refuse what does not fit the machine before it takes minutes. Only Tinytron's own model is known."""
-        if self._trains_gpt(config):
-            self._say(*memory_notes(config, self.state))
+        if (frozen := self._frozen_models(config)) is not None:
+            self._say(*memory_notes(config, self.state, frozen))
 
     def _init_dataset(self, config: Config) -> None:
         """Set ``train_dataset`` and, if there is one, ``val_dataset``: map-style or iterable, with items
@@ -151,6 +151,7 @@ class Trainer(RankAttributes):
     def _init_evals(self, config: Config) -> None:
         """Set ``evals``, which validates and answers tasks during training."""
         self.evals = TrainingEvals(config, self.state, self.data.val, own_stages(self))
+        check_registered(self)
 
     def _init_model(self, config: Config) -> None:
         """Set ``raw_model``, which owns the parameters and maps ``(input_ids, labels)`` to ``LossSums`` or an object
@@ -264,8 +265,7 @@ class Trainer(RankAttributes):
         """One optimizer step on this rank's part of the global batch. Collective; the host waits for no result."""
         lr = self._lr_scheduler(self.step)
         self._rates.apply(self.optimizer.param_groups, self.step, lr)
-        world = self.state.groups["world"]
-        count = count_targets(microbatches, world, self._normalizer)
+        count = count_targets(microbatches, self.state.groups["world"], self._normalizer)
         divisor = count.divisor  # used in the single division
         microbatches = scale_weights(microbatches, count.weight_scale)
         if self.config.model.use_moe:
@@ -318,9 +318,9 @@ class Trainer(RankAttributes):
         self._say(*messages)
         return self.saver.files(self.step)
 
-    def _trains_gpt(self, config: Config) -> bool:
-        """True if the model will be Tinytron's own, whose memory can be estimated."""
-        return type(self)._init_model is Trainer._init_model and foreign_model(config) is None
+    def _frozen_models(self, config: Config) -> Frozen | None:
+        """The models in memory beside the trained one; ``None`` if that is not Tinytron's own, and nothing is known."""
+        return () if type(self)._init_model is Trainer._init_model and foreign_model(config) is None else None
 
     def _finish_exchanges(self) -> None:
         """Wait for background exchanges between ranks. An operation that ends after torch's profiler has stopped corrupts

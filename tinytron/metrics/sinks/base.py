@@ -29,12 +29,17 @@ class RunInfo:
         return self.tokens_before(last) - self.tokens_before(first)
 
 
+class SinkFailedError(Exception):
+    """A sink cannot go on; the reporter prints why, and continues without it."""
+
+
 class Sink:
     """Stores or shows a run's records. Only the master process has sinks; ``Reporter`` calls them in the order below.
 
     A subclass overrides the methods it needs. ``open`` and ``resume`` run before the first step; if one of them raises,
     the run ends on every rank before it starts. Errors of the other methods are printed, and the run continues. If
-    ``write`` raises, it gets its records again together with the next ones.
+    ``write`` raises, it gets its records again together with the next ones, unless it raises a SinkFailedError, which
+    removes the sink.
     """
 
     def say(self, text: str) -> None:

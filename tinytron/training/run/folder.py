@@ -25,7 +25,9 @@ from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.interop.tokenizer import TokenizerFiles, run_tokens
 from tinytron.metrics.routing import ROUTES, keep_traces_until
-from tinytron.metrics.sinks.files import JsonLog, TextLog
+from tinytron.metrics.sinks import CsvLog, JsonLog, TextLog
+from tinytron.metrics.sinks.tensorboard import FOLDER as TENSORBOARD
+from tinytron.metrics.sinks.wandb import FILE as WANDB
 from tinytron.model import GPT
 from tinytron.text.run_tokenizer import TOKENS
 from tinytron.training.config import BALANCED, Config
@@ -37,7 +39,7 @@ from tinytron.utils.texts import next_command, next_generation
 from tinytron.utils.training import write_atomically
 
 T = TypeVar("T")
-LOGS = (TextLog.name, JsonLog.name)
+LOGS = (TextLog.name, JsonLog.name, CsvLog.name, TENSORBOARD, WANDB)
 _REMEDY = "wait for it or stop it, or use another --exp_name"  # when the run folder is in use
 
 
@@ -91,7 +93,8 @@ class RunFolder:
             for name, content in self._tokenizer.items():
                 _write(self.path / name, content)
             if self.mirror is not None:
-                self.mirror.remote.push(self.path, [file.name, *self._tokenizer, *aside])
+                moved = [name for name in aside if (self.path / name).is_file()]
+                self.mirror.remote.push(self.path, [file.name, *self._tokenizer, *moved])
             keep_traces_until(self.path, step)
             return [f"no checkpoint to continue from: kept the earlier log as {aside[0]}"] if aside else []
 

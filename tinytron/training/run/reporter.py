@@ -10,7 +10,7 @@ from tinytron.distributed.agreement import agree
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import first_line
 from tinytron.metrics import StepWindow, TrainClock
-from tinytron.metrics.sinks import Record, RunInfo, Sink
+from tinytron.metrics.sinks import Record, RunInfo, Sink, SinkFailedError
 from tinytron.training.config import Config
 from tinytron.training.world import measure_peak
 
@@ -21,7 +21,8 @@ Metric = Callable[[int], Record]
 class Reporter:
     """Collects the results of steps on the device, and at every report writes them to the ``sinks``, on the master.
 
-    Records that a sink fails to write wait in memory for the next call; its error is printed, and the run continues.
+    Records that a sink fails to write wait in memory for the next call; its error is printed, and the run continues. A sink
+    that raises a SinkFailedError is removed.
     ``metrics`` add numbers to the record of a report's last step. ``clock`` measures training time; evaluation and saving
     pause it.
     """
@@ -115,10 +116,14 @@ class Reporter:
 
     def write(self, records: Sequence[Record]) -> None:
         """Pass records to all sinks, each with those that it failed to write before."""
-        for sink, pending in self._pending:
+        for entry in tuple(self._pending):
+            sink, pending = entry
             pending.extend(records)
             try:
                 sink.write(tuple(pending))
+            except SinkFailedError as error:
+                self._pending.remove(entry)
+                self.say(f"error: {error}; training continues without it")
             except Exception as error:  # a failing log must not end a run
                 self.say(f"error: {first_line(error)}; its lines wait for the next report")
             else:

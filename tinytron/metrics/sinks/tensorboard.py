@@ -1,0 +1,36 @@
+"""TensorBoard event files in the run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tinytron.metrics.sinks.base import Record, RunInfo, Sink
+from tinytron.metrics.sinks.flat import flat_record
+from tinytron.utils.optional import require_package
+
+FOLDER = "tensorboard"
+FLUSH_SECONDS = 10
+
+
+class TensorBoard(Sink):
+    """Every number of every record as a scalar in double precision. A resumed run adds a file that tells TensorBoard to
+    forget the later steps of earlier files. Raises, in ``open``: ConfigError without the package ``tensorboard``."""
+
+    def open(self, run: RunInfo) -> None:
+        require_package("tensorboard", "tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        # TensorBoard takes the second start that it reads for a restart, so the first run has to write one, too.
+        options = {"purge_step": run.first_step + 1, "flush_secs": FLUSH_SECONDS}
+        self._writer: Any = SummaryWriter(str(run.folder / FOLDER), **options)
+
+    def write(self, records: Sequence[Record]) -> None:
+        for record in records:
+            for name, value in flat_record(record).items():
+                self._writer.add_scalar(name, value, record["step"], new_style=True, double_precision=True)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the file. Later records open another one."""
+        self._writer.close()

@@ -1,0 +1,110 @@
+"""Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tinytron.errors import ConfigError, first_line
+from tinytron.metrics.sinks.base import Record, RunInfo, Sink
+from tinytron.metrics.sinks.files import JsonLog
+from tinytron.metrics.sinks.flat import flat_record
+from tinytron.utils.optional import require_package
+from tinytron.utils.training import write_atomically
+
+FILE = (
+    "wandb.json"  # the run's id, the last step that certainly was logged of each kind of record, and if it ended well
+)
+STEP = "step"  # the axis of all charts; W&B's own step counts records
+CERTAIN_SECONDS = 20.0  # W&B writes and sends every 15 seconds, and loses the rest when the process is killed
+_PROJECT = "tinytron"
+
+
+class WandB(Sink):
+    """A run of Weights & Biases, continued under its id when our run is. A record stays there once it is logged, so the
+    steps that a resumed run repeats are not logged a second time. After a kill, what W&B may have lost is logged again,
+    from log.jsonl. ``now`` returns the time in seconds.
+
+    Raises, in ``open``: ConfigError if the package is missing or W&B refuses the run, for example without a key.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._uncertain: deque[tuple[float, str, int]] = deque()
+
+    def open(self, run: RunInfo) -> None:
+        wandb = require_package("wandb", "wandb")
+        options = run.config["logging"]
+        self._file, self._log = run.folder / FILE, run.folder / JsonLog.name
+        self._state = _read(self._file) or {"id": secrets.token_hex(4), "logged": {}, "ended": True}
+        self._before, self._ended = dict(self._state["logged"]), self._state["ended"]
+        description = run.folder / "config.json"
+        config = json.loads(description.read_bytes()) if description.exists() else {"config": run.config}
+        try:
+            self._run: Any = wandb.init(
+                project=options["wandb_project"] or _PROJECT,
+                name=options["wandb_run_name"] or run.folder.name,
+                group=options["wandb_group"],
+                mode=options["wandb_mode"],
+                id=self._state["id"],
+                resume="allow",
+                dir=str(run.folder),
+                config=config.pop("config") | {"run": config},
+                settings=wandb.Settings(console="off", silent=True),
+            )
+        except Exception as error:  # its errors have no common class
+            raise ConfigError(
+                f"--loggers wandb: Weights & Biases refuses the run ({first_line(error)}); run wandb login, or use "
+                "--wandb_mode offline"
+            ) from error
+        self._run.define_metric(STEP)
+        self._run.define_metric("*", step_metric=STEP)
+        self._save(ended=False)
+
+    def resume(self, step: int) -> None:
+        """After a kill, log again what may be lost of the steps up to ``step``."""
+        if not self._ended and self._log.exists():
+            with open(self._log, "rb") as lines:
+                self.write([json.loads(line) for line in lines])
+
+    def write(self, records: Sequence[Record]) -> None:
+        now = self._now()
+        for record in records:
+            kind = "/".join(str(record[name]) for name in ("stage", "task") if name in record)
+            if record["step"] > self._before.get(kind, -1):
+                self._run.log({STEP: record["step"], **flat_record(record)})
+                self._uncertain.append((now, kind, record["step"]))
+        if self._note_certain(now - CERTAIN_SECONDS):
+            self._save(ended=False)
+
+    def close(self) -> None:
+        """End the run there, once everything is sent."""
+        self._run.finish()
+        self._note_certain(math.inf)
+        self._save(ended=True)
+
+    def _note_certain(self, until: float) -> bool:
+        before = len(self._uncertain)
+        while self._uncertain and self._uncertain[0][0] <= until:
+            _, kind, step = self._uncertain.popleft()
+            self._state["logged"][kind] = step
+        return len(self._uncertain) < before
+
+    def _save(self, ended: bool) -> None:
+        self._state["ended"] = ended
+        write_atomically(self._file, lambda out: out.write(json.dumps(self._state).encode()))
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(file.read_bytes())
+        logged = {name: int(step) for name, step in found["logged"].items()}
+        return {"id": str(found["id"]), "logged": logged, "ended": bool(found["ended"])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
