@@ -159,7 +159,7 @@ def test_log_lines_have_the_documented_form(ranks: Pools, tmp_path: Path) -> Non
         f"1 {stage} {loss:#.10g}"
         for stage, loss in (("train", losses(result.log)[1]), ("val", losses(result.log, "val")[1]))
     ]
-    names = {"step", "stage", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "skipped_steps"}
+    names = {"step", "stage", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "skipped_steps", "phases"}
     assert set(result.records[0]) == names
 
 

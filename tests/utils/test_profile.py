@@ -12,7 +12,8 @@ import torch
 from tinytron.errors import ConfigError
 from tinytron.utils import profile
 from tinytron.utils.matmul import use_onednn
-from tinytron.utils.profile import FORWARD, UPDATE, build_profiler, measured_matmul_rate, peak_flops
+from tinytron.utils.phases import FORWARD, UPDATE
+from tinytron.utils.profile import build_profiler, measured_matmul_rate, peak_flops
 
 CUDA = torch.device("cuda")
 NAMES = {  # as the drivers report them -> TFLOP/s in 16 bits and in fp8

@@ -37,6 +37,7 @@ from tinytron.training.forward_pass import cross_entropy, forward_pass
 from tinytron.training.memory import Frozen
 from tinytron.training.reference import first_model, refuse_short_rows
 from tinytron.training.rollouts import Reward, Rollouts, Writer, advantages, interleaved, load_reward, roll_out
+from tinytron.utils.phases import EVALUATION
 from tinytron.utils.sequences import IGNORE_INDEX
 
 ConfigT = TypeVar("ConfigT")
@@ -306,7 +307,7 @@ class GRPOTrainer(BaseTrainer[ConfigT, ModelT]):
         numbers = [int(held_out[n][NUMBER]) for n in mine]
         greedy = self._with_end(SamplingOptions(max_new_tokens=self.options.max_new_tokens, temperature=0.0))
 
-        with self.reporter.clock.paused(), self.guards.paused():
+        with self.reporter.aside(EVALUATION), self.guards.paused():
             made = self._roll_out(parent, numbers, greedy)
             parts = (made.rewards.sum(), made.lengths.sum(), made.ended.sum(), len(numbers))
             first = float(self.sp_rank == 0)

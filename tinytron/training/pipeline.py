@@ -18,6 +18,7 @@ from tinytron.training.batch_preparer import BatchPreparer
 from tinytron.training.config import Config
 from tinytron.training.datasets import LoadedData
 from tinytron.training.derive import TrainingInfo, data_position, derive
+from tinytron.utils.phases import DATA, during
 
 
 class DataPipeline:
@@ -76,7 +77,7 @@ class DataPipeline:
         """This rank's micro-batches of one optimizer step at a time, starting at step ``first`` (counted from 0)."""
         if self.train.ours:
             (self.sampler or self.train.loader).start_step = first  # type: ignore[union-attr]
-        return self.preparer.steps(self.train, self.micro_batches_before, first)
+        return during(DATA, self.preparer.steps(self.train, self.micro_batches_before, first))
 
     def check_again(self) -> None:
         """Raises: ConfigError for data whose order is not ours, which ``again`` cannot read: streams, loaders of the

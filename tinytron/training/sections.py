@@ -207,6 +207,9 @@ class LoggingConfig:
         Literal["online", "offline"] | None,
         Flag("offline: keep files that wandb sync uploads later; default: WANDB_MODE, or online", identity=False),
     ] = None
+    log_phases: Annotated[
+        bool, Flag("log the seconds per step of each phase, and the slowest rank", identity=False)
+    ] = True
     print_config: Annotated[
         Literal["no", "json", "yaml"],
         Flag("print the resolved configuration (default format: JSON) and stop", identity=False, bare="json"),

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
-from torch.profiler import record_function
 from torch.utils.data import Dataset
 
 from tinytron.checkpoint import CheckpointFiles
@@ -55,7 +54,7 @@ from tinytron.training.run.resume import resume
 from tinytron.training.run.saver import RunSaver
 from tinytron.training.run.unfinished_step import StepDropped, StepStart
 from tinytron.training.world import RankAttributes, join_world
-from tinytron.utils.profile import BACKWARD, FORWARD
+from tinytron.utils.phases import BACKWARD, EVALUATION, FORWARD, SAVE, phase
 
 
 class Trainer(RankAttributes):
@@ -113,7 +112,7 @@ class Trainer(RankAttributes):
 
     def _init_reporter(self, config: Config) -> None:
         """Set ``reporter``, with the sinks that records and messages go to."""
-        self.reporter = Reporter(self.state, make_sinks(config.logging.loggers))
+        self.reporter = Reporter(self.state, make_sinks(config.logging.loggers), config.logging.log_phases)
 
     def _fit_batch_size(self, config: Config) -> Config:
         """Replace ``--batch_size auto``, or under ``--fit_batch`` a number that does not divide the batch, with one that
@@ -279,9 +278,9 @@ class Trainer(RankAttributes):
             if i:
                 self.guards.between_microbatches()
             with self.optimizer.accumulate(last=i == len(microbatches) - 1):
-                with record_function(FORWARD):
+                with phase(FORWARD):
                     losses = checked_sums(self._loss(batch))
-                with record_function(BACKWARD):
+                with phase(BACKWARD):
                     self.optimizer.scale(losses.objective / divisor).backward()
             self._sources.add(batch, losses)
             for name, value in {"loss": losses.token, **losses.aux}.items():
@@ -300,7 +299,7 @@ class Trainer(RankAttributes):
 
     def eval(self) -> float:
         """Validate the current weights, log the result and return it, in nats per token. Collective."""
-        with self.reporter.clock.paused(), self.guards.paused():
+        with self.reporter.aside(EVALUATION), self.guards.paused():
             self._custom["val"].begin()
             objective = (self.model, self._loss, self._normalizer)
             loss, record = self.evals.validate(self.step, *objective, self.data.validation())
@@ -312,7 +311,7 @@ class Trainer(RankAttributes):
 
     def save(self) -> CheckpointFiles:
         """Save a checkpoint of the current step; inside ``train`` it is written while training continues. Collective."""
-        with self.reporter.clock.paused(), self.guards.paused():
+        with self.reporter.aside(SAVE), self.guards.paused():
             self.optimizer.finish_gather()
             messages = self.saver.save(self.step, self.evals.about(self.step))
         self._say(*messages)
@@ -379,7 +378,7 @@ class Trainer(RankAttributes):
         if self.due.validation(self.step) and not self.guards.ends:
             self.eval()
         if self.due.tasks(self.step) and not self.guards.ends:
-            with self.reporter.clock.paused(), self.guards.paused():
+            with self.reporter.aside(EVALUATION), self.guards.paused():
                 records = self._answer_tasks()
             self.reporter.write(self.evals.noted(records))
 

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.profiler import record_function
 
 from tinytron.distributed.collectives import Work
 from tinytron.distributed.parallel_state import ParallelState
@@ -32,7 +31,7 @@ from tinytron.distributed.zero1.flat_buffer import BufferParam, FlatBuffer, Owne
 from tinytron.distributed.zero1.grouping import BufferGroup, group_parameters
 from tinytron.distributed.zero1.schedule import Bucket, ParamGather, ReductionSchedule
 from tinytron.errors import ConfigError
-from tinytron.utils.profile import EXCHANGE, UPDATE
+from tinytron.utils.phases import EXCHANGE, UPDATE, phase
 
 
 @dataclass(frozen=True)
@@ -256,7 +255,7 @@ class DistributedOptimizer:
         must be the same on all ranks. Collective.
         """
         self.prepare()  # has work to do only if ``accumulate`` was not used; keeps existing gradients
-        with record_function(EXCHANGE):
+        with phase(EXCHANGE):
             self._launch(only_complete=False)
             for work in self._works:
                 work.wait()
@@ -268,7 +267,7 @@ class DistributedOptimizer:
         factor = 1.0 / self.loss_scale
         if max_norm > 0:
             factor = factor * torch.clamp(max_norm / (norm + 1e-6), max=1.0).nan_to_num()  # padding stays zero
-        with record_function(UPDATE):
+        with phase(UPDATE):
             for buffer in self.buffers:
                 buffer.scale_grads(factor)
             self._inner_step(skip)

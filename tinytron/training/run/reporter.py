@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -10,9 +11,11 @@ from tinytron.distributed.agreement import agree
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import first_line
 from tinytron.metrics import StepWindow, TrainClock
+from tinytron.metrics.phases import phase_record
 from tinytron.metrics.sinks import Record, RunInfo, Sink, SinkFailedError
 from tinytron.training.config import Config
 from tinytron.training.world import measure_peak
+from tinytron.utils.phases import PhaseTimer, phase
 
 # Called with the step at every report, on every rank (so it may be collective); returns values to add to its record.
 Metric = Callable[[int], Record]
@@ -24,11 +27,12 @@ class Reporter:
     Records that a sink fails to write wait in memory for the next call; its error is printed, and the run continues. A sink
     that raises a SinkFailedError is removed.
     ``metrics`` add numbers to the record of a report's last step. ``clock`` measures training time; evaluation and saving
-    pause it.
+    pause it. Unless ``times_phases`` is false, the record also has the seconds of each phase.
     """
 
-    def __init__(self, state: ParallelState, sinks: Iterable[Sink]) -> None:
+    def __init__(self, state: ParallelState, sinks: Iterable[Sink], times_phases: bool = True) -> None:
         self._state = state
+        self._timer = PhaseTimer(state.device) if times_phases else None
         self._pending: list[tuple[Sink, list[Record]]] = []
         self.metrics: list[Metric] = []
         self.clock, self.window = TrainClock(), StepWindow(state.groups["world"])
@@ -69,6 +73,14 @@ class Reporter:
         self._flops_per_token = flops_per_token
         self.say(*lines)
         self.clock.lap()
+        if self._timer is not None:
+            self._timer.start()
+
+    @contextlib.contextmanager
+    def aside(self, name: str) -> Iterator[None]:
+        """Context of a phase that is no training, such as an evaluation: the clock is paused."""
+        with self.clock.paused(), phase(name):
+            yield
 
     def advance(self, step: int) -> None:
         """Step ``step`` is complete."""
@@ -96,6 +108,8 @@ class Reporter:
         speed = {"tokens_per_second": rate, "mfu": rate * self._flops_per_token / self._peak_flops}
         extra: Record = {**speed, "skipped_steps": int(skipped)}
         entries: list[Record] = [{**record.fields(), "stage": "train", **extra} for record in records]
+        if self._timer is not None:
+            entries[-1] |= phase_record(self._timer.take(), len(records), self._state)
         with self.clock.paused():
             for metric in self.metrics:
                 entries[-1] |= metric(step)
@@ -131,6 +145,8 @@ class Reporter:
 
     def close(self) -> None:
         """Training ended: close the sinks."""
+        if self._timer is not None:
+            self._timer.stop()
         for sink, _ in self._pending:
             try:
                 sink.close()
