@@ -44,8 +44,17 @@ def test_the_whole_pipeline_and_again(tmp_path: Path) -> None:
     make_tokenizer(tmp_path / "tokenizer.json")
     tokenize(write_jsonl(tmp_path / "texts.jsonl", make_texts(50)), tmp_path / "tokenizer.json", tmp_path / "data")
     sizes = (*("--num_layer", 1, "--hidden_size", 16, "--num_attention_heads", 2), "--num_key_value_heads", 1)
-    flags = ("--intermediate_size", 24, "--vocab_size", 400, "--seq_len", 16, "--block_size", 256, "--max_steps", 2)
-    where = ("--log_dir", tmp_path / "log", "--dataset_path", tmp_path / "data", "--total_batch_size", 128)
+    flags = ("--intermediate_size", 24, "--vocab_size", 400, "--seq_len", 256, "--max_steps", 2)
+    where = (
+        "--log_dir",
+        tmp_path / "log",
+        "--dataset_path",
+        tmp_path / "data",
+        "--total_batch_size",
+        1024,
+        "--batch_size",
+        2,
+    )
     trainer = Trainer(config_of(*sizes, *flags, *where, "--precision", "fp32"))
     trainer.train()
     model = trainer.log_dir
