@@ -96,6 +96,16 @@ def test_a_users_error_is_one_line_and_status_2(
     assert said(capsys, *words) == (2, "", f"error: {line}\n")
 
 
+def test_training_starts_without_what_it_needs_later() -> None:
+    """torch.distributed.checkpoint takes as long to import as half of torch."""
+    code = (
+        "import sys, tinytron.training, tinytron.cli.launch; late = ('torch.distributed.checkpoint', 'transformers', "
+        "'torch._dynamo', 'matplotlib', 'datasets', 'wandb', 'tensorboard'); print([m for m in late if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_help_imports_no_torch() -> None:
     """It answers at once."""
     code = (

@@ -13,8 +13,6 @@ import torch
 from tinytron.checkpoint.files import checkpoint_of, newest_checkpoint, verify
 from tinytron.checkpoint.load import load_weights, read_file, read_json, read_meta
 from tinytron.checkpoint.meta import CheckpointMeta
-from tinytron.checkpoint.optimizer_state import read_states, stored_states
-from tinytron.checkpoint.sharded import FlatRanges
 from tinytron.distributed.zero1.averages import AVERAGE
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.model import GPT, ModelConfig
@@ -154,6 +152,10 @@ def averages_of(saved: SavedModel, *, foreign: bool = False) -> dict[str, torch.
     adapters are merged. Tied tensors stay tied, and what is not trained stays as it is. ``foreign`` as in ``read_weights``.
     Reads the states once in full to compare their checksums. Raises: CheckpointError if averages are missing or damaged."""
     files = checkpoint_of(saved.file)
+    # torch's DCP takes seconds to import.
+    from tinytron.checkpoint.optimizer_state import read_states, stored_states
+    from tinytron.checkpoint.sharded import FlatRanges
+
     stored = stored_states(files.optimizer) if files is not None and files.optimizer.is_dir() else {}
     if files is None or not any(key.endswith(f"/{AVERAGE}") for key in stored):
         raise CheckpointError(
