@@ -16,6 +16,7 @@ from tests.cli.test_generate import output, refusal, write_config
 from tests.helpers.corpus import EOT, make_tokenizer
 from tests.inference.models import make_model
 from tests.text.test_chat import DIALOGUE, HEADERS
+from tinytron.cli.chat import _fitting
 from tinytron.data.formats import open_shard
 from tinytron.data.shards import find_shards
 from tinytron.text.chat import ChatML, template_of
@@ -106,6 +107,19 @@ def test_a_conversation(run: Path, capsys: pytest.CaptureFixture[str], monkeypat
     assert said("the quick brown", "/new", "the quick brown") == [*one, *one]
     assert len(said(*["the quick brown fox jumps over"] * 8)) == 8
     assert said("the quick brown", "", "not read") == one
+
+
+def test_a_question_leaves_with_its_answer(tmp_path: Path) -> None:
+    """What is kept begins with a question, and is as much as fits."""
+    dialogue = Dialogue(tokenizer(tmp_path, MARKS), ChatML())
+    roles = ("user", "assistant")
+    turns = [{"role": roles[i % 2], "content": f"the quick brown fox {i}"} for i in range(9)]
+    whole = len(dialogue.prompt_ids(turns))
+    kept, ids = _fitting(turns, dialogue, None, whole + 5, 6)
+    assert kept == turns[2:]
+    assert ids == dialogue.prompt_ids(kept)
+    assert _fitting(turns, dialogue, None, whole + 6, 6)[0] == turns
+    assert _fitting(turns, dialogue, None, 40, 6)[0] == turns[8:]
 
 
 @pytest.mark.parametrize(
