@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.run_folders import make_run, records
+from tests.helpers.run_folders import lines, make_run, records
 from tests.helpers.runs import ROOT
 from tinytron.cli.main import main
 from tinytron.cli.watch import open_runs
@@ -125,3 +128,30 @@ def test_mistakes_are_one_line(
 ) -> None:
     folder = make_run(tmp_path / "one", records(2))
     assert failed(capsys, *(word.format(folder) for word in words)) == text.format(folder)
+
+
+@pytest.mark.slow
+def test_a_million_lines_open_within_two_seconds(tmp_path: Path) -> None:
+    """From the command to curves of their whole length; the rest of the log is read afterwards. The better of two times:
+    other programs may be busy."""
+    folder = make_run(tmp_path / "one", [], max_steps=10**6)
+    (line,) = lines([record for record in records(1) if record["stage"] == "train"]).splitlines()
+    with open(folder / "log.jsonl", "w") as file:
+        file.writelines(line.replace('"step": 1,', f'"step": {step},') + "\n" for step in range(1, 10**6 + 1))
+    times = []
+    for _ in range(2):
+        began = time.monotonic()
+        process = start("watch", folder, "--port", 0)
+        assert process.stdout is not None
+        try:
+            url = process.stdout.readline().split(" at ")[1].split()[0]
+            with urllib.request.urlopen(f"{url}api/runs/0", timeout=30) as answer:
+                shown = json.load(answer)
+            times.append(time.monotonic() - began)
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=30)
+        (loss,) = (curve for curve in shown["curves"] if curve["chart"] == "loss")
+        assert (loss["x"][0], loss["x"][-1]) == (1, 10**6)
+        assert max(b - a for a, b in itertools.pairwise(loss["x"])) < 10**6 / 4
+    assert min(times) < 2, times

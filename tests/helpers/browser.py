@@ -94,7 +94,7 @@ class Browser:
         return message
 
     def wait(self, seconds: float) -> None:
-        """Let the page go on for a time."""
+        """Let the page run for a time."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             self._next(left)

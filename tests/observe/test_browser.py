@@ -19,7 +19,7 @@ from tinytron.observe.server import WatchServer
 
 pytestmark = pytest.mark.skipif(browser_program() is None, reason=f"no browser is installed ({', '.join(NAMES)})")
 Open = Callable[..., Browser]
-# Of each chart the number of colors in its canvas: axes and a grid alone have few.
+# The number of colors in each canvas: axes and a grid alone have few.
 COLORS = """
 [...document.querySelectorAll(".plot canvas, canvas.heat")].map((canvas) => {
   const {data} = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
@@ -92,7 +92,7 @@ def test_the_page_shows_and_follows_runs(url: str, folder: Path, browser: Open) 
     for title in (
         "Loss nats per token",
         "Learning rate",
-        "Grad norms",
+        "Gradient norms",
         "Phases seconds",
         "Load of the busiest expert, by layer",
     ):
@@ -140,7 +140,7 @@ def test_the_keyboard_reads_values_zooms_and_hides_runs(url: str, browser: Open)
     page.press(" ", " ")
     page.wait(0.3)
     assert page.evaluate("visible().map((run) => run.name)") == ["two"]
-    assert "Grad norms" not in page.evaluate(TITLES)
+    assert "Gradient norms" not in page.evaluate(TITLES)
     page.evaluate("document.getElementById('log-y').click()")
     page.evaluate("document.getElementById('log-x').click()")
     page.wait(0.3)

@@ -1,4 +1,4 @@
-"""What is shown of a run: everything that it logs, its state, and what happened."""
+"""A run as it is shown: everything that it logs, its state, and what happened."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_an_unreadable_folder_is_told_and_tried_again(tmp_path: Path, monkeypatc
         run.refresh()
     assert run.summary()["problem"] == "the disk is away"
     assert run.version != version
-    assert run.log.last_step == 5  # what was read stays
+    assert run.log.last_step == 5  # the curves stay
     assert summary_table([run])[-1] == "run: the disk is away"
     run.refresh()
     assert run.problem == ""

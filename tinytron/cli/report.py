@@ -35,7 +35,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--curves",
         nargs="+",
         metavar="NAME",
-        help="charts of the picture; default: loss lr grad_norm tokens_per_second",
+        help="charts of the picture; default: loss grad_norm",
     )
     return parser
 

@@ -16,7 +16,7 @@ from tinytron.utils.flags import Parser, parse_strictly
 from tinytron.utils.paths import expanded
 
 RUN_HELP = "run folder, such as log/<run>, on a disk or at s3:// or gs://"
-FIRST_SECONDS = 0.4  # of reading before the page opens
+FIRST_SECONDS = 0.4  # spent on reading before the page opens
 CLEAR = "\x1b[H\x1b[2J"
 
 

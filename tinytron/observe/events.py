@@ -1,4 +1,4 @@
-"""What happened in a run, out of its log and the other files of its folder."""
+"""Events of a run (spikes, skipped steps, resumes, ...), found in its log and the other files of its folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tinytron.utils.texts import counted
 
 WINDOW = 50  # steps before a spike
 SIGMAS = 6.0  # above the mean of the window
-LEAST_RISE = 0.02  # of the mean; in smooth losses smaller rises are above many standard deviations, too
+LEAST_RISE = 0.02  # relative to the mean: in a smooth loss even a tiny rise is many standard deviations
 LISTED = 25  # events of a kind; of more, the largest spikes or the first
 KEPT_LOG = re.compile(re.escape(LOG) + r"\.(\d+)")
 STALL = re.compile(r"^rank \d+: no step completed for .*, after step (\d+);.*$", re.MULTILINE)
@@ -120,7 +120,7 @@ def events_of_log(turns: Iterable[tuple[int, int]], rewrites: Iterable[int]) -> 
         for last, step in list(turns)[:LISTED]
     ]
     return found + [
-        Event(step, "resumed", f"the log had reached step {step} and was written anew from an earlier one: a resume")
+        Event(step, "resumed", f"the log had reached step {step} and was cut back to an earlier one: a resume")
         for step in list(rewrites)[-LISTED:]
     ]
 

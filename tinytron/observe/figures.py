@@ -15,8 +15,8 @@ from tinytron.utils.flags import nearest
 from tinytron.utils.optional import require_package
 
 FORMATS = (".png", ".pdf", ".svg")
-USUAL = ("loss", "lr", "grad_norm", "tokens_per_second")
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5f6672", "#7a4fa3")  # of Okabe and Ito
+USUAL = ("loss", "grad_norm")
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5f6672", "#7a4fa3")  # after Okabe and Ito
 LABELS = {
     "loss": "loss [nats per token]",
     "lr": "learning rate",
@@ -24,7 +24,7 @@ LABELS = {
     "mfu": "MFU",
 }
 SMOOTHED = ("loss", "grad_norm")
-WEIGHT = 0.9  # of the average before, in smoothed curves
+WEIGHT = 0.9  # smoothing: the share of the average that each point keeps
 DPI = 200
 PANEL = (4.2, 2.9)  # inches
 
@@ -59,12 +59,13 @@ def save_figures(runs: Sequence[Run], path: Path, charts: Sequence[str] = ()) ->
 
 def _draw(axis: Any, runs: Sequence[Run], chart: str) -> None:
     number = 0
+    stages = {name.stage for run in runs for name in run.log.curves if name.place[0] == chart}
     for place, run in enumerate(runs):
         for name, curve in run.log.curves.items():
             if name.place[0] != chart or not len(curve.steps):
                 continue
             color = COLORS[(place if len(runs) > 1 else number) % len(COLORS)]
-            stage = {"train": "training", "val": "validation"}.get(name.stage, "")
+            stage = {"train": "training", "val": "validation"}.get(name.stage, "") if len(stages) > 1 else ""
             label = " ".join(filter(None, [run.name if len(runs) > 1 else "", name.place[1], stage]))
             few = extremes(curve, POINTS)
             if name.stage != "train":
@@ -84,7 +85,7 @@ def _draw(axis: Any, runs: Sequence[Run], chart: str) -> None:
     axis.set(xlabel="step", ylabel=LABELS.get(chart, chart.replace("_", " ")))
     axis.grid(alpha=0.25, linewidth=0.6)
     if 1 < number <= 12:
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(edgecolor="none", framealpha=0.8, fontsize=8)
 
 
 def smoothed(values: Array) -> Array:

@@ -1,4 +1,4 @@
-"""The files of a run folder, on a disk or behind a URL, read without copying them."""
+"""The files of a run folder, on a disk or at a URL, read without copying them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tinytron.utils.remote import RemoteFolder, is_remote
 
 LOG, CONFIG = "log.jsonl", "config.json"
 RUN_FILES = (LOG, CONFIG)
-SEARCH_DEPTH = 4  # folders below a folder that is no run
+SEARCH_DEPTH = 4  # levels below a folder that is not a run
 
 
 class FileInfo(NamedTuple):
@@ -60,7 +60,7 @@ class LocalFolder:
 
 
 class UrlFolder:
-    """A folder behind a URL such as ``s3://bucket/run``."""
+    """A folder at a URL such as ``s3://bucket/run``."""
 
     def __init__(self, url: str) -> None:
         self._remote = RemoteFolder(url)
@@ -76,7 +76,7 @@ class UrlFolder:
 def open_folder(text: str) -> Folder:
     """The run folder that a user named, or the folder of the log file that they named.
 
-    Raises: DataError if it is no run folder, with one that is inside; ConfigError or StorageError for a URL.
+    Raises: DataError if it is not a run folder, naming one inside; ConfigError or StorageError for a URL.
     """
     text = text.removesuffix(f"/{LOG}") or "/"
     if is_remote(text):

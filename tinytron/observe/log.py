@@ -16,8 +16,8 @@ from tinytron.observe.records import Block, Text, parse
 BLOCK_BYTES = 2**18
 LINE_BYTES = 2**22  # longer lines are not looked for at the end of the file
 REST_BYTES = 2**12  # read at a time for the rest of a line
-CHECKED_BYTES = 256  # at the end of what was read; if they changed, the file was written anew
-MAX_CURVES = 2000  # of a run; more are counted and left out
+CHECKED_BYTES = 256  # the last bytes that were read; if they changed, the file was rewritten
+MAX_CURVES = 2000  # per run; further ones are counted and left out
 MAX_TEXTS = 20
 
 
@@ -28,7 +28,7 @@ class LogReader:
         self._folder, self._name, self._block_bytes = folder, name, block_bytes
         self._lock = threading.RLock()
         self.left_out = 0  # curves
-        self.rewrites: list[int] = []  # last step before the file was written anew, each time that was seen
+        self.rewrites: list[int] = []  # the last step before each rewrite of the file that was noticed
         self._reset()
 
     def _reset(self) -> None:

@@ -13,9 +13,9 @@ from tinytron.observe.curves import Curve, Name
 
 LOAD = "expert_load"  # its ``fractions`` become a heat map
 MAX_STEP = 2**53  # larger numbers are not exact as floats
-MAX_LIST = 256  # of a longer list of numbers, the rest is left out
+MAX_LIST = 256  # entries that are read of a list
 SHOWN_TEXT = 4000  # characters
-MAX_TEXTS = 50  # of a block, the newest
+MAX_TEXTS = 50  # the newest of a block
 
 
 class Text(NamedTuple):
@@ -28,7 +28,7 @@ class Text(NamedTuple):
 
 @dataclass
 class Block:
-    """What some lines hold: curves, the experts' shares by layer as (step, shares), texts, and counts of lines.
+    """The contents of some lines: curves, the experts' shares by layer as (step, shares), texts, and counts of lines.
 
     ``steps`` are the first and the last training step, in the order of the lines, and ``turns`` the pairs of training steps
     that follow each other although the second one is not later: a run went back there."""
@@ -155,7 +155,7 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, float | str | list[flo
     elif isinstance(value, int | float):
         yield name, _number(value)
     elif isinstance(value, str):
-        if value in ("nan", "inf", "-inf"):  # what a log writes for numbers that JSON lacks
+        if value in ("nan", "inf", "-inf"):  # JSON lacks these numbers, so logs have them as text
             yield name, float(value)
         else:
             yield name, value

@@ -14,14 +14,14 @@ from tinytron.observe.events import Event, events_of_curves, events_of_files, ev
 from tinytron.observe.folder import CONFIG, LOG, FileInfo, Folder
 from tinytron.observe.log import LogReader
 
-POINTS = 2000  # of a curve
-ALL_POINTS = 200_000  # of a run with many curves
+POINTS = 2000  # per curve
+ALL_POINTS = 200_000  # per run, if it has many curves
 LEAST_POINTS = 100
 BARS = 80
 PHASES = "phases"  # seconds by name, drawn as stacked bars
 HEAT_COLUMNS = 240
 STACK_BYTES = 2**20
-LIVE_SECONDS = 120.0  # a log that was written within this time belongs to a run that goes on
+LIVE_SECONDS = 120.0  # a run whose log was written within this time is running
 SLOW_REPORTS = 5  # reports that a run may be late before it counts as stopped
 GROWING = ("train.batch_warmup_sizes", "train.seq_warmup_lens")
 _CHECKPOINT = re.compile(r"(\d+)_meta\.pt")
@@ -157,7 +157,7 @@ class Run:
     def events(self) -> list[Event]:
         """What happened, by step."""
         metas = [(c.step, FileInfo(c.size, c.written)) for c in self.checkpoints]
-        curves = self.log.curves if self.log.complete else {}  # what is missing in between would look like a spike
+        curves = self.log.curves if self.log.complete else {}  # a gap between blocks would look like a spike
         found = events_of_curves(curves) + events_of_log(self.log.turns, self.log.rewrites)
         found += events_of_files(self._files, self._stacks, metas)
         if self.state == "stopped" and self.max_steps:
@@ -240,7 +240,7 @@ def _curve(name: Name, curve: Curve, points: int) -> dict[str, Any]:
         return {**entry, "x": as_json(few.steps), "y": as_json(few.values)}
     few = extremes(curve, points // 2)
     entry |= {"x": as_json(few.steps), "y": as_json(few.values)}
-    if len(few.steps) < len(curve.steps):  # what is smoothed; the extremes say little about the middle
+    if len(few.steps) < len(curve.steps):  # for smoothing: extremes say little about the middle
         middle = means(curve, points // 2)
         entry |= {"mean_x": as_json(middle.steps), "mean_y": as_json(middle.values)}
     return entry

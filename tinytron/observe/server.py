@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
@@ -18,7 +19,8 @@ from tinytron.observe.run import Run
 
 FIRST_PORT, PORTS = 8265, 20
 POLL_SECONDS = 2.0  # between two looks at the files
-SLICE_SECONDS = 0.25  # of reading one run's log before the next run has its turn
+SLICE_SECONDS = 0.05  # time slice of reading one log; requests and the other runs come in between
+PATIENCE_SECONDS = 1.0  # longest wait for requests before reading continues
 PAGE = resources.files("tinytron.observe") / "page"
 # The files of the page by address. Nothing else of the disk is served.
 ASSETS = {
@@ -48,6 +50,7 @@ class WatchServer(ThreadingHTTPServer):
         self.runs, self.host = list(runs), host
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._ended = threading.Event()
+        self._requests, self._lock = 0, threading.Lock()
         self._bind(port)
 
     def _bind(self, port: int | None) -> None:
@@ -88,11 +91,29 @@ class WatchServer(ThreadingHTTPServer):
 
     def _follow(self) -> None:
         while not self._ended.is_set():
-            done = [run.refresh(SLICE_SECONDS) for run in self.runs]
+            done = []
+            for run in self.runs:
+                self._let_requests_pass()
+                done.append(run.refresh(SLICE_SECONDS))
             if all(done):
                 self._ended.wait(POLL_SECONDS)
-            else:
-                time.sleep(0.01)  # let requests have the interpreter
+
+    def _let_requests_pass(self) -> None:
+        """Wait while requests are answered, but not for long: a thread that parses a long log would slow them down."""
+        until = time.monotonic() + PATIENCE_SECONDS
+        while self._requests and time.monotonic() < until:
+            time.sleep(0.002)
+
+    @contextlib.contextmanager
+    def request(self) -> Iterator[None]:
+        """Context in which a request is answered."""
+        with self._lock:
+            self._requests += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._requests -= 1
 
     def is_known(self, host: str) -> bool:
         """True for a ``Host`` header of this server. Another name may be one that a foreign page made to point here, to
@@ -120,7 +141,10 @@ class Handler(BaseHTTPRequestHandler):
         """Answer one request."""
         if not self.server.is_known(self.headers.get("Host", "")):
             return self._refuse(HTTPStatus.FORBIDDEN, "this name is not one of the server's; use its address")
-        path = self.path.partition("?")[0]
+        with self.server.request():
+            self._answer_path(self.path.partition("?")[0])
+
+    def _answer_path(self, path: str) -> None:
         if path in ASSETS:
             name, kind = ASSETS[path]
             return self._answer((PAGE / name).read_bytes(), kind)

@@ -28,7 +28,7 @@ COLUMNS = (
 )
 RIGHT = (2, 3, 4, 6, 7, 8, 9, 10, 11)
 BARS = "▁▂▃▄▅▆▇█"
-WIDTH = 16  # of the small curve
+WIDTH = 16  # width of the small curve
 EVENTS = 5  # the newest of each run
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 

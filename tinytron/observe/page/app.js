@@ -33,7 +33,7 @@ const visible = () => page.runs.filter((run) => run && !page.hidden.has(run.numb
 function title_of(chart) {
   if (TITLES[chart]) return TITLES[chart];
   const text = chart.replace(/^eval\//, "").replace(/_/g, " ").replace(/\//g, " · ");
-  const words = text.replace(/\bmoe\b/g, "MoE").replace(/\blr\b/g, "learning rate");
+  const words = text.replace(/\bmoe\b/g, "MoE").replace(/\blr\b/g, "learning rate").replace(/\bgrad\b/g, "gradient");
   return [words.charAt(0).toUpperCase() + words.slice(1)];
 }
 
@@ -90,7 +90,7 @@ function card(run) {
     s.read < 1 ? `reading the log: ${Math.floor(100 * s.read)} %` : "",
   ].filter(Boolean);
   const facts = PARTS.map(([label, value, more]) => element("div", {}, element("dt", {}, label),
-    element("dd", {}, value(s), more && more(s) ? element("small", {}, ` ${more(s)}`) : null)));
+    element("dd", {}, value(s), more && more(s) ? element("small", {}, more(s)) : null)));
   return element("article", {class: page.hidden.has(run.number) ? "card off" : "card", style: {"--run": color(run.number)}},
     element("div", {class: "top"}, element("h2", {}, name), element("span", {class: `state ${s.state}`}, s.state)),
     element("p", {class: "path"}, [run.path, when, age].filter(Boolean).join(" · ")),

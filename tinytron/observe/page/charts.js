@@ -216,7 +216,8 @@ class Chart {
     if (low === null) return [0, 1];
     if (this.spec.bars) return [0, high * 1.05 || 1];
     if (log) return [low / 1.08, high * 1.08];
-    const room = (high - low) * 0.06 || Math.abs(high) * 0.05 || 1;
+    const flat = high - low < 1e-6 * Math.max(Math.abs(low), Math.abs(high)); // rounding is no curve
+    const room = flat ? Math.abs(high) * 0.05 || 1 : (high - low) * 0.06;
     return [low >= 0 && low - room < 0 ? 0 : low - room, high + room];
   }
 
