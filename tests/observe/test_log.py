@@ -152,6 +152,7 @@ def test_a_log_that_goes_back_has_the_later_values(tmp_path: Path) -> None:
         log = reader(tmp_path, block_bytes)
         refresh(log, tmp_path)
         assert log.turns == [(6, 4)]
+        assert log.curves[LOSS].steps.tolist() == [1, 2, 3, 4, 5, 6]
         assert as_dict(log.curves[LOSS]) == {**naive(records(6))[LOSS], 4: 9.0, 5: 9.0, 6: 9.0}
 
 
