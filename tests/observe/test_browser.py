@@ -39,6 +39,7 @@ def browser(tmp_path: Path) -> Iterator[Open]:
         made.append(one)
         one.open(url)
         one.until("document.querySelector('.plot canvas')")
+        one.evaluate("document.querySelectorAll('details').forEach((details) => { details.open = true; })")
         one.wait(0.3)
         return one
 
@@ -99,6 +100,7 @@ def test_the_page_shows_and_follows_runs(url: str, folder: Path, browser: Open) 
         assert title in titles
     colors = page.evaluate(COLORS)
     assert len(colors) >= len(titles) - 1 > 10
+    assert page.evaluate("[...alive].filter(({u}) => !(u.scales.y.min < u.scales.y.max)).length") == 0
     assert min(colors) > 3, dict(zip(titles, colors, strict=False))
     shown = text(page)
     for part in ("the loss rose to 9", "1 damaged or half-written line passed over", "train.seed", "Spike"):

@@ -65,6 +65,7 @@ def test_everything_that_a_real_run_logs_is_shown(ranks: Pools, tmp_path: Path) 
         "--moe_router_debug",
     )
     often = ("--log_every", 1, "--do_val", "--val_every_steps", 2, "--save_every_steps", 2, "--max_steps", 4)
+    ranks(1).run(train, Trainer, tmp_path, *moe, *often, "--split_rate", 0.25, "--max_steps", 2)
     (made,) = ranks(1).run(train, Trainer, tmp_path, *moe, *often, "--split_rate", 0.25)
     run = read(made.folder)
     shown = strict(run.payload())
@@ -87,7 +88,7 @@ def test_everything_that_a_real_run_logs_is_shown(ranks: Pools, tmp_path: Path) 
     assert summary["loss"] == made.records[-2]["loss"]
     assert shown["config"]["train.max_steps"] == "4"
     assert "git" in shown["facts"]
-    assert shown["events"][-1]["kind"] == "finished"
+    assert [(event["step"], event["kind"]) for event in shown["events"]] == [(2, "resumed"), (4, "finished")]
 
 
 def test_looking_at_runs_imports_no_torch() -> None:
@@ -167,11 +168,37 @@ def test_what_happened(tmp_path: Path) -> None:
     assert texts(run, "stalled") == [(77, stall)]
     resumed = [
         (0, "an earlier log of this folder was set aside as log.jsonl.1"),
-        (50, "the last start of the run continued after step 50"),
+        (50, "the last start continued after step 50"),
     ]
     assert texts(run, "resumed") == resumed
     assert texts(run, "finished") == [(200, "the run reached --max_steps 200")]
     assert [event.step for event in run.events()] == [0, 50, 77, 120, 150, 150, 180, 200]
+
+
+def test_what_the_run_said_of_itself(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, records(50))
+    said = [
+        (0.0, 0, "resuming after step 20 from log/x/00020_model.pt"),
+        (60.0, 30, "error: s3://b/run: cannot write log.txt (it is away); training continues"),
+        (61.0, 31, "step 30 | saved log/x/00030_model.pt in 0.1 s"),
+        (120.0, 41, "step 41 | stopped by SIGTERM: saved; run the same command again to resume"),
+    ]
+    lines = [json.dumps({"time": when, "step": step, "text": text}) for when, step, text in said]
+    damaged = ["{half", "[]", '{"time": "x", "step": 1, "text": ""}', '{"time": 1e99, "step": 1, "text": ""}', "null"]
+    (folder / "messages.jsonl").write_text("\n".join([*damaged, *lines]) + "\n")
+    (folder / "00010_meta.pt").write_bytes(b"x")
+    os.utime(folder / "00010_meta.pt", (1e9, 1e9))  # says less than the messages
+    run = read(folder)
+    assert strict(run.payload())["messages"] == [{"time": w, "step": s, "text": t} for w, s, t in said]
+    assert texts(run, "resumed") == [(20, "the run continued after step 20, 1970-01-01 00:00 UTC")]
+    assert texts(run, "error") == [(30, f"{said[1][2].removeprefix('error: ')} (1970-01-01 00:01 UTC)")]
+    text = "stopped by SIGTERM: saved; run the same command again to resume (1970-01-01 00:02 UTC)"
+    assert texts(run, "stopped") == [(41, text)]
+    assert run.state == "stopped"  # at once, although the log is new
+    with open(folder / "messages.jsonl", "a") as file:
+        file.write(json.dumps({"time": 130.0, "step": 41, "text": "run folder: log/x"}) + "\n")
+    run.refresh()
+    assert run.state == "running"
 
 
 def test_a_smooth_or_noisy_loss_has_no_spikes() -> None:

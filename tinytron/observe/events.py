@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from tinytron.observe.curves import Array, Curve, Name
-from tinytron.observe.folder import LOG, FileInfo
+from tinytron.observe.folder import CONFIG, LOG, FileInfo
 from tinytron.utils.texts import counted
 
 WINDOW = 50  # steps before a spike
@@ -17,11 +18,22 @@ SIGMAS = 6.0  # above the mean of the window
 LEAST_RISE = 0.02  # relative to the mean: in a smooth loss even a tiny rise is many standard deviations
 LISTED = 25  # events of a kind; of more, the largest spikes or the first
 KEPT_LOG = re.compile(re.escape(LOG) + r"\.(\d+)")
+RESUME = re.compile(r"resuming after step (\d+) from ")
+STOP = re.compile(r"step (\d+) \| (stopped by .*)")
 STALL = re.compile(r"^rank \d+: no step completed for .*, after step (\d+);.*$", re.MULTILINE)
 
 
+class Message(NamedTuple):
+    """A line that the run printed: seconds since 1970, the step that was complete, and the text."""
+
+    time: float
+    step: int
+    text: str
+
+
 class Event(NamedTuple):
-    """Something that happened after ``step``. ``kind``: spike, not finite, skipped, went back, resumed, stalled, ended."""
+    """Something that happened after ``step``. ``kind``: spike, not finite, skipped, went back, resumed, stalled, stopped,
+    error or finished."""
 
     step: int
     kind: str
@@ -113,30 +125,55 @@ def _skips(skipped: Curve) -> list[Event]:
     return found
 
 
-def events_of_log(turns: Iterable[tuple[int, int]], rewrites: Iterable[int]) -> list[Event]:
-    """Where the log goes back, and where it was cut while it was watched."""
-    found = [
+def events_of_log(turns: Iterable[tuple[int, int]]) -> list[Event]:
+    """Places where the log goes back."""
+    return [
         Event(step, "went back", f"after step {last} the log continues with step {step}; the later lines hold")
         for last, step in list(turns)[:LISTED]
     ]
-    return found + [
+
+
+def events_of_rewrites(rewrites: Iterable[int]) -> list[Event]:
+    """Resumes that were noticed because they cut the log."""
+    return [
         Event(step, "resumed", f"the log had reached step {step} and was cut back to an earlier one: a resume")
         for step in list(rewrites)[-LISTED:]
     ]
 
 
-def events_of_files(
-    files: Mapping[str, FileInfo], stacks: Iterable[str], checkpoints: Iterable[tuple[int, FileInfo]]
-) -> list[Event]:
-    """Stalls, logs that were set aside, and the last resume: it wrote config.json after the checkpoint that it loaded."""
+def events_of_messages(messages: Iterable[Message]) -> list[Event]:
+    """Resumes, stops by a signal, and errors that did not end the run."""
+    found = []
+    for message in messages:
+        if resumed := RESUME.match(message.text):
+            found.append(
+                Event(int(resumed[1]), "resumed", f"the run continued after step {resumed[1]}, {_at(message)}")
+            )
+        elif stopped := STOP.match(message.text):
+            found.append(Event(int(stopped[1]), "stopped", f"{stopped[2]} ({_at(message)})"))
+        elif message.text.startswith("error: "):
+            found.append(Event(message.step, "error", f"{message.text.removeprefix('error: ')} ({_at(message)})"))
+    return found[-LISTED:]
+
+
+def _at(message: Message) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(message.time))
+
+
+def events_of_files(files: Mapping[str, FileInfo], stacks: Iterable[str]) -> list[Event]:
+    """Stalls, and logs that were set aside."""
     found = []
     for name in sorted(files):
         if KEPT_LOG.fullmatch(name):
             found.append(Event(0, "resumed", f"an earlier log of this folder was set aside as {name}"))
     for text in stacks:
         found += [Event(int(match[1]), "stalled", match[0][:300]) for match in list(STALL.finditer(text))[:LISTED]]
-    started = files["config.json"].written if "config.json" in files else None
-    older = [step for step, info in checkpoints if started and info.written and info.written < started]
-    if older:
-        found.append(Event(max(older), "resumed", f"the last start of the run continued after step {max(older)}"))
     return found
+
+
+def last_resume(files: Mapping[str, FileInfo], checkpoints: Iterable[tuple[int, float | None]]) -> list[Event]:
+    """The last resume of a run without messages: it wrote config.json after the checkpoint that it loaded.
+    ``checkpoints`` are steps, and when they were written."""
+    started = files[CONFIG].written if CONFIG in files else None
+    older = [step for step, written in checkpoints if started and written and written < started]
+    return [Event(max(older), "resumed", f"the last start continued after step {max(older)}")] if older else []

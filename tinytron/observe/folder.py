@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 from tinytron.errors import DataError
 from tinytron.utils.remote import RemoteFolder, is_remote
 
-LOG, CONFIG = "log.jsonl", "config.json"
+LOG, CONFIG, MESSAGES = "log.jsonl", "config.json", "messages.jsonl"
 RUN_FILES = (LOG, CONFIG)
 SEARCH_DEPTH = 4  # levels below a folder that is not a run
 

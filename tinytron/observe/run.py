@@ -10,9 +10,20 @@ from typing import Any, NamedTuple
 
 from tinytron.errors import StorageError
 from tinytron.observe.curves import Curve, Name, as_json, extremes, means
-from tinytron.observe.events import Event, events_of_curves, events_of_files, events_of_log
-from tinytron.observe.folder import CONFIG, LOG, FileInfo, Folder
+from tinytron.observe.events import (
+    STOP,
+    Event,
+    Message,
+    events_of_curves,
+    events_of_files,
+    events_of_log,
+    events_of_messages,
+    events_of_rewrites,
+    last_resume,
+)
+from tinytron.observe.folder import CONFIG, LOG, MESSAGES, FileInfo, Folder
 from tinytron.observe.log import LogReader
+from tinytron.observe.records import SHOWN_TEXT
 
 POINTS = 2000  # per curve
 ALL_POINTS = 200_000  # per run, if it has many curves
@@ -21,6 +32,8 @@ BARS = 80
 PHASES = "phases"  # seconds by name, drawn as stacked bars
 HEAT_COLUMNS = 240
 STACK_BYTES = 2**20
+MESSAGES_BYTES, MESSAGES_SHOWN = 2**18, 200  # the newest ones
+MAX_TIME = 2**35  # seconds; a later date has a year of five digits
 LIVE_SECONDS = 120.0  # a run whose log was written within this time is running
 SLOW_REPORTS = 5  # reports that a run may be late before it counts as stopped
 GROWING = ("train.batch_warmup_sizes", "train.seq_warmup_lens")
@@ -47,6 +60,7 @@ class Run:
         self._config: dict[str, Any] = {}
         self._config_info: FileInfo | None = None
         self._stacks: list[str] = []
+        self._messages: list[Message] = []
         self._shown: tuple[object, dict[str, Any]] | None = None
 
     def refresh(self, seconds: float = float("inf")) -> bool:
@@ -60,6 +74,8 @@ class Run:
                 self._stacks = [
                     self.folder.read(name, 0, STACK_BYTES).decode("utf-8", "replace") for name in stacks[:16]
                 ]
+            if (info := files.get(MESSAGES)) != self._files.get(MESSAGES):
+                self._messages = [] if info is None else self._read_messages(info.size)
             self._files = files
             done = self.log.refresh(files[LOG].size, seconds) if LOG in files else True
             self.problem = ""
@@ -73,6 +89,17 @@ class Run:
         except (FileNotFoundError, ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
+
+    def _read_messages(self, size: int) -> list[Message]:
+        """The newest messages. Damaged lines are passed over, and so is the one that the first byte cuts."""
+        found = []
+        for line in self.folder.read(MESSAGES, max(0, size - MESSAGES_BYTES), size).splitlines():
+            try:
+                entry = json.loads(line)
+                found.append(Message(float(entry["time"]), int(entry["step"]), str(entry["text"])[:SHOWN_TEXT]))
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+                continue
+        return [message for message in found if 0 <= message.time < MAX_TIME][-MESSAGES_SHOWN:]
 
     @property
     def version(self) -> str:
@@ -137,11 +164,17 @@ class Run:
         (the time of the last line is unknown) or ``not begun``."""
         if self.max_steps is not None and self.log.last_step >= self.max_steps:
             return "finished"
+        if self._stopped_by_signal:
+            return "stopped"
         if self.age is None:
             return "open" if LOG in self._files else "not begun"
         if self.age < max(LIVE_SECONDS, SLOW_REPORTS * (self._seconds_per_report or 0)):
             return "running"
         return "ended" if self.max_steps is None else "stopped"
+
+    @property
+    def _stopped_by_signal(self) -> bool:
+        return bool(self._messages) and STOP.match(self._messages[-1].text) is not None
 
     @property
     def _seconds_per_report(self) -> float | None:
@@ -156,11 +189,15 @@ class Run:
 
     def events(self) -> list[Event]:
         """What happened, by step."""
-        metas = [(c.step, FileInfo(c.size, c.written)) for c in self.checkpoints]
         curves = self.log.curves if self.log.complete else {}  # a gap between blocks would look like a spike
-        found = events_of_curves(curves) + events_of_log(self.log.turns, self.log.rewrites)
-        found += events_of_files(self._files, self._stacks, metas)
-        if self.state == "stopped" and self.max_steps:
+        found = events_of_curves(curves) + events_of_log(self.log.turns)
+        found += events_of_files(self._files, self._stacks)
+        if self._messages:
+            found += events_of_messages(self._messages)
+        else:  # a run of an earlier version
+            found += events_of_rewrites(self.log.rewrites)
+            found += last_resume(self._files, [(c.step, c.written) for c in self.checkpoints])
+        if self.state == "stopped" and self.max_steps and not self._stopped_by_signal:
             found.append(
                 Event(
                     self.log.last_step,
@@ -220,6 +257,7 @@ class Run:
             "version": self.version,
             "curves": [_curve(name, curve, points) for name, curve in curves.items() if len(curve.steps)],
             "loads": _loads(self.log.loads),
+            "messages": [message._asdict() for message in self._messages],
             "texts": [text._asdict() for text in self.log.texts],
             "events": [event._asdict() for event in self.events()],
             "checkpoints": [checkpoint._asdict() for checkpoint in self.checkpoints],

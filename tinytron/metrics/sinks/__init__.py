@@ -5,8 +5,9 @@ from __future__ import annotations
 from tinytron.metrics.sinks.base import Record, RunInfo, Sink
 from tinytron.metrics.sinks.console import Console
 from tinytron.metrics.sinks.files import JsonLog, TextLog
+from tinytron.metrics.sinks.messages import MessageLog
 
 # Sinks get the records in this order.
-SINKS: dict[str, type[Sink]] = {"text": TextLog, "jsonl": JsonLog, "console": Console}
+SINKS: dict[str, type[Sink]] = {"text": TextLog, "jsonl": JsonLog, "messages": MessageLog, "console": Console}
 
-__all__ = ["SINKS", "Console", "JsonLog", "Record", "RunInfo", "Sink", "TextLog"]
+__all__ = ["SINKS", "Console", "JsonLog", "MessageLog", "Record", "RunInfo", "Sink", "TextLog"]

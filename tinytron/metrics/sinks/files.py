@@ -29,7 +29,7 @@ class LogFile(Sink):
     def write(self, records: Sequence[Record]) -> None:
         """Raises: StorageError if the system refuses."""
         try:
-            _append(self.path, "".join(map(self.line, records)))
+            append(self.path, "".join(map(self.line, records)))
         except OSError as error:
             raise StorageError(f"{self.path} cannot be written ({error.strerror})") from error
 
@@ -69,7 +69,7 @@ class JsonLog(LogFile):
         return int(json.loads(line)["step"])
 
 
-def _append(path: Path, lines: str) -> None:
+def append(path: Path, lines: str) -> None:
     """Append all of ``lines`` or none of them: a full disk may accept only a part, which is then removed."""
     path.parent.mkdir(parents=True, exist_ok=True)  # the user may have removed it during the run
     with open(path, "ab", buffering=0) as file:

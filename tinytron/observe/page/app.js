@@ -23,8 +23,8 @@ const FIRST = ["loss", "bits_per_byte", "perplexity", "accuracy", "lr", "grad_no
 const EXACT = new Set(["lr", "skipped_steps", "tokens", "tokens_per_second", "mfu", "expert_load/dead"]); // without noise, or averages already
 const CLOSED = new Set(["More"]);
 const KINDS = {spike: "Spike", "not finite": "Not finite", skipped: "Skipped", "went back": "Went back", resumed: "Resumed",
-  stalled: "Stalled", stopped: "Stopped", finished: "Finished"};
-const MARKED = new Set(["spike", "not finite", "skipped", "went back", "resumed", "stalled"]);
+  stalled: "Stalled", error: "Error", stopped: "Stopped", finished: "Finished"};
+const MARKED = new Set(["spike", "not finite", "skipped", "went back", "resumed", "stalled", "error", "stopped"]);
 
 const page = {runs: [], hidden: new Set(), charts: new Map(), choices: new Map(), groups: new Map(), written: null};
 const $ = (id) => document.getElementById(id);
@@ -294,6 +294,8 @@ function draw_tables() {
   section("What happened", happened);
   section("Texts", runs.filter((run) => run.texts.length).map((run) => panel(run, ...run.texts.slice().reverse().flatMap((text) =>
     [element("p", {class: "note"}, `step ${text.step} · ${text.name}`), element("pre", {}, text.text)]))));
+  section("Messages", runs.filter((run) => run.messages.length).map((run) => panel(run, table(["Time", "Step", "Message"],
+    run.messages.slice().reverse().map(({time, step, text}) => [stamp(time), step.toLocaleString("en-US"), text]), [1], "narrow"))), false);
   section("Checkpoints", runs.filter((run) => run.checkpoints.length).map((run) => panel(run, table(["Step", "Size", "Written"],
     run.checkpoints.map((c) => [c.step.toLocaleString("en-US"), bytes(c.size), stamp(c.written)]), [0, 1], "narrow"))));
   section("Differences between the runs", runs.length > 1 ? [differences(runs)] : []);
@@ -314,7 +316,7 @@ function draw() {
 function place_groups() {
   $("charts").append(...GROUPS.slice(0, 1).map(([name]) => group(name).details), group("What happened").details,
     ...GROUPS.slice(1).map(([name]) => group(name, !CLOSED.has(name)).details));
-  $("tables").append(...["Texts", "Checkpoints", "Differences between the runs", "Configuration"].map((name) => group(name).details));
+  $("tables").append(...["Texts", "Checkpoints", "Differences between the runs", "Configuration", "Messages"].map((name) => group(name, name !== "Messages").details));
 }
 
 function controls() {

@@ -10,6 +10,7 @@ const PALETTES = {
 const CIVIDIS = ["#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838"];
 const DASHES = [[], [7, 4], [2, 3], [9, 3, 2, 3]];
 const MANY = 8; // series of a chart; more get a ramp of colors
+const WHOLE = Array.from({length: 40}, (_, n) => [1, 2, 5][n % 3] * 10 ** Math.floor(n / 3)); // between the labels of steps
 const SYNC = uPlot.sync("steps");
 
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -181,7 +182,7 @@ class Chart {
         y: {distr: log ? 3 : 1, range: (u, low, high) => this.values(low, high, log)},
       },
       axes: [
-        {...axis, size: 28, values: (u, all) => all.map((value) => ticks(value, "step")), space: 60},
+        {...axis, size: 28, ...(view.logX ? {} : {incrs: WHOLE}), values: (u, all) => all.map((value) => ticks(value, "step")), space: 60},
         {...axis, size: (u, all) => Math.max(44, 14 + 7.2 * Math.max(0, ...(all || []).map((text) => text.length))),
           values: (u, all) => all.map((value) => ticks(value, spec.name)), space: 34},
       ],
@@ -216,7 +217,7 @@ class Chart {
     if (low === null) return [0, 1];
     if (this.spec.bars) return [0, high * 1.05 || 1];
     if (log) return [low / 1.08, high * 1.08];
-    const flat = high - low < 1e-6 * Math.max(Math.abs(low), Math.abs(high)); // rounding is no curve
+    const flat = high - low <= 1e-6 * Math.max(Math.abs(low), Math.abs(high)); // rounding is no curve
     const room = flat ? Math.abs(high) * 0.05 || 1 : (high - low) * 0.06;
     return [low >= 0 && low - room < 0 ? 0 : low - room, high + room];
   }
