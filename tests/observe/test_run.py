@@ -206,7 +206,7 @@ def test_a_smooth_or_noisy_loss_has_no_spikes() -> None:
     noise = np.random.default_rng(0).normal(size=5000)
     for values in (8 / np.sqrt(steps), 3 + 0.1 * noise, np.full(5000, 2.0), 1e6 + np.zeros(5000)):
         assert spikes(Curve(steps, values)) == []
-    tiny = np.where(steps == 3000, 3.01, 3 + 1e-5 * noise)  # hundreds of standard deviations, but nobody's spike
+    tiny = np.where(steps == 3000, 3.01, 3 + 1e-5 * noise)  # hundreds of standard deviations, but no rise to speak of
     assert spikes(Curve(steps, tiny)) == []
     rising = np.where(steps > 4000, 4 + 0.1 * noise, 3 + 0.1 * noise)
     (event,) = spikes(Curve(steps, rising))

@@ -9,12 +9,13 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 import pytest
 
 from tests.helpers.run_folders import HOSTILE, lines, make_run, records
+from tests.helpers.runs import ROOT
 from tinytron.errors import ConfigError
 from tinytron.observe import server as module
 from tinytron.observe.folder import open_folder
@@ -109,6 +110,15 @@ def test_all_links_of_the_page_are_served() -> None:
     assert sorted(f"/{name}" for name in linked) == sorted(set(ASSETS) - {"/"})
 
 
+def test_an_installed_package_has_the_page() -> None:
+    (listed,) = re.findall(r'package_data=\{"tinytron.observe": \[(.*?)\]\}', (ROOT / "setup.py").read_text())
+    patterns = re.findall(r'"([^"]+)"', listed)
+    for file in (path for path in Path(str(PAGE)).rglob("*") if path.is_file()):
+        name = PurePosixPath("page") / file.relative_to(str(PAGE)).as_posix()
+        assert any(len(name.parts) == len(Path(p).parts) and name.match(p) for p in patterns), name
+    assert (Path(str(PAGE)) / "vendor" / "uPlot.LICENSE").read_text().startswith("The MIT License")
+
+
 @pytest.mark.parametrize(
     "path",
     [
@@ -119,7 +129,7 @@ def test_all_links_of_the_page_are_served() -> None:
 )
 def test_nothing_else_is_served(path: str, server: WatchServer) -> None:
     status, _, content = get(server, path.replace("²", "%C2%B2"))
-    assert (status, content) == (404, b"there is no such page\n")
+    assert (status, content) == (404, b"not found: the page is at /\n")
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "HEAD", "OPTIONS"])

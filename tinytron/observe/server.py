@@ -155,7 +155,7 @@ class Handler(BaseHTTPRequestHandler):
         number = path.removeprefix("/api/runs/")
         if number.isascii() and number.isdecimal() and len(number) < 6 and int(number) < len(self.server.runs):
             return self._answer_json(self.server.runs[int(number)].payload())
-        return self._refuse(HTTPStatus.NOT_FOUND, "there is no such page")
+        return self._refuse(HTTPStatus.NOT_FOUND, "not found: the page is at /")
 
     def _answer_json(self, value: Any) -> None:
         self._answer(json.dumps(value, allow_nan=False, separators=(",", ":")).encode(), "application/json")
