@@ -13,7 +13,7 @@ import pytest
 from tests.helpers.browser import NAMES, Browser, browser_program
 from tests.helpers.run_folders import HOSTILE, experts, lines, make_run, records
 from tinytron.cli.watch import open_runs
-from tinytron.observe import server as module
+from tinytron.observe.folder import LocalFolder
 from tinytron.observe.report import report
 from tinytron.observe.server import WatchServer
 
@@ -70,7 +70,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def url(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A server of two runs."""
-    monkeypatch.setattr(module, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(LocalFolder, "pause", 0.05)
     other = make_run(tmp_path / "runs" / "two", records(60), seed=2)
     with WatchServer(open_runs([str(folder), str(other)]), port=0) as server:
         server.start_following()

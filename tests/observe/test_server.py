@@ -18,7 +18,7 @@ from tests.helpers.run_folders import HOSTILE, lines, make_run, records
 from tests.helpers.runs import ROOT
 from tinytron.errors import ConfigError
 from tinytron.observe import server as module
-from tinytron.observe.folder import open_folder
+from tinytron.observe.folder import LocalFolder, open_folder
 from tinytron.observe.run import Run
 from tinytron.observe.server import ASSETS, PAGE, WatchServer
 
@@ -30,7 +30,7 @@ def runs_of(*folders: Path) -> list[Run]:
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WatchServer]:
     """A server of two runs, the second of which is hostile."""
-    monkeypatch.setattr(module, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(LocalFolder, "pause", 0.05)
     entries = records(30)
     entries[0] |= {HOSTILE: 1.0, "sample": HOSTILE}
     with WatchServer(

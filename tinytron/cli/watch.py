@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from tinytron.errors import ConfigError
 from tinytron.observe.folder import names_of, open_folder
 from tinytron.observe.run import Run
-from tinytron.observe.server import FIRST_PORT, POLL_SECONDS, WatchServer
+from tinytron.observe.server import FIRST_PORT, WatchServer
 from tinytron.observe.table import summary_table
 from tinytron.utils.flags import Parser, parse_strictly
 from tinytron.utils.paths import expanded
@@ -63,7 +63,7 @@ def _follow_in_terminal(runs: Sequence[Run]) -> None:
         if (text := _once(runs)) != before:
             print(f"{CLEAR if sys.stdout.isatty() else ''}{text}", flush=True)
             before = text
-        time.sleep(POLL_SECONDS)
+        time.sleep(max(run.folder.pause for run in runs))
 
 
 def _serve(runs: Sequence[Run], host: str, port: int | None) -> None:

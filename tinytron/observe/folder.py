@@ -25,6 +25,7 @@ class Folder(Protocol):
     """A folder of files. The methods raise OSError or StorageError if it cannot be read."""
 
     name: str
+    pause: float  # seconds between two looks at the files
 
     def files(self) -> dict[str, FileInfo]:
         """The files of the folder by relative name, with those of its folders."""
@@ -35,6 +36,8 @@ class Folder(Protocol):
 
 class LocalFolder:
     """A folder on a disk."""
+
+    pause = 2.0
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, os.path.abspath(path)
@@ -61,6 +64,8 @@ class LocalFolder:
 
 class UrlFolder:
     """A folder at a URL such as ``s3://bucket/run``."""
+
+    pause = 15.0  # requests cost money, and runs copy their logs only when they save
 
     def __init__(self, url: str) -> None:
         self._remote = RemoteFolder(url)

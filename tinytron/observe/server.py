@@ -18,7 +18,7 @@ from tinytron.errors import ConfigError
 from tinytron.observe.run import Run
 
 FIRST_PORT, PORTS = 8265, 20
-POLL_SECONDS = 2.0  # between two looks at the files
+TICK_SECONDS = 0.2  # between two looks at the clock
 SLICE_SECONDS = 0.05  # time slice of reading one log; requests and the other runs come in between
 PATIENCE_SECONDS = 1.0  # longest wait for requests before reading continues
 PAGE = resources.files("tinytron.observe") / "page"
@@ -90,13 +90,14 @@ class WatchServer(ThreadingHTTPServer):
         self._ended.set()
 
     def _follow(self) -> None:
+        due = [0.0] * len(self.runs)  # when to look at a run again
         while not self._ended.is_set():
-            done = []
-            for run in self.runs:
+            for number, run in enumerate(self.runs):
                 self._let_requests_pass()
-                done.append(run.refresh(SLICE_SECONDS))
-            if all(done):
-                self._ended.wait(POLL_SECONDS)
+                if time.monotonic() >= due[number] and run.refresh(SLICE_SECONDS):
+                    due[number] = time.monotonic() + run.folder.pause
+            if all(when > time.monotonic() for when in due):
+                self._ended.wait(TICK_SECONDS)
 
     def _let_requests_pass(self) -> None:
         """Wait while requests are answered, but not for long: a thread that parses a long log would slow them down."""
