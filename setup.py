@@ -18,11 +18,13 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["tinytron", "tinytron.*"]),
+    package_data={"tinytron.observe": ["page/*", "page/vendor/*"]},
     python_requires=">=3.10",
     entry_points={"console_scripts": ["tinytron = tinytron.cli.main:run"]},
     install_requires=["torch>=2.11", "numpy", "tqdm"],
     extras_require={
         "quickstart": QUICKSTART,
+        "report": ["matplotlib"],
         "data": DATA,
         "flash-attn": ["flash-attn"],
         "liger-kernel": ["liger-kernel>=0.8.5"],

@@ -26,7 +26,7 @@ from tinytron.text.run_tokenizer import RunTokenizer, find_tokenizer
 from tinytron.text.tokenizers import TextTokenizer
 from tinytron.training import Config, build_config, parse_args
 from tinytron.training.run.folder import run_folder
-from tinytron.utils.texts import next_generation
+from tinytron.utils.texts import next_generation, watch_command
 
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
@@ -135,6 +135,7 @@ def main() -> None:
     for name, value in bits.items():
         print(f"  {name:<11} {value:.3f}")
     print(f"loss curve: {files.folder / 'loss.png'}\nweights:    {files.model}")
+    print(f"{watch_command(files.folder)} (its curves on a page in the browser; --once: a table here)")
     print(next_generation(files.folder, "--max_new_tokens", 200))
 
 

@@ -84,7 +84,9 @@ def test_the_golden_command_trains_four_steps(runs: dict[str, tuple[Result, Path
     assert list(losses(_log(place))) == [1, 2, 3, 4]
     assert losses(_log(place))[1] == pytest.approx(6.24, abs=0.05)  # about ln 512
     assert "warm-up cut" not in result.stdout  # the default fits the run; no flag was given
-    assert {p.name for p in place.glob("log/debug_test_*/*")} == {"config.json", "log.txt", "log.jsonl", ".lock"}
+    assert {p.name for p in place.glob("log/debug_test_*/*")} == {
+        *("config.json", "log.txt", "log.jsonl", "messages.jsonl", ".lock")
+    }
 
 
 @pytest.mark.parametrize("name", _some(["world 2", "world 4", "replicated", "other micro-batch"]))

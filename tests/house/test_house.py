@@ -18,7 +18,7 @@ FLOORS = (
     ("errors", "utils", "config", "registry", "job"),
     ("distributed", "kernels"),
     ("model", "data", "text", "optim", "metrics"),
-    ("checkpoint", "interop", "inference", "evaluation", "planner"),
+    ("checkpoint", "interop", "inference", "evaluation", "planner", "observe"),
     ("training",),
     ("jobs", "experiments", "quick"),
     ("cli", "timl"),

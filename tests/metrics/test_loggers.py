@@ -368,7 +368,8 @@ def test_unknown_loggers_and_missing_packages(tmp_path: Path, monkeypatch: pytes
     ):
         config_of("--loggers", "console", "tensorbord")
     with pytest.raises(
-        ConfigError, match="--wandb_project p needs the logger wandb; use --loggers console log jsonl wandb, or drop it"
+        ConfigError,
+        match="--wandb_project p needs the logger wandb; use --loggers console log jsonl messages wandb, or drop it",
     ):
         config_of("--wandb_project", "p")
 

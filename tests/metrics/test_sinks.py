@@ -7,6 +7,7 @@ import math
 import resource
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,18 @@ from tests.helpers.ranks import Ranks
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import ConfigError, StorageError
-from tinytron.metrics.sinks import SINKS, Background, Console, JsonLog, Record, RunInfo, Sink, TextLog, make_sinks
+from tinytron.metrics.sinks import (
+    SINKS,
+    Background,
+    Console,
+    JsonLog,
+    MessageLog,
+    Record,
+    RunInfo,
+    Sink,
+    TextLog,
+    make_sinks,
+)
 from tinytron.training.run.reporter import Reporter
 
 Pools = Callable[[int], Ranks]
@@ -243,9 +255,32 @@ def test_a_sink_that_cannot_begin_ends_the_run_before_it_begins(ranks: Pools, tm
 
 
 def test_the_built_in_sinks_have_names() -> None:
-    assert list(SINKS) == ["log", "jsonl", "csv", "tensorboard", "wandb", "console"]
+    assert list(SINKS) == ["log", "jsonl", "csv", "messages", "tensorboard", "wandb", "console"]
     made = make_sinks(["console", "wandb", "log"])
     assert [type(sink) for sink in made] == [TextLog, Background, Console]
+
+
+def test_messages_are_kept_with_their_time_over_all_starts(tmp_path: Path) -> None:
+    for start, step in ((10.0, 0), (20.0, 3)):
+        log = MessageLog(now=lambda start=start: start)
+        log.say("early")
+        log.open(replace(info(tmp_path), first_step=step))
+        log.resume(step)
+        log.advance(step + 1)
+        log.say("line\nand more")
+    entries = [json.loads(line) for line in (tmp_path / "messages.jsonl").read_text().splitlines()]
+    assert [tuple(entry.values()) for entry in entries] == [
+        *((10.0, 0, "early"), (10.0, 1, "line\nand more"), (20.0, 0, "early"), (20.0, 4, "line\nand more")),
+    ]
+
+
+def test_messages_that_cannot_be_kept_end_no_run(tmp_path: Path) -> None:
+    (tmp_path / "messages.jsonl").mkdir()
+    log = MessageLog()
+    log.say("early")
+    log.open(info(tmp_path))
+    log.say("later")
+    assert not list((tmp_path / "messages.jsonl").iterdir())
 
 
 def test_a_refusal_names_the_file(tmp_path: Path) -> None:

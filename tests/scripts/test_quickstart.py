@@ -227,5 +227,7 @@ def test_the_report_is_in_bits_per_byte(tmp_path: Path) -> None:
     assert len(prompts) == 3
     assert all(f"--- sample ---\n{prompt}" in report for prompt in prompts)
     assert "import os" not in report
+    assert "\nlook: " in report
+    assert f"watch {folder} (its curves on a page in the browser" in report
     assert follow(report).startswith("the")
     assert (folder / "loss.png").stat().st_size > 1000

@@ -74,7 +74,7 @@ def test_every_step_once_and_validation_before_saving(ranks: Pools, tmp_path: Pa
     assert [" ".join(line) for line in lines] == order
     assert [f"{r['step']} {r['stage']}" for r in results[0].records] == order
     assert {p.name for p in results[0].folder.iterdir()} == {
-        *("config.json", "log.txt", "log.jsonl", ".lock"),
+        *("config.json", "log.txt", "log.jsonl", "messages.jsonl", ".lock"),
         *("00003_model.pt", "00003_opt", "00003_meta.pt", "00005_model.pt", "00005_opt", "00005_meta.pt"),
     }
 

@@ -18,7 +18,7 @@ from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import StorageError, TinytronError
 from tinytron.utils.remote import RemoteFolder
 
-LOGS = ("log.txt", "log.jsonl", "log.csv", "wandb.json", "config.json")
+LOGS = ("log.txt", "log.jsonl", "log.csv", "messages.jsonl", "wandb.json", "config.json")
 LOG_FOLDERS = ("tensorboard",)
 _ADVICE = "training continues with the local copy, and the next save tries again"
 

@@ -31,6 +31,8 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "pretrain": Command("pretrain", "train a model on token shards or mock data"),
         "autotune": Command("autotune", "measure short runs over a grid of layouts and micro-batches"),
         "launch": Command("launch", "start a script in several processes, as torchrun does"),
+        "watch": Command("watch", "follow runs on a page in the browser, or in the terminal"),
+        "report": Command("report", "write a report of runs as one HTML file, or as a picture"),
         "checkpoint": Command("checkpoint", "show, check, consolidate and delete checkpoints"),
         "generate": Command("generate", "continue texts with a trained model"),
         "evaluate": Command("evaluate", "score a trained model on multiple-choice tasks, or measure its loss"),

@@ -196,8 +196,11 @@ class LoggingConfig:
     ] = 10
     loggers: Annotated[
         tuple[str, ...],
-        Flag("where records go: console, log (log.txt), jsonl, csv, tensorboard, wandb", identity=False),
-    ] = ("console", "log", "jsonl")
+        Flag(
+            "where records go: console, log (log.txt), jsonl, csv, tensorboard, wandb; messages: messages.jsonl",
+            identity=False,
+        ),
+    ] = ("console", "log", "jsonl", "messages")
     wandb_project: Annotated[str | None, Flag("project of Weights & Biases; default: tinytron", identity=False)] = None
     wandb_run_name: Annotated[
         str | None, Flag("name of the run there; default: that of the run's folder", identity=False)

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 from tinytron.errors import ConfigError, StorageError, first_line
 from tinytron.utils.progress import Progress
-from tinytron.utils.training import sha256_of
 
 T = TypeVar("T")
 
@@ -85,6 +84,10 @@ class RemoteFolder:
 
         found = self._attempt("list", "it", find)
         return {name.removeprefix(self._root).lstrip("/"): int(info["size"]) for name, info in found.items()}
+
+    def read(self, name: str, start: int, end: int | None) -> bytes:
+        """The bytes of the file ``name`` from ``start`` to ``end``, or to its end."""
+        return self._attempt("read", name, lambda: self._fs.cat_file(self._path(name), start=start, end=end))
 
     def push(self, local_root: Path, names: Sequence[str]) -> None:
         """Copy the files ``names`` from ``local_root`` to the remote folder, overwriting existing files."""
@@ -181,5 +184,7 @@ def _difference(path: Path, size: int, sha256: str | None) -> str:
         return f"{got} bytes arrived instead of {size}"
     if sha256 is None:
         return ""
+    from tinytron.utils.training import sha256_of  # imports torch, which commands that only look at runs do not need
+
     found = sha256_of(path)
     return "" if found == sha256 else f"its sha256 is {found} instead of {sha256}"

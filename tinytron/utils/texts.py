@@ -53,6 +53,11 @@ def next_generation(checkpoint: object, *words: object) -> str:
     return next_command("generate", "--checkpoint", checkpoint, "--prompt", "the", *words)
 
 
+def watch_command(folder: object) -> str:
+    """``look: tinytron watch ...``, a line with the command that shows the run in ``folder``."""
+    return f"look: {shlex.join([*program_words(), 'watch', str(folder)])}"
+
+
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
     """The lines of a table. A column is as wide as its longest entry; those in ``right`` are aligned at the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -8,6 +8,7 @@ from tinytron.metrics.sinks.background import Background
 from tinytron.metrics.sinks.base import Record, RunInfo, Sink, SinkFailedError
 from tinytron.metrics.sinks.console import Console
 from tinytron.metrics.sinks.files import JsonLog, TextLog
+from tinytron.metrics.sinks.messages import MessageLog
 from tinytron.metrics.sinks.table import CsvLog
 from tinytron.metrics.sinks.tensorboard import TensorBoard
 from tinytron.metrics.sinks.wandb import WandB
@@ -17,12 +18,13 @@ SINKS: dict[str, type[Sink]] = {
     "log": TextLog,
     "jsonl": JsonLog,
     "csv": CsvLog,
+    "messages": MessageLog,
     "tensorboard": TensorBoard,
     "wandb": WandB,
     "console": Console,
 }
 # A checkpoint must not be newer than the logs, and a message belongs before what follows it: these do not wait in a thread.
-AT_ONCE = ("log", "jsonl", "csv", "console")
+AT_ONCE = ("log", "jsonl", "csv", "messages", "console")
 
 
 def make_sinks(names: Sequence[str]) -> list[Sink]:
@@ -38,6 +40,7 @@ __all__ = [
     "Console",
     "CsvLog",
     "JsonLog",
+    "MessageLog",
     "Record",
     "RunInfo",
     "Sink",
