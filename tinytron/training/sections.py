@@ -211,6 +211,10 @@ class LoggingConfig:
     moe_route_trace: Annotated[
         bool, Flag("write each token's experts at every report, for scripts/compare_routes.py; large", identity=False)
     ] = False
+    log_norms: Annotated[
+        bool,
+        Flag("log the norm of every tensor's gradient, weights and update at every report", identity=False),
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)

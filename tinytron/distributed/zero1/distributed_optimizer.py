@@ -8,6 +8,7 @@ Sources: ZeRO (arXiv:1910.02054, section 5); bucketed overlap as in PyTorch DDP 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import weakref
@@ -30,6 +31,7 @@ from tinytron.distributed.zero1.assignment import assignment_table, check_assign
 from tinytron.distributed.zero1.averages import swap_averages, update_averages
 from tinytron.distributed.zero1.flat_buffer import BufferParam, FlatBuffer, OwnedSlice, Ownership
 from tinytron.distributed.zero1.grouping import BufferGroup, group_parameters
+from tinytron.distributed.zero1.norms import TensorNorms
 from tinytron.distributed.zero1.schedule import Bucket, ParamGather, ReductionSchedule
 from tinytron.errors import ConfigError
 from tinytron.utils.profile import EXCHANGE, UPDATE
@@ -104,6 +106,7 @@ class DistributedOptimizer:
         self._state = ParallelState.of_group(group, self._model_params[0][0].device)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._buffers: list[FlatBuffer] = []
+        self.tensor_norms: TensorNorms | None = None  # measures each step while it is set
         self._gather = ParamGather([])
         self._reset_counters()
 
@@ -242,6 +245,10 @@ class DistributedOptimizer:
                 )
             self._launch(only_complete=False)
 
+    def measure_norms(self) -> None:
+        """Measure every step from now on, until ``tensor_norms`` is set to ``None``."""
+        self.tensor_norms = TensorNorms(self.buffers, self._state, self.loss_scale)
+
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss to call ``backward`` on, multiplied by the loss scale (which is 1 except for fp16)."""
         return loss * self.loss_scale if self._growth_tracker is not None else loss
@@ -268,7 +275,8 @@ class DistributedOptimizer:
         factor = 1.0 / self.loss_scale
         if max_norm > 0:
             factor = factor * torch.clamp(max_norm / (norm + 1e-6), max=1.0).nan_to_num()  # padding stays zero
-        with record_function(UPDATE):
+        measuring = contextlib.nullcontext() if self.tensor_norms is None else self.tensor_norms.of_step()
+        with record_function(UPDATE), measuring:
             for buffer in self.buffers:
                 buffer.scale_grads(factor)
             self._inner_step(skip)
