@@ -16,8 +16,8 @@ KINDS = ("grad", "param", "update")
 
 
 class TensorNorms:
-    """Measures optimizer steps for ``DistributedOptimizer.tensor_norms``. For each parameter it has the norm of the gradient
-    before clipping, of the weights after the step, and of the difference that the step made to them (0 for a skipped step).
+    """Measures the steps of a ``DistributedOptimizer``. For each parameter it has the norm of the gradient before clipping,
+    of the weights after the step, and of the difference that the step made to them (0 for a skipped step).
 
     Each rank measures the parts that it owns, in the main precision (fp32, or fp64 for fp64 models). To know the update it
     keeps a copy of its weights during the step (``FlatBuffer.keep_weights``). The host does not wait.
