@@ -18,8 +18,8 @@ from tests.helpers.ranks import Ranks
 from tests.helpers.runs import read_logs, train
 from tests.naive.training import Recipe
 from tinytron.data import Batch
-from tinytron.distributed import DistributedOptimizer
-from tinytron.distributed.zero1.norms import KINDS
+from tinytron.distributed import DistributedOptimizer, ParallelLayout, ParallelState
+from tinytron.distributed.zero1.norms import KINDS, TensorNorms
 from tinytron.model.modules.loss import LossSums
 from tinytron.training import Config, Trainer
 
@@ -137,10 +137,11 @@ def test_measuring_changes_no_bit(ranks: Pools, tmp_path: Path, world: int, shar
 
 def _rejected() -> tuple[dict[str, dict[str, float]], float]:
     """The norms of a step that is rejected, and that of the weight. A job for the pool."""
-    layer = nn.Linear(3, 5)
+    layer, world = nn.Linear(3, 5), torch.distributed.get_world_size()
+    state = ParallelState.create(ParallelLayout(world), torch.device("cpu"))
     optimizer = DistributedOptimizer(torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True))
     for reject in (False, True):
-        optimizer.measure_norms()
+        optimizer.tensor_norms = TensorNorms(optimizer.buffers, state, optimizer.loss_scale)
         with optimizer.accumulate(last=True):
             layer(torch.ones(2, 3)).sum().backward()
         optimizer.step(max_norm=1e-3, reject=lambda norm, skip=reject: torch.full_like(norm, skip))

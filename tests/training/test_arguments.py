@@ -35,7 +35,7 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
     "logging": {
         "exp_name": "gpt", "log_dir": "./log/", "log_every": 10, "print_config": "no", "moe_router_debug": False,
         "moe_route_trace": False, "dry_run": False, "dry_run_world_size": None,
-        "log_norms": False,
+        "log_norms": False, "log_activations": False, "log_attention": False, "log_loss_by_position": False,
     },
     "seed": {"seed": 1337, "deterministic": False},
     "data": {

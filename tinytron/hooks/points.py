@@ -92,7 +92,8 @@ def uncompiled(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
                 undo.callback(setattr, module, "_compiled_call_impl", module._compiled_call_impl)
                 module._compiled_call_impl = None
             for method in getattr(module, "compiled_methods", ()):
-                undo.callback(setattr, module, method, module.__dict__.pop(method))
+                if method in module.__dict__:  # else it is uncompiled already, by an outer context
+                    undo.callback(setattr, module, method, module.__dict__.pop(method))
         yield
 
 

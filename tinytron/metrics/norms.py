@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 
-from tinytron.distributed import DistributedOptimizer
+from tinytron.distributed import DistributedOptimizer, ParallelState
+from tinytron.distributed.zero1.norms import TensorNorms
 
 
 class NormStatistics:
     """The ``TensorNorms`` of the steps of ``optimizer`` that are reported."""
 
-    def __init__(self, optimizer: DistributedOptimizer) -> None:
-        self._optimizer = optimizer
+    def __init__(self, optimizer: DistributedOptimizer, state: ParallelState) -> None:
+        self._optimizer, self._state = optimizer, state
+        self._norms: TensorNorms | None = None
 
     def begin(self) -> None:
         """Measure the next step."""
-        self._optimizer.measure_norms()
+        buffers = self._optimizer.buffers
+        if self._norms is None or self._norms.buffers is not buffers:  # making one copies an index to the device
+            self._norms = TensorNorms(buffers, self._state, self._optimizer.loss_scale)
+        self._optimizer.tensor_norms = self._norms
 
     def record(self, step: int) -> dict[str, float]:
         """``grad_norms/<parameter>``, ``param_norms/`` and ``update_norms/``, and ``param_norm`` and ``update_norm`` of all

@@ -245,10 +245,6 @@ class DistributedOptimizer:
                 )
             self._launch(only_complete=False)
 
-    def measure_norms(self) -> None:
-        """Measure every step from now on, until ``tensor_norms`` is set to ``None``."""
-        self.tensor_norms = TensorNorms(self.buffers, self._state, self.loss_scale)
-
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss to call ``backward`` on, multiplied by the loss scale (which is 1 except for fp16)."""
         return loss * self.loss_scale if self._growth_tracker is not None else loss

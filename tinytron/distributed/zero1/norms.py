@@ -24,7 +24,7 @@ class TensorNorms:
     """
 
     def __init__(self, buffers: Sequence[FlatBuffer], state: ParallelState, loss_scale: torch.Tensor) -> None:
-        self._buffers, self._state, self._loss_scale = list(buffers), state, loss_scale
+        self.buffers, self._state, self._loss_scale = buffers, state, loss_scale
         self._names = [member.name for buffer in buffers for member in buffer.members]
         # Without sharding all ranks of a group own the same elements; the first one's count.
         counted = [buffer.own.shard or dist.get_rank(buffer.own.group) == 0 for buffer in buffers]
@@ -43,16 +43,16 @@ class TensorNorms:
     def of_step(self) -> Iterator[None]:
         """Context of an update: the gradients are reduced before it and clipped in it. The last step measured counts."""
         self._squares.zero_()
-        self._add("grad", [buffer.owned_grads for buffer in self._buffers])
+        self._add("grad", [buffer.owned_grads for buffer in self.buffers])
         self._squares /= self._loss_scale.double().square()
-        kept = [buffer.keep_weights() for buffer in self._buffers]
+        kept = [buffer.keep_weights() for buffer in self.buffers]
         yield
-        self._add("param", [buffer.main_weights for buffer in self._buffers])
-        for buffer, before in zip(self._buffers, kept, strict=True):
+        self._add("param", [buffer.main_weights for buffer in self.buffers])
+        for buffer, before in zip(self.buffers, kept, strict=True):
             for old, new in zip(before, buffer.main_weights, strict=True):
                 old -= new
         self._add("update", kept)
-        for buffer in self._buffers:
+        for buffer in self.buffers:
             buffer.drop_weights()
 
     def _add(self, kind: str, tensors: Sequence[Sequence[torch.Tensor]]) -> None:
