@@ -24,6 +24,7 @@ from tinytron.inference import SamplingOptions, complete
 from tinytron.model import GPT, ModelConfig
 from tinytron.model.modules.attn import Attention
 from tinytron.model.modules.recompute import Recompute
+from tinytron.utils.sequences import documents_of
 
 Pools = Callable[[int], Ranks]
 Arrays = dict[str, tuple[Any, Any]]  # by point: activation and gradient
@@ -253,14 +254,27 @@ def test_without_gradients_nothing_is_perturbed() -> None:
 
 
 class OwnAttention(Attention):
-    """Every part overridden: values are doubled, what is projected is halved, no token sees a later one of its half."""
+    """Every part is overridden: keys and values are tripled, a token sees itself only, and outputs are halved twice."""
 
-    def preprocess_qkv(self, qkv_BsMH: Any, rotation: Any) -> Any:
+    def _project_inner(self, x_BsD: torch.Tensor) -> torch.Tensor:
+        return 3 * super()._project_inner(x_BsD)
+
+    def preprocess_qkv(self, qkv_BsMH: torch.Tensor, rotation: Any) -> Any:
         q, k, v = super().preprocess_qkv(qkv_BsMH, rotation)
-        return q, k, 2 * v
+        return q / 3, k, v
 
-    def postprocess_attn(self, out_BsNH: Any) -> Any:
+    def build_mask(self, documents: Any) -> Any:
+        assert documents is None
+        return documents_of(torch.zeros(B, S, dtype=torch.int64))
+
+    def attn(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Any) -> torch.Tensor:
+        return super().attn(q, k, v, documents) / 2
+
+    def postprocess_attn(self, out_BsNH: torch.Tensor) -> torch.Tensor:
         return out_BsNH / 2
+
+    def output_proj(self, out_BsNH: torch.Tensor) -> torch.Tensor:
+        return super().output_proj(out_BsNH) + 1
 
 
 class OwnGPT(GPT):
@@ -270,14 +284,33 @@ class OwnGPT(GPT):
 def test_parts_of_attention_are_overridden() -> None:
     model, (ids, labels) = make_model(), make_batch()
     own = OwnGPT(model.config, dtype=torch.float64, seed=5)
-    assert torch.allclose(own(ids, labels).objective, model(ids, labels).objective)
-    own.blocks[0].attn.postprocess_attn = lambda out: 0 * out
-    names = ["blocks.0.post_attn", "blocks.0.input", "blocks.0.attn.v"]
-    with hooks.on(own, record=names) as seen, hooks.on(model, record=names) as plain:
+    with hooks.on(own, record=["blocks.0.*"]) as seen, hooks.on(model, record=["blocks.0.*"]) as plain:
         own(ids, labels)
         model(ids, labels)
-    assert torch.equal(seen["blocks.0.post_attn"], seen["blocks.0.input"])
-    assert torch.equal(seen["blocks.0.attn.v"], 2 * plain["blocks.0.attn.v"])
+    of = "blocks.0.attn."
+    torch.testing.assert_close(seen[of + "q"], plain[of + "q"])
+    torch.testing.assert_close(seen[of + "v"], 3 * plain[of + "v"])
+    torch.testing.assert_close(seen[of + "pre_proj"], 3 * plain[of + "v"].repeat_interleave(2, dim=2) / 4)
+    projected = own.blocks[0].attn.out_proj(seen[of + "pre_proj"].flatten(2))
+    torch.testing.assert_close(seen["blocks.0.post_attn"], seen["blocks.0.input"] + projected + 1)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("mlp_type", ["gelu", "swiglu"])
+def test_every_kind_of_block_is_the_sum_of_its_points(parallel: bool, mlp_type: str) -> None:
+    other: dict[str, Any] = {"parallel_residual": parallel, "mlp_type": mlp_type, "norm_type": "layer", "qk_norm": True}
+    model, (ids, labels) = make_model(**other), make_batch()
+    with hooks.on(model, record=["*"]) as seen:
+        model(ids, labels)
+    for i, block in enumerate(model.blocks):
+        here = {name.removeprefix(f"blocks.{i}."): x for name, x in seen.items() if name.startswith(f"blocks.{i}.")}
+        torch.testing.assert_close(here["attn.input"], block.attn_norm(here["input"]))
+        torch.testing.assert_close(
+            here["post_attn"], here["input"] + block.attn.out_proj(here["attn.pre_proj"].flatten(2))
+        )
+        normed = block.mlp_norm(here["input" if parallel else "post_attn"])
+        torch.testing.assert_close(here["mlp.input"], normed)
+        torch.testing.assert_close(here["post_mlp"], here["post_attn"] + block.mlp.down_proj(here["mlp.pre_proj"]))
 
 
 # Errors.

@@ -77,6 +77,8 @@ def attached(model: nn.Module, taps: Mapping[str, Tap]) -> Iterator[None]:
         finally:
             for module, earlier in zip(modules, before, strict=True):
                 module.taps = earlier
+                if earlier is None:
+                    del module.taps  # the class has it; compiled code looks where it is found
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ Replace = Callable[[torch.Tensor], torch.Tensor]
 
 class Seen(Mapping[str, torch.Tensor]):
     """The activations of the last forward pass by point, without gradient: ``seen["blocks.3.post_mlp"]``, ``[B, s, ...]``.
-    ``gradient`` gives their gradients at the points that were perturbed."""
+    ``gradient`` and ``gradient_norms`` give their gradients at the points that were perturbed in it."""
 
     def __init__(self, model: nn.Module, whole: bool) -> None:
         self._state: Any = getattr(model, "state", None)
@@ -56,12 +56,11 @@ class Seen(Mapping[str, torch.Tensor]):
     def gradient_norms(self) -> dict[str, float]:
         """``intermediate_grad_norms/<point>``: the norm of the gradient at every perturbed point, over all ranks.
         Collective over the world."""
-        grads = [zero.grad for zero in self._zeros.values()]
-        squares = [torch.zeros(()) if grad is None else torch.linalg.vector_norm(grad) for grad in grads]
-        if not squares:
+        zeros = self._zeros.values()
+        norms = [torch.linalg.vector_norm(zero if zero.grad is None else zero.grad).detach() for zero in zeros]
+        if not norms:
             return {}
-        device = next((grad.device for grad in grads if grad is not None), None)
-        total = torch.stack([square.to(device) for square in squares]).double().square()
+        total = torch.stack(norms).double().square()
         if self._state is not None:
             total = sum_over(total, self._state.groups["world"])
         return {f"intermediate_grad_norms/{n}": v for n, v in zip(self._zeros, total.sqrt().tolist(), strict=True)}

@@ -48,7 +48,7 @@ class AttentionStatistics:
         self._measuring.enter_context(uncompiled(self._model, list(self._layers)))
         for i, layer in enumerate(self._layers.values()):
             layer.watch = partial(self._measure, i, layer.window)
-            self._measuring.callback(setattr, layer, "watch", None)
+            self._measuring.callback(delattr, layer, "watch")
 
     def record(self, step: int) -> dict[str, float]:
         """``attention/<block>/entropy`` in nats, the mean over queries, and ``max_logit``. Collective; the host waits."""

@@ -45,7 +45,7 @@ class LossByPosition:
         position_s = torch.arange(first, first + s, device=self._upper.device)
         bucket_s = torch.searchsorted(self._upper, position_s, right=True)
         valid_Bs = batch.labels != IGNORE_INDEX
-        nats_s = losses.per_token.view(B, s).sum(0, dtype=torch.float64)
+        nats_s = losses.per_token.reshape(B, s).sum(0, dtype=torch.float64)
         self._sums.index_add_(1, bucket_s, torch.stack([nats_s, valid_Bs.sum(0).double()]))
 
     def record(self, step: int) -> dict[str, float]:
