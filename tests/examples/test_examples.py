@@ -15,6 +15,8 @@ import torch
 
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import ROOT, TINY, config_of, losses, read_logs, run_well
+from tinytron.inference import SamplingOptions, complete
+from tinytron.model import GPT, ModelConfig
 from tinytron.training import Trainer
 
 Pools = Callable[[int], Ranks]
@@ -44,7 +46,7 @@ def printed() -> dict[str, list[str]]:
 
 def test_the_page_names_every_example_and_they_are_short() -> None:
     files = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
-    assert files == sorted(EXAMPLES)
+    assert files == sorted([*EXAMPLES, "look_inside"])
     assert set(printed()) == {*EXAMPLES, "own_loss_2"}
     for name in files:
         lines = [line for line in (ROOT / "examples" / f"{name}.py").read_text().splitlines() if line.strip()]
@@ -63,13 +65,39 @@ def run_printed(name: str, log_dir: Path) -> tuple[dict[int, float], list[dict[s
     return losses(log), records, folder
 
 
-def test_own_data_is_what_is_trained_on(tmp_path: Path) -> None:
-    found, records, _ = run_printed("own_data", tmp_path)
+def test_own_data_is_what_is_trained_on_and_looked_into(tmp_path: Path) -> None:
+    found, records, folder = run_printed("own_data", tmp_path)
     # Bytes of English: far better than ln 256 = 5.5 after few steps, and mock data would stay there.
     assert found[20] < 4.0 < 5.0 < found[1]
     rows = (len((ROOT / "README.md").read_bytes()) - 1) // 32
     assert records[-1]["stage"] == "val"
     assert records[-1]["tokens"] == 32 * (rows - round(0.99 * rows))  # whatever the length of the page
+    page = (ROOT / "examples" / "README.md").read_text()
+    assert "python examples/look_inside.py log/own_data_*" in page
+    done = run_well(folder, cwd=ROOT, script=ROOT / "examples" / "look_inside.py")
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == ["logit lens", "patched", "steered"]
+
+
+def test_look_inside_shows_what_a_pass_by_hand_shows() -> None:
+    """The lens at the last block is the output; a patch of the last token there gives the other prompt's; a direction of
+    zero steers nowhere."""
+    example = load("look_inside")
+    config = ModelConfig(block_size=64, vocab_size=61, num_layer=2, hidden_size=16, num_attention_heads=4,
+                         num_key_value_heads=2, intermediate_size=24, init_std=0.3)  # fmt: skip
+    model, last = GPT(config).eval(), "blocks.1.post_mlp"
+    ids, other = torch.arange(12).view(1, 12), torch.arange(20, 32).view(1, 12)
+    with torch.no_grad():
+        lens, logits = example.logit_lens(model, ids), model(ids)
+        assert len(lens) == 2
+        assert torch.equal(lens[1], logits)
+        assert not torch.allclose(lens[0], logits)
+        patched = example.patched(model, ids, other, last)
+        assert torch.equal(patched[:, :-1], logits[:, :-1])
+        torch.testing.assert_close(patched[:, -1], model(other)[:, -1])
+        options = SamplingOptions(max_new_tokens=20, temperature=0)
+        plain = complete(model, ids.tolist(), options).samples[0].tokens
+        assert example.steered(model, ids, torch.zeros(16), last) == plain
+        assert example.steered(model, ids, 100 * torch.ones(16).cumsum(0), last) != plain
 
 
 def trainer_of(name: str, log_dir: Path, *flags: object) -> Trainer:

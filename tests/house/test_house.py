@@ -17,7 +17,7 @@ PACKAGE = ROOT / "tinytron"
 FLOORS = (
     ("errors", "utils", "config", "registry", "job"),
     ("distributed", "kernels"),
-    ("model", "data", "text", "optim", "metrics"),
+    ("model", "hooks", "data", "text", "optim", "metrics"),
     ("checkpoint", "interop", "inference", "evaluation", "planner", "observe"),
     ("training",),
     ("jobs", "experiments", "quick"),

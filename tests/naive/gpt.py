@@ -6,7 +6,7 @@ Shares nothing with tinytron but the names of the weights. Letters as in tinytro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 Weights = dict[str, torch.Tensor]
+At = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -57,19 +58,29 @@ def logits(weights: Weights, ids_BS: torch.Tensor, shape: Shape) -> torch.Tensor
     return forward(weights, ids_BS, shape)[0]
 
 
-def forward(weights: Weights, ids_BS: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, list[Routed]]:
-    """Logits ``[B, S, V]`` and what the routers of the expert layers did."""
+def forward(
+    weights: Weights, ids_BS: torch.Tensor, shape: Shape, at: At = lambda name, x: x
+) -> tuple[torch.Tensor, list[Routed]]:
+    """Logits ``[B, S, V]`` and what the routers of the expert layers did. ``at`` gets the name and the value of every
+    point (docs/hooks.md), and returns the value to continue with."""
     x, routed = weights["wte.weight"][ids_BS], []
     for i in range(shape.layers):
         block = {k.removeprefix(f"blocks.{i}."): v for k, v in weights.items() if k.startswith(f"blocks.{i}.")}
-        x = x + _attention(_norm(x, block["attn_norm.weight"], shape.eps), block, shape)
-        normed = _norm(x, block["mlp_norm.weight"], shape.eps)
+
+        def here(name: str, x: torch.Tensor, prefix: str = f"blocks.{i}.") -> torch.Tensor:
+            return at(prefix + name, x)
+
+        x = here("input", x)
+        x = here("post_attn", x + _attention(_norm(x, block["attn_norm.weight"], shape.eps), block, shape, here))
+        normed = here("mlp.input", _norm(x, block["mlp_norm.weight"], shape.eps))
         if shape.experts is None or i < shape.experts.first_k_dense:
-            x = x + _swiglu(normed, block["mlp.gate_up_proj.weight"], block["mlp.down_proj.weight"])
+            inner = here("mlp.pre_proj", _gated(normed, block["mlp.gate_up_proj.weight"]))
+            x = x + inner @ block["mlp.down_proj.weight"].T
         else:
-            out, routing = _mixture(normed, block, shape.experts, i)
+            out, routing = _mixture(normed, block, shape.experts, i, here)
             x = x + out
             routed.append(routing)
+        x = here("post_mlp", x)
     return _norm(x, weights["final_norm.weight"], shape.eps) @ weights["lm_head.weight"].T, routed
 
 
@@ -99,13 +110,13 @@ def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
-def _swiglu(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+def _gated(x: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     h = x @ gate_up.T
     gate, up = h[..., : h.shape[-1] // 2], h[..., h.shape[-1] // 2 :]
-    return (gate * torch.sigmoid(gate) * up) @ down.T
+    return gate * torch.sigmoid(gate) * up
 
 
-def _mixture(x_BSD: torch.Tensor, block: Weights, experts: Experts, layer: int) -> tuple[torch.Tensor, Routed]:
+def _mixture(x_BSD: torch.Tensor, block: Weights, experts: Experts, layer: int, at: At) -> tuple[torch.Tensor, Routed]:
     scores = x_BSD @ block["mlp.router.weight"].T
     positive = scores.exp() if experts.score == "softmax" else 1 / (1 + (-scores).exp())
     prob = positive / positive.sum(-1, keepdim=True)
@@ -121,24 +132,26 @@ def _mixture(x_BSD: torch.Tensor, block: Weights, experts: Experts, layer: int) 
     out = torch.zeros_like(x_BSD)
     for e in range(E):
         gate_up, down = block["mlp.experts.gate_up_proj"][e], block["mlp.experts.down_proj"][e]
-        out = out + weight[..., e : e + 1] * _swiglu(x_BSD, gate_up, down)
+        out = out + weight[..., e : e + 1] * (_gated(x_BSD, gate_up) @ down.T)
     if "mlp.shared.gate_up_proj.weight" in block:
-        out = out + _swiglu(x_BSD, block["mlp.shared.gate_up_proj.weight"], block["mlp.shared.down_proj.weight"])
+        inner = at("mlp.shared.pre_proj", _gated(x_BSD, block["mlp.shared.gate_up_proj.weight"]))
+        out = out + inner @ block["mlp.shared.down_proj.weight"].T
     return out, Routed(layer, scores, prob, chosen.detach())
 
 
-def _attention(x_BSD: torch.Tensor, block: Weights, shape: Shape) -> torch.Tensor:
+def _attention(x_BSD: torch.Tensor, block: Weights, shape: Shape, at: At) -> torch.Tensor:
     (B, S, _), N, K = x_BSD.shape, shape.heads, shape.kv_heads
+    x_BSD = at("attn.input", x_BSD)
     heads = (x_BSD @ block["attn.qkv_proj.weight"].T).view(B, S, N + 2 * K, -1)
     q, k, v = heads[:, :, :N], heads[:, :, N : N + K], heads[:, :, N + K :]
-    q, k = _turn(q, shape.theta), _turn(k, shape.theta)
+    q, k, v = at("attn.q", _turn(q, shape.theta)), at("attn.k", _turn(k, shape.theta)), at("attn.v", v)
     future = torch.ones(S, S, dtype=torch.bool).triu(1)
     out = []
     for n in range(N):
         shared = n // (N // K)  # the key/value head of this query head
         scores = q[:, :, n] @ k[:, :, shared].transpose(1, 2) / q.shape[-1] ** 0.5
         out.append(scores.masked_fill(future, -torch.inf).softmax(-1) @ v[:, :, shared])
-    return torch.cat(out, dim=-1) @ block["attn.out_proj.weight"].T
+    return at("attn.pre_proj", torch.stack(out, dim=2)).flatten(2) @ block["attn.out_proj.weight"].T
 
 
 def _turn(x_BSNH: torch.Tensor, theta: float) -> torch.Tensor:

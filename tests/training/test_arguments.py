@@ -37,6 +37,7 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
         "moe_route_trace": False, "dry_run": False, "dry_run_world_size": None,
         "loggers": ("console", "log", "jsonl", "messages"), "log_phases": True, "wandb_project": None,
         "wandb_run_name": None, "wandb_group": None, "wandb_mode": None,
+        "log_norms": False, "log_activations": False, "log_attention": False, "log_loss_by_position": False,
     },
     "seed": {"seed": 1337, "deterministic": False},
     "data": {

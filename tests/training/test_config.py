@@ -448,6 +448,7 @@ EXECUTION: dict[str, set[str]] = {
     "logging": {
         "log_dir", "log_every", "print_config", "moe_router_debug", "moe_route_trace", "dry_run", "dry_run_world_size",
         "loggers", "log_phases", "wandb_project", "wandb_run_name", "wandb_group", "wandb_mode",
+        "log_norms", "log_activations", "log_attention", "log_loss_by_position",
     },
     "seed": {"deterministic"},
 }  # fmt: skip

@@ -107,6 +107,16 @@ def test_no_step_of_a_dense_model_waits(ranks: Pools, tmp_path: Path, world: int
         assert others == [{}, {}, {}]
 
 
+@pytest.mark.parametrize(("world", "flags"), [(1, "--recompute full"), (2, "--sep_size 2"), (2, "--optimizer muon")])
+def test_statistics_cost_no_wait(ranks: Pools, tmp_path: Path, world: int, flags: str) -> None:
+    """Not even in steps that are measured, except that places of parameters are copied to the device once."""
+    all_of_them = "--log_norms --log_activations --log_attention --log_loss_by_position --log_every 2"
+    for run in ranks(world).run(train, Watched, tmp_path, *all_of_them.split(), *flags.split()):
+        first, *others = run.extra
+        assert first == {"_local_scalar_dense": 1, "lift_fresh": 1}
+        assert others == [{}, {}, {}]
+
+
 def test_documents_and_sources_of_a_mixture_cost_no_wait(ranks: Pools, tmp_path: Path) -> None:
     flags = ("--dataset_path", mixture(tmp_path / "data"), "--document_mask", "--packing", "best_fit")
     run = ranks(1).run(train, Watched, tmp_path, *flags, "--no-use_mock_data", "--max_steps", 3)[0]

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from tinytron.distributed.parallel_state import ParallelState
+from tinytron.hooks.points import HasPoints
 from tinytron.kernels.choice import DEFAULT, Kernels
 from tinytron.kernels.rope import Rotation
 from tinytron.model.config import ModelConfig
@@ -32,9 +33,11 @@ from tinytron.model.modules.recompute import Recompute, recomputed
 from tinytron.utils.sequences import Documents
 
 
-class Block(CompilesMethods):
+class Block(CompilesMethods, HasPoints):
     """``x + attention(norm(x))``, then ``x + mlp(norm(x))``: ``[B, s, D] -> [B, s, D]``. If the feed-forward layer is a
-    mixture of experts, the block also returns routing statistics."""
+    mixture of experts, the block also returns routing statistics. ``attention`` is the class of the attention layer."""
+
+    points = ("input", "post_attn", "mlp.input", "post_mlp")
 
     def __init__(
         self,
@@ -43,11 +46,12 @@ class Block(CompilesMethods):
         kernels: Kernels = DEFAULT,
         recompute: Recompute = "none",
         state: ParallelState | None = None,
+        attention: type[Attention] = Attention,
     ) -> None:
         super().__init__()
         self.dropout, self.recompute = config.dropout, recompute
         self.attn_norm = make_norm(config.norm_type, config.hidden_size, config.norm_eps, kernels)
-        self.attn = Attention(config, kernels, state, config.window(layer))
+        self.attn = attention(config, kernels, state, config.window(layer))
         self.mlp_norm = make_norm(config.norm_type, config.hidden_size, config.norm_eps, kernels)
         self.mlp: SwiGLU | GELU | MoE
         if config.is_moe_layer(layer):
@@ -67,12 +71,13 @@ class Block(CompilesMethods):
     ) -> tuple[torch.Tensor, MoEStats | None]:
         """Apply the block. ``cache`` is for generation, where nothing is recomputed and nothing counted. The
         routing statistics leave out ``padding_Bs``."""
+        x_BsD = self.point("input", x_BsD)
         if not isinstance(self.mlp, MoE):
             out_BsD = recomputed(self.recompute, self._dense, x_BsD, rotation, documents, cache, dropout=self.dropout)
-            return out_BsD, None
+            return self.point("post_mlp", out_BsD), None
         x_BsD, normed_BsD, logits_TE = self._before_experts(x_BsD, rotation, documents, cache)
         out_BsD, stats = self.mlp(normed_BsD, logits_TE, padding_Bs, with_stats=cache is None)
-        return x_BsD + self._drop(out_BsD), stats
+        return self.point("post_mlp", x_BsD + self._drop(out_BsD)), stats
 
     def compile_parts(self) -> None:
         """Compile the whole block, or with experts only the parts between two exchanges, because row counts are data.
@@ -109,7 +114,8 @@ class Block(CompilesMethods):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream, and the input of the feed-forward layer."""
         x_BsD = x_BsD + self._drop(self.attn(self.attn_norm(x_BsD), rotation, documents, cache))
-        return x_BsD, self.mlp_norm(x_BsD)
+        x_BsD = self.point("post_attn", x_BsD)
+        return x_BsD, self.point("mlp.input", self.mlp_norm(x_BsD))
 
     def _drop(self, x: torch.Tensor) -> torch.Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout > 0 else x
@@ -122,4 +128,5 @@ class ParallelBlock(Block):
         self, x_BsD: torch.Tensor, rotation: Rotation, documents: Documents | None, cache: LayerCache | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         attended_BsD = self._drop(self.attn(self.attn_norm(x_BsD), rotation, documents, cache))
-        return x_BsD + attended_BsD, self.mlp_norm(x_BsD)
+        normed_BsD = self.point("mlp.input", self.mlp_norm(x_BsD))
+        return self.point("post_attn", x_BsD + attended_BsD), normed_BsD

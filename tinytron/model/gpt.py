@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -19,7 +19,7 @@ from tinytron.kernels.attention import VARLEN_BACKENDS
 from tinytron.kernels.choice import DEFAULT, Kernels
 from tinytron.model.block import Block, ParallelBlock
 from tinytron.model.config import ModelConfig
-from tinytron.model.modules.attn import LayerCache
+from tinytron.model.modules.attn import Attention, LayerCache
 from tinytron.model.modules.emb import RotaryEmbedding, TokenEmbedding
 from tinytron.model.modules.linear import PackedLinear, ResidualLinear
 from tinytron.model.modules.lora import LowRank
@@ -50,6 +50,7 @@ class GPT(nn.Module):
     over the expert-parallel group. Raises: ConfigError if the heads do not fit the layout.
     """
 
+    attention: ClassVar[type[Attention]] = Attention  # a subclass of the GPT may have one of its own
     step_load: torch.Tensor
     load: torch.Tensor
 
@@ -79,7 +80,7 @@ class GPT(nn.Module):
                 self.wpe = TokenEmbedding(config.block_size, config.hidden_size) if learned else None
                 block = ParallelBlock if config.parallel_residual else Block
                 self.blocks = nn.ModuleList(
-                    block(config, layer, kernels, recompute, state) for layer in range(config.num_layer)
+                    block(config, layer, kernels, recompute, state, self.attention) for layer in range(config.num_layer)
                 )
                 self.final_norm = make_norm(config.norm_type, config.hidden_size, config.norm_eps, kernels)
                 self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -20,6 +20,12 @@ from tinytron.errors import ConfigError
 from tinytron.interop.causal_lm import CausalLM
 from tinytron.kernels.choice import check_device
 from tinytron.metrics import RoutingReport, SourceLosses, load_statistics
+from tinytron.metrics.activations import ActivationStatistics
+from tinytron.metrics.attention import AttentionStatistics
+from tinytron.metrics.custom import MetricSet
+from tinytron.metrics.norms import NormStatistics
+from tinytron.metrics.positions import LossByPosition
+from tinytron.metrics.step_statistics import AllStatistics, SeesLosses, StepStatistics
 from tinytron.model import GPT
 from tinytron.model.lora import add_adapters
 from tinytron.model.protocols import HasExperts, WaitsForParameters
@@ -202,6 +208,30 @@ def build_metrics(
     if (routing := build_routing(config, model, state, folder)) is not None:
         found.append(routing.record)
     return found
+
+
+def build_statistics(
+    config: Config,
+    model: nn.Module,
+    state: ParallelState,
+    optimizer: DistributedOptimizer,
+    custom: MetricSet,
+    sources: SourceLosses,
+) -> AllStatistics:
+    """The statistics of steps that the flags ask for, with the ``custom`` metrics and the losses of ``sources``."""
+    found: list[StepStatistics] = [custom]
+    losses: list[SeesLosses] = [sources]
+    if config.logging.log_norms:
+        found.append(NormStatistics(optimizer, state))
+    if config.logging.log_activations:
+        found.append(ActivationStatistics(model, state, optimizer.loss_scale))
+    if config.logging.log_attention:
+        found.append(AttentionStatistics(model, state))
+    if config.logging.log_loss_by_position:
+        longest = max(config.train.seq_len, config.model.block_size)
+        found.append(positions := LossByPosition(state, longest))
+        losses.append(positions)
+    return AllStatistics(found, losses)
 
 
 def flops_per_token(config: Config, model: nn.Module) -> float:

@@ -230,6 +230,22 @@ class LoggingConfig:
     moe_route_trace: Annotated[
         bool, Flag("write each token's experts at every report, for scripts/compare_routes.py; large", identity=False)
     ] = False
+    log_norms: Annotated[
+        bool,
+        Flag("log the norm of every tensor's gradient, weights and update at every report", identity=False),
+    ] = False
+    log_activations: Annotated[
+        bool,
+        Flag(
+            "log statistics of each block's activations, and the norms of their gradients, at reports", identity=False
+        ),
+    ] = False
+    log_attention: Annotated[
+        bool, Flag("log the entropy and the largest logit of each layer's attention at every report", identity=False)
+    ] = False
+    log_loss_by_position: Annotated[
+        bool, Flag("log the loss by position in the sequence at every report", identity=False)
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ from tinytron.training.build import (
     build_optimizer,
     build_profiler,
     build_rates,
+    build_statistics,
     describe_run_size,
     flops_per_token,
     optimizer_options,
@@ -182,13 +183,12 @@ class Trainer(RankAttributes):
         self._sources = SourceLosses(self.data.train.sources, self.state)
         classes = (("train", self.train_metric_cls), ("val", self.eval_metric_cls))
         self._custom = {stage: MetricSet(found, config, self.state, self.raw_model) for stage, found in classes}
-        self.reporter.metrics.append(self._custom["train"].record)
-        self.reporter.metrics += build_metrics(
-            config, self.raw_model, self.state, self.log_dir, self._sources, self.data.seen_tokens
-        )
+        parts = (config, self.raw_model, self.state)
+        self._statistics = build_statistics(*parts, self.optimizer, self._custom["train"], self._sources)
+        metrics = build_metrics(*parts, self.log_dir, self._sources, self.data.seen_tokens)
+        self.reporter.metrics += [self._statistics.record, *metrics]
         length, batch = self.training_info.max_steps, config.train.total_batch_size
-        info = RunInfo(self.log_dir, config.as_dict(), self.step, length, batch, self.data.tokens_before)
-        self.reporter.start(info)
+        self.reporter.start(RunInfo(self.log_dir, config.as_dict(), self.step, length, batch, self.data.tokens_before))
 
     def _init_profiler(self, config: Config) -> contextlib.AbstractContextManager[Any]:
         """A profiler with a ``step`` method, or a context of ``None``."""
@@ -270,7 +270,7 @@ class Trainer(RankAttributes):
         if self.config.model.use_moe:
             microbatches = [batch._replace(routing_scale=count.routing_scale) for batch in microbatches]
         if self.due.report(self.step + 1):
-            self._custom["train"].begin()
+            self._statistics.begin()
         sums: dict[str, torch.Tensor] = {}
         counts: dict[str, torch.Tensor] = {}
         for i, batch in enumerate(microbatches):
@@ -282,7 +282,7 @@ class Trainer(RankAttributes):
                     losses = checked_sums(self._loss(batch))
                 with phase(BACKWARD):
                     self.optimizer.scale(losses.objective / divisor).backward()
-            self._sources.add(batch, losses)
+            self._statistics.add(batch, losses)
             for name, value in {"loss": losses.token, **losses.aux}.items():
                 sums[name] = sums[name] + value if i else value
             for name, number in losses.counts.items():

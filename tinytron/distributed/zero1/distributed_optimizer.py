@@ -8,6 +8,7 @@ Sources: ZeRO (arXiv:1910.02054, section 5); bucketed overlap as in PyTorch DDP 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import weakref
@@ -29,6 +30,7 @@ from tinytron.distributed.zero1.assignment import assignment_table, check_assign
 from tinytron.distributed.zero1.averages import swap_averages, update_averages
 from tinytron.distributed.zero1.flat_buffer import BufferParam, FlatBuffer, OwnedSlice, Ownership
 from tinytron.distributed.zero1.grouping import BufferGroup, group_parameters
+from tinytron.distributed.zero1.norms import TensorNorms
 from tinytron.distributed.zero1.schedule import Bucket, ParamGather, ReductionSchedule
 from tinytron.errors import ConfigError
 from tinytron.utils.phases import EXCHANGE, UPDATE, phase
@@ -103,6 +105,7 @@ class DistributedOptimizer:
         self._state = ParallelState.of_group(group, self._model_params[0][0].device)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._buffers: list[FlatBuffer] = []
+        self.tensor_norms: TensorNorms | None = None  # measures each step while it is set
         self._gather = ParamGather([])
         self._reset_counters()
 
@@ -267,7 +270,8 @@ class DistributedOptimizer:
         factor = 1.0 / self.loss_scale
         if max_norm > 0:
             factor = factor * torch.clamp(max_norm / (norm + 1e-6), max=1.0).nan_to_num()  # padding stays zero
-        with phase(UPDATE):
+        measuring = contextlib.nullcontext() if self.tensor_norms is None else self.tensor_norms.of_step()
+        with phase(UPDATE), measuring:
             for buffer in self.buffers:
                 buffer.scale_grads(factor)
             self._inner_step(skip)

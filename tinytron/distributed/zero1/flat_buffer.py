@@ -187,16 +187,54 @@ class FlatBuffer:
     def squared_norm(self) -> torch.Tensor:
         """Sum of squares of this buffer's gradients over all ranks' parts, counting each element once, in fp64.
         Collective."""
-        owned = [self._owned(self.grad_data, b) for b in self._bucket_ids()]  # padding is zero
-        square = torch.stack([torch.linalg.vector_norm(g) for g in owned]).double().square().sum()
+        # Padding is zero.
+        square = torch.stack([torch.linalg.vector_norm(g) for g in self.owned_grads]).double().square().sum()
         if self.own.norm_group is not None:
             dist.all_reduce(square, op=dist.ReduceOp.SUM, group=self.own.norm_group)
         return square
 
+    def owned_parts(self) -> Iterator[tuple[int, int, slice]]:
+        """For each part of a member that this rank owns: the member's number, the bucket, and the part's place in what
+        ``owned_grads``, ``main_weights`` and ``keep_weights`` give for that bucket."""
+        for slot in self.layout.slots:
+            first, last = self.layout.owned(slot.bucket, self.shard_index)
+            low, high = max(first, slot.start), min(last, slot.end)
+            if low < high:
+                yield slot.index, slot.bucket, slice(low - first, high - first)
+
+    @property
+    def owned_grads(self) -> list[torch.Tensor]:
+        """This rank's part of each bucket of gradients, which holds the sums over the group once they are reduced."""
+        return [self._owned(self.grad_data, b) for b in self._bucket_ids()]
+
+    @property
+    def main_weights(self) -> list[torch.Tensor]:
+        """The main copy of this rank's part of each bucket."""
+        return self._mains
+
+    def keep_weights(self) -> list[torch.Tensor]:
+        """Copies of ``main_weights``, of which ``drop_weights`` disposes. They take no memory if several ranks share the
+        states: once gradients are reduced, the other ranks' parts of the gradient buffer are free until the next backward
+        pass."""
+        if self.num_shards == 1:
+            return [main.clone() for main in self._mains]
+        return [self._free(b).copy_(main) for b, main in enumerate(self._mains)]
+
+    def drop_weights(self) -> None:
+        """Clear what ``keep_weights`` wrote, because the gradients of padding must be zero."""
+        if self.num_shards > 1:
+            for b in self._bucket_ids():
+                self._free(b).zero_()
+
+    def _free(self, bucket: int) -> torch.Tensor:
+        """The next rank's part of a bucket of gradients."""
+        start, end = self.layout.owned(bucket, (self.shard_index + 1) % self.num_shards)
+        return self.grad_data[start:end]
+
     def scale_grads(self, factor: torch.Tensor) -> None:
         """Multiply the owned gradients by ``factor``."""
-        for b in self._bucket_ids():
-            self._owned(self.grad_data, b).mul_(factor)
+        for grads in self.owned_grads:
+            grads.mul_(factor)
 
     def start_param_gather(self, bucket: int) -> Work | None:
         """Start the all-gather that copies a bucket's updated shards to the model's parameters on every rank of the

@@ -5,14 +5,15 @@ Letters: B batch, S sequence, N query heads, K key/value heads, H head dimension
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
 import torch
-import torch.nn as nn
 
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.sequence_parallel.ulysses import HeadPlan, head_to_seq, seq_to_head
+from tinytron.hooks.points import HasPoints
 from tinytron.kernels.attention import attend
 from tinytron.kernels.choice import DEFAULT, Kernels
 from tinytron.kernels.rope import Rotation, rotate
@@ -30,14 +31,18 @@ class LayerCache(Protocol):
         the cache: ``[B, s, N, H] -> [B, s, N, H]``."""
 
 
-class Attention(nn.Module):
+class Attention(HasPoints):
     """Projections, rotation and attention: ``[B, s, D] -> [B, s, D]``.
 
     Query, key and value weights are one matrix, ``[(N + 2K) H, D]``, in that order. Under sequence parallelism
     the input is this rank's part of the sequence; for attention itself the rank has some heads of the whole
     sequence (ulysses.py). ``rotation`` is for this rank's positions, ``documents`` describe whole sequences.
-    ``window`` is as in ``attend``.
+    ``window`` is as in ``attend``. A subclass may override the parts that ``forward`` calls, in that order.
     """
+
+    points = ("input", "q", "k", "v", "pre_proj")
+    # Gets the queries and keys of whole sequences, of this rank's heads, and the documents; for statistics.
+    watch: Callable[[torch.Tensor, torch.Tensor, Documents | None], None] | None = None
 
     def __init__(
         self,
@@ -67,27 +72,57 @@ class Attention(nn.Module):
         documents: Documents | None = None,
         cache: LayerCache | None = None,
     ) -> torch.Tensor:
+        qkv_BsMH = self._project_inner(self.point("input", x_BsD))
+        q, k, v = self.preprocess_qkv(qkv_BsMH, rotation)
+        q, k, v = self.point("q", q), self.point("k", k), self.point("v", v)
+        out_BsNH = self.attn(q, k, v, documents) if cache is None else cache.attend(q, k, v)
+        return self.output_proj(self.point("pre_proj", self.postprocess_attn(out_BsNH)))
+
+    def _project_inner(self, x_BsD: torch.Tensor) -> torch.Tensor:
+        """All heads of queries, keys and values, in that order: ``[B, s, N + 2K, H]``."""
         B, s, _ = x_BsD.shape
+        qkv: torch.Tensor = self.qkv_proj(x_BsD)
+        return qkv.view(B, s, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
+
+    def preprocess_qkv(
+        self, qkv_BsMH: torch.Tensor, rotation: Rotation
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Normalized and rotated queries and keys, and values: ``[B, s, N, H]`` and twice ``[B, s, K, H]``."""
         N, K = self.num_heads, self.num_kv_heads
-        qkv = self.qkv_proj(x_BsD).view(B, s, N + 2 * K, self.head_dim)
-        q, k, v = qkv.split((N, K, K), dim=2)
+        q, k, v = qkv_BsMH.split((N, K, K), dim=2)
         if self.q_norm is None or self.k_norm is None:
-            q, k = rotate(qkv[:, :, : N + K], rotation).split((N, K), dim=2)  # one rotation for both
+            q, k = rotate(qkv_BsMH[:, :, : N + K], rotation).split((N, K), dim=2)  # one rotation for both
         else:
             q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
         if self.query_scale != 1:
             q = q * self.query_scale
-        if cache is not None:
-            joined: torch.Tensor = self.out_proj(cache.attend(q, k, v).flatten(2))
-            return joined
+        return q, k, v
+
+    def build_mask(self, documents: Documents | None) -> Documents | None:
+        """The documents whose tokens attend to each other. A ``mask`` in them is used as it is (``utils.sequences``)."""
+        return documents
+
+    def attn(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents | None) -> torch.Tensor:
+        """Attention to the whole sequence, ``[B, s, N, H]``; in generation ``LayerCache.attend`` takes its place."""
         if self.group is not None and self.plan.size > 1:
             packed_BSmH = seq_to_head(torch.cat((q, k, v), dim=2), self.plan, self.group)
             q, k, v = packed_BSmH.split((self.plan.heads, self.plan.kv_heads, self.plan.kv_heads), dim=2)
         elif self.q_norm is None:
             v = v.contiguous()  # a view of qkv would keep all of qkv alive for the backward pass
+        documents = self.build_mask(documents)
+        if self.watch is not None:
+            self.watch(q, k, documents)
         dropout = self.dropout if self.training else 0.0
         out = attend(q, k, v, backend=self.backend, documents=documents, window=self.window, dropout=dropout)
         if self.group is not None and self.plan.size > 1:
             out = head_to_seq(out, self.plan, self.group)
-        projected: torch.Tensor = self.out_proj(out.flatten(2))
+        return out
+
+    def postprocess_attn(self, out_BsNH: torch.Tensor) -> torch.Tensor:
+        """The input of the output projection, ``[B, s, N, H]``."""
+        return out_BsNH
+
+    def output_proj(self, out_BsNH: torch.Tensor) -> torch.Tensor:
+        """The heads' contribution to the residual stream, ``[B, s, D]``."""
+        projected: torch.Tensor = self.out_proj(out_BsNH.flatten(2))
         return projected

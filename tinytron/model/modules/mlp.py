@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from tinytron.hooks.points import HasPoints
 from tinytron.kernels.choice import DEFAULT, Kernels
 from tinytron.kernels.swiglu import swiglu
 from tinytron.model.modules.linear import PackedLinear, ResidualLinear
@@ -16,9 +17,11 @@ if TYPE_CHECKING:
     from tinytron.model.modules.moe import MoE as MoE
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(HasPoints):
     """``down(silu(gate(x)) * up(x))`` (arXiv:2002.05202): ``[..., D] -> [..., D]``. Gate and up are packed
     into one matrix, ``[2F, D]``, gate first."""
+
+    points = ("pre_proj",)
 
     def __init__(self, hidden_size: int, intermediate_size: int, bias: bool, kernels: Kernels = DEFAULT) -> None:
         super().__init__()
@@ -28,13 +31,15 @@ class SwiGLU(nn.Module):
         self.down_proj = ResidualLinear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.down_proj(swiglu(self.gate_up_proj(x), self.by))
+        out: torch.Tensor = self.down_proj(self.point("pre_proj", swiglu(self.gate_up_proj(x), self.by)))
         return out
 
 
-class GELU(nn.Module):
+class GELU(HasPoints):
     """``down(gelu(up(x)))`` (arXiv:1606.08415): ``[..., D] -> [..., D]``. The GELU is exact, or GPT-2's
     ``tanh`` approximation."""
+
+    points = ("pre_proj",)
 
     def __init__(
         self, hidden_size: int, intermediate_size: int, bias: bool, approximate: Literal["none", "tanh"]
@@ -45,7 +50,8 @@ class GELU(nn.Module):
         self.down_proj = ResidualLinear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.down_proj(F.gelu(self.up_proj(x), approximate=self.approximate))
+        inner = self.point("pre_proj", F.gelu(self.up_proj(x), approximate=self.approximate))
+        out: torch.Tensor = self.down_proj(inner)
         return out
 
 
