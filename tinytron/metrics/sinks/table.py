@@ -56,7 +56,7 @@ class CsvLog(Sink):
 
 def _rows(path: Path) -> list[dict[str, str]]:
     """The whole rows of the file. A row that was cut short has no newline at its end."""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
     return [row for row in reader if row["step"].isdecimal()]
 
