@@ -150,6 +150,23 @@ def test_the_keyboard_reads_values_zooms_and_hides_runs(url: str, browser: Open)
     assert page.errors == []
 
 
+def test_zooming_into_a_long_run_shows_its_steps(url: str, folder: Path, browser: Open) -> None:
+    with open(folder / "log.jsonl", "a") as file:
+        file.write(lines(records(9920, first=81)))
+    page = browser(url)
+    page.until("page.runs[0].summary.step === 10000 && page.runs[0].curves.some((curve) => curve.mean_x)")
+    page.wait(0.5)
+    points = "page.charts.get('loss').own[0].filter((step) => step >= 5000 && step <= 5200).length"
+    assert page.evaluate(points) < 100
+    page.evaluate("zoomTo([5000, 5200])")
+    page.until(f"{points} === 201")
+    assert page.evaluate("page.charts.get('loss').u.scales.x.max") == 5200
+    page.evaluate("zoomTo(null)")
+    page.until(f"{points} < 100")
+    assert page.evaluate("page.charts.get('loss').u.scales.x.max") == 10_000
+    assert page.errors == []
+
+
 @pytest.mark.parametrize("dark", [False, True])
 def test_the_report_opens_alone_on_a_narrow_screen(dark: bool, folder: Path, tmp_path: Path, browser: Open) -> None:
     (run,) = open_runs([str(folder)])

@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers.run_folders import experts, lines, records
 from tinytron.metrics.sinks.files import JsonLog, keep_lines
-from tinytron.observe.curves import Curve, Name, as_json, extremes, means
+from tinytron.observe.curves import Curve, Name, as_json, between, extremes, means
 from tinytron.observe.folder import LOG, LocalFolder
 from tinytron.observe.log import LogReader, _spread
 from tinytron.observe.records import parse
@@ -208,6 +208,14 @@ def test_a_long_curve_keeps_its_spikes() -> None:
     odd = means(Curve(steps[:23], steps[:23]), 10)  # rows of three
     assert odd.steps.tolist() == [3, 6, 9, 12, 15, 18, 21, 23]
     assert odd.values.tolist() == [2, 5, 8, 11, 14, 17, 20, 22.5]
+
+
+def test_a_part_of_a_curve_reaches_the_edges() -> None:
+    steps = np.arange(10.0, 20)
+    curve = Curve(steps, steps)
+    assert between(curve, 12.5, 14).steps.tolist() == [12, 13, 14, 15]
+    assert between(curve, 0, 10).steps.tolist() == [10, 11]
+    assert between(curve, 30, 40).steps.tolist() == [19]
 
 
 def test_numbers_for_json() -> None:

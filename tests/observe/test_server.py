@@ -110,6 +110,24 @@ def test_all_links_of_the_page_are_served() -> None:
     assert sorted(f"/{name}" for name in linked) == sorted(set(ASSETS) - {"/"})
 
 
+def test_a_part_of_a_long_run_has_all_of_its_steps(server: WatchServer, tmp_path: Path) -> None:
+    with open(tmp_path / "one" / "log.jsonl", "a") as file:
+        file.write(lines(records(9980, first=21)))
+    whole = until_read(server, 0, 10_000)
+    for path in (
+        "/api/runs/0?first=5000.5&last=5100.000",
+        "/api/runs/0?first=5000.5&last=1e9",
+        "/api/runs/0?first=nan",
+    ):
+        (loss,) = (c for c in get_json(server, path)["curves"] if (c["stage"], c["chart"]) == ("train", "loss"))
+        if path.endswith("5100.000"):
+            assert loss["x"] == list(range(5000, 5102))
+        else:  # not understood
+            assert len(loss["x"]) <= 2002
+            assert loss["x"][-1] == 10_000
+    assert len(whole["curves"][0]["x"]) <= 2002
+
+
 def test_an_installed_package_has_the_page() -> None:
     (listed,) = re.findall(r'package_data=\{"tinytron.observe": \[(.*?)\]\}', (ROOT / "setup.py").read_text())
     patterns = re.findall(r'"([^"]+)"', listed)

@@ -34,6 +34,13 @@ class Curve(NamedTuple):
     values: Array
 
 
+def between(curve: Curve, first: float, last: float) -> Curve:
+    """The points from step ``first`` to ``last``, and one more at each end, so that lines reach the edges of a chart."""
+    start = max(0, int(np.searchsorted(curve.steps, first)) - 1)
+    end = int(np.searchsorted(curve.steps, last, side="right")) + 1
+    return Curve(curve.steps[start:end], curve.values[start:end])
+
+
 def merged(parts: list[Curve]) -> Curve:
     """One curve from parts in the order of the log. A step that is there twice has its last value: a run that went back
     wrote it again."""

@@ -9,7 +9,7 @@ import time
 from typing import Any, NamedTuple
 
 from tinytron.errors import StorageError
-from tinytron.observe.curves import Curve, Name, as_json, extremes, means
+from tinytron.observe.curves import Curve, Name, as_json, between, extremes, means
 from tinytron.observe.events import (
     STOP,
     Event,
@@ -239,23 +239,31 @@ class Run:
         }
         return {k: None if isinstance(v, float) and not abs(v) < float("inf") else v for k, v in found.items()}
 
-    def payload(self, points: int = POINTS) -> dict[str, Any]:
+    def payload(self) -> dict[str, Any]:
         """Everything to show. Values that JSON lacks are ``None``."""
         with self._lock:
-            key = (self.version, points)
-            if self._shown is None or self._shown[0] != key:
-                self._shown = (key, self._payload(points))
+            version = self.version
+            if self._shown is None or self._shown[0] != version:
+                self._shown = (version, self._payload())
             shown = self._shown[1]
         return {**shown, "summary": self.summary()}
 
-    def _payload(self, points: int) -> dict[str, Any]:
-        curves = self.log.curves
-        points = max(LEAST_POINTS, min(points, ALL_POINTS // max(1, len(curves))))
+    def detail(self, first: float, last: float) -> dict[str, Any]:
+        """The curves between two steps, with as many points as ``payload`` has of the whole run."""
+        found = {name: between(curve, first, last) for name, curve in self.log.curves.items()}
+        return {"curves": self._curves(found)}
+
+    @staticmethod
+    def _curves(curves: dict[Name, Curve]) -> list[dict[str, Any]]:
+        points = max(LEAST_POINTS, min(POINTS, ALL_POINTS // max(1, len(curves))))
+        return [_curve(name, curve, points) for name, curve in curves.items() if len(curve.steps)]
+
+    def _payload(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "path": self.folder.name,
             "version": self.version,
-            "curves": [_curve(name, curve, points) for name, curve in curves.items() if len(curve.steps)],
+            "curves": self._curves(self.log.curves),
             "loads": _loads(self.log.loads),
             "messages": [message._asdict() for message in self._messages],
             "texts": [text._asdict() for text in self.log.texts],

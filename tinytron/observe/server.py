@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import json
+import re
 import socket
 import threading
 import time
@@ -21,6 +22,9 @@ FIRST_PORT, PORTS = 8265, 20
 TICK_SECONDS = 0.2  # between two looks at the clock
 SLICE_SECONDS = 0.05  # time slice of reading one log; requests and the other runs come in between
 PATIENCE_SECONDS = 1.0  # longest wait for requests before reading continues
+STEPS = re.compile(
+    r"first=(-?\d{1,20}(?:\.\d{1,20})?)&last=(-?\d{1,20}(?:\.\d{1,20})?)"
+)  # the query for a part of a run
 PAGE = resources.files("tinytron.observe") / "page"
 # The files of the page by address. Nothing else of the disk is served.
 ASSETS = {
@@ -132,7 +136,7 @@ class WatchServer(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers GET requests for the page, for the list of runs, and for one run by its number."""
+    """Answers GET requests for the page, for the list of runs, and for one run by its number, or a part of it."""
 
     server: WatchServer
     server_version, sys_version = "tinytron", ""
@@ -143,9 +147,10 @@ class Handler(BaseHTTPRequestHandler):
         if not self.server.is_known(self.headers.get("Host", "")):
             return self._refuse(HTTPStatus.FORBIDDEN, "this name is not one of the server's; use its address")
         with self.server.request():
-            self._answer_path(self.path.partition("?")[0])
+            path, _, query = self.path.partition("?")
+            self._answer_path(path, query)
 
-    def _answer_path(self, path: str) -> None:
+    def _answer_path(self, path: str, query: str) -> None:
         if path in ASSETS:
             name, kind = ASSETS[path]
             return self._answer((PAGE / name).read_bytes(), kind)
@@ -155,7 +160,10 @@ class Handler(BaseHTTPRequestHandler):
             )
         number = path.removeprefix("/api/runs/")
         if number.isascii() and number.isdecimal() and len(number) < 6 and int(number) < len(self.server.runs):
-            return self._answer_json(self.server.runs[int(number)].payload())
+            run = self.server.runs[int(number)]
+            if match := STEPS.fullmatch(query):
+                return self._answer_json(run.detail(float(match[1]), float(match[2])))
+            return self._answer_json(run.payload())
         return self._refuse(HTTPStatus.NOT_FOUND, "not found: the page is at /")
 
     def _answer_json(self, value: Any) -> None:

@@ -106,7 +106,7 @@ function card(run) {
 function curves_by_chart() {
   const found = new Map();
   for (const run of visible()) {
-    for (const curve of run.curves) {
+    for (const curve of (view.zoom && run.detail) || run.curves) {
       if (!found.has(curve.chart)) found.set(curve.chart, []);
       found.get(curve.chart).push({run, ...curve});
     }
@@ -347,6 +347,21 @@ async function fetched(path) {
   return answer.json();
 }
 
+// The curves of a long run have a point for many steps. For the steps that are shown, ask the server for more.
+async function refine() {
+  const zoom = view.zoom;
+  try {
+    for (const run of page.runs) {
+      if (!zoom || !run.curves.some((curve) => curve.mean_x)) run.detail = null;
+      else run.detail = (await fetched(`api/runs/${run.number}?first=${zoom[0].toFixed(3)}&last=${zoom[1].toFixed(3)}`)).curves;
+      if (view.zoom !== zoom) return; // a later zoom asks itself
+    }
+    draw_charts();
+  } catch (error) {
+    console.info(error); // the next poll says that the server is away
+  }
+}
+
 async function poll() {
   try {
     const {runs} = await fetched("api/runs");
@@ -359,6 +374,7 @@ async function poll() {
       }
     }
     if (changed) draw();
+    if (changed && view.zoom) refine();
     else if (!$("runs").contains(document.activeElement)) $("runs").replaceChildren(...page.runs.map(card));
     const going = runs.filter((run) => run.summary.state === "running").length;
     say(going ? `live, ${going} running` : "connected", "live");
@@ -381,7 +397,10 @@ function start() {
     page.runs = runs.map((run, number) => ({...run, number}));
     say(`report of ${written}`, "");
     draw();
-  } else poll();
+  } else {
+    view.zoomed = refine;
+    poll();
+  }
 }
 
 start();

@@ -93,7 +93,7 @@ function value_at({x, y}, step) {
 }
 
 const alive = new Set(); // charts on the page
-const view = {smoothing: 0.6, logX: false, logY: false, zoom: null};
+const view = {smoothing: 0.6, logX: false, logY: false, zoom: null, zoomed: () => {}}; // zoomed is called after each zoom
 const resized = new ResizeObserver((entries) => {
   for (const {target} of entries) if (target.chart) target.chart.fit();
 });
@@ -102,6 +102,7 @@ function zoomTo(range) {
   view.zoom = range;
   document.getElementById("whole").disabled = range === null;
   for (const chart of alive) chart.zoom();
+  view.zoomed();
 }
 
 // spec: {id, title, unit, name, height, bars, marks: [{step, color}], series: [{label, color, dash, points, raw, x, y, exact: {x, y}}]}
