@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from tests.helpers.parity import EXPERTS, Case, MaskedSamples, ParityTrainer
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import read_logs, train, user_error
+from tests.hooks.test_hooks import make_batch, make_model
 from tests.metrics.test_norms import OwnTrainer
 from tests.naive.gpt import forward
 from tinytron.data.batch import Batch
 from tinytron.distributed import ParallelLayout, ParallelState
 from tinytron.kernels.attention import attend
-from tinytron.metrics.activations import kurtosis
+from tinytron.metrics.activations import ActivationStatistics, kurtosis
 from tinytron.metrics.attention import ROWS, attention_statistics, measured_rows
 from tinytron.metrics.positions import LossByPosition
 from tinytron.model import GPT
@@ -148,6 +149,35 @@ def test_nothing_is_attached_during_validation(ranks: Pools, tmp_path: Path) -> 
     (found,) = ranks(1).run(_left_behind, tmp_path)
     assert found
     assert not any(found)
+
+
+def _scaled() -> list[dict[str, float]]:
+    """The statistics of one pass, plain and with a loss scale that changes before they are read. A job for the pool."""
+    state = ParallelState.create(ParallelLayout(1), torch.device("cpu"))
+    model, (ids, labels), found = make_model(), make_batch(), []
+    for factor in (1.0, 1024.0):
+        scale = torch.tensor(factor)
+        measured = ActivationStatistics(model, state, scale)
+        measured.begin()
+        (model(ids, labels).objective * factor).backward()
+        scale /= 2 if factor > 1 else 1
+        found.append(measured.record(1))
+    return found
+
+
+def test_gradients_are_without_the_loss_scale(ranks: Pools) -> None:
+    ((plain, scaled),) = ranks(1).run(_scaled)
+    assert any(name.startswith("intermediate_grad_norms/") for name in plain)
+    assert scaled == pytest.approx(plain)
+
+
+def test_norms_in_fp16_are_without_the_loss_scale(ranks: Pools, tmp_path: Path) -> None:
+    flags = ("--max_steps", 1, "--no-do_save", "--log_norms", "--log_activations")
+    runs = [
+        ranks(1).run(train, Trainer, tmp_path / p, *flags, "--precision", p)[0].records[0] for p in ("fp16", "fp32")
+    ]
+    for name in ("grad_norms/wte.weight", "update_norm", "intermediate_grad_norms/blocks.0.input"):
+        assert runs[0][name] == pytest.approx(runs[1][name], rel=0.05)
 
 
 def test_kurtosis_from_moments() -> None:

@@ -40,6 +40,7 @@ class ActivationStatistics:
         # By point: powers 1 to 4 of the elements, zeros, elements, norms of tokens, tokens, squares of gradients.
         self._sums = torch.zeros(P, 9, dtype=torch.float64, device=device)
         self._extremes = torch.full((P, 2), -torch.inf, dtype=torch.float64, device=device)  # -x and x
+        self._scale = self._loss_scale.clone().double()  # as it is in the step, which may change it at its end
         self._measuring = contextlib.ExitStack()
         taps = {name: partial(self._measure, i) for i, name in enumerate(self._names)}
         self._measuring.enter_context(attached(self._model, taps))
@@ -52,7 +53,7 @@ class ActivationStatistics:
         self._measuring = None
         world = self._state.groups["world"]
         sums = sum_over(self._sums, world)
-        sums[:, 8] /= self._loss_scale.double().square()
+        sums[:, 8] /= self._scale.square()
         dist.all_reduce(self._extremes, op=dist.ReduceOp.MAX, group=world)
         found: dict[str, float] = {}
         gradients: dict[str, float] = {}
