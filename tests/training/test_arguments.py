@@ -35,7 +35,7 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
     "logging": {
         "exp_name": "gpt", "log_dir": "./log/", "log_every": 10, "print_config": "no", "moe_router_debug": False,
         "moe_route_trace": False, "dry_run": False, "dry_run_world_size": None,
-        "loggers": ("console", "log", "jsonl", "messages"), "log_phases": True, "wandb_project": None,
+        "loggers": ("console", "log", "jsonl", "messages"), "log_phases": True, "save_plots": True, "wandb_project": None,
         "wandb_run_name": None, "wandb_group": None, "wandb_mode": None,
         "log_norms": False, "log_activations": False, "log_attention": False, "log_loss_by_position": False,
     },

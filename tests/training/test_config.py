@@ -447,7 +447,7 @@ EXECUTION: dict[str, set[str]] = {
              "export_every", "export_dir", "save_at_start", "hub_model_id", "hub_private"},
     "logging": {
         "log_dir", "log_every", "print_config", "moe_router_debug", "moe_route_trace", "dry_run", "dry_run_world_size",
-        "loggers", "log_phases", "wandb_project", "wandb_run_name", "wandb_group", "wandb_mode",
+        "loggers", "log_phases", "save_plots", "wandb_project", "wandb_run_name", "wandb_group", "wandb_mode",
         "log_norms", "log_activations", "log_attention", "log_loss_by_position",
     },
     "seed": {"deterministic"},

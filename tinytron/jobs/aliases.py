@@ -115,6 +115,7 @@ TRAINING: Mapping[str, Alias] = MappingProxyType(
         "logging.report_interval": Alias("logging.log_every"),
         "logging.checkpoint_interval": Alias("ckpt.save_every_steps"),
         "logging.validation_interval": Alias("train.val_every_steps"),
+        "logging.plots.save": Alias("logging.save_plots"),
         "eval.evaluations": Alias("train.eval_tasks"),
         "eval.length": _LENGTH,
         "eval.data_dir": Alias("train.eval_data_dir"),

@@ -270,6 +270,7 @@ class BaseTrainer(Trainer, Generic[ConfigT, ModelT]):
             raise ConfigError(f"forward() returned a {type(result).__name__}; return (logits, loss, meta)")
         logits, loss, meta = result
         self._custom["train" if training else "val"].update({"logits": logits, "loss": loss, **meta}, batch)
+        self._plots.add(meta)
         numbers = {name: value for name, value in meta.items() if torch.is_tensor(value) and value.numel() == 1}
         last, state.last = state.last, None  # it would keep the logits alive until the next micro-batch
         return _sums(loss, batch, numbers, last)

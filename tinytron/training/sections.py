@@ -213,6 +213,9 @@ class LoggingConfig:
     log_phases: Annotated[
         bool, Flag("log the seconds per step of each phase, and the slowest rank", identity=False)
     ] = True
+    save_plots: Annotated[
+        bool, Flag("keep the figures of a model's or trainer's plot() in the run folder", identity=False)
+    ] = True
     print_config: Annotated[
         Literal["no", "json", "yaml"],
         Flag("print the resolved configuration (default format: JSON) and stop", identity=False, bare="json"),

@@ -46,6 +46,7 @@ from tinytron.training.hf_model import foreign_model
 from tinytron.training.memory import Frozen, memory_notes
 from tinytron.training.objective import LossFunction, loss_sums
 from tinytron.training.pipeline import DataPipeline
+from tinytron.training.plots import Plots
 from tinytron.training.run.best import own_stages
 from tinytron.training.run.exports import check_exportable
 from tinytron.training.run.folder import RunFolder
@@ -187,6 +188,7 @@ class Trainer(RankAttributes):
         self._statistics = build_statistics(*parts, self.optimizer, self._custom["train"], self._sources)
         metrics = build_metrics(*parts, self.log_dir, self._sources, self.data.seen_tokens)
         self.reporter.metrics += [self._statistics.record, *metrics]
+        self._plots = Plots(self)
         length, batch = self.training_info.max_steps, config.train.total_batch_size
         self.reporter.start(RunInfo(self.log_dir, config.as_dict(), self.step, length, batch, self.data.tokens_before))
 
@@ -287,8 +289,7 @@ class Trainer(RankAttributes):
                 sums[name] = sums[name] + value if i else value
             for name, number in losses.counts.items():
                 counts[name] = counts[name] + number if i else number
-        parts = {name: value / divisor for name, value in sums.items()}
-        parts |= {name: sums[name] for name in counts}
+        parts = {name: value if name in counts else value / divisor for name, value in sums.items()}
         # Without targets it is not 0, which would be the best loss.
         parts["loss"] = parts["loss"].masked_fill(count.empty, torch.nan)
         reject = self.guards.spikes.judge(self.step + 1, parts["loss"])
@@ -301,7 +302,7 @@ class Trainer(RankAttributes):
         """Validate the current weights, log the result and return it, in nats per token. Collective."""
         with self.reporter.aside(EVALUATION), self.guards.paused():
             self._custom["val"].begin()
-            objective = (self.model, self._loss, self._normalizer)
+            objective = (self.model, self._plots.watched(self._loss), self._normalizer)
             loss, record = self.evals.validate(self.step, *objective, self.data.validation())
             record |= self._custom["val"].end()
             record |= self.evals.averaged(self.optimizer, *objective, self.data.validation())

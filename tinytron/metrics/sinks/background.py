@@ -48,6 +48,11 @@ class Background(Sink):
             self._error = RuntimeError(f"it is {self._calls.maxsize} reports behind")
             self._raise_error()
 
+    def figure(self, step: int, name: str, image: bytes) -> None:
+        if self._thread is not None and self._error is None:
+            with contextlib.suppress(queue.Full):  # ``write`` says so
+                self._calls.put_nowait(lambda: self._sink.figure(step, name, image))
+
     def close(self) -> None:
         """Finish the waiting calls, and close the sink. Raises: SinkFailedError, also if that takes too long."""
         if self._thread is not None:

@@ -60,5 +60,8 @@ class Sink:
     def write(self, records: Sequence[Record]) -> None:
         """Store new records, in order. Either store all of them, or raise and store none."""
 
+    def figure(self, step: int, name: str, image: bytes) -> None:
+        """Show or store a figure of ``step``, a PNG image; called in a thread."""
+
     def close(self) -> None:
         """End of training. Records of an evaluation that the user starts may still follow."""

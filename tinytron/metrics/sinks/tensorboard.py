@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from tinytron.metrics.sinks.base import Record, RunInfo, Sink
 from tinytron.metrics.sinks.flat import flat_record
@@ -29,6 +32,11 @@ class TensorBoard(Sink):
         for record in records:
             for name, value in flat_record(record).items():
                 self._writer.add_scalar(name, value, record["step"], new_style=True, double_precision=True)
+        self._writer.flush()
+
+    def figure(self, step: int, name: str, image: bytes) -> None:
+        pixels = np.asarray(require_package("PIL.Image", "tensorboard").open(io.BytesIO(image)).convert("RGB"))
+        self._writer.add_image(f"plots/{name}", pixels, step, dataformats="HWC")
         self._writer.flush()
 
     def close(self) -> None:

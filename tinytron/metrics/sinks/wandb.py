@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import secrets
@@ -82,6 +83,10 @@ class WandB(Sink):
                 self._uncertain.append((now, kind, record["step"]))
         if self._note_certain(now - CERTAIN_SECONDS):
             self._save(ended=False)
+
+    def figure(self, step: int, name: str, image: bytes) -> None:
+        wandb, pillow = require_package("wandb", "wandb"), require_package("PIL.Image", "wandb")
+        self._run.log({STEP: step, f"plots/{name}": wandb.Image(pillow.open(io.BytesIO(image)))})
 
     def close(self) -> None:
         """End the run there, once everything is sent."""

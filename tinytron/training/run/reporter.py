@@ -143,11 +143,16 @@ class Reporter:
             else:
                 pending.clear()
 
+    def figure(self, step: int, name: str, image: bytes) -> None:
+        """Pass a figure, a PNG image, to all sinks; called in a thread."""
+        for sink, _ in tuple(self._pending):
+            sink.figure(step, name, image)
+
     def close(self) -> None:
-        """Training ended: close the sinks."""
+        """Training ended: close the sinks, the last one first, because it may have something for the others."""
         if self._timer is not None:
             self._timer.stop()
-        for sink, _ in self._pending:
+        for sink, _ in reversed(tuple(self._pending)):
             try:
                 sink.close()
             except Exception as error:
