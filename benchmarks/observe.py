@@ -5,8 +5,8 @@ python benchmarks/observe.py [--model 10m] [--precision bf16] [--batch 4] [--seq
 
 A figure is the median over rounds, in which the alternatives take turns; a ratio by the clock is one of two steps of the
 same round. By processor time it is one of the least times of all rounds, which other load disturbs less. A measured step
-includes its report. Without statistics only the named points are left (``HasPoints.point``). They are timed by themselves,
-because a step's own noise is a thousand times larger.
+includes its report. Without statistics only the named points (``HasPoints.point``) and the timing of phases are left. They
+are timed by themselves, because a step's own noise is a thousand times larger.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from tinytron.hooks import points_of
 from tinytron.metrics.step_statistics import AllStatistics
 from tinytron.training import Config, Trainer, build_config, parse_args
 from tinytron.training.build import build_statistics
+from tinytron.utils.phases import FORWARD, PhaseTimer, phase
 
 FLAGS = ("log_norms", "log_activations", "log_attention", "log_loss_by_position")
+PHASES_PER_STEP = 5  # with one micro-batch: wait for data, forward, backward, exchange, optimizer
 EVERY = 10  # the default of --log_every
 HEAD = (
     "| statistics | ms of a step | by the clock | by processor time | at `--log_every 10` | memory |\n"
@@ -108,6 +110,23 @@ def point_seconds(trainer: Measured) -> tuple[int, float]:
     return len(known), (time.perf_counter() - begin) / calls
 
 
+def phase_seconds(device: torch.device) -> float:
+    """The seconds that timing a phase takes (``--log_phases``), in addition to its mark for the profiler."""
+
+    def of_calls(calls: int = 20_000) -> float:
+        begin = time.perf_counter()
+        for _ in range(calls):
+            with phase(FORWARD):
+                pass
+        return (time.perf_counter() - begin) / calls
+
+    timer, plain = PhaseTimer(device), of_calls()
+    timer.start()
+    timed = of_calls()
+    timer.stop()
+    return timed - plain
+
+
 def memory_of(step: Callable[[], object]) -> str:
     """Peak of the allocated memory on a GPU, in MiB."""
     if not torch.cuda.is_available():
@@ -156,6 +175,9 @@ def main() -> None:
         points, seconds = point_seconds(trainer)
         step = float(lines[0].split("|")[2]) / 1e3
         print(f"\n{points} points without hooks: {1e9 * seconds:.0f} ns each, {points * seconds / step:.4%} of a step")
+        seconds = phase_seconds(trainer.device)
+        cost = PHASES_PER_STEP * seconds / step
+        print(f"{PHASES_PER_STEP} phases timed: {1e9 * seconds:.0f} ns each, {cost:.4%} of a step")
 
 
 if __name__ == "__main__":
