@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Callable
@@ -160,7 +161,7 @@ def test_the_same_trainer_may_go_on(ranks: Pools, tmp_path: Path) -> None:
 
 def _records(run: Run) -> list[dict[str, Any]]:
     """The records of every step, without what depends on the clock."""
-    timed = ("tokens_per_second", "mfu", "phases", "slowest_rank", "slowest_excess")
+    timed = ("tokens_per_second", "mfu", "phases", "peak_memory_gib", "slowest_rank", "slowest_excess")
     return [{k: v for k, v in r.items() if k not in timed} for r in run.records]
 
 
@@ -312,3 +313,5 @@ def test_the_watchdog_is_silent_in_the_first_step_and_in_validation(ranks: Pools
     assert text.count("no step completed") == 1
     assert "after step 3; is outside of Tinytron" not in text
     assert "after step 3; is at tinytron/training/trainer.py" in text
+    recorded = json.loads((result.folder / "collectives_rank0.json").read_text())
+    assert "entries" in recorded

@@ -159,8 +159,19 @@ def test_log_lines_have_the_documented_form(ranks: Pools, tmp_path: Path) -> Non
         f"1 {stage} {loss:#.10g}"
         for stage, loss in (("train", losses(result.log)[1]), ("val", losses(result.log, "val")[1]))
     ]
-    names = {"step", "stage", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "skipped_steps", "phases"}
-    assert set(result.records[0]) == names
+    names = {
+        "step",
+        "stage",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens_per_second",
+        "mfu",
+        "skipped_steps",
+        "phases",
+        "peak_memory_gib",
+    }
+    assert set(result.records[0]) == names | {"peak_memory_gib"}
 
 
 def test_the_learning_rate_is_logged_as_scheduled(ranks: Pools, tmp_path: Path) -> None:

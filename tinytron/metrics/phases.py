@@ -9,6 +9,7 @@ import torch
 
 from tinytron.distributed.collectives import sum_over
 from tinytron.distributed.parallel_state import ParallelState
+from tinytron.utils.memory import GIB, peak_memory
 from tinytron.utils.phases import BACKWARD, DATA, FORWARD, PHASES, UPDATE
 
 # What a rank does by itself. The others wait for a slow one in the exchange of gradients.
@@ -17,13 +18,19 @@ _OWN = (DATA, FORWARD, BACKWARD, UPDATE)
 
 def phase_record(seconds: Mapping[str, float], steps: int, state: ParallelState) -> dict[str, Any]:
     """The log entry for the ``seconds`` that each phase took on this rank in ``steps`` steps: ``phases``, seconds per step,
-    the mean of all ranks; and with several ranks ``slowest_rank``, the one with the most time of its own, and
-    ``slowest_excess``, by which fraction that exceeds the median rank's. Collective."""
+    the mean of all ranks; ``peak_memory_gib``, the most that a rank had so far (``peak_memory``); and with several ranks
+    ``slowest_rank``, the one with the most time of its own, and ``slowest_excess``, by which fraction that exceeds the
+    median rank's. Collective."""
     world = state.layout.world_size
-    rows_RP = torch.zeros(world, len(PHASES), dtype=torch.float64, device=state.device)
-    rows_RP[state.rank] = torch.tensor([seconds[name] / steps for name in PHASES], dtype=torch.float64)
-    rows_RP = sum_over(rows_RP, state.groups["world"]).cpu()
-    record: dict[str, Any] = {"phases": dict(zip(PHASES, rows_RP.mean(0).tolist(), strict=True))}
+    rows = torch.zeros(world, len(PHASES) + 1, dtype=torch.float64, device=state.device)
+    own = [*(seconds[name] / steps for name in PHASES), peak_memory(state.device) / GIB]
+    rows[state.rank] = torch.tensor(own, dtype=torch.float64)
+    rows = sum_over(rows, state.groups["world"]).cpu()
+    rows_RP = rows[:, :-1]
+    record: dict[str, Any] = {
+        "phases": dict(zip(PHASES, rows_RP.mean(0).tolist(), strict=True)),
+        "peak_memory_gib": float(rows[:, -1].max()),
+    }
     if world > 1:
         own_R = rows_RP[:, [PHASES.index(name) for name in _OWN]].sum(1)
         slowest, median = int(own_R.argmax()), float(own_R.quantile(0.5))

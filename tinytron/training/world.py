@@ -10,6 +10,7 @@ import torch.distributed.nn  # imported later, its functions' defaults would kee
 
 from tinytron.distributed.agreement import agree
 from tinytron.distributed.collectives import sum_over
+from tinytron.distributed.flight_recorder import enable_flight_recorder
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import ConfigError, first_line
@@ -91,6 +92,8 @@ def join_world(config: Config) -> ParallelState:
         torch.cuda.set_device(device)
     elif config.parallel.backend == "nccl":
         raise ConfigError("--backend nccl needs a GPU, but this machine has none; use --backend gloo or auto")
+    if config.train.step_timeout:
+        enable_flight_recorder()
     if not joined:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:

@@ -22,11 +22,19 @@ class Watchdog:
     ``path`` and prints one line to stderr. Training continues if the step completes after all.
 
     The first ``beat`` arms it (the first step may compile for minutes), and ``paused`` time does not count. It needs the
-    interpreter, so it is silent while C code holds the GIL. ``seconds`` 0: off. ``now`` returns the time in seconds.
+    interpreter, so it is silent while C code holds the GIL. ``seconds`` 0: off. ``now`` returns the time in seconds, and
+    ``more`` may write more and returns a clause about it.
     """
 
-    def __init__(self, seconds: float, path: Path, rank: int, now: Callable[[], float] = time.monotonic) -> None:
-        self.seconds, self.path, self.rank, self._now = seconds, path, rank, now
+    def __init__(
+        self,
+        seconds: float,
+        path: Path,
+        rank: int,
+        now: Callable[[], float] = time.monotonic,
+        more: Callable[[], str] = str,
+    ) -> None:
+        self.seconds, self.path, self.rank, self._now, self._more = seconds, path, rank, now, more
         self._lock = threading.Lock()
         self._deadline = float("inf")
         self._step, self._pauses = 0, 0
@@ -87,6 +95,7 @@ class Watchdog:
             text += f"; stacks: {self.path}"
         except OSError as error:
             text += f"; stacks could not be written ({error})"
+        text += self._more()
         sys.stderr.write(text + "\n")  # a single write, because other ranks write, too
         sys.stderr.flush()
 

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from tinytron.distributed import DistributedOptimizer
 from tinytron.distributed.collectives import Work
+from tinytron.distributed.flight_recorder import write_collectives
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.replicas import check_replicas
 from tinytron.errors import TrainingError
@@ -40,7 +42,9 @@ class Guards:
         self.config, self.state, self._optimizer = config, state, optimizer
         train = config.train
         self.spikes = SpikeDetector(train.spike_sigma, train.spike_window, state.device, state.groups["world"])
-        self._watchdog = Watchdog(train.step_timeout, folder / f"stacks_rank{state.rank}.txt", state.rank)
+        stacks, collectives = (folder / f"{name}_rank{state.rank}" for name in ("stacks", "collectives"))
+        more = partial(write_collectives, collectives.with_suffix(".json"))
+        self._watchdog = Watchdog(train.step_timeout, stacks.with_suffix(".txt"), state.rank, more=more)
         self.paused = self._watchdog.paused
         self._request = StopRequest()
         self._notice = threading.Timer(0, str)
