@@ -163,6 +163,7 @@ def test_nested_values_become_curves_heat_maps_and_texts() -> None:
         {**experts(2, layers=2), "loss": 2.0, "sources": sources, "sample": "once upon", "flag": True, "none": None},
         {"step": 2, "stage": "eval", "task": "arc", "accuracy": 0.5, "items": 10},
         {"step": 2, "stage": "eval", "task": "piqa", "accuracy": "inf", "items": 20},
+        {"step": 2, "stage": "eval", "task": "lagging", "loss_back_0": 1.5, "loss_back_16": 2.5},
     ]
     block = parse(lines(entries).encode())
     found = {(name.stage, *name.place): as_dict(curve) for name, curve in block.curves.items()}
@@ -181,6 +182,8 @@ def test_nested_values_become_curves_heat_maps_and_texts() -> None:
         ("eval", "eval/accuracy", "piqa"): {2: np.inf},
         ("eval", "eval/items", "arc"): {2: 10.0},
         ("eval", "eval/items", "piqa"): {2: 20.0},
+        ("eval", "eval/loss_back", "0 steps ago"): {2: 1.5},
+        ("eval", "eval/loss_back", "16 steps ago"): {2: 2.5},
     }
     assert block.loads == {f"layer {n}": [(2, [0.1, 0.2, 0.3, 0.4])] for n in (0, 1)}
     assert [(text.step, text.name, text.text) for text in block.texts] == [(2, "sample", "once upon")]
