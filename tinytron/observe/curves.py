@@ -24,7 +24,7 @@ class Name(NamedTuple):
         lagging evaluation, ``eval/lagging/loss_back_16`` is ``16 steps ago`` in ``eval/loss_back``."""
         first, *inner = self.key.split("/")
         if inner and (lagging := _LAGGING.fullmatch(inner[-1])) is not None:
-            return f"{first}/{lagging[1]}", f"{lagging[2]} steps ago"
+            return f"{first}/{lagging[1]}", f"{lagging[2]} {'step' if lagging[2] == '1' else 'steps'} ago"
         if not inner:
             return first, ""
         if len(inner) == 1:
