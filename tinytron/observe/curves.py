@@ -20,8 +20,8 @@ class Name(NamedTuple):
     @property
     def place(self) -> tuple[str, str]:
         """The chart of the curve, and its name within the chart: ``grad_norms/a.weight`` is ``a.weight`` in the chart
-        ``grad_norms``, and ``sources/wiki/loss`` is ``wiki`` in ``sources/loss``. A key without ``/`` has its own chart. Of a
-        lagging evaluation, ``eval/lagging/loss_back_16`` is ``16 steps ago`` in ``eval/loss_back``."""
+        ``grad_norms``, and ``sources/wiki/loss`` is ``wiki`` in ``sources/loss``. A key without ``/`` has its own chart.
+        Of a lagging evaluation, ``eval/lagging/loss_back_16`` is ``16 steps ago`` in ``eval/loss_back``."""
         first, *inner = self.key.split("/")
         if inner and (lagging := _LAGGING.fullmatch(inner[-1])) is not None:
             return f"{first}/{lagging[1]}", f"{lagging[2]} {'step' if lagging[2] == '1' else 'steps'} ago"
