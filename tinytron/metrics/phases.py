@@ -12,7 +12,7 @@ from tinytron.distributed.parallel_state import ParallelState
 from tinytron.utils.memory import GIB, peak_memory
 from tinytron.utils.phases import BACKWARD, DATA, FORWARD, PHASES, UPDATE
 
-# What a rank does by itself. The others wait for a slow one in the exchange of gradients.
+# A rank's work by itself. The other ranks wait for a slow one in the exchange of gradients.
 _OWN = (DATA, FORWARD, BACKWARD, UPDATE)
 
 

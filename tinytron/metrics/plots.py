@@ -58,7 +58,7 @@ class Plotter(Sink):
     def _raise_error(self) -> None:
         if self._error is not None:
             text = f"{type(self._error).__name__}: {first_line(self._error)}"
-            raise SinkFailedError(f"plot() failed, and there are no more plots ({text})") from self._error
+            raise SinkFailedError(f"plot() failed and is not called again ({text})") from self._error
 
     def _run(self) -> None:
         while (call := self._calls.get()) is not None:

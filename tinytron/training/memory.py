@@ -21,7 +21,7 @@ from tinytron.utils.training import DTYPES
 _CERTAIN = 1.2  # times the machine's memory, because the estimate may be a tenth too high
 
 
-Frozen = Sequence[ModelConfig]  # models beside the trained one, of which only the weights are in memory
+Frozen = Sequence[ModelConfig]  # models in addition to the trained one, with only their weights in memory
 
 
 def memory_notes(config: Config, state: ParallelState, frozen: Frozen = ()) -> list[str]:

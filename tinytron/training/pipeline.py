@@ -89,7 +89,7 @@ class DataPipeline:
             )
 
     def again(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of ``step`` (counted from 0) once more, by the formula of the order. Raises: as
+        """This rank's micro-batches of ``step`` (counted from 0) again, by the formula of the order. Raises: as
         ``check_again``."""
         self.check_again()
         assert self.train.dataset is not None, "the built-in loader reads one"

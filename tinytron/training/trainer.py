@@ -319,7 +319,7 @@ class Trainer(RankAttributes):
         return self.saver.files(self.step)
 
     def _frozen_models(self, config: Config) -> Frozen | None:
-        """The models in memory beside the trained one; ``None`` if that is not Tinytron's own, and nothing is known."""
+        """The models in memory in addition to the trained one; ``None`` if that one is not Tinytron's own."""
         return () if type(self)._init_model is Trainer._init_model and foreign_model(config) is None else None
 
     def _finish_exchanges(self) -> None:

@@ -30,7 +30,7 @@ class RunInfo:
 
 
 class SinkFailedError(Exception):
-    """A sink cannot go on; the reporter prints why, and continues without it."""
+    """A sink cannot continue; the reporter prints the reason and removes it."""
 
 
 class Sink:

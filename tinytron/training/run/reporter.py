@@ -78,7 +78,7 @@ class Reporter:
 
     @contextlib.contextmanager
     def aside(self, name: str) -> Iterator[None]:
-        """Context of a phase that is no training, such as an evaluation: the clock is paused."""
+        """Context of a phase outside of training, such as an evaluation: the clock is paused."""
         with self.clock.paused(), phase(name):
             yield
 
