@@ -168,6 +168,8 @@ def test_grades(data: Path) -> None:
     assert isinstance(alpaca, RolloutEvaluation)
     one, named = (long.get(number)[1] for number in range(2))
     assert (long.check(one, "he ran"), long.check(one, "bo ran")) == (1, pytest.approx(2 / 3))
+    assert named == "Food\n\nFood\nFood item"
+    assert long.check("Food", "all food") == pytest.approx(2 / 3), "the classes are those of its row"
     assert long.check(named, "It is Food")
     assert not long.check(named, "Food item")  # the longest of the classes that begin there
     assert not long.check(named, "nothing")

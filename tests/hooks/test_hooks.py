@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.ranks import Ranks
+from tests.helpers.runs import TINY, config_of
 from tests.naive.gpt import Experts, Shape, forward
 from tinytron import hooks
 from tinytron.distributed import ParallelLayout, ParallelState
@@ -364,3 +365,13 @@ def test_what_was_not_seen_is_an_error() -> None:
             ConfigError, match=r"post_mlp was not perturbed in a forward pass. Points .*: blocks.0.input"
         ):
             seen.gradient("blocks.0.post_mlp")
+
+
+def test_one_point_and_what_was_not_recorded() -> None:
+    model = GPT(config_of(*TINY).model)
+    with hooks.on(model, record="blocks.0.input") as seen:
+        model(torch.zeros(1, 4, dtype=torch.int64))
+    assert list(seen) == ["blocks.0.input"]
+    assert "blocks.1.input" not in seen
+    assert seen.get("blocks.1.input") is None
+    assert seen.get("blocks.0.input") is seen["blocks.0.input"]

@@ -172,7 +172,9 @@ def test_gradients_are_without_the_loss_scale(ranks: Pools) -> None:
 
 
 def test_norms_in_fp16_are_without_the_loss_scale(ranks: Pools, tmp_path: Path) -> None:
-    flags = ("--max_steps", 1, "--no-do_save", "--log_norms", "--log_activations")
+    """Times the loss scale, the gradients' norm does not fit into fp16."""
+    flags = ("--max_steps", 1, "--no-do_save", "--log_norms", "--log_activations", "--batch_size", 8)
+    flags = (*flags, "--hidden_size", 64, "--intermediate_size", 96)
     runs = [
         ranks(1).run(train, Trainer, tmp_path / p, *flags, "--precision", p)[0].records[0] for p in ("fp16", "fp32")
     ]

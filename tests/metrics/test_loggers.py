@@ -21,6 +21,7 @@ from tests.metrics.test_sinks import Listener, entry, info, reporter_of
 from tinytron.errors import ConfigError, StorageError
 from tinytron.metrics.sinks import Background, CsvLog, JsonLog, Record, Sink, SinkFailedError, TensorBoard, WandB
 from tinytron.metrics.sinks.flat import flat_record
+from tinytron.training import Trainer
 from tinytron.utils import optional
 
 Pools = Callable[[int], Ranks]
@@ -319,6 +320,53 @@ def test_all_loggers_agree_across_a_kill(tmp_path: Path) -> None:
     assert {key: both[key] for key in exact} == {key: expected[key] for key in exact}
 
 
+def _opens(folder: Path, first: int) -> tuple[str, list[str]]:
+    """What is raised and said if a logger fails to open. A job."""
+
+    class Away(Listener):
+        def open(self, run: Any) -> None:
+            raise SinkFailedError("the logger x stops") if run.first_step else OSError(17, "File exists")
+
+    said: list[str] = []
+    reporter = reporter_of(Away([]), Listener(said))
+    try:
+        reporter.start(dataclasses.replace(info(folder), first_step=first))
+    except ConfigError as error:
+        return str(error), said
+    reporter.write([entry(first + 1)])
+    return "", said
+
+
+def test_a_logger_that_is_away_when_a_run_resumes_is_left_out(ranks: Pools, tmp_path: Path) -> None:
+    assert ranks(1).run(_opens, tmp_path, 0)[0] == ("the logger Away cannot begin ([Errno 17] File exists)", [])
+    assert ranks(1).run(_opens, tmp_path, 3)[0] == (
+        "",
+        ["error: the logger x stops; training continues without it"],
+    )
+
+
+def _evaluated_after_training(log_dir: Path) -> Path:
+    flags = ("--loggers", "jsonl", "wandb", "tensorboard", "--wandb_mode", "offline", "--do_val", "--max_steps", 2)
+    trainer = Trainer(config_of(*TINY, *flags, "--log_dir", log_dir))
+    trainer.train()
+    trainer.eval()
+    trainer.eval()
+    return trainer.log_dir
+
+
+def test_an_evaluation_after_training_is_logged(ranks: Pools, tmp_path: Path) -> None:
+    """Twice: of the same step, W&B keeps the first."""
+    pytest.importorskip("wandb")
+    (folder,) = ranks(1).run(_evaluated_after_training, tmp_path)
+    assert [record["stage"] for record in read_logs_of(folder)] == ["train", "train", "val", "val", "val"]
+    sessions, _ = wandb_scalars(folder)
+    assert ("val/loss", 2) in sessions[0]
+
+
+def read_logs_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
 class Recorder:
     """Stands for a run of W&B."""
 
@@ -360,6 +408,8 @@ def test_wandb_repeats_only_what_may_be_lost(tmp_path: Path, monkeypatch: pytest
     assert session(3, (4, 5), ends=True) == [(3, 1.0), (4, 2.0), (5, 2.0)]
     assert session(4, (5, 6), ends=True) == [(6, 3.0)]
     assert len(set(ids)) == 1
+    assert session(0, (1, 2), ends=True) == [(1, 4.0), (2, 4.0)]  # a run that begins anew, as with --debug
+    assert len(set(ids)) == 2
 
 
 def test_unknown_loggers_and_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,6 +430,10 @@ def test_unknown_loggers_and_missing_packages(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(wandb, "init", refuse)
     about = dataclasses.replace(info(tmp_path), config={"logging": dict.fromkeys(WANDB_OPTIONS)})
+    with pytest.raises(
+        SinkFailedError, match=r"the logger wandb stops: Weights & Biases cannot be reached, or refuses"
+    ):
+        WandB().open(dataclasses.replace(about, first_step=3))
     said = r"refuses the run \(api_key not configured\); run wandb login, or use --wandb_mode offline"
     with pytest.raises(ConfigError, match=said):
         WandB().open(about)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.helpers.ranks import Ranks
-from tests.helpers.runs import Run, train
+from tests.helpers.runs import TINY, Run, config_of, read_logs, train
 from tinytron.data import Batch
 from tinytron.model.modules.loss import LossSums
 from tinytron.training import Trainer
@@ -67,6 +67,26 @@ def test_every_moment_counts_for_the_innermost_phase(clock: list[float]) -> None
         clock[0] += 64
     timer.start()  # training goes on
     assert taken(timer) == {}
+
+
+def test_a_training_inside_another_gives_the_time_back(clock: list[float]) -> None:
+    outer, inner = PhaseTimer(CPU), PhaseTimer(CPU)
+    outer.start()
+    with phase(EVALUATION):
+        clock[0] += 1
+        inner.start()
+        with phase(FORWARD):
+            clock[0] += 2
+        assert taken(inner) == {FORWARD: 2}
+        inner.stop()
+    with phase(BACKWARD):
+        clock[0] += 4
+    assert taken(outer) == {EVALUATION: 3, BACKWARD: 4}
+    with phase(FORWARD):
+        clock[0] += 8
+    outer.stop()
+    outer.start()  # after an error, training begins again
+    assert taken(outer) == {}
 
 
 def test_a_timer_that_starts_inside_a_phase_does_not_count_its_end(clock: list[float]) -> None:
@@ -144,6 +164,21 @@ def test_the_log_names_the_slowest_rank(ranks: Pools, tmp_path: Path) -> None:
         step = 96 / record["tokens_per_second"]
         aside = found[EVALUATION] + found[SAVE]
         assert sum(found.values()) - aside == pytest.approx(step, rel=0.3)  # the sinks' work is in neither
+
+
+def _own_loop(log_dir: Path) -> list[dict[str, Any]]:
+    trainer = Trainer(config_of(*TINY, "--log_every", 1, "--max_steps", 2, "--log_dir", log_dir))
+    for microbatches in trainer.data.steps(0):
+        trainer.train_step(microbatches)
+        trainer.step += 1
+        trainer._maybe_log()
+    return read_logs(trainer.log_dir)[1]
+
+
+def test_a_loop_of_ones_own_has_none(ranks: Pools, tmp_path: Path) -> None:
+    (records,) = ranks(1).run(_own_loop, tmp_path)
+    assert [record["step"] for record in records] == [1, 2]
+    assert all("phases" not in record for record in records)
 
 
 def test_without(ranks: Pools, tmp_path: Path) -> None:

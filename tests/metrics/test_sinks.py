@@ -268,9 +268,11 @@ def test_messages_are_kept_with_their_time_over_all_starts(tmp_path: Path) -> No
         log.resume(step)
         log.advance(step + 1)
         log.say("line\nand more")
+        with open(tmp_path / "messages.jsonl", "a") as file:
+            file.write('{"time": 1, "st' * (step == 0))  # killed while writing
     entries = [json.loads(line) for line in (tmp_path / "messages.jsonl").read_text().splitlines()]
     assert [tuple(entry.values()) for entry in entries] == [
-        *((10.0, 0, "early"), (10.0, 1, "line\nand more"), (20.0, 0, "early"), (20.0, 4, "line\nand more")),
+        *((10.0, 0, "early"), (10.0, 1, "line\nand more"), (20.0, 3, "early"), (20.0, 4, "line\nand more")),
     ]
 
 

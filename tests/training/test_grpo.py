@@ -286,6 +286,13 @@ def test_adapters_need_no_second_model(ranks: Pools, files: Path) -> None:
     assert kl[-1] > 1e-6
 
 
+def test_what_needs_batches_of_the_data_is_refused(ranks: Pools, files: Path) -> None:
+    (lagging,) = ranks(1).run(error_of, files, files / "log", "--eval_tasks", "lagging")
+    assert "lagging needs a trainer that trains on the batches of its data, but GRPOTrainer makes its own" in lagging
+    (positions,) = ranks(1).run(error_of, files, files / "log", "--log_loss_by_position")
+    assert "--log_loss_by_position needs the loss of each token, but here it is that of an answer; drop it" in positions
+
+
 def test_texts_and_dialogues_do_not_mix(tmp_path: Path) -> None:
     lines = [{"prompt": "a"}, {"prompt": [{"role": "user", "content": "b"}]}]
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -113,7 +113,7 @@ def _save_by_hand(log_dir: Path) -> tuple[list[str], str]:
     folder, model = RunFolder(config, state), Line()
     optimizer = DistributedOptimizer(torch.optim.AdamW(model.parameters()), state.groups["dp"])
     optimizer.attach(model, specs_of(model), state, optimizer_options(config, model))
-    folder.begin(0)
+    folder.begin(0, 7)
     data, guards = (
         DataPipeline(config, state, train_dataset=mock()),
         Guards(config, state, folder.path, optimizer),

@@ -70,21 +70,18 @@ class LongBench(FileItems, RolloutEvaluation):
     needs = "context, input, answers and all_classes, as the files of THUDM/LongBench on the hub have them"
     max_new_tokens = 128
 
-    def __init__(self) -> None:
-        self._classes: dict[str, list[str]] = {}  # by answer, as check sees no row
-
     def item_of(self, row: Row) -> tuple[str, str]:
-        """Context and question, and all answers, one a line."""
-        answers = "\n".join(answer.replace("\n", " ") for answer in row["answers"])
-        if row["all_classes"]:
-            self._classes[answers] = row["all_classes"]
-        return f"{row['context']}\n\n{row['input']}\nAnswer:", answers
+        """Context and question, and all answers, one a line; after an empty line the classes, if there are any."""
+        parts = [row["answers"], row["all_classes"]] if row["all_classes"] else [row["answers"]]
+        lines = ["\n".join(" ".join(text.split("\n")) for text in part) for part in parts]
+        return f"{row['context']}\n\n{row['input']}\nAnswer:", "\n\n".join(lines)
 
     def check(self, answer: str, given: str) -> bool | float:
         """The grade of one answer."""
-        right = answer.split("\n")
-        if answer in self._classes:
-            named = [(place, -len(name), name) for name in self._classes[answer] if (place := given.find(name)) >= 0]
+        answers, _, classes = answer.partition("\n\n")
+        right = answers.split("\n")
+        if classes:
+            named = [(place, -len(name), name) for name in classes.split("\n") if (place := given.find(name)) >= 0]
             return bool(named) and min(named)[2] in right
         return max(word_f1(one, given) for one in right)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tinytron.errors import ConfigError
 from tinytron.evaluation.validate import ACCURACY, validate
 from tinytron.registry import evaluation
 
@@ -23,6 +24,11 @@ class Lagging:
     @staticmethod
     def check(trainer: Trainer) -> None:
         """Raises: ConfigError for data that cannot be read again."""
+        if getattr(trainer, "makes_batches", False):
+            raise ConfigError(
+                "--eval_tasks lagging needs a trainer that trains on the batches of its data, but "
+                f"{type(trainer).__name__} makes its own; leave lagging out"
+            )
         trainer.data.check_again()
 
     def evaluate(self) -> dict[str, float]:

@@ -48,6 +48,7 @@ def selected(model: nn.Module, patterns: Sequence[str], what: str = "hooks") -> 
     """The names of the points that match any of ``patterns`` (``blocks.*.post_mlp``), in the model's order. Raises:
     ConfigError, which begins with ``what``, for a model without points and for a pattern that matches none."""
     known = points_of(model)
+    patterns = [patterns] if isinstance(patterns, str) else patterns
     if not known:
         raise ConfigError(
             f"{what}: this {type(model).__name__} has no named points; use Tinytron's GPT, or build your modules on "

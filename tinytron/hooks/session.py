@@ -34,6 +34,13 @@ class Seen(Mapping[str, torch.Tensor]):
             raise ConfigError(f"hooks: {name} was not recorded; recorded are {known}")
         return self._values[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The activation, or ``default`` if the point was not recorded."""
+        return self._values.get(name, default)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
 
@@ -57,7 +64,8 @@ class Seen(Mapping[str, torch.Tensor]):
         """``intermediate_grad_norms/<point>``: the norm of the gradient at every perturbed point, over all ranks.
         Collective over the world."""
         zeros = self._zeros.values()
-        norms = [torch.linalg.vector_norm(zero if zero.grad is None else zero.grad).detach() for zero in zeros]
+        grads = [zero.detach() if zero.grad is None else zero.grad for zero in zeros]
+        norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
         if not norms:
             return {}
         total = torch.stack(norms).double().square()
@@ -125,6 +133,7 @@ def on(
     Raises: ConfigError for a pattern that matches no point of the model.
     """
     seen, replace = Seen(model, whole), replace or {}
+    record, perturb = ([one] if isinstance(one, str) else one for one in (record, perturb))
     taps: dict[str, list[Tap]] = {name: [] for name in selected(model, [*replace, *perturb, *record])}
     for pattern, function in replace.items():
         for name in selected(model, [pattern]):

@@ -98,7 +98,10 @@ class ActivationStatistics:
         self._sums[i, 7] += len(x_TF)
 
     def _add_gradient(self, i: int, grad: torch.Tensor) -> None:
-        self._sums[i, 8] += torch.linalg.vector_norm(grad).double().square()
+        wide = torch.promote_types(
+            grad.dtype, torch.float32
+        )  # a norm in fp16 overflows, as gradients have the loss scale
+        self._sums[i, 8] += torch.linalg.vector_norm(grad, dtype=wide).double().square()
 
 
 def kurtosis(moments: list[float]) -> float:

@@ -144,7 +144,8 @@ class Run:
     @property
     def max_steps(self) -> int | None:
         """The step at which the run ends, if its configuration says so."""
-        return self._number("train.max_steps")
+        known = self._config.get("max_steps")
+        return known if isinstance(known, int) and known > 0 else self._number("train.max_steps")
 
     @property
     def _tokens_per_step(self) -> int | None:

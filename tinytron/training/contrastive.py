@@ -31,7 +31,7 @@ from tinytron.training.base import BaseTrainer, BaseTrainerConfig
 from tinytron.training.config import Config
 from tinytron.training.datasets import whole_of
 from tinytron.training.forward_pass import cross_entropy, forward_pass
-from tinytron.training.reference import first_model, refuse_short_rows
+from tinytron.training.reference import first_model, require_whole_rows
 from tinytron.utils.training import write_atomically
 
 ConfigT = TypeVar("ConfigT")
@@ -78,7 +78,7 @@ class ContrastiveTrainer(BaseTrainer[ConfigT, ModelT]):
         self.options: ContrastiveTrainerConfig = (
             configure(ContrastiveTrainerConfig) if is_configured() else ContrastiveTrainerConfig()
         )
-        refuse_short_rows(spec, "a pair")
+        require_whole_rows(spec, "a pair")
         super().__init__(spec)
 
     # Data.

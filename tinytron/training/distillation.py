@@ -15,7 +15,7 @@ from tinytron.distributed.agreement import agree
 from tinytron.errors import ConfigError
 from tinytron.interop.causal_lm import CausalLM, foreign_settings, sizes_of
 from tinytron.interop.load import architecture_of
-from tinytron.model import ModelConfig
+from tinytron.model import GPT, ModelConfig
 from tinytron.training.backbone import BackbonedTrainer, BackbonedTrainerConfig
 from tinytron.training.base import BaseTrainerConfig
 from tinytron.training.build import build_model
@@ -91,7 +91,7 @@ class DistillationTrainer(ReferenceTrainer[ConfigT, ModelT]):
 
     def _frozen_models(self, config: Config) -> Frozen | None:
         teacher = agree(lambda: teacher_config(config, self.options.teacher), self.state.groups["world"])
-        return (teacher.model,) if foreign_model(config) is None else None
+        return (teacher.model,) if issubclass(self.MODEL, GPT) and foreign_model(config) is None else None
 
 
 class BackbonedDistillationTrainer(DistillationTrainer[ConfigT, ModelT], BackbonedTrainer[ConfigT, ModelT]):

@@ -35,9 +35,9 @@ from tinytron.training.base import BaseTrainer, BaseTrainerConfig
 from tinytron.training.config import Config
 from tinytron.training.forward_pass import cross_entropy, forward_pass
 from tinytron.training.memory import Frozen
-from tinytron.training.reference import first_model, refuse_short_rows
+from tinytron.training.reference import first_model, require_whole_rows
 from tinytron.training.rollouts import Reward, Rollouts, Writer, advantages, interleaved, load_reward, roll_out
-from tinytron.utils.phases import EVALUATION
+from tinytron.utils.phases import EVALUATION, FORWARD, phase
 from tinytron.utils.sequences import IGNORE_INDEX
 
 ConfigT = TypeVar("ConfigT")
@@ -115,6 +115,7 @@ class GRPOTrainer(BaseTrainer[ConfigT, ModelT]):
     """
 
     CONFIG: ClassVar[type] = GRPOTrainerConfig
+    makes_batches = True  # instead of training on those of the data
 
     def __init__(self, spec: Config) -> None:
         self.options: GRPOTrainerConfig = configure(GRPOTrainerConfig)
@@ -123,7 +124,7 @@ class GRPOTrainer(BaseTrainer[ConfigT, ModelT]):
                 f"grpo.max_new_tokens={self.options.max_new_tokens} leaves no room for a prompt in --seq_len "
                 f"{spec.train.seq_len}; use at most {spec.train.seq_len // 2}"
             )
-        refuse_short_rows(spec, "an answer")
+        require_whole_rows(spec, "an answer")
         self._reward: Reward | None = None
         if type(self).reward is GRPOTrainer.reward:
             if self.options.reward is None:
@@ -186,8 +187,9 @@ class GRPOTrainer(BaseTrainer[ConfigT, ModelT]):
         numbers = [int(n) for batch in microbatches for n in batch.extras[NUMBER]]
         ids = [self.prompts.ids[n] for n in numbers]
         sampling = self._with_end(self.options.sampling(self.config.seed.seed + self.step))
-        self.rollouts = self._roll_out(self.prompts, numbers, sampling)
-        batches = self._batches(ids, self.rollouts, size=len(microbatches[0].labels))
+        with phase(FORWARD):
+            self.rollouts = self._roll_out(self.prompts, numbers, sampling)
+            batches = self._batches(ids, self.rollouts, size=len(microbatches[0].labels))
         super().train_step(batches)
         # The weights have changed: from here on a signal does not drop the step, which would be answered and made again.
         drops, self.guards.acts_within_steps = self.guards.acts_within_steps, False

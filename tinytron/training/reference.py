@@ -96,8 +96,13 @@ class ReferenceTrainer(BaseTrainer[ConfigT, ModelT]):
         return sums
 
 
-def refuse_short_rows(config: Config, what: str) -> None:
-    """Raises: ConfigError if rows are to be cut (``--seq_warmup_lens``), where each of them is ``what``."""
+def require_whole_rows(config: Config, what: str) -> None:
+    """Raises: ConfigError if rows are to be cut (``--seq_warmup_lens``), or the losses of their tokens are to be logged,
+    where each row is ``what``."""
+    if config.logging.log_loss_by_position:
+        raise ConfigError(
+            f"--log_loss_by_position needs the loss of each token, but here it is that of {what}; drop it"
+        )
     if lengths := config.train.seq_warmup_lens:
         raise ConfigError(
             f"--seq_warmup_lens {' '.join(map(str, lengths))} cuts sequences, but here each is {what}; drop it"

@@ -131,8 +131,7 @@ class Trainer(RankAttributes):
     def _init_dataset(self, config: Config) -> None:
         """Set ``train_dataset`` and, if there is one, ``val_dataset``: map-style or iterable, with items
         ``{input_ids, labels}`` or rows of ``seq_len + 1`` token ids; or ``train_loader`` and ``val_loader``, which yield
-        this rank's micro-batches. Without validation data, ``--split_rate`` holds out part of a map-style
-        ``train_dataset`` (docs/data.md)."""
+        this rank's micro-batches. Without validation data, a part of ``train_dataset`` may be held out (docs/data.md)."""
         if config.data.dataset_path is None and not config.data.use_mock_data:
             self._say("no --dataset_path given: training on mock data (random tokens: the loss stays near ln V)")
         self.train_dataset, self.val_dataset = datasets.builtin_datasets(config, self.state)
@@ -229,6 +228,7 @@ class Trainer(RankAttributes):
             self._say(f"already trained: {self.step} of {last} steps are done")
             self.saver.close(self._say)
             self._say_what_is_next()
+            self.reporter.close()
             return
         self.reporter.begin_training(self.config, flops_per_token(self.config, self.raw_model))
         with contextlib.closing(self.reporter), self.guards.active(), self._init_profiler(self.config) as profiler:
@@ -367,7 +367,7 @@ class Trainer(RankAttributes):
             assert found.step is not None, "check_continues rejects records from elsewhere"
             self.guards.load_state_dict(found.guard)
             self.step, self._continues = found.step, True
-        self._say(*self.folder.begin(self.step))
+        self._say(*self.folder.begin(self.step, self.training_info.max_steps))
 
     def _maybe_log(self) -> None:
         self.reporter.advance(self.step)

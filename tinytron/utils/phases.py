@@ -34,10 +34,12 @@ class PhaseTimer:
         self._marks: deque[tuple[str, torch.cuda.Event]] = deque()  # the phase that ends there
         self._unused: list[torch.cuda.Event] = []
         self._since: Any = None
+        self._outer: PhaseTimer | None = None  # of a training in which this one takes place
 
     def start(self) -> None:
-        """Begin to count, in place of any other timer."""
-        PhaseTimer.active = self
+        """Begin to count, in place of any other timer until ``stop``."""
+        self._outer, PhaseTimer.active = PhaseTimer.active, self
+        self._seconds = dict.fromkeys(PHASES, 0.0)
         self._inside = [OTHER]
         self._marks.clear()
         self._since = self._event() if self._cuda else time.perf_counter()
@@ -45,7 +47,7 @@ class PhaseTimer:
     def stop(self) -> None:
         """Count no more."""
         if PhaseTimer.active is self:
-            PhaseTimer.active = None
+            PhaseTimer.active, self._outer = self._outer, None
 
     def enter(self, name: str) -> None:
         """The phase ``name`` begins inside the current one."""

@@ -27,6 +27,7 @@ class Background(Sink):
         self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=most)
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
+        self._closed = False
 
     def say(self, text: str) -> None:
         self._sink.say(text)
@@ -39,6 +40,13 @@ class Background(Sink):
 
     def write(self, records: Sequence[Record]) -> None:
         self._raise_error()
+        if self._closed:  # an evaluation that the user started
+            try:
+                self._sink.write(records)
+            except Exception as error:
+                self._error = error
+            self._raise_error()
+            return
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=f"logger {self._name}", daemon=True)
             self._thread.start()
@@ -54,7 +62,9 @@ class Background(Sink):
                 self._calls.put_nowait(lambda: self._sink.figure(step, name, image))
 
     def close(self) -> None:
-        """Finish the waiting calls, and close the sink. Raises: SinkFailedError, also if that takes too long."""
+        """Finish the waiting calls, and close the sink; later records are written at once. Raises: SinkFailedError, also
+        if closing takes too long."""
+        self._closed = True
         if self._thread is not None:
             end = time.monotonic() + self._close_seconds
             with contextlib.suppress(queue.Full):

@@ -58,7 +58,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
     """The whole rows of the file. A row that was cut short has no newline at its end."""
     text = path.read_text(encoding="utf-8")
     reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
-    return [row for row in reader if row["step"].isdecimal()]
+    return [row for row in reader if (row.get("step") or "").isdecimal()]
 
 
 def _text(rows: Iterable[dict[str, object]] | Iterable[dict[str, str]], columns: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tinytron.errors import ConfigError, first_line
-from tinytron.metrics.sinks.base import Record, RunInfo, Sink
+from tinytron.metrics.sinks.base import Record, RunInfo, Sink, SinkFailedError
 from tinytron.metrics.sinks.files import JsonLog
 from tinytron.metrics.sinks.flat import flat_record
 from tinytron.utils.optional import require_package
@@ -32,18 +32,22 @@ class WandB(Sink):
     steps that a resumed run repeats are not logged a second time. After a kill, what W&B may have lost is logged again,
     from log.jsonl. ``now`` returns the time in seconds.
 
-    Raises, in ``open``: ConfigError if the package is missing or W&B refuses the run, for example without a key.
+    Raises, in ``open``: ConfigError if the package is missing, W&B cannot be reached or refuses the run, for example
+    without a key; if the run is a resumed one, SinkFailedError instead of the latter two.
     """
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
         self._uncertain: deque[tuple[float, str, int]] = deque()
+        self._finished = False
 
     def open(self, run: RunInfo) -> None:
         wandb = require_package("wandb", "wandb")
         options = run.config["logging"]
         self._file, self._log = run.folder / FILE, run.folder / JsonLog.name
-        self._state = _read(self._file) or {"id": secrets.token_hex(4), "logged": {}, "ended": True}
+        self._about = run
+        known = _read(self._file) if run.first_step or self._finished else None
+        self._state = known or {"id": secrets.token_hex(4), "logged": {}, "ended": True}
         self._before, self._ended = dict(self._state["logged"]), self._state["ended"]
         description = run.folder / "config.json"
         config = json.loads(description.read_bytes()) if description.exists() else {"config": run.config}
@@ -60,10 +64,10 @@ class WandB(Sink):
                 settings=wandb.Settings(console="off", silent=True),
             )
         except Exception as error:  # its errors have no common class
-            raise ConfigError(
-                f"--loggers wandb: Weights & Biases refuses the run ({first_line(error)}); run wandb login, or use "
-                "--wandb_mode offline"
-            ) from error
+            why = f"Weights & Biases cannot be reached, or refuses the run ({first_line(error)})"
+            if run.first_step:  # a run that may have been preempted must not wait for it
+                raise SinkFailedError(f"the logger wandb stops: {why}") from error
+            raise ConfigError(f"--loggers wandb: {why}; run wandb login, or use --wandb_mode offline") from error
         self._run.define_metric(STEP)
         self._run.define_metric("*", step_metric=STEP)
         self._save(ended=False)
@@ -75,12 +79,20 @@ class WandB(Sink):
                 self.write([json.loads(line) for line in lines])
 
     def write(self, records: Sequence[Record]) -> None:
+        """Log the records. After ``close`` the run is continued for them."""
+        known = self._state["logged"] if self._finished else self._before
+        new = [(kind, record) for record in records if record["step"] > known.get(kind := _kind(record), -1)]
+        if self._finished:
+            if new:
+                self.open(self._about)
+                self._finished = False
+                self.write(records)
+                self.close()
+            return
         now = self._now()
-        for record in records:
-            kind = "/".join(str(record[name]) for name in ("stage", "task") if name in record)
-            if record["step"] > self._before.get(kind, -1):
-                self._run.log({STEP: record["step"], **flat_record(record)})
-                self._uncertain.append((now, kind, record["step"]))
+        for kind, record in new:
+            self._run.log({STEP: record["step"], **flat_record(record)})
+            self._uncertain.append((now, kind, record["step"]))
         if self._note_certain(now - CERTAIN_SECONDS):
             self._save(ended=False)
 
@@ -90,7 +102,10 @@ class WandB(Sink):
 
     def close(self) -> None:
         """End the run there, once everything is sent."""
+        if self._finished:
+            return
         self._run.finish()
+        self._finished = True
         self._note_certain(math.inf)
         self._save(ended=True)
 
@@ -104,6 +119,10 @@ class WandB(Sink):
     def _save(self, ended: bool) -> None:
         self._state["ended"] = ended
         write_atomically(self._file, lambda out: out.write(json.dumps(self._state).encode()))
+
+
+def _kind(record: Record) -> str:
+    return "/".join(str(record[name]) for name in ("stage", "task") if name in record)
 
 
 def _read(file: Path) -> dict[str, Any] | None:

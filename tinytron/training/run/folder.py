@@ -76,15 +76,15 @@ class RunFolder:
         if state.is_master and (note := another_of_this_name(config, self.path)) is not None:
             self.notes.append(note)
 
-    def begin(self, step: int) -> list[str]:
+    def begin(self, step: int, max_steps: int) -> list[str]:
         """Write ``config.json`` and the run's tokenizer, once it is certain that the run continues in this folder after
-        ``step``. Drop router traces of later steps, which will be traced again. At step 0, move the log of an earlier run
-        aside (not with ``--debug``). Returns lines to print. Collective.
+        ``step``; with the ``max_steps`` that follow from the data. Drop router traces of later steps, which will be traced
+        again. At step 0, move the log of an earlier run aside (not with ``--debug``). Returns lines to print. Collective.
 
         Raises: ConfigError or, for the remote copy, StorageError on every rank: a run whose log folder cannot be written
         does not start.
         """
-        text = json.dumps(self.description, indent=2).encode()
+        text = json.dumps({**self.description, "max_steps": max_steps}, indent=2).encode()
         file = self.path / "config.json"
 
         def write() -> list[str]:

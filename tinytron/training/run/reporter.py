@@ -9,7 +9,7 @@ import torch
 
 from tinytron.distributed.agreement import agree
 from tinytron.distributed.parallel_state import ParallelState
-from tinytron.errors import first_line
+from tinytron.errors import ConfigError, first_line
 from tinytron.metrics import StepWindow, TrainClock
 from tinytron.metrics.phases import phase_record
 from tinytron.metrics.sinks import Record, RunInfo, Sink, SinkFailedError
@@ -60,9 +60,14 @@ class Reporter:
         """
 
         def start_sinks() -> None:
-            for sink, _ in self._pending:
-                sink.open(run)
-                sink.resume(run.first_step)
+            for entry in tuple(self._pending):
+                try:
+                    entry[0].open(run)
+                    entry[0].resume(run.first_step)
+                except SinkFailedError as error:
+                    self._drop(entry, error)
+                except OSError as error:
+                    raise ConfigError(f"the logger {type(entry[0]).__name__} cannot begin ({error})") from error
 
         agree(start_sinks, self._state.groups["world"])
         self._run, self._reported = run, run.first_step
@@ -108,7 +113,7 @@ class Reporter:
         speed = {"tokens_per_second": rate, "mfu": rate * self._flops_per_token / self._peak_flops}
         extra: Record = {**speed, "skipped_steps": int(skipped)}
         entries: list[Record] = [{**record.fields(), "stage": "train", **extra} for record in records]
-        if self._timer is not None:
+        if self._timer is not None and PhaseTimer.active is self._timer:  # not in a loop of the user's own
             entries[-1] |= phase_record(self._timer.take(), len(records), self._state)
         with self.clock.paused():
             for metric in self.metrics:
@@ -136,12 +141,15 @@ class Reporter:
             try:
                 sink.write(tuple(pending))
             except SinkFailedError as error:
-                self._pending.remove(entry)
-                self.say(f"error: {error}; training continues without it")
+                self._drop(entry, error)
             except Exception as error:  # a failing log must not end a run
                 self.say(f"error: {first_line(error)}; its lines wait for the next report")
             else:
                 pending.clear()
+
+    def _drop(self, entry: tuple[Sink, list[Record]], error: SinkFailedError) -> None:
+        self._pending.remove(entry)
+        self.say(f"error: {error}; training continues without it")
 
     def figure(self, step: int, name: str, image: bytes) -> None:
         """Pass a figure, a PNG image, to all sinks; called in a thread."""
