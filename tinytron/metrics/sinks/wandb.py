@@ -76,7 +76,8 @@ class WandB(Sink):
         """After a kill, log again what may be lost of the steps up to ``step``."""
         if not self._ended and self._log.exists():
             with open(self._log, "rb") as lines:
-                self.write([json.loads(line) for line in lines])
+                for line in lines:
+                    self.write([json.loads(line)])
 
     def write(self, records: Sequence[Record]) -> None:
         """Log the records. After ``close`` the run is continued for them."""
