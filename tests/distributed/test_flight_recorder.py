@@ -8,17 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.helpers.runs import ROOT
-from tinytron.distributed.flight_recorder import enable_flight_recorder, write_collectives
+from tinytron.distributed.flight_recorder import write_collectives
 
 HANG = """
 import os, sys, threading, time
 from pathlib import Path
 import torch, torch.distributed as dist
-from tinytron.distributed.flight_recorder import enable_flight_recorder, write_collectives
-enable_flight_recorder()
+from tinytron.distributed.flight_recorder import VARIABLES, write_collectives
+os.environ |= VARIABLES
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 dist.all_reduce(torch.ones(4))
@@ -47,9 +45,3 @@ def test_a_rank_that_waits_alone_has_one_collective_more(tmp_path: Path) -> None
 
 def test_a_folder_that_is_gone_is_said(tmp_path: Path) -> None:
     assert "; collectives could not be written (" in write_collectives(tmp_path / "gone" / "0.json")
-
-
-def test_the_users_number_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "environ", {"TORCH_FR_BUFFER_SIZE": "7"})
-    enable_flight_recorder()
-    assert os.environ == {"TORCH_FR_BUFFER_SIZE": "7", "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000"}

@@ -185,7 +185,7 @@ def test_positions_without_masks(ranks: Pools, world: int) -> None:
 
 FORWARD, HIDDEN = "tinytron.model.gpt:GPT.forward", "tinytron.model.gpt:GPT.hidden_states"
 ATTENTION, DOCUMENTS = (
-    "tinytron.model.modules.attn:Attention.forward",
+    "tinytron.model.modules.attn:Attention.attn",
     "tinytron.model.modules.attn:Documents.with_mask",
 )
 MUTANTS = {

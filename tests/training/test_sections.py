@@ -158,7 +158,9 @@ def test_a_configuration_needs_nothing_above_the_model() -> None:
         "distributed",
         "kernels",
         "model",
+        "hooks",
         "optim",
+        "metrics",  # the names of loggers
     }
     assert above == {"training"}
     assert {name for name in seen if name.startswith("tinytron.training")} == {

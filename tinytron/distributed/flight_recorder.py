@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch.distributed as dist
 
-_KEPT = "2000"  # collectives
-_VARIABLES = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")  # the second one: before torch 2.9
-
-
-def enable_flight_recorder() -> None:
-    """Have torch record collectives, unless the user has chosen how many. Call it before the process group is made."""
-    for name in _VARIABLES:
-        os.environ.setdefault(name, _KEPT)
+# Environment variables that have torch record the last 2,000 collectives, if they are set before the process group is
+# made. The second one is that of torch before 2.9.
+VARIABLES = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000"}
 
 
 def write_collectives(path: Path) -> str:

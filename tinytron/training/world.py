@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn  # imported later, its functions' defaults would keep the world's group forever
 
+from tinytron.distributed import flight_recorder
 from tinytron.distributed.agreement import agree
 from tinytron.distributed.collectives import sum_over
-from tinytron.distributed.flight_recorder import enable_flight_recorder
 from tinytron.distributed.layout import ParallelLayout
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import ConfigError, first_line
@@ -93,7 +93,8 @@ def join_world(config: Config) -> ParallelState:
     elif config.parallel.backend == "nccl":
         raise ConfigError("--backend nccl needs a GPU, but this machine has none; use --backend gloo or auto")
     if config.train.step_timeout:
-        enable_flight_recorder()
+        for name, value in flight_recorder.VARIABLES.items():
+            os.environ.setdefault(name, value)  # the user may have chosen another number
     if not joined:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
