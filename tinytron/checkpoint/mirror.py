@@ -16,10 +16,10 @@ from tinytron.checkpoint.files import CheckpointFiles, newest_checkpoint
 from tinytron.distributed.agreement import agree_slowly
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import StorageError, TinytronError
+from tinytron.metrics.sinks import SINKS
 from tinytron.utils.remote import RemoteFolder
 
-LOGS = ("log.txt", "log.jsonl", "log.csv", "messages.jsonl", "wandb.json", "config.json")
-LOG_FOLDERS = ("tensorboard",)
+LOGS = (*(name for sink in SINKS.values() for name in sink.files), "config.json")  # files and folders
 _ADVICE = "training continues with the local copy, and the next save tries again"
 
 
@@ -89,9 +89,9 @@ class Mirror:
         self._parts.clear()
 
     def _push_logs(self) -> None:
-        below = [path for name in LOG_FOLDERS for path in sorted((self.folder / name).glob("*")) if path.is_file()]
-        names = [name for name in LOGS if (self.folder / name).is_file()]
-        self.remote.push(self.folder, [*names, *(str(path.relative_to(self.folder)) for path in below)])
+        kept = [self.folder / name for name in LOGS]
+        paths = [path for one in kept for path in (one, *sorted(one.glob("*"))) if path.is_file()]
+        self.remote.push(self.folder, [str(path.relative_to(self.folder)) for path in paths])
 
     def _push_commits(self) -> None:
         self._push_parts()
@@ -141,7 +141,7 @@ class Mirror:
         last."""
         files, arrived = CheckpointFiles(self.folder, step), self.folder / ".pull"
         print(f"fetching checkpoint {step} from {self.remote.url}", flush=True)
-        logs = [name for name in present if name in LOGS or name.split("/")[0] in LOG_FOLDERS]
+        logs = [name for name in present if name.split("/")[0] in LOGS]
         for name in logs:  # unlike a checkpoint's files they change, possibly without changing size
             (arrived / name).unlink(missing_ok=True)
         parts = [*(name for name in names if name != files.meta.name), *logs]

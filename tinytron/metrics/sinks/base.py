@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 Record = dict[str, Any]  # has ``step`` and ``stage`` (train, val or eval); train and val records also have ``loss``
 
@@ -39,8 +39,10 @@ class Sink:
     A subclass overrides the methods it needs. ``open`` and ``resume`` run before the first step; if one of them raises,
     the run ends on every rank before it starts. Errors of the other methods are printed, and the run continues. If
     ``write`` raises, it gets its records again together with the next ones, unless it raises a SinkFailedError, which
-    removes the sink.
+    removes the sink. ``files`` are the names of the files and folders that it keeps in the run's folder.
     """
+
+    files: ClassVar[tuple[str, ...]] = ()
 
     def say(self, text: str) -> None:
         """Show a message to the user; may be called before ``open``."""

@@ -47,6 +47,7 @@ class TextLog(LogFile):
     runs."""
 
     name = "log.txt"
+    files = (name,)
 
     def line(self, record: Record) -> str:
         """The line of a record; empty for records without a loss (eval)."""
@@ -61,6 +62,7 @@ class JsonLog(LogFile):
     """One JSON object per record."""
 
     name = "log.jsonl"
+    files = (name,)
 
     def line(self, record: Record) -> str:
         return json_line(record)

@@ -16,6 +16,7 @@ class MessageLog(Sink):
     """Appends ``{"time": ..., "step": ..., "text": ...}`` for every message. ``now`` returns seconds since 1970."""
 
     name = "messages.jsonl"
+    files = (name,)
 
     def __init__(self, now: Callable[[], float] = time.time) -> None:
         self._now = now

@@ -19,6 +19,7 @@ class CsvLog(Sink):
     that appears for the first time adds a column, for which the file is written again."""
 
     name = "log.csv"
+    files = (name,)
 
     def open(self, run: RunInfo) -> None:
         self.path = run.folder / self.name

@@ -20,6 +20,8 @@ class TensorBoard(Sink):
     """Every number of every record as a scalar in double precision. A resumed run adds a file that tells TensorBoard to
     forget the later steps of earlier files. Raises, in ``open``: ConfigError without the package ``tensorboard``."""
 
+    files = (FOLDER,)
+
     def open(self, run: RunInfo) -> None:
         require_package("tensorboard", "tensorboard")
         from torch.utils.tensorboard import SummaryWriter

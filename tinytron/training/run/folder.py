@@ -25,9 +25,7 @@ from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.interop.tokenizer import TokenizerFiles, run_tokens
 from tinytron.metrics.routing import ROUTES, keep_traces_until
-from tinytron.metrics.sinks import CsvLog, JsonLog, TextLog
-from tinytron.metrics.sinks.tensorboard import FOLDER as TENSORBOARD
-from tinytron.metrics.sinks.wandb import FILE as WANDB
+from tinytron.metrics.sinks import SINKS, MessageLog
 from tinytron.model import GPT
 from tinytron.text.run_tokenizer import TOKENS
 from tinytron.training.config import BALANCED, Config
@@ -39,7 +37,8 @@ from tinytron.utils.texts import next_command, next_generation
 from tinytron.utils.training import write_atomically
 
 T = TypeVar("T")
-LOGS = (TextLog.name, JsonLog.name, CsvLog.name, TENSORBOARD, WANDB)
+# Messages are those of every start of the run.
+LOGS = tuple(name for sink in SINKS.values() if sink is not MessageLog for name in sink.files)
 _REMEDY = "wait for it or stop it, or use another --exp_name"  # when the run folder is in use
 
 
