@@ -55,7 +55,7 @@ def test_the_estimate_is_within_a_quarter_of_the_plan(name: str) -> None:
 
 
 def test_a_frozen_model_costs_its_weights() -> None:
-    """Those of its experts are shared by the ranks of ep, those of the rest are not."""
+    """The ranks of ep share the weights of its experts; each rank has all the others."""
     work: dict[str, Any] = {"dtype": torch.float32, "batch_size": 1, "seq_len": 64}
     dense, mixed = (config_of(*WIDE, *flags).model for flags in (GQA, WIDE_EXPERTS))
     for layout in (ParallelLayout(1), ParallelLayout(4, 1, 4)):

@@ -32,6 +32,7 @@ class HubItems(Evaluation):
     split: ClassVar[str] = "validation"
     most: ClassVar[int | None] = None
     configs: ClassVar[tuple[str, ...]] = ()  # empty: that of the dataset
+    _or_else: ClassVar[str] = ", or leave --eval_data_dir (eval.data_dir) out to use the hub"
 
     @property
     def columns(self) -> str:
@@ -93,8 +94,6 @@ class HubItems(Evaluation):
         source = open_source(path, **options, cache_dir=None)  # type: ignore[arg-type]
         for chunk in source.chunks(_ROWS_AT_ONCE):
             yield from map(json.loads, source.read(chunk))
-
-    _or_else: ClassVar[str] = ", or leave --eval_data_dir (eval.data_dir) out to use the hub"
 
     @property
     def _stem(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from functools import partial
 
 import torch
@@ -13,6 +12,7 @@ from tinytron.distributed.collectives import sum_over
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.hooks import attached, selected
 from tinytron.hooks.points import is_recomputing
+from tinytron.metrics.step_statistics import Measuring
 
 # The input of a later block is the post_mlp of the one before it.
 LOGGED = ("blocks.0.input", "blocks.*.post_attn", "blocks.*.post_mlp", "blocks.*.pre_proj")
@@ -30,27 +30,22 @@ class ActivationStatistics:
         self._model, self._state, self._loss_scale = model, state, loss_scale
         known = selected(model, ["*"], "--log_activations")
         self._names = [name for name in known if name in set(selected(model, LOGGED, "--log_activations"))]
-        self._measuring: contextlib.ExitStack | None = None
+        self._measuring = Measuring()
 
     def begin(self) -> None:
         """Measure the next step."""
-        if self._measuring is not None:
-            self._measuring.close()
         P, device = len(self._names), self._state.device
         # By point: powers 1 to 4 of the elements, zeros, elements, norms of tokens, tokens, squares of gradients.
         self._sums = torch.zeros(P, 9, dtype=torch.float64, device=device)
         self._extremes = torch.full((P, 2), -torch.inf, dtype=torch.float64, device=device)  # -x and x
         self._scale = self._loss_scale.clone().double()  # as it is in the step, which may change it at its end
-        self._measuring = contextlib.ExitStack()
         taps = {name: partial(self._measure, i) for i, name in enumerate(self._names)}
-        self._measuring.enter_context(attached(self._model, taps))
+        self._measuring.start().enter_context(attached(self._model, taps))
 
     def record(self, step: int) -> dict[str, float]:
         """``activations/<point>/<statistic>`` and ``intermediate_grad_norms/<point>``. Collective; the host waits."""
-        if self._measuring is None:
+        if not self._measuring.stop():
             return {}
-        self._measuring.close()
-        self._measuring = None
         world = self._state.groups["world"]
         sums = sum_over(self._sums, world)
         sums[:, 8] /= self._scale.square()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from functools import partial
 
@@ -14,6 +13,7 @@ from tinytron.distributed.collectives import sum_over
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import ConfigError
 from tinytron.hooks.points import is_recomputing, uncompiled
+from tinytron.metrics.step_statistics import Measuring
 from tinytron.model.modules.attn import Attention
 from tinytron.utils.sequences import Documents
 
@@ -36,26 +36,22 @@ class AttentionStatistics:
                 f"--log_attention needs the attention layers of Tinytron's GPT, but this {type(model).__name__} has none; "
                 "use --no-log_attention"
             )
-        self._measuring: contextlib.ExitStack | None = None
+        self._measuring = Measuring()
 
     def begin(self) -> None:
         """Measure the next step."""
-        if self._measuring is not None:
-            self._measuring.close()
-        self._measuring = contextlib.ExitStack()
+        undo = self._measuring.start()
         self._sums = torch.zeros(len(self._layers), 2, dtype=torch.float64, device=self._state.device)  # nats, rows
         self._largest = torch.full_like(self._sums[:, 0], -math.inf)
-        self._measuring.enter_context(uncompiled(self._model, list(self._layers)))
+        undo.enter_context(uncompiled(self._model, list(self._layers)))
         for i, layer in enumerate(self._layers.values()):
             layer.watch = partial(self._measure, i, layer.window)
-            self._measuring.callback(delattr, layer, "watch")
+            undo.callback(delattr, layer, "watch")
 
     def record(self, step: int) -> dict[str, float]:
         """``attention/<block>/entropy`` in nats, the mean over queries, and ``max_logit``. Collective; the host waits."""
-        if self._measuring is None:
+        if not self._measuring.stop():
             return {}
-        self._measuring.close()
-        self._measuring = None
         world = self._state.groups["world"]
         sums = sum_over(self._sums, world)
         dist.all_reduce(self._largest, op=dist.ReduceOp.MAX, group=world)

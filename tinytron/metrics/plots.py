@@ -65,7 +65,7 @@ class Plotter(Sink):
             if self._error is None:
                 try:
                     self._make(*call)
-                except Exception as error:  # of the user's function
+                except Exception as error:  # raised by the user's function
                     self._error = error
 
     def _make(self, step: int, make: Callable[[], Figures]) -> None:

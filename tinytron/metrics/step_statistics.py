@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -18,6 +19,28 @@ class StepStatistics(Protocol):
 
     def record(self, step: int) -> dict[str, Any]:
         """The values of all ranks together, by name; empty without ``begin``. Collective; the host waits."""
+
+
+class Measuring:
+    """Whether a step is measured, and what has to be undone afterwards."""
+
+    def __init__(self) -> None:
+        self._undo: contextlib.ExitStack | None = None
+
+    def start(self) -> contextlib.ExitStack:
+        """Measure from now on, in place of an earlier step whose ``stop`` was not called. What enters the result is left at
+        ``stop``."""
+        self.stop()
+        self._undo = contextlib.ExitStack()
+        return self._undo
+
+    def stop(self) -> bool:
+        """End; true if a step was measured."""
+        undo, self._undo = self._undo, None
+        if undo is None:
+            return False
+        undo.close()
+        return True
 
 
 class SeesLosses(Protocol):

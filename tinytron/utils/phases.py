@@ -34,7 +34,7 @@ class PhaseTimer:
         self._marks: deque[tuple[str, torch.cuda.Event]] = deque()  # the phase that ends there
         self._unused: list[torch.cuda.Event] = []
         self._since: Any = None
-        self._outer: PhaseTimer | None = None  # of a training in which this one takes place
+        self._outer: PhaseTimer | None = None  # the timer of a training in which this one takes place
 
     def start(self) -> None:
         """Begin to count, in place of any other timer until ``stop``."""

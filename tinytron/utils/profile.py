@@ -15,7 +15,7 @@ from torch.profiler import ProfilerAction, ProfilerActivity, profile
 from tinytron.errors import ConfigError
 from tinytron.utils.phases import BACKWARD, EXCHANGE, FORWARD, UPDATE
 
-PARTS = (FORWARD, BACKWARD, EXCHANGE, UPDATE)  # of a step
+PARTS = (FORWARD, BACKWARD, EXCHANGE, UPDATE)  # a step consists of these
 
 # Dense TFLOP/s by a part of the device name, for (fp32, 16-bit, fp8). The 32-bit column is the TF32 tensor-core rate where
 # the device has one, because that is what fp32 matmuls use unless --disable_tf32 is given. ``None``: no fp8 tensor cores.
