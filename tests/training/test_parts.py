@@ -18,12 +18,13 @@ from tinytron.data import Batch, MockDataset
 from tinytron.distributed import DistributedOptimizer
 from tinytron.distributed.param_spec import specs_of
 from tinytron.errors import ConfigError
+from tinytron.training.attributes import TrainerAttributes
 from tinytron.training.build import optimizer_options
 from tinytron.training.pipeline import DataPipeline
 from tinytron.training.run.folder import RunFolder
 from tinytron.training.run.guards import Guards
 from tinytron.training.run.saver import RunSaver
-from tinytron.training.world import RankAttributes, first_on_node, join_world, place_in_world
+from tinytron.training.world import first_on_node, join_world, place_in_world
 
 Pools = Callable[[int], Ranks]
 
@@ -155,7 +156,7 @@ def test_a_folder_is_locked_and_says_where_it_is(ranks: Pools, tmp_path: Path) -
 
 
 def _place(sep: int) -> tuple[int, ...]:
-    place = RankAttributes()
+    place = TrainerAttributes()
     place.state = join_world(config_of(*TINY, "--sep_size", sep))
     assert place.device.type == "cpu"
     assert torch.distributed.get_world_size(place.sp_group) == place.sp_world_size

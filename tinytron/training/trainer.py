@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +23,7 @@ from tinytron.metrics.sinks import RunInfo, make_sinks
 from tinytron.model.modules.loss import LossSums, checked_sums
 from tinytron.model.protocols import EndsSteps, WaitsForParameters
 from tinytron.training import datasets
+from tinytron.training.attributes import TrainerAttributes
 from tinytron.training.batch_fit import with_fitted_batch
 from tinytron.training.batch_preparer import count_targets, scale_weights
 from tinytron.training.build import (
@@ -39,7 +39,7 @@ from tinytron.training.build import (
     param_wait_hook,
 )
 from tinytron.training.config import Config
-from tinytron.training.derive import Due, TrainingInfo
+from tinytron.training.derive import Due
 from tinytron.training.evals import TrainingEvals
 from tinytron.training.evaluator import check_registered, registered_records
 from tinytron.training.hf_model import foreign_model
@@ -55,11 +55,11 @@ from tinytron.training.run.reporter import Reporter
 from tinytron.training.run.resume import resume
 from tinytron.training.run.saver import RunSaver
 from tinytron.training.run.unfinished_step import StepDropped, StepStart
-from tinytron.training.world import RankAttributes, join_world
+from tinytron.training.world import join_world
 from tinytron.utils.phases import BACKWARD, EVALUATION, FORWARD, SAVE, phase
 
 
-class Trainer(RankAttributes):
+class Trainer(TrainerAttributes):
     """Pre-trains a model as ``config`` describes. Construction is collective over all processes; so is ``train``.
 
     For subclasses (all set before ``train``): ``state`` (layout and groups), ``device``, ``dp_group/rank/world_size``,
@@ -331,21 +331,6 @@ class Trainer(RankAttributes):
     def _end_step(self) -> None:
         if isinstance(self.raw_model, EndsSteps):
             self.raw_model.end_step(self.optimizer.last_skipped)
-
-    @property
-    def training_info(self) -> TrainingInfo:
-        """Steps and accumulation, derived from flags, processes and data."""
-        return self.data.info
-
-    @property
-    def log_dir(self) -> Path:
-        """The run's folder."""
-        return self.folder.path
-
-    @property
-    def raw_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer that ``optimizer`` wraps."""
-        return self.optimizer.inner
 
     def _attach_optimizer(self) -> None:
         """Wrap a plain torch optimizer, and give the wrapper the parameters' names and groups."""

@@ -22,52 +22,6 @@ from tinytron.utils.profile import measured_matmul_rate, peak_flops
 from tinytron.utils.training import DTYPES, seed_all, use_deterministic_kernels
 
 
-class RankAttributes:
-    """Shorthands for a rank's place in the world, for subclasses of the trainer; all are derived from ``state``."""
-
-    state: ParallelState
-
-    @property
-    def device(self) -> torch.device:
-        """The device that this process computes on."""
-        return self.state.device
-
-    @property
-    def master_process(self) -> bool:
-        """True on rank 0, which prints, logs and writes everything that is written once."""
-        return self.state.is_master
-
-    @property
-    def dp_group(self) -> dist.ProcessGroup:
-        """The ranks that process different sequences, but the same part of each."""
-        return self.state.groups["dp"]
-
-    @property
-    def dp_rank(self) -> int:
-        """This rank's number in ``dp_group``."""
-        return self.state.group_rank("dp")
-
-    @property
-    def dp_world_size(self) -> int:
-        """The size of ``dp_group``."""
-        return self.state.layout.dp
-
-    @property
-    def sp_group(self) -> dist.ProcessGroup:
-        """The ranks that share each sequence (``--sep_size``)."""
-        return self.state.groups["sep"]
-
-    @property
-    def sp_rank(self) -> int:
-        """This rank's number in ``sp_group``."""
-        return self.state.group_rank("sep")
-
-    @property
-    def sp_world_size(self) -> int:
-        """The size of ``sp_group``."""
-        return self.state.layout.sep
-
-
 def join_world(config: Config) -> ParallelState:
     """Read the launcher's environment (none: one process), initialize the process group and build the parallel groups.
 
