@@ -255,6 +255,45 @@ def test_tensorboard_forgets_the_steps_that_a_resumed_run_repeats(tmp_path: Path
     }
 
 
+def test_tensorboard_forgets_the_steps_before_a_return(tmp_path: Path) -> None:
+    sink = TensorBoard()
+    pytest.importorskip("tensorboard")
+    sink.open(info(tmp_path))
+    sink.write([entry(step, loss=1.0) for step in (1, 2, 3)])
+    sink.go_back(1)
+    sink.write([entry(2, loss=2.0)])
+    sink.close()
+    assert tensorboard_scalars(tmp_path) == {("train/loss", 1): 1.0, ("train/loss", 2): 2.0}
+
+
+def _with_a_return(folder: Path) -> Path:
+    from tests.training.test_rollback import BACK, BadData
+
+    flags = ("--loggers", "jsonl", "csv", "messages", "tensorboard", "wandb", "--wandb_mode", "offline")
+    trainer = BadData(config_of(*TINY, *BACK, *flags, "--log_dir", folder))
+    trainer.train()
+    return trainer.log_dir
+
+
+def test_all_loggers_agree_after_a_return(ranks: Pools, tmp_path: Path) -> None:
+    """W&B takes nothing back, so there the steps have two values, and the later one counts."""
+    (folder,) = ranks(1).run(_with_a_return, tmp_path)
+    steps = [record["step"] for record in read_logs_of(folder) if record["stage"] == "train"]
+    assert steps == list(range(1, 15))
+    numbers = {
+        (name, record["step"]): value for record in read_logs_of(folder) for name, value in flat_record(record).items()
+    }
+    assert tensorboard_scalars(folder) == numbers
+    (session,), _ = wandb_scalars(folder)
+    assert {key: session[key] for key in numbers} == numbers
+    assert session.keys() - numbers.keys() <= {(name, step) for name, _ in session for step in (9, 10)}
+    with open(folder / "log.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["stage"] == "train"]
+    assert [(int(row["step"]), float(row["train/loss"])) for row in rows] == [
+        (step, numbers["train/loss", step]) for step in steps
+    ]
+
+
 WANDB_OPTIONS = ("wandb_project", "wandb_run_name", "wandb_group", "wandb_mode")
 KILLED = """
 import os, signal, sys, time

@@ -157,6 +157,7 @@ NEEDED = {
     "lora_rank": ["--resume_path", "run"],
     "lora_alpha": ["--resume_path", "run", "--lora_rank", "8"],
     "lora_targets": ["--resume_path", "run", "--lora_rank", "8"],
+    "spike_action": ["--spike_sigma", "6"],
     "eval_every": ["--eval_tasks", "sky.jsonl"],
     "eval_tokenizer": ["--eval_tasks", "sky.jsonl"],
     "eval_length": ["--eval_tasks", "sky.jsonl"],

@@ -22,6 +22,7 @@ class CheckpointMeta:
     identity: dict[str, Any] = field(default_factory=dict)  # values by "section.name"; see Config.identity
     data: str | None = None  # fingerprint of the data that was used before this step
     data_position: dict[str, int] = field(default_factory=dict)  # in steps, samples and tokens
+    skips: list[list[int]] = field(default_factory=list)  # sequences passed over before steps (utils.batch_sizes.Skips)
     val_loss: float | None = None  # validation loss at this step, in nats per token
     best_metric: dict[str, Any] = field(
         default_factory=dict

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tinytron.data.batch import Batch, collate, masked
 from tinytron.data.order import Order
 from tinytron.errors import DataError
-from tinytron.utils.batch_sizes import BatchSizes
+from tinytron.utils.batch_sizes import BatchSizes, Skips
 from tinytron.utils.signals import ignore_group_signals
 
 _AHEAD = 2**14  # positions looked up in the order at once: one at a time, that takes longer than reading the rows
@@ -39,8 +39,8 @@ def sizes_of(global_batch: int | BatchSizes, unit: int) -> BatchSizes:
 class GlobalBatchSampler(Sampler[list[int]]):
     """Sample numbers of this data-parallel rank's micro-batches, from ``start_step`` to ``stop_step`` (None: endless).
 
-    Each step takes the next ``global_batch`` positions of ``order``, or as many as ``BatchSizes`` say. Sizes are in
-    samples.
+    Each step takes the next ``global_batch`` positions of ``order``, or as many as ``BatchSizes`` say, after those that
+    ``skips`` passes over. Sizes are in samples.
     """
 
     def __init__(
@@ -51,10 +51,11 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.start_step = 0
         self.stop_step: int | None = None
+        self.skips = Skips()
 
     def samples_of_step(self, step: int) -> list[int]:
         """The sample numbers of global step ``step`` (counted from 0), the same on every rank."""
-        positions = np.arange(self.sizes.before(step), self.sizes.before(step + 1), dtype=np.int64)
+        positions = self.skips.position(step, self.sizes) + np.arange(self.sizes.at(step), dtype=np.int64)
         return cast(list[int], self.order(positions).tolist())
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -69,7 +70,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
         """This rank's micro-batches of the next ``steps`` steps, all of one size, starting at ``step``."""
         size = self.sizes.at(step)
         first = micro_batch_rows(size, self.micro_batch, self.dp_rank, self.dp_size)
-        starts = np.add.outer(self.sizes.before(step) + np.arange(steps, dtype=np.int64) * size, first)
+        skipped = np.array([self.skips.before(step + n) for n in range(steps)], dtype=np.int64)
+        starts = np.add.outer(self.sizes.before(step) + skipped + np.arange(steps, dtype=np.int64) * size, first)
         positions = np.add.outer(starts.ravel(), np.arange(self.micro_batch))
         return cast(list[list[int]], self.order(positions.ravel()).reshape(positions.shape).tolist())
 

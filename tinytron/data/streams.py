@@ -9,7 +9,7 @@ from typing import Any
 from tinytron.data.batch import Batch, collate, masked
 from tinytron.data.loader import micro_batch_rows, sizes_of
 from tinytron.errors import DataError
-from tinytron.utils.batch_sizes import BatchSizes
+from tinytron.utils.batch_sizes import BatchSizes, Skips
 
 
 class StreamLoader:
@@ -17,8 +17,8 @@ class StreamLoader:
 
     Each step takes the next ``global_batch`` samples of the stream, or as many as ``BatchSizes`` say, so the order does not
     depend on the layout; each rank skips the rows of the others. When the stream ends it starts again; if the dataset has
-    ``set_epoch``, that is called first. To begin at ``start_step``, the loader calls ``dataset.skip(n)`` (Hugging Face
-    datasets have it) if there is one, and otherwise reads and drops samples.
+    ``set_epoch``, that is called first. To begin at ``start_step``, after what ``skips`` passes over up to it, the loader
+    calls ``dataset.skip(n)`` (Hugging Face datasets have it) if there is one, and otherwise reads and drops samples.
     """
 
     def __init__(
@@ -27,10 +27,11 @@ class StreamLoader:
         self.dataset, self.sizes, self.micro_batch = dataset, sizes_of(global_batch, micro_batch * dp_size), micro_batch
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.start_step = 0
+        self.skips = Skips()
 
     def __iter__(self) -> Iterator[Batch]:
         """Endless micro-batches. Raises: DataError if the dataset gives no sample."""
-        items = self._walk(self.sizes.before(self.start_step))
+        items = self._walk(self.skips.position(self.start_step, self.sizes))
         for step in count(self.start_step):
             size = self.sizes.at(step)
             mine = set(micro_batch_rows(size, self.micro_batch, self.dp_rank, self.dp_size))

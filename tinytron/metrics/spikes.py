@@ -12,6 +12,7 @@ from tinytron.distributed.collectives import sum_over
 
 PATIENCE = 20  # values needed before judging, and consecutive rejections that mean a new level instead of a spike
 _KINDS = ("loss", "grad norm")
+NOTHING_ACCEPTED: dict[str, Any] = {"values": {kind: [] for kind in _KINDS}, "in_a_row": 0}  # a ``state_dict``
 
 
 class Spike(NamedTuple):
@@ -100,3 +101,4 @@ class SpikeDetector:
         self._values_KW[:, self.window - count :] = torch.tensor(kept, dtype=torch.float64)
         self._count.fill_(count)
         self._in_a_row.fill_(state["in_a_row"])
+        self._spike.zero_()

@@ -19,6 +19,7 @@ LEAST_RISE = 0.02  # relative to the mean: in a smooth loss even a tiny rise is 
 LISTED = 25  # events of a kind; of more, the largest spikes or the first
 KEPT_LOG = re.compile(re.escape(LOG) + r"\.(\d+)")
 RESUME = re.compile(r"resuming after step (\d+) from ")
+BACK = re.compile(r"step (\d+) \| (back to the checkpoint of step (\d+), .*)")
 STOP = re.compile(r"step (\d+) \| (stopped by .*)")
 STALL = re.compile(r"^rank \d+: no step completed for .*, after step (\d+);.*$", re.MULTILINE)
 
@@ -134,21 +135,23 @@ def events_of_log(turns: Iterable[tuple[int, int]]) -> list[Event]:
 
 
 def events_of_rewrites(rewrites: Iterable[int]) -> list[Event]:
-    """Resumes that were noticed because they cut the log."""
+    """Resumes and returns that were noticed because they cut the log."""
     return [
-        Event(step, "resumed", f"the log had reached step {step} and was cut back to an earlier one: a resume")
+        Event(step, "resumed", f"the log had reached step {step} and was cut back to an earlier one")
         for step in list(rewrites)[-LISTED:]
     ]
 
 
 def events_of_messages(messages: Iterable[Message]) -> list[Event]:
-    """Resumes, stops by a signal, and errors that did not end the run."""
+    """Resumes, returns after a spike, stops by a signal, and errors that did not end the run."""
     found = []
     for message in messages:
         if resumed := RESUME.match(message.text):
             found.append(
                 Event(int(resumed[1]), "resumed", f"the run continued after step {resumed[1]}, {_at(message)}")
             )
+        elif back := BACK.match(message.text):
+            found.append(Event(int(back[3]), "went back", f"after step {back[1]} the run went {back[2]} ({_at(message)})"))
         elif stopped := STOP.match(message.text):
             found.append(Event(int(stopped[1]), "stopped", f"{stopped[2]} ({_at(message)})"))
         elif message.text.startswith("error: "):

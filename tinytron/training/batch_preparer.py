@@ -35,16 +35,18 @@ class BatchPreparer:
         self._drawn = config.seed.seed, state.group_rank("dp")  # determine how a user's own loader is shuffled
         self._pin = config.data.pin_memory and state.device.type == "cuda"
 
-    def steps(self, data: LoadedData, before: Callable[[int], int], first: int) -> Iterator[list[Batch]]:
-        """The micro-batches of one optimizer step at a time, from step ``first`` until the loader ends. ``before`` is the
-        number of micro-batches in the first steps of the run. A user's own loader is read again when it ends, and what
-        precedes ``first`` is skipped. Raises: DataError for invalid batches."""
-        batches = iter(data.loader if data.ours else endless(data.loader, *self._drawn, before(first)))
+    def steps(
+        self, data: LoadedData, count_of: Callable[[int], int], first: int, before: int = 0
+    ) -> Iterator[list[Batch]]:
+        """The micro-batches of one optimizer step at a time, from step ``first`` until the loader ends; ``count_of`` is the
+        number of those of a step. A user's own loader is read again when it ends, and its first ``before`` micro-batches
+        are skipped. Raises: DataError for invalid batches."""
+        batches = iter(data.loader if data.ours else endless(data.loader, *self._drawn, before))
         numbers = count(first)
 
         def next_step() -> list[Batch]:
             step = next(numbers)
-            taken = islice(batches, before(step + 1) - before(step))
+            taken = islice(batches, count_of(step))
             return [self.prepare(loaded, data.trusted, self._row_length(step)) for loaded in taken]
 
         steps = iter(next_step, [])

@@ -42,6 +42,7 @@ def check(
     _check_logging(logging)
     _check_rates(optim)
     _check_evaluation(train)
+    _check_spikes(train, ckpt)
     if data.val_dataset_path is not None and (data.dataset_path is None or data.use_mock_data):
         raise ConfigError(
             f"--val_dataset_path {data.val_dataset_path} needs shards to train on; give --dataset_path too, or drop it"
@@ -105,6 +106,20 @@ def _check_weight_decay(optim: OptimConfig) -> None:
         raise ConfigError(
             f"--weight_decay_end {optim.weight_decay_end} is not reached by --weight_decay_schedule {kind}; use linear or "
             "cosine, or drop it"
+        )
+
+
+def _check_spikes(train: TrainingConfig, ckpt: CkptConfig) -> None:
+    if train.spike_action == "skip":
+        return
+    if not train.spike_sigma:
+        raise ConfigError(
+            f"--spike_action {train.spike_action} needs a limit beyond which a step is a spike; use --spike_sigma 6"
+        )
+    if train.spike_action == "rollback" and (train.debug or not ckpt.do_save):
+        off = "--debug" if train.debug else "--no-do_save"
+        raise ConfigError(
+            f"--spike_action rollback needs checkpoints to go back to; drop {off}, or use --spike_action skip"
         )
 
 

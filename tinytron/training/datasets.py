@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from tinytron.data import (
@@ -34,6 +35,7 @@ from tinytron.errors import ConfigError, DataError
 from tinytron.training.config import Config
 from tinytron.training.derive import TrainingInfo, data_position
 from tinytron.training.world import first_on_node
+from tinytron.utils.batch_sizes import Skips
 from tinytron.utils.remote import is_remote
 
 MOCK_VAL_OFFSET = 10**9
@@ -213,7 +215,7 @@ def describe(config: Config, dataset: Dataset[Any] | None, info: TrainingInfo) -
         ]
     if isinstance(dataset, MixtureDataset) and dataset.order is not None:
         samples = info.batch_sizes.before(info.max_steps)
-        dataset.order.counts(samples)  # raises if the run needs more samples than there are
+        check_enough(dataset, samples)
         packing = [
             f"  {n}: {line}" for n, d in zip(dataset.names, dataset.datasets, strict=True) for line in d.describe()
         ]
@@ -223,20 +225,30 @@ def describe(config: Config, dataset: Dataset[Any] | None, info: TrainingInfo) -
     return []
 
 
-def seen_tokens(config: Config, dataset: Dataset[Any] | None, step: int) -> dict[str, int]:
+def check_enough(dataset: Dataset[Any] | None, samples: int) -> None:
+    """Raises: DataError if the plan of a mixture has fewer than ``samples``."""
+    if isinstance(dataset, MixtureDataset) and dataset.order is not None:
+        dataset.order.counts(samples)
+
+
+def seen_tokens(config: Config, dataset: Dataset[Any] | None, step: int, skips: Skips) -> dict[str, int]:
     """Tokens of every source of a mixture in the first ``step`` steps, which follow from the plan alone."""
     if not isinstance(dataset, MixtureDataset) or dataset.order is None:
         return {}
-    counts = dataset.order.counts(data_position(config, step)["samples"])
+    count = dataset.order.counts
+    counts = np.array(count(data_position(config, step, skips)["samples"]))
+    for first, stop in skips.ranges(config.train.batch_sizes):
+        counts = counts - (np.array(count(stop)) - np.array(count(first)))
     return {name: int(count) * config.train.seq_len for name, count in zip(dataset.names, counts, strict=True)}
 
 
-def identity_of(config: Config, dataset: Any) -> Callable[[int], str]:
-    """A function from a step to a string that identifies the data before it: later data of a mixture may be changed."""
+def identity_of(config: Config, dataset: Any) -> Callable[[int, Skips], str]:
+    """A function from a step and the run's skips to a string that identifies the data before it: later data of a mixture
+    may be changed."""
     if isinstance(dataset, MixtureDataset) and (order := dataset.order) is not None:
-        return lambda step: order.fingerprint(data_position(config, step)["samples"])
+        return lambda step, skips: order.fingerprint(data_position(config, step, skips)["samples"])
     fixed = fingerprint(dataset)
-    return lambda step: fixed
+    return lambda step, skips: fixed
 
 
 def is_map_style(dataset: Dataset[Any]) -> bool:

@@ -9,7 +9,7 @@ from tinytron.distributed.layout import ParallelLayout, divisors
 from tinytron.errors import ConfigError
 from tinytron.optim.schedule import fitting_warmup
 from tinytron.training.config import Config, OptimConfig, TrainingConfig
-from tinytron.utils.batch_sizes import BatchSizes
+from tinytron.utils.batch_sizes import BatchSizes, Skips
 from tinytron.utils.training import get_training_info, grad_accum_steps, round_to
 
 
@@ -184,7 +184,9 @@ def _limits_note(train: TrainingConfig) -> list[str]:
     return [f"the length of the run is {given[0]}, which holds before {' and '.join(given[1:])}"]
 
 
-def data_position(config: Config, step: int) -> dict[str, int]:
-    """The position of a run in its data after ``step`` steps, in steps, samples and tokens; it determines the order."""
-    samples = config.train.batch_sizes.before(step)
-    return {"step": step, "samples": samples, "tokens": samples * config.train.seq_len}
+def data_position(config: Config, step: int, skips: Skips) -> dict[str, int]:
+    """The position of a run in its data after ``step`` steps: the steps; the samples, with those that ``skips`` passes
+    over, which determine what follows; and the tokens, without them."""
+    sizes = config.train.batch_sizes
+    tokens = sizes.before(step) * config.train.seq_len
+    return {"step": step, "samples": skips.position(step, sizes), "tokens": tokens}

@@ -42,7 +42,8 @@ class LoraTrainer(BaseTrainer[ConfigT, ModelT]):
     say. At the boundary it validates and saves, and the optimizer starts from scratch, because none of its states belongs
     to an adapter; the schedule continues. Its options come from a job.
 
-    Raises: as ``BaseTrainer``; ConfigError without ``--lora_rank``, or if the first phase is not shorter than the run.
+    Raises: as ``BaseTrainer``; ConfigError without ``--lora_rank``, with ``--spike_action rollback``, or if the first phase
+    is not shorter than the run.
     """
 
     CONFIG: ClassVar[type] = LoraTrainerConfig
@@ -52,6 +53,10 @@ class LoraTrainer(BaseTrainer[ConfigT, ModelT]):
         self.options: LoraTrainerConfig = configure(LoraTrainerConfig)
         if not spec.lora.lora_rank:
             raise ConfigError(f"{type(self).__name__} needs adapters for its second phase; give --lora_rank 16")
+        if spec.train.spike_action == "rollback":
+            raise ConfigError(
+                f"--spike_action rollback cannot undo the second phase of {type(self).__name__}; use --spike_action skip"
+            )
         super().__init__(spec)
 
     def _init_batch_config(self, topology: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -18,6 +19,7 @@ from tinytron.training.batch_preparer import BatchPreparer
 from tinytron.training.config import Config
 from tinytron.training.datasets import LoadedData
 from tinytron.training.derive import TrainingInfo, data_position, derive
+from tinytron.utils.batch_sizes import Skips
 from tinytron.utils.phases import DATA, during
 
 
@@ -25,8 +27,9 @@ class DataPipeline:
     """Provides this rank's micro-batches by step, from datasets or from a user's own loaders; builds whatever is missing.
 
     ``train`` and ``val`` (``None`` without validation data) are the loaders and what is known about them, ``sampler`` is
-    the one of a map-style training set, ``info`` has the step counts, ``validates`` says whether the run validates, and
-    ``notes`` are lines to print. Raises: ConfigError or DataError, the same on every rank, for data that does not fit.
+    the one of a map-style training set, ``info`` has the step counts, ``validates`` says whether the run validates,
+    ``skips`` are the data that the run passes over, and ``notes`` are lines to print. Raises: ConfigError or DataError,
+    the same on every rank, for data that does not fit.
     """
 
     def __init__(
@@ -40,7 +43,8 @@ class DataPipeline:
         val_loader: Iterable[Any] | None = None,
     ) -> None:
         self.config, self.preparer = config, BatchPreparer(config, state)
-        self.validates = datasets.validates(config)
+        self.validates, self.skips = datasets.validates(config), Skips()
+        self._goes_to: int | None = None  # the step that `steps` continues with, if not the next one
         if train_dataset is None and train_loader is None:
             raise ConfigError("_init_dataset set no training data; set self.train_dataset or self.train_loader")
         held_out = []
@@ -62,7 +66,7 @@ class DataPipeline:
         elif val_dataset is not None:
             self.val = LoadedData(datasets.make_val_loader(config, state, val_dataset), val_dataset, ours=True)
         self.notes = [*held_out, *self.info.notes, *datasets.describe(config, train_dataset, self.info)]
-        # Maps a step to a string that identifies the data before it.
+        # Maps a step and the run's skips to a string that identifies the data before it.
         self.identity = datasets.identity_of(config, train_loader if train_dataset is None else train_dataset)
 
     def _split(self, dataset: Dataset[Any] | None) -> tuple[Dataset[Any] | None, Dataset[Any] | None]:
@@ -74,10 +78,30 @@ class DataPipeline:
         return datasets.split_off_validation(dataset, rate)
 
     def steps(self, first: int) -> Iterator[list[Batch]]:
-        """This rank's micro-batches of one optimizer step at a time, starting at step ``first`` (counted from 0)."""
-        if self.train.ours:
-            (self.sampler or self.train.loader).start_step = first  # type: ignore[union-attr]
-        return during(DATA, self.preparer.steps(self.train, self.micro_batches_before, first))
+        """This rank's micro-batches of one optimizer step at a time, starting at step ``first`` (counted from 0); after
+        ``go_back`` it continues at that step."""
+        self._goes_to = first
+        while (step := self._goes_to) is not None:
+            self._goes_to = None
+            if self.train.ours:
+                source: Any = self.sampler or self.train.loader
+                source.start_step, source.skips = step, self.skips
+            before = self._micro_batches(self.skips.position(step, self.info.batch_sizes))
+            steps = during(DATA, self.preparer.steps(self.train, self.micro_batches_of, step, before))
+            with contextlib.closing(steps):
+                for microbatches in steps:
+                    yield microbatches
+                    if self._goes_to is not None:
+                        break
+
+    def go_back(self, now: int, to: int, skips: Skips) -> Skips:
+        """Continue with step ``to`` instead of ``now``, on the data that step ``now`` would have had; ``skips`` were those
+        of the run at ``to``. Returns the new ones. Raises: DataError if the data end before the run then."""
+        sizes = self.info.batch_sizes
+        self.skips = skips.going_back(to, self.skips.position(now, sizes), sizes)
+        datasets.check_enough(self.train.dataset, self.skips.position(self.info.max_steps, sizes))
+        self._goes_to = to
+        return self.skips
 
     def check_again(self) -> None:
         """Raises: ConfigError for data whose order is not ours, which ``again`` cannot read: streams, loaders of the
@@ -96,15 +120,22 @@ class DataPipeline:
         sampler = copy.copy(self.sampler)
         sampler.start_step, sampler.stop_step = step, step + 1  # type: ignore[union-attr]
         loader = build_train_loader(self.train.dataset, sampler, num_workers=0, pin_memory=False)  # type: ignore[arg-type]
-        return next(self.preparer.steps(replace(self.train, loader=loader), self.micro_batches_before, step))
+        return next(self.preparer.steps(replace(self.train, loader=loader), self.micro_batches_of, step))
 
-    def micro_batches_before(self, step: int) -> int:
-        """Micro-batches of this rank in the first ``step`` steps."""
-        return self.info.batch_sizes.before(step) // (self.config.train.batch_size * self.info.dp_size)
+    def micro_batches_of(self, step: int) -> int:
+        """Micro-batches of this rank in step ``step``."""
+        return self._micro_batches(self.info.batch_sizes.at(step))
+
+    def _micro_batches(self, sequences: int) -> int:
+        return sequences // (self.config.train.batch_size * self.info.dp_size)
 
     def tokens_before(self, step: int) -> int:
         """Tokens of all ranks in the first ``step`` steps."""
-        return data_position(self.config, step)["tokens"]
+        return self.position(step)["tokens"]
+
+    def position(self, step: int) -> dict[str, int]:
+        """The position in the data after ``step`` steps (``derive.data_position``)."""
+        return data_position(self.config, step, self.skips)
 
     def validation(self) -> Iterator[Batch]:
         """This rank's batches of the validation data, each once."""
@@ -113,4 +144,4 @@ class DataPipeline:
 
     def seen_tokens(self, step: int) -> dict[str, int]:
         """Tokens of every source of a mixture in the first ``step`` steps; empty without a mixture."""
-        return datasets.seen_tokens(self.config, self.train.dataset, step)
+        return datasets.seen_tokens(self.config, self.train.dataset, step, self.skips)

@@ -135,7 +135,12 @@ class TrainingConfig:
         int, Flag("number of accepted steps that spike_sigma compares with", "steps", identity=False, at_least=1)
     ] = 100
     spike_action: Annotated[
-        Literal["skip", "stop"], Flag("skip a rejected step; stop: also save and end the run", identity=False)
+        Literal["skip", "stop", "rollback"],
+        Flag(
+            "skip a rejected step; stop: also save and end the run; rollback: return to the last checkpoint, and go on "
+            "without the data since then",
+            identity=False,
+        ),
     ] = "skip"
     replica_check_every: Annotated[
         int,

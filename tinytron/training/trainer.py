@@ -56,6 +56,7 @@ from tinytron.training.run.resume import resume
 from tinytron.training.run.saver import RunSaver
 from tinytron.training.run.unfinished_step import StepDropped, StepStart
 from tinytron.training.world import join_world
+from tinytron.utils.batch_sizes import Skips
 from tinytron.utils.phases import BACKWARD, EVALUATION, FORWARD, SAVE, phase
 
 
@@ -233,7 +234,7 @@ class Trainer(TrainerAttributes):
         self.reporter.begin_training(self.config, flops_per_token(self.config, self.raw_model))
         with contextlib.closing(self.reporter), self.guards.active(), self._init_profiler(self.config) as profiler:
             with self.saver.in_background():
-                if self.config.ckpt.save_at_start and self.saver.enabled and not self._continues:
+                if self.saver.needed_at_start(continues=self._continues):
                     self.save()
                 for microbatches in self.data.steps(self.step):
                     start = StepStart(self.raw_model, self._sources.sums) if self.guards.before_step() else None
@@ -247,8 +248,11 @@ class Trainer(TrainerAttributes):
                         self.step += 1
                         self.guards.after_step(self.step, last=self.step >= last)
                     self._maybe_log()
-                    self._maybe_evaluate()
-                    self._maybe_save()
+                    if self.guards.spike is not None:
+                        self._go_back()
+                    else:
+                        self._maybe_evaluate()
+                        self._maybe_save()
                     if profiler is not None:
                         if self.step == self.training_info.profile_window[1]:
                             self._finish_exchanges()
@@ -351,7 +355,7 @@ class Trainer(TrainerAttributes):
         if found is not None:
             assert found.step is not None, "check_continues rejects records from elsewhere"
             self.guards.load_state_dict(found.guard)
-            self.step, self._continues = found.step, True
+            self.step, self._continues, self.data.skips = found.step, True, Skips.of(found.skips)
         self._say(*self.folder.begin(self.step, self.training_info.max_steps))
 
     def _maybe_log(self) -> None:
@@ -359,6 +363,16 @@ class Trainer(TrainerAttributes):
         if self.due.report(self.step) or self.guards.ends:
             self.one_step_results |= self.reporter.report(self.step, self.optimizer.skipped_steps)
             self.guards.after_report()  # the host has waited for the device
+
+    def _go_back(self) -> None:
+        """Return to the last checkpoint because of a spike, and pass over the data since then. Collective."""
+        left = self.step
+        with self.reporter.aside(SAVE), self.guards.paused():
+            self._finish_exchanges()
+            self.step = self.saver.go_back(left, self._say)
+        why, (_, count) = self.guards.went_back(self.step), self.data.skips.parts[-1]
+        self._say(f"step {left} | back to the checkpoint of step {self.step}, passing over {count:,} sequences: {why}")
+        self.reporter.go_back(self.step)
 
     def _maybe_evaluate(self) -> None:
         if self.due.validation(self.step) and not self.guards.ends:

@@ -1,4 +1,4 @@
-"""Number of sequences in each global batch of a run."""
+"""Number of sequences in each global batch of a run, and where they lie in its data."""
 
 from __future__ import annotations
 
@@ -54,3 +54,37 @@ class BatchSizes:
     def sizes(self) -> Iterable[int]:
         """All sizes, the full one first."""
         return (self.full, *(size for size, _ in self.stages))
+
+
+@dataclass(frozen=True)
+class Skips:
+    """Sequences of the data that a run passes over because it went back after a spike (``--spike_action rollback``).
+
+    Each part is a step, counted from 0, and the number of sequences passed over before it; the steps increase.
+    """
+
+    parts: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of(cls, parts: Iterable[Iterable[int]]) -> Skips:
+        """The skips whose ``parts`` are lists of two numbers, as in a checkpoint's metadata."""
+        return cls(tuple((int(at), int(count)) for at, count in parts))
+
+    def before(self, step: int) -> int:
+        """Sequences passed over before ``step`` is read."""
+        return sum(count for at, count in self.parts if at <= step)
+
+    def position(self, step: int, sizes: BatchSizes) -> int:
+        """The position in the data of the first sequence of ``step``."""
+        return sizes.before(step) + self.before(step)
+
+    def ranges(self, sizes: BatchSizes) -> list[tuple[int, int]]:
+        """The positions that are passed over: the first of each range, and the one after it."""
+        stops = [self.position(at, sizes) for at, _ in self.parts]
+        return [(stop - count, stop) for stop, (_, count) in zip(stops, self.parts, strict=True)]
+
+    def going_back(self, to: int, position: int, sizes: BatchSizes) -> Skips:
+        """The skips of a run that goes back to step ``to``, when these were its skips there, and next reads
+        ``position``."""
+        earlier = tuple(part for part in self.parts if part[0] < to)
+        return Skips((*earlier, (to, position - Skips(earlier).position(to, sizes))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -114,7 +114,7 @@ class phase:  # noqa: N801  # used like a function
             self._timer.leave()
 
 
-def during(name: str, items: Iterator[T]) -> Iterator[T]:
+def during(name: str, items: Iterator[T]) -> Generator[T, None, None]:
     """``items``; the wait for each of them counts for the phase ``name``."""
     try:
         while True:

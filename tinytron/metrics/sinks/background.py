@@ -38,6 +38,12 @@ class Background(Sink):
     def resume(self, step: int) -> None:
         self._sink.resume(step)
 
+    def go_back(self, step: int) -> None:
+        if self._thread is None:
+            self._sink.go_back(step)
+        else:
+            self._calls.put(lambda: self._sink.go_back(step))  # once per spike, so it may wait
+
     def write(self, records: Sequence[Record]) -> None:
         self._raise_error()
         if self._closed:  # an evaluation that the user started

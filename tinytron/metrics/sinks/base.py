@@ -53,6 +53,10 @@ class Sink:
     def resume(self, step: int) -> None:
         """Drop the records after ``step``, because the run will write them again; called once, after ``open``."""
 
+    def go_back(self, step: int) -> None:
+        """Drop the records after ``step``, because training continues there and will write others."""
+        self.resume(step)
+
     def advance(self, step: int) -> None:
         """Step ``step`` is complete; called after every step, so it must be cheap."""
 

@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tqdm import tqdm
@@ -39,6 +40,11 @@ class Console(Sink):
             self._bar.write(text)
         else:
             print(text, flush=True)
+
+    def go_back(self, step: int) -> None:
+        """Show this step, and estimate the remaining time from here on."""
+        self._run, self._start = replace(self._run, first_step=step), self._now()
+        self.advance(step)
 
     def advance(self, step: int) -> None:
         self._step = step

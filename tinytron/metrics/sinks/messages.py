@@ -44,3 +44,7 @@ class MessageLog(Sink):
 
     def advance(self, step: int) -> None:
         self._step = step
+
+    def go_back(self, step: int) -> None:
+        """Keep all messages."""
+        self._step = step

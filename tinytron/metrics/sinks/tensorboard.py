@@ -17,18 +17,27 @@ FLUSH_SECONDS = 10
 
 
 class TensorBoard(Sink):
-    """Every number of every record as a scalar in double precision. A resumed run adds a file that tells TensorBoard to
-    forget the later steps of earlier files. Raises, in ``open``: ConfigError without the package ``tensorboard``."""
+    """Every number of every record as a scalar in double precision. A run that is resumed, or goes back, adds a file that
+    tells TensorBoard to forget the later steps of earlier files. Raises, in ``open``: ConfigError without the package
+    ``tensorboard``."""
 
     files = (FOLDER,)
 
     def open(self, run: RunInfo) -> None:
         require_package("tensorboard", "tensorboard")
+        self._folder = run.folder / FOLDER
+        self._begin_file(run.first_step)
+
+    def _begin_file(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         # TensorBoard takes the second start that it reads for a restart, so the first run has to write one, too.
-        options = {"purge_step": run.first_step + 1, "flush_secs": FLUSH_SECONDS}
-        self._writer: Any = SummaryWriter(str(run.folder / FOLDER), **options)
+        options = {"purge_step": step + 1, "flush_secs": FLUSH_SECONDS}
+        self._writer: Any = SummaryWriter(str(self._folder), **options)
+
+    def go_back(self, step: int) -> None:
+        self._writer.close()
+        self._begin_file(step)
 
     def write(self, records: Sequence[Record]) -> None:
         for record in records:

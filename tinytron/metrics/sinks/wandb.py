@@ -29,8 +29,8 @@ _PROJECT = "tinytron"
 
 class WandB(Sink):
     """A run of Weights & Biases, continued under its id when our run is. A record stays there once it is logged, so the
-    steps that a resumed run repeats are not logged a second time. After a kill, what W&B may have lost is logged again,
-    from log.jsonl. ``now`` returns the time in seconds.
+    steps that a resumed run repeats are not logged a second time. Those of a run that went back are, because their values
+    differ. After a kill, what W&B may have lost is logged again, from log.jsonl. ``now`` returns the time in seconds.
 
     Raises, in ``open``: ConfigError if the package is missing, W&B cannot be reached or refuses the run, for example
     without a key; if the run is a resumed one, SinkFailedError instead of the latter two.
@@ -80,6 +80,13 @@ class WandB(Sink):
             with open(self._log, "rb") as lines:
                 for line in lines:
                     self.write([json.loads(line)])
+
+    def go_back(self, step: int) -> None:
+        """Log the later steps again, with what they are now."""
+        self._note_certain(math.inf)
+        self._state["logged"] = {kind: min(last, step) for kind, last in self._state["logged"].items()}
+        self._before = dict(self._state["logged"])
+        self._save(ended=False)
 
     def write(self, records: Sequence[Record]) -> None:
         """Log the records. After ``close`` the run is continued for them."""

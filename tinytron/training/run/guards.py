@@ -23,19 +23,22 @@ from tinytron.distributed.replicas import check_replicas
 from tinytron.errors import TrainingError
 from tinytron.metrics import SpikeDetector
 from tinytron.metrics.clock import LONG_STEP_SECONDS
+from tinytron.metrics.spikes import NOTHING_ACCEPTED, Spike
 from tinytron.training.config import Config
 from tinytron.training.run.unfinished_step import StepDropped
 from tinytron.utils.signals import StopRequest
 from tinytron.utils.watchdog import Watchdog
 
 _PATIENCE_SECONDS = 2.0
+_MOST_RETURNS = 3  # to one checkpoint
 
 
 class Guards:
     """Signals, spikes, replicas and stalls. Once ``ends`` is true, the loop should report, save and call ``leave``.
 
     ``before_step`` and ``after_step`` enclose a step, ``between_microbatches`` is called inside it, and ``spikes.judge``
-    goes to the optimizer's step; ``after_report`` is called where the host has already waited for the device.
+    goes to the optimizer's step; ``after_report`` is called where the host has already waited for the device. It sets
+    ``spike`` if the run should go back because of one; the caller then calls ``went_back``.
     """
 
     def __init__(self, config: Config, state: ParallelState, folder: Path, optimizer: DistributedOptimizer) -> None:
@@ -50,6 +53,8 @@ class Guards:
         self._notice = threading.Timer(0, str)
         self._signal, self._dropped = 0, False
         self._error: TrainingError | None = None
+        self._returned_to, self._returns = -1, 0
+        self.spike: Spike | None = None
         self._slow, self._step_began = True, 0.0
         self.acts_within_steps = False
 
@@ -108,15 +113,38 @@ class Guards:
         self._agreement.finish()
 
     def after_report(self) -> None:
-        """With ``--spike_action stop``: check whether a step was rejected since the last report."""
-        train = self.config.train
-        if train.spike_action == "stop" and (spike := self.spikes.first_spike()):
+        """Check whether a step was rejected since the last report, if ``--spike_action`` asks for more than that. The host
+        has waited for the device."""
+        action = self.config.train.spike_action
+        spike = None if action == "skip" else self.spikes.first_spike()
+        if action == "rollback":
+            self.spike = spike
+        elif spike is not None:
             self._error = TrainingError(
-                f"step {spike.step}: {spike.kind} {spike.value:.6g} exceeds {spike.limit:.6g}, the mean + --spike_sigma "
-                f"{train.spike_sigma:g} x standard deviation of the last --spike_window {train.spike_window} accepted "
-                "steps; the step was skipped, and --spike_action stop ends the run; rerun the same command to continue "
-                "after it, or use --spike_action skip"
+                f"{self._about(spike)}; the step was skipped, and --spike_action stop ends the run; rerun the same command "
+                "to continue after it, or use --spike_action skip"
             )
+
+    def went_back(self, to: int) -> str:
+        """The run went back to the checkpoint of step ``to`` because of ``spike``; returns why. It ends if it had gone back
+        there as often as it may."""
+        assert self.spike is not None, "it is the reason"
+        why, self.spike = self._about(self.spike), None
+        self._returns = self._returns + 1 if to == self._returned_to else 1
+        self._returned_to = to
+        if self._returns > _MOST_RETURNS:
+            self._error = TrainingError(
+                f"{why}; the run has gone back to step {to} {_MOST_RETURNS} times before, and each time it spiked on other "
+                "data; lower --max_lr, raise --spike_sigma, or use --spike_action skip"
+            )
+        return why
+
+    def _about(self, spike: Spike) -> str:
+        train = self.config.train
+        return (
+            f"step {spike.step}: {spike.kind} {spike.value:.6g} exceeds {spike.limit:.6g}, the mean + --spike_sigma "
+            f"{train.spike_sigma:g} x standard deviation of the last --spike_window {train.spike_window} accepted steps"
+        )
 
     @property
     def ends(self) -> bool:
@@ -152,8 +180,8 @@ class Guards:
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Continue from what ``state_dict`` returned; a run without ``--spike_sigma`` saved no state to continue from."""
-        if state and self.config.train.spike_sigma:
-            self.spikes.load_state_dict(state)
+        if self.config.train.spike_sigma:
+            self.spikes.load_state_dict(state or NOTHING_ACCEPTED)
 
 
 class StopAgreement:

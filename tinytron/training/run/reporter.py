@@ -121,6 +121,18 @@ class Reporter:
             self.write(entries)
         return {**records[-1].fields(), "seconds": seconds / len(records), **speed}
 
+    def go_back(self, step: int) -> None:
+        """The run continues after the earlier ``step``: the sinks forget later records."""
+        self._reported = step
+        for entry in tuple(self._pending):
+            entry[1].clear()
+            try:
+                entry[0].go_back(step)
+            except SinkFailedError as error:
+                self._drop(entry, error)
+            except Exception as error:
+                self.say(f"error: {first_line(error)}; the logger keeps what it has of the steps after {step}")
+
     def _raise_peak(self, reached: float) -> None:
         """Raise the peak to the rate that training ``reached``, in FLOP/s: the machine may have been busy during the
         measurement."""

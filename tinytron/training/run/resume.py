@@ -24,6 +24,7 @@ from tinytron.interop import about_ignored, load_pretrained
 from tinytron.interop.causal_lm import CausalLM, load_foreign
 from tinytron.model.protocols import require_gpt
 from tinytron.training.config import Config
+from tinytron.utils.batch_sizes import Skips
 
 _LENGTHS = ("train.max_steps", "train.max_train_tokens", "train.max_epochs")
 _CHANGES_NUMBERS = (
@@ -48,20 +49,20 @@ def resume(
     model: nn.Module,
     optimizer: DistributedOptimizer,
     state: ParallelState,
-    data_identity: Callable[[int], str],
+    data_identity: Callable[[int, Skips], str],
     say: Callable[[str], None],
 ) -> CheckpointMeta | None:
     """Load the newest undamaged checkpoint of the run's ``folder``, else of ``--resume_path``, and return its record.
     Without a checkpoint, load the weights of ``--init_from`` and return ``None``. Collective.
 
-    ``data_identity`` maps a step to a string that identifies the data before it. Raises: CheckpointError or ConfigError on
-    every rank if a checkpoint is damaged or belongs to another run.
+    ``data_identity`` maps a step and the run's skips to a string that identifies the data before it. Raises:
+    CheckpointError or ConfigError on every rank if a checkpoint is damaged or belongs to another run.
     """
     world = state.groups["world"]
     found = agree(lambda: checkpoints_to_resume(config, folder), world)
     if found:
         files, meta = first_undamaged(found, world, say)
-        differences = check_continues(config, meta, data_identity(files.step), str(files.meta))
+        differences = check_continues(config, meta, data_identity(files.step, Skips.of(meta.skips)), str(files.meta))
         load_checkpoint(files, meta, model, optimizer, state)
         say(f"resuming after step {files.step} from {files.model}")
         if before := other_optimizer(meta, optimizer):

@@ -6,25 +6,39 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 import torch.nn as nn
 
-from tinytron.checkpoint import CheckpointFiles, CheckpointSaver, Retention
+from tinytron.checkpoint import (
+    CheckpointFiles,
+    CheckpointSaver,
+    Retention,
+    complete_checkpoints,
+    first_undamaged,
+    load_checkpoint,
+)
 from tinytron.checkpoint.meta import FORMAT_VERSION, CheckpointMeta
 from tinytron.distributed import DistributedOptimizer
+from tinytron.distributed.agreement import agree
+from tinytron.distributed.collectives import sum_over
 from tinytron.distributed.parallel_state import ParallelState
+from tinytron.errors import CheckpointError
+from tinytron.metrics.routing import keep_traces_until
 from tinytron.training.config import Config
-from tinytron.training.derive import data_position
 from tinytron.training.pipeline import DataPipeline
 from tinytron.training.run.exports import build_exports
 from tinytron.training.run.folder import RunFolder
 from tinytron.training.run.guards import Guards
+from tinytron.utils.batch_sizes import Skips
 
 
 class RunSaver:
-    """Saves a run that continues after step ``resumed`` into its folder. Construction is collective, and so is ``save``.
+    """Saves a run that continues after step ``resumed`` into its folder. Construction is collective, as are all methods
+    that say so.
 
-    ``enabled`` says whether the run saves by itself (``--do_save``); ``saved`` is the step that was last saved or resumed
-    from. Raises: ConfigError on every rank if the model or its tokenizer cannot be exported as ``--export_every`` asks.
+    ``enabled`` says whether the run saves by itself (``--do_save``); ``saved`` is the step that was last saved, resumed
+    from or gone back to. Raises: ConfigError on every rank if the model or its tokenizer cannot be exported as
+    ``--export_every`` asks.
     """
 
     def __init__(
@@ -40,7 +54,7 @@ class RunSaver:
         resumed: int,
         say: Callable[[str], None],
     ) -> None:
-        self.config, self.folder, self.data, self.guards = config, folder, data, guards
+        self.config, self.state, self.folder, self.data, self.guards = config, state, folder, data, guards
         self.enabled, self.saved = config.ckpt.do_save and not config.train.debug, resumed
         last, run = data.info.max_steps, (model, folder.path, state, folder.mirror)
         exports = build_exports(config, *run, resumed=resumed, last=last, say=say)
@@ -72,13 +86,49 @@ class RunSaver:
             format=FORMAT_VERSION,
             run=self.folder.description,
             identity=self.config.identity(),
-            data=self.data.identity(step),
-            data_position=data_position(self.config, step),
+            data=self.data.identity(step, self.data.skips),
+            data_position=self.data.position(step),
+            skips=[list(part) for part in self.data.skips.parts],
             **about,
             guard=self.guards.state_dict(),
         )
         self.saved = step
         return self.checkpoints.save(step, meta, wait=not self._background)
+
+    def needed_at_start(self, *, continues: bool) -> bool:
+        """Whether to save before the first step: with ``--save_at_start``, and with ``--spike_action rollback`` unless
+        there is a checkpoint of this run to go back to. Collective."""
+        if self.config.train.spike_action == "rollback":
+            found = self.state.is_master and self.files(self.saved).complete
+            return not sum_over(torch.tensor(float(found), device=self.state.device), self.state.groups["world"])
+        return self.enabled and self.config.ckpt.save_at_start and not continues
+
+    def go_back(self, step: int, say: Callable[[str], None]) -> int:
+        """Return from ``step`` to the newest undamaged checkpoint: weights, optimizer, generators and the spikes' window
+        are as they were, and the data since then are passed over. Returns its step. Collective. Raises: CheckpointError
+        without one; DataError if the data would end before the run does."""
+        for message in self.checkpoints.finish():
+            say(message)
+        if self.folder.mirror is not None:
+            self.folder.mirror.restore()  # several nodes have parts of it each
+        world, optimizer = self.state.groups["world"], self.checkpoints.optimizer
+        found = agree(lambda: complete_checkpoints(self.folder.path), world)
+        found = [files for files in found if files.step <= self.saved]
+        if not found:
+            raise CheckpointError(
+                f"{self.folder.path} has no checkpoint for --spike_action rollback to go back to; free disk space, or use "
+                "--spike_action skip"
+            )
+        files, meta = first_undamaged(found, world, say)
+        optimizer.finish_gather()
+        optimizer.inner.state.clear()
+        load_checkpoint(files, meta, self.checkpoints.model, optimizer, self.state)
+        self.guards.load_state_dict(meta.guard)
+        self.data.go_back(step, files.step, Skips.of(meta.skips))
+        if self.state.is_master:
+            keep_traces_until(self.folder.path, files.step)
+        self.saved = files.step
+        return files.step
 
     def files(self, step: int) -> CheckpointFiles:
         """The files of a checkpoint of ``step``, whether they exist or not."""
