@@ -229,6 +229,8 @@ def test_stop_saves_and_says_where_and_why(ranks: Pools, tmp_path: Path) -> None
     assert said[0].startswith("TrainingError: step 9: loss ")
     for part in ("the mean + --spike_sigma 8 x", "the last --spike_window 6", "--spike_action stop ends the run"):
         assert part in said[0]
+    last = json.loads((next(tmp_path.glob("tiny_*")) / "messages.jsonl").read_text().splitlines()[-1])
+    assert last["text"] == said[0].replace("TrainingError", "error", 1)
     value, limit = (float(said[0].split(word)[1].split()[0].rstrip(",")) for word in ("loss ", "exceeds "))
     log = losses(train_log(tmp_path))
     assert list(log) == list(range(1, 11))  # the next report

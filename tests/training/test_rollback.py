@@ -220,8 +220,11 @@ def test_it_ends_if_all_data_spike(ranks: Pools, tmp_path: Path) -> None:
     assert (
         "the run has gone back to step 8 3 times before, and each time it spiked on other data; lower --max_lr" in said
     )
-    log, _ = read_logs(next(tmp_path.glob("tiny_*")))
-    assert list(losses(log)) == list(range(1, 9))
+    folder = next(tmp_path.glob("tiny_*"))
+    assert list(losses(read_logs(folder)[0])) == list(range(1, 9))
+    messages = [json.loads(line)["text"] for line in (folder / "messages.jsonl").read_text().splitlines()]
+    assert messages[-1] == said.replace("TrainingError", "error", 1)
+    assert sum("passing over" in text for text in messages) == 4
 
 
 MIXED = ("--no-use_mock_data", "--log_every", 1, "--dataset_path")

@@ -151,7 +151,9 @@ def events_of_messages(messages: Iterable[Message]) -> list[Event]:
                 Event(int(resumed[1]), "resumed", f"the run continued after step {resumed[1]}, {_at(message)}")
             )
         elif back := BACK.match(message.text):
-            found.append(Event(int(back[3]), "went back", f"after step {back[1]} the run went {back[2]} ({_at(message)})"))
+            found.append(
+                Event(int(back[3]), "went back", f"after step {back[1]} the run went {back[2]} ({_at(message)})")
+            )
         elif stopped := STOP.match(message.text):
             found.append(Event(int(stopped[1]), "stopped", f"{stopped[2]} ({_at(message)})"))
         elif message.text.startswith("error: "):

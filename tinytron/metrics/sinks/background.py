@@ -67,6 +67,9 @@ class Background(Sink):
             with contextlib.suppress(queue.Full):  # ``write`` says so
                 self._calls.put_nowait(lambda: self._sink.figure(step, name, image))
 
+    def fail(self, why: str) -> None:
+        self._sink.fail(why)
+
     def close(self) -> None:
         """Finish the waiting calls, and close the sink; later records are written at once. Raises: SinkFailedError, also
         if closing takes too long."""

@@ -69,5 +69,8 @@ class Sink:
     def figure(self, step: int, name: str, image: bytes) -> None:
         """Show or store a figure of ``step``, a PNG image; called in a thread."""
 
+    def fail(self, why: str) -> None:
+        """Training ends with the error ``why``, which the user will see in the terminal; ``close`` follows."""
+
     def close(self) -> None:
         """End of training. Records of an evaluation that the user starts may still follow."""

@@ -42,6 +42,9 @@ class MessageLog(Sink):
     def _line(self, now: float, text: str) -> str:
         return json_line({"time": round(now, 3), "step": self._step, "text": text})
 
+    def fail(self, why: str) -> None:
+        self.say(f"error: {why}")
+
     def advance(self, step: int) -> None:
         self._step = step
 

@@ -168,6 +168,19 @@ class Reporter:
         for sink, _ in tuple(self._pending):
             sink.figure(step, name, image)
 
+    @contextlib.contextmanager
+    def closing(self) -> Iterator[None]:
+        """Context of the training loop: closes the sinks at its end, after telling them about an error."""
+        try:
+            yield
+        except Exception as error:
+            for sink, _ in tuple(self._pending):
+                with contextlib.suppress(Exception):  # the first error matters
+                    sink.fail(first_line(error))
+            raise
+        finally:
+            self.close()
+
     def close(self) -> None:
         """Training ended: close the sinks, the last one first, because it may have something for the others."""
         if self._timer is not None:
