@@ -128,7 +128,15 @@ def test_measuring_changes_no_bit(ranks: Pools, tmp_path: Path, world: int, shar
     recipe = Recipe(optimizer=optimizer, clip=0.3)
     case = Case(world, 2, shard=shard, small_buckets=True, recipe=recipe)
     runs = [ranks(world).run(run_measured, case, tmp_path / str(on), on) for on in (True, False)]
-    timed = ("tokens_per_second", "mfu", "phases", "peak_memory_gib", "slowest_rank", "slowest_excess")
+    timed = (
+        "tokens_per_second",
+        "mfu",
+        "phases",
+        "peak_memory_gib",
+        "slowest_rank",
+        "slowest_excess",
+        "hidden_exchange",
+    )
     with_norms, without = (
         [{name: value for name, value in record.items() if name not in timed} for record in run[0]["records"]]
         for run in runs

@@ -14,6 +14,9 @@ import torch
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import TINY, Run, config_of, read_logs, train
 from tinytron.data import Batch
+from tinytron.distributed.zero1.flat_buffer import FlatBuffer
+from tinytron.distributed.zero1.timing import seconds_of_reductions
+from tinytron.metrics.phases import phase_record
 from tinytron.model.modules.loss import LossSums
 from tinytron.training import Trainer
 from tinytron.utils import phases
@@ -187,3 +190,51 @@ def test_without(ranks: Pools, tmp_path: Path) -> None:
     (alone,) = ranks(1).run(run, tmp_path / "alone")
     assert "phases" in alone.records[0]
     assert "slowest_rank" not in alone.records[0]
+
+
+def _record(state_of: Path) -> dict[str, Any]:
+    trainer = Trainer(config_of(*TINY, "--log_dir", state_of))
+    waits = [0.1, 0.4][trainer.state.rank]
+    seconds = dict.fromkeys(PHASES, 0.0) | {EXCHANGE: 2 * waits, FORWARD: 2 * (1 - waits)}
+    found = phase_record(seconds, 2, trainer.state, 0.5)
+    assert phase_record(seconds, 2, trainer.state, 0.05)["hidden_exchange"] == 0
+    return found
+
+
+def test_what_is_hidden_is_what_the_fastest_to_leave_did_not_wait_for(ranks: Pools, tmp_path: Path) -> None:
+    for record in ranks(2).run(_record, tmp_path):
+        assert record["hidden_exchange"] == pytest.approx(0.5 - 0.1)
+        assert (record["slowest_rank"], record["phases"][EXCHANGE]) == (0, pytest.approx(0.25))
+
+
+class _Late:
+    def __init__(self, work: Any) -> None:
+        self.work = work
+
+    def wait(self) -> None:
+        time.sleep(0.05)
+        self.work.wait()
+
+
+def _reductions(log_dir: Path) -> tuple[float, int, bool]:
+    trainer = Trainer(config_of(*TINY, "--log_dir", log_dir))
+    optimizer, world = trainer.optimizer, trainer.state.groups["world"]
+    buckets = sum(len(buffer.bucket_ids) for buffer in optimizer.buffers)
+    reduce = FlatBuffer.reduce_bucket
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FlatBuffer, "reduce_bucket", lambda buffer, bucket: _Late(reduce(buffer, bucket)))
+        found = seconds_of_reductions(optimizer, world, trainer.device)
+    clean = all(param.grad is None for param in trainer.raw_model.parameters())
+    return found, buckets, clean and not any(bool(buffer.grad_data.any()) for buffer in optimizer.buffers)
+
+
+def test_the_exchange_by_itself(ranks: Pools, tmp_path: Path) -> None:
+    for seconds, buckets, clean in ranks(2).run(_reductions, tmp_path):
+        assert 0.05 * buckets <= seconds < 0.05 * buckets + 1
+        assert clean
+
+
+def test_timing_changes_no_number(ranks: Pools, tmp_path: Path) -> None:
+    flags = ("--max_steps", 3, "--dropout", 0.1)
+    logs = [ranks(2).run(train, Trainer, tmp_path / name, *flags, f"--{name}log_phases")[0].log for name in ("", "no-")]
+    assert logs[0] == logs[1]

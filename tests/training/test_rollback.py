@@ -32,7 +32,7 @@ BASE: tuple[object, ...] = (
     *("--spike_sigma", 20, "--spike_window", 6, "--lr_schedule", "constant", "--do_val", "--val_every_steps", 6),
 )
 BACK = (*BASE, "--spike_action", "rollback")
-TIMED = ("tokens_per_second", "mfu", "phases", "peak_memory_gib", "slowest_rank", "slowest_excess")
+TIMED = ("tokens_per_second", "mfu", "phases", "peak_memory_gib", "slowest_rank", "slowest_excess", "hidden_exchange")
 
 
 class BadData(StoppingTrainer):
@@ -82,10 +82,10 @@ def same_run(mine: list[Run], theirs: list[Run]) -> None:
     ours, others = whole(mine), whole(theirs)
     assert ours.keys() == others.keys()
     assert all((ours[key] == others[key]).all() for key in ours)
-    last = f"{mine[0].step:05d}_meta.pt"
-    found = [torch.load(run.folder / last, weights_only=True) for run in (mine[0], theirs[0])]
-    for name in ("guard", "counters", "val_loss"):
-        assert found[0][name] == found[1][name]
+    for file in sorted(theirs[0].folder.glob("*_meta.pt")):
+        found = [torch.load(run.folder / file.name, weights_only=True) for run in (mine[0], theirs[0])]
+        for name in ("guard", "counters", "val_loss"):
+            assert found[0][name] == found[1][name]
 
 
 EXPERTS = ("--use_moe", "--num_experts", 4, "--num_experts_per_tok", 2, "--moe_intermediate_size", 8)
@@ -103,6 +103,7 @@ LAYOUTS = [
 @pytest.mark.sample(4)
 def test_it_is_the_run_without_that_data(ranks: Pools, tmp_path: Path, world: int, flags: tuple[object, ...]) -> None:
     found = ranks(world).run(_run, BadData, tmp_path / "a", 0, *BACK, *flags)
+    assert len(list(found[0].folder.glob("*_meta.pt"))) == 5
     twin = ranks(world).run(_run, Without, tmp_path / "b", 0, *BASE, *flags)
     same_run(found, twin)
     meta = torch.load(found[0].folder / "00014_meta.pt", weights_only=True)

@@ -28,7 +28,7 @@ from tinytron.model.protocols import CountsHits
 TAKEN = {
     *("step", "stage", "loss", "lr", "grad_norm", "seconds", "tokens_per_second", "mfu", "skipped_steps"),
     *("perplexity", "tokens", "ema_loss", "bits_per_byte", "sources", "expert_load", "router_margin"),
-    *("param_norm", "update_norm", "phases", "peak_memory_gib", "slowest_rank", "slowest_excess"),
+    *("param_norm", "update_norm", "phases", "peak_memory_gib", "slowest_rank", "slowest_excess", "hidden_exchange"),
 }
 
 

@@ -231,7 +231,7 @@ class Trainer(TrainerAttributes):
             self._say_what_is_next()
             self.reporter.close()
             return
-        self.reporter.begin_training(self.config, flops_per_token(self.config, self.raw_model))
+        self.reporter.begin_training(self.config, flops_per_token(self.config, self.raw_model), self.optimizer)
         with self.reporter.closing(), self.guards.active(), self._init_profiler(self.config) as profiler:
             with self.saver.in_background():
                 if self.saver.needed_at_start(continues=self._continues):

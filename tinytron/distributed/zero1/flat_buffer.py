@@ -114,13 +114,13 @@ class FlatBuffer:
         if own.shard and (own.reduce_dtype is not None or dist.get_backend(own.group) != "nccl"):
             self._exchanges = [
                 SummedExchange(self._owned(self.grad_data, b), self._whole(self.grad_data, b), own.group, wire_dtype)
-                for b in self._bucket_ids()
+                for b in self.bucket_ids
             ]
         # Main copies of the owned range of each bucket; they are views if the parameters already have that precision.
-        self._mains = [self._owned(self.param_data, b).to(self.main_dtype) for b in self._bucket_ids()]
+        self._mains = [self._owned(self.param_data, b).to(self.main_dtype) for b in self.bucket_ids]
         self.shards: list[nn.Parameter] = []
         self._ranges: list[tuple[int, int, int]] = []  # for each shard: bucket, start and end in the buffer
-        for b in self._bucket_ids():
+        for b in self.bucket_ids:
             start, end = self.layout.owned(b, self.shard_index)
             if not own.whole_tensors:
                 self._add_shard(b, start, end, (end - start,))
@@ -136,7 +136,9 @@ class FlatBuffer:
         self.shards.append(shard)
         self._ranges.append((bucket, start, end))
 
-    def _bucket_ids(self) -> range:
+    @property
+    def bucket_ids(self) -> range:
+        """The numbers of the buckets."""
         return range(len(self.layout.buckets))
 
     def _owned(self, flat: torch.Tensor, bucket: int) -> torch.Tensor:
@@ -205,7 +207,7 @@ class FlatBuffer:
     @property
     def owned_grads(self) -> list[torch.Tensor]:
         """This rank's part of each bucket of gradients, which holds the sums over the group once they are reduced."""
-        return [self._owned(self.grad_data, b) for b in self._bucket_ids()]
+        return [self._owned(self.grad_data, b) for b in self.bucket_ids]
 
     @property
     def main_weights(self) -> list[torch.Tensor]:
@@ -223,7 +225,7 @@ class FlatBuffer:
     def drop_weights(self) -> None:
         """Clear what ``keep_weights`` wrote, because the gradients of padding must be zero."""
         if self.num_shards > 1:
-            for b in self._bucket_ids():
+            for b in self.bucket_ids:
                 self._free(b).zero_()
 
     def _free(self, bucket: int) -> torch.Tensor:
@@ -248,7 +250,7 @@ class FlatBuffer:
 
     def refresh_shards(self) -> None:
         """Set the main copies from the model's parameters; needed after other code (loading a checkpoint) changed them."""
-        for b in self._bucket_ids():
+        for b in self.bucket_ids:
             self._mains[b].copy_(self._owned(self.param_data, b))
 
     def pieces(self) -> Iterator[OwnedSlice]:

@@ -9,6 +9,8 @@ import torch
 
 from tinytron.distributed.agreement import agree
 from tinytron.distributed.parallel_state import ParallelState
+from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer
+from tinytron.distributed.zero1.timing import seconds_of_reductions
 from tinytron.errors import ConfigError, first_line
 from tinytron.metrics import StepWindow, TrainClock
 from tinytron.metrics.phases import phase_record
@@ -38,7 +40,7 @@ class Reporter:
         self.clock, self.window = TrainClock(), StepWindow(state.groups["world"])
         self._reported = 0
         self._flops_per_token = self._peak_flops = 1.0
-        self._peak_raised = False
+        self._peak_raised, self._exchange = False, 0.0
         for sink in sinks:
             self.add(sink)
 
@@ -72,11 +74,14 @@ class Reporter:
         agree(start_sinks, self._state.groups["world"])
         self._run, self._reported = run, run.first_step
 
-    def begin_training(self, config: Config, flops_per_token: float) -> None:
-        """Measure how fast all ranks multiply, for MFU; training time starts afterwards. Collective."""
+    def begin_training(self, config: Config, flops_per_token: float, optimizer: DistributedOptimizer) -> None:
+        """Measure how fast all ranks multiply, for MFU, and how fast they exchange gradients; training time starts
+        afterwards. Collective."""
         self._peak_flops, lines = measure_peak(config, self._state)
         self._flops_per_token = flops_per_token
         self.say(*lines)
+        if self._timer is not None and self._state.layout.world_size > 1:
+            self._exchange = seconds_of_reductions(optimizer, self._state.groups["world"], self._state.device)
         self.clock.lap()
         if self._timer is not None:
             self._timer.start()
@@ -114,7 +119,7 @@ class Reporter:
         extra: Record = {**speed, "skipped_steps": int(skipped)}
         entries: list[Record] = [{**record.fields(), "stage": "train", **extra} for record in records]
         if self._timer is not None and PhaseTimer.active is self._timer:  # not in a loop of the user's own
-            entries[-1] |= phase_record(self._timer.take(), len(records), self._state)
+            entries[-1] |= phase_record(self._timer.take(), len(records), self._state, self._exchange)
         with self.clock.paused():
             for metric in self.metrics:
                 entries[-1] |= metric(step)
