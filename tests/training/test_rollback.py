@@ -142,6 +142,25 @@ def test_it_goes_back_to_the_start_and_again_from_there(ranks: Pools, tmp_path: 
     assert (found[0].folder / "00000_meta.pt").exists()
 
 
+class BadTwice(BadData):
+    """Of what it reads then, the data of step 13 spike as well."""
+
+    def _loss(self, batch: Batch) -> LossSums:
+        self.bad = 14 if self.step >= 12 else 8
+        return super()._loss(batch)
+
+
+def test_it_goes_back_again_later(ranks: Pools, tmp_path: Path) -> None:
+    """And then knows all that it passed over, also after an interruption."""
+    for stop in (0, 13):
+        folder = tmp_path / str(stop)
+        for until in (stop, 0)[not stop :]:
+            (found,) = ranks(1).run(_run, BadTwice, folder, until, *BACK, "--max_steps", 20)
+        meta = torch.load(found.folder / "00020_meta.pt", weights_only=True)
+        assert meta["skips"] == [[8, 16], [12, 24]]
+        assert list(losses(found.log)) == list(range(1, 21))
+
+
 class WithoutStart(Without):
     gap = (0, 10)
 
