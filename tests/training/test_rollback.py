@@ -251,7 +251,9 @@ MIXED = ("--no-use_mock_data", "--log_every", 1, "--dataset_path")
 
 
 def test_what_is_passed_over_is_not_seen(ranks: Pools, tmp_path: Path) -> None:
-    (found,) = ranks(1).run(train, BadData, tmp_path / "log", *BACK, *MIXED, mixture(tmp_path))
+    """Nor counted; and a resumed run finds that it has the same data."""
+    for stop in (13, 0):
+        (found,) = ranks(1).run(_run, BadData, tmp_path / "log", stop, *BACK, *MIXED, mixture(tmp_path))
     steps = [record["sources"] for record in found.records if record["stage"] == "train"]
     assert len(steps) == 14
     for name, part in steps[-1].items():
