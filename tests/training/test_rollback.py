@@ -247,6 +247,17 @@ def test_it_ends_if_all_data_spike(ranks: Pools, tmp_path: Path) -> None:
     assert sum("passing over" in text for text in messages) == 4
 
 
+def test_router_traces_are_cut_as_well(ranks: Pools, tmp_path: Path) -> None:
+    flags = (*EXPERTS, "--moe_route_trace", "--log_every", 1)
+    found = ranks(1).run(train, BadData, tmp_path / "a", *BACK, *flags)[0].folder / "routes_rank0.jsonl"
+    twin = ranks(1).run(train, OneLess, tmp_path / "b", *BASE, *flags)[0].folder / "routes_rank0.jsonl"
+    assert found.read_text() == twin.read_text()
+
+
+class OneLess(Without):
+    gap = (8, 9)
+
+
 MIXED = ("--no-use_mock_data", "--log_every", 1, "--dataset_path")
 
 
@@ -266,6 +277,8 @@ def test_data_that_would_end_too_early_are_named(ranks: Pools, tmp_path: Path) -
     (said,) = ranks(1).run(user_error, BadData, tmp_path / "log", *BACK, *MIXED, path)
     assert said.startswith("DataError: ")
     assert f"the mixture ends after {14 * 96 + 48} tokens" in said
+    log, _ = read_logs(next((tmp_path / "log").glob("tiny_*")))
+    assert list(losses(log)) == list(range(1, 10))  # at once, and not when they do
 
 
 def test_a_checkpoint_from_elsewhere_is_first_saved_here(ranks: Pools, tmp_path: Path) -> None:
