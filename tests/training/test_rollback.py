@@ -21,6 +21,7 @@ from tests.training.test_trainer_mixture import mixture
 from tinytron.data import Batch
 from tinytron.data.order import ShuffledEpochs
 from tinytron.errors import ConfigError
+from tinytron.metrics.spikes import Spike
 from tinytron.model.modules.loss import LossSums
 from tinytron.observe.events import Message, events_of_messages
 from tinytron.training import Config, Trainer
@@ -252,6 +253,20 @@ def test_router_traces_are_cut_as_well(ranks: Pools, tmp_path: Path) -> None:
     found = ranks(1).run(train, BadData, tmp_path / "a", *BACK, *flags)[0].folder / "routes_rank0.jsonl"
     twin = ranks(1).run(train, OneLess, tmp_path / "b", *BASE, *flags)[0].folder / "routes_rank0.jsonl"
     assert found.read_text() == twin.read_text()
+
+
+def _returns(log_dir: Path) -> list[bool]:
+    guard = Trainer(config_of(*TINY, *BACK, "--log_dir", log_dir)).guards
+    ends = []
+    for to in (4, 4, 4, 8, 8, 8, 8):
+        guard.spike = Spike(9, "loss", 50.0, 5.0)
+        guard.went_back(to)
+        ends.append(guard.ends)
+    return ends
+
+
+def test_only_returns_to_one_checkpoint_add_up(ranks: Pools, tmp_path: Path) -> None:
+    assert ranks(1).run(_returns, tmp_path) == [[False] * 6 + [True]]
 
 
 class OneLess(Without):
