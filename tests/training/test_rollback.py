@@ -239,7 +239,8 @@ def test_it_ends_if_all_data_spike(ranks: Pools, tmp_path: Path) -> None:
     (said,) = ranks(1).run(user_error, AlwaysBad, tmp_path, *BACK)
     assert said.startswith("TrainingError: step 9: loss ")
     assert (
-        "the run has gone back to step 8 3 times before, and each time it spiked on other data; lower --max_lr" in said
+        "the run has gone back to step 8 3 times before, and each time it spiked on other data; raise --spike_sigma"
+        in said
     )
     folder = next(tmp_path.glob("tiny_*"))
     assert list(losses(read_logs(folder)[0])) == list(range(1, 9))

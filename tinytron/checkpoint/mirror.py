@@ -50,10 +50,22 @@ class Mirror:
 
         Raises: StorageError on every rank if the storage cannot be read.
         """
-        world = self.state.groups["world"]
-        firsts = [False] * dist.get_world_size(world)
-        dist.all_gather_object(firsts, self.first_on_node, group=world)
-        agree_slowly(lambda: self._restore(several_nodes=sum(firsts) > 1) if self.first_on_node else None, world)
+        several = self._nodes() > 1
+        action = (lambda: self._restore(several_nodes=several)) if self.first_on_node else (lambda: None)
+        agree_slowly(action, self.state.groups["world"])
+
+    def fetch(self, step: int) -> None:
+        """On several nodes, each of which has only its own ranks' parts, fetch all of the checkpoint ``step``. Collective.
+        Raises: StorageError on every rank if the storage cannot be read, or does not have it."""
+        if self._nodes() > 1:
+            names = [f for f in agree_slowly(self.remote.list, self.state.groups["world"]) if _is_of(f, step)]
+            action = (lambda: self._pull(step, names, ())) if self.first_on_node else (lambda: None)
+            agree_slowly(action, self.state.groups["world"])
+
+    def _nodes(self) -> int:
+        firsts = [False] * self.state.layout.world_size
+        dist.all_gather_object(firsts, self.first_on_node, group=self.state.groups["world"])
+        return sum(firsts)
 
     def push_files(self, names: Iterable[str]) -> None:
         """Copy ``names`` (all files of a checkpoint except its metadata), and files that earlier calls failed to copy."""

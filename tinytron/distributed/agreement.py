@@ -56,6 +56,14 @@ def agree_slowly(action: Callable[[], T], group: dist.ProcessGroup) -> T:
     return agree(lambda: job.result() if job.done() else None, group)  # type: ignore[return-value]
 
 
+def told_by_first(action: Callable[[], T], group: dist.ProcessGroup) -> T:
+    """What ``action`` returns on the first rank of ``group``, on every rank; its error is raised on every rank, as in
+    ``agree``. Collective. Use it for choices that follow from files: other nodes may not see the newest ones yet."""
+    told = [agree(lambda: action() if dist.get_rank(group) == 0 else None, group)]
+    dist.broadcast_object_list(told, group=group, group_src=0)
+    return told[0]  # type: ignore[return-value]
+
+
 def require_same(value: object, group: dist.ProcessGroup, message: str) -> None:
     """Check that ``value`` is the same on all ranks. Collective. Raises: DataError with ``message`` on every rank."""
     values: list[object] = [None] * dist.get_world_size(group)

@@ -18,10 +18,11 @@ _OWN = (DATA, FORWARD, BACKWARD, UPDATE)
 
 def phase_record(seconds: Mapping[str, float], steps: int, state: ParallelState, alone: float) -> dict[str, Any]:
     """The log entry for the ``seconds`` that each phase took on this rank in ``steps`` steps: ``phases``, seconds per step,
-    the mean of all ranks; ``peak_memory_gib``, the most that a rank had so far (``peak_memory``); and with several ranks
-    ``slowest_rank``, the one with the most time of its own, and ``slowest_excess``, by which fraction that exceeds the
-    median rank's; and ``hidden_exchange``, the seconds of a step's exchange that the backward pass hides, if it takes
-    ``alone`` seconds by itself. Collective."""
+    the mean of all ranks; and ``peak_memory_gib``, the most that a rank had so far (``peak_memory``).
+
+    With several ranks it also has ``slowest_rank``, the one with the most time of its own; ``slowest_excess``, by which
+    fraction that exceeds the median rank's; and ``hidden_exchange``, the seconds of a step's exchange, which takes
+    ``alone`` seconds by itself, that the backward pass hides. Collective."""
     world = state.layout.world_size
     rows = torch.zeros(world, len(PHASES) + 1, dtype=torch.float64, device=state.device)
     own = [*(seconds[name] / steps for name in PHASES), peak_memory(state.device) / GIB]

@@ -143,7 +143,7 @@ def events_of_rewrites(rewrites: Iterable[int]) -> list[Event]:
 
 
 def events_of_messages(messages: Iterable[Message]) -> list[Event]:
-    """Resumes, returns after a spike, stops by a signal, and errors that did not end the run."""
+    """Resumes, returns after a spike, stops by a signal, and errors."""
     found = []
     for message in messages:
         if resumed := RESUME.match(message.text):

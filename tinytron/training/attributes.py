@@ -1,4 +1,4 @@
-"""What subclasses of the trainer reach by a short name."""
+"""Short names for subclasses of the trainer."""
 
 from __future__ import annotations
 

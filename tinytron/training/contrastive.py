@@ -13,7 +13,6 @@ from pickle import UnpicklingError
 from typing import Any, ClassVar, TypeVar
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from tinytron.config import configure, field, is_configured
@@ -21,7 +20,7 @@ from tinytron.data import Batch
 from tinytron.data.batch import collate
 from tinytron.data.mixture_file import read_mixture
 from tinytron.data.pairs import NUMBER, REFERENCE, SIDE, PackedPairs, PairDataset
-from tinytron.distributed.agreement import agree
+from tinytron.distributed.agreement import agree, told_by_first
 from tinytron.distributed.collectives import sum_over
 from tinytron.errors import ConfigError, DataError
 from tinytron.model.modules.loss import LossSums
@@ -147,11 +146,8 @@ class ContrastiveTrainer(BaseTrainer[ConfigT, ModelT]):
         }
         assert pairs_of.keys() == splits.keys(), "_init_data sets packed pairs"
         file, world = self.log_dir / REFERENCE_FILE, self.state.groups["world"]
-        found = agree(lambda: _read_reference(file, pairs_of) if self._continues else None, world)
         # On several nodes, only the first may have the file.
-        sent = [found]
-        dist.broadcast_object_list(sent, src=0, group=world)
-        found = sent[0]
+        found = told_by_first(lambda: _read_reference(file, pairs_of) if self._continues else None, world)
         if found is None:
             self._say(f"computing the reference's log-probabilities of {sum(map(len, pairs_of.values())):,} pairs")
             model = first_model(self.config, self.raw_model, self.state) if self._continues else self.raw_model

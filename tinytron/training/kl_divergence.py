@@ -94,6 +94,11 @@ class KLDivergenceTrainer(ReferenceTrainer[ConfigT, ModelT]):
         reference.load_state_dict(self.raw_model.state_dict())
         self.reference = reference.requires_grad_(False)
 
+    def _go_back(self) -> None:
+        super()._go_back()
+        if self.step <= self.boundary:
+            self.reference = None
+
     def _write(self, file: Path, weights: dict[str, torch.Tensor]) -> None:
         if self.master_process and self.saver.enabled:
             write_atomically(file, lambda out: torch.save(weights, out))

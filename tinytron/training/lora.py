@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 from tinytron.checkpoint import first_undamaged
 from tinytron.config import configure, field
 from tinytron.data import Batch
-from tinytron.distributed.agreement import agree
+from tinytron.distributed.agreement import told_by_first
 from tinytron.errors import ConfigError
 from tinytron.model.lora import add_adapters
 from tinytron.training.base import BaseTrainer, BaseTrainerConfig
@@ -72,7 +72,7 @@ class LoraTrainer(BaseTrainer[ConfigT, ModelT]):
     def _resume_from_checkpoint(self) -> None:
         """Load a checkpoint, into a model with adapters if it is of the second phase."""
         world = self.state.groups["world"]
-        found = agree(lambda: checkpoints_to_resume(self.config, self.log_dir), world)
+        found = told_by_first(lambda: checkpoints_to_resume(self.config, self.log_dir), world)
         if found and first_undamaged(found, world, lambda text: None)[0].step > self.boundary:
             self._begin_adapters()
         super()._resume_from_checkpoint()

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from tinytron.data import Batch
 from tinytron.data.loader import build_train_loader
 from tinytron.distributed.parallel_state import ParallelState
-from tinytron.errors import ConfigError
+from tinytron.errors import ConfigError, DataError
 from tinytron.training import datasets
 from tinytron.training.batch_preparer import BatchPreparer
 from tinytron.training.config import Config
@@ -47,6 +47,8 @@ class DataPipeline:
         self._goes_to: int | None = None  # the step that `steps` continues with, if not the next one
         if train_dataset is None and train_loader is None:
             raise ConfigError("_init_dataset set no training data; set self.train_dataset or self.train_loader")
+        if config.train.spike_action == "rollback":
+            _check_readable_again(train_dataset if train_loader is None else train_loader)
         held_out = []
         if val_dataset is None and val_loader is None:
             train_dataset, val_dataset = self._split(train_dataset)
@@ -94,14 +96,24 @@ class DataPipeline:
                     if self._goes_to is not None:
                         break
 
-    def go_back(self, now: int, to: int, skips: Skips) -> Skips:
+    def go_back(self, now: int, to: int, skips: Skips) -> None:
         """Continue with step ``to`` instead of ``now``, on the data that step ``now`` would have had; ``skips`` were those
-        of the run at ``to``. Returns the new ones. Raises: DataError if the data end before the run then."""
+        of the run at ``to``. Raises: DataError if the data end before the run then."""
         sizes = self.info.batch_sizes
-        self.skips = skips.going_back(to, self.skips.position(now, sizes), sizes)
-        datasets.check_enough(self.train.dataset, self.skips.position(self.info.max_steps, sizes))
+        self.pass_over(skips.going_back(to, self.skips.position(now, sizes), sizes))
         self._goes_to = to
-        return self.skips
+
+    def pass_over(self, skips: Skips) -> None:
+        """Set ``skips``. Raises: DataError if the data end before the run then."""
+        last = skips.position(self.info.max_steps, self.info.batch_sizes)
+        try:
+            datasets.check_enough(self.train.dataset, last)
+        except DataError as error:
+            count = skips.before(self.info.max_steps) * self.config.train.seq_len
+            raise DataError(
+                f"{error} (after spikes the run has passed over {count:,} tokens, which count too)"
+            ) from error
+        self.skips = skips
 
     def check_again(self) -> None:
         """Raises: ConfigError for data whose order is not ours, which ``again`` cannot read: streams, loaders of the
@@ -145,3 +157,12 @@ class DataPipeline:
     def seen_tokens(self, step: int) -> dict[str, int]:
         """Tokens of every source of a mixture in the first ``step`` steps; empty without a mixture."""
         return datasets.seen_tokens(self.config, self.train.dataset, step, self.skips)
+
+
+def _check_readable_again(data: Any) -> None:
+    """Raises: ConfigError for data that are an iterator, which a run cannot read again from an earlier place."""
+    if isinstance(data, Iterator):
+        raise ConfigError(
+            f"--spike_action rollback reads data again, but a {type(data).__name__} can be read only once; use an object "
+            "whose __iter__ starts over, such as a DataLoader, or --spike_action skip"
+        )

@@ -137,7 +137,7 @@ class TrainingConfig:
     spike_action: Annotated[
         Literal["skip", "stop", "rollback"],
         Flag(
-            "skip a rejected step; stop: also save and end the run; rollback: return to the last checkpoint, and go on "
+            "skip a rejected step; stop: also save and end the run; rollback: return to the last checkpoint, and continue "
             "without the data since then",
             identity=False,
         ),

@@ -236,7 +236,7 @@ class Trainer(TrainerAttributes):
             with self.saver.in_background():
                 if self.saver.needed_at_start(continues=self._continues):
                     self.save()
-                for microbatches in self.data.steps(self.step):
+                for turn, microbatches in enumerate(self.data.steps(self.step), self.step + 1):
                     start = StepStart(self.raw_model, self._sources.sums) if self.guards.before_step() else None
                     try:
                         self.train_step(microbatches)
@@ -254,7 +254,7 @@ class Trainer(TrainerAttributes):
                         self._maybe_evaluate()
                         self._maybe_save()
                     if profiler is not None:
-                        if self.step == self.training_info.profile_window[1]:
+                        if turn == self.training_info.profile_window[1]:  # the profiler does not go back
                             self._finish_exchanges()
                         profiler.step()
                     if self.step >= last or self.guards.ends:
@@ -355,7 +355,8 @@ class Trainer(TrainerAttributes):
         if found is not None:
             assert found.step is not None, "check_continues rejects records from elsewhere"
             self.guards.load_state_dict(found.guard)
-            self.step, self._continues, self.data.skips = found.step, True, Skips.of(found.skips)
+            self.step, self._continues = found.step, True
+            self.data.pass_over(Skips.of(found.skips))
         self._say(*self.folder.begin(self.step, self.training_info.max_steps))
 
     def _maybe_log(self) -> None:
@@ -369,7 +370,7 @@ class Trainer(TrainerAttributes):
         left = self.step
         with self.reporter.aside(SAVE), self.guards.paused():
             self._finish_exchanges()
-            self.step = self.saver.go_back(left, self._say)
+            self.step = self.saver.go_back(left, self.due.save, self._say)
         why, (_, count) = self.guards.went_back(self.step), self.data.skips.parts[-1]
         self._say(f"step {left} | back to the checkpoint of step {self.step}, passing over {count:,} sequences: {why}")
         self.reporter.go_back(self.step)

@@ -71,7 +71,7 @@ class Skips:
         return cls(tuple((int(at), int(count)) for at, count in parts))
 
     def before(self, step: int) -> int:
-        """Sequences passed over before ``step`` is read."""
+        """Sequences passed over before step ``step``, including those right before it."""
         return sum(count for at, count in self.parts if at <= step)
 
     def position(self, step: int, sizes: BatchSizes) -> int:

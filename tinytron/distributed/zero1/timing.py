@@ -14,8 +14,8 @@ _ROUNDS = 3
 
 
 def seconds_of_reductions(optimizer: DistributedOptimizer, group: dist.ProcessGroup, device: torch.device) -> float:
-    """Seconds that the reductions of one step take with nothing beside them: the shortest of a few rounds, on the slowest
-    rank. Call it where there are no gradients, such as before training; it leaves none. Collective over ``group``."""
+    """Seconds that the reductions of one step take by themselves: the shortest of a few rounds, on the slowest rank. Call
+    it before training: it drops all gradients. Collective over ``group``."""
     shortest = math.inf
     for _ in range(_ROUNDS):
         dist.barrier(group)

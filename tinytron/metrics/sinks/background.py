@@ -42,7 +42,7 @@ class Background(Sink):
         if self._thread is None:
             self._sink.go_back(step)
         else:
-            self._calls.put(lambda: self._sink.go_back(step))  # once per spike, so it may wait
+            self._call(lambda: self._sink.go_back(step))
 
     def write(self, records: Sequence[Record]) -> None:
         self._raise_error()
@@ -56,8 +56,11 @@ class Background(Sink):
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=f"logger {self._name}", daemon=True)
             self._thread.start()
+        self._call(lambda: self._sink.write(records))
+
+    def _call(self, action: Callable[[], None]) -> None:
         try:
-            self._calls.put_nowait(lambda: self._sink.write(records))
+            self._calls.put_nowait(action)
         except queue.Full:
             self._error = RuntimeError(f"it is {self._calls.maxsize} reports behind")
             self._raise_error()
@@ -68,7 +71,10 @@ class Background(Sink):
                 self._calls.put_nowait(lambda: self._sink.figure(step, name, image))
 
     def fail(self, why: str) -> None:
-        self._sink.fail(why)
+        if self._thread is None:
+            self._sink.fail(why)
+        elif self._error is None:
+            self._call(lambda: self._sink.fail(why))
 
     def close(self) -> None:
         """Finish the waiting calls, and close the sink; later records are written at once. Raises: SinkFailedError, also

@@ -51,10 +51,10 @@ class Sink:
         """Start of a run."""
 
     def resume(self, step: int) -> None:
-        """Drop the records after ``step``, because the run will write them again; called once, after ``open``."""
+        """Drop the records after ``step``, because the run will write them again; called after ``open``."""
 
     def go_back(self, step: int) -> None:
-        """Drop the records after ``step``, because training continues there and will write others."""
+        """Drop the records after ``step``, because training continues there and will write others; default: ``resume``."""
         self.resume(step)
 
     def advance(self, step: int) -> None:

@@ -105,6 +105,8 @@ class Exports:
         """Export ``files`` if that is due; returns a text to append to the report."""
         if files.step % self.config.ckpt.export_every and files.step != self.last_step:
             return ""
+        if files.step == 0 and not self.config.ckpt.save_at_start:  # only for --spike_action rollback
+            return ""
         out = self._out(files.step)
         try:
             hub, last = self.config.ckpt.hub_model_id, files.step == self.last_step

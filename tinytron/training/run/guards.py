@@ -62,7 +62,8 @@ class Guards:
     def active(self) -> Iterator[None]:
         """Context of the training loop: catches signals and watches for stalls. Collective."""
         self._request, self._agreement = StopRequest(first=self._promise, speaks=self.state.rank == 0), StopAgreement()
-        self._signal, self._dropped, self._error = 0, False, None  # a notebook may continue after a stop
+        # A notebook may continue after a stop.
+        self._signal, self._dropped, self._error, self.spike = 0, False, None, None
         self._slow = self.acts_within_steps = True  # until the first steps have shown how long they take
         try:
             with self._request.listening(), self._watchdog.watching():
@@ -135,7 +136,7 @@ class Guards:
         if self._returns > _MOST_RETURNS:
             self._error = TrainingError(
                 f"{why}; the run has gone back to step {to} {_MOST_RETURNS} times before, and each time it spiked on other "
-                "data; lower --max_lr, raise --spike_sigma, or use --spike_action skip"
+                "data; raise --spike_sigma, use --spike_action skip, or begin a run with a lower --max_lr and --resume_path"
             )
         return why
 
@@ -164,7 +165,7 @@ class Guards:
                 off = "--no-do_save"
             again = "the same command" if self.config.ckpt.resume else "this command without --no-resume"
             what = f"nothing is saved with {off}" if off else f"saved; run {again} again to resume"
-            if not step:  # the first step was dropped
+            if not step and self.config.train.spike_action != "rollback":  # the first step was dropped
                 what = f"there is nothing to save yet; run {again} again to begin"
             name = "Ctrl-C" if self._signal == signal.SIGINT else signal.Signals(self._signal).name
             where = f" in step {step + 1}, which does not count" if self._dropped else ""

@@ -127,7 +127,8 @@ class Reporter:
         return {**records[-1].fields(), "seconds": seconds / len(records), **speed}
 
     def go_back(self, step: int) -> None:
-        """The run continues after the earlier ``step``: the sinks forget later records."""
+        """The run continues after the earlier ``step``: the sinks forget later records. Collective."""
+        self.window.flush()
         self._reported = step
         for entry in tuple(self._pending):
             entry[1].clear()

@@ -16,7 +16,7 @@ from tinytron.checkpoint import (
 )
 from tinytron.checkpoint.load import other_optimizer
 from tinytron.checkpoint.meta import FORMAT_VERSION, CheckpointMeta
-from tinytron.distributed.agreement import agree, agree_slowly
+from tinytron.distributed.agreement import agree_slowly, told_by_first
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.distributed.zero1.distributed_optimizer import DistributedOptimizer
 from tinytron.errors import CheckpointError
@@ -59,7 +59,7 @@ def resume(
     CheckpointError or ConfigError on every rank if a checkpoint is damaged or belongs to another run.
     """
     world = state.groups["world"]
-    found = agree(lambda: checkpoints_to_resume(config, folder), world)
+    found = told_by_first(lambda: checkpoints_to_resume(config, folder), world)
     if found:
         files, meta = first_undamaged(found, world, say)
         differences = check_continues(config, meta, data_identity(files.step, Skips.of(meta.skips)), str(files.meta))

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 import torch.nn as nn
 
 from tinytron.checkpoint import (
@@ -19,8 +18,7 @@ from tinytron.checkpoint import (
 )
 from tinytron.checkpoint.meta import FORMAT_VERSION, CheckpointMeta
 from tinytron.distributed import DistributedOptimizer
-from tinytron.distributed.agreement import agree
-from tinytron.distributed.collectives import sum_over
+from tinytron.distributed.agreement import told_by_first
 from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import CheckpointError
 from tinytron.metrics.routing import keep_traces_until
@@ -99,36 +97,43 @@ class RunSaver:
         """Whether to save before the first step: with ``--save_at_start``, and with ``--spike_action rollback`` unless
         there is a checkpoint of this run to go back to. Collective."""
         if self.config.train.spike_action == "rollback":
-            found = self.state.is_master and self.files(self.saved).complete
-            return not sum_over(torch.tensor(float(found), device=self.state.device), self.state.groups["world"])
+            return not told_by_first(lambda: bool(complete_checkpoints(self.folder.path)), self.state.groups["world"])
         return self.enabled and self.config.ckpt.save_at_start and not continues
 
-    def go_back(self, step: int, say: Callable[[str], None]) -> int:
+    def go_back(self, step: int, due: Callable[[int], bool], say: Callable[[str], None]) -> int:
         """Return from ``step`` to the newest undamaged checkpoint: weights, optimizer, generators and the spikes' window
-        are as they were, and the data since then are passed over. Returns its step. Collective. Raises: CheckpointError
-        without one; DataError if the data would end before the run does."""
+        are as they were, and the data since then are passed over. Returns its step. Collective.
+
+        Checkpoints that are not ``due`` at their step, but were saved because the run was stopped, count only if there is
+        no other: a run that was not stopped does not have them. Raises: CheckpointError without a checkpoint; StorageError;
+        DataError if the data would end before the run does.
+        """
         for message in self.checkpoints.finish():
             say(message)
-        if self.folder.mirror is not None:
-            self.folder.mirror.restore()  # several nodes have parts of it each
         world, optimizer = self.state.groups["world"], self.checkpoints.optimizer
-        found = agree(lambda: complete_checkpoints(self.folder.path), world)
-        found = [files for files in found if files.step <= self.saved]
+        found = [self.files(at) for at in told_by_first(lambda: self._ways_back(due), world)]
         if not found:
             raise CheckpointError(
                 f"{self.folder.path} has no checkpoint for --spike_action rollback to go back to; free disk space, or use "
                 "--spike_action skip"
             )
+        if self.folder.mirror is not None:
+            self.folder.mirror.fetch(found[0].step)
         files, meta = first_undamaged(found, world, say)
+        self.data.go_back(step, files.step, Skips.of(meta.skips))
         optimizer.finish_gather()
         optimizer.inner.state.clear()
         load_checkpoint(files, meta, self.checkpoints.model, optimizer, self.state)
         self.guards.load_state_dict(meta.guard)
-        self.data.go_back(step, files.step, Skips.of(meta.skips))
         if self.state.is_master:
             keep_traces_until(self.folder.path, files.step)
         self.saved = files.step
         return files.step
+
+    def _ways_back(self, due: Callable[[int], bool]) -> list[int]:
+        """The steps of the checkpoints to go back to, the first choice first."""
+        steps = [files.step for files in complete_checkpoints(self.folder.path) if files.step <= self.saved]
+        return [step for step in steps if step == 0 or due(step)] or steps
 
     def files(self, step: int) -> CheckpointFiles:
         """The files of a checkpoint of ``step``, whether they exist or not."""
