@@ -41,8 +41,8 @@ class Nodes:
 
 
 def nodes_of(environment: Mapping[str, str] | None = None) -> Nodes:
-    """The nodes that ``NUM_NODES``, ``NODE_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT`` describe (or ``PET_NNODES`` and so on;
-    default: the process's environment). Raises: ConfigError for values that are not a place among nodes."""
+    """The nodes that ``NUM_NODES``, ``NODE_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT`` describe (or ``PET_NNODES`` and so
+    on; default: the environment of this process). Raises: ConfigError for values that are not a place among nodes."""
     env = os.environ if environment is None else environment
     ours = "NUM_NODES" in env
     count, rank, port = (_number(env, name, platform=not ours) for name in _VARIABLES)
