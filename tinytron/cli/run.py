@@ -25,7 +25,8 @@ from tinytron.errors import CheckpointError, ConfigError
 from tinytron.job import BasicJob, JobSpec
 from tinytron.jobs.kinds import job_class
 from tinytron.jobs.options import JobOptions
-from tinytron.jobs.specs import check_place, read_stages
+from tinytron.jobs.places import check_place
+from tinytron.jobs.specs import read_stages
 from tinytron.registry import load_module
 from tinytron.utils.flags import Parser, parse_strictly
 from tinytron.utils.lock import lock_folder
