@@ -16,7 +16,7 @@ from tinytron.dispatch.hosts import Files
 from tinytron.dispatch.script import packed
 from tinytron.dispatch.settings import Cluster
 
-# Stands in for the Python of a host: writes its arguments and environment to $HOME/called.json, and does what $ACT says.
+# A stand-in for the Python of a host: it writes its arguments and environment to $HOME/called.json and does $ACT.
 PYTHON = f"""#!{sys.executable}
 import json, os, signal, sys, time
 def leave(number, frame):

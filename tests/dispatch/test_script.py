@@ -168,6 +168,8 @@ def test_environment_order_secrets_and_state(place: Place) -> None:
     assert env["PYTHONPATH"].split(":")[0].endswith("/work/code/a1b2")
     told = metadata(cluster, work)
     assert (told["state"], told["exit_status"], told["name"], told["run_id"]) == ("failed", 7, "n", RUN)
+    assert len(list(path.parent.glob("secret.*"))) == 1  # a failed job may be queued again
+    assert run(path, ACT="0").returncode == 0
     assert not list(path.parent.glob("secret.*"))
     assert "the secret WANDB_API_KEY cannot be read" in run(path).stderr
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.dispatch.settings_table import PAGE, updated
 from tests.helpers.runs import ROOT
 from tinytron.dispatch.settings import (
     HOST_TYPES,
@@ -165,3 +166,8 @@ def test_a_file_that_cannot_be_read_is_one_error(tmp_path: Path, text: str | byt
     with pytest.raises(ConfigError, match=says) as error:
         read_settings(str(file))
     assert "s3cret" not in str(error.value)
+
+
+def test_the_page_has_every_setting() -> None:
+    text = PAGE.read_text()
+    assert updated(text) == text, "run: python -m tests.dispatch.settings_table"

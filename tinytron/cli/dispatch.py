@@ -39,7 +39,7 @@ def main(argv: Sequence[str], prog: str = "tinytron dispatch") -> int:
 
 
 def looked_at(host: Host) -> tuple[str, list[str]]:
-    """What ``host`` has, and what it lacks to run jobs. Raises: HostError if it cannot be reached."""
+    """The tools and chips that ``host`` has, and what it lacks to run jobs. Raises: HostError if it cannot be reached."""
     needed = [*host.tools, *(["juicefs", "mountpoint"] if host.cluster.mount else [])]
     words = " ".join(map(quote, [*needed, *_OPTIONAL]))
     share = quote_path(host.cluster.folder("share"))

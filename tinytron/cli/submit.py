@@ -139,7 +139,7 @@ def _also(parser: argparse.ArgumentParser, flag: str, dest: str, action: str = "
 
 
 def _work(args: argparse.Namespace) -> tuple[Work, Request]:
-    """What is run, and the hardware it asks for. Every file is checked before anything is sent. Raises: ConfigError."""
+    """The work, and the hardware it asks for. Every file is checked before anything is sent. Raises: ConfigError."""
     from tinytron.jobs.options import read_file  # with the jobs: takes a second to import
     from tinytron.jobs.specs import read_stages
     from tinytron.registry import load_module

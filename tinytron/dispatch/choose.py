@@ -31,8 +31,8 @@ def choose(settings: Settings, hosts: Sequence[Host], request: Request, rule: Ru
         return allowed[0], "as --target says"
     if not allowed:
         raise ConfigError(
-            f"no host is left to submit to; hosts of the types plain and slurm in {settings.file} that --cluster, "
-            "--exclude_cluster and --target allow are needed"
+            "no host is left to submit to; let --cluster, --exclude_cluster and --target allow a host of the type plain or "
+            f"slurm in {settings.file}"
         )
     said, queues = [], []
     for host in allowed:

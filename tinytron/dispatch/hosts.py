@@ -1,4 +1,4 @@
-"""What all kinds of hosts can do, and the table of kinds. A new kind is a file with a class, and a line in ``KINDS``."""
+"""The operations of all hosts, and the table of kinds. A new kind is a file with a class, and a line in ``KINDS``."""
 
 from __future__ import annotations
 
@@ -133,10 +133,11 @@ class Host(ABC):
             'if [ -e "$file" ]; then echo $(($(date +%s) - $(stat -c %Y "$file"))); head -n 1 "$file"; else echo; echo; fi'
             for one in submissions
         ]
-        lines = self.shell.run("\n".join([self.alive(submissions), *looks])).split("\n")
         count = len(submissions)
+        # The last lines: a login script may print some of its own before them.
+        lines = self.shell.run("\n".join([self.alive(submissions), *looks])).split("\n")[:-1][-3 * count :]
         if len(lines) < 3 * count:
-            raise HostError(f"{self.name} gave {len(lines)} lines instead of {3 * count}; what does your login print?")
+            raise HostError(f"{self.name} gave {len(lines)} lines instead of {3 * count}; see what ssh prints there")
         return [_state(lines[i], lines[count + 2 * i], lines[count + 2 * i + 1]) for i in range(count)]
 
     def log(self, submission: Submission, *, follow: bool) -> int:
@@ -148,8 +149,9 @@ class Host(ABC):
         return self.shell.follow(f"if [ -e {log} ]; then cat -- {log}; else echo {missing} >&2; exit 1; fi")
 
     def cancel(self, submission: Submission) -> None:
-        """Stop the submission; a run saves first. Raises: HostError."""
-        self.shell.run(f": >{quote_path(submission.here)}/cancelled\n{self.stopping(submission)}")
+        """Stop the submission, and remove its secrets; a run saves first. Raises: HostError."""
+        here = quote_path(submission.here)
+        self.shell.run(f": >{here}/cancelled\nrm -f {here}/secret.*\n{self.stopping(submission)}")
 
     def pull(self, submission: Submission, out: Path) -> None:
         """Copy the run's folder, without checkpoints, and the log to ``out``. Raises: HostError."""

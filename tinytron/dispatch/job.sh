@@ -34,7 +34,9 @@ leave() { # EXIT_STATUS
         if [ -e "$here/cancelled" ]; then state=cancelled; fi
     fi
     tell "$state" "$1" || true
-    if [ "$state" != preempted ] && [ "${NODE_RANK:-0}" = 0 ]; then rm -f "$here"/secret.*; fi
+    case "$state" in # after a failure they stay: SLURM may queue the job again, when it sees that a node is lost
+    finished | cancelled) if [ "${NODE_RANK:-0}" = 0 ]; then rm -f "$here"/secret.*; fi ;;
+    esac
     if [ -n "$mounted" ]; then juicefs umount "$root" || say "$root stays mounted: other jobs use it"; fi
     exit "$1"
 }
@@ -180,7 +182,7 @@ beat() { # the heartbeat is the time of the file; until the script ends, however
 }
 
 run_job() {
-    export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}"
+    export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
     cd "$work"
     tell running
     beat </dev/null >/dev/null 2>&1 &

@@ -1,4 +1,4 @@
-"""What was submitted from this machine, one file per submission in ``~/.tinytron/submissions``."""
+"""Submissions from this machine, one file per submission in ``~/.tinytron/submissions``."""
 
 from __future__ import annotations
 

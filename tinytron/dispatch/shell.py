@@ -33,11 +33,11 @@ class Shell:
         return ["ssh", *usual, *jump, *options, "--", self.ssh, "bash -s"]
 
     def run(self, script: str, data: bytes = b"", seconds: float = SECONDS) -> str:
-        """The text that ``script`` prints; see ``run_bytes``."""
+        """The output of ``script`` as text; see ``run_bytes``."""
         return self.run_bytes(script, data, seconds).decode("utf-8", "replace")
 
     def run_bytes(self, script: str, data: bytes = b"", seconds: float = SECONDS) -> bytes:
-        """What ``script`` prints; ``data`` is its standard input. Raises: HostError if the host cannot be reached, if the
+        """The output of ``script``; ``data`` is its standard input. Raises: HostError if the host cannot be reached, if the
         script fails, with the last line of its errors, and if it takes longer than ``seconds``."""
         try:
             done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What is to be run, and on what: parsed from the command line, and sent to a host."""
+"""A work to run, and the hardware it asks for: read from the command line, and sent to a host."""
 
 from __future__ import annotations
 
