@@ -17,6 +17,7 @@ from tinytron.dispatch.choose import Rule, choose
 from tinytron.dispatch.hosts import hosts_of
 from tinytron.dispatch.record import read_all
 from tinytron.dispatch.settings import settings_of
+from tinytron.dispatch.shell import Shell
 from tinytron.dispatch.ship import Shipment
 from tinytron.dispatch.slurm import SlurmHost, free_chips, sbatch_option
 from tinytron.dispatch.submit import Order, submit_all
@@ -122,6 +123,8 @@ def test_submit_queue_state_and_cancel(place: Place, said: Said) -> None:
     assert "17  preparing" in said("status")[1]
     _tools(place, free="0")
     assert "17  lost" in said("status")[1]
+    Path(read_all()[-1].here, "exit_status").write_text("137\n")
+    assert "17  failed (137)" in said("status")[1]
     assert said("cancel", "mine")[0] == 0
     assert (place.home / "scancel").read_text() == "17\n"
 
@@ -152,6 +155,17 @@ def test_the_batch_file_runs_the_script_forwards_usr1_and_requeues(place: Place)
     assert place_of == {
         **{"MASTER_ADDR": "first", "MASTER_PORT": "20042", "NUM_NODES": "2", "NODE_RANK": "0", "NUM_GPUS": "8"}
     }
+
+
+def test_what_a_login_prints_is_left_out(place: Place, said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    _tools(place, free="0", state="PENDING")
+    _write(place, {"hpc": {"type": "slurm"}})
+    said("submit", "mine", "run.yaml", "--load", "jobs_here")
+    run = Shell.run
+    monkeypatch.setattr(Shell, "run", lambda *words: "Welcome to the cluster\n" + run(*words))
+    assert "17  queued" in said("status")[1]
+    monkeypatch.setattr(Shell, "run", lambda *words: "Welcome\n")
+    assert "hpc gave 1 lines instead of 3; see what ssh prints there" in said("status")[1]
 
 
 def test_a_sweep_is_one_array_with_one_record_each(place: Place) -> None:

@@ -150,7 +150,7 @@ def test_two_nodes_interrupted_twice_log_what_an_uninterrupted_run_logs(lab: Lab
     seen = lab.log(one).count("| saved")
     lab.until(lambda: lab.log(one).count("| saved") > seen, "a checkpoint")
     lab.kill_rank(1)
-    lab.until(lambda: lab.state(one) == "failed", "the failure")
+    lab.until(lambda: lab.state(one) == "failed", "the failure", 90)
     assert "was killed by SIGKILL" in lab.log(one)
     lab.slow.write_text("0")
     lab.slurm.run("scontrol", "requeue", one.id)

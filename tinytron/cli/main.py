@@ -47,6 +47,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "logs": Command("submissions", "print the log of what was submitted", "logs"),
         "cancel": Command("submissions", "stop what was submitted", "cancel"),
         "pull": Command("submissions", "copy logs and exports of what was submitted", "pull"),
+        "repl": Command("repl", "open a Jupyter notebook on a host"),
         "bootstrap": Command("submit", "write one script that runs a job anywhere", "bootstrap"),
         "dispatch": Command("dispatch", "check the settings of hosts and clusters"),
         "import": Command("import_model", "turn a Hugging Face model into a folder for --init_from"),

@@ -43,20 +43,14 @@ def main(argv: Sequence[str], prog: str = "tinytron submit") -> None:
     """Submit a job. Raises: TinytronError."""
     parser = Parser(prog=prog, description=_DESCRIPTION, common=_COMMON)
     _add_work(parser)
-    parser.add_argument("--mem", metavar="SIZE", help="memory of each node (SLURM)")
-    parser.add_argument("--cpu", type=whole_number, metavar="N", help="CPU cores of each node (SLURM)")
-    parser.add_argument("--cluster", action="append", default=[], metavar="NAME", help="only hosts of this cluster")
-    parser.add_argument(
-        "--exclude_cluster", action="append", default=[], metavar="NAME", help="no hosts of this cluster"
-    )
-    _also(parser, "--exclude-cluster", "exclude_cluster", action="append")
-    parser.add_argument("--target", metavar="NAME", help="this host, even if it is busy, or the hosts of this cluster")
+    add_hardware(parser, default="the file's")
+    add_choice(parser)
     parser.add_argument("--dry_run", action="store_true", help="print every file and script instead")
     _also(parser, "--dry-run", "dry_run", action="store_true")
     args = parse_with_overrides(parser, argv)
     settings = read_settings(args.dispatch)
     work, asked = _work(args)
-    order = Order(asked, Rule(tuple(args.cluster), tuple(args.exclude_cluster), args.target), _environment(args.env))
+    order = Order(asked, rule_of(args), environment_of(args.env))
     shipment = pack(Path.cwd(), args.dirty)
     done = submit_all([work], settings, order, shipment, os.environ, dry_run=args.dry_run)
     for one in done:
@@ -74,6 +68,7 @@ def bootstrap(argv: Sequence[str], prog: str = "tinytron bootstrap") -> None:
         common=("name", "file", "out", "stage", "n_chips", "target", "root", "work", "mount", "env", "dispatch"),
     )
     _add_work(parser, out=True)
+    add_hardware(parser, default="the file's")
     parser.add_argument("--target", metavar="HOST", help="take folders and environment from this host of the settings")
     for name in _FOLDERS:
         parser.add_argument(
@@ -92,7 +87,7 @@ def bootstrap(argv: Sequence[str], prog: str = "tinytron bootstrap") -> None:
     payload = packed({**files, "code.tar.gz": (shipment.files.code, 0o644)})
     run_id = new_run_id()
     script = job_script(
-        *(work, cluster, {**env, **_environment(args.env)}, asked, run_id, shipment.files.tree),
+        *(work, cluster, {**env, **environment_of(args.env)}, asked, run_id, shipment.files.tree),
         per_node=asked.chips if args.n_chips is not None else None,
         uv_groups=groups,
         payload=payload,
@@ -118,19 +113,40 @@ def _add_work(parser: argparse.ArgumentParser, *, out: bool = False) -> None:
     )
     parser.add_argument("--restore", metavar="NAME[/CHECKPOINT]", help="start from the weights of another job")
     add_load(parser)
-    parser.add_argument("--chip", help="kind of accelerator; default: what the file requests, or any")
+
+
+def add_hardware(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add the flags for chips, environment, settings and code."""
+    parser.add_argument("--chip", help="kind of accelerator, such as h100; default: any, or what the file requests")
     parser.add_argument(
         "-n",
         "--n_chips",
         type=whole_number,
         metavar="N",
-        help="number of accelerators; 0: a CPU job; default: the file's",
+        help=f"number of accelerators; 0: a CPU job; default: {default}",
     )
     parser.add_argument("--env", action="append", default=[], metavar="K=V", help="environment variable of the job")
     parser.add_argument("--dispatch", default=FILE, metavar="FILE", help=f"the settings (default: {FILE})")
     code = parser.add_mutually_exclusive_group()
     code.add_argument("--dirty", action="store_true", default=None, help="send uncommitted changes, too")
     code.add_argument("--clean", dest="dirty", action="store_false", default=None, help="send the last commit only")
+
+
+def add_choice(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that choose a host, and those that only a scheduler reads."""
+    parser.add_argument("--mem", metavar="SIZE", help="memory of each node (SLURM)")
+    parser.add_argument("--cpu", type=whole_number, metavar="N", help="CPU cores of each node (SLURM)")
+    parser.add_argument("--cluster", action="append", default=[], metavar="NAME", help="only hosts of this cluster")
+    parser.add_argument(
+        "--exclude_cluster", action="append", default=[], metavar="NAME", help="no hosts of this cluster"
+    )
+    _also(parser, "--exclude-cluster", "exclude_cluster", action="append")
+    parser.add_argument("--target", metavar="NAME", help="this host, even if it is busy, or the hosts of this cluster")
+
+
+def rule_of(args: argparse.Namespace) -> Rule:
+    """The hosts that the flags of ``add_choice`` allow."""
+    return Rule(tuple(args.cluster), tuple(args.exclude_cluster), args.target)
 
 
 def _also(parser: argparse.ArgumentParser, flag: str, dest: str, action: str = "store") -> None:
@@ -156,16 +172,21 @@ def _work(args: argparse.Namespace) -> tuple[Work, Request]:
     asked = read_file(args.file)[1].get("request") or {}
     if not isinstance(asked, dict):
         raise ConfigError(f"{args.file}: request must be a mapping; write request: {{chip: h100, min_chips: 8}}")
-    chips = asked.get("min_chips", 1) if args.n_chips is None else args.n_chips
+    return work, request_of(args, asked.get("min_chips", 1), asked.get("chip"))
+
+
+def request_of(args: argparse.Namespace, chips: Any, chip: str | None) -> Request:
+    """The hardware that the flags ask for; by default ``chips`` of the kind ``chip``. Raises: ConfigError."""
+    chips = chips if args.n_chips is None else args.n_chips
     if not isinstance(chips, int) or chips < 0:
         raise ConfigError(f"-n {chips} must be a whole number of at least 0; use -n 8, or -n 0 for a CPU job")
     if getattr(args, "cpu", None) is not None and args.cpu < 1:
         raise ConfigError(f"--cpu {args.cpu} must be at least 1; use --cpu 8")
-    chip = asked.get("chip") if args.chip is None else args.chip
-    return work, Request(chips, chip if chips else None, getattr(args, "mem", None), getattr(args, "cpu", None))
+    chip = chip if args.chip is None else args.chip
+    return Request(chips, chip if chips else None, getattr(args, "mem", None), getattr(args, "cpu", None))
 
 
-def _environment(words: Sequence[str]) -> dict[str, str]:
+def environment_of(words: Sequence[str]) -> dict[str, str]:
     """The variables of ``--env K=V``. Raises: ConfigError."""
     found = {}
     for word in words:

@@ -38,11 +38,14 @@ class Files:
 @dataclass(frozen=True)
 class State:
     """The state of a submission: ``queued``, ``preparing``, ``waiting``, ``running``, ``preempted``, ``finished``,
-    ``failed``, ``cancelled`` or ``lost``; seconds since the last heartbeat; and the exit status at the end."""
+    ``failed``, ``cancelled`` or ``lost``; seconds since the last heartbeat; the exit status at the end; and the
+    node and port of a notebook."""
 
     state: str
     heartbeat: int | None = None
     exit_status: int | None = None
+    node: str = ""
+    port: int | None = None
 
 
 class Host(ABC):
@@ -92,7 +95,8 @@ class Host(ABC):
 
     @abstractmethod
     def alive(self, submissions: Sequence[Submission]) -> str:
-        """A script that prints one line for each submission: ``queued``, ``alive``, ``gone``, or the scheduler's word."""
+        """A script that prints one line for each submission: ``queued``, ``alive``, ``gone``, or ``failed``
+        and the exit status."""
 
     @abstractmethod
     def stopping(self, submission: Submission) -> str:
@@ -177,14 +181,18 @@ def _state(alive: str, age: str, text: str) -> State:
     except ValueError:
         content = {}
     told, status = content.get("state"), content.get("exit_status")
+    alive, _, code = alive.partition(" ")
     heartbeat = int(age) if age.strip().lstrip("-").isdecimal() else None
     if alive == "queued":
         return State("preempted, queued" if told == "preempted" else "queued", None, None)
     if alive == "alive":
-        return State(told if told in ("preparing", "waiting", "running") else "preparing", heartbeat, None)
+        state = told if told in ("preparing", "waiting", "running") else "preparing"
+        return State(state, heartbeat, None, content.get("host", ""), content.get("port"))
+    if alive == "failed":
+        return State("failed", heartbeat, int(code))
     if told in ("finished", "failed", "cancelled", "preempted"):
         return State(told, heartbeat, status)
-    return State("lost" if alive == "gone" else alive, heartbeat, status)
+    return State("lost", heartbeat, status)
 
 
 def _class_of(kind: str) -> type[Host]:

@@ -3,8 +3,8 @@
 
 tell() { # STATE [EXIT_STATUS]: write the state where `tinytron status` reads it
     [ "${NODE_RANK:-0}" = 0 ] && [ -d "$status" ] || return 0
-    printf '{%s, "host": "%s", "pid": %s, "slurm_job": "%s", "state": "%s", "exit_status": %s}\n' \
-        "$described" "$(uname -n)" "$$" "${SLURM_JOB_ID:-}" "$1" "${2:-null}" >"$status/metadata.json.$BASHPID"
+    printf '{%s, "host": "%s", "pid": %s, "slurm_job": "%s", "state": "%s", "exit_status": %s, "port": %s}\n' \
+        "$described" "$(uname -n)" "$$" "${SLURM_JOB_ID:-}" "$1" "${2:-null}" "${port:-null}" >"$status/metadata.json.$BASHPID"
     mv -f "$status/metadata.json.$BASHPID" "$status/metadata.json"
 }
 
@@ -184,10 +184,21 @@ beat() { # the heartbeat is the time of the file; until the script ends, however
 run_job() {
     export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
     cd "$work"
+    local command=(tinytron run "$name" "$here/config.yaml" "$root" "${arguments[@]}")
+    if [ "$notebook" = 1 ]; then
+        local address=127.0.0.1
+        "$python" -c 'import jupyterlab' || fail "jupyterlab is not installed for $python; add it to the packages of the code"
+        if [ -n "${SLURM_JOB_ID:-}" ]; then address="$(uname -n)"; fi # the tunnel ends at the login node
+        port="$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')" ||
+            fail "there is no free port for Jupyter"
+        command=(jupyter lab --no-browser --allow-root "--ip=$address" "--port=$port" --ServerApp.port_retries=0)
+        cd "$code"
+    fi
     tell running
     beat </dev/null >/dev/null 2>&1 &
     beating=$!
-    "$python" -m tinytron run "$name" "$here/config.yaml" "$root" "${arguments[@]}" &
+    disown "$beating" # its end is not worth a line in the log
+    "$python" -m "${command[@]}" &
     child=$!
     local before code
     while :; do # a signal ends `wait` early, and the job's own status is in a later one
@@ -199,7 +210,7 @@ run_job() {
     return "$code"
 }
 
-stop="" signals=0 child="" beating="" mounted=""
+stop="" signals=0 child="" beating="" mounted="" port=""
 trap 'leave $?' EXIT
 trap 'stop_child TERM' TERM
 trap 'stop_child USR1' USR1

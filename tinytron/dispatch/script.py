@@ -16,6 +16,7 @@ from tinytron.dispatch.storage import mount_options, without_password
 from tinytron.dispatch.work import Request, Work
 
 HEARTBEAT_SECONDS = 30
+TOKEN = "JUPYTER_TOKEN"  # read by Jupyter
 _LINKS = ("data", "checkpoints", "results")
 
 
@@ -82,6 +83,7 @@ def job_script(
     here = quote_path(job_folder(cluster, work, run_id))
     stages = " ".join(f'-s "$here"/stage{number}.yaml' for number in range(1, len(work.files)))
     mount = without_password(cluster.mount)[0] if cluster.mount else ""
+    secrets = secrets_of(cluster) | ({TOKEN: Secret()} if work.notebook else {})
     links = " ".join(f"{part}:{quote_path(path)}" for part in _LINKS if (path := getattr(cluster, part)))
     lines = [
         "#!/usr/bin/env bash",
@@ -105,10 +107,11 @@ def job_script(
         f"mount={quote(mount)}",
         f"mount_options=({' '.join(mount_options(cluster, quote, quote_path))})",
         f"lock_gpus={request.chips if lock_gpus else 0}",
+        f"notebook={int(work.notebook)}",
         f"heartbeat_seconds={HEARTBEAT_SECONDS}",
         "",
         "# Files with secrets by environment variable; without a file, the variable has to be set.",
-        f"secrets=({' '.join(_secret(name, s, payload is None) for name, s in secrets_of(cluster).items())})",
+        f"secrets=({' '.join(_secret(name, s, payload is None) for name, s in secrets.items())})",
         "",
         *_environment(cluster, env, request, per_node, slurm=slurm, rank_logs=rank_logs),
     ]

@@ -59,6 +59,11 @@ class Shell:
             raise HostError(f"{self.place}: {last}")
         return done.stdout
 
+    def tunnel(self, port: int, node: str, remote: int) -> subprocess.Popen[bytes]:
+        """An ssh that forwards ``port`` of this machine to ``remote`` on ``node``, as seen from the host."""
+        forward = ["-N", "-o", "ExitOnForwardFailure=yes", "-L", f"127.0.0.1:{port}:{node}:{remote}"]
+        return subprocess.Popen(self.command(*forward)[:-1], stdin=subprocess.DEVNULL)
+
     def follow(self, script: str) -> int:
         """Run ``script`` with our standard output. Returns its exit status."""
         process = subprocess.Popen(self.command("-T"), stdin=subprocess.PIPE)

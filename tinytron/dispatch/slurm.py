@@ -19,6 +19,7 @@ job="${{jobs[${{SLURM_ARRAY_TASK_ID:-0}}]}}"
 export MASTER_ADDR="${{MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}}"
 export MASTER_PORT="${{MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}}"
 stop="" signals=0
+rm -f "$job/exit_status"
 # shellcheck disable=SC2317  # called by the traps
 pass_on() {{
     stop="$1" signals=$((signals + 1))
@@ -34,6 +35,7 @@ while :; do # a signal ends `wait` early, and the step's own status is in a late
     wait "$step" || code=$?
     if [ "$signals" = "$before" ]; then break; fi
 done
+if [ -z "$stop" ]; then echo "$code" >"$job/exit_status"; fi # when one node fails, SLURM stops the others with SIGTERM
 if [ "$stop" = USR1 ] && [ "$code" = 0 ]; then
     echo "tinytron: saved before the time limit; this job is queued again"
     scontrol requeue "$SLURM_JOB_ID"
@@ -161,14 +163,14 @@ class SlurmHost(Host):
         return "\n".join(lines)
 
     def alive(self, submissions: Sequence[Submission]) -> str:
-        ids = " ".join(quote(one.id) for one in submissions)
         running, waiting = "|".join(_RUNNING), "|".join(_WAITING)
-        return (
-            f"for id in {ids}; do\n"
-            '  state=$(squeue -h -j "$id" -o %T 2>/dev/null | head -n 1 || true)\n'
-            f'  case "$state" in {running}) echo alive ;; {waiting}) echo queued ;; *) echo gone ;; esac\n'
-            "done"
-        )
+        lines = [
+            'look() { state=$(squeue -h -j "$1" -o %T 2>/dev/null | head -n 1 || true)',
+            f'case "$state" in {running}) echo alive ;; {waiting}) echo queued ;;',
+            '*) code=$(cat "$2/exit_status" 2>/dev/null || echo 0)',
+            'if [ "$code" = 0 ]; then echo gone; else echo "failed $code"; fi ;; esac; }',
+        ]
+        return "\n".join([*lines, *(f"look {quote(one.id)} {quote_path(one.here)}" for one in submissions)])
 
     def stopping(self, submission: Submission) -> str:
         return f"scancel {quote(submission.id)}"

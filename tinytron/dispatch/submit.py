@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tinytron.dispatch import record
 from tinytron.dispatch.choose import Rule, choose
@@ -19,11 +19,13 @@ from tinytron.errors import ConfigError, HostError
 
 @dataclass(frozen=True)
 class Order:
-    """How works are submitted: the hardware of each, the hosts to consider, and environment variables (``--env``)."""
+    """How works are submitted: the hardware of each, the hosts to consider, environment variables (``--env``), and further
+    secrets by variable."""
 
     request: Request
     rule: Rule
     env: Mapping[str, str]
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 def submit_all(
@@ -45,7 +47,7 @@ def submit_all(
     for note in shipment.notes:
         say(note)
     say(f"host: {host.name} ({why})")
-    values = secret_values(host.cluster, environment)
+    values = {**secret_values(host.cluster, environment), **order.secrets}
     jobs = []
     for work in works:
         run_id = new_run_id()

@@ -28,7 +28,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Work:
-    """A named run: the contents of its option ``files``, one per stage, and further words of ``tinytron run``."""
+    """A named run: the contents of its option ``files``, one per stage, and further words of ``tinytron run``. A
+    ``notebook`` has neither; it runs Jupyter."""
 
     name: str
     files: tuple[bytes, ...]
@@ -38,6 +39,7 @@ class Work:
     job: str | None = None
     restore: str | None = None
     load: tuple[str, ...] = ()
+    notebook: bool = False
 
     def __post_init__(self) -> None:
         check_place(self.name, self.project, self.group)
