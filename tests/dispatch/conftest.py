@@ -76,7 +76,7 @@ class Place:
 
     def cluster(self, **more: Any) -> Cluster:
         """A cluster in the home folder."""
-        folders = {"root": str(self.home / "root"), "work": str(self.home / "work")}
+        folders = {"root": str(self.home / "root"), "work": str(self.home / "scratch")}
         return Cluster(**{**folders, "python": str(self.python), **more})
 
 

@@ -90,8 +90,8 @@ def test_hostile_texts_arrive_as_they_are(
     if name.strip(".") == "" or any(ord(c) < 32 or ord(c) == 127 for c in name) or len(name.encode()) > 200:
         name = "plain"
     begin = "~" if home else str(place.home)
-    shutil.rmtree(place.home / "work", ignore_errors=True)
-    cluster = place.cluster(root=f"{begin}/{name}/root", work=f"{begin}/work/{name}")
+    shutil.rmtree(place.home / "scratch", ignore_errors=True)
+    cluster = place.cluster(root=f"{begin}/{name}/root", work=f"{begin}/scratch/{name}")
     work = Work("n", (b"job: x\n", b"job: y\n"), (f"a.b={word}",), restore=restore, load=(value,))
     self_contained = home
     files = {name: (content, 0o644) for name, content in work.stage_files().items()}
@@ -165,7 +165,7 @@ def test_environment_order_secrets_and_state(place: Place) -> None:
     assert (env["WANDB_API_KEY"], env["HF_TOKEN"], env["WANDB_PROJECT"]) == ("w-token", "hf-token", "p")
     assert env["UV_CACHE_DIR"] == f"{place.home}/uv"
     assert (env["A"], env["NUM_GPUS"]) == ("1", "3")  # the user's number of GPUs counts
-    assert env["PYTHONPATH"].split(":")[0].endswith("/work/code/a1b2")
+    assert env["PYTHONPATH"].split(":")[0].endswith("/scratch/code/a1b2")
     told = metadata(cluster, work)
     assert (told["state"], told["exit_status"], told["name"], told["run_id"]) == ("failed", 7, "n", RUN)
     assert len(list(path.parent.glob("secret.*"))) == 1  # a failed job may be queued again
@@ -259,7 +259,7 @@ def test_the_environment_is_made_once_per_list_of_packages(
     script = job_script(work, cluster, {}, Request(0), RUN, "other", uv_groups=("cuda12",))
     path = put(place, cluster, work, script)
     archive = packed(dict.fromkeys(["code.py", *files], (b"x", 0o644)))
-    (place.home / "work/code/other.tar.gz").write_bytes(archive)
+    (place.home / "scratch/code/other.tar.gz").write_bytes(archive)
     done = run(path)
     if not files:
         assert done.returncode == 2
@@ -267,7 +267,7 @@ def test_the_environment_is_made_once_per_list_of_packages(
         assert metadata(cluster, work)["state"] == "failed"
         return
     assert done.returncode == 0, done.stderr
-    (environment,) = (place.home / "work/env").glob("*/complete")
+    (environment,) = (place.home / "scratch/env").glob("*/complete")
     said = (place.home / "tools").read_text().replace(str(environment.parent), "ENV").splitlines()
     assert said == commands
     assert run(path).returncode == 0

@@ -10,18 +10,8 @@ import pytest
 
 from tests.dispatch.settings_table import PAGE, updated
 from tests.helpers.runs import ROOT
-from tinytron.dispatch.settings import (
-    HOST_TYPES,
-    Cluster,
-    Partition,
-    Plain,
-    Secret,
-    Settings,
-    Slurm,
-    mebibytes,
-    read_settings,
-    settings_of,
-)
+from tinytron.dispatch.reading import mebibytes, read_settings, settings_of
+from tinytron.dispatch.settings import HOST_TYPES, Cluster, Partition, Plain, Secret, Settings, Slurm
 from tinytron.errors import ConfigError
 from tinytron.utils.flags import config_fields
 

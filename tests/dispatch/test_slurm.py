@@ -15,8 +15,8 @@ from tests.dispatch.test_submit import Said, _write
 from tests.dispatch.test_submit import said as said
 from tinytron.dispatch.choose import Rule, choose
 from tinytron.dispatch.hosts import hosts_of
+from tinytron.dispatch.reading import settings_of
 from tinytron.dispatch.record import read_all
-from tinytron.dispatch.settings import settings_of
 from tinytron.dispatch.shell import Shell
 from tinytron.dispatch.ship import Shipment
 from tinytron.dispatch.slurm import SlurmHost, free_chips, sbatch_option
@@ -34,7 +34,7 @@ n5                  idle     (null)               (null)
 
 
 def _host(place: Place, **more: Any) -> SlurmHost:
-    cluster = {"root": f"{place.home}/root", "work": f"{place.home}/work", "python": str(place.python)}
+    cluster = {"root": f"{place.home}/root", "work": f"{place.home}/scratch", "python": str(place.python)}
     host = {"type": "slurm", "cluster": "lab", "chips": {"h100": 8}, **more}
     (found,) = hosts_of(settings_of({"clusters": {"lab": cluster}, "hosts": {"hpc": host}}))
     assert isinstance(found, SlurmHost)
@@ -64,7 +64,7 @@ def test_the_batch_file_of_two_nodes(place: Place) -> None:
     options = [line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH")]
     assert options == [
         "job-name=general-default-mine",
-        f'output="{place.home}/work/logs/general-default-mine-%j.out"',
+        f'output="{place.home}/scratch/logs/general-default-mine-%j.out"',
         *("open-mode=append", "nodes=2", "ntasks-per-node=1", "gres=gpu:h100:8", "cpus-per-task=16", "mem=8G"),
         *("time=1:00:00", "partition=b", 'constraint="ib&h100"', "account=me", "qos=high", "exclude=n1,n2"),
         *("signal=B:USR1@300", 'comment="say \\"hi\\" \\\\ there"', "requeue"),
@@ -116,7 +116,7 @@ def test_submit_queue_state_and_cancel(place: Place, said: Said) -> None:
     status, out, err = said("submit", "mine", "run.yaml", "--load", "jobs_here", "--cpu", "4")
     assert (status, err) == (0, "")
     assert "host: hpc (hpc has 0 free; queued)" in out
-    assert f"as 17; log: {place.home}/work/logs/general-default-mine-17.out" in out
+    assert f"as 17; log: {place.home}/scratch/logs/general-default-mine-17.out" in out
     assert "#SBATCH --cpus-per-task=4\n" in (place.home / "submitted").read_text()
     assert "17  queued" in said("status")[1]
     _tools(place, free="0", state="RUNNING")

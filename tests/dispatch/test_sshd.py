@@ -142,7 +142,7 @@ def test_a_job_outlives_the_connection_and_keeps_log_and_status(
     assert watcher.stop() == []
     assert watcher.looks > 3
     assert not (here / "secret.WANDB_API_KEY").exists()
-    for folder in (place.home / "work", place.home / "root", place.home / ".tinytron"):
+    for folder in (place.home / "scratch", place.home / "root", place.home / ".tinytron"):
         for path in folder.rglob("*"):
             if path.is_file():
                 assert TOKEN.encode() not in path.read_bytes(), path

@@ -44,7 +44,7 @@ def said(repository: Path, capfd: pytest.CaptureFixture[str]) -> Said:
 
 
 def _write(place: Place, hosts: dict[str, Any], **more: Any) -> None:
-    cluster = {"root": f"{place.home}/root", "work": f"{place.home}/work", "python": str(place.python), **more}
+    cluster = {"root": f"{place.home}/root", "work": f"{place.home}/scratch", "python": str(place.python), **more}
     content = {"clusters": {"lab": cluster}, "hosts": {n: {"cluster": "lab", **h} for n, h in hosts.items()}}
     (place.home / ".tinytron.yaml").write_text(yaml.safe_dump(content))
 
@@ -140,7 +140,7 @@ def test_a_dry_run_shows_everything_but_secrets_and_does_nothing(
     assert "/secret.WANDB_API_KEY, which only you can read: not shown" in out
     assert TOKEN not in out
     assert read_all() == []
-    assert not (place.home / "work").exists()
+    assert not (place.home / "scratch").exists()
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ from tests.jobs.conftest import TINY
 from tests.slurm.conftest import SBIN, Cluster
 from tinytron.cli.main import main
 from tinytron.dispatch.choose import Rule
+from tinytron.dispatch.reading import read_settings
 from tinytron.dispatch.record import Submission, read_all
-from tinytron.dispatch.settings import read_settings
 from tinytron.dispatch.ship import pack
 from tinytron.dispatch.submit import Order, submit_all
 from tinytron.dispatch.work import Request, Work
@@ -64,7 +64,7 @@ class Lab:
         """Write the settings; SLURM runs on this machine, and its H100s are processes on the CPU."""
         env = {"NUM_GPUS": 0, "NPROC": 1, "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": 1}
         env["SLOW"] = str(self.slow)
-        cluster = {"root": f"{self.place.home}/root", "work": f"{self.place.home}/work", "env": env}
+        cluster = {"root": f"{self.place.home}/root", "work": f"{self.place.home}/scratch", "env": env}
         cluster |= {"python": host.pop("python", sys.executable), "wandb": {"env": "MY_KEY"}}
         hpc = {"type": "slurm", "cluster": "lab", "chips": {"h100": 1}, "mem": "1000M", **host}
         content = {"clusters": {"lab": cluster}, "hosts": {"hpc": hpc}}
@@ -97,7 +97,7 @@ class Lab:
         end = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > end:
-                logs = "\n".join(path.read_text() for path in self.place.home.glob("work/logs/*"))
+                logs = "\n".join(path.read_text() for path in self.place.home.glob("scratch/logs/*"))
                 queue = self.slurm.run("scontrol", "show", "job", check=False)
                 raise AssertionError(f"{what} did not happen:\n{queue}\n{logs}\n{self.slurm.logs()}")
             time.sleep(0.5)

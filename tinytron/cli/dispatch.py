@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tinytron.dispatch.hosts import Host, hosts_of
+from tinytron.dispatch.reading import read_settings
 from tinytron.dispatch.script import quote, quote_path
-from tinytron.dispatch.settings import FILE, read_settings
+from tinytron.dispatch.settings import FILE
 from tinytron.dispatch.work import Request
 from tinytron.errors import HostError
 from tinytron.utils.flags import Parser, parse_strictly

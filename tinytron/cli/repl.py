@@ -13,9 +13,9 @@ from pathlib import Path
 
 from tinytron.cli.submit import add_choice, add_hardware, environment_of, request_of, rule_of
 from tinytron.dispatch.hosts import Host, State, host_of
+from tinytron.dispatch.reading import read_settings
 from tinytron.dispatch.record import Submission
 from tinytron.dispatch.script import TOKEN
-from tinytron.dispatch.settings import read_settings
 from tinytron.dispatch.ship import pack
 from tinytron.dispatch.submit import Order, submit_all
 from tinytron.dispatch.work import Work

@@ -12,16 +12,9 @@ from typing import Any, cast
 
 from tinytron.cli.jobs import add_load, add_place, parse_with_overrides
 from tinytron.dispatch.choose import Rule
+from tinytron.dispatch.reading import check_cluster, check_variable, read_section, read_settings
 from tinytron.dispatch.script import job_folder, job_script, packed
-from tinytron.dispatch.settings import (
-    FILE,
-    Cluster,
-    Settings,
-    check_cluster,
-    check_variable,
-    read_section,
-    read_settings,
-)
+from tinytron.dispatch.settings import FILE, Cluster, Settings
 from tinytron.dispatch.ship import pack
 from tinytron.dispatch.submit import Order, submit_all
 from tinytron.dispatch.work import Request, Work, new_run_id

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from urllib.parse import unquote
 
-from tinytron.dispatch.settings import Cluster, mebibytes
+from tinytron.dispatch.reading import mebibytes
+from tinytron.dispatch.settings import Cluster
 
 
 def without_password(url: str) -> tuple[str, str | None]:
