@@ -125,7 +125,9 @@ def test_submit_queue_state_and_cancel(place: Place, said: Said) -> None:
     assert "17  lost" in said("status")[1]
     Path(read_all()[-1].here, "exit_status").write_text("137\n")
     assert "17  failed (137)" in said("status")[1]
+    Path(read_all()[-1].here, "exit_status").unlink()
     assert said("cancel", "mine")[0] == 0
+    assert "17  cancelled" in said("status")[1]
     assert (place.home / "scancel").read_text() == "17\n"
 
 
@@ -147,7 +149,7 @@ def test_the_batch_file_runs_the_script_forwards_usr1_and_requeues(place: Place)
         process.send_signal(10)
         out, _ = process.communicate(timeout=30)
     assert process.returncode == 0
-    assert "saved before the time limit; this job is queued again" in out
+    assert "stopped before the time limit; this job is queued again" in out
     assert (place.home / "scontrol").read_text() == "requeue 10042\n"
     assert (place.home / "signals").read_text() == "SIGUSR1\n"
     called = place.called["env"]
@@ -166,6 +168,29 @@ def test_what_a_login_prints_is_left_out(place: Place, said: Said, monkeypatch: 
     assert "17  queued" in said("status")[1]
     monkeypatch.setattr(Shell, "run", lambda *words: "Welcome\n")
     assert "hpc gave 1 lines instead of 3; see what ssh prints there" in said("status")[1]
+
+
+@pytest.mark.parametrize(("code", "before", "again"), [(138, 0, True), (143, 2, True), (138, 3, False), (1, 0, False)])
+def test_a_job_that_had_not_begun_is_queued_again_a_few_times(
+    place: Place, code: int, before: int, again: bool
+) -> None:
+    stop = f'#!/bin/bash\ntrap "exit {code}" USR1\necho ready\nfor _ in {{1..300}}; do sleep 0.1; done\n'
+    place.tool("srun", stop)
+    place.tool("scontrol", '#!/bin/sh\necho "$@" >>"$HOME/scontrol"\n')
+    host = _host(place, env={"MASTER_ADDR": "first"})
+    job = host.prepare(Work("mine", (b"job: x\n",)), Request(8, "h100"), "run-1", "t", {}, {})
+    Path(job.here).mkdir(parents=True)
+    script = place.home / "job.sbatch"
+    script.write_text(host.batch_script([job], Request(8, "h100"), "t"))
+    env = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_RESTART_COUNT": str(before)}
+    with subprocess.Popen(["bash", str(script)], env=env, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(10)
+        process.communicate(timeout=30)
+    assert process.returncode == code
+    assert (place.home / "scontrol").exists() == again
+    assert not Path(job.here, "exit_status").exists()  # it did not end by itself
 
 
 def test_a_sweep_is_one_array_with_one_record_each(place: Place) -> None:

@@ -124,7 +124,7 @@ def test_a_job_that_was_killed_is_lost_and_its_number_may_be_anothers(place: Pla
     file = next((place.home / ".tinytron/submissions").glob("*.json"))
     file.write_text(file.read_text().replace(f'"id": "{read_all()[-1].id}"', f'"id": "{os.getpid()}"'))
     assert said("cancel", "mine")[0] == 0  # and we are still here
-    _until(said, "mine", "lost")
+    _until(said, "mine", "cancelled")
 
 
 def test_a_dry_run_shows_everything_but_secrets_and_does_nothing(
@@ -206,7 +206,7 @@ def test_dispatch_check_says_what_each_host_has(place: Place, said: Said) -> Non
     _write(place, {"box": {"type": "plain"}, "tpu": tpu}, mount="redis://h/0", python=None)
     status, out, err = said("dispatch", "check")
     assert (status, err) == (1, "")
-    assert "is valid: 1 clusters, 2 hosts" in out
+    assert "is valid: 1 cluster, 2 hosts" in out
     assert "box: reached; missing: juicefs" in out
     assert "tpu: valid; jobs of the type tpu are not submitted from here" in out
     _write(place, {"box": {"type": "plain"}})

@@ -191,7 +191,7 @@ def test_cancel_stops_a_queued_and_a_running_job(lab: Lab) -> None:
     for one in (queued, running):
         assert main(["cancel", one.name]) == 0
     lab.until(lambda: lab.state(running) == "cancelled", "the end")
-    lab.until(lambda: "CANCELLED" in lab.slurm.run("scontrol", "show", "job", queued.id), "the end of the queued one")
+    lab.until(lambda: lab.state(queued) == "cancelled", "the end of the queued one")
     assert "SIGTERM" in (lab.place.home / "signals").read_text()
 
 

@@ -11,6 +11,7 @@ from tinytron.dispatch.settings import FILE
 from tinytron.dispatch.work import Request
 from tinytron.errors import HostError
 from tinytron.utils.flags import Parser, parse_strictly
+from tinytron.utils.texts import counted
 
 _OPTIONAL = ("uv", "python3", "nvidia-smi")
 
@@ -23,7 +24,8 @@ def main(argv: Sequence[str], prog: str = "tinytron dispatch") -> int:
     args = parse_strictly(parser, argv)
     settings = read_settings(args.dispatch)
     hosts = hosts_of(settings)
-    print(f"{settings.file} is valid: {len(settings.clusters)} clusters, {len(settings.hosts)} hosts")
+    counts = f"{counted(len(settings.clusters), 'cluster')}, {counted(len(settings.hosts), 'host')}"
+    print(f"{settings.file} is valid: {counts}")
     wrong = 0
     for host in hosts:
         try:

@@ -134,7 +134,9 @@ class Host(ABC):
             return []
         looks = [
             f"file={quote_path(one.status)}/metadata.json\n"
-            'if [ -e "$file" ]; then echo $(($(date +%s) - $(stat -c %Y "$file"))); head -n 1 "$file"; else echo; echo; fi'
+            f"told=; if [ -e {quote_path(one.here)}/cancelled ]; then told=cancelled; fi\n"
+            'if [ -e "$file" ]; then echo "$(($(date +%s) - $(stat -c %Y "$file"))) $told"; head -n 1 "$file"\n'
+            'else echo " $told"; echo; fi'
             for one in submissions
         ]
         count = len(submissions)
@@ -182,7 +184,8 @@ def _state(alive: str, age: str, text: str) -> State:
         content = {}
     told, status = content.get("state"), content.get("exit_status")
     alive, _, code = alive.partition(" ")
-    heartbeat = int(age) if age.strip().lstrip("-").isdecimal() else None
+    age, _, cancelled = age.partition(" ")
+    heartbeat = int(age) if age.lstrip("-").isdecimal() else None
     if alive == "queued":
         return State("preempted, queued" if told == "preempted" else "queued", None, None)
     if alive == "alive":
@@ -192,7 +195,7 @@ def _state(alive: str, age: str, text: str) -> State:
         return State("failed", heartbeat, int(code))
     if told in ("finished", "failed", "cancelled", "preempted"):
         return State(told, heartbeat, status)
-    return State("lost", heartbeat, status)
+    return State(cancelled or "lost", heartbeat, status)
 
 
 def _class_of(kind: str) -> type[Host]:

@@ -36,12 +36,18 @@ while :; do # a signal ends `wait` early, and the step's own status is in a late
     if [ "$signals" = "$before" ]; then break; fi
 done
 if [ -z "$stop" ]; then echo "$code" >"$job/exit_status"; fi # when one node fails, SLURM stops the others with SIGTERM
-if [ "$stop" = USR1 ] && [ "$code" = 0 ]; then
-    echo "tinytron: saved before the time limit; this job is queued again"
+again=0
+case "$stop:$code" in
+USR1:0) again=1 ;;                                                    # saved
+USR1:138 | USR1:143) again=$((${{SLURM_RESTART_COUNT:-0}} < {tries})) ;; # training had not begun
+esac
+if [ "$again" = 1 ]; then
+    echo "tinytron: stopped before the time limit; this job is queued again"
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"
 """
+_TRIES = 3  # restarts of a job that meets its time limit before it trains; its environment may have taken all the time
 _RUNNING = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED", "SUSPENDED")
 _WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESIZING", "SPECIAL_EXIT")
 
@@ -142,7 +148,7 @@ class SlurmHost(Host):
         lines = [sbatch_option(key, value) for key, value in options.items() if value]
         # The environment is needed here too: for MASTER_ADDR, and for srun.
         exported = [f"export {key}={quote(value)}" for key, value in self.environment({}).items()]
-        body = BATCH.format(jobs=" ".join(quote_path(job.here) for job in jobs), script=SCRIPT)
+        body = BATCH.format(jobs=" ".join(quote_path(job.here) for job in jobs), script=SCRIPT, tries=_TRIES)
         return "\n".join(["#!/bin/bash", *lines, "#SBATCH --requeue", *exported]) + "\n" + body.lstrip("\n")
 
     def starting(self, jobs: Sequence[Prepared], request: Request, name: str) -> str:
