@@ -152,6 +152,8 @@ def test_the_batch_file_runs_the_script_forwards_usr1_and_requeues(place: Place)
     assert "stopped before the time limit; this job is queued again" in out
     assert (place.home / "scontrol").read_text() == "requeue 10042\n"
     assert (place.home / "signals").read_text() == "SIGUSR1\n"
+    link = os.readlink(Path(job.status) / "output.log")
+    assert link == f"{place.home}/scratch/logs/t-10042.out"
     called = place.called["env"]
     place_of = {name: called[name] for name in ("MASTER_ADDR", "MASTER_PORT", "NUM_NODES", "NODE_RANK", "NUM_GPUS")}
     assert place_of == {

@@ -79,6 +79,7 @@ make_folders() {
             [ -e "$root/$part" ] || ln -s "$target" "$root/$part"
             [ "$root/$part" -ef "$target" ] || fail "$root/$part exists and is not $target; move it there, or leave out $part"
         done
+        log="${log:-${TINYTRON_LOG:-}}" # SLURM's log has the job's number
         if [ -n "$log" ]; then ln -sfn "$log" "$status/output.log"; fi
     fi
 }

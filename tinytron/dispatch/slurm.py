@@ -18,6 +18,7 @@ jobs=({jobs})
 job="${{jobs[${{SLURM_ARRAY_TASK_ID:-0}}]}}"
 export MASTER_ADDR="${{MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}}"
 export MASTER_PORT="${{MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}}"
+export TINYTRON_LOG={log}"${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}.out"
 stop="" signals=0
 rm -f "$job/exit_status"
 # shellcheck disable=SC2317  # called by the traps
@@ -118,9 +119,13 @@ class SlurmHost(Host):
         here, status = job_folder(self.cluster, work, run_id), status_folder(self.cluster, work, run_id)
         return Prepared(work, run_id, here, status, script, values)
 
+    def _log(self, name: str) -> str:
+        """The path of a log up to the job's number."""
+        return f"{self.cluster.folder('log').rstrip('/')}/{name}-"
+
     def batch_script(self, jobs: Sequence[Prepared], request: Request, name: str) -> str:
         """The sbatch file for ``jobs``, together called ``name``. Raises: ConfigError."""
-        log = f"{self.cluster.folder('log').rstrip('/').replace('%', '%%')}/{name.replace('%', '%%')}-"
+        log = self._log(name).replace("%", "%%")  # sbatch has patterns
         log += "%j.out" if len(jobs) == 1 else "%A_%a.out"
         own = self.settings
         per_node = self._per_node(request)
@@ -148,12 +153,14 @@ class SlurmHost(Host):
         lines = [sbatch_option(key, value) for key, value in options.items() if value]
         # The environment is needed here too: for MASTER_ADDR, and for srun.
         exported = [f"export {key}={quote(value)}" for key, value in self.environment({}).items()]
-        body = BATCH.format(jobs=" ".join(quote_path(job.here) for job in jobs), script=SCRIPT, tries=_TRIES)
+        body = BATCH.format(
+            log=quote(self._log(name)), jobs=" ".join(quote_path(job.here) for job in jobs), script=SCRIPT, tries=_TRIES
+        )
         return "\n".join(["#!/bin/bash", *lines, "#SBATCH --requeue", *exported]) + "\n" + body.lstrip("\n")
 
     def starting(self, jobs: Sequence[Prepared], request: Request, name: str) -> str:
         batch = self.batch_script(jobs, request, name)
-        log = f"{self.cluster.folder('log').rstrip('/')}/{name}-"
+        log = self._log(name)
         first = quote_path(jobs[0].here)
         lines = [
             f"mkdir -p {quote_path(self.cluster.folder('log'))}",
