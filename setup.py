@@ -18,7 +18,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["tinytron", "tinytron.*"]),
-    package_data={"tinytron.observe": ["page/*", "page/vendor/*"]},
+    package_data={"tinytron.observe": ["page/*", "page/vendor/*"], "tinytron.dispatch": ["job.sh"]},
     python_requires=">=3.10",
     entry_points={"console_scripts": ["tinytron = tinytron.cli.main:run"]},
     install_requires=["torch>=2.11", "numpy", "tqdm"],
