@@ -25,6 +25,7 @@ class Command(NamedTuple):
 
 COMMANDS: Mapping[str, Command] = MappingProxyType(
     {
+        "quickstart": Command("quickstart", "all in one: text, tokenizer, a trained model, samples, a loss curve"),
         "tokenize": Command("tokenize", "turn text into token shards"),
         "data": Command("data", "show and check token shards"),
         "plan": Command("plan", "show what a training run would need, without starting it"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import torch
@@ -168,13 +169,27 @@ def first_on_node() -> bool:
     return place_in_world()[2] == 0
 
 
+# Set by GKE and Cloud TPU in the containers of a TPU host, and by users of PyTorch/XLA.
+_TPU_VARIABLES = {"TPU_WORKER_ID": None, "TPU_ACCELERATOR_TYPE": None, "PJRT_DEVICE": "TPU"}
+
+
+def has_tpu() -> bool:
+    """True on a machine that is set up for TPUs: by its environment, or by the runtime library libtpu."""
+    told = (os.environ.get(name) for name in _TPU_VARIABLES)
+    wanted = _TPU_VARIABLES.values()
+    found = any(text is not None and value in (None, text) for text, value in zip(told, wanted, strict=True))
+    return found or importlib.util.find_spec("libtpu") is not None
+
+
 def measure_peak(config: Config, state: ParallelState) -> tuple[float, list[str]]:
     """Peak matmul rate of all ranks together, in FLOP/s, and lines to print; on CPUs there is an extra line if fp32 is
-    faster than the 16 bits of ``--precision``. Collective."""
+    faster than the 16 bits of ``--precision``, and one if the machine has a TPU. Collective."""
     precision, world = config.train.precision, state.groups["world"]
     peak, source = peak_flops(state.device, DTYPES[precision])
     total = float(sum_over(torch.tensor(peak, device=state.device), world))
     lines = [f"peak matmul rate for MFU: {total / 1e12:.3g} TFLOP/s ({source})"]
+    if state.device.type == "cpu" and has_tpu():
+        lines.append("this machine has a TPU, but Tinytron has no TPU backend: training runs on the host's CPUs")
     if state.device.type == "cpu" and precision in ("bf16", "fp16"):
         wide = measured_matmul_rate(state.device, torch.float32, seconds=0.1)
         wide = float(sum_over(torch.tensor(wide), world))
