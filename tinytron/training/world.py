@@ -19,6 +19,7 @@ from tinytron.training.config import Config
 from tinytron.training.derive import accumulation_steps, with_fitting_batch
 from tinytron.utils.launcher import check_meeting_place, local_rank_variable
 from tinytron.utils.matmul import onednn_keeps_fp32, use_onednn
+from tinytron.utils.place import torchrun_variables
 from tinytron.utils.profile import measured_matmul_rate, peak_flops
 from tinytron.utils.training import DTYPES, seed_all, use_deterministic_kernels
 
@@ -123,21 +124,11 @@ def join_world(config: Config) -> ParallelState:
     return state
 
 
-# Number of processes that srun, Open MPI, MPICH and MVAPICH started, and the number of this one.
-_OTHER_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-_OTHER_RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK")
-
-
 def place_in_world() -> tuple[int, int, int]:
-    """Rank, world size and local rank from the launcher's environment; without one, the only process. Raises: ConfigError
-    for impossible values, and for processes that srun or mpirun started without torchrun's variables."""
-    if "RANK" not in os.environ:
-        for name, alone in {**dict.fromkeys(_OTHER_COUNTS, 1), **dict.fromkeys(_OTHER_RANKS, 0)}.items():
-            if (text := os.environ.get(name, "")).isdecimal() and int(text) > alone:
-                raise ConfigError(
-                    f"{name}={text}, but RANK is not set: the processes would train separately; start one per node, "
-                    "which runs torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
-                )
+    """Rank, world size and local rank from the launcher's environment; without one, the only process. Processes that srun
+    or mpirun started get the variables that torchrun would have set. Raises: ConfigError for impossible values, and if such
+    a process cannot know its place."""
+    os.environ.update(torchrun_variables(os.environ))
     local = local_rank_variable(os.environ)
     values = {"RANK": 0, "WORLD_SIZE": 1, local: 0}
     for name in values:
