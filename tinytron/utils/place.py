@@ -29,7 +29,7 @@ _LAUNCHERS = (
     Launcher("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # Intel MPI, MPICH
     Launcher("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
 )
-# What a process that is alone has in these variables.
+# The values in a process that is alone.
 _ALONE = {**{each.size: 1 for each in _LAUNCHERS}, **{each.rank: 0 for each in _LAUNCHERS}, "PMIX_RANK": 0}
 # The same on all processes of a job, and different for another job: the port is chosen by them.
 _JOBS = ("SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "OMPI_MCA_orte_hnp_uri")
@@ -50,7 +50,8 @@ def torchrun_variables(environment: Mapping[str, str]) -> dict[str, str]:
     def cannot_join(reason: str) -> ConfigError:
         return ConfigError(
             f"{telling[0]}={environment[telling[0]]}, but RANK is not set: the processes would train separately "
-            f"({reason}); start one per node, which runs torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+            f"({reason}); start one per node, which runs torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and "
+            "MASTER_PORT"
         )
 
     launcher = next((each for each in _LAUNCHERS if each.size in environment), None)
