@@ -17,7 +17,7 @@ from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import ConfigError, first_line
 from tinytron.training.config import Config
 from tinytron.training.derive import accumulation_steps, with_fitting_batch
-from tinytron.utils.launcher import check_meeting_place, local_rank_variable
+from tinytron.utils.launcher import ELASTIC, check_meeting_place, local_rank_variable
 from tinytron.utils.matmul import onednn_keeps_fp32, use_onednn
 from tinytron.utils.place import torchrun_variables
 from tinytron.utils.profile import measured_matmul_rate, peak_flops
@@ -170,6 +170,12 @@ def has_tpu() -> bool:
     wanted = _TPU_VARIABLES.values()
     found = any(text is not None and value in (None, text) for text, value in zip(told, wanted, strict=True))
     return found or importlib.util.find_spec("libtpu") is not None
+
+
+def tell_launcher(number: int) -> None:
+    """Send a signal to the launcher of this process, if its run continues without this node (cli/elastic.py)."""
+    if ELASTIC in os.environ:
+        os.kill(os.getppid(), number)
 
 
 def measure_peak(config: Config, state: ParallelState) -> tuple[float, list[str]]:
