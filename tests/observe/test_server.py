@@ -129,7 +129,7 @@ def test_a_part_of_a_long_run_has_all_of_its_steps(server: WatchServer, tmp_path
 
 
 def test_an_installed_package_has_the_page() -> None:
-    (listed,) = re.findall(r'package_data=\{"tinytron.observe": \[(.*?)\]\}', (ROOT / "setup.py").read_text())
+    (listed,) = re.findall(r'^"tinytron.observe" = \[(.*?)\]$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     patterns = re.findall(r'"([^"]+)"', listed)
     for file in (path for path in Path(str(PAGE)).rglob("*") if path.is_file()):
         name = PurePosixPath("page") / file.relative_to(str(PAGE)).as_posix()

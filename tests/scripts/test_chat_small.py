@@ -61,7 +61,7 @@ def test_the_whole_pipeline_and_again(tmp_path: Path) -> None:
     del trainer
     work = tmp_path / "work"
     work.mkdir()
-    for name in ("scripts", "tinytron", "setup.py", "constraints.txt"):
+    for name in ("scripts", "tinytron", "pyproject.toml", "constraints.txt"):
         (work / name).symlink_to(ROOT / name)
     environment = {**os.environ, "MODEL": str(model), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     for _ in range(2):

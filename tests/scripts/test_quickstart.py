@@ -1,11 +1,10 @@
-"""The quickstart's first and last part: shards made once with the right files held out, and a report in bits per byte."""
+"""The quickstart: shards made once with the right files held out, and a report in bits per byte."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import shlex
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ pytest.importorskip("tokenizers")
 from tests.helpers.corpus import Naive, contents, make_texts, tokens_of
 from tests.helpers.runs import ROOT, TINY, config_of, follow
 from tinytron.errors import DataError
+from tinytron.quickstart import prepare
 from tinytron.text.tokenize import finished
 from tinytron.utils.model import train_flops_per_token
 
@@ -28,23 +28,17 @@ FLAGS = {"num_layer": 1}
 
 @pytest.fixture
 def quickstart(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """scripts/quickstart/prepare.py, which counts in ``calls`` how often it chose a model."""
-    spec = importlib.util.spec_from_file_location("quickstart_prepare", ROOT / "scripts" / "quickstart" / "prepare.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # its dataclass looks there
-    spec.loader.exec_module(module)
-    module.calls = 0
+    """``tinytron.quickstart.prepare``, which counts in ``calls`` how often it chose a model."""
+    module: Any = prepare
+    monkeypatch.setattr(module, "calls", 0, raising=False)
 
     def choose(train_tokens: int, vocab_size: int) -> dict[str, Any]:
         module.calls += 1
         return {**FLAGS, "train_tokens": train_tokens, "vocab_size": vocab_size, "call": module.calls}
 
-    module.really_choose = module.choose_model
+    monkeypatch.setattr(module, "really_choose", module.choose_model, raising=False)
     monkeypatch.setattr(module, "choose_model", choose)
-    found: ModuleType = module
-    return found
+    return prepare
 
 
 def _write(folder: Path, count: int) -> list[Path]:
@@ -187,33 +181,18 @@ def test_too_little_text(quickstart: Any, tmp_path: Path) -> None:
 def test_the_report_is_in_bits_per_byte(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
 
-    def run(*words: object) -> str:
-        command = [sys.executable, *map(str, words)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
     _write(tmp_path / "texts", 45)
-    prepare = ("scripts/quickstart/prepare.py", "--data", tmp_path / "texts", "--out", tmp_path, "--vocab_size", 300)
-    printed = shlex.split(run(*prepare))
-    flags = [
-        *(flag for flag in TINY if flag != "--use_mock_data"),
-        "--vocab_size",
-        300,
-        *(
-            "--seq_len",
-            64,
-            "--block_size",
-            64,
-            "--total_batch_size",
-            128,
-        ),  # the report's prompts have up to 60 characters
-        *("--max_steps", 4),
-    ]
-    path = Path(printed[printed.index("--dataset_path") + 1])
-    flags += ["--dataset_path", path, "--do_val", "--log_dir", tmp_path / "log"]
-    run("pretrain_debug.py", *flags)
-    report = run("scripts/quickstart/report.py", *flags)
+    # The report's prompts have up to 60 characters.
+    sizes = ("--seq_len", 64, "--block_size", 64, "--total_batch_size", 128, "--max_steps", 4, "--vocab_size", 300)
+    own = (*(flag for flag in TINY if flag != "--use_mock_data"), *sizes, "--log_dir", tmp_path / "log")
+    words = ("--data", tmp_path / "texts", "--out", tmp_path, *own)
+    done = subprocess.run(
+        [sys.executable, "-m", "tinytron", "quickstart", *map(str, words)],
+        cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = done.stdout
+    (path,) = (shards.parent for shards in tmp_path.glob("*/prepared.json"))
     (folder,) = (tmp_path / "log").iterdir()
     loss = float((folder / "log.txt").read_text().splitlines()[-1].split()[-1])
     tokens = tokens_of(path, "val")

@@ -103,6 +103,11 @@ def test_amounts_are_numbers(name: str) -> None:
             "--seq_len 8192 --total_batch_size 16384 --block_size 8192",
         ),
         (
+            "--preempt_url notice.txt",
+            "--preempt_url notice.txt must begin with http:// or https://; use --preempt_file for a file",
+            "--preempt_file notice.txt",
+        ),
+        (
             "--attn_backend varlen --precision fp32",
             "--attn_backend varlen ... --precision fp32 ... use bf16 ... --attn_backend sdpa",
             "--attn_backend varlen --precision bf16",
@@ -431,7 +436,7 @@ EXECUTION: dict[str, set[str]] = {
         "recompute", "attn_backend", "use_compile", "eval_tasks", "eval_every", "eval_tokenizer",
         "eval_length", "eval_data_dir",
         "disable_tf32", "use_profiler", "steps_to_profile", "spike_sigma", "spike_window", "spike_action",
-        "replica_check_every", "step_timeout", "use_liger_kernel", "use_cut_cross_entropy",
+        "replica_check_every", "step_timeout", "use_liger_kernel", "use_cut_cross_entropy", "preempt_file", "preempt_url",
         "use_triton_kernels", "total_batch_sequences", "fit_batch",
     },
     "model": set(),

@@ -42,6 +42,16 @@ def _measured(rates: Rates, precision: str) -> tuple[float, list[str]]:
         patch.undo()
 
 
+def _measured_with(variables: dict[str, str]) -> tuple[float, list[str]]:
+    """A job for the pool."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("TPU_WORKER_ID", "TPU_ACCELERATOR_TYPE", "PJRT_DEVICE"):
+            patch.delenv(name, raising=False)
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        return _measured(SLOW, "fp32")
+
+
 @pytest.mark.parametrize(
     ("rates", "precision", "says"),
     [
@@ -79,3 +89,18 @@ def test_it_is_said_once_and_the_run_goes_on(ranks: Pools, tmp_path: Path) -> No
     ((printed, step),) = ranks(1).run(_trained, tmp_path)
     assert printed.count("bf16 is slow on this CPU") == 1
     assert step == 1
+
+
+@pytest.mark.parametrize(
+    ("variables", "found"),
+    [
+        ({}, False),
+        ({"TPU_WORKER_ID": "0"}, True),
+        ({"TPU_ACCELERATOR_TYPE": "v5litepod-8"}, True),
+        ({"PJRT_DEVICE": "TPU"}, True),
+        ({"PJRT_DEVICE": "CPU"}, False),
+    ],
+)
+def test_a_tpu_that_is_not_used_is_said(ranks: Pools, variables: dict[str, str], found: bool) -> None:
+    ((_, lines),) = ranks(1).run(_measured_with, variables)
+    assert ("this machine has a TPU, but Tinytron has no TPU backend" in " ".join(lines)) == found

@@ -14,11 +14,13 @@ import time
 from collections.abc import Callable
 
 from tinytron.errors import TinytronError
-from tinytron.utils.launcher import local_rank_variable
+from tinytron.utils.launcher import ELASTIC, local_rank_variable
 from tinytron.utils.signals import INTERRUPTED, interruptible
 
 _GRACE_SECONDS = 5.0
-_USER_ERROR = 2
+USER_ERROR = 2
+# A worker was asked to stop, in a run that may lose nodes: the remaining ones continue. The number is that of EX_TEMPFAIL.
+_TO_BE_CONTINUED = 75
 _READER_GONE = 141  # 128 + SIGPIPE
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # write errors that carry no file name
 
@@ -29,13 +31,15 @@ def run(command: Callable[[], int | None]) -> None:
     with interruptible(_say_interrupted):
         try:
             status = status_of(command)
-            if status in (_USER_ERROR, INTERRUPTED):
+            if status in (USER_ERROR, INTERRUPTED):
                 # Not sys.exit, which would destroy the process groups and so wait for peers that are in a collective.
                 os._exit(status)
         except SystemExit as end:
             if end.code not in (None, 0, INTERRUPTED):
                 raise
             status = end.code or 0  # the run was asked to stop, and has saved
+            if status == 0 and ELASTIC in os.environ:
+                status = _TO_BE_CONTINUED
         _destroy_groups()
         if status:
             sys.exit(status)
@@ -88,7 +92,7 @@ def _said(text: str) -> int:
     sys.stdout.flush()
     print(f"error: {text}", file=sys.stderr, flush=True)
     _tell_torchrun(f"error: {text}")
-    return _USER_ERROR
+    return USER_ERROR
 
 
 def _tell_torchrun(text: str) -> None:

@@ -27,9 +27,10 @@ from torch.distributed.elastic.multiprocessing.api import PContext, SignalExcept
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from tinytron.cli import entry
+from tinytron.cli.elastic import is_elastic, make_elastic
 from tinytron.errors import ConfigError
 from tinytron.utils.flags import Parser
-from tinytron.utils.launcher import check_meeting_place
+from tinytron.utils.launcher import ELASTIC, check_meeting_place
 from tinytron.utils.signals import SAME_SIGNAL_SECONDS, heard
 
 # Time from SIGTERM to SIGKILL for the workers that remain when one has failed: without that one they cannot save anyway.
@@ -60,9 +61,13 @@ class _Forwarder:
         for number in self._numbers:
             signal.signal(number, self._forward)
 
+    def workers(self) -> PContext | None:
+        """The workers that were started last."""
+        return self._workers
+
     def start_processes(self, *args: Any, **kwargs: Any) -> PContext:
         """The agent's call that starts its workers, and restarts them."""
-        self._stop_if_asked()
+        self.stop_if_asked()
         self._starting = True  # an exception now would leave workers behind that no process stops
         self._workers = self._start(*args, **kwargs)
         self._starting = False
@@ -82,7 +87,7 @@ class _Forwarder:
         if self._starting:
             return
         if self._workers is None:
-            self._stop_if_asked()
+            self.stop_if_asked()
             return
         self._send(number)
 
@@ -92,7 +97,8 @@ class _Forwarder:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    def _stop_if_asked(self) -> None:
+    def stop_if_asked(self) -> None:
+        """Raises: SignalException if a stop signal has come."""
         if self.received is not None:
             raise SignalException(f"got {self.received.name}", self.received)
 
@@ -124,6 +130,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     if not {"-h", "--help", "--help-all"}.isdisjoint(args.training_script_args):
         args.standalone, args.nproc_per_node = True, "1"  # the script's help, once
     _check_meeting_place(args)
+    elastic = is_elastic(args)
     if not (args.module or args.no_python or Path(args.training_script).exists()):
         raise ConfigError(
             f"{args.training_script} does not exist; give a script, or -m and a module such as -m tinytron"
@@ -139,6 +146,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _FAILED_GRACE_SECONDS)
     forwarder = _Forwarder()
     local_elastic_agent.start_processes = forwarder.start_processes
+    if elastic:
+        os.environ[ELASTIC] = "1"
+        make_elastic(forwarder.workers, forwarder.stop_if_asked, entry.USER_ERROR)
     SimpleElasticAgent._exit_barrier = keep_the_store(SimpleElasticAgent._exit_barrier)  # type: ignore[method-assign]
     try:
         torchrun.run(args)

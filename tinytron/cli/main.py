@@ -25,6 +25,7 @@ class Command(NamedTuple):
 
 COMMANDS: Mapping[str, Command] = MappingProxyType(
     {
+        "quickstart": Command("quickstart", "all in one: text, tokenizer, a trained model, samples, a loss curve"),
         "tokenize": Command("tokenize", "turn text into token shards"),
         "data": Command("data", "show and check token shards"),
         "plan": Command("plan", "show what a training run would need, without starting it"),
@@ -33,6 +34,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "launch": Command("launch", "start a script in several processes, as torchrun does"),
         "watch": Command("watch", "follow runs on a page in the browser, or in the terminal"),
         "report": Command("report", "write a report of runs as one HTML file, or as a picture"),
+        "compare": Command("compare", "print one table of the results of runs, and the best one"),
         "checkpoint": Command("checkpoint", "show, check, consolidate and delete checkpoints"),
         "generate": Command("generate", "continue texts with a trained model"),
         "evaluate": Command("evaluate", "score a trained model on multiple-choice tasks, or measure its loss"),

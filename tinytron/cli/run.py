@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tinytron.cli import entry
+from tinytron.cli.child import run_child
 from tinytron.cli.jobs import add_load, add_place, parse_with_overrides
 from tinytron.cli.nodes import Nodes, nodes_of
 from tinytron.config import configuration, nested
@@ -30,7 +30,7 @@ from tinytron.jobs.specs import read_stages
 from tinytron.registry import load_module
 from tinytron.utils.flags import Parser, parse_strictly
 from tinytron.utils.lock import lock_folder
-from tinytron.utils.signals import INTERRUPTED, heard
+from tinytron.utils.signals import INTERRUPTED
 from tinytron.utils.training import write_atomically
 
 SPEC = "job.json"  # in the job's folder: the job and its options, for the worker processes and for `restore`
@@ -234,23 +234,7 @@ def _job(spec: JobSpec) -> BasicJob:
 def _in_a_process(spec: JobSpec, file: Path) -> tuple[int, bool]:
     """Run a stage in its own process, which frees its memory when it ends. Stop signals are forwarded to it. Returns its
     exit status, and whether it was asked to stop (it may still have finished)."""
-    received: list[int] = []
-    process: subprocess.Popen[bytes] | None = None
-
-    def forward(number: int, frame: object) -> None:
-        received.append(number)
-        if process is not None:
-            process.send_signal(number)
-
-    old = {number: signal.signal(number, forward) for number in heard()}
-    try:
-        process = subprocess.Popen([sys.executable, "-m", "tinytron", "run", _STAGE, str(file)])
-        for number in received:  # signals that arrived while the process was being started
-            process.send_signal(number)
-        status = process.wait()
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+    status, received = run_child([sys.executable, "-m", "tinytron", "run", _STAGE, str(file)])
     if status < 0:
         _say_killed(spec.name, signal.Signals(-status), expected=-status in received)
         return 128 - status, True

@@ -43,6 +43,10 @@ def check(
     _check_rates(optim)
     _check_evaluation(train)
     _check_spikes(train, ckpt)
+    if train.preempt_url is not None and not train.preempt_url.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"--preempt_url {train.preempt_url} must begin with http:// or https://; use --preempt_file for a file"
+        )
     if data.val_dataset_path is not None and (data.dataset_path is None or data.use_mock_data):
         raise ConfigError(
             f"--val_dataset_path {data.val_dataset_path} needs shards to train on; give --dataset_path too, or drop it"

@@ -149,6 +149,16 @@ class TrainingConfig:
     step_timeout: Annotated[
         float, Flag("dump all stacks if a step takes longer than this; 0: never", "seconds", identity=False, at_least=0)
     ] = 0.0
+    preempt_file: Annotated[
+        str | None, Flag("stop as after SIGTERM once this file exists on any node", identity=False, path=True)
+    ] = None
+    preempt_url: Annotated[
+        str | None,
+        Flag(
+            "stop as after SIGTERM once this URL of a node's metadata service announces that the node is taken away",
+            identity=False,
+        ),
+    ] = None
     debug: Annotated[bool, Flag("trial run in its own folder: no checkpoints, no validation")] = False
     precision: Annotated[
         str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import torch
@@ -16,8 +17,9 @@ from tinytron.distributed.parallel_state import ParallelState
 from tinytron.errors import ConfigError, first_line
 from tinytron.training.config import Config
 from tinytron.training.derive import accumulation_steps, with_fitting_batch
-from tinytron.utils.launcher import check_meeting_place, local_rank_variable
+from tinytron.utils.launcher import ELASTIC, check_meeting_place, local_rank_variable
 from tinytron.utils.matmul import onednn_keeps_fp32, use_onednn
+from tinytron.utils.place import torchrun_variables
 from tinytron.utils.profile import measured_matmul_rate, peak_flops
 from tinytron.utils.training import DTYPES, seed_all, use_deterministic_kernels
 
@@ -76,21 +78,11 @@ def join_world(config: Config) -> ParallelState:
     return state
 
 
-# Number of processes that srun, Open MPI, MPICH and MVAPICH started, and the number of this one.
-_OTHER_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-_OTHER_RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK")
-
-
 def place_in_world() -> tuple[int, int, int]:
-    """Rank, world size and local rank from the launcher's environment; without one, the only process. Raises: ConfigError
-    for impossible values, and for processes that srun or mpirun started without torchrun's variables."""
-    if "RANK" not in os.environ:
-        for name, alone in {**dict.fromkeys(_OTHER_COUNTS, 1), **dict.fromkeys(_OTHER_RANKS, 0)}.items():
-            if (text := os.environ.get(name, "")).isdecimal() and int(text) > alone:
-                raise ConfigError(
-                    f"{name}={text}, but RANK is not set: the processes would train separately; start one per node, "
-                    "which runs torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
-                )
+    """Rank, world size and local rank from the launcher's environment; without one, the only process. Processes that srun
+    or mpirun started get the variables that torchrun would have set. Raises: ConfigError for impossible values, and if such
+    a process cannot know its place."""
+    os.environ.update(torchrun_variables(os.environ))
     local = local_rank_variable(os.environ)
     values = {"RANK": 0, "WORLD_SIZE": 1, local: 0}
     for name in values:
@@ -122,13 +114,33 @@ def first_on_node() -> bool:
     return place_in_world()[2] == 0
 
 
+# Set by GKE and Cloud TPU in the containers of a TPU host, and by users of PyTorch/XLA.
+_TPU_VARIABLES = {"TPU_WORKER_ID": None, "TPU_ACCELERATOR_TYPE": None, "PJRT_DEVICE": "TPU"}
+
+
+def has_tpu() -> bool:
+    """True on a machine that is set up for TPUs: by its environment, or by the runtime library libtpu."""
+    told = (os.environ.get(name) for name in _TPU_VARIABLES)
+    wanted = _TPU_VARIABLES.values()
+    found = any(text is not None and value in (None, text) for text, value in zip(told, wanted, strict=True))
+    return found or importlib.util.find_spec("libtpu") is not None
+
+
+def tell_launcher(number: int) -> None:
+    """Send a signal to the launcher of this process, if its run continues without this node (cli/elastic.py)."""
+    if ELASTIC in os.environ:
+        os.kill(os.getppid(), number)
+
+
 def measure_peak(config: Config, state: ParallelState) -> tuple[float, list[str]]:
     """Peak matmul rate of all ranks together, in FLOP/s, and lines to print; on CPUs there is an extra line if fp32 is
-    faster than the 16 bits of ``--precision``. Collective."""
+    faster than the 16 bits of ``--precision``, and one if the machine has a TPU. Collective."""
     precision, world = config.train.precision, state.groups["world"]
     peak, source = peak_flops(state.device, DTYPES[precision])
     total = float(sum_over(torch.tensor(peak, device=state.device), world))
     lines = [f"peak matmul rate for MFU: {total / 1e12:.3g} TFLOP/s ({source})"]
+    if state.device.type == "cpu" and has_tpu():
+        lines.append("this machine has a TPU, but Tinytron has no TPU backend: training runs on the host's CPUs")
     if state.device.type == "cpu" and precision in ("bf16", "fp16"):
         wide = measured_matmul_rate(state.device, torch.float32, seconds=0.1)
         wide = float(sum_over(torch.tensor(wide), world))

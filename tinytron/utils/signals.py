@@ -39,12 +39,14 @@ class StopRequest:
         speaks: bool = True,
     ) -> None:
         self.received = 0
+        self._announced = False
         self._leave, self._now, self._first, self._speaks = leave, now, first, speaks
         self._first_at = 0.0
 
     def take(self, number: int) -> None:
         """Handle the arrival of signal ``number``."""
-        if self.received == 0:
+        if self.received == 0 or self._announced:
+            self._announced = False
             self.received = number
             self._first_at = self._now()
             self._first(number)
@@ -52,6 +54,12 @@ class StopRequest:
             if self._speaks:
                 print(f"second {signal.Signals(number).name}: leaving at once", file=sys.stderr, flush=True)
             self._leave(128 + number)
+
+    def announce(self, number: int) -> None:
+        """Stop as after signal ``number``, which has not come yet: when it comes, it is the first one."""
+        if self.received == 0:
+            self._announced = True
+            self.received = number
 
     @contextlib.contextmanager
     def listening(

@@ -26,6 +26,8 @@ from tinytron.metrics.clock import LONG_STEP_SECONDS
 from tinytron.metrics.spikes import NOTHING_ACCEPTED, Spike
 from tinytron.training.config import Config
 from tinytron.training.run.unfinished_step import StepDropped
+from tinytron.training.world import first_on_node, tell_launcher
+from tinytron.utils.preemption import Preemption
 from tinytron.utils.signals import StopRequest
 from tinytron.utils.watchdog import Watchdog
 
@@ -49,6 +51,8 @@ class Guards:
         more = partial(write_collectives, collectives.with_suffix(".json"))
         self._watchdog = Watchdog(train.step_timeout, stacks.with_suffix(".txt"), state.rank, more=more)
         self.paused = self._watchdog.paused
+        places = (train.preempt_file, train.preempt_url) if first_on_node() else (None, None)
+        self._preemption = Preemption(*places, self._announce)
         self._request = StopRequest()
         self._notice = threading.Timer(0, str)
         self._signal, self._dropped = 0, False
@@ -66,7 +70,7 @@ class Guards:
         self._signal, self._dropped, self._error, self.spike = 0, False, None, None
         self._slow = self.acts_within_steps = True  # until the first steps have shown how long they take
         try:
-            with self._request.listening(), self._watchdog.watching():
+            with self._request.listening(), self._watchdog.watching(), self._preemption.watching():
                 yield
         finally:
             self._notice.cancel()
@@ -80,6 +84,12 @@ class Guards:
             self._notice = threading.Timer(_PATIENCE_SECONDS, print, (text,), {"file": sys.stderr, "flush": True})
             self._notice.daemon = True
             self._notice.start()
+
+    def _announce(self, where: str) -> None:
+        """Stop after a notice that this node will be taken away."""
+        print(f"preemption notice at {where}: the run saves and ends after this step", file=sys.stderr, flush=True)
+        self._request.announce(signal.SIGTERM)
+        tell_launcher(signal.SIGTERM)
 
     def before_step(self) -> bool:
         """Called before a step. True if a signal may end it between its micro-batches, which is the same on every rank: in
@@ -170,10 +180,9 @@ class Guards:
             name = "Ctrl-C" if self._signal == signal.SIGINT else signal.Signals(self._signal).name
             where = f" in step {step + 1}, which does not count" if self._dropped else ""
             say(f"step {step} | stopped by {name}{where}: {what}")
-            if self._signal != signal.SIGINT:
-                raise SystemExit(0)
-            self._agreement.wait()  # because a launcher ends all ranks once one has failed
-            raise SystemExit(128 + signal.SIGINT)
+            # A launcher ends all ranks once one has failed, and one that was stopped may count as failed (cli/entry.py).
+            self._agreement.wait()
+            raise SystemExit(128 + signal.SIGINT if self._signal == signal.SIGINT else 0)
 
     def state_dict(self) -> dict[str, Any]:
         """State to save in a checkpoint, in plain types; empty without ``--spike_sigma``."""

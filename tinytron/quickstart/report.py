@@ -1,10 +1,5 @@
-"""Quickstart, part 3: report on the trained model.
-
-python scripts/quickstart/report.py [the flags of the training run]
-
-Prints samples from the model and its validation loss, in nats per token and in bits per byte; the latter is compared with
-gzip -9 and xz -9 on the same bytes. Draws the loss curve. Needs a run on the shards of scripts/quickstart/prepare.py.
-"""
+"""The quickstart's report: samples from the model, its loss curve, and its validation loss in nats per token and in bits
+per byte, next to what gzip -9 and xz -9 need for the same bytes."""
 
 from __future__ import annotations
 
@@ -13,25 +8,21 @@ import json
 import lzma
 from pathlib import Path
 
-import matplotlib
 import torch
 
 from tinytron.checkpoint import CheckpointFiles, load_model, newest_checkpoint
-from tinytron.cli import entry
 from tinytron.data.formats import open_shard
 from tinytron.data.shards import find_shards
 from tinytron.errors import CheckpointError
 from tinytron.inference import SamplingOptions, complete
+from tinytron.quickstart.prepare import FLAGS
 from tinytron.text.run_tokenizer import RunTokenizer, find_tokenizer
 from tinytron.text.tokenizers import TextTokenizer
-from tinytron.training import Config, build_config, parse_args
+from tinytron.training import Config
 from tinytron.training.run.folder import run_folder
+from tinytron.utils.optional import require_package
 from tinytron.utils.texts import next_generation, watch_command
 
-matplotlib.use("Agg")  # no display needed
-import matplotlib.pyplot as plt
-
-PREPARED = "prepared.json"  # written by prepare.py; holds the prompts
 SAMPLE_TOKENS = 120
 
 
@@ -49,7 +40,7 @@ def finished_run(config: Config) -> CheckpointFiles:
 def read_losses(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """``{"train": [(step, loss), ...], "val": [...]}`` from log.txt."""
     losses: dict[str, list[tuple[int, float]]] = {"train": [], "val": []}
-    for line in (folder / "log.txt").read_text().splitlines():
+    for line in (folder / "log.txt").read_text(encoding="utf-8").splitlines():
         step, stage, loss = line.split()
         losses[stage].append((int(step), float(loss)))
     return losses
@@ -57,7 +48,7 @@ def read_losses(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def read_bits_per_byte(folder: Path) -> float | None:
     """The last validation's bits per byte from log.jsonl; ``None`` if it has none."""
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     found = [record["bits_per_byte"] for record in records if record["stage"] == "val" and "bits_per_byte" in record]
     return found[-1] if found else None
 
@@ -74,7 +65,8 @@ def held_out_text(tokenizer: TextTokenizer, shards: list[Path], seq_len: int) ->
 
 def draw(losses: dict[str, list[tuple[int, float]]], gzip_loss: float, xz_loss: float, path: Path) -> None:
     """Draw the loss curve, with lines for the compressors, and save it as a PNG."""
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = require_package("matplotlib.figure", "quickstart").Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     axes.plot(*zip(*losses["train"], strict=True), color="tab:blue", alpha=0.35, linewidth=0.8, label="training batch")
     if losses["val"]:
         axes.plot(*zip(*losses["val"], strict=True), "o-", color="tab:blue", markersize=4, label="validation")
@@ -89,10 +81,10 @@ def draw(losses: dict[str, list[tuple[int, float]]], gzip_loss: float, xz_loss: 
 
 
 def read_prompts(folder: Path) -> list[str]:
-    """The prompts that prepare.py chose for the data. A folder from an earlier version has none; then samples start
+    """The prompts that ``prepare`` chose for the data. A folder from an earlier version has none; then samples start
     without a prompt."""
     try:
-        found: dict[str, list[str]] = json.loads((folder / PREPARED).read_text())
+        found: dict[str, list[str]] = json.loads((folder / FLAGS).read_text(encoding="utf-8"))
     except OSError:
         found = {}
     return found.get("prompts") or ["", "", ""]
@@ -108,9 +100,8 @@ def print_samples(files: CheckpointFiles, found: RunTokenizer, texts: list[str])
         print(f"\n--- sample ---\n{texts[sample.prompt]}{sample.text}")
 
 
-def main() -> None:
-    """Report on the run that the command line describes."""
-    config = build_config(parse_args())
+def report(config: Config) -> None:
+    """Report on the run that ``config`` describes. Raises: CheckpointError without a checkpoint."""
     files = finished_run(config)
     found = find_tokenizer(config.data.dataset_path)
     print_samples(files, found, read_prompts(Path(str(config.data.dataset_path))))
@@ -137,7 +128,3 @@ def main() -> None:
     print(f"loss curve: {files.folder / 'loss.png'}\nweights:    {files.model}")
     print(f"{watch_command(files.folder)} (its curves on a page in the browser; --once: a table here)")
     print(next_generation(files.folder, "--max_new_tokens", 200))
-
-
-if __name__ == "__main__":
-    entry.run(main)

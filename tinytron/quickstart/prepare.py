@@ -1,18 +1,13 @@
-"""Quickstart, part 1: find text, train a byte-level BPE tokenizer on it, write token shards, and choose a model.
+"""The quickstart's data: find text, train a byte-level BPE tokenizer on it, write token shards, and choose a model.
 
-python scripts/quickstart/prepare.py [--data path/to/text/files] [--out data/quickstart] [--workers 1]
-
-Without ``--data`` the corpus is the source code of the running Python's standard library (without its tests), which every
-machine has. Progress goes to stderr; only the flags for pretrain_debug.py are printed to stdout, at the end. A second call
-finds everything done and prints the same flags.
+Without a path of the user the corpus is the source code of the running Python's standard library (without its tests), which
+every machine has. Progress goes to stderr. A second call finds everything done.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import shlex
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -22,7 +17,6 @@ from typing import Any
 
 import torch
 
-from tinytron.cli import entry
 from tinytron.data.manifest import MANIFEST
 from tinytron.errors import DataError
 from tinytron.text.options import TokenizeOptions
@@ -77,7 +71,7 @@ SMALLER = CpuSize(
 
 
 def say(text: str) -> None:
-    """Print progress to stderr; stdout is for the flags."""
+    """Print progress to stderr; stdout is for the results."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -218,30 +212,19 @@ def prepare(folder: Path, files: list[Path], vocab_size: int, data: str | None) 
             if not (whole and (folder / FLAGS).exists()):
                 text = json.dumps(write_corpus(folder, files, vocab_size, data), indent=2)
                 write_atomically(folder / FLAGS, lambda file: file.write(text.encode()))
-            flags: dict[str, Any] = json.loads((folder / FLAGS).read_text())["flags"]
+            flags: dict[str, Any] = json.loads((folder / FLAGS).read_text(encoding="utf-8"))["flags"]
             return flags
     except OSError as error:
         raise DataError(f"{folder} cannot be written ({error}); use a folder on a disk with space") from error
 
 
-def main() -> None:
-    """Prepare, then print the flags of the training command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="text file or folder; default: Python's standard library")
-    parser.add_argument("--out", type=Path, default=Path("data/quickstart"), help="where the token shards go")
-    parser.add_argument("--vocab_size", type=int, default=4096, help="size of the tokenizer's vocabulary")
-    parser.add_argument("--workers", type=int, default=1, help="training processes that share a step's sequences")
-    args = parser.parse_args()
-    files = find_files(args.data)
-    name = recipe_hash({"files": file_states(files), "vocab_size": args.vocab_size, "cuda": torch.cuda.is_available()})[
-        :8
-    ]
-    folder = args.out / name
-    flags = {"exp_name": f"quickstart_{name}", "dataset_path": folder}
-    flags |= prepare(folder, files, args.vocab_size, args.data)
-    flags["batch_size"] = max(1, min(32, flags["total_batch_size"] // flags["seq_len"] // args.workers))
-    print(shlex.join(["--do_val", *(word for key, value in flags.items() for word in (f"--{key}", str(value)))]))
-
-
-if __name__ == "__main__":
-    entry.run(main)
+def training_flags(data: str | None, out: Path, vocab_size: int, workers: int) -> list[str]:
+    """The flags of ``tinytron pretrain`` for the text below ``data``, whose shards go to a folder of their own in ``out``.
+    ``workers`` processes share the sequences of a step. Raises: DataError."""
+    files = find_files(data)
+    name = recipe_hash({"files": file_states(files), "vocab_size": vocab_size, "cuda": torch.cuda.is_available()})[:8]
+    folder = out / name
+    flags: dict[str, Any] = {"exp_name": f"quickstart_{name}", "dataset_path": folder}
+    flags |= prepare(folder, files, vocab_size, data)
+    flags["batch_size"] = max(1, min(32, flags["total_batch_size"] // flags["seq_len"] // workers))
+    return ["--do_val", *(word for key, value in flags.items() for word in (f"--{key}", str(value)))]

@@ -1,0 +1,1 @@
+"""``tinytron quickstart``: what happens before the training (``prepare``) and after it (``report``)."""
