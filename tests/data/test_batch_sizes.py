@@ -76,7 +76,7 @@ def test_ranks_together_read_growing_batches_in_order(dp: int, micro_batch: int,
 def test_a_run_that_goes_back_reads_on_where_it_was(batch: BatchSizes, moves: list[tuple[int, int]]) -> None:
     """Against a list of the positions that every step read; a move is some steps on, and then some steps back."""
     read: list[list[int]] = []  # by step, of the steps that count
-    saved = {0: Skips()}  # what the checkpoint of a step has
+    saved = {0: Skips()}  # by the step of a checkpoint
     skips, position, passed = Skips(), 0, []
     for on, back in moves:
         for _ in range(on):

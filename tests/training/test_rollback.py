@@ -144,7 +144,7 @@ def test_it_goes_back_to_the_start_and_again_from_there(ranks: Pools, tmp_path: 
 
 
 class BadTwice(BadData):
-    """Of what it reads then, the data of step 13 spike as well."""
+    """A second time, the data of step 13 spike."""
 
     def _loss(self, batch: Batch) -> LossSums:
         self.bad = 14 if self.step >= 12 else 8
@@ -278,7 +278,7 @@ MIXED = ("--no-use_mock_data", "--log_every", 1, "--dataset_path")
 
 
 def test_what_is_passed_over_is_not_seen(ranks: Pools, tmp_path: Path) -> None:
-    """Nor counted; and a resumed run finds that it has the same data."""
+    """The log does not count it, and a resumed run finds that it has the same data."""
     for stop in (13, 0):
         (found,) = ranks(1).run(_run, BadData, tmp_path / "log", stop, *BACK, *MIXED, mixture(tmp_path))
     steps = [record["sources"] for record in found.records if record["stage"] == "train"]

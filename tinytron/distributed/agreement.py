@@ -57,8 +57,8 @@ def agree_slowly(action: Callable[[], T], group: dist.ProcessGroup) -> T:
 
 
 def told_by_first(action: Callable[[], T], group: dist.ProcessGroup) -> T:
-    """What ``action`` returns on the first rank of ``group``, on every rank; its error is raised on every rank, as in
-    ``agree``. Collective. Use it for choices that follow from files: other nodes may not see the newest ones yet."""
+    """Run ``action`` on the first rank of ``group`` and return its result on every rank; an error is raised on every rank,
+    as in ``agree``. Collective. Use it for choices that follow from files: other nodes may not see the newest ones yet."""
     told = [agree(lambda: action() if dist.get_rank(group) == 0 else None, group)]
     dist.broadcast_object_list(told, group=group, group_src=0)
     return told[0]  # type: ignore[return-value]
