@@ -24,7 +24,7 @@ class Rule:
 
 def choose(settings: Settings, hosts: Sequence[Host], request: Request, rule: Rule) -> tuple[Host, str]:
     """The host for ``request``, and why. A host that is named as the target is not asked. Raises: ConfigError for unknown
-    names and if no host has the chips, saying what each has; HostError if none can be reached."""
+    names, and if no host can run it, saying what each of them has or why it was not reached."""
     _check(settings, rule)
     allowed = [host for host in hosts if _allows(settings, host.name, rule)]
     if len(allowed) == 1 and rule.target == allowed[0].name:

@@ -26,7 +26,7 @@ pass_on() {{
     stop="$1" signals=$((signals + 1))
     kill -s "$1" "$step"
 }}
-srun --kill-on-bad-exit=1 --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
+srun --kill-on-bad-exit=1 --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \\
     ${{SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"}} bash "$job/{script}" &
 step=$!
 trap 'pass_on USR1' USR1 # the time limit is near
@@ -39,7 +39,7 @@ done
 if [ -z "$stop" ]; then echo "$code" >"$job/exit_status"; fi # when one node fails, SLURM stops the others with SIGTERM
 again=0
 case "$stop:$code" in
-USR1:0) again=1 ;;                                                    # saved
+USR1:0) again=1 ;; # saved
 USR1:138 | USR1:143) again=$((${{SLURM_RESTART_COUNT:-0}} < {tries})) ;; # training had not begun
 esac
 if [ "$again" = 1 ]; then

@@ -68,11 +68,10 @@ def _first(settings: Settings, hosts: Sequence[Host], order: Order) -> tuple[Hos
         host_only = Rule(order.rule.clusters, order.rule.excluded, host.name)
         if order.rule.target in (None, host.name, settings.hosts[host.name].cluster):
             try:
-                return choose(settings, [host], order.request, host_only)[
-                    0
-                ], "the first that is allowed; none was asked"
+                found, _ = choose(settings, [host], order.request, host_only)
             except ConfigError:
                 continue
+            return found, "the first that is allowed; none was asked"
     return choose(settings, [], order.request, order.rule)  # raises the right error
 
 
