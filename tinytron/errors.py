@@ -23,6 +23,10 @@ class TrainingError(TinytronError):
     """A run cannot continue: its loss spiked (``--spike_action stop``), or its replicas diverged."""
 
 
+class HostError(TinytronError):
+    """A host cannot be reached, or refuses a job (``tinytron submit`` and the commands around it)."""
+
+
 class StorageError(TinytronError):
     """A remote folder cannot be reached, read or written."""
 

@@ -17,7 +17,7 @@ from tinytron.errors import ConfigError
 from tinytron.job import JobSpec
 from tinytron.jobs.kinds import job_class
 from tinytron.jobs.options import JobOptions, View, about_of, read_file
-from tinytron.jobs.specs import check_place
+from tinytron.jobs.places import check_place
 from tinytron.utils.training import write_atomically
 
 

@@ -14,7 +14,7 @@ from tests.helpers.runs import ROOT
 from tests.jobs.conftest import TINY
 from tinytron.cli.main import main
 from tinytron.errors import ConfigError
-from tinytron.jobs.specs import check_name
+from tinytron.jobs.places import check_name
 from tinytron.jobs.sweep import MOST_RUNS, grid
 
 

@@ -129,7 +129,7 @@ def checkpoints(argv: Sequence[str], prog: str = "tinytron checkpoints") -> None
     args = parse_strictly(parser, argv)
     from tinytron.job import JobSpec
     from tinytron.jobs.checkpoints import best_of, named_checkpoint, newest_run
-    from tinytron.jobs.specs import check_place
+    from tinytron.jobs.places import check_place
 
     check_place(args.name, args.project, args.group)
     folder = JobSpec("", args.name, args.out, {}, args.project, args.group).folder

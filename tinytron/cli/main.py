@@ -44,6 +44,14 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "run": Command("run", "run a configured job, and any further stages"),
         "checkpoints": Command("jobs", "list the checkpoints of a job", "checkpoints"),
         "restore": Command("run", "continue a job from one of its checkpoints", "restore"),
+        "submit": Command("submit", "run a job on a host behind SSH, or in SLURM's queue"),
+        "status": Command("submissions", "show the state of what was submitted"),
+        "logs": Command("submissions", "print the log of what was submitted", "logs"),
+        "cancel": Command("submissions", "stop what was submitted", "cancel"),
+        "pull": Command("submissions", "copy logs and exports of what was submitted", "pull"),
+        "repl": Command("repl", "open a Jupyter notebook on a host"),
+        "bootstrap": Command("submit", "write one script that runs a job anywhere", "bootstrap"),
+        "dispatch": Command("dispatch", "check the settings of hosts and clusters"),
         "import": Command("import_model", "turn a Hugging Face model into a folder for --init_from"),
     }
 )

@@ -1,4 +1,5 @@
-"""``tinytron run`` and ``tinytron restore``: run a configured job, stage by stage, on all GPUs of this machine.
+"""``tinytron run`` and ``tinytron restore``: run a configured job, stage by stage, on all GPUs of this machine, or of
+several that each run this command.
 
 The command is safe to repeat: finished work is reported as finished, interrupted work continues.
 """
@@ -9,21 +10,24 @@ import contextlib
 import os
 import signal
 import sys
+import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import IO
 
 from tinytron.cli import entry
 from tinytron.cli.child import run_child
 from tinytron.cli.jobs import add_load, add_place, parse_with_overrides
+from tinytron.cli.nodes import Nodes, nodes_of
 from tinytron.cli.watch import open_runs
 from tinytron.config import configuration, nested
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.job import BasicJob, JobSpec
 from tinytron.jobs.kinds import job_class
 from tinytron.jobs.options import JobOptions
-from tinytron.jobs.specs import check_place, read_stages
+from tinytron.jobs.places import check_place
+from tinytron.jobs.specs import read_stages
 from tinytron.jobs.sweep import grid
 from tinytron.observe.compare import as_lines, read_all, results
 from tinytron.observe.folder import LOG
@@ -36,15 +40,18 @@ from tinytron.utils.training import write_atomically
 SPEC = "job.json"  # in the job's folder: the job and its options, for the worker processes and for `restore`
 _STAGE = "--run-stage"  # followed by a spec file: this command starts itself this way
 _WORKER = "--run-process"
+_LOOK_SECONDS = 1.0  # between two looks for the first node's marker
+_MARKER_SECONDS = 60.0  # for the marker of a stage that all nodes ran to show on the others, whose file system may lag
 
 
 def main(argv: Sequence[str], prog: str = "tinytron run") -> int:
     """Run the job of a file, and the stages after it. Returns its exit status. Raises: TinytronError."""
     if argv and argv[0] in (_STAGE, _WORKER):
-        spec = JobSpec.from_json(Path(argv[1]).read_text(encoding="utf-8"))
+        file = Path(argv[1])
+        spec = JobSpec.from_json(file.read_text(encoding="utf-8"))
         for module in spec.load:
             load_module(module)
-        return start(spec) if argv[0] == _STAGE else execute(spec)
+        return start(spec, file) if argv[0] == _STAGE else execute(spec)
     parser = Parser(
         prog=prog, description=(__doc__ or "").replace("``tinytron run`` and ``tinytron restore``: run", "Run")
     )
@@ -134,17 +141,17 @@ def read_spec(place: JobSpec) -> JobSpec:
 def run_stages(specs: Sequence[JobSpec]) -> int:
     """Run the stages one after another. Returns the status of the first stage that fails or is stopped, else 0. Raises:
     ConfigError if another process is running one of them; TinytronError."""
+    nodes = nodes_of()
     for number, spec in enumerate(specs):
         if _job(spec).done:
             print(f"{spec.name} is finished: {spec.folder}", flush=True)
             continue
-        with _locked(spec):
-            write_spec(spec)
+        with _written(spec, nodes) as file:
             if len(specs) == 1:
-                return start(spec)
+                return start(spec, file)
             print(f"stage {number} of {len(specs) - 1}: {spec.name} ({spec.job})", flush=True)
-            status, stopped = _in_a_process(spec)
-        if status or stopped or not _job(spec).done:
+            status, stopped = _in_a_process(spec, file)
+        if status or stopped or not _is_done(spec, 0 if nodes.first else _MARKER_SECONDS):
             return status
     return 0
 
@@ -153,15 +160,15 @@ def run_sweep(works: Sequence[Sequence[JobSpec]]) -> int:
     """Run the works one after another, each with its stages, and print a table of their last stages. One that fails does
     not keep the next from running. Returns the status of the first that failed or was stopped, else 0. Raises:
     TinytronError."""
+    nodes = nodes_of()
     statuses = []
     for number, specs in enumerate(works, 1):
         print(f"run {number} of {len(works)}: {specs[-1].name}", flush=True)
         for spec in specs:
             if _job(spec).done:
                 continue
-            with _locked(spec):
-                write_spec(spec)
-                status, stopped = _in_a_process(spec)
+            with _written(spec, nodes) as file:
+                status, stopped = _in_a_process(spec, file)
             if stopped:
                 return status
             if status:
@@ -173,17 +180,22 @@ def run_sweep(works: Sequence[Sequence[JobSpec]]) -> int:
     return statuses[0] if statuses else 0
 
 
-def start(spec: JobSpec) -> int:
-    """Run the job in as many processes as it needs: in this one, or in several that are started here. Raises:
-    TinytronError; SystemExit with the status of a process that failed, or if the job was asked to stop."""
-    count = processes() if job_class(spec.job).all_processes else 1
-    if count == 1:
+def start(spec: JobSpec, file: Path) -> int:
+    """Run the job, whose description is in ``file``, in as many processes as it needs: in this one, or in several that are
+    started here. Raises: TinytronError; SystemExit with the status of a process that failed, or if the job was asked to
+    stop."""
+    nodes = nodes_of()
+    alone = not job_class(spec.job).all_processes
+    if alone and not nodes.first:
+        print(f"waiting for the first node, which runs {spec.name} alone", flush=True)
+        _is_done(spec, float("inf"))
+        return 0
+    count = 1 if alone else processes()
+    if alone or (count == 1 and nodes.count == 1):
         return execute(spec)
     from tinytron.cli import launch  # imports all of torchrun
 
-    launch.main(
-        ["--standalone", "--nproc_per_node", str(count), "-m", "tinytron.cli.run", _WORKER, str(spec.folder / SPEC)]
-    )
+    launch.main([*nodes.rendezvous, "--nproc_per_node", str(count), "-m", "tinytron.cli.run", _WORKER, str(file)])
     return 0
 
 
@@ -209,6 +221,23 @@ def processes() -> int:
     return max(1, gpus or int(os.environ.get("NPROC", "1")))
 
 
+@contextlib.contextmanager
+def _written(spec: JobSpec, nodes: Nodes) -> Iterator[Path]:
+    """A file with the spec, for the processes that run it: on the first node in the job's folder, which is locked, because
+    two commands would overwrite each other's ``job.json``; on the others a copy of their own. Raises: ConfigError."""
+    if not nodes.first:
+        with tempfile.TemporaryDirectory(prefix="tinytron-") as folder:
+            copy = Path(folder) / SPEC
+            copy.write_text(spec.to_json(), encoding="utf-8")
+            yield copy
+        return
+    with _writing(spec.folder):
+        spec.folder.mkdir(parents=True, exist_ok=True)
+    with lock_folder(spec.folder, "wait until it ends, or give this work another name"):
+        write_spec(spec)
+        yield spec.folder / SPEC
+
+
 def write_spec(spec: JobSpec) -> None:
     """Write the spec to a file in the job's folder. Raises: ConfigError if it cannot be written."""
     text = spec.to_json().encode()
@@ -216,11 +245,14 @@ def write_spec(spec: JobSpec) -> None:
         write_atomically(spec.folder / SPEC, lambda file: file.write(text))
 
 
-def _locked(spec: JobSpec) -> IO[str]:
-    """Lock on the job's folder until this is closed; two commands would overwrite each other's ``job.json``."""
-    with _writing(spec.folder):
-        spec.folder.mkdir(parents=True, exist_ok=True)
-    return lock_folder(spec.folder, "wait until it ends, or give this work another name")
+def _is_done(spec: JobSpec, seconds: float) -> bool:
+    """True if the job is finished, or is within ``seconds``."""
+    end = time.monotonic() + seconds
+    while not _job(spec).done:
+        if time.monotonic() >= end:
+            return False
+        time.sleep(_LOOK_SECONDS)
+    return True
 
 
 @contextlib.contextmanager
@@ -237,10 +269,10 @@ def _job(spec: JobSpec) -> BasicJob:
     return job_class(spec.job)(spec)
 
 
-def _in_a_process(spec: JobSpec) -> tuple[int, bool]:
+def _in_a_process(spec: JobSpec, file: Path) -> tuple[int, bool]:
     """Run a stage in its own process, which frees its memory when it ends. Stop signals are forwarded to it. Returns its
     exit status, and whether it was asked to stop (it may still have finished)."""
-    status, received = run_child([sys.executable, "-m", "tinytron", "run", _STAGE, str(spec.folder / SPEC)])
+    status, received = run_child([sys.executable, "-m", "tinytron", "run", _STAGE, str(file)])
     if status < 0:
         _say_killed(spec.name, signal.Signals(-status), expected=-status in received)
         return 128 - status, True

@@ -1,8 +1,26 @@
-"""Where jobs put the data that they make."""
+"""Where jobs are, and where they put the data that they make."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+
+from tinytron.errors import ConfigError
+
+_NAME = re.compile(r"[\w.-]+")
+
+
+def check_name(kind: str, name: str) -> str:
+    """``name``, which becomes a folder. Raises: ConfigError if it cannot."""
+    if _NAME.fullmatch(name) is None or name in (".", ".."):
+        raise ConfigError(f"{kind} {name!r} must be letters, digits, '_', '-' and '.', such as my-run")
+    return name
+
+
+def check_place(name: str, project: str, group: str) -> None:
+    """Raises: ConfigError if one of the parts of a job's place cannot be a folder."""
+    for kind, part in (("name", name), ("project", project), ("group", group)):
+        check_name(kind, part)
 
 
 def name_of_data(name: str, suffix: str = "") -> str:

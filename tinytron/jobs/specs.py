@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from tinytron.config import UnknownOptionError, configuration, nested
@@ -10,21 +9,7 @@ from tinytron.errors import ConfigError
 from tinytron.job import JobSpec
 from tinytron.jobs.kinds import job_class
 from tinytron.jobs.options import JobOptions, read_file
-
-_NAME = re.compile(r"[\w.-]+")
-
-
-def check_name(kind: str, name: str) -> str:
-    """``name``, which becomes a folder. Raises: ConfigError if it cannot."""
-    if _NAME.fullmatch(name) is None or name in (".", ".."):
-        raise ConfigError(f"{kind} {name!r} must be letters, digits, '_', '-' and '.', such as my-run")
-    return name
-
-
-def check_place(name: str, project: str, group: str) -> None:
-    """Raises: ConfigError if one of the parts of a job's place cannot be a folder."""
-    for kind, part in (("name", name), ("project", project), ("group", group)):
-        check_name(kind, part)
+from tinytron.jobs.places import check_place
 
 
 def read_stages(

@@ -1,0 +1,363 @@
+"""The script of a job, run by bash: whatever a user writes arrives as it was written, and nothing else happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.dispatch.conftest import Place, code
+from tinytron.dispatch.script import job_folder, job_script, packed, quote, quote_path
+from tinytron.dispatch.settings import Cluster, Secret
+from tinytron.dispatch.storage import without_password
+from tinytron.dispatch.work import SCRIPT, Request, Work
+from tinytron.errors import ConfigError
+
+RUN = "20260101-000000-abc123"
+EVIL = [
+    "$(touch pwned)",
+    "`touch pwned`",
+    "a b",
+    "it's",
+    'say "hi"',
+    "line\nend; touch pwned",
+    "$HOME",
+    "\\",
+    "*",
+    "~/x",
+    "-n",
+    "#no",
+    "; touch pwned",
+    "&& touch pwned",
+    "${IFS}",
+    "\u00e9\u4e2d",
+    "!!",
+    "%j",
+    "PAYLOAD",
+    "'; touch pwned; '",
+    "\r",
+]
+TEXT = st.one_of(
+    st.sampled_from(EVIL),
+    st.lists(st.sampled_from(EVIL), min_size=2, max_size=3).map("".join),
+    st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=20),
+)
+
+
+def put(place: Place, cluster: Cluster, work: Work, script: str, values: dict[str, str] | None = None) -> Path:
+    """Lay the files of a job out as ``Host.send`` does. Returns the script."""
+    share = Path(os.path.expanduser(cluster.folder("share")))
+    (share / "code").mkdir(parents=True, exist_ok=True)
+    (share / "code" / f"{code().tree}.tar.gz").write_bytes(code().code)
+    here = Path(os.path.expanduser(job_folder(cluster, work, RUN)))
+    here.mkdir(parents=True, exist_ok=True)
+    for name, content in {SCRIPT: script.encode(), **work.stage_files()}.items():
+        (here / name).write_bytes(content)
+    for name, value in (values or {}).items():
+        (here / f"secret.{name}").write_text(value)
+    return here / SCRIPT
+
+
+def run(path: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(path)], env={**os.environ, **env}, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def metadata(cluster: Cluster, work: Work) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(
+        (Path(os.path.expanduser(cluster.folder("status"))) / str(work.place) / RUN / "metadata.json").read_text()
+    )
+    return found
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(TEXT, TEXT, TEXT, TEXT, st.booleans())
+def test_hostile_texts_arrive_as_they_are(
+    place: Place, folder: str, value: str, word: str, restore: str, home: bool
+) -> None:
+    """Folders, environment variables, options and checkpoints; in a job's own script and in a self-contained one."""
+    name = folder.replace("/", "_").replace("\0", "")
+    if name.strip(".") == "" or any(ord(c) < 32 or ord(c) == 127 for c in name) or len(name.encode()) > 200:
+        name = "plain"
+    begin = "~" if home else str(place.home)
+    shutil.rmtree(place.home / "scratch", ignore_errors=True)
+    cluster = place.cluster(root=f"{begin}/{name}/root", work=f"{begin}/scratch/{name}")
+    work = Work("n", (b"job: x\n", b"job: y\n"), (f"a.b={word}",), restore=restore, load=(value,))
+    self_contained = home
+    files = {name: (content, 0o644) for name, content in work.stage_files().items()}
+    payload = packed({**files, "code.tar.gz": (code().code, 0o644)}) if self_contained else None
+    script = job_script(work, cluster, {"MINE": value}, Request(0), RUN, code().tree, payload=payload)
+    path = place.home / "run it.sh"
+    path.write_text(script)
+    if not self_contained:
+        path = put(place, cluster, work, script)
+    done = run(path)
+    assert done.returncode == 0, done.stderr
+    here = os.path.expanduser(job_folder(cluster, work, RUN))
+    root = os.path.expanduser(cluster.root)
+    expected = ["-m", "tinytron", "run", "n", f"{here}/config.yaml", root, "-p", "general", "-g", "default"]
+    expected += [f"--restore={restore}", f"--load={value}", f"a.b={word}", "-s", f"{here}/stage1.yaml"]
+    assert place.called["argv"] == expected
+    assert place.called["env"]["MINE"] == value
+    assert place.called["cwd"] == os.path.expanduser(cluster.work)
+    assert not list(place.home.rglob("pwned"))
+    assert not list(Path.cwd().glob("pwned"))
+    assert metadata(cluster, work)["state"] == "finished"
+
+
+def test_quoting_is_one_word() -> None:
+    for text in EVIL:
+        assert subprocess.run(["bash", "-c", f"printf %s {quote(text)}"], capture_output=True).stdout == text.encode()
+    shown = subprocess.run(["bash", "-c", f"printf %s {quote_path('~/a $b')}"], capture_output=True, text=True).stdout
+    assert shown == f"{os.environ['HOME']}/a $b"
+
+
+@pytest.mark.parametrize("name", ["a/b", "", "..", "a b", "a\nb", "$(touch pwned)"])
+def test_a_name_that_cannot_be_a_folder_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"must be letters, digits, '_', '-' and '\.', such as my-run"):
+        Work(name, (b"",))
+
+
+def test_the_script_is_clean_for_shellcheck(place: Place, tmp_path: Path) -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    mount = {"mount": "redis://:pw@h/1", "cache_size": "1G", "cache_dir": "/c", "all_squash": "1:1", "data": "~/d d"}
+    for number, (cluster, payload) in enumerate(
+        [
+            (place.cluster(wandb=Secret(env="W"), hf_token=Secret(file="~/t"), **mount), None),
+            (place.cluster(python=None, uv_dir="~/uv", wandb_entity="me"), b"payload"),
+        ]
+    ):
+        work = Work("n", (b"", b""), ("a=b c",))
+        script = job_script(
+            *(work, cluster, {"A": "it's"}, Request(2), RUN, "t"),
+            **{"log": "~/l", "slurm": True, "lock_gpus": True, "per_node": 2, "rank_logs": True},
+            uv_groups=("cuda12",),
+            payload=payload,
+        )
+        (tmp_path / f"{number}.sh").write_text(script)
+    done = subprocess.run(["shellcheck", *map(str, tmp_path.glob("*.sh"))], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_environment_order_secrets_and_state(place: Place) -> None:
+    """The script gets secrets from files, and removes them when the job is over."""
+    key = place.home / "hf key"
+    key.write_text("hf-token\n")
+    cluster = place.cluster(wandb=Secret(env="ANY"), hf_token=Secret(file="~/hf key"), wandb_project="p", uv_dir="~/uv")
+    work = Work("n", (b"",))
+    script = job_script(work, cluster, {"A": "1", "NUM_GPUS": "3"}, Request(8), RUN, code().tree, per_node=8)
+    path = put(place, cluster, work, script, {"WANDB_API_KEY": "w-token"})
+    done = run(path, ACT="7")
+    assert done.returncode == 7
+    assert "token" not in script + done.stdout + done.stderr
+    env = place.called["env"]
+    assert (env["WANDB_API_KEY"], env["HF_TOKEN"], env["WANDB_PROJECT"]) == ("w-token", "hf-token", "p")
+    assert env["UV_CACHE_DIR"] == f"{place.home}/uv"
+    assert (env["A"], env["NUM_GPUS"]) == ("1", "3")  # the user's number of GPUs counts
+    assert env["PYTHONPATH"].split(":")[0].endswith("/scratch/code/a1b2")
+    told = metadata(cluster, work)
+    assert (told["state"], told["exit_status"], told["name"], told["run_id"]) == ("failed", 7, "n", RUN)
+    assert len(list(path.parent.glob("secret.*"))) == 1  # a failed job may be queued again
+    assert run(path, ACT="0").returncode == 0
+    assert not list(path.parent.glob("secret.*"))
+    assert "the secret WANDB_API_KEY cannot be read" in run(path).stderr
+
+
+@pytest.mark.parametrize(("name", "number"), [("TERM", signal.SIGTERM), ("USR1", signal.SIGUSR1)])
+def test_a_signal_is_passed_on_once_and_the_state_is_preempted(place: Place, name: str, number: int) -> None:
+    cluster, work = place.cluster(), Work("n", (b"",))
+    path = put(place, cluster, work, job_script(work, cluster, {"ACT": "wait"}, Request(0), RUN, code().tree))
+    with subprocess.Popen(["bash", str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "the job speaks\n"
+        assert metadata(cluster, work)["state"] == "running"
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert (place.home / "signals").read_text() == f"SIG{name}\n"
+    assert metadata(cluster, work)["state"] == "preempted"
+    assert f"got {name}" in err
+
+
+def test_the_heartbeat_goes_on_while_the_job_runs_and_ends_with_it(place: Place) -> None:
+    cluster, work = place.cluster(), Work("n", (b"",))
+    script = job_script(work, cluster, {"ACT": "wait"}, Request(0), RUN, code().tree)
+    path = put(place, cluster, work, script.replace("heartbeat_seconds=30", "heartbeat_seconds=0.2"))
+    with subprocess.Popen(["bash", str(path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        file = Path(cluster.folder("status")) / "general/default/n" / RUN / "metadata.json"
+        first = file.stat().st_mtime
+        time.sleep(1.0)
+        assert file.stat().st_mtime > first
+        process.kill()  # the script, not the job
+        process.wait()
+        time.sleep(0.6)
+        last = file.stat().st_mtime
+        time.sleep(0.6)
+        assert file.stat().st_mtime == last
+        os.kill(_pid_of(str(place.python)), signal.SIGKILL)
+
+
+def _pid_of(word: str) -> int:
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if word in path.read_text():
+                return int(path.parent.name)
+        except OSError:
+            continue
+    raise AssertionError("the job is not running")
+
+
+def test_links_lead_to_the_clusters_folders(place: Place) -> None:
+    cluster, work = place.cluster(data="~/the data"), Work("n", (b"",))
+    path = put(place, cluster, work, job_script(work, cluster, {}, Request(0), RUN, code().tree))
+    assert run(path).returncode == 0
+    assert (place.home / "root" / "data").resolve() == place.home / "the data"
+    assert run(path).returncode == 0
+    (place.home / "root" / "data").unlink()
+    (place.home / "root" / "data").mkdir()
+    done = run(path)
+    assert done.returncode == 2
+    assert "root/data exists and is not" in done.stderr
+
+
+UV = '#!/bin/sh\nprintf "%s\\n" "uv $*" >>"$HOME/tools"\nexit 0\n'
+PYTHON3 = """#!/bin/bash
+printf '%s\\n' "python3 $*" >>"$HOME/tools"
+mkdir -p "$3/bin" && cp "$HOME/bin/recording python" "$3/bin/python"
+"""
+
+
+@pytest.mark.parametrize(
+    ("files", "uv", "commands"),
+    [
+        (["uv.lock", "pyproject.toml"], True, ["uv sync --frozen --no-install-project --group=cuda12"]),
+        (["requirements.txt", "constraints.txt"], False, ["python3 -m venv ENV"]),
+        ([], False, []),
+    ],
+)
+def test_the_environment_is_made_once_per_list_of_packages(
+    place: Place, files: list[str], uv: bool, commands: list[str]
+) -> None:
+    if uv:
+        place.tool("uv", UV.replace("exit 0", 'mkdir -p "$UV_PROJECT_ENVIRONMENT/bin"; cp "$HOME/bin/recording python" '
+                                    '"$UV_PROJECT_ENVIRONMENT/bin/python"'))  # fmt: skip
+    place.tool("python3", PYTHON3)
+    cluster, work = place.cluster(python=None), Work("n", (b"",))
+    script = job_script(work, cluster, {}, Request(0), RUN, "other", uv_groups=("cuda12",))
+    path = put(place, cluster, work, script)
+    archive = packed(dict.fromkeys(["code.py", *files], (b"x", 0o644)))
+    (place.home / "scratch/code/other.tar.gz").write_bytes(archive)
+    done = run(path)
+    if not files:
+        assert done.returncode == 2
+        assert "the code has none of uv.lock, requirements.txt, pyproject.toml and setup.py" in done.stderr
+        assert metadata(cluster, work)["state"] == "failed"
+        return
+    assert done.returncode == 0, done.stderr
+    (environment,) = (place.home / "scratch/env").glob("*/complete")
+    said = (place.home / "tools").read_text().replace(str(environment.parent), "ENV").splitlines()
+    assert said == commands
+    assert run(path).returncode == 0
+    assert len((place.home / "tools").read_text().splitlines()) == len(commands)
+
+
+JUICEFS = """#!/bin/bash
+printf '%s ' "$@" >>"$HOME/tools"; printf '%s\\n' "password=$META_PASSWORD" >>"$HOME/tools"
+case "$1" in mount) touch "$HOME/mounted" ;; umount) rm "$HOME/mounted" ;; esac
+"""
+
+
+def test_storage_is_mounted_checked_and_unmounted(place: Place) -> None:
+    cluster = place.cluster(mount="redis://:p%40ss@h:6379/0", cache_size="2G", cache_dir="~/c c", all_squash="1:2")
+    work = Work("n", (b"",))
+    script = job_script(work, cluster, {}, Request(0), RUN, code().tree)
+    assert "ss@h" not in script
+    path = put(place, cluster, work, script, {"META_PASSWORD": "p@ss"})
+    if shutil.which("juicefs") is None:
+        done = run(path)
+        assert done.returncode == 2
+        assert "juicefs is not installed on" in done.stderr
+        put(place, cluster, work, script, {"META_PASSWORD": "p@ss"})
+    place.tool("juicefs", JUICEFS.replace("mount) touch", "never) touch"))
+    place.tool("mountpoint", '#!/bin/sh\n[ -e "$HOME/mounted" ]\n')
+    assert "juicefs returned, but" in run(path).stderr
+    put(place, cluster, work, script, {"META_PASSWORD": "p@ss"})
+    place.tool("juicefs", JUICEFS)
+    (place.home / "tools").unlink()
+    done = run(path)
+    assert done.returncode == 0, done.stderr
+    root, cache = place.home / "root", place.home / "c c"
+    assert (place.home / "tools").read_text().splitlines() == [
+        f"mount -d --cache-size 2048 --cache-dir {cache} --all-squash 1:2 redis://h:6379/0 {root} password=p@ss",
+        f"umount {root} password=p@ss",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("url", "rest", "password"),
+    [
+        ("redis://:a%2Fb@h:1/0", "redis://h:1/0", "a/b"),
+        ("redis://me:pw@h/0", "redis://me@h/0", "pw"),
+        ("redis://h:1/0", "redis://h:1/0", None),
+        ("redis://me@h/0", "redis://me@h/0", None),
+        ("sqlite3:///x", "sqlite3:///x", None),
+        ("/some/path", "/some/path", None),
+    ],
+)
+def test_a_password_leaves_the_url(url: str, rest: str, password: str | None) -> None:
+    assert without_password(url) == (rest, password)
+
+
+NVIDIA = """#!/bin/bash
+case "$*" in
+    *memory.used,name*) printf '10, NVIDIA H100 80GB HBM3\\n20, NVIDIA H100 80GB HBM3\\n9000, NVIDIA H100 80GB HBM3\\n' ;;
+    *) printf '0, 10\\n1, 20\\n2, 9000\\n' ;;
+esac
+"""
+
+
+def test_two_jobs_do_not_share_gpus(place: Place) -> None:
+    place.tool("nvidia-smi", NVIDIA)
+    cluster = place.cluster()
+    locks = ("/tmp/tinytron-gpus", f"'{place.home}/locks'")
+    scripts = []
+    for name in ("one", "two"):
+        work = Work(name, (b"",))
+        text = job_script(work, cluster, {"ACT": "wait"}, Request(1), RUN, code().tree, lock_gpus=True, per_node=1)
+        scripts.append(put(place, cluster, work, text.replace(*locks)))
+    work = Work("both", (b"",))
+    text = job_script(work, cluster, {"ACT": "0"}, Request(2), RUN, code().tree, lock_gpus=True, per_node=2)
+    both = put(place, cluster, work, text.replace(*locks).replace("sleep 10", "sleep 0.2"))
+    running = []
+    used = []
+    for path in scripts:
+        running.append(subprocess.Popen(["bash", str(path)], stdout=subprocess.PIPE, text=True))
+        assert running[-1].stdout is not None
+        running[-1].stdout.readline()
+        used.append(place.called["env"]["CUDA_VISIBLE_DEVICES"])
+    assert used == ["0", "1"]  # the third one is used by another program
+    waiting = subprocess.Popen(["bash", str(both)], stdout=subprocess.PIPE, text=True)
+    time.sleep(1.5)
+    assert metadata(cluster, work)["state"] == "waiting"
+    for process in running:
+        process.terminate()
+        process.communicate(timeout=30)
+    waiting.communicate(timeout=30)
+    assert waiting.returncode == 0
+    assert place.called["env"]["CUDA_VISIBLE_DEVICES"] == "0,1"
+    work = Work("many", (b"",))
+    many = put(place, cluster, work, job_script(work, cluster, {}, Request(4), RUN, code().tree, lock_gpus=True))
+    assert "has fewer than 4 GPUs" in run(many).stderr

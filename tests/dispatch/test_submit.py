@@ -1,0 +1,273 @@
+"""The commands as a user types them, with this machine as the host, and with stand-ins for SLURM and for GPUs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.dispatch.conftest import Place
+from tests.dispatch.test_script import NVIDIA
+from tests.jobs.conftest import MODULE
+from tinytron.cli.main import main
+from tinytron.dispatch.record import read_all
+
+Said = Callable[..., tuple[int, str, str]]
+TOKEN = "s3cret-t0ken"
+
+
+@pytest.fixture
+def said(repository: Path, capfd: pytest.CaptureFixture[str]) -> Said:
+    """A function that runs a command in a repository with a job's file, and gives status, output and errors."""
+    (repository / "jobs_here.py").write_text(MODULE)
+    (repository / ".gitignore").write_text("*\n")
+    subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "x"], check=True)
+    sys.path.insert(0, str(repository))
+    assert (
+        main(["configure", "say/text", "run.yaml", "say.text=hi", "--load", "jobs_here", "--chip", "h100", "-n", "1"])
+        == 0
+    )
+    capfd.readouterr()
+
+    def run(*words: object) -> tuple[int, str, str]:
+        status = main([str(word) for word in words])
+        return status, *capfd.readouterr()
+
+    return run
+
+
+def _write(place: Place, hosts: dict[str, Any], **more: Any) -> None:
+    cluster = {"root": f"{place.home}/root", "work": f"{place.home}/scratch", "python": str(place.python), **more}
+    content = {"clusters": {"lab": cluster}, "hosts": {n: {"cluster": "lab", **h} for n, h in hosts.items()}}
+    (place.home / ".tinytron.yaml").write_text(yaml.safe_dump(content))
+
+
+def _until(said: Said, name: str, state: str) -> str:
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        status, out, err = said("status", name)
+        assert (status, err) == (0, "")
+        if f" {state}" in out:
+            return out
+        time.sleep(0.2)
+    raise AssertionError(out)
+
+
+def test_submit_watch_and_pull(place: Place, said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", TOKEN)
+    _write(place, {"box": {"type": "plain"}}, wandb={"env": "MY_KEY"}, env={"A": "cluster", "B": "cluster"})
+    words = ("submit", "mine", "run.yaml", "--load", "jobs_here", "-n", "0", "--env", "B=mine", "say.text=$(touch x)")
+    status, out, err = said(*words)
+    assert (status, err) == (0, "")
+    assert "code: commit" in out
+    assert "not sent, ignored by git: jobs_here.py, run.yaml" in out
+    assert "host: box (a CPU job)" in out
+    assert "submitted general/default/mine to box as " in out
+    shown = _until(said, "mine", "finished (0)")
+    assert "general/default/mine  box" in shown
+    called = place.called
+    assert called["argv"][2:4] == ["run", "mine"]
+    assert called["argv"][-1] == "say.text=$(touch x)"
+    assert (called["env"]["A"], called["env"]["B"], called["env"]["NUM_GPUS"]) == ("cluster", "mine", "0")
+    assert called["env"]["WANDB_API_KEY"] == TOKEN
+    submission = read_all()[-1]
+    assert Path(submission.here, "config.yaml").read_bytes() == Path("run.yaml").read_bytes()
+    assert Path(called["env"]["PYTHONPATH"].split(":")[0], "code.py").read_text() == "first\n"
+    name = Path(submission.log).name
+    assert name.startswith("general_default_mine_20")
+    assert name.endswith(".log")
+    assert Path(submission.status, "output.log").resolve() == Path(submission.log)
+
+    run = place.home / "root/checkpoints/general/default/mine/mine_12345678"
+    run.mkdir(parents=True)
+    (run / "log.jsonl").write_text("{}\n")
+    (run / "00001_model.pt").write_text("large")
+    status, out, err = said("pull", "mine", "here")
+    assert (status, err) == (0, "")
+    assert {path.name for path in Path("here").rglob("*") if path.is_file()} == {"log.jsonl", name}
+    for path in place.home.rglob("*"):  # no file has the token, now that the job is over
+        if path.is_file() and path.name != "called.json":
+            assert TOKEN.encode() not in path.read_bytes(), path
+
+
+def test_logs_and_cancel(place: Place, said: Said, capfd: pytest.CaptureFixture[str]) -> None:
+    _write(place, {"box": {"type": "plain", "env": {"ACT": "wait"}}})
+    assert said("submit", "mine", "run.yaml", "--load", "jobs_here", "-n", "0")[0] == 0
+    _until(said, "mine", "running")
+    while not (place.home / "called.json").exists():
+        time.sleep(0.1)
+    assert main(["logs", "mine"]) == 0
+    assert "the job speaks" in capfd.readouterr().out
+    submission = read_all()[-1]
+    assert "s ago" in said("status")[1]
+    assert said("cancel", "mine")[0] == 0
+    assert "cancelled (0)" in _until(said, "mine", "cancelled")
+    assert (place.home / "signals").read_text() == "SIGTERM\n"
+    os.remove(submission.log)
+    assert main(["logs", "mine"]) == 1
+    assert "there is no log yet" in capfd.readouterr().err
+
+
+def test_a_job_that_was_killed_is_lost_and_its_number_may_be_anothers(place: Place, said: Said) -> None:
+    _write(place, {"box": {"type": "plain", "env": {"ACT": "wait"}}})
+    said("submit", "mine", "run.yaml", "--load", "jobs_here", "-n", "0")
+    _until(said, "mine", "running")
+    os.kill(int(read_all()[-1].id), 9)
+    _until(said, "mine", "lost")
+    file = next((place.home / ".tinytron/submissions").glob("*.json"))
+    file.write_text(file.read_text().replace(f'"id": "{read_all()[-1].id}"', f'"id": "{os.getpid()}"'))
+    assert said("cancel", "mine")[0] == 0  # and we are still here
+    _until(said, "mine", "cancelled")
+
+
+def test_a_dry_run_shows_everything_but_secrets_and_does_nothing(
+    place: Place, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", TOKEN)
+    _write(place, {"box": {"type": "plain", "ssh": "nowhere.invalid"}}, wandb={"env": "MY_KEY"})
+    status, out, err = said("submit", "mine", "run.yaml", "--load", "jobs_here", "--dry_run")
+    assert (status, err) == (0, "")
+    assert "/config.yaml\njob: " in out
+    assert "# --- From here on, every job's script is the same." in out
+    assert "setsid nohup bash" in out
+    assert "/secret.WANDB_API_KEY, which only you can read: not shown" in out
+    assert TOKEN not in out
+    assert read_all() == []
+    assert not (place.home / "scratch").exists()
+
+
+def test_a_sweep_submits_each_combination_under_its_name(place: Place, said: Said) -> None:
+    _write(place, {"box": {"type": "plain"}})
+    words = ("submit", "mine", "run.yaml", "--load", "jobs_here", "-n", "0", "--sweep", "say.text=one,two words")
+    status, out, err = said(*words)
+    assert (status, err) == (0, "")
+    names = [one.name for one in read_all()[-2:]]
+    assert names == ["mine-text_one", "mine-text_two_words"]
+    for name, text in zip(names, ("one", "two words"), strict=True):
+        assert f"submitted general/default/{name} to box as " in out
+        _until(said, name, "finished (0)")
+        (script,) = (Path(one.here, "run.sh").read_text() for one in read_all() if one.name == name)
+        assert text in script
+    status, out, err = said(*words[:-1], "say.text=one,one")
+    assert (status, err) == (2, "error: --sweep say.text=one,one names the value one twice; leave one out\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("-n", "-1"), "-n -1 must be a whole number of at least 0; use -n 8, or -n 0 for a CPU job"),
+        (("--env", "A"), "--env A must be a name, = and a value, such as --env NCCL_DEBUG=INFO"),
+        (("--env", "A B=1"), "--env: 'A B' must be letters, digits and _"),
+        (("--cpu", "0"), "--cpu 0 must be at least 1; use --cpu 8"),
+        (("--mem", "4G", "-n", "0"), "--mem and --cpu are for schedulers, but box is a plain host; leave them out"),
+        (("--target", "bax"), "is not a host or cluster of"),
+        (("--cluster", "lap"), "--cluster lap is not a cluster; did you mean lab?; use one of lab"),
+        (("--exclude-cluster", "lab"), "no host is left to submit to"),
+        (("--chip", "a100"), "no host can run 1 x a100 now: box does not have 1 x a100; ask for less, or wait"),
+        (("-n", "2"), "no host can run 2 x h100 now: box has 1 free"),
+        (("nme=1",), "there is no option nme"),
+        (("-s", "none.yaml"), "none.yaml cannot be read"),
+    ],
+)
+def test_a_mistake_is_one_line(place: Place, said: Said, words: tuple[str, ...], says: str) -> None:
+    place.tool("nvidia-smi", NVIDIA.replace("20, NVIDIA", "5000, NVIDIA"))
+    _write(place, {"box": {"type": "plain", "chips": {"h100": 3}}})
+    status, out, err = said("submit", "mine", "run.yaml", "--load", "jobs_here", *words)
+    assert status == 2, out
+    assert says in err
+    assert len(err.splitlines()) == 1
+    assert read_all() == []
+
+
+def test_a_secret_that_is_not_set_is_one_line(place: Place, said: Said) -> None:
+    _write(place, {"box": {"type": "plain"}}, hf_token={"env": "NO_SUCH"})
+    _, _, err = said("submit", "mine", "run.yaml", "--load", "jobs_here", "-n", "0")
+    assert "the environment variable NO_SUCH is not set, but the cluster's settings take HF_TOKEN from it" in err
+
+
+def test_unknown_names(place: Place, said: Said) -> None:
+    assert "nothing was submitted from here yet" in said("status")[1]
+    _write(place, {"box": {"type": "plain"}})
+    said("submit", "mine", "run.yaml", "--load", "jobs_here", "-n", "0")
+    assert "nothing was submitted as mina; did you mean mine?" in said("status", "mina")[2]
+    _until(said, "mine", "finished")
+    said("submit", "mine", "run.yaml", "--load", "jobs_here", "-n", "0", "-g", "other")
+    assert "mine may be general/default/mine or general/other/mine; give the whole name" in said("logs", "mine")[2]
+    _until(said, "general/other/mine", "finished")
+    assert "does not exist yet; there is nothing to pull" in said("pull", "general/other/mine")[2]
+
+
+def test_a_host_that_cannot_be_reached_is_one_line(place: Place, said: Said) -> None:
+    place.tool("ssh", "#!/bin/sh\ncat >/dev/null\necho 'Connection refused' >&2\nexit 255\n")
+    _write(place, {"box": {"type": "plain", "ssh": "me@box"}})
+    _, _, err = said("submit", "mine", "run.yaml", "--load", "jobs_here", "-n", "0", "--target", "box")
+    assert (
+        err == "error: me@box cannot be reached (Connection refused); make `ssh me@box true` work without a password\n"
+    )
+    status, out, err = said("dispatch", "check")
+    assert status == 1
+    assert "box: me@box cannot be reached" in out
+
+
+def test_dispatch_check_says_what_each_host_has(place: Place, said: Said) -> None:
+    place.tool("nvidia-smi", NVIDIA)
+    tpu = {"type": "tpu", "zone": "z", "project": "p", "accelerator_type": "v4-8"}
+    _write(place, {"box": {"type": "plain"}, "tpu": tpu}, mount="redis://h/0", python=None)
+    status, out, err = said("dispatch", "check")
+    assert (status, err) == (1, "")
+    assert "is valid: 1 cluster, 2 hosts" in out
+    assert "box: reached; missing: juicefs" in out
+    assert "tpu: valid; jobs of the type tpu are not submitted from here" in out
+    _write(place, {"box": {"type": "plain"}})
+    status, out, _ = said("dispatch", "check")
+    assert status == 0
+    assert "box: reached; 2 chips free; has " in out
+
+
+def test_a_bootstrap_script_runs_alone(place: Place, said: Said, tmp_path: Path) -> None:
+    _write(place, {"box": {"type": "plain", "env": {"A": "host"}}}, hf_token={"env": "HF_TOKEN"})
+    words = ("bootstrap", "mine", "run.yaml", "out.sh", "--load", "jobs_here", "--target", "box", "say.text=a b")
+    status, out, err = said(*words, "--root", f"{place.home}/else where", "--env", "B=1", "-n", "0")
+    assert (status, err) == (0, "")
+    assert "wrote out.sh" in out
+    (tmp_path / "other").mkdir()
+    done = subprocess.run(["./out.sh"], capture_output=True, text=True, env={**os.environ, "HF_TOKEN": ""})
+    assert "the environment variable HF_TOKEN is not set; set it before this script starts" in done.stderr
+    for _ in range(2):  # safe to repeat
+        done = subprocess.run(["./out.sh"], capture_output=True, text=True, env={**os.environ, "HF_TOKEN": TOKEN})
+        assert done.returncode == 0, done.stderr
+    called = place.called
+    assert called["argv"][5] == f"{place.home}/else where"
+    assert called["argv"][-1] == "say.text=a b"
+    assert (called["env"]["A"], called["env"]["B"], called["env"]["HF_TOKEN"]) == ("host", "1", TOKEN)
+    assert TOKEN not in Path("out.sh").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((), "--root and --work are needed without --target; use --root /data/out --work /tmp/work"),
+        (("--target", "bx"), "is not a host of"),
+        (("--root", "r", "--work", "/w"), "bootstrap.root r must be an absolute path or begin with ~/, as /data/root"),
+        (("--target", "box", "--cache-size", "x"), "bootstrap.cache_size x must be a number with M, G or T; use 100G"),
+    ],
+)
+def test_a_mistake_in_a_bootstrap_is_one_line(place: Place, said: Said, words: tuple[str, ...], says: str) -> None:
+    _write(place, {"box": {"type": "plain"}})
+    status, _, err = said("bootstrap", "mine", "run.yaml", "out.sh", "--load", "jobs_here", *words)
+    assert status == 2
+    assert says in err
+    assert not Path("out.sh").exists()
+
+
+def test_nothing_in_dispatch_imports_torch() -> None:
+    code = "import sys, tinytron.dispatch.submit, tinytron.dispatch.slurm, tinytron.dispatch.plain; "
+    code += "sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

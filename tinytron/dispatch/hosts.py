@@ -1,0 +1,219 @@
+"""The operations of all hosts, and the table of kinds. A new kind is a file with a class, and a line in ``KINDS``."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import tarfile
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+from tinytron.dispatch.record import Submission
+from tinytron.dispatch.script import job_folder, packed, quote, quote_path
+from tinytron.dispatch.settings import HOST_TYPES, Cluster, Plain, Settings, Slurm
+from tinytron.dispatch.shell import Shell
+from tinytron.dispatch.work import Prepared, Request, Work
+from tinytron.errors import HostError
+
+KINDS: Mapping[str, str] = MappingProxyType(
+    {"plain": "tinytron.dispatch.plain:PlainHost", "slurm": "tinytron.dispatch.slurm:SlurmHost"}
+)
+UPLOAD_SECONDS = 3600.0
+PULLED_NOT = ("*.pt", "*.part")  # checkpoints
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files to send: the code as a tar.gz, named by its ``tree``."""
+
+    tree: str
+    code: bytes
+
+
+@dataclass(frozen=True)
+class State:
+    """The state of a submission: ``queued``, ``preparing``, ``waiting``, ``running``, ``preempted``, ``finished``,
+    ``failed``, ``cancelled`` or ``lost``; seconds since the last heartbeat; the exit status at the end; and the
+    node and port of a notebook."""
+
+    state: str
+    heartbeat: int | None = None
+    exit_status: int | None = None
+    node: str = ""
+    port: int | None = None
+
+
+class Host(ABC):
+    """A host by its name. Submitting needs its ``settings`` in the ``whole`` file; the rest does not."""
+
+    kind: ClassVar[str]
+    queues: ClassVar[bool] = False  # True if it keeps jobs that do not fit yet
+    tools: ClassVar[tuple[str, ...]] = ("bash", "tar", "flock", "base64", "sha256sum")
+
+    def __init__(self, name: str, shell: Shell, settings: Any = None, whole: Settings | None = None) -> None:
+        self.name, self.shell, self.settings = name, shell, settings
+        self._whole = whole
+
+    @property
+    def whole(self) -> Settings:
+        """The settings file."""
+        assert self._whole is not None, "the host of a submission has no settings"
+        return self._whole
+
+    @property
+    def cluster(self) -> Cluster:
+        """The host's cluster."""
+        return self.whole.cluster_of(self.name)
+
+    def environment(self, more: Mapping[str, str]) -> dict[str, str]:
+        """Environment variables of a job: those of the cluster, the host, and ``more``; the last one wins."""
+        return {**(self.cluster.env or {}), **(self.settings.env or {}), **more}
+
+    @abstractmethod
+    def has(self, request: Request) -> bool:
+        """True if the host has the chips that ``request`` asks for, free or not. Raises: HostError."""
+
+    @abstractmethod
+    def free(self, request: Request) -> int:
+        """The number of free chips of the kind that ``request`` names. Raises: HostError."""
+
+    @abstractmethod
+    def prepare(
+        self, work: Work, request: Request, run_id: str, tree: str, env: Mapping[str, str], values: Mapping[str, str]
+    ) -> Prepared:
+        """One submission; ``values`` are secrets by variable. Raises: ConfigError if the host cannot run it."""
+
+    @abstractmethod
+    def starting(self, jobs: Sequence[Prepared], request: Request, name: str) -> str:
+        """The script that starts ``jobs``, whose files are there, together called ``name``. It prints the id and the log
+        of each, with a tab in between."""
+
+    @abstractmethod
+    def alive(self, submissions: Sequence[Submission]) -> str:
+        """A script that prints one line for each submission: ``queued``, ``alive``, ``gone``, or ``failed``
+        and the exit status."""
+
+    @abstractmethod
+    def stopping(self, submission: Submission) -> str:
+        """A script that asks the submission to stop."""
+
+    def start(self, jobs: Sequence[Prepared], request: Request, name: str) -> list[tuple[str, str]]:
+        """Start ``jobs``. Returns the id and the log of each. Raises: HostError."""
+        lines = self.shell.run(self.starting(jobs, request, name)).splitlines()[-len(jobs) :]
+        found = [tuple(line.split("\t")) for line in lines]
+        if len(found) != len(jobs) or any(len(one) != 2 for one in found):
+            raise HostError(f"{self.name} did not start {name}: it printed {' '.join(lines)!r}")
+        return [(one[0], one[1]) for one in found]
+
+    def send(self, jobs: Sequence[Prepared], files: Files) -> None:
+        """Send the files. The code is sent only if the host does not have it yet. Raises: HostError."""
+        cluster = self.cluster
+        share = cluster.folder("share").rstrip("/")
+        archive = quote_path(f"{share}/code/{files.tree}.tar.gz")
+        has_code = self.shell.run(f"if [ -e {archive} ]; then echo yes; fi").strip() == "yes"
+        members: dict[str, tuple[bytes, int]] = {}
+        for job in jobs:
+            inner = job_folder(cluster, job.work, job.run_id).removeprefix(f"{share}/")
+            members |= {f"{inner}/{name}": (content, 0o644) for name, content in job.files().items()}
+            members |= {f"{inner}/secret.{name}": (value.encode(), 0o600) for name, value in job.values.items()}
+        if not has_code:
+            members[f"code/{files.tree}.tar.gz"] = (files.code, 0o644)
+        folders = " ".join(quote_path(job.here) for job in jobs)
+        share = quote_path(share)
+        script = f"mkdir -p {share} {share}/code\n(umask 077; mkdir -p {folders})\n"
+        self.shell.run(f"{script}tar -xz -C {share} --no-same-owner", packed(members), UPLOAD_SECONDS)
+
+    def states(self, submissions: Sequence[Submission]) -> list[State]:
+        """The state of each submission. Raises: HostError."""
+        if not submissions:
+            return []
+        looks = [
+            f"file={quote_path(one.status)}/metadata.json\n"
+            f"told=; if [ -e {quote_path(one.here)}/cancelled ]; then told=cancelled; fi\n"
+            'if [ -e "$file" ]; then echo "$(($(date +%s) - $(stat -c %Y "$file"))) $told"; head -n 1 "$file"\n'
+            'else echo " $told"; echo; fi'
+            for one in submissions
+        ]
+        count = len(submissions)
+        # The last lines: a login script may print some of its own before them.
+        lines = self.shell.run("\n".join([self.alive(submissions), *looks])).split("\n")[:-1][-3 * count :]
+        if len(lines) < 3 * count:
+            raise HostError(f"{self.name} gave {len(lines)} lines instead of {3 * count}; see what ssh prints there")
+        return [_state(lines[i], lines[count + 2 * i], lines[count + 2 * i + 1]) for i in range(count)]
+
+    def log(self, submission: Submission, *, follow: bool) -> int:
+        """Print the log, with ``follow`` also what is added. Returns an exit status."""
+        log = quote_path(submission.log)
+        if follow:
+            return self.shell.follow(f"exec tail -n +1 -F -- {log} 2>/dev/null")
+        missing = quote(f"there is no log yet: {submission.log}")
+        return self.shell.follow(f"if [ -e {log} ]; then cat -- {log}; else echo {missing} >&2; exit 1; fi")
+
+    def cancel(self, submission: Submission) -> None:
+        """Stop the submission, and remove its secrets; a run saves first. Raises: HostError."""
+        here = quote_path(submission.here)
+        self.shell.run(f": >{here}/cancelled\nrm -f {here}/secret.*\n{self.stopping(submission)}")
+
+    def pull(self, submission: Submission, out: Path) -> None:
+        """Copy the run's folder, without checkpoints, and the log to ``out``. Raises: HostError."""
+        skipped = " ".join(f"--exclude={quote(pattern)}" for pattern in PULLED_NOT)
+        packed_files = self.shell.run_bytes(
+            f"root={quote_path(submission.root)}\nlog={quote_path(submission.log)}\n"
+            f"folder={quote(f'checkpoints/{submission.place}')}\n"
+            '[ -d "$root/$folder" ] || { echo "$root/$folder does not exist yet; there is nothing to pull" >&2; exit 1; }\n'
+            'words=(-C "$root" "$folder")\n'
+            'if [ -e "$log" ]; then words+=(-C "$(dirname -- "$log")" "./$(basename -- "$log")"); fi\n'
+            f'tar -cz {skipped} "${{words[@]}}"',
+            seconds=UPLOAD_SECONDS,
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(fileobj=io.BytesIO(packed_files)) as tar:
+            tar.extractall(out, filter="data")  # refuses paths that lead out of the folder
+
+
+def _state(alive: str, age: str, text: str) -> State:
+    """The state from what the scheduler says and what the job wrote itself."""
+    try:
+        content = json.loads(text) if text else {}
+    except ValueError:
+        content = {}
+    told, status = content.get("state"), content.get("exit_status")
+    alive, _, code = alive.partition(" ")
+    age, _, cancelled = age.partition(" ")
+    heartbeat = int(age) if age.lstrip("-").isdecimal() else None
+    if alive == "queued":
+        return State("preempted, queued" if told == "preempted" else "queued", None, None)
+    if alive == "alive":
+        state = told if told in ("preparing", "waiting", "running") else "preparing"
+        return State(state, heartbeat, None, content.get("host", ""), content.get("port"))
+    if alive == "failed":
+        return State("failed", heartbeat, int(code))
+    if told in ("finished", "failed", "cancelled", "preempted"):
+        return State(told, heartbeat, status)
+    return State(cancelled or "lost", heartbeat, status)
+
+
+def _class_of(kind: str) -> type[Host]:
+    module, _, name = KINDS[kind].partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def hosts_of(settings: Settings) -> list[Host]:
+    """The hosts of the settings that this version can submit to, in the order in which they are tried."""
+    found = []
+    for name in settings.in_order():
+        own = settings.hosts[name]
+        kind = next(kind for kind, cls in HOST_TYPES.items() if cls is type(own))
+        if kind in KINDS and isinstance(own, (Plain, Slurm)):
+            found.append(_class_of(kind)(name, Shell(own.ssh, settings.proxy), own, settings))
+    return found
+
+
+def host_of(submission: Submission) -> Host:
+    """The host that ``submission`` went to."""
+    return _class_of(submission.kind)(submission.host, Shell(submission.ssh, submission.proxy))

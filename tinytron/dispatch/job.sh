@@ -1,0 +1,225 @@
+
+# --- From here on, every job's script is the same.
+
+tell() { # STATE [EXIT_STATUS]: write the state where `tinytron status` reads it
+    [ "${NODE_RANK:-0}" = 0 ] && [ -d "$status" ] || return 0
+    printf '{%s, "host": "%s", "pid": %s, "slurm_job": "%s", "state": "%s", "exit_status": %s, "port": %s}\n' \
+        "$described" "$(uname -n)" "$$" "${SLURM_JOB_ID:-}" "$1" "${2:-null}" "${port:-null}" >"$status/metadata.json.$BASHPID"
+    mv -f "$status/metadata.json.$BASHPID" "$status/metadata.json"
+}
+
+say() { printf 'tinytron: %s\n' "$1" >&2; }
+
+fail() {
+    say "error: $1"
+    exit 2
+}
+
+stop_child() { # SIGNAL: pass it on; the run saves and exits
+    stop="$1"
+    signals=$((signals + 1))
+    say "got $1"
+    if [ -n "$child" ]; then kill -s "$1" "$child" 2>/dev/null || true; else exit 143; fi
+}
+
+leave() { # EXIT_STATUS
+    trap - EXIT
+    trap '' TERM USR1
+    if [ -n "$beating" ]; then kill -KILL "$beating" 2>/dev/null || true; fi
+    local state=failed
+    if [ "$1" = 0 ] && [ -z "$stop" ]; then
+        state=finished
+    elif [ -n "$stop" ] && { [ "$1" = 0 ] || [ "$1" = 143 ] || [ "$1" = 138 ]; }; then
+        state=preempted # the same script continues the run
+        if [ -e "$here/cancelled" ]; then state=cancelled; fi
+    fi
+    tell "$state" "$1" || true
+    case "$state" in # after a failure they stay: SLURM may queue the job again, when it sees that a node is lost
+    finished | cancelled) if [ "${NODE_RANK:-0}" = 0 ]; then rm -f "$here"/secret.*; fi ;;
+    esac
+    if [ -n "$mounted" ]; then juicefs umount "$root" || say "$root stays mounted: other jobs use it"; fi
+    exit "$1"
+}
+
+read_secrets() {
+    local entry variable file value
+    for entry in "${secrets[@]}"; do
+        variable="${entry%%:*}" file="${entry#*:}"
+        if [ -n "$file" ]; then
+            value="$(cat -- "$file")" || fail "the secret $variable cannot be read from $file; write it to that file"
+        else
+            value="${!variable:-}"
+            [ -n "$value" ] || fail "the environment variable $variable is not set; set it before this script starts"
+        fi
+        export "$variable=$value"
+    done
+}
+
+mount_storage() {
+    [ -n "$mount" ] || return 0
+    if mountpoint -q "$root"; then
+        say "$root is mounted"
+        return 0
+    fi
+    command -v juicefs >/dev/null ||
+        fail "juicefs is not installed on $(uname -n), so $root cannot be mounted; install juicefs there, or leave out mount"
+    mkdir -p "$root"
+    juicefs mount -d "${mount_options[@]}" "$mount" "$root" || fail "juicefs cannot mount $mount at $root (see above)"
+    mountpoint -q "$root" || fail "juicefs returned, but $root is not mounted; see the log of juicefs"
+    mounted=1
+}
+
+make_folders() {
+    mkdir -p "$root" "$work" "$share/code" "$share/env" "$status"
+    if [ "${NODE_RANK:-0}" = 0 ]; then
+        local entry part target
+        for entry in "${links[@]}"; do
+            part="${entry%%:*}" target="${entry#*:}"
+            mkdir -p "$target"
+            [ -e "$root/$part" ] || ln -s "$target" "$root/$part"
+            [ "$root/$part" -ef "$target" ] || fail "$root/$part exists and is not $target; move it there, or leave out $part"
+        done
+        log="${log:-${TINYTRON_LOG:-}}" # SLURM's log has the job's number
+        if [ -n "$log" ]; then ln -sfn "$log" "$status/output.log"; fi
+    fi
+}
+
+unpack_code() { # once per commit; several jobs and nodes may arrive at the same time
+    if [ -d "$code" ]; then return 0; fi
+    exec 8>"$code.lock"
+    flock 8
+    if [ ! -d "$code" ]; then
+        rm -rf "$code.part"
+        mkdir "$code.part"
+        tar -xzf "$archive" -C "$code.part" --no-same-owner || fail "the code cannot be unpacked from $archive"
+        mv "$code.part" "$code"
+    fi
+    exec 8>&-
+}
+
+make_environment() { # once per list of packages
+    if [ -n "$python" ]; then return 0; fi
+    local key environment
+    key="$({ echo "${uv_groups[*]}" && cd "$code" && cat uv.lock requirements.txt constraints.txt pyproject.toml setup.py 2>/dev/null; } |
+        sha256sum | cut -c1-16)" || true
+    environment="$share/env/$key"
+    python="$environment/bin/python"
+    if [ -e "$environment/complete" ]; then return 0; fi
+    exec 8>"$environment.lock"
+    flock 8
+    if [ ! -e "$environment/complete" ]; then
+        say "making the environment $environment, once"
+        rm -rf "$environment"
+        (install_packages "$environment") >&2 || fail "the environment cannot be made (see above); or set python in the cluster's settings"
+        touch "$environment/complete"
+    fi
+    exec 8>&-
+}
+
+install_packages() { # FOLDER
+    set -e
+    cd "$code"
+    local packages=()
+    if [ -e uv.lock ] && command -v uv >/dev/null; then
+        UV_PROJECT_ENVIRONMENT="$1" uv sync --frozen --no-install-project "${uv_groups[@]/#/--group=}"
+        return
+    fi
+    if [ -e constraints.txt ]; then packages+=(-c constraints.txt); fi
+    if [ -e requirements.txt ]; then
+        packages+=(-r requirements.txt)
+    elif [ -e pyproject.toml ] || [ -e setup.py ]; then
+        packages+=(".[cli]")
+    else
+        say "error: the code has none of uv.lock, requirements.txt, pyproject.toml and setup.py, which name its packages"
+        return 2
+    fi
+    if command -v uv >/dev/null; then
+        uv venv "$1"
+        uv pip install --python "$python" "${packages[@]}"
+    else
+        python3 -m venv "$1"
+        "$python" -m pip install --quiet --disable-pip-version-check "${packages[@]}"
+    fi
+}
+
+take_gpus() { # one lock per GPU of this machine, until this process and its children end
+    if [ "$lock_gpus" = 0 ]; then return 0; fi
+    local locks=/tmp/tinytron-gpus index used fd door gpus taken told=""
+    gpus="$(nvidia-smi --query-gpu=index,memory.used --format=csv,noheader,nounits)" || fail "nvidia-smi finds no GPU on $(uname -n)"
+    [ "$(wc -l <<<"$gpus")" -ge "$lock_gpus" ] || fail "$(uname -n) has fewer than $lock_gpus GPUs; ask for fewer with -n"
+    [ -d "$locks" ] || mkdir -m 1777 "$locks" || true
+    while :; do
+        (umask 0 && : >>"$locks/door")
+        exec {door}<"$locks/door"
+        flock "$door"
+        CUDA_VISIBLE_DEVICES="" taken=()
+        while IFS=', ' read -r index used; do
+            if [ "${#taken[@]}" = "$lock_gpus" ]; then break; fi
+            if [ "$used" -gt 1024 ]; then continue; fi # used by a program that takes no lock
+            (umask 0 && : >>"$locks/$index")
+            exec {fd}<"$locks/$index"
+            if flock -n "$fd"; then
+                taken+=("$fd")
+                CUDA_VISIBLE_DEVICES="$CUDA_VISIBLE_DEVICES${CUDA_VISIBLE_DEVICES:+,}$index"
+            else
+                exec {fd}<&-
+            fi
+        done <<<"$gpus"
+        exec {door}<&-
+        if [ "${#taken[@]}" = "$lock_gpus" ]; then break; fi
+        for fd in "${taken[@]}"; do exec {fd}<&-; done
+        if [ -z "$told" ]; then say "waiting for $lock_gpus free GPUs" && told=1; fi
+        tell waiting
+        sleep 10
+        gpus="$(nvidia-smi --query-gpu=index,memory.used --format=csv,noheader,nounits)"
+    done
+    export CUDA_VISIBLE_DEVICES
+    say "using the GPUs $CUDA_VISIBLE_DEVICES"
+}
+
+beat() { # the heartbeat is the time of the file; until the script ends, however it ends
+    trap '' TERM USR1
+    while sleep "$heartbeat_seconds" && kill -0 $$ 2>/dev/null; do touch -c "$status/metadata.json"; done
+}
+
+run_job() {
+    export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+    cd "$work"
+    local command=(tinytron run "$name" "$here/config.yaml" "$root" "${arguments[@]}")
+    if [ "$notebook" = 1 ]; then
+        local address=127.0.0.1
+        "$python" -c 'import jupyterlab' || fail "jupyterlab is not installed for $python; add it to the packages of the code"
+        if [ -n "${SLURM_JOB_ID:-}" ]; then address="$(uname -n)"; fi # the tunnel ends at the login node
+        port="$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')" ||
+            fail "there is no free port for Jupyter"
+        command=(jupyter lab --no-browser --allow-root "--ip=$address" "--port=$port" --ServerApp.port_retries=0)
+        cd "$code"
+    fi
+    tell running
+    beat </dev/null >/dev/null 2>&1 &
+    beating=$!
+    disown "$beating" # its end is not worth a line in the log
+    "$python" -m "${command[@]}" &
+    child=$!
+    local before code
+    while :; do # a signal ends `wait` early, and the job's own status is in a later one
+        before=$signals code=0
+        wait "$child" || code=$?
+        if [ "$signals" = "$before" ]; then break; fi
+    done
+    child=""
+    return "$code"
+}
+
+stop="" signals=0 child="" beating="" mounted="" port=""
+trap 'leave $?' EXIT
+trap 'stop_child TERM' TERM
+trap 'stop_child USR1' USR1
+read_secrets
+mount_storage
+make_folders
+tell preparing
+unpack_code
+make_environment
+take_gpus
+run_job

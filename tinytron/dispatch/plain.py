@@ -1,0 +1,91 @@
+"""A machine without a scheduler: jobs are detached processes, and locks keep two jobs from sharing a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from tinytron.dispatch.hosts import Host
+from tinytron.dispatch.record import Submission
+from tinytron.dispatch.script import job_folder, job_script, quote, quote_path, status_folder
+from tinytron.dispatch.work import SCRIPT, Prepared, Request, Work
+from tinytron.errors import ConfigError, HostError
+
+_USED_MIB = 1024  # a GPU with more than this is in use
+
+
+class PlainHost(Host):
+    """A machine behind SSH, or this one."""
+
+    kind = "plain"
+
+    def has(self, request: Request) -> bool:
+        if request.chips == 0:
+            return True
+        if self.settings.chips is not None:
+            chips = self.settings.chips
+            there = sum(chips.values()) if request.chip is None else chips.get(request.chip, 0)
+            return there >= request.chips
+        return len(self._gpus(request)) >= request.chips
+
+    def free(self, request: Request) -> int:
+        return sum(used <= _USED_MIB for used in self._gpus(request))
+
+    def _gpus(self, request: Request) -> list[int]:
+        """The memory in use, in MiB, of each GPU of the kind that ``request`` names. The kind is part of nvidia-smi's name
+        for it (``NVIDIA H100 80GB HBM3``), unless the settings name a single kind."""
+        text = self.shell.run(
+            "command -v nvidia-smi >/dev/null || exit 0\n"
+            "nvidia-smi --query-gpu=memory.used,name --format=csv,noheader,nounits"
+        )
+        found = []
+        for line in text.splitlines():
+            used, _, name = line.partition(",")
+            if not used.strip().isdecimal():
+                raise HostError(f"{self.name}: nvidia-smi says {line.strip()!r}; see nvidia-smi on {self.shell.place}")
+            known = self.settings.chips is not None and set(self.settings.chips) == {request.chip}
+            if request.chip is None or known or request.chip.lower() in name.lower().split():
+                found.append(int(used))
+        return found
+
+    def prepare(
+        self, work: Work, request: Request, run_id: str, tree: str, env: Mapping[str, str], values: Mapping[str, str]
+    ) -> Prepared:
+        if request.mem is not None or request.cpu is not None:
+            raise ConfigError(
+                f"--mem and --cpu are for schedulers, but {self.name} is a plain host; leave them out, or use --target"
+            )
+        script = job_script(
+            *(work, self.cluster, self.environment(env), request, run_id, tree),
+            log=self._log(work, run_id),
+            lock_gpus=request.chips > 0,
+            per_node=request.chips,
+            uv_groups=self.settings.uv_groups or (),
+        )
+        here, status = job_folder(self.cluster, work, run_id), status_folder(self.cluster, work, run_id)
+        return Prepared(work, run_id, here, status, script, values)
+
+    def _log(self, work: Work, run_id: str) -> str:
+        return f"{self.cluster.folder('log').rstrip('/')}/{work.project}_{work.group}_{work.name}_{run_id}.log"
+
+    def starting(self, jobs: Sequence[Prepared], request: Request, name: str) -> str:
+        lines = [f"mkdir -p {quote_path(self.cluster.folder('log'))}"]
+        for job in jobs:
+            log = self._log(job.work, job.run_id)
+            # In a session of its own, without our terminal: it outlives the connection.
+            lines += [
+                f"setsid nohup bash {quote_path(job.here)}/{SCRIPT} </dev/null >>{quote_path(log)} 2>&1 &",
+                f"printf '%s\\t%s\\n' $! {quote(log)}",
+            ]
+        return "\n".join(lines)
+
+    def alive(self, submissions: Sequence[Submission]) -> str:
+        return "\n".join(f"if {_is_its_process(one)}; then echo alive; else echo gone; fi" for one in submissions)
+
+    def stopping(self, submission: Submission) -> str:
+        return f"if {_is_its_process(submission)}; then kill -TERM {quote(submission.id)}; fi"
+
+
+def _is_its_process(submission: Submission) -> str:
+    """A condition: the process of that number is still the submission's, and not one that came later."""
+    file = f"/proc/{quote(submission.id)}/cmdline"
+    return f"tr '\\0' '\\n' <{file} 2>/dev/null | grep -qFx -- {quote_path(submission.here)}/{SCRIPT}"

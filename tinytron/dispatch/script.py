@@ -1,0 +1,167 @@
+"""The bash script that runs a job on a host: settings, all of them quoted, followed by ``job.sh``, which never changes."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shlex
+import tarfile
+import textwrap
+from collections.abc import Mapping
+from importlib import resources
+
+from tinytron.dispatch.settings import Cluster, Secret
+from tinytron.dispatch.storage import mount_options, without_password
+from tinytron.dispatch.work import Request, Work
+
+HEARTBEAT_SECONDS = 30
+TOKEN = "JUPYTER_TOKEN"  # read by Jupyter
+_LINKS = ("data", "checkpoints", "results")
+
+
+def quote(text: str) -> str:
+    """``text`` as one word of a shell script, whatever it contains. Everything from a user passes through here."""
+    assert "\0" not in text, "settings and names are checked for it"
+    return shlex.quote(text)
+
+
+def quote_path(path: str) -> str:
+    """Like ``quote``, but a leading ``~/`` is the home folder on the machine where the script runs."""
+    return f'"$HOME"/{quote(path[2:])}' if path.startswith("~/") else quote(path)
+
+
+def quote_all(words: list[str]) -> str:
+    """``words`` as the content of a bash array."""
+    return " ".join(map(quote, words))
+
+
+def secrets_of(cluster: Cluster) -> dict[str, Secret]:
+    """The secrets of the cluster's jobs by environment variable. A password inside ``mount`` is one of them, without a
+    reference."""
+    given = {
+        "WANDB_API_KEY": cluster.wandb,
+        "HF_TOKEN": cluster.hf_token,
+        "META_PASSWORD": cluster.mount_password,  # read by juicefs
+    }
+    found = {name: secret for name, secret in given.items() if secret is not None}
+    if cluster.mount is not None and without_password(cluster.mount)[1] is not None:
+        found.setdefault("META_PASSWORD", Secret())
+    return found
+
+
+def job_folder(cluster: Cluster, work: Work, run_id: str) -> str:
+    """The folder of one submission on the host."""
+    return f"{cluster.folder('share').rstrip('/')}/jobs/{work.place}/{run_id}"
+
+
+def status_folder(cluster: Cluster, work: Work, run_id: str) -> str:
+    """The folder with the state of one submission."""
+    return f"{cluster.folder('status').rstrip('/')}/{work.place}/{run_id}"
+
+
+def job_script(
+    work: Work,
+    cluster: Cluster,
+    env: Mapping[str, str],
+    request: Request,
+    run_id: str,
+    tree: str,
+    *,
+    log: str = "",
+    slurm: bool = False,
+    lock_gpus: bool = False,
+    per_node: int | None = None,
+    uv_groups: tuple[str, ...] = (),
+    rank_logs: bool = False,
+    payload: bytes | None = None,
+) -> str:
+    """The whole script. ``env`` are its environment variables; ``tree`` names the code; ``per_node`` is the number of GPUs
+    of each node (``None``: all that there are); ``payload``, a tar.gz of the job's folder, makes it self-contained."""
+    described = {"name": work.name, "project": work.project, "group": work.group, "run_id": run_id}
+    share = quote_path(cluster.folder("share"))
+    here = quote_path(job_folder(cluster, work, run_id))
+    stages = " ".join(f'-s "$here"/stage{number}.yaml' for number in range(1, len(work.files)))
+    mount = without_password(cluster.mount)[0] if cluster.mount else ""
+    secrets = secrets_of(cluster) | ({TOKEN: Secret()} if work.notebook else {})
+    links = " ".join(f"{part}:{quote_path(path)}" for part in _LINKS if (path := getattr(cluster, part)))
+    lines = [
+        "#!/usr/bin/env bash",
+        f"# Runs {work.place} (submission {run_id}). Written by Tinytron; safe to repeat: the run continues.",
+        "set -euo pipefail",
+        "",
+        f"name={quote(work.name)}",
+        f"described={quote(json.dumps(described)[1:-1])}",
+        f"here={here}",
+        f"root={quote_path(cluster.root)}",
+        f"work={quote_path(cluster.work)}",
+        f"share={share}",
+        f"status={quote_path(status_folder(cluster, work, run_id))}",
+        f"log={quote_path(log)}" if log else 'log=""',
+        f"code={share}/code/{quote(tree)}",
+        f"archive={here}/code.tar.gz" if payload is not None else f"archive={share}/code/{quote(tree)}.tar.gz",
+        f"python={quote_path(cluster.python)}" if cluster.python else 'python=""',
+        f"uv_groups=({quote_all(list(uv_groups))})",
+        f"arguments=({quote_all(work.flags())}{' ' + stages if stages else ''})",
+        f"links=({links})",
+        f"mount={quote(mount)}",
+        f"mount_options=({' '.join(mount_options(cluster, quote, quote_path))})",
+        f"lock_gpus={request.chips if lock_gpus else 0}",
+        f"notebook={int(work.notebook)}",
+        f"heartbeat_seconds={HEARTBEAT_SECONDS}",
+        "",
+        "# Files with secrets by environment variable; without a file, the variable has to be set.",
+        f"secrets=({' '.join(_secret(name, s, payload is None) for name, s in secrets.items())})",
+        "",
+        *_environment(cluster, env, request, per_node, slurm=slurm, rank_logs=rank_logs),
+    ]
+    if payload is not None:
+        lines += _payload(payload)
+    body = resources.files("tinytron.dispatch").joinpath("job.sh").read_text(encoding="utf-8")
+    return "\n".join(lines) + "\n" + body
+
+
+def _secret(name: str, secret: Secret, sent: bool) -> str:
+    if secret.file is not None:
+        return f"{name}:{quote_path(secret.file)}"
+    return f'{name}:"$here"/secret.{name}' if sent else f"{name}:"
+
+
+def _environment(
+    cluster: Cluster, env: Mapping[str, str], request: Request, per_node: int | None, *, slurm: bool, rank_logs: bool
+) -> list[str]:
+    lines = ["# Environment: our own, the cluster's, the host's, and --env; the last one wins."]
+    if slurm:
+        lines.append('export NUM_NODES="$SLURM_NNODES" NODE_RANK="$SLURM_NODEID"')
+    if request.chips == 0 or per_node is not None:
+        lines.append(f"export NUM_GPUS={per_node if request.chips else 0}")
+    if rank_logs:
+        lines.append(f'export PET_TEE=3 PET_LOG_DIR={quote_path(cluster.folder("log"))}/ranks-"${{SLURM_JOB_ID:-$$}}"')
+    known = {"UV_CACHE_DIR": cluster.uv_dir, "WANDB_ENTITY": cluster.wandb_entity}
+    known["WANDB_PROJECT"] = cluster.wandb_project
+    lines += [f"export {name}={quote_path(value)}" for name, value in known.items() if value]
+    return [*lines, *(f"export {name}={quote(value)}" for name, value in env.items())]
+
+
+def _payload(payload: bytes) -> list[str]:
+    text = "\n".join(textwrap.wrap(base64.b64encode(payload).decode(), 120))
+    return [
+        "",
+        "# The options and the code.",
+        'mkdir -p "$here"',
+        'chmod 700 "$here"',
+        "base64 -d <<'PAYLOAD' | tar -xz -C \"$here\" --no-same-owner",
+        text,
+        "PAYLOAD",
+    ]
+
+
+def packed(files: Mapping[str, tuple[bytes, int]]) -> bytes:
+    """A tar.gz of ``files``: content and mode by path. Folders are private."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=1) as tar:
+        for name, (content, mode) in files.items():
+            info = tarfile.TarInfo(name)
+            info.size, info.mode = len(content), mode
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()

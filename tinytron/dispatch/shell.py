@@ -1,0 +1,84 @@
+"""Bash on a host, by ssh or here: scripts and data travel over standard input, so that no command line shows them."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+
+from tinytron.errors import HostError
+
+CONNECT_SECONDS = 15
+SECONDS = 120.0
+_SSH_FAILED = 255
+
+
+@dataclass(frozen=True)
+class Shell:
+    """The machine ``ssh`` (``None``: this one), reached through the jump host ``proxy`` if there is one."""
+
+    ssh: str | None = None
+    proxy: str | None = None
+
+    @property
+    def place(self) -> str:
+        """The machine, for messages."""
+        return self.ssh or "this machine"
+
+    def command(self, *options: str) -> list[str]:
+        """The command that starts bash there. Its arguments are the same for every script, whatever shell the user has."""
+        if self.ssh is None:
+            return ["bash", "-s"]
+        jump = ["-J", self.proxy] if self.proxy else []
+        usual = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}"]
+        return ["ssh", *usual, *jump, *options, "--", self.ssh, "bash -s"]
+
+    def run(self, script: str, data: bytes = b"", seconds: float = SECONDS) -> str:
+        """The output of ``script`` as text; see ``run_bytes``."""
+        return self.run_bytes(script, data, seconds).decode("utf-8", "replace")
+
+    def run_bytes(self, script: str, data: bytes = b"", seconds: float = SECONDS) -> bytes:
+        """The output of ``script``; ``data`` is its standard input. Raises: HostError if the host cannot be reached, if the
+        script fails, with the last line of its errors, and if it takes longer than ``seconds``."""
+        try:
+            done = subprocess.run(
+                self.command(), input=_wrapped(script, data), capture_output=True, timeout=seconds, check=False
+            )
+        except FileNotFoundError as error:
+            raise HostError(f"{error.filename} is not installed here; install OpenSSH's client") from error
+        except subprocess.TimeoutExpired as error:
+            raise HostError(
+                f"{self.place} does not answer within {seconds:g} s; check it with ssh {self.ssh}"
+            ) from error
+        if done.returncode:
+            lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
+            last = lines[-1] if lines else f"exit status {done.returncode}"
+            if self.ssh is not None and done.returncode == _SSH_FAILED:
+                raise HostError(
+                    f"{self.ssh} cannot be reached ({last}); make `ssh {self.ssh} true` work without a password"
+                )
+            raise HostError(f"{self.place}: {last}")
+        return done.stdout
+
+    def tunnel(self, port: int, node: str, remote: int) -> subprocess.Popen[bytes]:
+        """An ssh that forwards ``port`` of this machine to ``remote`` on ``node``, as seen from the host."""
+        forward = ["-N", "-o", "ExitOnForwardFailure=yes", "-L", f"127.0.0.1:{port}:{node}:{remote}"]
+        return subprocess.Popen(self.command(*forward)[:-1], stdin=subprocess.DEVNULL)
+
+    def follow(self, script: str) -> int:
+        """Run ``script`` with our standard output. Returns its exit status."""
+        process = subprocess.Popen(self.command("-T"), stdin=subprocess.PIPE)
+        assert process.stdin is not None, "a pipe was asked for"
+        with process.stdin as pipe:
+            pipe.write(_wrapped(script, b""))
+        try:
+            return process.wait()
+        finally:
+            if process.poll() is None:  # Ctrl-C
+                process.terminate()
+                process.wait()
+
+
+def _wrapped(script: str, data: bytes) -> bytes:
+    """``script`` in braces: bash reads it to the end before it runs any of it, and then leaves ``data`` to the script's
+    commands."""
+    return b"{\nset -eu\n" + script.encode() + b"\nexit\n}\n" + data

@@ -1,0 +1,215 @@
+"""A SLURM cluster: an sbatch file with one task per node, which saves and requeues itself before the time limit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from tinytron.dispatch.hosts import Host
+from tinytron.dispatch.record import Submission
+from tinytron.dispatch.script import job_folder, job_script, quote, quote_path, status_folder
+from tinytron.dispatch.settings import Partition
+from tinytron.dispatch.work import SCRIPT, Prepared, Request, Work
+from tinytron.errors import ConfigError, HostError
+
+BATCH = """
+# One task per node runs each job's script, which starts the processes of its node. SLURM's signals reach this shell only.
+jobs=({jobs})
+job="${{jobs[${{SLURM_ARRAY_TASK_ID:-0}}]}}"
+export MASTER_ADDR="${{MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}}"
+export MASTER_PORT="${{MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}}"
+export TINYTRON_LOG={log}"${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}.out"
+stop="" signals=0
+rm -f "$job/exit_status"
+# shellcheck disable=SC2317  # called by the traps
+pass_on() {{
+    stop="$1" signals=$((signals + 1))
+    kill -s "$1" "$step"
+}}
+srun --kill-on-bad-exit=1 --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \\
+    ${{SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"}} bash "$job/{script}" &
+step=$!
+trap 'pass_on USR1' USR1 # the time limit is near
+trap 'pass_on TERM' TERM # scancel, or preemption
+while :; do # a signal ends `wait` early, and the step's own status is in a later one
+    before=$signals code=0
+    wait "$step" || code=$?
+    if [ "$signals" = "$before" ]; then break; fi
+done
+if [ -z "$stop" ]; then echo "$code" >"$job/exit_status"; fi # when one node fails, SLURM stops the others with SIGTERM
+again=0
+case "$stop:$code" in
+USR1:0) again=1 ;; # saved
+USR1:138 | USR1:143) again=$((${{SLURM_RESTART_COUNT:-0}} < {tries})) ;; # training had not begun
+esac
+if [ "$again" = 1 ]; then
+    echo "tinytron: stopped before the time limit; this job is queued again"
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
+"""
+_TRIES = 3  # restarts of a job that meets its time limit before it trains; its environment may have taken all the time
+_RUNNING = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED", "SUSPENDED")
+_WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESIZING", "SPECIAL_EXIT")
+
+
+def sbatch_option(name: str, value: str | None = None) -> str:
+    """A line with an option of sbatch, which reads these lines itself: a value in double quotes, with backslashes before
+    quotes and backslashes. Raises: ConfigError for control characters, which would end the line or hide in it."""
+    for text in (name, value or ""):
+        if any(ord(c) < 32 or ord(c) == 127 for c in text):
+            raise ConfigError(f"the sbatch option {name!r} must not have line ends or control characters; remove them")
+    if re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) is None:
+        raise ConfigError(f"the sbatch option {name!r} must be letters and -, such as comment; see man sbatch")
+    if value is None:
+        return f"#SBATCH --{name}"
+    if re.fullmatch(r"[\w@%+:,./-]+", value, re.ASCII):
+        return f"#SBATCH --{name}={value}"
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'#SBATCH --{name}="{escaped}"'
+
+
+class SlurmHost(Host):
+    """A SLURM cluster."""
+
+    kind = "slurm"
+    queues = True
+    tools = (*Host.tools, "sbatch", "squeue", "sinfo", "scancel", "scontrol")
+
+    def _gres(self, chip: str | None) -> str:
+        return "gpu" if chip is None else self.whole.gres_mapping.get(chip, f"gpu:{chip}")
+
+    def _per_node(self, request: Request) -> int:
+        """Chips of each node of the job. Raises: ConfigError if the job cannot be divided among whole nodes."""
+        chips = self.settings.chips or {}
+        most = chips.get(request.chip) if request.chip is not None else max(chips.values(), default=None)
+        if most is None or request.chips <= most:
+            return request.chips
+        if most == 0 or request.chips % most:
+            raise ConfigError(
+                f"-n {request.chips} on {self.name}: its nodes have {most} x {request.chip or 'chips'}, so more than one "
+                f"node needs a multiple of that; use -n {max(1, request.chips // max(most, 1)) * most}"
+            )
+        return most
+
+    def has(self, request: Request) -> bool:
+        if request.chips == 0:
+            return True
+        chips = self.settings.chips
+        return request.chip is None or chips is None or chips.get(request.chip, 0) > 0
+
+    def free(self, request: Request) -> int:
+        if request.chips == 0:
+            return 0
+        return free_chips(
+            self.shell.run("sinfo -h -N -O NodeList:100,StateCompact:30,Gres:200,GresUsed:200"),
+            self._gres(request.chip),
+        )
+
+    def prepare(
+        self, work: Work, request: Request, run_id: str, tree: str, env: Mapping[str, str], values: Mapping[str, str]
+    ) -> Prepared:
+        script = job_script(
+            *(work, self.cluster, self.environment(env), request, run_id, tree),
+            slurm=True,
+            per_node=self._per_node(request),
+            uv_groups=self.settings.uv_groups or (),
+            rank_logs=self.settings.rank_logs,
+        )
+        here, status = job_folder(self.cluster, work, run_id), status_folder(self.cluster, work, run_id)
+        return Prepared(work, run_id, here, status, script, values)
+
+    def _log(self, name: str) -> str:
+        """The path of a log up to the job's number."""
+        return f"{self.cluster.folder('log').rstrip('/')}/{name}-"
+
+    def batch_script(self, jobs: Sequence[Prepared], request: Request, name: str) -> str:
+        """The sbatch file for ``jobs``, together called ``name``. Raises: ConfigError."""
+        log = self._log(name).replace("%", "%%")  # sbatch has patterns
+        log += "%j.out" if len(jobs) == 1 else "%A_%a.out"
+        own = self.settings
+        per_node = self._per_node(request)
+        nodes = max(1, request.chips // per_node) if per_node else 1
+        partition = _chosen(own.partitions if request.chips else own.cpu_partitions)
+        options: dict[str, str | None] = {
+            "job-name": name,
+            "output": log,
+            "open-mode": "append",  # a requeued job continues its log
+            "nodes": str(nodes),
+            "ntasks-per-node": "1",
+            "gres": f"{self._gres(request.chip)}:{per_node}" if per_node else "",
+            "cpus-per-task": str(request.cpu or own.cpus or ""),
+            "mem": request.mem or own.mem,
+            "time": own.time or "",
+            "partition": partition.name if partition else "",
+            "constraint": (partition.constraint if partition else None) or "",
+            "account": own.account or "",
+            "qos": own.qos or "",
+            "exclude": ",".join(own.exclude or ()),
+            "signal": f"B:USR1@{own.signal_seconds}",
+            "array": f"0-{len(jobs) - 1}" if len(jobs) > 1 else "",
+        }
+        options |= own.annotations or {}
+        lines = [sbatch_option(key, value) for key, value in options.items() if value]
+        # The environment is needed here too: for MASTER_ADDR, and for srun.
+        exported = [f"export {key}={quote(value)}" for key, value in self.environment({}).items()]
+        body = BATCH.format(
+            log=quote(self._log(name)), jobs=" ".join(quote_path(job.here) for job in jobs), script=SCRIPT, tries=_TRIES
+        )
+        return "\n".join(["#!/bin/bash", *lines, "#SBATCH --requeue", *exported]) + "\n" + body.lstrip("\n")
+
+    def starting(self, jobs: Sequence[Prepared], request: Request, name: str) -> str:
+        batch = self.batch_script(jobs, request, name)
+        log = self._log(name)
+        first = quote_path(jobs[0].here)
+        lines = [
+            f"mkdir -p {quote_path(self.cluster.folder('log'))}",
+            f"printf '%s' {quote(batch)} >{first}/job.sbatch",
+            f"cd {first}",
+            "id=$(sbatch --parsable job.sbatch)",
+            'id="${id%%;*}"',
+        ]
+        if len(jobs) == 1:
+            return "\n".join([*lines, f'printf \'%s\\t%s%s.out\\n\' "$id" {quote(log)} "$id"'])
+        names = " ".join(str(n) for n in range(len(jobs)))
+        lines.append(f'for n in {names}; do printf \'%s\\t%s%s.out\\n\' "${{id}}_$n" {quote(log)} "${{id}}_$n"; done')
+        return "\n".join(lines)
+
+    def alive(self, submissions: Sequence[Submission]) -> str:
+        running, waiting = "|".join(_RUNNING), "|".join(_WAITING)
+        lines = [
+            'look() { state=$(squeue -h -j "$1" -o %T 2>/dev/null | head -n 1 || true)',
+            f'case "$state" in {running}) echo alive ;; {waiting}) echo queued ;;',
+            '*) code=$(cat "$2/exit_status" 2>/dev/null || echo 0)',
+            'if [ "$code" = 0 ]; then echo gone; else echo "failed $code"; fi ;; esac; }',
+        ]
+        return "\n".join([*lines, *(f"look {quote(one.id)} {quote_path(one.here)}" for one in submissions)])
+
+    def stopping(self, submission: Submission) -> str:
+        return f"scancel {quote(submission.id)}"
+
+
+def free_chips(text: str, gres: str) -> int:
+    """The free chips ``gres`` (``gpu`` or ``gpu:h100``) in sinfo's columns node, state, gres and gres in use. A node that
+    is in several partitions counts once."""
+    nodes: dict[str, int] = {}
+    for line in text.splitlines():
+        words = line.split()
+        if len(words) != 4:
+            raise HostError(f"sinfo says {line.strip()!r}; expected node, state, gres and used gres")
+        node, state, there, used = words
+        if state.rstrip("*~#!%$@^-+") in ("idle", "mix", "alloc"):
+            nodes[node] = max(0, _count(there, gres) - _count(used, gres))
+    return sum(nodes.values())
+
+
+def _count(text: str, gres: str) -> int:
+    """The number of ``gres`` in ``gpu:h100:8(S:0-1),gpu:a100:2(IDX:0,1)``."""
+    found = re.findall(r"([\w.:-]+?):(\d+)(?:\([^)]*\))?(?:,|$)", text)
+    return sum(int(number) for name, number in found if name == gres or name.startswith(f"{gres}:"))
+
+
+def _chosen(partitions: Sequence[Partition] | None) -> Partition | None:
+    """The partition that is marked as default, or else the first one."""
+    named = list(partitions or ())
+    return next((one for one in named if one.default), named[0] if named else None)

@@ -1,0 +1,128 @@
+"""Submitting: choose a host, send the code and the options, start the job, and remember it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from tinytron.dispatch import record
+from tinytron.dispatch.choose import Rule, choose
+from tinytron.dispatch.hosts import Host, State, host_of, hosts_of
+from tinytron.dispatch.record import Submission
+from tinytron.dispatch.script import secrets_of
+from tinytron.dispatch.settings import Cluster, Settings
+from tinytron.dispatch.ship import Shipment
+from tinytron.dispatch.storage import without_password
+from tinytron.dispatch.work import SCRIPT, Prepared, Request, Work, new_run_id
+from tinytron.errors import ConfigError, HostError
+
+
+@dataclass(frozen=True)
+class Order:
+    """How works are submitted: the hardware of each, the hosts to consider, environment variables (``--env``), and further
+    secrets by variable."""
+
+    request: Request
+    rule: Rule
+    env: Mapping[str, str]
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+def submit_all(
+    works: Sequence[Work],
+    settings: Settings,
+    order: Order,
+    shipment: Shipment,
+    environment: Mapping[str, str],
+    say: Callable[[str], None] = print,
+    *,
+    name: str | None = None,
+    dry_run: bool = False,
+) -> list[Submission]:
+    """Submit ``works`` to one host; in SLURM, several are one job array called ``name``. ``environment`` is where secrets
+    come from. With ``dry_run`` every file and script is printed, and no host is reached: the first that is allowed is
+    taken. Raises: ConfigError; HostError."""
+    hosts = hosts_of(settings)
+    host, why = _first(settings, hosts, order) if dry_run else choose(settings, hosts, order.request, order.rule)
+    for note in shipment.notes:
+        say(note)
+    say(f"host: {host.name} ({why})")
+    values = {**secret_values(host.cluster, environment), **order.secrets}
+    jobs = []
+    for work in works:
+        run_id = new_run_id()
+        jobs.append(host.prepare(work, order.request, run_id, shipment.files.tree, order.env, values))
+    title = works[0].title if len(works) == 1 else f"{works[0].project}-{works[0].group}-{name or 'sweep'}"
+    starting = host.starting(jobs, order.request, title)
+    if dry_run:
+        _show(host, jobs, starting, say)
+        return []
+    host.send(jobs, shipment.files)
+    started = host.start(jobs, order.request, title)
+    return [_remember(host, job, shipment, *one) for job, one in zip(jobs, started, strict=True)]
+
+
+def _first(settings: Settings, hosts: Sequence[Host], order: Order) -> tuple[Host, str]:
+    """The first host that the rule allows, without asking any."""
+    for host in hosts:
+        host_only = Rule(order.rule.clusters, order.rule.excluded, host.name)
+        if order.rule.target in (None, host.name, settings.hosts[host.name].cluster):
+            try:
+                found, _ = choose(settings, [host], order.request, host_only)
+            except ConfigError:
+                continue
+            return found, "the first that is allowed; none was asked"
+    return choose(settings, [], order.request, order.rule)  # raises the right error
+
+
+def secret_values(cluster: Cluster, environment: Mapping[str, str]) -> dict[str, str]:
+    """The secrets that travel: those of environment variables of this machine, and the password in ``mount``. Raises:
+    ConfigError for a variable that is not set."""
+    found = {}
+    for name, secret in secrets_of(cluster).items():
+        if secret.env is not None:
+            if not environment.get(secret.env):
+                raise ConfigError(
+                    f"the environment variable {secret.env} is not set, but the cluster's settings take {name} from it; "
+                    f"set it with: export {secret.env}=..."
+                )
+            found[name] = environment[secret.env]
+        elif secret.file is None and cluster.mount is not None:
+            password = without_password(cluster.mount)[1]
+            assert password is not None, "a secret without a reference is the password of the mount"
+            found[name] = password
+    return found
+
+
+def _remember(host: Host, job: Prepared, shipment: Shipment, job_id: str, log: str) -> Submission:
+    work = job.work
+    submission = Submission(
+        *(job.run_id, work.name, work.project, work.group, host.name, host.kind, host.shell.ssh, host.shell.proxy),
+        *(job_id, job.here, host.cluster.root, job.status, log, shipment.files.tree),
+    )
+    record.write(submission)
+    return submission
+
+
+def _show(host: Host, jobs: Sequence[Prepared], starting: str, say: Callable[[str], None]) -> None:
+    for job in jobs:
+        for name, content in job.files().items():
+            say(f"\n# file {job.here}/{name}\n{content.decode('utf-8', 'replace')}")
+        for name in job.values:
+            say(f"\n# file {job.here}/secret.{name}, which only you can read: not shown")
+    say(f"\n# script that starts it on {host.name} ({SCRIPT} is above)\n{starting}")
+
+
+def states_of(submissions: Sequence[Submission]) -> dict[str, State | HostError]:
+    """The state of each submission by run id; the error for those whose host cannot be asked. Each host is asked once."""
+    found: dict[str, State | HostError] = {}
+    by_host: dict[tuple[str, str | None], list[Submission]] = {}
+    for one in submissions:
+        by_host.setdefault((one.host, one.ssh), []).append(one)
+    for several in by_host.values():
+        try:
+            states = host_of(several[0]).states(several)
+            found |= {one.run_id: state for one, state in zip(several, states, strict=True)}
+        except HostError as error:
+            found |= {one.run_id: error for one in several}
+    return found

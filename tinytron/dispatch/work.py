@@ -1,0 +1,87 @@
+"""A work to run, and the hardware it asks for: read from the command line, and sent to a host."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import PurePosixPath
+
+from tinytron.jobs.places import check_place
+
+CONFIG = "config.yaml"
+SCRIPT = "run.sh"
+
+
+@dataclass(frozen=True)
+class Request:
+    """The hardware that a job asks for: ``chips`` accelerators (0: a CPU job) of the kind ``chip`` (``None``: any)."""
+
+    chips: int = 1
+    chip: str | None = None
+    mem: str | None = None
+    cpu: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.chips} x {self.chip or 'any chip'}" if self.chips else "a CPU"
+
+
+@dataclass(frozen=True)
+class Work:
+    """A named run: the contents of its option ``files``, one per stage, and further words of ``tinytron run``. A
+    ``notebook`` has neither; it runs Jupyter."""
+
+    name: str
+    files: tuple[bytes, ...]
+    words: tuple[str, ...] = ()
+    project: str = "general"
+    group: str = "default"
+    job: str | None = None
+    restore: str | None = None
+    load: tuple[str, ...] = ()
+    notebook: bool = False
+
+    def __post_init__(self) -> None:
+        check_place(self.name, self.project, self.group)
+
+    @property
+    def place(self) -> PurePosixPath:
+        """``project/group/name``."""
+        return PurePosixPath(self.project, self.group, self.name)
+
+    @property
+    def title(self) -> str:
+        """The name that schedulers show."""
+        return f"{self.project}-{self.group}-{self.name}"
+
+    def stage_files(self) -> dict[str, bytes]:
+        """The option files by their names on the host."""
+        return {CONFIG if n == 0 else f"stage{n}.yaml": content for n, content in enumerate(self.files)}
+
+    def flags(self) -> list[str]:
+        """The flags of ``tinytron run`` that are not paths on the host."""
+        flags = ["-p", self.project, "-g", self.group]
+        flags += ["-j", self.job] if self.job else []
+        flags += [f"--restore={self.restore}"] if self.restore else []
+        return [*flags, *(f"--load={module}" for module in self.load), *self.words]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A work with its folder ``here`` on a host, its script, and the ``values`` of secrets by variable."""
+
+    work: Work
+    run_id: str
+    here: str
+    status: str
+    script: str
+    values: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    def files(self) -> dict[str, bytes]:
+        """The files of its folder, except the secrets."""
+        return {SCRIPT: self.script.encode(), **self.work.stage_files()}
+
+
+def new_run_id() -> str:
+    """A name for one submission, which sorts by time."""
+    return datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")
