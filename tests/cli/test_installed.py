@@ -70,6 +70,7 @@ def test_the_wheel_has_the_package_and_its_data_and_nothing_else(wheel: Path) ->
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "tinytron").rglob("*.py")}
     expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "tinytron/observe/page").rglob("*") if path.is_file()}
+    expected.add("tinytron/dispatch/job.sh")
     assert {name for name in names if not name.split("/")[0].endswith(".dist-info")} == expected
     (metadata,) = (name for name in names if name.endswith("/METADATA"))
     text = zipfile.ZipFile(wheel).read(metadata).decode()

@@ -44,6 +44,7 @@ def test_every_module_of_the_package_is_a_command_or_named_here() -> None:
         "chat",
         "child",
         "config_tables",
+        "elastic",
         "entry",
         "front_end",
         "gpt2fun",

@@ -31,9 +31,10 @@ if sys.argv[1] == "-c":
 signal.signal(signal.SIGTERM, leave)
 signal.signal(signal.SIGUSR1, leave)
 path = os.environ["HOME"] + "/called.json"
-with open(path + ".part", "w") as file:
+part = f"{{path}}.{{os.getpid()}}"  # two jobs may start at once
+with open(part, "w") as file:
     json.dump({{"argv": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd()}}, file)
-os.rename(path + ".part", path)
+os.rename(part, path)
 print("the job speaks", flush=True)
 act = os.environ.get("ACT", "")
 if "jupyter" in sys.argv:

@@ -143,6 +143,22 @@ def test_a_dry_run_shows_everything_but_secrets_and_does_nothing(
     assert not (place.home / "scratch").exists()
 
 
+def test_a_sweep_submits_each_combination_under_its_name(place: Place, said: Said) -> None:
+    _write(place, {"box": {"type": "plain"}})
+    words = ("submit", "mine", "run.yaml", "--load", "jobs_here", "-n", "0", "--sweep", "say.text=one,two words")
+    status, out, err = said(*words)
+    assert (status, err) == (0, "")
+    names = [one.name for one in read_all()[-2:]]
+    assert names == ["mine-text_one", "mine-text_two_words"]
+    for name, text in zip(names, ("one", "two words"), strict=True):
+        assert f"submitted general/default/{name} to box as " in out
+        _until(said, name, "finished (0)")
+        (script,) = (Path(one.here, "run.sh").read_text() for one in read_all() if one.name == name)
+        assert text in script
+    status, out, err = said(*words[:-1], "say.text=one,one")
+    assert (status, err) == (2, "error: --sweep say.text=one,one names the value one twice; leave one out\n")
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -20,7 +20,7 @@ FLOORS = (
     ("model", "hooks", "data", "text", "optim", "metrics"),
     ("checkpoint", "interop", "inference", "evaluation", "planner", "observe"),
     ("training",),
-    ("jobs", "experiments", "quick", "quickstart", "dispatch"),
+    ("jobs", "experiments", "quick", "quickstart", "manifests", "dispatch"),
     ("cli", "timl"),
 )
 SCRIPT_FLOOR = len(FLOORS) - 1

@@ -47,9 +47,9 @@ def test_the_extra_all_names_known_extras_and_leaves_out_what_needs_a_gpu(projec
     assert project["dependency-groups"]["all"] == ["tinytron[all]"]
 
 
-def test_requirements_are_the_pinned_quickstart() -> None:
+def test_requirements_are_what_the_quickstart_and_jobs_need_pinned() -> None:
     lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
-    assert lines == ["-c constraints.txt", "-e .[quickstart]"]
+    assert lines == ["-c constraints.txt", "-e .[quickstart,cli]"]
 
 
 def test_the_image_is_pinned_runs_as_no_root_and_copies_files_that_are_there() -> None:

@@ -9,8 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from tinytron.cli.watch import RUN_HELP, open_runs
-from tinytron.errors import ConfigError
-from tinytron.observe.compare import NUMBERS, as_lines, best, results
+from tinytron.observe.compare import NUMBERS, as_lines, best, read_all, results
 from tinytron.utils.flags import Parser, parse_strictly
 from tinytron.utils.paths import expanded
 
@@ -31,12 +30,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 def main(argv: Sequence[str], prog: str = "tinytron compare") -> None:
     """Print what ``argv`` asks for. Raises: TinytronError; OSError."""
     args = parse_strictly(_parser(prog), argv)
-    runs = open_runs(args.runs)
-    for run in runs:
-        run.refresh()
-        if run.problem:
-            raise ConfigError(f"{run.folder.name} cannot be read: {run.problem}; give a run folder such as log/<run>")
-    rows = results(runs)
+    rows = results(read_all(open_runs(args.runs)))
     if args.json:
         found = best(rows)
         print(

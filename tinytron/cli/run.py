@@ -20,6 +20,7 @@ from tinytron.cli import entry
 from tinytron.cli.child import run_child
 from tinytron.cli.jobs import add_load, add_place, parse_with_overrides
 from tinytron.cli.nodes import Nodes, nodes_of
+from tinytron.cli.watch import open_runs
 from tinytron.config import configuration, nested
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.job import BasicJob, JobSpec
@@ -27,6 +28,9 @@ from tinytron.jobs.kinds import job_class
 from tinytron.jobs.options import JobOptions
 from tinytron.jobs.places import check_place
 from tinytron.jobs.specs import read_stages
+from tinytron.jobs.sweep import grid
+from tinytron.observe.compare import as_lines, read_all, results
+from tinytron.observe.folder import LOG
 from tinytron.registry import load_module
 from tinytron.utils.flags import Parser, parse_strictly
 from tinytron.utils.lock import lock_folder
@@ -69,23 +73,33 @@ def main(argv: Sequence[str], prog: str = "tinytron run") -> int:
         metavar="NAME[/CHECKPOINT]",
         help="start from the weights of another job in OUT, such as other/best",
     )
+    parser.add_argument(
+        "--sweep",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE,...",
+        help="run every combination of these values, one after another, and compare them; last on the command line",
+    )
     add_load(parser)
     args = parse_with_overrides(parser, argv)
     load = [str(Path(module).resolve()) if module.endswith(".py") else module for module in args.load]
     for module in load:
         load_module(module)
-    specs = read_stages(
-        args.name,
-        [args.file, *args.stage],
-        args.out,
-        args.overrides,
-        job=args.job,
-        project=args.project,
-        group=args.group,
-        load=load,
-        restore=args.restore,
-    )
-    return run_stages(specs)
+    works = [
+        read_stages(
+            f"{args.name}-{variant.suffix}" if variant.suffix else args.name,
+            [args.file, *args.stage],
+            args.out,
+            [*args.overrides, *variant.words],
+            job=args.job,
+            project=args.project,
+            group=args.group,
+            load=load,
+            restore=args.restore,
+        )
+        for variant in grid(args.sweep)
+    ]
+    return run_sweep(works) if args.sweep else run_stages(works[0])
 
 
 def restore(argv: Sequence[str], prog: str = "tinytron restore") -> int:
@@ -140,6 +154,30 @@ def run_stages(specs: Sequence[JobSpec]) -> int:
         if status or stopped or not _is_done(spec, 0 if nodes.first else _MARKER_SECONDS):
             return status
     return 0
+
+
+def run_sweep(works: Sequence[Sequence[JobSpec]]) -> int:
+    """Run the works one after another, each with its stages, and print a table of their last stages. One that fails does
+    not keep the next from running. Returns the status of the first that failed or was stopped, else 0. Raises:
+    TinytronError."""
+    nodes = nodes_of()
+    statuses = []
+    for number, specs in enumerate(works, 1):
+        print(f"run {number} of {len(works)}: {specs[-1].name}", flush=True)
+        for spec in specs:
+            if _job(spec).done:
+                continue
+            with _written(spec, nodes) as file:
+                status, stopped = _in_a_process(spec, file)
+            if stopped:
+                return status
+            if status:
+                statuses.append(status)
+                break
+    folders = [str(log.parent) for specs in works for log in sorted(specs[-1].folder.glob(f"*/{LOG}"))]
+    if folders:
+        print("\n".join(as_lines(results(read_all(open_runs(folders))))))
+    return statuses[0] if statuses else 0
 
 
 def start(spec: JobSpec, file: Path) -> int:

@@ -40,12 +40,19 @@ def main(argv: Sequence[str], prog: str = "tinytron submit") -> None:
     add_choice(parser)
     parser.add_argument("--dry_run", action="store_true", help="print every file and script instead")
     _also(parser, "--dry-run", "dry_run", action="store_true")
+    parser.add_argument(
+        "--sweep",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE,...",
+        help="submit every combination of these values, in SLURM as one job array; last on the command line",
+    )
     args = parse_with_overrides(parser, argv)
     settings = read_settings(args.dispatch)
-    work, asked = _work(args)
+    works, asked = _works(args)
     order = Order(asked, rule_of(args), environment_of(args.env))
     shipment = pack(Path.cwd(), args.dirty)
-    done = submit_all([work], settings, order, shipment, os.environ, dry_run=args.dry_run)
+    done = submit_all(works, settings, order, shipment, os.environ, name=args.name, dry_run=args.dry_run)
     for one in done:
         print(f"submitted {one.place} to {one.host} as {one.id}; log: {one.log}")
         print(next_command("logs", one.name, "-f"))
@@ -145,6 +152,18 @@ def rule_of(args: argparse.Namespace) -> Rule:
 def _also(parser: argparse.ArgumentParser, flag: str, dest: str, action: str = "store") -> None:
     """Accept another spelling of a flag."""
     parser.add_argument(flag, dest=dest, action=action, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+def _works(args: argparse.Namespace) -> tuple[list[Work], Request]:
+    """The work, or with ``--sweep`` one for each combination, and the hardware of each. Raises: ConfigError."""
+    from tinytron.jobs.sweep import grid
+
+    found = []
+    for variant in grid(args.sweep):
+        name = f"{args.name}-{variant.suffix}" if variant.suffix else args.name
+        one = argparse.Namespace(**{**vars(args), "name": name, "overrides": [*args.overrides, *variant.words]})
+        found.append(_work(one))
+    return [work for work, _ in found], found[0][1]
 
 
 def _work(args: argparse.Namespace) -> tuple[Work, Request]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tinytron.errors import ConfigError
 from tinytron.observe.run import Run
 from tinytron.observe.table import clean
 from tinytron.utils.texts import table
@@ -28,6 +29,15 @@ TITLES = {
 _NAMES = ("logging.exp_name", "logging.log_dir", "logging.wandb_run_name")  # differ, and are no difference
 # Runs that differ in these predict other tokens.
 _MEASURE = ("data.dataset_path", "data.val_dataset_path", "train.seq_len", "train.max_eval_tokens", "train.split_rate")
+
+
+def read_all(runs: Sequence[Run]) -> Sequence[Run]:
+    """The runs, read. Raises: ConfigError for one that cannot be read."""
+    for run in runs:
+        run.refresh()
+        if run.problem:
+            raise ConfigError(f"{run.folder.name} cannot be read: {run.problem}; give a run folder such as log/<run>")
+    return runs
 
 
 def differences(runs: Sequence[Run]) -> list[str]:

@@ -11,7 +11,9 @@ from tinytron.errors import ConfigError
 
 # The variables in which torchrun, srun, Open MPI and Intel MPI give a process's number on its node.
 _LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
-ELASTIC = "TINYTRON_ELASTIC"  # set by our launcher for the workers of a run that continues when it loses a node
+# Set by our launcher for the workers of a run that continues when it loses a node, and in manifests for clusters that start
+# pods again: a process that was asked to stop then ends with a status that is not 0.
+ELASTIC = "TINYTRON_ELASTIC"
 NAME_SECONDS = 60.0  # maximum wait for the host name of the first of several nodes
 
 
