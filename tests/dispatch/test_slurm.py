@@ -113,7 +113,7 @@ def _tools(place: Place, free: str, state: str = "") -> None:
 def test_submit_queue_state_and_cancel(place: Place, said: Said) -> None:
     _tools(place, free="8", state="PENDING")
     _write(place, {"hpc": {"type": "slurm", "chips": {"h100": 8}}})
-    status, out, err = said("submit", "mine", "run.yaml", "--load", "jobs_here", "--cpu", "4")
+    status, out, err = said("submit", "mine", "run.yaml", "--load", "module_with_jobs", "--cpu", "4")
     assert (status, err) == (0, "")
     assert "host: hpc (hpc has 0 free; queued)" in out
     assert f"as 17; log: {place.home}/scratch/logs/general-default-mine-17.out" in out
@@ -164,7 +164,7 @@ def test_the_batch_file_runs_the_script_forwards_usr1_and_requeues(place: Place)
 def test_what_a_login_prints_is_left_out(place: Place, said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
     _tools(place, free="0", state="PENDING")
     _write(place, {"hpc": {"type": "slurm"}})
-    said("submit", "mine", "run.yaml", "--load", "jobs_here")
+    said("submit", "mine", "run.yaml", "--load", "module_with_jobs")
     run = Shell.run
     monkeypatch.setattr(Shell, "run", lambda *words: "Welcome to the cluster\n" + run(*words))
     assert "17  queued" in said("status")[1]

@@ -118,7 +118,7 @@ def test_a_job_outlives_the_connection_and_keeps_log_and_status(
         wandb={"env": "MY_KEY"},
     )
     watcher = Watcher(TOKEN)
-    status, out, err = said("submit", "mine", "run.yaml", "--load", "jobs_here", "-n", "0")
+    status, out, err = said("submit", "mine", "run.yaml", "--load", "module_with_jobs", "-n", "0")
     assert (status, err) == (0, "")
     _until(said, "mine", "running")
     while not (place.home / "called.json").exists():
@@ -162,6 +162,6 @@ def test_the_watcher_sees_a_word(tmp_path: Path) -> None:
 
 def test_the_login_of_another_user_is_refused_in_one_line(server: Server, place: Place, said: Said) -> None:
     _write(place, {"box": {"type": "plain", "ssh": "nobody@box"}})
-    _, _, err = said("submit", "mine", "run.yaml", "--load", "jobs_here", "-n", "0", "--target", "box")
+    _, _, err = said("submit", "mine", "run.yaml", "--load", "module_with_jobs", "-n", "0", "--target", "box")
     assert err.startswith("error: nobody@box cannot be reached (")
     assert len(err.splitlines()) == 1

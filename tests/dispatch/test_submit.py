@@ -26,12 +26,12 @@ TOKEN = "s3cret-t0ken"
 @pytest.fixture
 def said(repository: Path, capfd: pytest.CaptureFixture[str]) -> Said:
     """A function that runs a command in a repository with a job's file, and gives status, output and errors."""
-    (repository / "jobs_here.py").write_text(MODULE)
+    (repository / "module_with_jobs.py").write_text(MODULE)
     (repository / ".gitignore").write_text("*\n")
     subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "x"], check=True)
     sys.path.insert(0, str(repository))
     assert (
-        main(["configure", "say/text", "run.yaml", "say.text=hi", "--load", "jobs_here", "--chip", "h100", "-n", "1"])
+        main(["configure", "say/text", "run.yaml", "say.text=hi", "--load", "module_with_jobs", "--chip", "h100", "-n", "1"])
         == 0
     )
     capfd.readouterr()
@@ -63,11 +63,11 @@ def _until(said: Said, name: str, state: str) -> str:
 def test_submit_watch_and_pull(place: Place, said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", TOKEN)
     _write(place, {"box": {"type": "plain"}}, wandb={"env": "MY_KEY"}, env={"A": "cluster", "B": "cluster"})
-    words = ("submit", "mine", "run.yaml", "--load", "jobs_here", "-n", "0", "--env", "B=mine", "say.text=$(touch x)")
+    words = ("submit", "mine", "run.yaml", "--load", "module_with_jobs", "-n", "0", "--env", "B=mine", "say.text=$(touch x)")
     status, out, err = said(*words)
     assert (status, err) == (0, "")
     assert "code: commit" in out
-    assert "not sent, ignored by git: jobs_here.py, run.yaml" in out
+    assert "not sent, ignored by git: module_with_jobs.py, run.yaml" in out
     assert "host: box (a CPU job)" in out
     assert "submitted general/default/mine to box as " in out
     shown = _until(said, "mine", "finished (0)")
@@ -99,7 +99,7 @@ def test_submit_watch_and_pull(place: Place, said: Said, monkeypatch: pytest.Mon
 
 def test_logs_and_cancel(place: Place, said: Said, capfd: pytest.CaptureFixture[str]) -> None:
     _write(place, {"box": {"type": "plain", "env": {"ACT": "wait"}}})
-    assert said("submit", "mine", "run.yaml", "--load", "jobs_here", "-n", "0")[0] == 0
+    assert said("submit", "mine", "run.yaml", "--load", "module_with_jobs", "-n", "0")[0] == 0
     _until(said, "mine", "running")
     while not (place.home / "called.json").exists():
         time.sleep(0.1)
@@ -117,7 +117,7 @@ def test_logs_and_cancel(place: Place, said: Said, capfd: pytest.CaptureFixture[
 
 def test_a_job_that_was_killed_is_lost_and_its_number_may_be_anothers(place: Place, said: Said) -> None:
     _write(place, {"box": {"type": "plain", "env": {"ACT": "wait"}}})
-    said("submit", "mine", "run.yaml", "--load", "jobs_here", "-n", "0")
+    said("submit", "mine", "run.yaml", "--load", "module_with_jobs", "-n", "0")
     _until(said, "mine", "running")
     os.kill(int(read_all()[-1].id), 9)
     _until(said, "mine", "lost")
@@ -132,7 +132,7 @@ def test_a_dry_run_shows_everything_but_secrets_and_does_nothing(
 ) -> None:
     monkeypatch.setenv("MY_KEY", TOKEN)
     _write(place, {"box": {"type": "plain", "ssh": "nowhere.invalid"}}, wandb={"env": "MY_KEY"})
-    status, out, err = said("submit", "mine", "run.yaml", "--load", "jobs_here", "--dry_run")
+    status, out, err = said("submit", "mine", "run.yaml", "--load", "module_with_jobs", "--dry_run")
     assert (status, err) == (0, "")
     assert "/config.yaml\njob: " in out
     assert "# --- From here on, every job's script is the same." in out
@@ -145,7 +145,7 @@ def test_a_dry_run_shows_everything_but_secrets_and_does_nothing(
 
 def test_a_sweep_submits_each_combination_under_its_name(place: Place, said: Said) -> None:
     _write(place, {"box": {"type": "plain"}})
-    words = ("submit", "mine", "run.yaml", "--load", "jobs_here", "-n", "0", "--sweep", "say.text=one,two words")
+    words = ("submit", "mine", "run.yaml", "--load", "module_with_jobs", "-n", "0", "--sweep", "say.text=one,two words")
     status, out, err = said(*words)
     assert (status, err) == (0, "")
     names = [one.name for one in read_all()[-2:]]
@@ -179,7 +179,7 @@ def test_a_sweep_submits_each_combination_under_its_name(place: Place, said: Sai
 def test_a_mistake_is_one_line(place: Place, said: Said, words: tuple[str, ...], says: str) -> None:
     place.tool("nvidia-smi", NVIDIA.replace("20, NVIDIA", "5000, NVIDIA"))
     _write(place, {"box": {"type": "plain", "chips": {"h100": 3}}})
-    status, out, err = said("submit", "mine", "run.yaml", "--load", "jobs_here", *words)
+    status, out, err = said("submit", "mine", "run.yaml", "--load", "module_with_jobs", *words)
     assert status == 2, out
     assert says in err
     assert len(err.splitlines()) == 1
@@ -188,17 +188,17 @@ def test_a_mistake_is_one_line(place: Place, said: Said, words: tuple[str, ...],
 
 def test_a_secret_that_is_not_set_is_one_line(place: Place, said: Said) -> None:
     _write(place, {"box": {"type": "plain"}}, hf_token={"env": "NO_SUCH"})
-    _, _, err = said("submit", "mine", "run.yaml", "--load", "jobs_here", "-n", "0")
+    _, _, err = said("submit", "mine", "run.yaml", "--load", "module_with_jobs", "-n", "0")
     assert "the environment variable NO_SUCH is not set, but the cluster's settings take HF_TOKEN from it" in err
 
 
 def test_unknown_names(place: Place, said: Said) -> None:
     assert "nothing was submitted from here yet" in said("status")[1]
     _write(place, {"box": {"type": "plain"}})
-    said("submit", "mine", "run.yaml", "--load", "jobs_here", "-n", "0")
+    said("submit", "mine", "run.yaml", "--load", "module_with_jobs", "-n", "0")
     assert "nothing was submitted as mina; did you mean mine?" in said("status", "mina")[2]
     _until(said, "mine", "finished")
-    said("submit", "mine", "run.yaml", "--load", "jobs_here", "-n", "0", "-g", "other")
+    said("submit", "mine", "run.yaml", "--load", "module_with_jobs", "-n", "0", "-g", "other")
     assert "mine may be general/default/mine or general/other/mine; give the whole name" in said("logs", "mine")[2]
     _until(said, "general/other/mine", "finished")
     assert "does not exist yet; there is nothing to pull" in said("pull", "general/other/mine")[2]
@@ -207,7 +207,7 @@ def test_unknown_names(place: Place, said: Said) -> None:
 def test_a_host_that_cannot_be_reached_is_one_line(place: Place, said: Said) -> None:
     place.tool("ssh", "#!/bin/sh\ncat >/dev/null\necho 'Connection refused' >&2\nexit 255\n")
     _write(place, {"box": {"type": "plain", "ssh": "me@box"}})
-    _, _, err = said("submit", "mine", "run.yaml", "--load", "jobs_here", "-n", "0", "--target", "box")
+    _, _, err = said("submit", "mine", "run.yaml", "--load", "module_with_jobs", "-n", "0", "--target", "box")
     assert (
         err == "error: me@box cannot be reached (Connection refused); make `ssh me@box true` work without a password\n"
     )
@@ -233,7 +233,7 @@ def test_dispatch_check_says_what_each_host_has(place: Place, said: Said) -> Non
 
 def test_a_bootstrap_script_runs_alone(place: Place, said: Said, tmp_path: Path) -> None:
     _write(place, {"box": {"type": "plain", "env": {"A": "host"}}}, hf_token={"env": "HF_TOKEN"})
-    words = ("bootstrap", "mine", "run.yaml", "out.sh", "--load", "jobs_here", "--target", "box", "say.text=a b")
+    words = ("bootstrap", "mine", "run.yaml", "out.sh", "--load", "module_with_jobs", "--target", "box", "say.text=a b")
     status, out, err = said(*words, "--root", f"{place.home}/else where", "--env", "B=1", "-n", "0")
     assert (status, err) == (0, "")
     assert "wrote out.sh" in out
@@ -261,7 +261,7 @@ def test_a_bootstrap_script_runs_alone(place: Place, said: Said, tmp_path: Path)
 )
 def test_a_mistake_in_a_bootstrap_is_one_line(place: Place, said: Said, words: tuple[str, ...], says: str) -> None:
     _write(place, {"box": {"type": "plain"}})
-    status, _, err = said("bootstrap", "mine", "run.yaml", "out.sh", "--load", "jobs_here", *words)
+    status, _, err = said("bootstrap", "mine", "run.yaml", "out.sh", "--load", "module_with_jobs", *words)
     assert status == 2
     assert says in err
     assert not Path("out.sh").exists()
