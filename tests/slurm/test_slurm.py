@@ -139,12 +139,13 @@ def test_two_nodes_interrupted_twice_log_what_an_uninterrupted_run_logs(lab: Lab
     """The time limit first: SLURM sends USR1, the run saves, and the job queues itself again. Then a process is killed with
     SIGKILL, the job fails, and ``scontrol requeue`` continues it from its last checkpoint."""
     lab.settings(time="3:00", signal_seconds=60)
-    lab.slow.write_text("1")
+    lab.slow.write_text("0.7")
     watcher = Watcher(TOKEN)
     one = lab.submit("cut")
     lab.until(lambda: "queued again" in lab.log(one), "the time limit")
     assert "stopped by SIGUSR1" in lab.log(one)
     lab.until(lambda: lab.state(one) in ("preempted, queued", "running", "preparing"), "the queue", 60)
+    lab.slurm.run("scontrol", "update", f"JobId={one.id}", "TimeLimit=60")  # on a slow machine it would be met again
     lab.slow.write_text("0.5")
     lab.until(lambda: lab.log(one).count("resuming after step") == 1, "the second start")
     seen = lab.log(one).count("| saved")
