@@ -7,7 +7,7 @@
 #   TEST_PROCESSES=0 bash scripts/test.sh   one file after another; the default runs two at a time
 set -euo pipefail
 source "$(dirname "$0")/lib/env.sh"
-modules="torch numpy tqdm tokenizers matplotlib pytest xdist hypothesis ruff mypy datasets transformers peft tiktoken gguf omegaconf s3fs moto mkdocs material mkdocstrings_handlers tensorboard wandb"
+modules="torch numpy tqdm tokenizers matplotlib pytest xdist hypothesis ruff mypy datasets transformers peft tiktoken gguf omegaconf s3fs moto mkdocs material mkdocstrings_handlers tensorboard wandb kubernetes_validate kubeflow_trainer_api"
 if [ "$(uname)" = Linux ]; then modules="$modules triton"; fi # triton exists only for Linux
 # shellcheck disable=SC2086  # each word is a module
 need_python dev $modules
