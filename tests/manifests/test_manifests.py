@@ -168,7 +168,7 @@ def test_the_pods_pass_kubernetes_schema(kind: str, name: str) -> None:
         validate.validate(inner, validate.latest_version(), strict=True)
 
 
-# The fields of Volcano's API that are used, from its reference; no registry has its schema.
+# The fields of Volcano's API that are used, compared with its CRD by hand; no registry has its schema.
 VOLCANO = {
     "schedulerName": str, "minAvailable": int, "maxRetry": int, "ttlSecondsAfterFinished": int, "plugins": dict,
     "policies": list, "tasks": list, "queue": str,
