@@ -15,13 +15,18 @@ from typing import Any, ClassVar
 
 from tinytron.dispatch.record import Submission
 from tinytron.dispatch.script import job_folder, packed, quote, quote_path
-from tinytron.dispatch.settings import HOST_TYPES, Cluster, Plain, Settings, Slurm
+from tinytron.dispatch.settings import HOST_TYPES, Cluster, Settings
 from tinytron.dispatch.shell import Shell
 from tinytron.dispatch.work import Prepared, Request, Work
 from tinytron.errors import HostError
 
 KINDS: Mapping[str, str] = MappingProxyType(
-    {"plain": "tinytron.dispatch.plain:PlainHost", "slurm": "tinytron.dispatch.slurm:SlurmHost"}
+    {
+        "plain": "tinytron.dispatch.plain:PlainHost",
+        "slurm": "tinytron.dispatch.slurm:SlurmHost",
+        "kubernetes": "tinytron.dispatch.kubernetes:KubernetesHost",
+        "volcano": "tinytron.dispatch.kubernetes:VolcanoHost",
+    }
 )
 UPLOAD_SECONDS = 3600.0
 PULLED_NOT = ("*.pt", "*.part")  # checkpoints
@@ -58,6 +63,26 @@ class Host(ABC):
     def __init__(self, name: str, shell: Shell, settings: Any = None, whole: Settings | None = None) -> None:
         self.name, self.shell, self.settings = name, shell, settings
         self._whole = whole
+
+    @classmethod
+    def of_settings(cls, name: str, own: Any, whole: Settings) -> Host:
+        """The host of the settings ``own``."""
+        return cls(name, Shell(own.ssh, whole.proxy), own, whole)
+
+    @classmethod
+    def of_submission(cls, submission: Submission) -> Host:
+        """The host that ``submission`` went to."""
+        return cls(submission.host, Shell(submission.ssh, submission.proxy))
+
+    @property
+    def control(self) -> Shell:
+        """The shell in which the scheduler is asked; ``shell`` sees the files."""
+        return self.shell
+
+    @property
+    def options(self) -> dict[str, str]:
+        """More that a submission has to remember, for ``of_submission``."""
+        return {}
 
     @property
     def whole(self) -> Settings:
@@ -104,7 +129,7 @@ class Host(ABC):
 
     def start(self, jobs: Sequence[Prepared], request: Request, name: str) -> list[tuple[str, str]]:
         """Start ``jobs``. Returns the id and the log of each. Raises: HostError."""
-        lines = self.shell.run(self.starting(jobs, request, name)).splitlines()[-len(jobs) :]
+        lines = self.control.run(self.starting(jobs, request, name)).splitlines()[-len(jobs) :]
         found = [tuple(line.split("\t")) for line in lines]
         if len(found) != len(jobs) or any(len(one) != 2 for one in found):
             raise HostError(f"{self.name} did not start {name}: it printed {' '.join(lines)!r}")
@@ -139,12 +164,19 @@ class Host(ABC):
             'else echo " $told"; echo; fi'
             for one in submissions
         ]
-        count = len(submissions)
-        # The last lines: a login script may print some of its own before them.
-        lines = self.shell.run("\n".join([self.alive(submissions), *looks])).split("\n")[:-1][-3 * count :]
-        if len(lines) < 3 * count:
-            raise HostError(f"{self.name} gave {len(lines)} lines instead of {3 * count}; see what ssh prints there")
+        count, alive, look = len(submissions), self.alive(submissions), "\n".join(looks)
+        if self.control is self.shell:
+            lines = self._lines(self.shell, f"{alive}\n{look}", 3 * count)
+        else:
+            lines = [*self._lines(self.control, alive, count), *self._lines(self.shell, look, 2 * count)]
         return [_state(lines[i], lines[count + 2 * i], lines[count + 2 * i + 1]) for i in range(count)]
+
+    def _lines(self, shell: Shell, script: str, count: int) -> list[str]:
+        """The last ``count`` lines of a script's output: a login script may print some of its own before them."""
+        lines = shell.run(script).split("\n")[:-1][-count:]
+        if len(lines) < count:
+            raise HostError(f"{self.name} gave {len(lines)} lines instead of {count}; see what {shell.place} prints")
+        return lines
 
     def log(self, submission: Submission, *, follow: bool) -> int:
         """Print the log, with ``follow`` also what is added. Returns an exit status."""
@@ -157,7 +189,12 @@ class Host(ABC):
     def cancel(self, submission: Submission) -> None:
         """Stop the submission, and remove its secrets; a run saves first. Raises: HostError."""
         here = quote_path(submission.here)
-        self.shell.run(f": >{here}/cancelled\nrm -f {here}/secret.*\n{self.stopping(submission)}")
+        marking = f": >{here}/cancelled\nrm -f {here}/secret.*"
+        if self.control is self.shell:
+            self.shell.run(f"{marking}\n{self.stopping(submission)}")
+        else:
+            self.shell.run(marking)
+            self.control.run(self.stopping(submission))
 
     def pull(self, submission: Submission, out: Path) -> None:
         """Copy the run's folder, without checkpoints, and the log to ``out``. Raises: HostError."""
@@ -209,11 +246,11 @@ def hosts_of(settings: Settings) -> list[Host]:
     for name in settings.in_order():
         own = settings.hosts[name]
         kind = next(kind for kind, cls in HOST_TYPES.items() if cls is type(own))
-        if kind in KINDS and isinstance(own, (Plain, Slurm)):
-            found.append(_class_of(kind)(name, Shell(own.ssh, settings.proxy), own, settings))
+        if kind in KINDS:
+            found.append(_class_of(kind).of_settings(name, own, settings))
     return found
 
 
 def host_of(submission: Submission) -> Host:
     """The host that ``submission`` went to."""
-    return _class_of(submission.kind)(submission.host, Shell(submission.ssh, submission.proxy))
+    return _class_of(submission.kind).of_submission(submission)

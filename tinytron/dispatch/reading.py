@@ -6,7 +6,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from tinytron.config import converted
@@ -16,6 +16,7 @@ from tinytron.dispatch.settings import (
     TOP,
     AnyHost,
     Cluster,
+    Kubernetes,
     Numbers,
     Partition,
     Plain,
@@ -112,6 +113,8 @@ def _host(content: Any, where: str, clusters: Mapping[str, Cluster]) -> AnyHost:
         _address(host.ssh, f"{where}.ssh")
     if isinstance(host, Slurm):
         _check_slurm(host, clusters[host.cluster], where)
+    if isinstance(host, Kubernetes):
+        _check_kubernetes(host, clusters[host.cluster], where)
     return host
 
 
@@ -134,6 +137,26 @@ def _check_slurm(host: Slurm, cluster: Cluster, where: str) -> None:
         raise ConfigError(
             f"clusters.{host.cluster}: the log folder {log} must be an absolute path without a backslash for the SLURM "
             f"host at {where}; write log: /home/me/logs"
+        )
+
+
+def _check_kubernetes(host: Kubernetes, cluster: Cluster, where: str) -> None:
+    """Pods keep only what is on the claim."""
+    if host.pvc_name is None:
+        raise ConfigError(
+            f"{where}.pvc_name is required: the claim that has the cluster's folders; write pvc_name: data"
+        )
+    mounted = PurePosixPath(host.pvc_mount_path)
+    for name in ("root", "work", "share", "log", "status"):
+        path = getattr(cluster, name) if name in ("root", "work") else cluster.folder(name)
+        if not PurePosixPath(path).is_relative_to(mounted):
+            raise ConfigError(
+                f"clusters.{host.cluster}: {name} {path} is not below {mounted}, where the pods of {where} have their claim; "
+                f"use {mounted / name}"
+            )
+    if cluster.mount is not None:
+        raise ConfigError(
+            f"clusters.{host.cluster}.mount: pods of {where} cannot mount JuiceFS; make its volume the claim {host.pvc_name}"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tinytron.errors import ConfigError
@@ -33,6 +33,7 @@ class Submission:
     status: str
     log: str
     tree: str
+    options: dict[str, str] = field(default_factory=dict)  # more about the host, by kind
 
     @property
     def place(self) -> str:

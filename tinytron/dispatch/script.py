@@ -69,7 +69,7 @@ def job_script(
     tree: str,
     *,
     log: str = "",
-    slurm: bool = False,
+    nodes: str = "",
     lock_gpus: bool = False,
     per_node: int | None = None,
     uv_groups: tuple[str, ...] = (),
@@ -77,7 +77,8 @@ def job_script(
     payload: bytes | None = None,
 ) -> str:
     """The whole script. ``env`` are its environment variables; ``tree`` names the code; ``per_node`` is the number of GPUs
-    of each node (``None``: all that there are); ``payload``, a tar.gz of the job's folder, makes it self-contained."""
+    of each node (``None``: all that there are); ``nodes`` are assignments of ``NUM_NODES`` and ``NODE_RANK`` from the
+    scheduler's variables; ``payload``, a tar.gz of the job's folder, makes it self-contained."""
     described = {"name": work.name, "project": work.project, "group": work.group, "run_id": run_id}
     share = quote_path(cluster.folder("share"))
     here = quote_path(job_folder(cluster, work, run_id))
@@ -113,7 +114,7 @@ def job_script(
         "# Files with secrets by environment variable; without a file, the variable has to be set.",
         f"secrets=({' '.join(_secret(name, s, payload is None) for name, s in secrets.items())})",
         "",
-        *_environment(cluster, env, request, per_node, slurm=slurm, rank_logs=rank_logs),
+        *_environment(cluster, env, request, per_node, nodes=nodes, rank_logs=rank_logs),
     ]
     if payload is not None:
         lines += _payload(payload)
@@ -128,11 +129,11 @@ def _secret(name: str, secret: Secret, sent: bool) -> str:
 
 
 def _environment(
-    cluster: Cluster, env: Mapping[str, str], request: Request, per_node: int | None, *, slurm: bool, rank_logs: bool
+    cluster: Cluster, env: Mapping[str, str], request: Request, per_node: int | None, *, nodes: str, rank_logs: bool
 ) -> list[str]:
     lines = ["# Environment: our own, the cluster's, the host's, and --env; the last one wins."]
-    if slurm:
-        lines.append('export NUM_NODES="$SLURM_NNODES" NODE_RANK="$SLURM_NODEID"')
+    if nodes:
+        lines.append(f"export {nodes}")
     if request.chips == 0 or per_node is not None:
         lines.append(f"export NUM_GPUS={per_node if request.chips else 0}")
     if rank_logs:

@@ -49,6 +49,7 @@ fi
 exit "$code"
 """
 _TRIES = 3  # restarts of a job that meets its time limit before it trains; its environment may have taken all the time
+NODES = 'NUM_NODES="$SLURM_NNODES" NODE_RANK="$SLURM_NODEID"'
 _RUNNING = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED", "SUSPENDED")
 _WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESIZING", "SPECIAL_EXIT")
 
@@ -80,17 +81,9 @@ class SlurmHost(Host):
         return "gpu" if chip is None else self.whole.gres_mapping.get(chip, f"gpu:{chip}")
 
     def _per_node(self, request: Request) -> int:
-        """Chips of each node of the job. Raises: ConfigError if the job cannot be divided among whole nodes."""
         chips = self.settings.chips or {}
         most = chips.get(request.chip) if request.chip is not None else max(chips.values(), default=None)
-        if most is None or request.chips <= most:
-            return request.chips
-        if most == 0 or request.chips % most:
-            raise ConfigError(
-                f"-n {request.chips} on {self.name}: its nodes have {most} x {request.chip or 'chips'}, so more than one "
-                f"node needs a multiple of that; use -n {max(1, request.chips // max(most, 1)) * most}"
-            )
-        return most
+        return request.per_node(most, self.name)
 
     def has(self, request: Request) -> bool:
         if request.chips == 0:
@@ -111,7 +104,7 @@ class SlurmHost(Host):
     ) -> Prepared:
         script = job_script(
             *(work, self.cluster, self.environment(env), request, run_id, tree),
-            slurm=True,
+            nodes=NODES,
             per_node=self._per_node(request),
             uv_groups=self.settings.uv_groups or (),
             rank_logs=self.settings.rank_logs,

@@ -98,7 +98,7 @@ def _remember(host: Host, job: Prepared, shipment: Shipment, job_id: str, log: s
     work = job.work
     submission = Submission(
         *(job.run_id, work.name, work.project, work.group, host.name, host.kind, host.shell.ssh, host.shell.proxy),
-        *(job_id, job.here, host.cluster.root, job.status, log, shipment.files.tree),
+        *(job_id, job.here, host.cluster.root, job.status, log, shipment.files.tree, host.options),
     )
     record.write(submission)
     return submission

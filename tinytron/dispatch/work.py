@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import PurePosixPath
 
+from tinytron.errors import ConfigError
 from tinytron.jobs.places import check_place
 
 CONFIG = "config.yaml"
@@ -21,6 +22,18 @@ class Request:
     chip: str | None = None
     mem: str | None = None
     cpu: int | None = None
+
+    def per_node(self, most: int | None, host: str) -> int:
+        """Chips of each node of a job on ``host``, whose nodes have ``most`` (``None``: unknown). Raises: ConfigError if the
+        job cannot be divided among whole nodes."""
+        if most is None or self.chips <= most:
+            return self.chips
+        if most == 0 or self.chips % most:
+            raise ConfigError(
+                f"-n {self.chips} on {host}: its nodes have {most} x {self.chip or 'chips'}, so more than one node needs a "
+                f"multiple of that; use -n {max(1, self.chips // max(most, 1)) * most}"
+            )
+        return most
 
     def __str__(self) -> str:
         return f"{self.chips} x {self.chip or 'any chip'}" if self.chips else "a CPU"

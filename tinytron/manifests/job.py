@@ -47,7 +47,8 @@ class Tpu(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class ContainerJob:
     """A job of ``nodes`` pods, each with ``processes`` training processes that run ``command``: what follows ``tinytron
-    launch``, such as ``("-m", "tinytron", "pretrain", "--preset", "1b")``.
+    launch``, such as ``("-m", "tinytron", "pretrain", "--preset", "1b")``. With an ``entry``, a program of the image and
+    its arguments, the pods run that instead.
 
     ``gpus`` and ``rdma`` count the devices of a pod, and ``volumes`` are claims (PVC) by the path where they are mounted;
     one of them has the ``--log_dir``, unless that is a URL. ``secrets`` are variables whose value a secret of the cluster
@@ -56,7 +57,8 @@ class ContainerJob:
 
     name: str
     image: str
-    command: tuple[str, ...]
+    command: tuple[str, ...] = ()
+    entry: tuple[str, ...] = ()
     nodes: int = 1
     gpus: int = 8
     processes: int | None = None  # per pod; None: one per GPU
@@ -119,7 +121,8 @@ class ContainerJob:
             raise ConfigError(
                 f"image {self.image!r} must be the name of an image, such as registry.example/tinytron:0.1"
             )
-        if not self.command or any("\0" in word for word in self.command):
+        words = (*self.command, *self.entry)
+        if not words or any("\0" in word for word in words):
             raise ConfigError("command must have words without NUL, such as -m tinytron pretrain --preset 1b")
         for variable, secret in self.secrets.items():
             _matches(_DOMAIN, f"secrets {variable}", secret.name, "hugging-face")

@@ -45,8 +45,7 @@ def trainjob(job: ContainerJob) -> Manifest:
         raise ConfigError(f"priority_class {job.priority_class}: a TrainJob takes the one of its runtime; leave it out")
     trainer: Manifest = {
         "image": job.image,
-        "command": ["tinytron"],
-        "args": pods.arguments(job),
+        **pods.program(job, pods.arguments(job)),
         "env": pods.variables(job),
         "numNodes": job.nodes,
         "numProcPerNode": job.per_node,

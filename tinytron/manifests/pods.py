@@ -22,6 +22,13 @@ def arguments(job: ContainerJob) -> list[str]:
     return ["launch", *map(literal, job.command)]
 
 
+def program(job: ContainerJob, args: list[str]) -> Manifest:
+    """What a container runs: ``tinytron`` with ``args``, or the job's ``entry``."""
+    if job.entry:
+        return {"command": [*map(literal, job.entry)]}
+    return {"command": ["tinytron"], "args": args}
+
+
 def variables(job: ContainerJob) -> list[Manifest]:
     """The environment that the user gave, values and references to secrets, and what all pods need."""
     # A pod that was asked to stop has saved, but its run is not complete: it must not count as finished.
@@ -86,8 +93,7 @@ def pod(job: ContainerJob, host: str, rank: list[Manifest], args: list[str]) -> 
     container: Manifest = {
         "name": "trainer",
         "image": job.image,
-        "command": ["tinytron"],
-        "args": args,
+        **program(job, args),
         "env": [*meeting_place(job, host), *rank, *variables(job)],
         "ports": [{"containerPort": job.port}],
         "volumeMounts": mounts,
