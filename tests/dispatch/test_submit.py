@@ -22,6 +22,9 @@ from tinytron.dispatch.record import read_all
 Said = Callable[..., tuple[int, str, str]]
 TOKEN = "s3cret-t0ken"
 
+MADE = ("configure", "say/text", "run.yaml", "say.text=hi", "--load", "module_with_jobs")
+SUBMIT = ("submit", "mine", "run.yaml", "--load", "module_with_jobs")
+
 
 @pytest.fixture
 def said(repository: Path, capfd: pytest.CaptureFixture[str]) -> Said:
@@ -30,10 +33,7 @@ def said(repository: Path, capfd: pytest.CaptureFixture[str]) -> Said:
     (repository / ".gitignore").write_text("*\n")
     subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "x"], check=True)
     sys.path.insert(0, str(repository))
-    assert (
-        main(["configure", "say/text", "run.yaml", "say.text=hi", "--load", "module_with_jobs", "--chip", "h100", "-n", "1"])
-        == 0
-    )
+    assert main([*MADE, "--chip", "h100", "-n", "1"]) == 0
     capfd.readouterr()
 
     def run(*words: object) -> tuple[int, str, str]:
@@ -63,7 +63,7 @@ def _until(said: Said, name: str, state: str) -> str:
 def test_submit_watch_and_pull(place: Place, said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", TOKEN)
     _write(place, {"box": {"type": "plain"}}, wandb={"env": "MY_KEY"}, env={"A": "cluster", "B": "cluster"})
-    words = ("submit", "mine", "run.yaml", "--load", "module_with_jobs", "-n", "0", "--env", "B=mine", "say.text=$(touch x)")
+    words = (*SUBMIT, "-n", "0", "--env", "B=mine", "say.text=$(touch x)")
     status, out, err = said(*words)
     assert (status, err) == (0, "")
     assert "code: commit" in out
