@@ -57,7 +57,8 @@ def test_every_kind_of_host_is_read_from_the_values_that_its_help_proposes(kind:
         info.name: yaml.safe_load(f"x: {info.flag.works}")["x"] if isinstance(info.flag.works, str) else info.flag.works
         for info in config_fields(HOST_TYPES[kind])
     }
-    found = _settings(host={**content, "type": kind, "cluster": "lab"}, cluster={"log": "/l"}).hosts["box"]
+    folders = {name: f"/data/{name}" for name in ("root", "work", "log")}  # on the claim of the pods
+    found = _settings(host={**content, "type": kind, "cluster": "lab"}, cluster=folders).hosts["box"]
     assert type(found) is HOST_TYPES[kind]
     for info in config_fields(HOST_TYPES[kind]):
         assert getattr(found, info.name) is not None

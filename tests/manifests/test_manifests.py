@@ -104,6 +104,17 @@ def test_yaml_gives_back_the_manifest_and_kubernetes_the_words(kind: str, name: 
         assert env[variable]["valueFrom"] == {"secretKeyRef": {"name": secret.name, "key": secret.key}}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_entry_is_run_as_it_is(kind: str) -> None:
+    entry = ("bash", "-c", 'echo "$0" $(HF_TOKEN) $$ ${A:-b}', "a b'\n")
+    job = ContainerJob(name="run", image="image", entry=entry, nodes=2)
+    container = _container(yaml.safe_load(as_yaml(kind, job)))
+    assert "args" not in container
+    assert tuple(_expanded(word, {"HF_TOKEN": "REPLACED"}) for word in container["command"]) == entry
+    with pytest.raises(ConfigError, match="command must have words"):
+        ContainerJob(name="run", image="image")
+
+
 def test_the_parts_of_a_jobset() -> None:
     manifest = KINDS["jobset"](FULL)
     (group,) = manifest["spec"]["replicatedJobs"]

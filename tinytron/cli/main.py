@@ -44,7 +44,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "run": Command("run", "run a configured job, and any further stages"),
         "checkpoints": Command("jobs", "list the checkpoints of a job", "checkpoints"),
         "restore": Command("run", "continue a job from one of its checkpoints", "restore"),
-        "submit": Command("submit", "run a job on a host behind SSH, or in SLURM's queue"),
+        "submit": Command("submit", "run a job on a host behind SSH, or in the queue of SLURM or Kubernetes"),
         "status": Command("submissions", "show the state of what was submitted"),
         "logs": Command("submissions", "print the log of what was submitted", "logs"),
         "cancel": Command("submissions", "stop what was submitted", "cancel"),

@@ -22,7 +22,7 @@ from tinytron.errors import ConfigError
 from tinytron.utils.flags import Parser, nearest, whole_number
 from tinytron.utils.texts import next_command
 
-_DESCRIPTION = """Run a job on a host of your settings (~/.tinytron.yaml): by SSH, or in SLURM's queue.
+_DESCRIPTION = """Run a job on a host of your settings (~/.tinytron.yaml): by SSH, or in the queue of SLURM or Kubernetes.
 
 %(prog)s --chip h100 -n 8 my-run train.yaml
 %(prog)s -n 8 --dry_run my-run train.yaml
@@ -134,8 +134,8 @@ def add_hardware(parser: argparse.ArgumentParser, default: str) -> None:
 
 def add_choice(parser: argparse.ArgumentParser) -> None:
     """Add the flags that choose a host, and those that only a scheduler reads."""
-    parser.add_argument("--mem", metavar="SIZE", help="memory of each node (SLURM)")
-    parser.add_argument("--cpu", type=whole_number, metavar="N", help="CPU cores of each node (SLURM)")
+    parser.add_argument("--mem", metavar="SIZE", help="memory of each node (schedulers)")
+    parser.add_argument("--cpu", type=whole_number, metavar="N", help="CPU cores of each node (schedulers)")
     parser.add_argument("--cluster", action="append", default=[], metavar="NAME", help="only hosts of this cluster")
     parser.add_argument(
         "--exclude_cluster", action="append", default=[], metavar="NAME", help="no hosts of this cluster"

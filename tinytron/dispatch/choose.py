@@ -31,8 +31,8 @@ def choose(settings: Settings, hosts: Sequence[Host], request: Request, rule: Ru
         return allowed[0], "as --target says"
     if not allowed:
         raise ConfigError(
-            "no host is left to submit to; let --cluster, --exclude_cluster and --target allow a host of the type plain or "
-            f"slurm in {settings.file}"
+            "no host is left to submit to; let --cluster, --exclude_cluster and --target allow a host of the type plain, "
+            f"slurm, kubernetes or volcano in {settings.file}"
         )
     said, queues = [], []
     for host in allowed:

@@ -151,12 +151,13 @@ def _check_kubernetes(host: Kubernetes, cluster: Cluster, where: str) -> None:
         path = getattr(cluster, name) if name in ("root", "work") else cluster.folder(name)
         if not PurePosixPath(path).is_relative_to(mounted):
             raise ConfigError(
-                f"clusters.{host.cluster}: {name} {path} is not below {mounted}, where the pods of {where} have their claim; "
-                f"use {mounted / name}"
+                f"clusters.{host.cluster}: {name} {path} is not below {mounted}, where the pods of {where} have their "
+                f"claim; use {mounted / name}"
             )
     if cluster.mount is not None:
         raise ConfigError(
-            f"clusters.{host.cluster}.mount: pods of {where} cannot mount JuiceFS; make its volume the claim {host.pvc_name}"
+            f"clusters.{host.cluster}.mount: pods of {where} cannot mount JuiceFS; make its volume the claim "
+            f"{host.pvc_name}"
         )
 
 

@@ -142,9 +142,11 @@ class Kubernetes:
     namespace: Annotated[str, Flag("namespace", works="default")] = "default"
     context: Annotated[str | None, Flag("context of kubectl; default: the current one", works="my-cluster")] = None
     queue: Annotated[str | None, Flag("queue of the scheduler", works="default")] = None
-    pvc_name: Annotated[str | None, Flag("persistent volume claim to mount", works="tinytron")] = None
+    pvc_name: Annotated[
+        str | None, Flag("persistent volume claim with the cluster's folders; needed", works="tinytron")
+    ] = None
     pvc_mount_path: Annotated[str, Flag("where it is mounted", works="/data")] = "/data"
-    num_nodes: Annotated[int, Flag("number of nodes", works=2, at_least=1)] = 1
+    num_nodes: Annotated[int, Flag("nodes that a job may use", works=2, at_least=1)] = 1
     gpus_per_node: Annotated[int, Flag("GPUs of each node", works=8, at_least=0)] = 8
     cpus: Annotated[int | None, Flag("CPU cores of each node", works=16, at_least=1)] = None
     mem: Annotated[str | None, Flag("memory of each node", works="64Gi")] = None

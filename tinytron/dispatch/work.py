@@ -24,8 +24,8 @@ class Request:
     cpu: int | None = None
 
     def per_node(self, most: int | None, host: str) -> int:
-        """Chips of each node of a job on ``host``, whose nodes have ``most`` (``None``: unknown). Raises: ConfigError if the
-        job cannot be divided among whole nodes."""
+        """Chips of each node of a job on ``host``, whose nodes have ``most`` (``None``: unknown). Raises: ConfigError if
+        the job cannot be divided among whole nodes."""
         if most is None or self.chips <= most:
             return self.chips
         if most == 0 or self.chips % most:
