@@ -23,7 +23,7 @@ def arguments(job: ContainerJob) -> list[str]:
 
 
 def program(job: ContainerJob, args: list[str]) -> Manifest:
-    """What a container runs: ``tinytron`` with ``args``, or the job's ``entry``."""
+    """The program of the container: ``tinytron`` with ``args``, or the job's ``entry``."""
     if job.entry:
         return {"command": [*map(literal, job.entry)]}
     return {"command": ["tinytron"], "args": args}
