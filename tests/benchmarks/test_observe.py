@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from tests.helpers.runs import ROOT
 
 
@@ -13,6 +15,7 @@ def run(*argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_every_statistic_is_a_row() -> None:
     done = run("--model", "tiny", "--precision", "fp32", "--batch", "2", "--seq_len", "32", "--rounds", "1")
     assert done.returncode == 0, done.stderr

@@ -16,6 +16,7 @@ def run(*argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_operations_and_ways_to_attend_are_tables() -> None:
     done = run("--model", "tiny", "--batch", "2", "--seq_len", "64", "--rounds", "1", "--precision", "fp32")
     assert done.returncode == 0, done.stderr

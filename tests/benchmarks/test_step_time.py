@@ -175,6 +175,7 @@ def test_wrong_options_are_one_line(argv: list[str], text: str, capsys: pytest.C
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux says what its peak was")
+@pytest.mark.slow
 def test_memory_is_that_of_a_model_that_trains() -> None:
     step_time, variants = load("step_time"), load("step_variants")
     config = step_time.model_config("10m", 64)

@@ -54,7 +54,7 @@ def _worker(process: subprocess.Popen[str], moment: random.Random) -> int:
 @pytest.mark.parametrize(
     ("processes", "flags", "steps", "kills", "when"),
     [
-        pytest.param(0, (), 60, 3, "any", id="fp32"),
+        pytest.param(0, (), 45, 2, "any", id="fp32"),
         pytest.param(0, BF16, 150, 16, "any", id="bf16_dropout", marks=SLOW),
         pytest.param(0, (), 150, 16, "saving", id="saving", marks=SLOW),
         pytest.param(2, BF16, 150, 8, "saving", id="two_ranks_saving", marks=SLOW),

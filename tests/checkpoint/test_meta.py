@@ -13,6 +13,7 @@ KEYS = [
     "identity",
     "data",
     "data_position",
+    "skips",
     "val_loss",
     "best_metric",
     "guard",

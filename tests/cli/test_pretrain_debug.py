@@ -42,7 +42,7 @@ RUNS: dict[str, tuple[list[str], int]] = {
     "no data given": ([*NO_DATA_FLAG, "--debug"], 1),
 }
 
-SLOW = ("world 4", "replicated", "other micro-batch", "profiler, first step")
+SLOW = ("world 4", "profiler, short run", "replicated", "other micro-batch", "profiler, first step")
 
 
 def _some(names: Iterable[str]) -> list[Any]:
@@ -106,7 +106,7 @@ def test_loader_processes_change_nothing(runs: dict[str, tuple[Result, Path]]) -
     ("name", "note", "steps"),
     [
         ("profiler", "profiling steps 2 to 3", 2),
-        ("profiler, short run", "profiling steps 1 to 4: the run has only 4", 4),
+        pytest.param("profiler, short run", "profiling steps 1 to 4: the run has only 4", 4, marks=pytest.mark.slow),
         pytest.param("profiler, first step", "profiling steps 1 to 1", 1, marks=pytest.mark.slow),
     ],
 )

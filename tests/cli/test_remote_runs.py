@@ -104,6 +104,7 @@ def test_two_processes_and_then_two_nodes(storage: str, ranks: Pools, tmp_path: 
     assert parts == [["__0_0.distcp"], ["__1_0.distcp"]]  # what made the storage necessary
 
 
+@pytest.mark.slow
 def test_a_bucket_that_is_not_there(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINYTRON_CACHE", str(tmp_path))
     finished = run(*RUN, "--log_dir", "s3://no-such/runs", cwd=tmp_path, timeout=60)

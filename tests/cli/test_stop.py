@@ -129,7 +129,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("processes", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("processes", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path: Path, processes: int) -> None:
     (tmp_path / "slow.py").write_text(SLOW_STEP)
     process = start(*LONG, cwd=tmp_path, processes=processes, script=tmp_path / "slow.py")
@@ -202,6 +202,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("name", ["ended", "stopped"])
 @pytest.mark.sample(1)
+@pytest.mark.slow
 def test_threads_of_process_groups_end_before_the_interpreter(tmp_path: Path, name: str) -> None:
     """One that frees a tensor while the interpreter shuts down would abort the process."""
     (tmp_path / f"{name}.py").write_text(THREADS)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tests.dispatch.conftest import Place, code
 from tinytron.dispatch.script import job_folder, job_script, packed, quote, quote_path
 from tinytron.dispatch.settings import Cluster, Secret
+from tinytron.dispatch.slurm import NODES
 from tinytron.dispatch.storage import without_password
 from tinytron.dispatch.work import SCRIPT, Request, Work
 from tinytron.errors import ConfigError
@@ -141,7 +142,7 @@ def test_the_script_is_clean_for_shellcheck(place: Place, tmp_path: Path) -> Non
         work = Work("n", (b"", b""), ("a=b c",))
         script = job_script(
             *(work, cluster, {"A": "it's"}, Request(2), RUN, "t"),
-            **{"log": "~/l", "slurm": True, "lock_gpus": True, "per_node": 2, "rank_logs": True},
+            **{"log": "~/l", "nodes": NODES, "lock_gpus": True, "per_node": 2, "rank_logs": True},
             uv_groups=("cuda12",),
             payload=payload,
         )
@@ -329,6 +330,7 @@ esac
 """
 
 
+@pytest.mark.slow
 def test_two_jobs_do_not_share_gpus(place: Place) -> None:
     place.tool("nvidia-smi", NVIDIA)
     cluster = place.cluster()

@@ -169,7 +169,7 @@ def test_what_a_login_prints_is_left_out(place: Place, said: Said, monkeypatch: 
     monkeypatch.setattr(Shell, "run", lambda *words: "Welcome to the cluster\n" + run(*words))
     assert "17  queued" in said("status")[1]
     monkeypatch.setattr(Shell, "run", lambda *words: "Welcome\n")
-    assert "hpc gave 1 lines instead of 3; see what ssh prints there" in said("status")[1]
+    assert "hpc gave 1 lines instead of 3; see what this machine prints" in said("status")[1]
 
 
 @pytest.mark.parametrize(("code", "before", "again"), [(138, 0, True), (143, 2, True), (138, 3, False), (1, 0, False)])

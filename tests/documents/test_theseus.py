@@ -183,6 +183,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_an_experiment_of_three_lines(package: Path, tmp_path: Path) -> None:
     """It is listed, configured with its model's options and its schedule, and runs."""
     assert "my_model/train/pretrain" in tinytron("jobs", cwd=tmp_path, package=package)

@@ -42,6 +42,7 @@ def _records(out: str, name: str) -> list[dict[str, object]]:
     return [{key: r[key] for key in kept if key in r} for r in map(json.loads, log.read_text().splitlines())]
 
 
+@pytest.mark.slow
 def test_stages_on_two_nodes_are_one_run(module: str) -> None:
     """A stage of one process runs on the first node only; the next one trains on both, as in two processes of one node."""
     main(["configure", "say/text", "say.yaml", "--load", module, "say.text=hello"])

@@ -345,6 +345,7 @@ def test_planted_flips_are_found(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_script_tells_by_its_exit_status(tmp_path: Path) -> None:
     one, two = trace(tmp_path / "one"), trace(tmp_path / "two", ranks=4)
     flipped = trace(tmp_path / "flipped", place(1, 1, 0, 0) | {"experts": [1, 2], "margin": "inf"})

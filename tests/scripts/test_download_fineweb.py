@@ -83,6 +83,7 @@ def test_a_connection_that_breaks_is_taken_up_where_it_was(hub: Hub, download: D
     assert not list(temporary.rglob("*.incomplete"))
 
 
+@pytest.mark.slow
 def test_a_damaged_token_file_is_refused_and_fetched_again(hub: Hub, download: Download, tmp_path: Path) -> None:
     name, target = f"{REPO}/fineweb_train_000001.bin", tmp_path / "out"
     whole = hub.files[name]

@@ -147,6 +147,7 @@ def _orphan(folder: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_workers_do_not_outlive_the_process_they_work_for(tmp_path: Path) -> None:
     process = multiprocessing.get_context("spawn").Process(target=_orphan, args=(str(tmp_path),))
     process.start()

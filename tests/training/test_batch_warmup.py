@@ -18,6 +18,7 @@ from tinytron.distributed.layout import ParallelLayout
 from tinytron.model import GPT
 from tinytron.training import Trainer
 from tinytron.training.derive import data_position, derive, with_fitting_batch
+from tinytron.utils.batch_sizes import Skips
 
 Pools = Callable[[int], Ranks]
 GROWING: tuple[object, ...] = ("--batch_warmup_sizes", 24, 48, "--batch_warmup_ends", 1, 3)  # 2, 4, 4, 8, 8 sequences
@@ -76,7 +77,7 @@ def test_the_length_of_a_run_counts_the_smaller_batches() -> None:
     )
     layout = ParallelLayout(1)
     assert derive(config, layout, 1000).max_steps == 5  # 24 + 48 + 48 + 96 = 216 tokens are four steps
-    assert [data_position(config, step)["tokens"] for step in range(6)] == [0, 24, 72, 120, 216, 312]
+    assert [data_position(config, step, Skips())["tokens"] for step in range(6)] == [0, 24, 72, 120, 216, 312]
     epochs = config_of("--seq_len", 12, "--total_batch_size", 96, "--batch_size", 2, *GROWING, "--max_epochs", 2)
     assert derive(epochs, layout, 13).max_steps == 5  # 26 sequences are 2 + 4 + 4 + 8 + 8
     assert derive(epochs, layout, 12).max_steps == 4

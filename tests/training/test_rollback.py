@@ -101,7 +101,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(("world", "flags"), LAYOUTS)
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_it_is_the_run_without_that_data(ranks: Pools, tmp_path: Path, world: int, flags: tuple[object, ...]) -> None:
     found = ranks(world).run(_run, BadData, tmp_path / "a", 0, *BACK, *flags)
     assert len(list(found[0].folder.glob("*_meta.pt"))) == 5
@@ -125,7 +125,7 @@ def _run(cls: type[StoppingTrainer], folder: Path, stop_after: int, *flags: obje
 
 
 @pytest.mark.parametrize("stops", [(9,), (10,), (11,), (13,), (9, 11, 13)])
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_an_interrupted_run_agrees(ranks: Pools, tmp_path: Path, stops: tuple[int, ...]) -> None:
     """Before the spike is known, after going back but before the next checkpoint, and after it."""
     unbroken = ranks(2).run(_run, BadData, tmp_path / "a", 0, *BACK)
@@ -212,6 +212,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize(("cls", "flags"), KINDS)
+@pytest.mark.sample(4)
 def test_every_kind_of_data_goes_on_after_the_spike(
     ranks: Pools, tmp_path: Path, cls: type[Rows], flags: tuple[object, ...]
 ) -> None:

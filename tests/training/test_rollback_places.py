@@ -53,7 +53,7 @@ def test_a_run_that_was_asked_to_stop_agrees(ranks: Pools, tmp_path: Path) -> No
     same_run(resumed, unbroken)
 
 
-@pytest.mark.parametrize(("first", "then", "stop"), [(2, 1, 13), (1, 2, 9)])
+@pytest.mark.parametrize(("first", "then", "stop"), [(2, 1, 13), pytest.param(1, 2, 9, marks=pytest.mark.slow)])
 def test_it_goes_on_on_another_layout(ranks: Pools, tmp_path: Path, first: int, then: int, stop: int) -> None:
     flags = (*BACK, "--dropout", 0, "--batch_warmup_sizes", 48, "--batch_warmup_ends", 10)
     (unbroken,) = ranks(1).run(_run, BadData, tmp_path / "a", 0, *flags)

@@ -47,8 +47,7 @@ class Recording(Trainer):
         return self.__dict__.get("rows", [])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.sample(2)
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_that_moves_to_other_world_sizes_reads_each_sample_once(
     ranks: Pools, tmp_path: Path, workers: int
 ) -> None:
