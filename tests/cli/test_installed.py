@@ -49,7 +49,9 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     venv.create(place, with_pip=False, symlinks=True)
     paths = sysconfig.get_paths(vars={"base": str(place), "platbase": str(place)}, scheme="venv")
     command = [sys.executable, "-m", "pip", "--python", paths["scripts"] + "/python", "install", "-q", "--no-deps"]
-    done = subprocess.run([*command, str(wheel)], capture_output=True, text=True)
+    # On PYTHONPATH, the checkout may have a tinytron.egg-info, which pip would take for an installed Tinytron.
+    apart = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([*command, str(wheel)], capture_output=True, text=True, cwd=place, env=apart)
     assert done.returncode == 0, done.stdout + done.stderr
     ours = sorted({sysconfig.get_paths()[kind] for kind in ("purelib", "platlib")})
     (Path(paths["purelib"]) / "packages.pth").write_text("\n".join(ours) + "\n")
