@@ -19,7 +19,7 @@ import pytest
 from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
-from tests.helpers.runs import ROOT, TINY, descendants, finish, losses, read_logs, run
+from tests.helpers.runs import ROOT, TINY, descendants, finish, free_port, losses, read_logs, run
 from tests.helpers.runs import start as start_run
 from tinytron.cli import elastic
 from tinytron.cli.elastic import is_elastic, make_elastic
@@ -116,10 +116,7 @@ def test_who_meets_the_others_again(
     assert closed == [(signal.SIGTERM, elastic.SAVING_SECONDS)]
 
 
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+LAUNCH = ("-m", "tinytron", "launch", "--nnodes", "1:2", "--nproc_per_node", "1", "--max_restarts", "9")
 
 
 def _await(what: str, true: Callable[[], object], agents: list[subprocess.Popen[str]], seconds: float = 180) -> None:
@@ -172,7 +169,7 @@ def test_a_run_loses_a_node_gets_it_back_and_lets_it_go(tmp_path: Path) -> None:
     """Two agents. One is killed with its workers, comes back, and then leaves after a notice."""
     (tmp_path / "slow.py").write_text(SCRIPT)
     (tmp_path / "hold").touch()
-    port = _free_port()
+    port = free_port()
     place = (
         "--rdzv_backend",
         "c10d",
@@ -184,19 +181,7 @@ def test_a_run_loses_a_node_gets_it_back_and_lets_it_go(tmp_path: Path) -> None:
         "127.0.0.1",
     )
     conf = ("--rdzv_conf", "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3")
-    launch = (
-        "-m",
-        "tinytron",
-        "launch",
-        "--nnodes",
-        "1:2",
-        "--nproc_per_node",
-        "1",
-        "--max_restarts",
-        "9",
-        *place,
-        *conf,
-    )
+    launch = (*LAUNCH, *place, *conf)
     # A micro-batch of 8 fits one process, not two: --fit_batch makes it 4 there.
     own = (*FLAGS, "--batch_size", 8, "--fit_batch", "--log_dir", tmp_path / "log")
     command = [sys.executable, *launch, "slow.py", *map(str, own)]
@@ -277,21 +262,9 @@ def test_a_notice_stops_a_run_as_sigterm_does(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_one_line_and_not_tried_again(tmp_path: Path) -> None:
-    place = ("--rdzv_backend", "c10d", "--rdzv_id", "job", "--rdzv_endpoint", f"127.0.0.1:{_free_port()}")
+    place = ("--rdzv_backend", "c10d", "--rdzv_id", "job", "--rdzv_endpoint", f"127.0.0.1:{free_port()}")
     conf = ("--rdzv_conf", "last_call_timeout=1", "--local_addr", "127.0.0.1")
-    launch = (
-        "-m",
-        "tinytron",
-        "launch",
-        "--nnodes",
-        "1:2",
-        "--nproc_per_node",
-        "1",
-        "--max_restarts",
-        "9",
-        *place,
-        *conf,
-    )
+    launch = (*LAUNCH, *place, *conf)
     own = (*TINY, "--batch_size", 3, "--log_dir", tmp_path)
     done = subprocess.run(
         [sys.executable, *launch, "-m", "tinytron", "pretrain", *map(str, own)], cwd=ROOT,

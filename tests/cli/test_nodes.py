@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.runs import ROOT, Finished, finish, losses
+from tests.helpers.runs import ROOT, Finished, finish, free_port, losses
 
 DENSE, MOE = "scripts/debug_gpt_0.25b/pretrain.sh", "scripts/debug_gpt_0.3b_a0.17b/pretrain.sh"
 TINY = [  # without --intermediate_size: a preset of which every option is overridden is an error
@@ -62,16 +61,9 @@ def _losses(folder: Path) -> dict[int, float]:
     return losses(log.read_text())
 
 
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
-
-
 def _two_nodes(script: str, folder: Path, flags: Sequence[str], **env: object) -> list[Finished]:
     """The script once per node, as on two machines that share the log folder."""
-    shared = {"NUM_NODES": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(), "NPROC": 2, **env}
+    shared = {"NUM_NODES": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "NPROC": 2, **env}
     nodes = [_start(script, folder, flags, {**shared, "NODE_RANK": rank}) for rank in (0, 1)]
     return [finish(node, timeout=120) for node in nodes]
 
@@ -100,7 +92,7 @@ def test_two_nodes_log_the_losses_of_one(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("kind", ["PET", pytest.param("node counts", marks=pytest.mark.slow)])
 def test_nodes_of_a_platform_are_one_world(tmp_path: Path, kind: str) -> None:
     """The variables of PyTorchJob, and node counts in WORLD_SIZE and RANK with the documented words before the command."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     nodes = []
     for rank in (0, 1):
         env: dict[str, object] = {**place, "WORLD_SIZE": 2, "RANK": rank}

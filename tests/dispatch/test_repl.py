@@ -20,15 +20,8 @@ from tests.dispatch.test_sshd import Server, Watcher
 from tests.dispatch.test_sshd import server as server
 from tests.dispatch.test_submit import Said, _until, _write
 from tests.dispatch.test_submit import said as said
-from tests.helpers.runs import ROOT, descendants
+from tests.helpers.runs import ROOT, descendants, free_port
 from tinytron.dispatch.record import read_all
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
 
 
 def _read(url: str) -> bytes:
@@ -51,7 +44,7 @@ def _start(*words: object) -> tuple[subprocess.Popen[str], str]:
 
 def test_a_notebook_through_a_tunnel_that_comes_back(server: Server, place: Place, said: Said) -> None:
     _write(place, {"box": {"type": "plain", "ssh": "box", "env": {"HOME": str(place.home)}}})
-    port = _free_port()
+    port = free_port()
     process, url = _start("--port", port)
     try:
         assert url.startswith(f"http://127.0.0.1:{port}/lab?token=")
@@ -109,7 +102,7 @@ def test_a_notebook_on_this_machine_that_ends(place: Place, said: Said) -> None:
 
 def test_without_jupyter_is_one_line(place: Place, said: Said) -> None:
     _write(place, {"box": {"type": "plain", "env": {"ACT": "no jupyter"}}})
-    status, _, err = said("repl", "-n", "0", "--port", _free_port())
+    status, _, err = said("repl", "-n", "0", "--port", free_port())
     assert status == 2
     assert err == "error: Jupyter did not start on box; see tinytron logs general/default/repl\n"
     log = Path(read_all()[-1].log).read_text()
@@ -131,6 +124,6 @@ def test_a_port_is_checked_first(place: Place, said: Said) -> None:
 def test_a_start_that_takes_too_long_is_cancelled(place: Place, said: Said) -> None:
     place.tool("nvidia-smi", "#!/bin/sh\necho '0, 9000'\n")
     _write(place, {"box": {"type": "plain", "chips": {"h100": 1}}})
-    _, out, err = said("repl", "-n", "1", "--target", "box", "--port", _free_port(), "--startup_timeout", "1")
+    _, out, err = said("repl", "-n", "1", "--target", "box", "--port", free_port(), "--startup_timeout", "1")
     assert "Jupyter did not start on box within 1 s (waiting); use a longer --startup_timeout" in err
     assert "stopped Jupyter on box" in out

@@ -11,7 +11,6 @@ import json
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from tests.helpers.runs import ROOT, SCRIPT
+from tests.helpers.runs import ROOT, SCRIPT, free_port
 
 LIMIT_SECONDS = 120.0
 
@@ -71,7 +70,7 @@ def _serve() -> None:
 def _run(case: Case) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        port = _free_port()
+        port = free_port()
         pids = [_fork(case, rank, port, out, err) for rank in range(case.world)]
         code, hung = _wait_for_first(pids)
         return Result(code, out.read_text(), err.read_text(), hung)
@@ -116,13 +115,6 @@ def _wait_for_first(pids: list[int]) -> tuple[int, bool]:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     return code, hung
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ TINY: tuple[object, ...] = (
     *("--num_layer", 2, "--num_attention_heads", 4, "--num_key_value_heads", 2, "--hidden_size", 16),
     *("--intermediate_size", 24, "--init_std", 0.1, "--max_lr", 0.01, "--warmup_steps", 1),
 )
+
+
+_TIMED = ("tokens_per_second", "mfu", "phases", "peak_memory_gib", "slowest_rank", "slowest_excess", "hidden_exchange")
 
 
 def config_of(*flags: object) -> Config:
@@ -70,6 +74,11 @@ def read_logs(folder: Path) -> tuple[str, list[dict[str, Any]]]:
     """The text of log.txt and the records of log.jsonl."""
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return (folder / "log.txt").read_text(), records
+
+
+def untimed(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The records without the numbers that depend on the clock and the machine."""
+    return [{name: value for name, value in record.items() if name not in _TIMED} for record in records]
 
 
 def losses(log: str, stage: str = "train") -> dict[int, float]:
@@ -146,6 +155,14 @@ def descendants(pid: int) -> list[int]:
     """The process's children, their children, and so on."""
     children = [int(c) for path in Path(f"/proc/{pid}/task").glob("*/children") for c in path.read_text().split()]
     return [*children, *(d for child in children for d in descendants(child))]
+
+
+def free_port() -> int:
+    """A port of this machine that no program uses now."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
 
 
 def run(*arguments: object, cwd: Path, processes: int = 0, timeout: float = 180, **options: Any) -> Finished:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from tests.helpers.parity import EXPERTS, STEPS, Case, ParityTrainer, twin
 from tests.helpers.ranks import Ranks
-from tests.helpers.runs import read_logs, train
+from tests.helpers.runs import read_logs, train, untimed
 from tests.naive.training import Recipe
 from tinytron.data import Batch
 from tinytron.distributed import DistributedOptimizer, ParallelLayout, ParallelState
@@ -128,19 +128,7 @@ def test_measuring_changes_no_bit(ranks: Pools, tmp_path: Path, world: int, shar
     recipe = Recipe(optimizer=optimizer, clip=0.3)
     case = Case(world, 2, shard=shard, small_buckets=True, recipe=recipe)
     runs = [ranks(world).run(run_measured, case, tmp_path / str(on), on) for on in (True, False)]
-    timed = (
-        "tokens_per_second",
-        "mfu",
-        "phases",
-        "peak_memory_gib",
-        "slowest_rank",
-        "slowest_excess",
-        "hidden_exchange",
-    )
-    with_norms, without = (
-        [{name: value for name, value in record.items() if name not in timed} for record in run[0]["records"]]
-        for run in runs
-    )
+    with_norms, without = (untimed(run[0]["records"]) for run in runs)
     assert without == [{name: value for name, value in r.items() if "_norms/" not in name and name not in (
         "param_norm", "update_norm")} for r in with_norms]  # fmt: skip
     assert any("update_norm" in record for record in with_norms)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.helpers.ranks import Ranks
-from tests.helpers.runs import TINY, Run, config_of, losses, read_logs, train, user_error
+from tests.helpers.runs import TINY, Run, config_of, losses, read_logs, train, untimed, user_error
 from tests.helpers.stopping import StoppingTrainer, run_until, whole
 from tinytron.data import Batch
 from tinytron.model.modules.loss import LossSums
@@ -135,7 +135,7 @@ def test_a_long_step_is_left_between_micro_batches(ranks: Pools, tmp_path: Path,
     unbroken = ranks(world).run(run_until, tmp_path / "unbroken", 0, *WITHIN)
     resumed = ranks(world).run(run_until, tmp_path, 0, *WITHIN)
     assert resumed[0].log == unbroken[0].log
-    assert [_records(r) for r in resumed] == [_records(r) for r in unbroken]
+    assert [untimed(r.records) for r in resumed] == [untimed(r.records) for r in unbroken]
     ours, theirs = whole(resumed), whole(unbroken)
     assert ours.keys() == theirs.keys()
     assert all((ours[key] == theirs[key]).all() for key in ours)
@@ -156,21 +156,7 @@ def _going_on(log_dir: Path, *flags: object) -> Run:
 def test_the_same_trainer_may_go_on(ranks: Pools, tmp_path: Path) -> None:
     unbroken = ranks(1).run(run_until, tmp_path / "unbroken", 0, *WITHIN)[0]
     (found,) = ranks(1).run(_going_on, tmp_path, *WITHIN)
-    assert _records(found) == _records(unbroken)
-
-
-def _records(run: Run) -> list[dict[str, Any]]:
-    """The records of every step, without what depends on the clock."""
-    timed = (
-        "tokens_per_second",
-        "mfu",
-        "phases",
-        "peak_memory_gib",
-        "slowest_rank",
-        "slowest_excess",
-        "hidden_exchange",
-    )
-    return [{k: v for k, v in r.items() if k not in timed} for r in run.records]
+    assert untimed(found.records) == untimed(unbroken.records)
 
 
 def test_a_first_step_that_is_left_has_nothing_to_save(ranks: Pools, tmp_path: Path) -> None:

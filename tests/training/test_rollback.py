@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset
 
 from tests.helpers.errors import says
 from tests.helpers.ranks import Ranks
-from tests.helpers.runs import TINY, Run, config_of, losses, read_logs, train, user_error
+from tests.helpers.runs import TINY, Run, config_of, losses, read_logs, train, untimed, user_error
 from tests.helpers.stopping import StoppingTrainer, run_until, whole
 from tests.training.test_trainer_mixture import mixture
 from tinytron.data import Batch
@@ -33,7 +33,6 @@ BASE: tuple[object, ...] = (
     *("--spike_sigma", 20, "--spike_window", 6, "--lr_schedule", "constant", "--do_val", "--val_every_steps", 6),
 )
 BACK = (*BASE, "--spike_action", "rollback")
-TIMED = ("tokens_per_second", "mfu", "phases", "peak_memory_gib", "slowest_rank", "slowest_excess", "hidden_exchange")
 
 
 class BadData(StoppingTrainer):
@@ -72,13 +71,9 @@ class Without(StoppingTrainer):
         self.train_sampler.order = Shorter(self.train_sampler.order, *map(before, self.gap))
 
 
-def records(run: Run) -> list[dict[str, Any]]:
-    return [{name: value for name, value in record.items() if name not in TIMED} for record in run.records]
-
-
 def same_run(mine: list[Run], theirs: list[Run]) -> None:
     """The logs, the weights, the states and the spikes' windows are equal, bit by bit."""
-    assert records(mine[0]) == records(theirs[0])
+    assert untimed(mine[0].records) == untimed(theirs[0].records)
     assert mine[0].log == theirs[0].log
     ours, others = whole(mine), whole(theirs)
     assert ours.keys() == others.keys()

@@ -51,16 +51,16 @@ class Mirror:
         Raises: StorageError on every rank if the storage cannot be read.
         """
         several = self._nodes() > 1
-        action = (lambda: self._restore(several_nodes=several)) if self.first_on_node else (lambda: None)
-        agree_slowly(action, self.state.groups["world"])
+        self._once_per_node(lambda: self._restore(several_nodes=several))
 
     def fetch(self, step: int) -> None:
         """On several nodes, each of which has only its own ranks' parts, fetch all of the checkpoint ``step``. Collective.
         Raises: StorageError on every rank if the storage cannot be read, or does not have it."""
         if self._nodes() > 1:
-            names = [f for f in agree_slowly(self.remote.list, self.state.groups["world"]) if _is_of(f, step)]
-            action = (lambda: self._pull(step, names, ())) if self.first_on_node else (lambda: None)
-            agree_slowly(action, self.state.groups["world"])
+            self._once_per_node(lambda: self._pull(step, [f for f in self.remote.list() if _is_of(f, step)], ()))
+
+    def _once_per_node(self, action: Callable[[], None]) -> None:
+        agree_slowly(lambda: action() if self.first_on_node else None, self.state.groups["world"])
 
     def _nodes(self) -> int:
         firsts = [False] * self.state.layout.world_size

@@ -20,7 +20,6 @@ from tinytron.cli import entry
 from tinytron.cli.child import run_child
 from tinytron.cli.jobs import add_load, add_place, parse_with_overrides
 from tinytron.cli.nodes import Nodes, nodes_of
-from tinytron.cli.watch import open_runs
 from tinytron.config import configuration, nested
 from tinytron.errors import CheckpointError, ConfigError
 from tinytron.job import BasicJob, JobSpec
@@ -29,7 +28,6 @@ from tinytron.jobs.options import JobOptions
 from tinytron.jobs.places import check_place
 from tinytron.jobs.specs import read_stages
 from tinytron.jobs.sweep import grid
-from tinytron.observe.compare import as_lines, read_all, results
 from tinytron.observe.folder import LOG
 from tinytron.registry import load_module
 from tinytron.utils.flags import Parser, parse_strictly
@@ -176,6 +174,9 @@ def run_sweep(works: Sequence[Sequence[JobSpec]]) -> int:
                 break
     folders = [str(log.parent) for specs in works for log in sorted(specs[-1].folder.glob(f"*/{LOG}"))]
     if folders:
+        from tinytron.cli.watch import open_runs  # with the server of pages
+        from tinytron.observe.compare import as_lines, read_all, results
+
         print("\n".join(as_lines(results(read_all(open_runs(folders))))))
     return statuses[0] if statuses else 0
 

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from tinytron.dispatch.record import Submission
-from tinytron.dispatch.script import job_folder, packed, quote, quote_path
+from tinytron.dispatch.script import job_folder, packed, quote, quote_path, status_folder
 from tinytron.dispatch.settings import HOST_TYPES, Cluster, Settings
 from tinytron.dispatch.shell import Shell
 from tinytron.dispatch.work import Prepared, Request, Work
@@ -112,6 +112,15 @@ class Host(ABC):
         self, work: Work, request: Request, run_id: str, tree: str, env: Mapping[str, str], values: Mapping[str, str]
     ) -> Prepared:
         """One submission; ``values`` are secrets by variable. Raises: ConfigError if the host cannot run it."""
+
+    def prepared(self, work: Work, run_id: str, script: str, values: Mapping[str, str]) -> Prepared:
+        """The submission ``run_id`` of ``work`` with its folders here."""
+        here, status = job_folder(self.cluster, work, run_id), status_folder(self.cluster, work, run_id)
+        return Prepared(work, run_id, here, status, script, values)
+
+    def log_of(self, work: Work, run_id: str) -> str:
+        """The log of a submission, where no scheduler names it."""
+        return f"{self.cluster.folder('log').rstrip('/')}/{work.project}_{work.group}_{work.name}_{run_id}.log"
 
     @abstractmethod
     def starting(self, jobs: Sequence[Prepared], request: Request, name: str) -> str:

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from tinytron.dispatch.hosts import Host
 from tinytron.dispatch.record import Submission
-from tinytron.dispatch.script import job_folder, job_script, quote, quote_all, status_folder
+from tinytron.dispatch.script import job_script, quote, quote_all
 from tinytron.dispatch.settings import Kubernetes, Settings
 from tinytron.dispatch.shell import Shell
 from tinytron.dispatch.work import SCRIPT, Prepared, Request, Work
@@ -131,20 +131,16 @@ class KubernetesHost(Host):
             )
         script = job_script(
             *(work, self.cluster, self.environment(env), request, run_id, tree),
-            log=self._log(work, run_id),
+            log=self.log_of(work, run_id),
             nodes=NODES,
             per_node=self._per_node(request),
         )
-        here, status = job_folder(self.cluster, work, run_id), status_folder(self.cluster, work, run_id)
-        return Prepared(work, run_id, here, status, script, values)
-
-    def _log(self, work: Work, run_id: str) -> str:
-        return f"{self.cluster.folder('log').rstrip('/')}/{work.project}_{work.group}_{work.name}_{run_id}.log"
+        return self.prepared(work, run_id, script, values)
 
     def job(self, prepared: Prepared, request: Request) -> ContainerJob:
         """The job that runs the script of ``prepared``. Raises: ConfigError for what Kubernetes would refuse."""
         own, per_node = self.settings, self._per_node(request)
-        script, log = f"{prepared.here}/{SCRIPT}", self._log(prepared.work, prepared.run_id)
+        script, log = f"{prepared.here}/{SCRIPT}", self.log_of(prepared.work, prepared.run_id)
         tolerations = [
             Toleration(one.get("key", ""), one.get("value"), one.get("effect")) for one in own.tolerations or ()
         ]
@@ -172,7 +168,7 @@ class KubernetesHost(Host):
             manifest = as_yaml(self.manifest, job)
             lines += [
                 f"printf '%s' {quote(manifest)} | {self._kubectl} apply -f - >&2",
-                f"printf '%s\\t%s\\n' {quote(job.name)} {quote(self._log(one.work, one.run_id))}",
+                f"printf '%s\\t%s\\n' {quote(job.name)} {quote(self.log_of(one.work, one.run_id))}",
             ]
         return "\n".join(lines)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from tinytron.dispatch.hosts import Host
 from tinytron.dispatch.record import Submission
-from tinytron.dispatch.script import job_folder, job_script, quote, quote_path, status_folder
+from tinytron.dispatch.script import job_script, quote, quote_path
 from tinytron.dispatch.work import SCRIPT, Prepared, Request, Work
 from tinytron.errors import ConfigError, HostError
 
@@ -56,21 +56,17 @@ class PlainHost(Host):
             )
         script = job_script(
             *(work, self.cluster, self.environment(env), request, run_id, tree),
-            log=self._log(work, run_id),
+            log=self.log_of(work, run_id),
             lock_gpus=request.chips > 0,
             per_node=request.chips,
             uv_groups=self.settings.uv_groups or (),
         )
-        here, status = job_folder(self.cluster, work, run_id), status_folder(self.cluster, work, run_id)
-        return Prepared(work, run_id, here, status, script, values)
-
-    def _log(self, work: Work, run_id: str) -> str:
-        return f"{self.cluster.folder('log').rstrip('/')}/{work.project}_{work.group}_{work.name}_{run_id}.log"
+        return self.prepared(work, run_id, script, values)
 
     def starting(self, jobs: Sequence[Prepared], request: Request, name: str) -> str:
         lines = [f"mkdir -p {quote_path(self.cluster.folder('log'))}"]
         for job in jobs:
-            log = self._log(job.work, job.run_id)
+            log = self.log_of(job.work, job.run_id)
             # In a session of its own, without our terminal: it outlives the connection.
             lines += [
                 f"setsid nohup bash {quote_path(job.here)}/{SCRIPT} </dev/null >>{quote_path(log)} 2>&1 &",

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from tinytron.dispatch.hosts import Host
 from tinytron.dispatch.record import Submission
-from tinytron.dispatch.script import job_folder, job_script, quote, quote_path, status_folder
+from tinytron.dispatch.script import job_script, quote, quote_path
 from tinytron.dispatch.settings import Partition
 from tinytron.dispatch.work import SCRIPT, Prepared, Request, Work
 from tinytron.errors import ConfigError, HostError
@@ -109,8 +109,7 @@ class SlurmHost(Host):
             uv_groups=self.settings.uv_groups or (),
             rank_logs=self.settings.rank_logs,
         )
-        here, status = job_folder(self.cluster, work, run_id), status_folder(self.cluster, work, run_id)
-        return Prepared(work, run_id, here, status, script, values)
+        return self.prepared(work, run_id, script, values)
 
     def _log(self, name: str) -> str:
         """The path of a log up to the job's number."""

@@ -26,7 +26,7 @@ TITLES = {
     "best_val_loss": "best val",
     "tokens_per_second": "tok/s",
 }
-_NAMES = ("logging.exp_name", "logging.log_dir", "logging.wandb_run_name")  # differ, and are no difference
+_NAMES = ("logging.exp_name", "logging.log_dir", "logging.wandb_run_name")  # names of runs, which always differ
 # Runs that differ in these predict other tokens.
 _MEASURE = ("data.dataset_path", "data.val_dataset_path", "train.seq_len", "train.max_eval_tokens", "train.split_rate")
 

@@ -36,7 +36,7 @@ class WandB(Sink):
     without a key; if the run is a resumed one, SinkFailedError instead of the latter two.
     """
 
-    files = (FILE,)  # what W&B itself keeps is in a folder wandb/
+    files = (FILE,)  # W&B keeps its own files in a folder wandb/
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
