@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from tests.cli.test_nodes import _free_port
 from tests.helpers.ranks import Ranks
-from tests.helpers.runs import TINY, Finished, finish, run, run_well, start, train
+from tests.helpers.runs import TINY, Finished, finish, free_port, run, run_well, start, train
 from tests.helpers.storage import SECRET, S3Server, point_to
 from tinytron.data import write_shard
 from tinytron.training import Trainer
@@ -80,7 +79,7 @@ def test_a_run_that_starts_anew_leaves_the_old_one(ranks: Pools, tmp_path: Path)
 
 def two_nodes(*flags: object, cwd: Path) -> list[Finished]:
     """One process on each of two machines, as far as their staging folders go."""
-    port = str(_free_port())
+    port = str(free_port())
     nodes = []
     for rank in ("0", "1"):
         env = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.dispatch.conftest import Place, code
@@ -33,6 +33,7 @@ EVIL = [
     "line\nend; touch pwned",
     "$HOME",
     "\\",
+    "\\1",
     "*",
     "~/x",
     "-n",
@@ -83,6 +84,8 @@ def metadata(cluster: Cluster, work: Work) -> dict[str, Any]:
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(TEXT, TEXT, TEXT, TEXT, st.booleans())
+@example("\\1", "v", "w", "r", True)  # tar reads backslashes in its arguments as escapes
+@example("\\1", "v", "w", "r", False)
 def test_hostile_texts_arrive_as_they_are(
     place: Place, folder: str, value: str, word: str, restore: str, home: bool
 ) -> None:

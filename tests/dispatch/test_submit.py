@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -62,7 +63,9 @@ def _until(said: Said, name: str, state: str) -> str:
 
 def test_submit_watch_and_pull(place: Place, said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", TOKEN)
-    _write(place, {"box": {"type": "plain"}}, wandb={"env": "MY_KEY"}, env={"A": "cluster", "B": "cluster"})
+    root = place.home / "root\\1"
+    cluster = {"root": str(root), "wandb": {"env": "MY_KEY"}, "env": {"A": "cluster", "B": "cluster"}}
+    _write(place, {"box": {"type": "plain"}}, **cluster)
     words = (*SUBMIT, "-n", "0", "--env", "B=mine", "say.text=$(touch x)")
     status, out, err = said(*words)
     assert (status, err) == (0, "")
@@ -85,7 +88,7 @@ def test_submit_watch_and_pull(place: Place, said: Said, monkeypatch: pytest.Mon
     assert name.endswith(".log")
     assert Path(submission.status, "output.log").resolve() == Path(submission.log)
 
-    run = place.home / "root/checkpoints/general/default/mine/mine_12345678"
+    run = root / "checkpoints/general/default/mine/mine_12345678"
     run.mkdir(parents=True)
     (run / "log.jsonl").write_text("{}\n")
     (run / "00001_model.pt").write_text("large")
@@ -113,6 +116,18 @@ def test_logs_and_cancel(place: Place, said: Said, capfd: pytest.CaptureFixture[
     os.remove(submission.log)
     assert main(["logs", "mine"]) == 1
     assert "there is no log yet" in capfd.readouterr().err
+
+
+def test_a_job_has_become_its_script_when_submit_returns(place: Place, said: Said) -> None:
+    """While a process becomes another program it has no command line for a moment, and would be called lost."""
+    place.tool("nohup", f'#!/bin/sh\nsleep 1\nexec {shutil.which("nohup")} "$@"\n')
+    _write(place, {"box": {"type": "plain", "env": {"ACT": "wait"}}})
+    assert said("submit", "mine", "run.yaml", "--load", "module_with_jobs", "-n", "0")[0] == 0
+    submission = read_all()[-1]
+    command = Path(f"/proc/{submission.id}/cmdline").read_text().split("\0")
+    assert command == ["bash", f"{submission.here}/run.sh", ""]
+    said("cancel", "mine")
+    _until(said, "mine", "cancelled")
 
 
 def test_a_job_that_was_killed_is_lost_and_its_number_may_be_anothers(place: Place, said: Said) -> None:

@@ -160,7 +160,7 @@ class Host(ABC):
         folders = " ".join(quote_path(job.here) for job in jobs)
         share = quote_path(share)
         script = f"mkdir -p {share} {share}/code\n(umask 077; mkdir -p {folders})\n"
-        self.shell.run(f"{script}tar -xz -C {share} --no-same-owner", packed(members), UPLOAD_SECONDS)
+        self.shell.run(f"{script}cd {share}\ntar -xz --no-same-owner", packed(members), UPLOAD_SECONDS)
 
     def states(self, submissions: Sequence[Submission]) -> list[State]:
         """The state of each submission. Raises: HostError."""
@@ -212,13 +212,15 @@ class Host(ABC):
             f"root={quote_path(submission.root)}\nlog={quote_path(submission.log)}\n"
             f"folder={quote(f'checkpoints/{submission.place}')}\n"
             '[ -d "$root/$folder" ] || { echo "$root/$folder does not exist yet; there is nothing to pull" >&2; exit 1; }\n'
-            'words=(-C "$root" "$folder")\n'
-            'if [ -e "$log" ]; then words+=(-C "$(dirname -- "$log")" "./$(basename -- "$log")"); fi\n'
-            f'tar -cz {skipped} "${{words[@]}}"',
+            # tar reads backslashes in its arguments as escapes, but not in a list of names that end with a zero.
+            f'pack() {{ cd "$1" && printf "%s\\0" "$2" | tar -cz {skipped} --null -T -; }}\n'
+            '(pack "$root" "$folder")\n'
+            'if [ -e "$log" ]; then (pack "$(dirname -- "$log")" "./$(basename -- "$log")"); fi',
             seconds=UPLOAD_SECONDS,
         )
         out.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(fileobj=io.BytesIO(packed_files)) as tar:
+        # Two archives in a row: zeros between them are not the end.
+        with tarfile.open(fileobj=io.BytesIO(packed_files), ignore_zeros=True) as tar:
             tar.extractall(out, filter="data")  # refuses paths that lead out of the folder
 
 

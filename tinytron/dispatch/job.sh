@@ -91,7 +91,8 @@ unpack_code() { # once per commit; several jobs and nodes may arrive at the same
     if [ ! -d "$code" ]; then
         rm -rf "$code.part"
         mkdir "$code.part"
-        tar -xzf "$archive" -C "$code.part" --no-same-owner || fail "the code cannot be unpacked from $archive"
+        # tar reads backslashes in its arguments as escapes, so it gets no path.
+        (cd "$code.part" && tar -xz --no-same-owner) <"$archive" || fail "the code cannot be unpacked from $archive"
         mv "$code.part" "$code"
     fi
     exec 8>&-

@@ -70,6 +70,9 @@ class PlainHost(Host):
             # In a session of its own, without our terminal: it outlives the connection.
             lines += [
                 f"setsid nohup bash {quote_path(job.here)}/{SCRIPT} </dev/null >>{quote_path(log)} 2>&1 &",
+                # A process has no command line for a moment while it becomes another program: a look at that moment would
+                # call the job lost. So wait until it has run setsid and nohup, and is the script.
+                f"while kill -0 $! 2>/dev/null && ! {_runs_script('$!', job.here)}; do sleep 0.02; done",
                 f"printf '%s\\t%s\\n' $! {quote(log)}",
             ]
         return "\n".join(lines)
@@ -83,5 +86,8 @@ class PlainHost(Host):
 
 def _is_its_process(submission: Submission) -> str:
     """A condition: the process of that number is still the submission's, and not one that came later."""
-    file = f"/proc/{quote(submission.id)}/cmdline"
-    return f"tr '\\0' '\\n' <{file} 2>/dev/null | grep -qFx -- {quote_path(submission.here)}/{SCRIPT}"
+    return _runs_script(quote(submission.id), submission.here)
+
+
+def _runs_script(pid: str, here: str) -> str:
+    return f"[ \"$(tr '\\0' ' ' </proc/{pid}/cmdline 2>/dev/null)\" = 'bash '{quote_path(here)}/{SCRIPT}' ' ]"

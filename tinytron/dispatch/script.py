@@ -151,7 +151,7 @@ def _payload(payload: bytes) -> list[str]:
         "# The options and the code.",
         'mkdir -p "$here"',
         'chmod 700 "$here"',
-        "base64 -d <<'PAYLOAD' | tar -xz -C \"$here\" --no-same-owner",
+        "base64 -d <<'PAYLOAD' | (cd \"$here\" && tar -xz --no-same-owner)",
         text,
         "PAYLOAD",
     ]
