@@ -51,6 +51,9 @@ if "jupyter" in sys.argv:
     http.server.HTTPServer((words["ip"], int(words["port"])), Answer).serve_forever()
 if act.isdecimal():
     sys.exit(int(act))
+if act == "write":
+    with open(sys.argv[6] + "/written", "w") as file:
+        file.write("by a job")
 if act == "wait":
     time.sleep(60)
 """

@@ -37,6 +37,7 @@ leave() { # EXIT_STATUS
     case "$state" in # after a failure they stay: SLURM may queue the job again, when it sees that a node is lost
     finished | cancelled) if [ "${NODE_RANK:-0}" = 0 ]; then rm -f "$here"/secret.*; fi ;;
     esac
+    if [ -n "$mount" ]; then exec 7<&-; fi
     if [ -n "$mounted" ]; then juicefs umount "$root" || say "$root stays mounted: other jobs use it"; fi
     exit "$1"
 }
@@ -59,14 +60,16 @@ mount_storage() {
     [ -n "$mount" ] || return 0
     if mountpoint -q "$root"; then
         say "$root is mounted"
-        return 0
+    else
+        command -v juicefs >/dev/null ||
+            fail "juicefs is not installed on $(uname -n), so $root cannot be mounted; install juicefs there, or leave out mount"
+        mkdir -p "$root"
+        juicefs mount -d "${mount_options[@]}" "$mount" "$root" || fail "juicefs cannot mount $mount at $root (see above)"
+        mountpoint -q "$root" || fail "juicefs returned, but $root is not mounted; see the log of juicefs"
+        mounted=1
     fi
-    command -v juicefs >/dev/null ||
-        fail "juicefs is not installed on $(uname -n), so $root cannot be mounted; install juicefs there, or leave out mount"
-    mkdir -p "$root"
-    juicefs mount -d "${mount_options[@]}" "$mount" "$root" || fail "juicefs cannot mount $mount at $root (see above)"
-    mountpoint -q "$root" || fail "juicefs returned, but $root is not mounted; see the log of juicefs"
-    mounted=1
+    exec 7<"$root" # while it is open, another job that ends cannot unmount the volume
+    { mountpoint -q "$root" && [ "$root" -ef "/proc/$$/fd/7" ]; } || fail "another job unmounted $root just now; submit again"
 }
 
 make_folders() {
@@ -197,7 +200,7 @@ run_job() {
         cd "$code"
     fi
     tell running
-    beat </dev/null >/dev/null 2>&1 &
+    beat </dev/null >/dev/null 2>&1 7<&- & # its sleep outlives it, and must not keep the volume mounted
     beating=$!
     disown "$beating" # its end is not worth a line in the log
     "$python" -m "${command[@]}" &
