@@ -84,6 +84,12 @@ class Place:
         return Cluster(**{**folders, "python": str(self.python), **more})
 
 
+def without_tool(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Leave the folders that have the program ``name`` out of the PATH."""
+    folders = os.environ["PATH"].split(":")
+    monkeypatch.setenv("PATH", ":".join(one for one in folders if not Path(one, name).exists()))
+
+
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     home = tmp_path / "a home"

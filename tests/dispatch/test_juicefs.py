@@ -85,7 +85,10 @@ def test_what_a_job_writes_is_on_the_volume(place: Place, engine: str) -> None:
 def test_a_job_that_ends_leaves_the_volume_to_the_others(place: Place, engine: str) -> None:
     cluster, root = _cluster(place, engine), place.home / "root"
     first = subprocess.Popen(
-        ["bash", str(_job(place, cluster, "first"))], env={**os.environ, "ACT": "wait"}, stderr=subprocess.PIPE, text=True
+        ["bash", str(_job(place, cluster, "first"))],
+        env={**os.environ, "ACT": "wait"},
+        stderr=subprocess.PIPE,
+        text=True,
     )
     while not (place.home / "called.json").exists():
         assert first.poll() is None

@@ -13,10 +13,9 @@ import yaml
 from tests.dispatch.conftest import Place
 from tests.dispatch.test_submit import SUBMIT, TOKEN, Said, _until, said  # noqa: F401  # a fixture
 from tinytron.dispatch.hosts import hosts_of
-from tinytron.dispatch.kubernetes import name_of
 from tinytron.dispatch.reading import read_settings
 from tinytron.dispatch.record import read_all
-from tinytron.dispatch.work import Prepared, Work
+from tinytron.dispatch.work import Work, name_of
 from tinytron.errors import ConfigError
 
 KUBECTL = f"""#!{sys.executable}
@@ -187,7 +186,7 @@ def test_folders_must_be_on_the_claim(place: Place, host: dict[str, Any], cluste
 
 @pytest.mark.parametrize("name", ["Mine_1", "9.9", "-", "a" * 90, "x" * 30 + "." * 9])
 def test_names_fit(name: str) -> None:
-    first, second = (name_of(Prepared(Work(name, ()), run, "/h", "/s", "")) for run in ("1", "2"))
+    first, second = (name_of(Work(name, ()), run) for run in ("1", "2"))
     assert first != second
     for made in (first, second):
         assert len(made) <= 40

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from tests.dispatch.conftest import Place, code
+from tests.dispatch.conftest import Place, code, without_tool
 from tinytron.dispatch.script import job_folder, job_script, packed, quote, quote_path
 from tinytron.dispatch.settings import Cluster, Secret
 from tinytron.dispatch.slurm import NODES
@@ -284,14 +284,14 @@ case "$1" in mount) touch "$HOME/mounted" ;; umount) rm "$HOME/mounted" ;; esac
 """
 
 
-def test_storage_is_mounted_checked_and_unmounted(place: Place) -> None:
+def test_storage_is_mounted_checked_and_unmounted(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = place.cluster(mount="redis://:p%40ss@h:6379/0", cache_size="2G", cache_dir="~/c c", all_squash="1:2")
     work = Work("n", (b"",))
     script = job_script(work, cluster, {}, Request(0), RUN, code().tree)
     assert "ss@h" not in script
     path = put(place, cluster, work, script, {"META_PASSWORD": "p@ss"})
-    without = [one for one in os.environ["PATH"].split(":") if not Path(one, "juicefs").exists()]
-    done = run(path, PATH=":".join(without))
+    without_tool(monkeypatch, "juicefs")
+    done = run(path)
     assert done.returncode == 2
     assert "juicefs is not installed on" in done.stderr
     put(place, cluster, work, script, {"META_PASSWORD": "p@ss"})

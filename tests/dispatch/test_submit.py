@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.dispatch.conftest import Place
+from tests.dispatch.conftest import Place, without_tool
 from tests.dispatch.test_script import NVIDIA
 from tests.jobs.conftest import MODULE
 from tinytron.cli.main import main
@@ -231,55 +231,23 @@ def test_a_host_that_cannot_be_reached_is_one_line(place: Place, said: Said) -> 
     assert "box: me@box cannot be reached" in out
 
 
-def test_dispatch_check_says_what_each_host_has(place: Place, said: Said) -> None:
+def test_dispatch_check_says_what_each_host_has(place: Place, said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
     place.tool("nvidia-smi", NVIDIA)
+    without_tool(monkeypatch, "juicefs")
     tpu = {"type": "tpu", "zone": "z", "project": "p", "accelerator_type": "v4-8"}
     _write(place, {"box": {"type": "plain"}, "tpu": tpu}, mount="redis://h/0", python=None)
     status, out, err = said("dispatch", "check")
     assert (status, err) == (1, "")
     assert "is valid: 1 cluster, 2 hosts" in out
     assert "box: reached; missing: juicefs" in out
-    assert "tpu: valid; jobs of the type tpu are not submitted from here" in out
+    assert "tpu: valid; tpu is a type that nothing is submitted to; see tinytron bootstrap --target tpu" in out
+    status, _, err = said(*SUBMIT, "--target", "tpu")
+    assert status == 2
+    assert "--target tpu is a TPU machine, and the trainer has no TPU backend" in err
     _write(place, {"box": {"type": "plain"}})
     status, out, _ = said("dispatch", "check")
     assert status == 0
     assert "box: reached; 2 chips free; has " in out
-
-
-def test_a_bootstrap_script_runs_alone(place: Place, said: Said, tmp_path: Path) -> None:
-    _write(place, {"box": {"type": "plain", "env": {"A": "host"}}}, hf_token={"env": "HF_TOKEN"})
-    words = ("bootstrap", "mine", "run.yaml", "out.sh", "--load", "module_with_jobs", "--target", "box", "say.text=a b")
-    status, out, err = said(*words, "--root", f"{place.home}/else where", "--env", "B=1", "-n", "0")
-    assert (status, err) == (0, "")
-    assert "wrote out.sh" in out
-    (tmp_path / "other").mkdir()
-    done = subprocess.run(["./out.sh"], capture_output=True, text=True, env={**os.environ, "HF_TOKEN": ""})
-    assert "the environment variable HF_TOKEN is not set; set it before this script starts" in done.stderr
-    for _ in range(2):  # safe to repeat
-        done = subprocess.run(["./out.sh"], capture_output=True, text=True, env={**os.environ, "HF_TOKEN": TOKEN})
-        assert done.returncode == 0, done.stderr
-    called = place.called
-    assert called["argv"][5] == f"{place.home}/else where"
-    assert called["argv"][-1] == "say.text=a b"
-    assert (called["env"]["A"], called["env"]["B"], called["env"]["HF_TOKEN"]) == ("host", "1", TOKEN)
-    assert TOKEN not in Path("out.sh").read_text()
-
-
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        ((), "--root and --work are needed without --target; use --root /data/out --work /tmp/work"),
-        (("--target", "bx"), "is not a host of"),
-        (("--root", "r", "--work", "/w"), "bootstrap.root r must be an absolute path or begin with ~/, as /data/root"),
-        (("--target", "box", "--cache-size", "x"), "bootstrap.cache_size x must be a number with M, G or T; use 100G"),
-    ],
-)
-def test_a_mistake_in_a_bootstrap_is_one_line(place: Place, said: Said, words: tuple[str, ...], says: str) -> None:
-    _write(place, {"box": {"type": "plain"}})
-    status, _, err = said("bootstrap", "mine", "run.yaml", "out.sh", "--load", "module_with_jobs", *words)
-    assert status == 2
-    assert says in err
-    assert not Path("out.sh").exists()
 
 
 def test_nothing_in_dispatch_imports_torch() -> None:

@@ -37,7 +37,9 @@ def main(argv: Sequence[str], prog: str = "tinytron dispatch") -> int:
     for name in settings.in_order():
         if name not in {host.name for host in hosts}:
             kind = type(settings.hosts[name]).__name__.lower()
-            print(f"{name}: valid; jobs of the type {kind} are not submitted from here (see tinytron bootstrap)")
+            print(
+                f"{name}: valid; {kind} is a type that nothing is submitted to; see tinytron bootstrap --target {name}"
+            )
     return 1 if wrong else 0
 
 

@@ -14,10 +14,11 @@ from tinytron.cli.jobs import add_load, add_place, parse_with_overrides
 from tinytron.dispatch.choose import Rule
 from tinytron.dispatch.reading import check_cluster, check_variable, read_section, read_settings
 from tinytron.dispatch.script import job_folder, job_script, packed
-from tinytron.dispatch.settings import FILE, Cluster, Settings
+from tinytron.dispatch.settings import FILE, AnyHost, Cluster, Settings, Tpu
 from tinytron.dispatch.ship import pack
 from tinytron.dispatch.submit import Order, submit_all
-from tinytron.dispatch.work import Request, Work, new_run_id
+from tinytron.dispatch.tpu import NOTE, machine_script
+from tinytron.dispatch.work import Request, Work, name_of, new_run_id
 from tinytron.errors import ConfigError
 from tinytron.utils.flags import Parser, nearest, whole_number
 from tinytron.utils.texts import next_command
@@ -79,7 +80,9 @@ def bootstrap(argv: Sequence[str], prog: str = "tinytron bootstrap") -> None:
     args = parse_with_overrides(parser, argv)
     work, asked = _work(args)
     given = {name: value for name in _FOLDERS if (value := getattr(args, name)) is not None}
-    cluster, env, groups = _cluster(args, given)
+    cluster, host = _cluster(args, given)
+    env = {**(cluster.env or {}), **(host.env or {})} if host is not None else {}
+    groups = getattr(host, "uv_groups", None) or ()
     shipment = pack(Path.cwd(), args.dirty)
     for note in shipment.notes:
         print(note)
@@ -92,12 +95,21 @@ def bootstrap(argv: Sequence[str], prog: str = "tinytron bootstrap") -> None:
         uv_groups=groups,
         payload=payload,
     )
+    out = Path(args.out)
+    _write_script(out, script)
+    print(f"wrote {out} ({len(script) / 1e6:.1f} MB); it unpacks to {job_folder(cluster, work, run_id)}")
+    if isinstance(host, Tpu):
+        machine = out.with_suffix(".tpu.sh")
+        _write_script(machine, machine_script(host, cluster, name_of(work, run_id), out.name))
+        print(f"wrote {machine}, which makes the TPU machine and starts {out.name} there; {NOTE}")
+
+
+def _write_script(path: Path, text: str) -> None:
     try:
-        Path(args.out).write_text(script, encoding="utf-8")
-        Path(args.out).chmod(0o755)
+        path.write_text(text, encoding="utf-8")
+        path.chmod(0o755)
     except OSError as error:
-        raise ConfigError(f"{args.out} cannot be written ({error.strerror}); use a file such as run.sh") from error
-    print(f"wrote {args.out} ({len(script) / 1e6:.1f} MB); it unpacks to {job_folder(cluster, work, run_id)}")
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); use a file such as run.sh") from error
 
 
 def _add_work(parser: argparse.ArgumentParser, *, out: bool = False) -> None:
@@ -210,22 +222,20 @@ def environment_of(words: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _cluster(args: argparse.Namespace, given: dict[str, str]) -> tuple[Cluster, dict[str, str], tuple[str, ...]]:
-    """The cluster, environment and dependency groups of a bootstrap script: those of ``--target``, changed by ``given``."""
+def _cluster(args: argparse.Namespace, given: dict[str, str]) -> tuple[Cluster, AnyHost | None]:
+    """The cluster of a bootstrap script, changed by ``given``, and the host ``--target``."""
     if args.target is None:
         if not {"root", "work"} <= given.keys():
             raise ConfigError("--root and --work are needed without --target; use --root /data/out --work /tmp/work")
         cluster = read_section(Cluster, given, "bootstrap")
         check_cluster(cluster, "bootstrap")
-        return cluster, {}, ()
+        return cluster, None
     settings: Settings = read_settings(args.dispatch)
     if args.target not in settings.hosts:
         raise ConfigError(
             f"--target {args.target} is not a host of {settings.file}{nearest(args.target, settings.hosts)}; use one of "
             f"{', '.join(settings.hosts)}"
         )
-    host, cluster = settings.hosts[args.target], settings.cluster_of(args.target)
-    env = {**(cluster.env or {}), **(host.env or {})}
-    cluster = replace(cluster, **cast(Any, given))
+    cluster = replace(settings.cluster_of(args.target), **cast(Any, given))
     check_cluster(cluster, "bootstrap")
-    return cluster, env, getattr(host, "uv_groups", None) or ()
+    return cluster, settings.hosts[args.target]

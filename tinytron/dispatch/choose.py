@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tinytron.dispatch.hosts import Host
-from tinytron.dispatch.settings import Settings
+from tinytron.dispatch.settings import Settings, Tpu
 from tinytron.dispatch.work import Request
 from tinytron.errors import ConfigError, HostError
 from tinytron.utils.flags import nearest
@@ -29,6 +29,11 @@ def choose(settings: Settings, hosts: Sequence[Host], request: Request, rule: Ru
     allowed = [host for host in hosts if _allows(settings, host.name, rule)]
     if len(allowed) == 1 and rule.target == allowed[0].name:
         return allowed[0], "as --target says"
+    if not allowed and isinstance(settings.hosts.get(rule.target or ""), Tpu):
+        raise ConfigError(
+            f"--target {rule.target} is a TPU machine, and the trainer has no TPU backend, so nothing is submitted there; "
+            f"write scripts for it with: tinytron bootstrap --target {rule.target}"
+        )
     if not allowed:
         raise ConfigError(
             "no host is left to submit to; let --cluster, --exclude_cluster and --target allow a host of the type plain, "

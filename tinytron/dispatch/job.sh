@@ -56,6 +56,16 @@ read_secrets() {
     done
 }
 
+check_folders() { # variables such as TINYTRON_ROOT may have changed them
+    local one
+    for one in root work share status data checkpoints results; do
+        case "${!one}" in
+        "" | /*) ;;
+        *) fail "the folder $one must be an absolute path, but it is ${!one}; use one such as TINYTRON_ROOT=/data/out" ;;
+        esac
+    done
+}
+
 mount_storage() {
     [ -n "$mount" ] || return 0
     if mountpoint -q "$root"; then
@@ -76,8 +86,9 @@ make_folders() {
     mkdir -p "$root" "$work" "$share/code" "$share/env" "$status"
     if [ "${NODE_RANK:-0}" = 0 ]; then
         local entry part target
-        for entry in "${links[@]}"; do
+        for entry in "data:$data" "checkpoints:$checkpoints" "results:$results"; do
             part="${entry%%:*}" target="${entry#*:}"
+            if [ -z "$target" ]; then continue; fi
             mkdir -p "$target"
             [ -e "$root/$part" ] || ln -s "$target" "$root/$part"
             [ "$root/$part" -ef "$target" ] || fail "$root/$part exists and is not $target; move it there, or leave out $part"
@@ -219,6 +230,7 @@ stop="" signals=0 child="" beating="" mounted="" port=""
 trap 'leave $?' EXIT
 trap 'stop_child TERM' TERM
 trap 'stop_child USR1' USR1
+check_folders
 read_secrets
 mount_storage
 make_folders

@@ -5,9 +5,7 @@ Scripts that need files run in a short-lived pod that mounts the claim. ``kubect
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +16,7 @@ from tinytron.dispatch.record import Submission
 from tinytron.dispatch.script import job_script, quote, quote_all
 from tinytron.dispatch.settings import Kubernetes, Settings
 from tinytron.dispatch.shell import Shell
-from tinytron.dispatch.work import SCRIPT, Prepared, Request, Work
+from tinytron.dispatch.work import SCRIPT, Prepared, Request, Work, name_of
 from tinytron.errors import ConfigError
 from tinytron.manifests.job import ContainerJob, Toleration
 from tinytron.manifests.kinds import as_yaml
@@ -33,7 +31,6 @@ ENTRY = """rank="${VC_TASK_INDEX:-${PET_NODE_RANK:-0}}"
 mkdir -p "$(dirname -- "$1")"
 if [ "$rank" != 0 ]; then set -- "$1.node$rank"; fi
 exec bash "$0" >>"$1" 2>&1"""
-_LONGEST = 40  # characters of a manifest's name
 
 
 @dataclass(frozen=True)
@@ -145,7 +142,7 @@ class KubernetesHost(Host):
             Toleration(one.get("key", ""), one.get("value"), one.get("effect")) for one in own.tolerations or ()
         ]
         return ContainerJob(
-            name=name_of(prepared),
+            name=name_of(prepared.work, prepared.run_id),
             image=own.image,
             entry=("bash", "-c", ENTRY, script, log),
             nodes=max(1, request.chips // per_node) if per_node else 1,
@@ -195,13 +192,3 @@ class VolcanoHost(KubernetesHost):
     manifest = "volcano"
     resource = "jobs.batch.volcano.sh"
     label = "volcano.sh/job-name"
-
-
-def name_of(prepared: Prepared) -> str:
-    """The manifest's name: as much of the work's as Kubernetes takes, and a hash that tells submissions apart."""
-    work = prepared.work
-    unique = hashlib.sha256(f"{work.place}/{prepared.run_id}".encode()).hexdigest()[:8]
-    plain = re.sub(r"[^a-z0-9]+", "-", work.name.lower()).strip("-")
-    if not plain[:1].isalpha():
-        plain = f"run-{plain}"
-    return f"{plain[: _LONGEST - 9].strip('-')}-{unique}"

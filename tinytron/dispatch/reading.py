@@ -24,6 +24,7 @@ from tinytron.dispatch.settings import (
     Settings,
     Slurm,
     Texts,
+    Tpu,
 )
 from tinytron.errors import ConfigError, first_line
 from tinytron.utils.flags import FieldInfo, config_fields, nearest
@@ -113,6 +114,8 @@ def _host(content: Any, where: str, clusters: Mapping[str, Cluster]) -> AnyHost:
         _address(host.ssh, f"{where}.ssh")
     if isinstance(host, Slurm):
         _check_slurm(host, clusters[host.cluster], where)
+    if isinstance(host, Tpu) and host.spot and host.preemptible:
+        raise ConfigError(f"{where}: spot and preemptible exclude each other; write spot: true only")
     if isinstance(host, Kubernetes):
         _check_kubernetes(host, clusters[host.cluster], where)
     return host

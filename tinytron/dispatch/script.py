@@ -17,7 +17,7 @@ from tinytron.dispatch.work import Request, Work
 
 HEARTBEAT_SECONDS = 30
 TOKEN = "JUPYTER_TOKEN"  # read by Jupyter
-_LINKS = ("data", "checkpoints", "results")
+LINKED = ("data", "checkpoints", "results")  # folders of the cluster that links in its root lead to
 
 
 def quote(text: str) -> str:
@@ -80,12 +80,9 @@ def job_script(
     of each node (``None``: all that there are); ``nodes`` are assignments of ``NUM_NODES`` and ``NODE_RANK`` from the
     scheduler's variables; ``payload``, a tar.gz of the job's folder, makes it self-contained."""
     described = {"name": work.name, "project": work.project, "group": work.group, "run_id": run_id}
-    share = quote_path(cluster.folder("share"))
-    here = quote_path(job_folder(cluster, work, run_id))
     stages = " ".join(f'-s "$here"/stage{number}.yaml' for number in range(1, len(work.files)))
     mount = without_password(cluster.mount)[0] if cluster.mount else ""
     secrets = secrets_of(cluster) | ({TOKEN: Secret()} if work.notebook else {})
-    links = " ".join(f"{part}:{quote_path(path)}" for part in _LINKS if (path := getattr(cluster, part)))
     lines = [
         "#!/usr/bin/env bash",
         f"# Runs {work.place} (submission {run_id}). Written by Tinytron; safe to repeat: the run continues.",
@@ -93,18 +90,13 @@ def job_script(
         "",
         f"name={quote(work.name)}",
         f"described={quote(json.dumps(described)[1:-1])}",
-        f"here={here}",
-        f"root={quote_path(cluster.root)}",
-        f"work={quote_path(cluster.work)}",
-        f"share={share}",
-        f"status={quote_path(status_folder(cluster, work, run_id))}",
+        *_folders(cluster, work, run_id, fixed=payload is None),
         f"log={quote_path(log)}" if log else 'log=""',
-        f"code={share}/code/{quote(tree)}",
-        f"archive={here}/code.tar.gz" if payload is not None else f"archive={share}/code/{quote(tree)}.tar.gz",
+        f'code="$share"/code/{quote(tree)}',
+        'archive="$here"/code.tar.gz' if payload is not None else f'archive="$share"/code/{quote(tree)}.tar.gz',
         f"python={quote_path(cluster.python)}" if cluster.python else 'python=""',
         f"uv_groups=({quote_all(list(uv_groups))})",
         f"arguments=({quote_all(work.flags())}{' ' + stages if stages else ''})",
-        f"links=({links})",
         f"mount={quote(mount)}",
         f"mount_options=({' '.join(mount_options(cluster, quote, quote_path))})",
         f"lock_gpus={request.chips if lock_gpus else 0}",
@@ -120,6 +112,27 @@ def job_script(
         lines += _payload(payload)
     body = resources.files("tinytron.dispatch").joinpath("job.sh").read_text(encoding="utf-8")
     return "\n".join(lines) + "\n" + body
+
+
+def _folders(cluster: Cluster, work: Work, run_id: str, *, fixed: bool) -> list[str]:
+    """Assignments of the folders. Unless they are ``fixed``, variables such as TINYTRON_ROOT change them where it runs."""
+    given = {
+        "root": quote_path(cluster.root),
+        "work": quote_path(cluster.work),
+        "share": quote_path(cluster.share) if cluster.share else '"$work"',
+        "status": quote_path(cluster.status) if cluster.status else '"$share"/status',
+        **{part: quote_path(path) if (path := getattr(cluster, part)) else '""' for part in LINKED},
+    }
+    lines = []
+    for name, value in given.items():
+        lines.append(f"{name}={value}")
+        if not fixed:
+            lines.append(f'{name}="${{TINYTRON_{name.upper()}:-${name}}}"')
+    return [
+        *lines,
+        f'here="$share"/{quote(f"jobs/{work.place}/{run_id}")}',
+        f"status+=/{quote(f'{work.place}/{run_id}')}",
+    ]
 
 
 def _secret(name: str, secret: Secret, sent: bool) -> str:

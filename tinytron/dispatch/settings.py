@@ -124,7 +124,7 @@ class Tpu:
     accelerator_type: Annotated[str, Flag("type", works="v4-8")]
     version: Annotated[str, Flag("runtime version", works="tpu-ubuntu2204-base")] = "tpu-ubuntu2204-base"
     spot: Annotated[bool, Flag("spot machine", works=True)] = False
-    preemptible: Annotated[bool, Flag("preemptible machine", works=True)] = False
+    preemptible: Annotated[bool, Flag("preemptible machine, the older kind of spot", works=False)] = False
     network: Annotated[str | None, Flag("network", works="default")] = None
     subnetwork: Annotated[str | None, Flag("subnetwork", works="default")] = None
     service_account: Annotated[str | None, Flag("service account", works="me@my-project.iam")] = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -12,6 +14,7 @@ from tinytron.jobs.places import check_place
 
 CONFIG = "config.yaml"
 SCRIPT = "run.sh"
+_LONGEST = 40  # characters of a name
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,16 @@ class Prepared:
     def files(self) -> dict[str, bytes]:
         """The files of its folder, except the secrets."""
         return {SCRIPT: self.script.encode(), **self.work.stage_files()}
+
+
+def name_of(work: Work, run_id: str) -> str:
+    """A name for the submission that Kubernetes and Google Cloud take: as much of the work's as fits, and a hash that tells
+    submissions apart."""
+    unique = hashlib.sha256(f"{work.place}/{run_id}".encode()).hexdigest()[:8]
+    plain = re.sub(r"[^a-z0-9]+", "-", work.name.lower()).strip("-")
+    if not plain[:1].isalpha():
+        plain = f"run-{plain}"
+    return f"{plain[: _LONGEST - 9].strip('-')}-{unique}"
 
 
 def new_run_id() -> str:

@@ -1,0 +1,74 @@
+"""Scripts for a TPU machine of Google Cloud. **Untested**, and the trainer has no TPU backend: it trains on the CPUs there.
+
+``tinytron bootstrap --target HOST`` writes them; nothing submits to such a host.
+"""
+
+from __future__ import annotations
+
+from tinytron.dispatch.script import quote, quote_all, secrets_of
+from tinytron.dispatch.settings import Cluster, Tpu
+
+NOTE = "untested, and the trainer has no TPU backend: it trains on the CPUs of the TPU's host"
+# What runs on each machine of the slice. Google's metadata server knows its number, and the addresses of all.
+_WORKER = """\
+about=http://metadata.google.internal/computeMetadata/v1/instance/attributes
+NODE_RANK="$(curl -sf -H "Metadata-Flavor: Google" "$about/agent-worker-number")"
+endpoints="$(curl -sf -H "Metadata-Flavor: Google" "$about/worker-network-endpoints")"
+NUM_NODES="$(tr , "\\n" <<<"$endpoints" | wc -l)"
+MASTER_ADDR="$(cut -d, -f1 <<<"$endpoints" | cut -d: -f3)"
+export NODE_RANK NUM_NODES MASTER_ADDR
+if [ -e tinytron.env ]; then . ./tinytron.env; rm tinytron.env; fi
+setsid nohup bash tinytron.sh </dev/null >>tinytron.log 2>&1 &
+"""
+_BODY = """\
+tpu() { gcloud compute tpus tpu-vm "$1" "${@:2}" "${place[@]}"; }
+if [ "${1:-}" = delete ]; then
+    tpu delete "$machine" --quiet
+    exit
+fi
+tpu describe "$machine" >/dev/null 2>&1 || tpu create "$machine" "${options[@]}"
+tpu scp "$script" "$machine":tinytron.sh --worker=all
+if [ "${#secrets[@]}" != 0 ]; then # in a file that only you can read
+    hidden="$(mktemp)"
+    trap 'rm -f "$hidden"' EXIT
+    for variable in "${secrets[@]}"; do
+        [ -n "${!variable:-}" ] || { echo "the environment variable $variable is not set; set it first" >&2 && exit 2; }
+        printf 'export %s=%q\\n' "$variable" "${!variable}" >>"$hidden"
+    done
+    tpu scp "$hidden" "$machine":tinytron.env --worker=all
+fi
+tpu ssh "$machine" --worker=all --command="bash -c ${worker@Q}"
+echo "its log: gcloud compute tpus tpu-vm ssh $machine ${place[*]@Q} --command='tail -f tinytron.log'"
+"""
+
+
+def machine_script(own: Tpu, cluster: Cluster, name: str, script: str) -> str:
+    """A bash script that makes the machine ``name`` and starts the job's ``script``, a file beside it, on each of its
+    workers. With the argument ``delete`` it deletes the machine."""
+    given = {
+        "--accelerator-type": own.accelerator_type,
+        "--version": own.version,
+        "--network": own.network,
+        "--subnetwork": own.subnetwork,
+        "--service-account": own.service_account,
+    }
+    switches = {"--spot": own.spot, "--preemptible": own.preemptible, "--internal-ips": own.internal_ips}
+    options = [f"{flag}={value}" for flag, value in given.items() if value is not None]
+    options += [flag for flag, wanted in switches.items() if wanted]
+    lines = [
+        "#!/usr/bin/env bash",
+        "# Makes a TPU machine and starts a job on it; with the argument delete it deletes the machine.",
+        f"# {NOTE[0].upper()}{NOTE[1:]}.",
+        "set -euo pipefail",
+        "",
+        f"machine={quote(name)}",
+        f'script="$(realpath -- "$(dirname -- "${{BASH_SOURCE[0]}}")")"/{quote(script)}',
+        f"place=({quote_all([f'--zone={own.zone}', f'--project={own.project}'])})",
+        f"options=({quote_all(options)})",
+        f"secrets=({quote_all([variable for variable, one in secrets_of(cluster).items() if one.file is None])})",
+        "worker=\"$(cat <<'END'",
+        f"{_WORKER}END",
+        ')"',
+        "",
+    ]
+    return "\n".join(lines) + "\n" + _BODY
