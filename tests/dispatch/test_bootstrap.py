@@ -107,7 +107,7 @@ def test_a_bootstrap_for_a_tpu_also_makes_the_machine(place: Place, said: Said) 
         env = json.loads(called.read_text())["env"]
         assert (env["NODE_RANK"], env["NUM_NODES"], env["MASTER_ADDR"]) == (worker, "2", "10.0.0.7")
         assert env["HF_TOKEN"] == TOKEN
-        assert not (place.home / f"w{worker}/tinytron.env").exists()
+        assert not (place.home / f"w{worker}/tinytron.begin.sh").exists()
     assert subprocess.run(["./out.tpu.sh", "delete"], capture_output=True, check=False).returncode == 0
     log = (place.home / "gcloud.log").read_text()
     assert TOKEN not in log

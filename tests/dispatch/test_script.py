@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from tests.dispatch.conftest import Place, code, without_tool
+from tests.dispatch.conftest import Place, code
+from tests.helpers.runs import ROOT
 from tinytron.dispatch.script import job_folder, job_script, packed, quote, quote_path
 from tinytron.dispatch.settings import Cluster, Secret
 from tinytron.dispatch.slurm import NODES
-from tinytron.dispatch.storage import without_password
 from tinytron.dispatch.work import SCRIPT, Request, Work
 from tinytron.errors import ConfigError
 
@@ -205,23 +206,70 @@ def test_the_heartbeat_goes_on_while_the_job_runs_and_ends_with_it(place: Place)
         first = file.stat().st_mtime
         time.sleep(1.0)
         assert file.stat().st_mtime > first
+        job = _pid_of(str(place.python))
         process.kill()  # the script, not the job
         process.wait()
         time.sleep(0.6)
         last = file.stat().st_mtime
         time.sleep(0.6)
         assert file.stat().st_mtime == last
-        os.kill(_pid_of(str(place.python)), signal.SIGKILL)
+        assert job is not None
+        assert _pid_of(str(place.python)) is None
+        assert (place.home / "signals").read_text() == "SIGTERM\n"  # a run without its script saves and stops
 
 
-def _pid_of(word: str) -> int:
+def _pid_of(word: str) -> int | None:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             if word in path.read_text():
                 return int(path.parent.name)
         except OSError:
             continue
-    raise AssertionError("the job is not running")
+    return None
+
+
+def test_variables_reach_the_job_and_leave_the_script_alone(place: Place) -> None:
+    """Names that the script uses itself, that bash sets, and that a tool reads."""
+    names = (
+        "root",
+        "status",
+        "here",
+        "code",
+        "work",
+        "target",
+        "before",
+        "command",
+        "signals",
+        "variables",
+        "UID",
+        "IFS",
+    )
+    mine = {name: f"my {name}" for name in (*names, "BASHOPTS", "HTTPS_PROXY", "PYTHONPATH")}
+    cluster, work = place.cluster(), Work("n", (b"",))
+    done = run(put(place, cluster, work, job_script(work, cluster, mine, Request(0), RUN, code().tree)))
+    assert done.returncode == 0, done.stderr
+    assert place.called["argv"][5] == str(place.home / "root")
+    assert metadata(cluster, work)["state"] == "finished"
+    path = mine.pop("PYTHONPATH")
+    assert {name: place.called["env"][name] for name in mine} == mine
+    assert place.called["env"]["PYTHONPATH"] == f"{place.home}/scratch/code/{code().tree}:{path}"
+
+
+def test_the_code_that_was_sent_runs_whatever_the_working_directory_has(place: Place) -> None:
+    cluster, work = place.cluster(), Work("n", (b"",))
+    old = place.home / "scratch/tinytron"
+    old.mkdir(parents=True)
+    (old / "__init__.py").write_text("raise SystemExit('the wrong code')\n")
+    path = put(place, cluster, work, job_script(work, cluster, {}, Request(0), RUN, code().tree))
+    text = path.read_text()
+    if sys.version_info >= (3, 11):
+        path.write_text(text.replace(f"python='{place.python}'", f"python={sys.executable}"))
+        done = run(path, PYTHONPATH=str(ROOT))
+        assert "the wrong code" not in done.stderr
+        assert "error" in done.stderr  # of the right code, about an empty file of options
+    place.python.write_text("#!/bin/sh\nexit 1\n")  # as an older Python says
+    path.write_text(text)
+    assert "Python would import" in run(path).stderr
 
 
 def test_links_lead_to_the_clusters_folders(place: Place) -> None:
@@ -276,93 +324,3 @@ def test_the_environment_is_made_once_per_list_of_packages(
     assert said == commands
     assert run(path).returncode == 0
     assert len((place.home / "tools").read_text().splitlines()) == len(commands)
-
-
-JUICEFS = """#!/bin/bash
-printf '%s ' "$@" >>"$HOME/tools"; printf '%s\\n' "password=$META_PASSWORD" >>"$HOME/tools"
-case "$1" in mount) touch "$HOME/mounted" ;; umount) rm "$HOME/mounted" ;; esac
-"""
-
-
-def test_storage_is_mounted_checked_and_unmounted(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster = place.cluster(mount="redis://:p%40ss@h:6379/0", cache_size="2G", cache_dir="~/c c", all_squash="1:2")
-    work = Work("n", (b"",))
-    script = job_script(work, cluster, {}, Request(0), RUN, code().tree)
-    assert "ss@h" not in script
-    path = put(place, cluster, work, script, {"META_PASSWORD": "p@ss"})
-    without_tool(monkeypatch, "juicefs")
-    done = run(path)
-    assert done.returncode == 2
-    assert "juicefs is not installed on" in done.stderr
-    put(place, cluster, work, script, {"META_PASSWORD": "p@ss"})
-    place.tool("juicefs", JUICEFS.replace("mount) touch", "never) touch"))
-    place.tool("mountpoint", '#!/bin/sh\n[ -e "$HOME/mounted" ]\n')
-    assert "juicefs returned, but" in run(path).stderr
-    put(place, cluster, work, script, {"META_PASSWORD": "p@ss"})
-    place.tool("juicefs", JUICEFS)
-    (place.home / "tools").unlink()
-    done = run(path)
-    assert done.returncode == 0, done.stderr
-    root, cache = place.home / "root", place.home / "c c"
-    assert (place.home / "tools").read_text().splitlines() == [
-        f"mount -d --cache-size 2048 --cache-dir {cache} --all-squash 1:2 redis://h:6379/0 {root} password=p@ss",
-        f"umount {root} password=p@ss",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("url", "rest", "password"),
-    [
-        ("redis://:a%2Fb@h:1/0", "redis://h:1/0", "a/b"),
-        ("redis://me:pw@h/0", "redis://me@h/0", "pw"),
-        ("redis://h:1/0", "redis://h:1/0", None),
-        ("redis://me@h/0", "redis://me@h/0", None),
-        ("sqlite3:///x", "sqlite3:///x", None),
-        ("/some/path", "/some/path", None),
-    ],
-)
-def test_a_password_leaves_the_url(url: str, rest: str, password: str | None) -> None:
-    assert without_password(url) == (rest, password)
-
-
-NVIDIA = """#!/bin/bash
-case "$*" in
-    *memory.used,name*) printf '10, NVIDIA H100 80GB HBM3\\n20, NVIDIA H100 80GB HBM3\\n9000, NVIDIA H100 80GB HBM3\\n' ;;
-    *) printf '0, 10\\n1, 20\\n2, 9000\\n' ;;
-esac
-"""
-
-
-@pytest.mark.slow
-def test_two_jobs_do_not_share_gpus(place: Place) -> None:
-    place.tool("nvidia-smi", NVIDIA)
-    cluster = place.cluster()
-    locks = ("/tmp/tinytron-gpus", f"'{place.home}/locks'")
-    scripts = []
-    for name in ("one", "two"):
-        work = Work(name, (b"",))
-        text = job_script(work, cluster, {"ACT": "wait"}, Request(1), RUN, code().tree, lock_gpus=True, per_node=1)
-        scripts.append(put(place, cluster, work, text.replace(*locks)))
-    work = Work("both", (b"",))
-    text = job_script(work, cluster, {"ACT": "0"}, Request(2), RUN, code().tree, lock_gpus=True, per_node=2)
-    both = put(place, cluster, work, text.replace(*locks).replace("sleep 10", "sleep 0.2"))
-    running = []
-    used = []
-    for path in scripts:
-        running.append(subprocess.Popen(["bash", str(path)], stdout=subprocess.PIPE, text=True))
-        assert running[-1].stdout is not None
-        running[-1].stdout.readline()
-        used.append(place.called["env"]["CUDA_VISIBLE_DEVICES"])
-    assert used == ["0", "1"]  # the third one is used by another program
-    waiting = subprocess.Popen(["bash", str(both)], stdout=subprocess.PIPE, text=True)
-    time.sleep(1.5)
-    assert metadata(cluster, work)["state"] == "waiting"
-    for process in running:
-        process.terminate()
-        process.communicate(timeout=30)
-    waiting.communicate(timeout=30)
-    assert waiting.returncode == 0
-    assert place.called["env"]["CUDA_VISIBLE_DEVICES"] == "0,1"
-    work = Work("many", (b"",))
-    many = put(place, cluster, work, job_script(work, cluster, {}, Request(4), RUN, code().tree, lock_gpus=True))
-    assert "has fewer than 4 GPUs" in run(many).stderr

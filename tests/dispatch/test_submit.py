@@ -15,10 +15,11 @@ import pytest
 import yaml
 
 from tests.dispatch.conftest import Place, without_tool
-from tests.dispatch.test_script import NVIDIA
+from tests.dispatch.test_gpus_and_storage import NVIDIA
 from tests.jobs.conftest import MODULE
 from tinytron.cli.main import main
 from tinytron.dispatch.record import read_all
+from tinytron.dispatch.shell import Shell
 
 Said = Callable[..., tuple[int, str, str]]
 TOKEN = "s3cret-t0ken"
@@ -140,6 +141,23 @@ def test_a_job_that_was_killed_is_lost_and_its_number_may_be_anothers(place: Pla
     file.write_text(file.read_text().replace(f'"id": "{read_all()[-1].id}"', f'"id": "{os.getpid()}"'))
     assert said("cancel", "mine")[0] == 0  # and we are still here
     _until(said, "mine", "cancelled")
+
+
+def test_code_that_arrived_in_part_is_sent_again(place: Place, said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write(place, {"box": {"type": "plain"}})
+    words = ("submit", "mine", "run.yaml", "--load", "module_with_jobs", "-n", "0")
+    whole = Shell.run
+
+    def cut(shell: Shell, script: str, data: bytes = b"", seconds: float = 120.0) -> str:
+        return whole(shell, script, data[: len(data) * 6 // 10], seconds)
+
+    monkeypatch.setattr(Shell, "run", cut)
+    status, _, err = said(*words)
+    assert (status, "tar: Error" in err) == (2, True), err
+    assert list((place.home / "scratch/code").iterdir()) == []
+    monkeypatch.setattr(Shell, "run", whole)
+    assert said(*words)[0] == 0
+    _until(said, "mine", "finished (0)")
 
 
 def test_a_dry_run_shows_everything_but_secrets_and_does_nothing(

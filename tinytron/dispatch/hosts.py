@@ -155,12 +155,16 @@ class Host(ABC):
             inner = job_folder(cluster, job.work, job.run_id).removeprefix(f"{share}/")
             members |= {f"{inner}/{name}": (content, 0o644) for name, content in job.files().items()}
             members |= {f"{inner}/secret.{name}": (value.encode(), 0o600) for name, value in job.values.items()}
-        if not has_code:
-            members[f"code/{files.tree}.tar.gz"] = (files.code, 0o644)
         folders = " ".join(quote_path(job.here) for job in jobs)
         share = quote_path(share)
-        script = f"mkdir -p {share} {share}/code\n(umask 077; mkdir -p {folders})\n"
-        self.shell.run(f"{script}cd {share}\ntar -xz --no-same-owner", packed(members), UPLOAD_SECONDS)
+        script = f"mkdir -p {share}/code\n(umask 077; mkdir -p {folders})\ncd {share}\n"
+        if has_code:
+            script += "tar -xz --no-same-owner"
+        else:  # under another name until it is whole: nobody may take a part of it for the code
+            part = f"code/{files.tree}.{jobs[0].run_id}.part"
+            members[part] = (files.code, 0o644)
+            script += f"trap 'rm -f {part}' EXIT\ntar -xz --no-same-owner\nmv -f {part} {archive}"
+        self.shell.run(script, packed(members), UPLOAD_SECONDS)
 
     def states(self, submissions: Sequence[Submission]) -> list[State]:
         """The state of each submission. Raises: HostError."""

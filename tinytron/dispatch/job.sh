@@ -56,6 +56,17 @@ read_secrets() {
     done
 }
 
+export_variables() { # for tools. A variable of this script or of bash keeps its value here; the job gets all of them
+    local entry flags
+    for entry in "${variables[@]}"; do
+        flags="$(declare -p "${entry%%=*}" 2>/dev/null || true)" flags="${flags#declare -}"
+        case "${flags%% *}" in
+        *r*) ;;
+        "" | *x*) export "${entry?}" ;;
+        esac
+    done
+}
+
 check_folders() { # variables such as TINYTRON_ROOT may have changed them
     local one
     for one in root work share status data checkpoints results; do
@@ -157,21 +168,34 @@ install_packages() { # FOLDER
     fi
 }
 
+list_gpus() { # index and memory in use of each GPU of the kind
+    nvidia-smi --query-gpu=index,memory.used,name --format=csv,noheader,nounits | while IFS=', ' read -r index used name; do
+        name="${name,,}"
+        case " ${name//-/ } " in *" $gpu_kind "* | *" $gpu_kind") echo "$index, $used" ;; esac
+    done
+}
+
+make_lock() { # FILE: for all users; opening another user's file for writing may be forbidden here
+    [ -e "$1" ] || (umask 0 && : >>"$1") || true
+}
+
 take_gpus() { # one lock per GPU of this machine, until this process and its children end
     if [ "$lock_gpus" = 0 ]; then return 0; fi
     local locks=/tmp/tinytron-gpus index used fd door gpus taken told=""
-    gpus="$(nvidia-smi --query-gpu=index,memory.used --format=csv,noheader,nounits)" || fail "nvidia-smi finds no GPU on $(uname -n)"
-    [ "$(wc -l <<<"$gpus")" -ge "$lock_gpus" ] || fail "$(uname -n) has fewer than $lock_gpus GPUs; ask for fewer with -n"
+    gpus="$(list_gpus)" || fail "nvidia-smi finds no GPU on $(uname -n)"
+    [ "$(grep -c . <<<"$gpus")" -ge "$lock_gpus" ] ||
+        fail "$(uname -n) has fewer than $lock_gpus GPUs${gpu_kind:+ of the kind $gpu_kind}; ask for fewer with -n"
     [ -d "$locks" ] || mkdir -m 1777 "$locks" || true
+    export CUDA_DEVICE_ORDER=PCI_BUS_ID # as nvidia-smi counts
     while :; do
-        (umask 0 && : >>"$locks/door")
+        make_lock "$locks/door"
         exec {door}<"$locks/door"
         flock "$door"
         CUDA_VISIBLE_DEVICES="" taken=()
         while IFS=', ' read -r index used; do
             if [ "${#taken[@]}" = "$lock_gpus" ]; then break; fi
             if [ "$used" -gt 1024 ]; then continue; fi # used by a program that takes no lock
-            (umask 0 && : >>"$locks/$index")
+            make_lock "$locks/$index"
             exec {fd}<"$locks/$index"
             if flock -n "$fd"; then
                 taken+=("$fd")
@@ -186,7 +210,7 @@ take_gpus() { # one lock per GPU of this machine, until this process and its chi
         if [ -z "$told" ]; then say "waiting for $lock_gpus free GPUs" && told=1; fi
         tell waiting
         sleep 10
-        gpus="$(nvidia-smi --query-gpu=index,memory.used --format=csv,noheader,nounits)"
+        gpus="$(list_gpus)"
     done
     export CUDA_VISIBLE_DEVICES
     say "using the GPUs $CUDA_VISIBLE_DEVICES"
@@ -198,7 +222,12 @@ beat() { # the heartbeat is the time of the file; until the script ends, however
 }
 
 run_job() {
-    export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+    # Packages come from the code that was sent, never from the working directory; Python 3.10 looks there first.
+    local ours=("PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1) lifeline=()
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then ours+=("CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES"); fi
+    if [ -e "$work/tinytron" ] && ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        fail "Python would import $work/tinytron instead of the code that was sent; use another work folder, or Python 3.11"
+    fi
     cd "$work"
     local command=(tinytron run "$name" "$here/config.yaml" "$root" "${arguments[@]}")
     if [ "$notebook" = 1 ]; then
@@ -210,11 +239,13 @@ run_job() {
         command=(jupyter lab --no-browser --allow-root "--ip=$address" "--port=$port" --ServerApp.port_retries=0)
         cd "$code"
     fi
+    # If this script is killed, the run is asked to save and stop.
+    if setpriv --pdeathsig TERM true 2>/dev/null; then lifeline=(setpriv --pdeathsig TERM --); fi
     tell running
     beat </dev/null >/dev/null 2>&1 7<&- & # its sleep outlives it, and must not keep the volume mounted
     beating=$!
     disown "$beating" # its end is not worth a line in the log
-    "$python" -m "${command[@]}" &
+    "${lifeline[@]}" env -- "${variables[@]}" "${ours[@]}" "$python" -m "${command[@]}" &
     child=$!
     local before code
     while :; do # a signal ends `wait` early, and the job's own status is in a later one
@@ -230,6 +261,7 @@ stop="" signals=0 child="" beating="" mounted="" port=""
 trap 'leave $?' EXIT
 trap 'stop_child TERM' TERM
 trap 'stop_child USR1' USR1
+export_variables
 check_folders
 read_secrets
 mount_storage

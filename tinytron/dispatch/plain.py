@@ -30,9 +30,14 @@ class PlainHost(Host):
     def free(self, request: Request) -> int:
         return sum(used <= _USED_MIB for used in self._gpus(request))
 
+    def _kind(self, request: Request) -> str:
+        """What nvidia-smi's names of the GPUs must have as a word (``NVIDIA H100 80GB HBM3``, ``NVIDIA A100-SXM4-80GB``);
+        empty if any GPU will do, as when the settings name a single kind."""
+        known = self.settings.chips is not None and set(self.settings.chips) == {request.chip}
+        return "" if request.chip is None or known else request.chip.lower()
+
     def _gpus(self, request: Request) -> list[int]:
-        """The memory in use, in MiB, of each GPU of the kind that ``request`` names. The kind is part of nvidia-smi's name
-        for it (``NVIDIA H100 80GB HBM3``), unless the settings name a single kind."""
+        """The memory in use, in MiB, of each GPU of the kind that ``request`` names."""
         text = self.shell.run(
             "command -v nvidia-smi >/dev/null || exit 0\n"
             "nvidia-smi --query-gpu=memory.used,name --format=csv,noheader,nounits"
@@ -42,8 +47,8 @@ class PlainHost(Host):
             used, _, name = line.partition(",")
             if not used.strip().isdecimal():
                 raise HostError(f"{self.name}: nvidia-smi says {line.strip()!r}; see nvidia-smi on {self.shell.place}")
-            known = self.settings.chips is not None and set(self.settings.chips) == {request.chip}
-            if request.chip is None or known or request.chip.lower() in name.lower().split():
+            kind = self._kind(request)
+            if not kind or kind in name.lower().replace("-", " ").split():  # as in job.sh
                 found.append(int(used))
         return found
 
@@ -58,6 +63,7 @@ class PlainHost(Host):
             *(work, self.cluster, self.environment(env), request, run_id, tree),
             log=self.log_of(work, run_id),
             lock_gpus=request.chips > 0,
+            gpu_kind=self._kind(request),
             per_node=request.chips,
             uv_groups=self.settings.uv_groups or (),
         )

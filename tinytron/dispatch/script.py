@@ -71,14 +71,16 @@ def job_script(
     log: str = "",
     nodes: str = "",
     lock_gpus: bool = False,
+    gpu_kind: str = "",
     per_node: int | None = None,
     uv_groups: tuple[str, ...] = (),
     rank_logs: bool = False,
     payload: bytes | None = None,
 ) -> str:
     """The whole script. ``env`` are its environment variables; ``tree`` names the code; ``per_node`` is the number of GPUs
-    of each node (``None``: all that there are); ``nodes`` are assignments of ``NUM_NODES`` and ``NODE_RANK`` from the
-    scheduler's variables; ``payload``, a tar.gz of the job's folder, makes it self-contained."""
+    of each node (``None``: all that there are), and ``lock_gpus`` takes free ones, of the ``gpu_kind``; ``nodes`` are
+    assignments of ``NUM_NODES`` and ``NODE_RANK`` from the scheduler's variables; ``payload``, a tar.gz of the job's
+    folder, makes it self-contained."""
     described = {"name": work.name, "project": work.project, "group": work.group, "run_id": run_id}
     stages = " ".join(f'-s "$here"/stage{number}.yaml' for number in range(1, len(work.files)))
     mount = without_password(cluster.mount)[0] if cluster.mount else ""
@@ -100,6 +102,7 @@ def job_script(
         f"mount={quote(mount)}",
         f"mount_options=({' '.join(mount_options(cluster, quote, quote_path))})",
         f"lock_gpus={request.chips if lock_gpus else 0}",
+        f"gpu_kind={quote(gpu_kind)}",
         f"notebook={int(work.notebook)}",
         f"heartbeat_seconds={HEARTBEAT_SECONDS}",
         "",
@@ -144,7 +147,7 @@ def _secret(name: str, secret: Secret, sent: bool) -> str:
 def _environment(
     cluster: Cluster, env: Mapping[str, str], request: Request, per_node: int | None, *, nodes: str, rank_logs: bool
 ) -> list[str]:
-    lines = ["# Environment: our own, the cluster's, the host's, and --env; the last one wins."]
+    lines = ["# Environment of the job: our own, the cluster's, the host's, and --env; the last one wins."]
     if nodes:
         lines.append(f"export {nodes}")
     if request.chips == 0 or per_node is not None:
@@ -154,7 +157,7 @@ def _environment(
     known = {"UV_CACHE_DIR": cluster.uv_dir, "WANDB_ENTITY": cluster.wandb_entity}
     known["WANDB_PROJECT"] = cluster.wandb_project
     lines += [f"export {name}={quote_path(value)}" for name, value in known.items() if value]
-    return [*lines, *(f"export {name}={quote(value)}" for name, value in env.items())]
+    return [*lines, f"variables=({quote_all([f'{name}={value}' for name, value in env.items()])})"]
 
 
 def _payload(payload: bytes) -> list[str]:

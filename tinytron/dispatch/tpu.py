@@ -17,28 +17,28 @@ endpoints="$(curl -sf -H "Metadata-Flavor: Google" "$about/worker-network-endpoi
 NUM_NODES="$(tr , "\\n" <<<"$endpoints" | wc -l)"
 MASTER_ADDR="$(cut -d, -f1 <<<"$endpoints" | cut -d: -f3)"
 export NODE_RANK NUM_NODES MASTER_ADDR
-if [ -e tinytron.env ]; then . ./tinytron.env; rm tinytron.env; fi
+rm "$0" # it may have secrets
 setsid nohup bash tinytron.sh </dev/null >>tinytron.log 2>&1 &
 """
-_BODY = """\
-tpu() { gcloud compute tpus tpu-vm "$1" "${@:2}" "${place[@]}"; }
-if [ "${1:-}" = delete ]; then
+_BODY = f"""\
+tpu() {{ gcloud compute tpus tpu-vm "$1" "${{@:2}}" "${{place[@]}}"; }}
+if [ "${{1:-}}" = delete ]; then
     tpu delete "$machine" --quiet
     exit
 fi
-tpu describe "$machine" >/dev/null 2>&1 || tpu create "$machine" "${options[@]}"
+begin="$(mktemp)" # a file that only you can read
+trap 'rm -f "$begin"' EXIT
+for variable in "${{secrets[@]}}"; do
+    [ -n "${{!variable:-}}" ] || {{ echo "the environment variable $variable is not set; set it first" >&2 && exit 2; }}
+    printf 'export %s=%q\\n' "$variable" "${{!variable}}" >>"$begin"
+done
+cat >>"$begin" <<'END'
+{_WORKER}END
+tpu describe "$machine" >/dev/null 2>&1 || tpu create "$machine" "${{options[@]}}"
 tpu scp "$script" "$machine":tinytron.sh --worker=all
-if [ "${#secrets[@]}" != 0 ]; then # in a file that only you can read
-    hidden="$(mktemp)"
-    trap 'rm -f "$hidden"' EXIT
-    for variable in "${secrets[@]}"; do
-        [ -n "${!variable:-}" ] || { echo "the environment variable $variable is not set; set it first" >&2 && exit 2; }
-        printf 'export %s=%q\\n' "$variable" "${!variable}" >>"$hidden"
-    done
-    tpu scp "$hidden" "$machine":tinytron.env --worker=all
-fi
-tpu ssh "$machine" --worker=all --command="bash -c ${worker@Q}"
-echo "its log: gcloud compute tpus tpu-vm ssh $machine ${place[*]@Q} --command='tail -f tinytron.log'"
+tpu scp "$begin" "$machine":tinytron.begin.sh --worker=all
+tpu ssh "$machine" --worker=all --command='bash tinytron.begin.sh'
+echo "its log: gcloud compute tpus tpu-vm ssh $machine ${{place[*]@Q}} --command='tail -f tinytron.log'"
 """
 
 
@@ -66,9 +66,6 @@ def machine_script(own: Tpu, cluster: Cluster, name: str, script: str) -> str:
         f"place=({quote_all([f'--zone={own.zone}', f'--project={own.project}'])})",
         f"options=({quote_all(options)})",
         f"secrets=({quote_all([variable for variable, one in secrets_of(cluster).items() if one.file is None])})",
-        "worker=\"$(cat <<'END'",
-        f"{_WORKER}END",
-        ')"',
         "",
     ]
     return "\n".join(lines) + "\n" + _BODY
