@@ -62,8 +62,10 @@ def test_two_jobs_do_not_share_gpus(place: Place) -> None:
         used.append(place.called["env"]["CUDA_VISIBLE_DEVICES"])
     assert used == ["0", "1"]  # the third one is used by another program
     waiting = subprocess.Popen(["bash", str(both)], stdout=subprocess.PIPE, text=True)
-    time.sleep(1.5)
-    assert metadata(cluster, work)["state"] == "waiting"
+    file = place.home / "scratch/status/general/default/both" / RUN / "metadata.json"
+    while not file.exists() or metadata(cluster, work)["state"] != "waiting":
+        assert waiting.poll() is None
+        time.sleep(0.1)
     for process in running:
         process.terminate()
         process.communicate(timeout=30)

@@ -17,6 +17,7 @@ import yaml
 from tests.dispatch.conftest import Place, without_tool
 from tests.dispatch.test_gpus_and_storage import NVIDIA
 from tests.jobs.conftest import MODULE
+from tinytron.checkpoint.files import CheckpointFiles
 from tinytron.cli.main import main
 from tinytron.dispatch.record import read_all
 from tinytron.dispatch.shell import Shell
@@ -92,10 +93,29 @@ def test_submit_watch_and_pull(place: Place, said: Said, monkeypatch: pytest.Mon
     run = root / "checkpoints/general/default/mine/mine_12345678"
     run.mkdir(parents=True)
     (run / "log.jsonl").write_text("{}\n")
-    (run / "00001_model.pt").write_text("large")
-    status, out, err = said("pull", "mine", "here")
-    assert (status, err) == (0, "")
-    assert {path.name for path in Path("here").rglob("*") if path.is_file()} == {"log.jsonl", name}
+    (run / "hf-1").mkdir()
+    (run / "hf-1" / "config.json").write_text("an export")
+    files = CheckpointFiles(run, 1)
+    files.optimizer.mkdir()
+    for path in (files.model, files.meta, files.optimizer / "__0_0.distcp", files.optimizer / ".metadata"):
+        path.write_text("large")
+    for state in ("done.json", ".lock", "latest"):
+        (run / state).write_text("of the host")
+    for _ in range(2):  # pulled files are replaced
+        status, out, err = said("pull", "mine", "here")
+        assert (status, err) == (0, "")
+        pulled = {path.name for path in Path("here").rglob("*") if path.is_file()}
+        assert pulled == {"log.jsonl", name, "config.json", ".pulled"}
+        (run / "log.jsonl").write_text("{}\n{}\n")
+    assert Path("here/checkpoints/general/default/mine/mine_12345678/log.jsonl").read_text() == "{}\n{}\n"
+    assert out.endswith("look: tinytron watch here/checkpoints/general/default/mine/mine_12345678\n")
+    ours = Path("output/checkpoints/general/default/mine/mine_12345678/log.jsonl")
+    ours.parent.mkdir(parents=True)
+    ours.write_text("of a run here")
+    status, out, err = said("pull", "mine", "output")
+    assert status == 2
+    assert "has a run of this machine; pull to another folder, such as pulled" in err
+    assert ours.read_text() == "of a run here"
     for path in place.home.rglob("*"):  # no file has the token, now that the job is over
         if path.is_file() and path.name != "called.json":
             assert TOKEN.encode() not in path.read_bytes(), path
@@ -139,8 +159,30 @@ def test_a_job_that_was_killed_is_lost_and_its_number_may_be_anothers(place: Pla
     _until(said, "mine", "lost")
     file = next((place.home / ".tinytron/submissions").glob("*.json"))
     file.write_text(file.read_text().replace(f'"id": "{read_all()[-1].id}"', f'"id": "{os.getpid()}"'))
-    assert said("cancel", "mine")[0] == 0  # and we are still here
+    assert "does not run (lost)" in said("cancel", "mine")[1]  # and we are still here
     _until(said, "mine", "cancelled")
+
+
+def test_a_host_may_print_lines_on_login(place: Place, said: Said) -> None:
+    place.tool("ssh", '#!/bin/sh\necho "Welcome to the machine"\nfor last in "$@"; do :; done\nexec sh -c "$last"\n')
+    place.tool("nvidia-smi", NVIDIA)
+    _write(place, {"box": {"type": "plain", "ssh": "box"}})
+    assert "box: reached; 2 chips free; has" in said("dispatch", "check")[1]
+    for count in (1, 2):
+        status, _, err = said("submit", "mine", "run.yaml", "--load", "module_with_jobs", "-n", "0")
+        assert (status, err) == (0, "")
+        _until(said, "mine", "finished (0)")
+        (archive,) = (place.home / "scratch/code").glob("*.tar.gz")
+        if count == 1:
+            os.utime(archive, (1, 1))
+    assert archive.stat().st_mtime == 1  # the code was there already
+    run = place.home / "root/checkpoints/general/default/mine"
+    run.mkdir(parents=True)
+    (run / "text").write_text("whole")
+    assert said("pull", "mine")[0] == 0
+    assert Path("pulled/checkpoints/general/default/mine/text").read_text() == "whole"
+    place.tool("ssh", "#!/bin/sh\necho This account is closed\n")
+    assert "box did not run bash, but said 'This account is closed'" in said("dispatch", "check")[1]
 
 
 def test_code_that_arrived_in_part_is_sent_again(place: Place, said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +288,7 @@ def test_a_host_that_cannot_be_reached_is_one_line(place: Place, said: Said) -> 
     )
     status, out, err = said("dispatch", "check")
     assert status == 1
-    assert "box: me@box cannot be reached" in out
+    assert "box: error: me@box cannot be reached" in out
 
 
 def test_dispatch_check_says_what_each_host_has(place: Place, said: Said, monkeypatch: pytest.MonkeyPatch) -> None:

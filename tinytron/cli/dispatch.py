@@ -31,7 +31,8 @@ def main(argv: Sequence[str], prog: str = "tinytron dispatch") -> int:
         try:
             found, missing = looked_at(host)
         except HostError as error:
-            found, missing = str(error), ["a connection"]
+            found, missing = f"error: {str(error).removeprefix(f'{host.name}: ')}", []
+            wrong += 1
         wrong += bool(missing)
         print(f"{host.name}: {found}" + (f"; missing: {', '.join(missing)}" if missing else ""))
     for name in settings.in_order():

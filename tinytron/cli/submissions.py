@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tinytron.dispatch.hosts import State, host_of
-from tinytron.dispatch.record import Submission, named, newest, read_all
+from tinytron.dispatch.hosts import UNCONFIRMED, State, host_of
+from tinytron.dispatch.record import Submission, damaged, named, newest, read_all
 from tinytron.dispatch.submit import states_of
 from tinytron.errors import HostError
+from tinytron.observe.folder import LOG
 from tinytron.utils.flags import Parser, parse_strictly
 from tinytron.utils.texts import next_command, table, watch_command
 
@@ -26,6 +27,8 @@ def main(argv: Sequence[str], prog: str = "tinytron status") -> int:
     else:
         place = named(args.name).place
         chosen = [one for one in read_all() if one.place == place][0 if args.all else -1 :]
+    for line in damaged():
+        print(line)
     if not chosen:
         print(f"nothing was submitted from here yet; {next_command('submit', 'my-run', 'train.yaml')}")
         return 0
@@ -62,8 +65,17 @@ def cancel(argv: Sequence[str], prog: str = "tinytron cancel") -> None:
     parser = Parser(prog=prog, description="Stop a submission. A run that trains saves first.")
     parser.add_argument("name", metavar="NAME", help=_NAME)
     submission = named(parse_strictly(parser, argv).name)
-    host_of(submission).cancel(submission)
-    print(f"asked {submission.place} on {submission.host} to stop")
+    host = host_of(submission)
+    (state,) = host.states([submission])
+    where = f"{submission.place} on {submission.host}"
+    if state.state in ("finished", "cancelled"):
+        print(f"{where} is {state.state}; there is nothing to stop")
+        return
+    host.cancel(submission)
+    if state.active or state.state == UNCONFIRMED:
+        print(f"asked {where} to stop")
+    else:
+        print(f"{where} does not run ({state.state}); its secrets are removed there")
     print(next_command("status", submission.name))
 
 
@@ -73,11 +85,13 @@ def pull(argv: Sequence[str], prog: str = "tinytron pull") -> None:
         prog=prog, description="Copy a run's folder, without checkpoints, and its log here, as for tinytron watch."
     )
     parser.add_argument("name", metavar="NAME", help=_NAME)
-    parser.add_argument("out", nargs="?", default="output", metavar="OUT", help="folder to copy to (default: output)")
+    parser.add_argument("out", nargs="?", default="pulled", metavar="OUT", help="folder to copy to (default: pulled)")
     args = parse_strictly(parser, argv)
     submission = named(args.name)
     out = Path(args.out).expanduser()
     host_of(submission).pull(submission, out)
     folder = out / "checkpoints" / submission.place
-    print(f"copied to {folder}")
-    print(watch_command(folder))
+    print(f"copied to {folder}, without checkpoints")
+    runs = sorted(path.parent for path in folder.glob(f"*/{LOG}"))
+    if runs:
+        print(watch_command(*runs))

@@ -42,6 +42,9 @@ def choose(settings: Settings, hosts: Sequence[Host], request: Request, rule: Ru
     said, queues = [], []
     for host in allowed:
         try:
+            if request.chips == 0:
+                host.control.run(":")  # is it there?
+                return host, "a CPU job"
             if not host.has(request):
                 said.append(f"{host.name} does not have {request}")
                 continue
@@ -49,8 +52,8 @@ def choose(settings: Settings, hosts: Sequence[Host], request: Request, rule: Ru
         except HostError as error:
             said.append(str(error))
             continue
-        if request.chips == 0 or free >= request.chips:
-            return host, f"{free} free" if request.chips else "a CPU job"
+        if free >= request.chips:
+            return host, f"{free} free"
         said.append(f"{host.name} has {free} free")
         if host.queues:
             queues.append(host)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import io
 import json
 import tarfile
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -18,7 +18,7 @@ from tinytron.dispatch.script import job_folder, packed, quote, quote_path, stat
 from tinytron.dispatch.settings import HOST_TYPES, Cluster, Settings
 from tinytron.dispatch.shell import Shell
 from tinytron.dispatch.work import Prepared, Request, Work
-from tinytron.errors import HostError
+from tinytron.errors import ConfigError, HostError
 
 KINDS: Mapping[str, str] = MappingProxyType(
     {
@@ -29,7 +29,10 @@ KINDS: Mapping[str, str] = MappingProxyType(
     }
 )
 UPLOAD_SECONDS = 3600.0
-PULLED_NOT = ("*.pt", "*.part")  # checkpoints
+# Checkpoints, and what says that they are there or that the run is over: they stay on the host.
+PULLED_NOT = ("*.pt", "*_opt", "*.part", ".lock", "done.json", "latest", "final")
+UNCONFIRMED = "unconfirmed"
+PULLED = ".pulled"  # in a folder that was pulled: it may be replaced
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,19 @@ class Files:
 @dataclass(frozen=True)
 class State:
     """The state of a submission: ``queued``, ``preparing``, ``waiting``, ``running``, ``preempted``, ``finished``,
-    ``failed``, ``cancelled`` or ``lost``; seconds since the last heartbeat; the exit status at the end; and the
-    node and port of a notebook."""
+    ``failed``, ``cancelled``, ``lost``, or ``unconfirmed`` if the host did not say that it started; seconds since the last
+    heartbeat; the exit status at the end; and the node and port of a notebook."""
 
     state: str
     heartbeat: int | None = None
     exit_status: int | None = None
     node: str = ""
     port: int | None = None
+
+    @property
+    def active(self) -> bool:
+        """True if the submission runs, or will."""
+        return self.state in ("queued", "preparing", "waiting", "running", "preempted, queued")
 
 
 class Host(ABC):
@@ -138,7 +146,7 @@ class Host(ABC):
 
     def start(self, jobs: Sequence[Prepared], request: Request, name: str) -> list[tuple[str, str]]:
         """Start ``jobs``. Returns the id and the log of each. Raises: HostError."""
-        lines = self.control.run(self.starting(jobs, request, name)).splitlines()[-len(jobs) :]
+        lines = self.control.run(self.starting(jobs, request, name)).splitlines()
         found = [tuple(line.split("\t")) for line in lines]
         if len(found) != len(jobs) or any(len(one) != 2 for one in found):
             raise HostError(f"{self.name} did not start {name}: it printed {' '.join(lines)!r}")
@@ -177,17 +185,23 @@ class Host(ABC):
             'else echo " $told"; echo; fi'
             for one in submissions
         ]
-        count, alive, look = len(submissions), self.alive(submissions), "\n".join(looks)
+        started = [one for one in submissions if one.id]
+        alive = self.alive(started) if started else ":"
+        count, look = len(started), "\n".join(looks)
         if self.control is self.shell:
-            lines = self._lines(self.shell, f"{alive}\n{look}", 3 * count)
+            lines = self._lines(self.shell, f"{alive}\n{look}", count + len(looks) * 2)
         else:
-            lines = [*self._lines(self.control, alive, count), *self._lines(self.shell, look, 2 * count)]
-        return [_state(lines[i], lines[count + 2 * i], lines[count + 2 * i + 1]) for i in range(count)]
+            lines = [*self._lines(self.control, alive, count), *self._lines(self.shell, look, len(looks) * 2)]
+        said, rest = iter(lines[:count]), lines[count:]
+        return [
+            _state(next(said) if one.id else UNCONFIRMED, rest[2 * i], rest[2 * i + 1])
+            for i, one in enumerate(submissions)
+        ]
 
     def _lines(self, shell: Shell, script: str, count: int) -> list[str]:
-        """The last ``count`` lines of a script's output: a login script may print some of its own before them."""
-        lines = shell.run(script).split("\n")[:-1][-count:]
-        if len(lines) < count:
+        """The ``count`` lines that ``script`` prints. Raises: HostError if it prints another number of them."""
+        lines = shell.run(script).split("\n")[:-1]
+        if len(lines) != count:
             raise HostError(f"{self.name} gave {len(lines)} lines instead of {count}; see what {shell.place} prints")
         return lines
 
@@ -199,8 +213,17 @@ class Host(ABC):
         missing = quote(f"there is no log yet: {submission.log}")
         return self.shell.follow(f"if [ -e {log} ]; then cat -- {log}; else echo {missing} >&2; exit 1; fi")
 
+    def known_id(self, job: Prepared) -> str:
+        """The id of a submission before it starts; empty if only the host can tell."""
+        return ""
+
     def cancel(self, submission: Submission) -> None:
-        """Stop the submission, and remove its secrets; a run saves first. Raises: HostError."""
+        """Stop the submission, and remove its secrets; a run saves first, and one that has not begun never does. Raises:
+        HostError."""
+        if not submission.id:  # its own words may tell; without them it has not begun
+            text = self.shell.run(f"cat {quote_path(submission.status)}/metadata.json 2>/dev/null || true")
+            told = _content(text)
+            submission = replace(submission, id=str(told.get("slurm_job") or told.get("pid") or 0))
         here = quote_path(submission.here)
         marking = f": >{here}/cancelled\nrm -f {here}/secret.*"
         if self.control is self.shell:
@@ -210,34 +233,39 @@ class Host(ABC):
             self.control.run(self.stopping(submission))
 
     def pull(self, submission: Submission, out: Path) -> None:
-        """Copy the run's folder, without checkpoints, and the log to ``out``. Raises: HostError."""
+        """Copy the run's folder, without checkpoints, and the log to ``out``. Raises: HostError; ConfigError if ``out`` has
+        a run of that name that was not pulled."""
+        folder = out / "checkpoints" / submission.place
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / PULLED).exists():
+            raise ConfigError(f"{folder} has a run of this machine; pull to another folder, such as pulled")
         skipped = " ".join(f"--exclude={quote(pattern)}" for pattern in PULLED_NOT)
-        packed_files = self.shell.run_bytes(
+        script = (
             f"root={quote_path(submission.root)}\nlog={quote_path(submission.log)}\n"
             f"folder={quote(f'checkpoints/{submission.place}')}\n"
             '[ -d "$root/$folder" ] || { echo "$root/$folder does not exist yet; there is nothing to pull" >&2; exit 1; }\n'
             # tar reads backslashes in its arguments as escapes, but not in a list of names that end with a zero.
             f'pack() {{ cd "$1" && printf "%s\\0" "$2" | tar -cz {skipped} --null -T -; }}\n'
             '(pack "$root" "$folder")\n'
-            'if [ -e "$log" ]; then (pack "$(dirname -- "$log")" "./$(basename -- "$log")"); fi',
-            seconds=UPLOAD_SECONDS,
+            'if [ -e "$log" ]; then (pack "$(dirname -- "$log")" "./$(basename -- "$log")"); fi'
         )
-        out.mkdir(parents=True, exist_ok=True)
-        # Two archives in a row: zeros between them are not the end.
-        with tarfile.open(fileobj=io.BytesIO(packed_files), ignore_zeros=True) as tar:
-            tar.extractall(out, filter="data")  # refuses paths that lead out of the folder
+        with tempfile.TemporaryFile() as file:
+            self.shell.run_into(file, script, seconds=UPLOAD_SECONDS)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / PULLED).touch()
+            # Two archives in a row: zeros between them are not the end.
+            with tarfile.open(fileobj=file, ignore_zeros=True) as tar:
+                tar.extractall(out, filter="data")  # refuses paths that lead out of the folder
 
 
 def _state(alive: str, age: str, text: str) -> State:
     """The state from what the scheduler says and what the job wrote itself."""
-    try:
-        content = json.loads(text) if text else {}
-    except ValueError:
-        content = {}
+    content = _content(text)
     told, status = content.get("state"), content.get("exit_status")
     alive, _, code = alive.partition(" ")
     age, _, cancelled = age.partition(" ")
     heartbeat = int(age) if age.lstrip("-").isdecimal() else None
+    if alive == UNCONFIRMED:
+        return State(cancelled or told or UNCONFIRMED, heartbeat, status, content.get("host", ""), content.get("port"))
     if alive == "queued":
         return State("preempted, queued" if told == "preempted" else "queued", None, None)
     if alive == "alive":
@@ -248,6 +276,15 @@ def _state(alive: str, age: str, text: str) -> State:
     if told in ("finished", "failed", "cancelled", "preempted"):
         return State(told, heartbeat, status)
     return State(cancelled or "lost", heartbeat, status)
+
+
+def _content(text: str) -> dict[str, Any]:
+    """What a job wrote about itself; empty if there is none, or only a part."""
+    try:
+        content = json.loads(text) if text else {}
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _class_of(kind: str) -> type[Host]:

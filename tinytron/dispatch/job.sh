@@ -181,7 +181,7 @@ make_lock() { # FILE: for all users; opening another user's file for writing may
 
 take_gpus() { # one lock per GPU of this machine, until this process and its children end
     if [ "$lock_gpus" = 0 ]; then return 0; fi
-    local locks=/tmp/tinytron-gpus index used fd door gpus taken told=""
+    local locks=/tmp/tinytron-gpus index used fd door gpus told=""
     gpus="$(list_gpus)" || fail "nvidia-smi finds no GPU on $(uname -n)"
     [ "$(grep -c . <<<"$gpus")" -ge "$lock_gpus" ] ||
         fail "$(uname -n) has fewer than $lock_gpus GPUs${gpu_kind:+ of the kind $gpu_kind}; ask for fewer with -n"
@@ -218,6 +218,8 @@ take_gpus() { # one lock per GPU of this machine, until this process and its chi
 
 beat() { # the heartbeat is the time of the file; until the script ends, however it ends
     trap '' TERM USR1
+    local fd
+    for fd in 7 "${taken[@]}"; do exec {fd}<&-; done # its sleep outlives it, and must keep neither volume nor GPUs
     while sleep "$heartbeat_seconds" && kill -0 $$ 2>/dev/null; do touch -c "$status/metadata.json"; done
 }
 
@@ -242,7 +244,7 @@ run_job() {
     # If this script is killed, the run is asked to save and stop.
     if setpriv --pdeathsig TERM true 2>/dev/null; then lifeline=(setpriv --pdeathsig TERM --); fi
     tell running
-    beat </dev/null >/dev/null 2>&1 7<&- & # its sleep outlives it, and must not keep the volume mounted
+    beat </dev/null >/dev/null 2>&1 &
     beating=$!
     disown "$beating" # its end is not worth a line in the log
     "${lifeline[@]}" env -- "${variables[@]}" "${ours[@]}" "$python" -m "${command[@]}" &
@@ -257,7 +259,7 @@ run_job() {
     return "$code"
 }
 
-stop="" signals=0 child="" beating="" mounted="" port=""
+stop="" taken=() signals=0 child="" beating="" mounted="" port=""
 trap 'leave $?' EXIT
 trap 'stop_child TERM' TERM
 trap 'stop_child USR1' USR1
@@ -267,6 +269,11 @@ read_secrets
 mount_storage
 make_folders
 tell preparing
+if [ -e "$here/cancelled" ]; then
+    say "cancelled before it began"
+    stop=TERM
+    exit 143
+fi
 unpack_code
 make_environment
 take_gpus

@@ -169,6 +169,9 @@ class KubernetesHost(Host):
             ]
         return "\n".join(lines)
 
+    def known_id(self, job: Prepared) -> str:
+        return name_of(job.work, job.run_id)
+
     def alive(self, submissions: Sequence[Submission]) -> str:
         names = quote_all([one.id for one in submissions])
         phases = f"{self._kubectl} get pods -l {self.label}=\"$name\" -o 'jsonpath={{.items[*].status.phase}}'"

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import secrets
 import subprocess
+import tempfile
 from dataclasses import dataclass
+from typing import IO
 
 from tinytron.errors import HostError
 
 CONNECT_SECONDS = 15
 SECONDS = 120.0
 _SSH_FAILED = 255
+
+
+class NoAnswerError(HostError):
+    """The host did not answer in time; what it was asked to do may have been done."""
 
 
 @dataclass(frozen=True)
@@ -33,21 +40,31 @@ class Shell:
         return ["ssh", *usual, *jump, *options, "--", self.ssh, "bash -s"]
 
     def run(self, script: str, data: bytes = b"", seconds: float = SECONDS) -> str:
-        """The output of ``script`` as text; see ``run_bytes``."""
-        return self.run_bytes(script, data, seconds).decode("utf-8", "replace")
+        """The output of ``script`` as text; ``data`` is its standard input. Raises: HostError if the host cannot be
+        reached, if the script fails, with the last line of its errors, and if it takes longer than ``seconds``."""
+        with tempfile.TemporaryFile() as file:
+            self.run_into(file, script, data, seconds)
+            return file.read().decode("utf-8", "replace")
 
-    def run_bytes(self, script: str, data: bytes = b"", seconds: float = SECONDS) -> bytes:
-        """The output of ``script``; ``data`` is its standard input. Raises: HostError if the host cannot be reached, if the
-        script fails, with the last line of its errors, and if it takes longer than ``seconds``."""
+    def run_into(self, file: IO[bytes], script: str, data: bytes = b"", seconds: float = SECONDS) -> None:
+        """As ``run``, with the output in ``file``, whose position is then the output's beginning: a host may print lines
+        of its own before it, when it reads the user's ``.bashrc``."""
+        mark = secrets.token_hex(16).encode()
         try:
             done = subprocess.run(
-                self.command(), input=_wrapped(script, data), capture_output=True, timeout=seconds, check=False
+                self.command(),
+                input=_wrapped(f"echo {mark.decode()}\n{script}", data),
+                stdout=file,
+                stderr=subprocess.PIPE,
+                timeout=seconds,
+                check=False,
             )
         except FileNotFoundError as error:
             raise HostError(f"{error.filename} is not installed here; install OpenSSH's client") from error
         except subprocess.TimeoutExpired as error:
-            raise HostError(
-                f"{self.place} does not answer within {seconds:g} s; check it with ssh {self.ssh}"
+            raise NoAnswerError(
+                f"{self.place} does not answer within {seconds:g} s"
+                + (f"; check it with ssh {self.ssh}" if self.ssh else "")
             ) from error
         if done.returncode:
             lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
@@ -57,7 +74,14 @@ class Shell:
                     f"{self.ssh} cannot be reached ({last}); make `ssh {self.ssh} true` work without a password"
                 )
             raise HostError(f"{self.place}: {last}")
-        return done.stdout
+        file.seek(0)
+        before = []
+        for line in file:
+            if line.rstrip(b"\r\n").endswith(mark):
+                return
+            before.append(line)
+        said = b"".join(before)[:200].decode("utf-8", "replace").strip()
+        raise HostError(f"{self.place} did not run bash, but said {said!r}; make its shell run `bash -s`")
 
     def tunnel(self, port: int, node: str, remote: int) -> subprocess.Popen[bytes]:
         """An ssh that forwards ``port`` of this machine to ``remote`` on ``node``, as seen from the host."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tinytron.dispatch import record
 from tinytron.dispatch.choose import Rule, choose
@@ -11,6 +11,7 @@ from tinytron.dispatch.hosts import Host, State, host_of, hosts_of
 from tinytron.dispatch.record import Submission
 from tinytron.dispatch.script import secrets_of
 from tinytron.dispatch.settings import Cluster, Settings
+from tinytron.dispatch.shell import NoAnswerError
 from tinytron.dispatch.ship import Shipment
 from tinytron.dispatch.storage import without_password
 from tinytron.dispatch.work import SCRIPT, Prepared, Request, Work, new_run_id
@@ -57,9 +58,38 @@ def submit_all(
     if dry_run:
         _show(host, jobs, starting, say)
         return []
-    host.send(jobs, shipment.files)
-    started = host.start(jobs, order.request, title)
-    return [_remember(host, job, shipment, *one) for job, one in zip(jobs, started, strict=True)]
+    _check_none_runs(works, say)
+    submissions = [_submission(host, job, shipment) for job in jobs]
+    for one in submissions:  # before they start: if the connection breaks then, they can still be seen and cancelled
+        record.write(one)
+    try:
+        host.send(jobs, shipment.files)
+        started = host.start(jobs, order.request, title)
+    except NoAnswerError as error:
+        raise HostError(f"{error}; {title} may have started: see tinytron status {works[0].name}") from error
+    except HostError:
+        for one in submissions:
+            record.remove(one)
+        raise
+    done = [replace(one, id=job_id, log=log) for one, (job_id, log) in zip(submissions, started, strict=True)]
+    for one in done:
+        record.write(one)
+    return done
+
+
+def _check_none_runs(works: Sequence[Work], say: Callable[[str], None]) -> None:
+    """Raises: ConfigError if an earlier submission of one of ``works`` waits or runs: they would write to one folder, and
+    commands that take its name mean the newest one only."""
+    places = {str(work.place) for work in works}
+    earlier = [one for one in record.newest(record.read_all()) if one.place in places]
+    for one, state in ((one, states_of([one])[one.run_id]) for one in earlier):
+        if isinstance(state, HostError):
+            say(f"it is unknown whether the submission of {one.place} to {one.host} still runs: {state}")
+        elif state.active:
+            raise ConfigError(
+                f"{one.place} was submitted to {one.host} as {one.id} and is {state.state}; use another name, or first: "
+                f"tinytron cancel {one.place}"
+            )
 
 
 def _first(settings: Settings, hosts: Sequence[Host], order: Order) -> tuple[Host, str]:
@@ -94,14 +124,13 @@ def secret_values(cluster: Cluster, environment: Mapping[str, str]) -> dict[str,
     return found
 
 
-def _remember(host: Host, job: Prepared, shipment: Shipment, job_id: str, log: str) -> Submission:
-    work = job.work
-    submission = Submission(
+def _submission(host: Host, job: Prepared, shipment: Shipment) -> Submission:
+    """What is known of the submission ``job`` before it starts."""
+    work, log = job.work, f"{job.status}/output.log"
+    return Submission(
         *(job.run_id, work.name, work.project, work.group, host.name, host.kind, host.shell.ssh, host.shell.proxy),
-        *(job_id, job.here, host.cluster.root, job.status, log, shipment.files.tree, host.options),
+        *(host.known_id(job), job.here, host.cluster.root, job.status, log, shipment.files.tree, host.options),
     )
-    record.write(submission)
-    return submission
 
 
 def _show(host: Host, jobs: Sequence[Prepared], starting: str, say: Callable[[str], None]) -> None:

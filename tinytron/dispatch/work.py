@@ -39,7 +39,7 @@ class Request:
         return most
 
     def __str__(self) -> str:
-        return f"{self.chips} x {self.chip or 'any chip'}" if self.chips else "a CPU"
+        return f"{self.chips} x {self.chip or 'any chip'}" if self.chips else "a CPU job"
 
 
 @dataclass(frozen=True)

@@ -53,9 +53,9 @@ def next_generation(checkpoint: object, *words: object) -> str:
     return next_command("generate", "--checkpoint", checkpoint, "--prompt", "the", *words)
 
 
-def watch_command(folder: object) -> str:
-    """``look: tinytron watch ...``, a line with the command that shows the run in ``folder``."""
-    return f"look: {shlex.join([*program_words(), 'watch', str(folder)])}"
+def watch_command(*folders: object) -> str:
+    """``look: tinytron watch ...``, a line with the command that shows the runs in ``folders``."""
+    return f"look: {shlex.join([*program_words(), 'watch', *map(str, folders)])}"
 
 
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
