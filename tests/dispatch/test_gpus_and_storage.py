@@ -9,8 +9,8 @@ import pytest
 
 from tests.dispatch.conftest import Place, code, without_tool
 from tests.dispatch.test_script import RUN, metadata, put, run
+from tinytron.dispatch.credentials import without_password
 from tinytron.dispatch.script import job_script
-from tinytron.dispatch.storage import without_password
 from tinytron.dispatch.work import Request, Work
 
 NVIDIA = """#!/bin/bash

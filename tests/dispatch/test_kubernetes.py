@@ -188,7 +188,7 @@ def test_folders_must_be_on_the_claim(place: Place, host: dict[str, Any], cluste
         read_settings()
 
 
-@pytest.mark.parametrize("name", ["Mine_1", "9.9", "-", "a" * 90, "x" * 30 + "." * 9])
+@pytest.mark.parametrize("name", ["Mine_1", "9.9", "_", "a" * 90, "x" * 30 + "." * 9])
 def test_names_fit(name: str) -> None:
     first, second = (name_of(Work(name, ()), run) for run in ("1", "2"))
     assert first != second

@@ -126,9 +126,9 @@ def test_quoting_is_one_word() -> None:
     assert shown == f"{os.environ['HOME']}/a $b"
 
 
-@pytest.mark.parametrize("name", ["a/b", "", "..", "a b", "a\nb", "$(touch pwned)"])
+@pytest.mark.parametrize("name", ["a/b", "", "..", "a b", "a\nb", "$(touch pwned)", "-x", "a" * 101])
 def test_a_name_that_cannot_be_a_folder_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"must be letters, digits, '_', '-' and '\.', such as my-run"):
+    with pytest.raises(ConfigError, match=r"and \(not first\) '-', at most 100, such as my-run"):
         Work(name, (b"",))
 
 

@@ -10,7 +10,9 @@ import pytest
 
 from tests.dispatch.settings_table import PAGE, updated
 from tests.helpers.runs import ROOT
-from tinytron.dispatch.reading import mebibytes, read_settings, settings_of
+from tinytron.dispatch.checks import mebibytes
+from tinytron.dispatch.credentials import secrets_of
+from tinytron.dispatch.reading import read_settings, settings_of
 from tinytron.dispatch.settings import HOST_TYPES, Cluster, Partition, Plain, Secret, Settings, Slurm
 from tinytron.errors import ConfigError
 from tinytron.utils.flags import config_fields
@@ -68,7 +70,7 @@ def test_every_setting_of_a_cluster_is_read_from_the_value_that_its_help_propose
     import yaml
 
     content = {i.name: yaml.safe_load(f"x: {i.flag.works}")["x"] for i in config_fields(Cluster)}
-    content["all_squash"] = "1000:1000"  # YAML 1.1 reads a number of base 60
+    content["all_squash"] = "1000:1000"  # a number of base 60 to this loader
     found = _settings(content).clusters["lab"]
     assert all(getattr(found, field.name) is not None for field in dataclasses.fields(found))
 
@@ -86,6 +88,15 @@ def test_every_setting_of_a_cluster_is_read_from_the_value_that_its_help_propose
         ({"clusters": {"lab": {**LAB, "root": "/a\nb"}}}, r"clusters\.lab\.root '/a\\nb' must not be empty"),
         ({"clusters": {"lab": {**LAB, "cache_size": "big"}}}, r"cache_size big must be a number with M, G or T; use 100G"),
         ({"clusters": {"lab": {**LAB, "all_squash": "me"}}}, r"all_squash me must be UID:GID, as 1000:1000"),
+        ({"clusters": {"lab": {**LAB, "cache_size": "0G"}}}, r"cache_size 0G must be a number with M, G or T; use 100G"),
+        ({"clusters": {"lab": {**LAB, "all_squash": "60010"}}}, r"all_squash 60010 must be UID:GID, as 1000:1000"),
+        ({"clusters": {"lab": {**LAB, "python": "python3"}}}, r"python python3 must be an absolute path or begin with ~/"),
+        ({"clusters": {"lab": {**LAB, "wandb": {"file": "key"}}}}, r"WANDB_API_KEY key must be an absolute path or begin"),
+        ({"clusters": {"a\nb": LAB}}, r"clusters: the name 'a\\nb' must be letters, digits and any of"),
+        ({"clusters": {"lab": LAB}, "hosts": {None: {}}}, r"hosts: the name None must be letters, digits and any of"),
+        ({"clusters": {"lab": LAB}, "hosts": {"b": {"type": ["plain"]}}}, r"hosts\.b\.type \['plain'\] must be one of"),
+        ({"clusters": {"lab": {**LAB, "env": {"HF_TOKEN": "s3cret"}}}},
+         r"lab\.env: HF_TOKEN looks like a secret, .* as secrets: \{HF_TOKEN: \{env: HF_TOKEN\}\}"),
         ({"clusters": {"lab": {**LAB, "env": {"A-B": "1"}}}}, r"clusters\.lab\.env: 'A-B' must be letters, digits and _"),
         ({"clusters": {"lab": {**LAB, "env": {"A": "\0"}}}}, r"clusters\.lab\.env\.A must not have the character 0"),
         ({"clusters": {"lab": LAB}, "hosts": {"b": {"type": "slrum"}}}, r"hosts\.b\.type slrum must be one of .*slurm\?"),
@@ -109,6 +120,16 @@ def test_a_mistake_is_one_error(content: Any, says: str) -> None:
         ({"chips": {"h100": -1}}, r"hosts\.box\.chips\.h100 -1 must be at least 0; use 8"),
         ({"chips": 8}, r"hosts\.box\.chips must be a mapping of settings; write \{h100: 8\}"),
         ({"uv_groups": "cuda12"}, r"hosts\.box\.uv_groups must be a list; write \[cuda12\]"),
+        ({"chips": {None: 3}}, r"hosts\.box\.chips: the name None must be letters, digits"),
+        ({"type": "slurm", "time": "banana"}, r"box\.time banana must be minutes, H:MM:SS or D-HH:MM:SS; use 24:00:00"),
+        ({"type": "slurm", "mem": "1.5G"}, r"box\.mem 1\.5G must be a whole number with K, M, G or T; use 64G"),
+        ({"type": "slurm", "time": "4"}, r"box\.time 4 leaves no time to train before the signal 300 s before it"),
+        ({"type": "slurm", "time": "5:00"}, r"time 5:00 leaves no time"),
+        (
+            {"type": "slurm", "annotations": {"output": "/x"}},
+            r"annotations\.output: tinytron sets this option of sbatch",
+        ),
+        ({"type": "slurm", "annotations": {"open_mode": "x"}}, r"annotations\.open_mode: tinytron sets this option"),
         ({"type": "slurm", "signal_seconds": 0}, r"hosts\.box\.signal_seconds 0 must be at least 1; use 300"),
         (
             {"type": "slurm", "partitions": [{"nam": "x"}]},
@@ -141,9 +162,57 @@ def test_a_secret_by_value_is_refused_and_not_repeated(value: Any) -> None:
     assert error.value.__cause__ is None
 
 
+@pytest.mark.parametrize("time", ["6", "0:06:00", "1-00", "1-0:30", "INFINITE", "00:05:01", None])
+def test_time_limits_as_slurm_writes_them(time: str | None) -> None:
+    assert _settings({"log": "/l"}, {"type": "slurm", "time": time}).hosts["box"] == Slurm(cluster="lab", time=time)
+
+
+@pytest.mark.parametrize(
+    "mount",
+    [
+        "redis://:s3/cret@h:6379/0",
+        "postgres://u@h/db?password=s3cret",
+        "redis:///:s3cret@h",
+        ":s3cret@h:6379/0",
+        ["redis://:s3cret@h/0"],
+        "redis://:s3cret@h/0\nx",
+    ],
+)
+def test_a_password_that_is_not_understood_is_refused_and_not_repeated(mount: Any) -> None:
+    for cluster, top in (({"mount": mount}, {}), ({}, {"mount": mount})):
+        with pytest.raises(ConfigError, match="mount") as error:
+            _settings(cluster, **top)
+        assert "cret" not in str(error.value)
+
+
+def test_values_are_the_text_that_was_written(tmp_path: Path) -> None:
+    """YAML would make numbers of base 60 and 8, rounded ones, and true of them."""
+    file = tmp_path / "settings.yaml"
+    file.write_text(
+        "clusters: {lab: {root: /r, work: /w, all_squash: 1000:10, env: {A: 010, B: 0.10, C: yes, D: 1_000}}}\n"
+        "hosts: {hpc: {type: slurm, cluster: lab, time: 24:00:00, cpus: 16, rank_logs: true, chips: {h100: 8}, ssh:}}\n"
+    )
+    settings = read_settings(str(file))
+    cluster, host = settings.clusters["lab"], settings.hosts["hpc"]
+    assert cluster.all_squash == "1000:10"
+    assert cluster.env == {"A": "010", "B": "0.10", "C": "yes", "D": "1_000"}
+    assert isinstance(host, Slurm)
+    assert (host.time, host.cpus, host.rank_logs, host.chips, host.ssh) == ("24:00:00", 16, True, {"h100": 8}, None)
+
+
+def test_secrets_of_any_name_travel(tmp_path: Path) -> None:
+    settings = _settings({"secrets": {"MY_API_KEY": {"env": "MINE"}}, "wandb": {"env": "W"}})
+    assert secrets_of(settings.clusters["lab"]) == {"WANDB_API_KEY": Secret(env="W"), "MY_API_KEY": Secret(env="MINE")}
+    with pytest.raises(ConfigError, match=r"lab\.secrets\.KEY must say where the secret is") as error:
+        _settings({"secrets": {"KEY": "s3cret"}})
+    assert "s3cret" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        ("clusters: {a: {}, a: {}}", r"settings\.yaml: a stands twice \(line 1\); remove one of them"),
+        ("? [a]\n: 1", r"is not valid YAML \(line 1\)"),
         (None, r"does not exist; copy examples/dispatch\.yaml to ~/\.tinytron\.yaml and edit it"),
         ("a: [s3cret", r"is not valid YAML \(line 1\); compare with examples/dispatch\.yaml"),
         ("a: 1", r"settings\.yaml: a is not a setting"),

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from tinytron.cli.jobs import add_load, add_place, parse_with_overrides
+from tinytron.dispatch.checks import check_cluster, check_variable
 from tinytron.dispatch.choose import Rule
-from tinytron.dispatch.reading import check_cluster, check_variable, read_section, read_settings
+from tinytron.dispatch.reading import read_section, read_settings
 from tinytron.dispatch.script import job_folder, job_script, packed
 from tinytron.dispatch.settings import FILE, AnyHost, Cluster, Settings, Tpu
 from tinytron.dispatch.ship import pack

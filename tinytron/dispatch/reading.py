@@ -6,25 +6,23 @@ from __future__ import annotations
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 
 from tinytron.config import converted
+from tinytron.dispatch.checks import check_address, check_cluster, check_engine, check_host, check_label, check_variable
 from tinytron.dispatch.settings import (
     FILE,
     HOST_TYPES,
     TOP,
     AnyHost,
     Cluster,
-    Kubernetes,
     Numbers,
     Partition,
-    Plain,
     Secret,
+    Secrets,
     Settings,
-    Slurm,
     Texts,
-    Tpu,
 )
 from tinytron.errors import ConfigError, first_line
 from tinytron.utils.flags import FieldInfo, config_fields, nearest
@@ -37,7 +35,9 @@ def read_settings(file: str = FILE) -> Settings:
     """The settings in ``file``. Raises: ConfigError, which names the key, the rule, and a value that works."""
     yaml = require_package("yaml", "cli")
     try:
-        content = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
+        content = yaml.load(Path(file).expanduser().read_text(encoding="utf-8"), _loader(yaml))
+    except _TwiceError as error:
+        raise ConfigError(f"{file}: {error}") from None
     except FileNotFoundError as error:
         raise ConfigError(
             f"{file} does not exist; copy examples/dispatch.yaml to {FILE} and edit it, or name a file with --dispatch"
@@ -56,27 +56,56 @@ def read_settings(file: str = FILE) -> Settings:
         raise ConfigError(f"{file}: {error}") from None
 
 
+class _TwiceError(Exception):
+    """A key stands twice in one mapping."""
+
+
+def _loader(yaml: Any) -> Any:
+    """A loader that leaves every value the text that the user wrote: to YAML, ``24:00:00`` is a number of base 60, ``010``
+    is 8, and ``yes`` is true."""
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen = set()
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    raise yaml.constructor.ConstructorError(None, None, "a key is not text", key.start_mark)
+                if key.value in seen:
+                    raise _TwiceError(f"{key.value} stands twice (line {key.start_mark.line + 1}); remove one of them")
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    kept = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
+    Loader.yaml_implicit_resolvers = {
+        first: [one for one in resolvers if one[0] in kept]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    return Loader
+
+
 def settings_of(content: Any, file: str = FILE) -> Settings:
     """The settings in the parsed file ``content``. Raises: ConfigError."""
     top = _mapping(content, "the file", "clusters: {...} and hosts: {...}")
     for key in top:
         if key not in TOP:
             raise ConfigError(f"{key} is not a setting{nearest(str(key), TOP)}; use one of {', '.join(TOP)}")
-    mount = None if top.get("mount") is None else _text(top["mount"], "mount", "redis://10.0.0.1:6379/0")
+    mount = None if top.get("mount") is None else check_engine(top["mount"], "mount")
     clusters = {}
     for name, one in _mapping(top.get("clusters"), "clusters", "lab: {root: /data/out, work: /data/work}").items():
+        check_label(name, "clusters", "lab")
         given = _mapping(one, f"clusters.{name}", "{root: /data/out, work: /data/work}")
         clusters[str(name)] = read_section(Cluster, {"mount": mount, **given}, f"clusters.{name}")
         check_cluster(clusters[str(name)], f"clusters.{name}")
     hosts: dict[str, AnyHost] = {}
     for name, one in _mapping(top.get("hosts"), "hosts", "box: {type: plain, ssh: me@box, cluster: lab}").items():
+        check_label(name, "hosts", "box")
         hosts[str(name)] = _host(one, f"hosts.{name}", clusters)
     priority = converted("priority", top.get("priority") or [], tuple[str, ...])
     for name in priority:
         if name not in hosts:
             raise ConfigError(f"priority: there is no host {name}{nearest(name, hosts)}; name hosts of this file")
     mapping = _texts(top.get("gres_mapping") or {}, "gres_mapping", "{h100: gpu:h100}")
-    proxy = None if top.get("proxy") is None else _address(top["proxy"], "proxy")
+    proxy = None if top.get("proxy") is None else check_address(_text(top["proxy"], "proxy", "me@gate"), "proxy")
     return Settings(file, clusters, hosts, tuple(dict.fromkeys(priority)), mapping, proxy)
 
 
@@ -102,7 +131,7 @@ def read_section(cls: type[T], content: Any, where: str) -> T:
 def _host(content: Any, where: str, clusters: Mapping[str, Cluster]) -> AnyHost:
     given = dict(_mapping(content, where, "{type: plain, ssh: me@box, cluster: lab}"))
     kind = given.pop("type", None)
-    if kind not in HOST_TYPES:
+    if not isinstance(kind, str) or kind not in HOST_TYPES:
         raise ConfigError(f"{where}.type {kind} must be one of {', '.join(HOST_TYPES)}{nearest(str(kind), HOST_TYPES)}")
     host = read_section(HOST_TYPES[kind], given, where)
     if host.cluster not in clusters:
@@ -110,68 +139,8 @@ def _host(content: Any, where: str, clusters: Mapping[str, Cluster]) -> AnyHost:
             f"{where}.cluster {host.cluster} is not in clusters{nearest(host.cluster, clusters)}; use one of "
             f"{', '.join(clusters)}"
         )
-    if isinstance(host, (Plain, Slurm)) and host.ssh is not None:
-        _address(host.ssh, f"{where}.ssh")
-    if isinstance(host, Slurm):
-        _check_slurm(host, clusters[host.cluster], where)
-    if isinstance(host, Tpu) and host.spot and host.preemptible:
-        raise ConfigError(f"{where}: spot and preemptible exclude each other; write spot: true only")
-    if isinstance(host, Kubernetes):
-        _check_kubernetes(host, clusters[host.cluster], where)
+    check_host(host, clusters[host.cluster], where)
     return host
-
-
-def check_cluster(cluster: Cluster, where: str) -> None:
-    """Raises: ConfigError for folders that are not absolute, and for sizes and users that are not written as such."""
-    for name in ("root", "work", "share", "log", "status", "data", "checkpoints", "results", "cache_dir", "uv_dir"):
-        path = getattr(cluster, name)
-        if path is not None and not path.startswith(("/", "~/")):
-            raise ConfigError(f"{where}.{name} {path} must be an absolute path or begin with ~/, as /data/{name}")
-    if cluster.all_squash is not None and not all(part.isdecimal() for part in cluster.all_squash.split(":")):
-        raise ConfigError(f"{where}.all_squash {cluster.all_squash} must be UID:GID, as 1000:1000")
-    if cluster.cache_size is not None:
-        mebibytes(cluster.cache_size, f"{where}.cache_size")
-
-
-def _check_slurm(host: Slurm, cluster: Cluster, where: str) -> None:
-    """sbatch expands no ``~`` in its options, and patterns with a backslash not at all."""
-    log = cluster.folder("log")
-    if log.startswith("~") or "\\" in log:
-        raise ConfigError(
-            f"clusters.{host.cluster}: the log folder {log} must be an absolute path without a backslash for the SLURM "
-            f"host at {where}; write log: /home/me/logs"
-        )
-
-
-def _check_kubernetes(host: Kubernetes, cluster: Cluster, where: str) -> None:
-    """Pods keep only what is on the claim."""
-    if host.pvc_name is None:
-        raise ConfigError(
-            f"{where}.pvc_name is required: the claim that has the cluster's folders; write pvc_name: data"
-        )
-    mounted = PurePosixPath(host.pvc_mount_path)
-    for name in ("root", "work", "share", "log", "status"):
-        path = getattr(cluster, name) if name in ("root", "work") else cluster.folder(name)
-        if not PurePosixPath(path).is_relative_to(mounted):
-            raise ConfigError(
-                f"clusters.{host.cluster}: {name} {path} is not below {mounted}, where the pods of {where} have their "
-                f"claim; use {mounted / name}"
-            )
-    if cluster.mount is not None:
-        raise ConfigError(
-            f"clusters.{host.cluster}.mount: pods of {where} cannot mount JuiceFS; make its volume the claim "
-            f"{host.pvc_name}"
-        )
-
-
-def mebibytes(text: str, where: str) -> int:
-    """A size such as ``100G`` in MiB. Raises: ConfigError."""
-    number, unit = text[:-1], text[-1:].upper()
-    if text.isdecimal():
-        number, unit = text, "M"
-    if not number.isdecimal() or unit not in ("M", "G", "T"):
-        raise ConfigError(f"{where} {text} must be a number with M, G or T; use 100G")
-    return int(number) * {"M": 1, "G": 1024, "T": 1024 * 1024}[unit]
 
 
 def _mapping(value: Any, where: str, works: str) -> Mapping[Any, Any]:
@@ -184,9 +153,20 @@ def _value(value: Any, where: str, info: FieldInfo) -> Any:
     kind, works = info.type, info.flag.works
     if kind is Secret:
         return _secret(value, where, str(works))
+    if kind == Secrets:
+        given = _mapping(value, where, str(works))
+        for name in given:
+            check_variable(str(name), where, secret=True)
+        return {str(name): _secret(one, f"{where}.{name}", "{env: MY_KEY}") for name, one in given.items()}
+    if info.name == "mount":
+        return check_engine(value, where)
+    if kind is bool and value in ("true", "false"):
+        return value == "true"
     if kind == Texts:
         return _texts(value, where, works)
     if kind == Numbers:
+        for name in _mapping(value, where, str(works)):
+            check_label(name, where, "h100")
         counts = {str(k): _converted(v, f"{where}.{k}", int, 8) for k, v in _mapping(value, where, str(works)).items()}
         for name, count in counts.items():
             if count < 0:
@@ -230,18 +210,14 @@ def _texts(value: Any, where: str, works: object) -> Texts:
     for name, one in _mapping(value, where, str(works)).items():
         if isinstance(one, bool):
             one = str(one).lower()
-        found[str(name)] = text = _converted(one, f"{where}.{name}", str, works)
+        if not isinstance(one, (str, int, float)):  # the error does not repeat what may be a secret
+            raise ConfigError(f"{where}.{name} must be text; use {works}")
+        found[str(name)] = text = str(one)
         if "\0" in text:
             raise ConfigError(f"{where}.{name} must not have the character 0; use {works}")
         if where.endswith(".env"):
             check_variable(str(name), where)
     return found
-
-
-def check_variable(name: str, where: str) -> None:
-    """Raises: ConfigError if no environment variable can have that name."""
-    if not (name.isascii() and name.isidentifier()):
-        raise ConfigError(f"{where}: {name!r} must be letters, digits and _; use a name such as NCCL_DEBUG")
 
 
 def _secret(value: Any, where: str, works: str) -> Secret:
@@ -255,12 +231,3 @@ def _secret(value: Any, where: str, works: str) -> Secret:
     if names == ["file"]:
         _text(given["file"], f"{where}.file", "~/.key")
     return Secret(**given)
-
-
-def _address(value: Any, where: str) -> str:
-    text = _text(value, where, "me@box")
-    if text.startswith("-") or any(c.isspace() for c in text):  # ssh would read an option
-        raise ConfigError(
-            f"{where} {text!r} must be a host as ssh takes it, without spaces and a leading -; use me@box"
-        )
-    return text

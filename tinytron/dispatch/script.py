@@ -11,8 +11,9 @@ import textwrap
 from collections.abc import Mapping
 from importlib import resources
 
+from tinytron.dispatch.checks import mebibytes
+from tinytron.dispatch.credentials import secrets_of, without_password
 from tinytron.dispatch.settings import Cluster, Secret
-from tinytron.dispatch.storage import mount_options, without_password
 from tinytron.dispatch.work import Request, Work
 
 HEARTBEAT_SECONDS = 30
@@ -34,20 +35,6 @@ def quote_path(path: str) -> str:
 def quote_all(words: list[str]) -> str:
     """``words`` as the content of a bash array."""
     return " ".join(map(quote, words))
-
-
-def secrets_of(cluster: Cluster) -> dict[str, Secret]:
-    """The secrets of the cluster's jobs by environment variable. A password inside ``mount`` is one of them, without a
-    reference."""
-    given = {
-        "WANDB_API_KEY": cluster.wandb,
-        "HF_TOKEN": cluster.hf_token,
-        "META_PASSWORD": cluster.mount_password,  # read by juicefs
-    }
-    found = {name: secret for name, secret in given.items() if secret is not None}
-    if cluster.mount is not None and without_password(cluster.mount)[1] is not None:
-        found.setdefault("META_PASSWORD", Secret())
-    return found
 
 
 def job_folder(cluster: Cluster, work: Work, run_id: str) -> str:
@@ -100,7 +87,7 @@ def job_script(
         f"uv_groups=({quote_all(list(uv_groups))})",
         f"arguments=({quote_all(work.flags())}{' ' + stages if stages else ''})",
         f"mount={quote(mount)}",
-        f"mount_options=({' '.join(mount_options(cluster, quote, quote_path))})",
+        f"mount_options=({' '.join(_mount_options(cluster))})",
         f"lock_gpus={request.chips if lock_gpus else 0}",
         f"gpu_kind={quote(gpu_kind)}",
         f"notebook={int(work.notebook)}",
@@ -136,6 +123,18 @@ def _folders(cluster: Cluster, work: Work, run_id: str, *, fixed: bool) -> list[
         f'here="$share"/{quote(f"jobs/{work.place}/{run_id}")}',
         f"status+=/{quote(f'{work.place}/{run_id}')}",
     ]
+
+
+def _mount_options(cluster: Cluster) -> list[str]:
+    """The flags of ``juicefs mount``, quoted. Its sizes are in MiB."""
+    options = []
+    if cluster.cache_size is not None:
+        options += ["--cache-size", str(mebibytes(cluster.cache_size, "cache_size"))]
+    if cluster.cache_dir is not None:
+        options += ["--cache-dir", quote_path(cluster.cache_dir)]
+    if cluster.all_squash is not None:
+        options += ["--all-squash", quote(cluster.all_squash)]
+    return options
 
 
 def _secret(name: str, secret: Secret, sent: bool) -> str:

@@ -25,6 +25,9 @@ class Secret:
     file: Annotated[str | None, Flag("file on the host, which only you can read", works="~/.wandb_key")] = None
 
 
+Secrets = dict[str, Secret]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
     """Folders that the hosts of a cluster share, and what all of its jobs get."""
@@ -58,6 +61,9 @@ class Cluster:
     wandb_entity: Annotated[str | None, Flag("entity of Weights & Biases", works="my-team")] = None
     wandb_project: Annotated[str | None, Flag("project of Weights & Biases", works="my-project")] = None
     hf_token: Annotated[Secret | None, Flag("token of the Hugging Face hub", works="{env: HF_TOKEN}")] = None
+    secrets: Annotated[
+        Secrets | None, Flag("further secrets by environment variable", works="{MY_KEY: {env: MY_KEY}}")
+    ] = None
 
     def folder(self, name: str) -> str:
         """The folder ``share``, ``log`` or ``status``, or its default."""

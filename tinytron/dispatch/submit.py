@@ -7,13 +7,12 @@ from dataclasses import dataclass, field, replace
 
 from tinytron.dispatch import record
 from tinytron.dispatch.choose import Rule, choose
+from tinytron.dispatch.credentials import secrets_of, without_password
 from tinytron.dispatch.hosts import Host, State, host_of, hosts_of
 from tinytron.dispatch.record import Submission
-from tinytron.dispatch.script import secrets_of
 from tinytron.dispatch.settings import Cluster, Settings
 from tinytron.dispatch.shell import NoAnswerError
 from tinytron.dispatch.ship import Shipment
-from tinytron.dispatch.storage import without_password
 from tinytron.dispatch.work import SCRIPT, Prepared, Request, Work, new_run_id
 from tinytron.errors import ConfigError, HostError
 

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from tinytron.dispatch.script import quote, quote_all, secrets_of
+from tinytron.dispatch.credentials import secrets_of
+from tinytron.dispatch.script import quote, quote_all
 from tinytron.dispatch.settings import Cluster, Tpu
 
 NOTE = "untested, and the trainer has no TPU backend: it trains on the CPUs of the TPU's host"

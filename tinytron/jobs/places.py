@@ -7,13 +7,16 @@ from pathlib import Path
 
 from tinytron.errors import ConfigError
 
-_NAME = re.compile(r"[\w.-]+")
+_NAME = re.compile(r"[\w.][\w.-]*")
+_LONGEST = 100  # characters; a folder's name has at most 255 bytes, some of which are ours
 
 
 def check_name(kind: str, name: str) -> str:
     """``name``, which becomes a folder. Raises: ConfigError if it cannot."""
-    if _NAME.fullmatch(name) is None or name in (".", ".."):
-        raise ConfigError(f"{kind} {name!r} must be letters, digits, '_', '-' and '.', such as my-run")
+    if _NAME.fullmatch(name) is None or name in (".", "..") or len(name) > _LONGEST:
+        raise ConfigError(
+            f"{kind} {name!r} must be letters, digits, '_', '.' and (not first) '-', at most {_LONGEST}, such as my-run"
+        )
     return name
 
 

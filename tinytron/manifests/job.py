@@ -15,7 +15,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _QUANTITY = re.compile(r"\d+(\.\d+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?")
 _KEY = re.compile(r"([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?")
 _VALUE = re.compile(r"([A-Za-z0-9]([\w.-]*[A-Za-z0-9])?)?")
-_SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|ACCESS_KEY)$", re.IGNORECASE)
+SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|ACCESS_KEY)$", re.IGNORECASE)
 _MOST = 63  # characters of a label
 _LONGEST_NAME = 40  # the controllers append the names of their parts
 
@@ -88,7 +88,7 @@ class ContainerJob:
         for name in (*self.env, *self.secrets):
             _matches(_VARIABLE, "variable", name, "NCCL_DEBUG")
         for name in self.env:
-            if _SECRET.search(name):
+            if SECRET_NAME.search(name):
                 raise ConfigError(
                     f"env {name} would put a secret into the manifest; give it in secrets, as a secret's key"
                 )
