@@ -21,7 +21,9 @@ _OURS = frozenset([
 
 def check_cluster(cluster: Cluster, where: str) -> None:
     """Raises: ConfigError for folders that are not absolute, and for sizes and users that are not written as such."""
-    folders = "root work share log status data checkpoints results cache_dir uv_dir python".split()
+    folders = (
+        "root", "work", "share", "log", "status", "data", "checkpoints", "results", "cache_dir", "uv_dir", "python",
+    )  # fmt: skip
     paths = {name: getattr(cluster, name) for name in folders}
     paths |= {variable: secret.file for variable, secret in secrets_of(cluster).items()}
     for name, path in paths.items():
