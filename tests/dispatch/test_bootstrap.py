@@ -36,6 +36,20 @@ def test_a_bootstrap_script_runs_alone(place: Place, said: Said, tmp_path: Path)
     assert TOKEN not in Path("out.sh").read_text()
 
 
+def test_a_bootstrap_script_keeps_a_log(place: Place, said: Said) -> None:
+    _write(place, {"box": {"type": "plain"}})
+    words = ("bootstrap", "mine", "run.yaml", "out.sh", "--load", "module_with_jobs", "--target", "box", "-n", "0")
+    assert said(*words, "--log", f"{place.home}/the logs")[0] == 0
+    for rank, suffix in (("0", "log"), ("1", "node1")):
+        done = subprocess.run(["./out.sh"], capture_output=True, text=True, env={**os.environ, "NODE_RANK": rank})
+        assert done.stdout == "the job speaks\n"
+        (log,) = (place.home / "the logs").glob(f"general_default_mine_*.{suffix}")
+        assert "the job speaks\n" in log.read_text()
+    (link,) = (place.home / "scratch/status").rglob("output.log")
+    assert link.resolve().name.endswith(".log")
+    assert list((place.home / "scratch/jobs").rglob("*.part.*")) == []
+
+
 def test_folders_of_a_bootstrap_script_may_be_set_where_it_runs(place: Place, said: Said) -> None:
     _write(place, {"box": {"type": "plain"}})
     assert (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.dispatch.conftest import Place
-from tests.dispatch.test_submit import Said, _until, _write
+from tests.dispatch.test_submit import TOKEN, Said, _until, _write
 from tests.dispatch.test_submit import said as said
 from tinytron.dispatch.plain import PlainHost
 from tinytron.dispatch.record import read_all
@@ -30,7 +32,11 @@ def test_a_name_that_runs_is_not_submitted_again(place: Place, said: Said) -> No
     assert len(read_all()) == 1
     said("cancel", "mine")
     _until(said, "mine", "cancelled")
-    assert "is cancelled; there is nothing to stop" in said("cancel", "mine")[1]
+    (place.home / ".tinytron.yaml").unlink()
+    shutil.rmtree(place.home / "scratch")  # what is over is remembered, and the host is not asked again
+    assert "cancelled (0)" in said("status", "mine")[1]
+    assert "is cancelled (0); there is nothing to stop" in said("cancel", "mine")[1]
+    _write(place, {"box": {"type": "plain", "env": {"ACT": "wait"}}})
     assert said(*SUBMIT)[0] == 0
     said("cancel", "mine")
     _until(said, "mine", "cancelled")
@@ -68,14 +74,46 @@ def test_a_start_without_an_answer_can_still_be_seen_and_cancelled(
     done = subprocess.run(["bash", f"{here}/run.sh"], capture_output=True, text=True, check=False)
     assert done.stderr == "tinytron: cancelled before it began\n"  # if it starts after all
     assert not (place.home / "called.json").exists()
-    _until(said, "mine", "cancelled (143)")
+    assert '"state": "cancelled", "exit_status": 143' in Path(read_all()[-1].status, "metadata.json").read_text()
+
+
+def test_a_job_whose_folder_is_gone_is_stopped(place: Place, said: Said) -> None:
+    _write(place, {"box": {"type": "plain", "env": {"ACT": "wait"}}})
+    said(*SUBMIT)
+    _until(said, "mine", "running")
+    shutil.rmtree(read_all()[-1].here)
+    assert said("cancel", "mine")[0] == 0
+    _until(said, "mine", "preempted")
+
+
+def test_a_run_that_changes_is_pulled(place: Place, said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tar's status 1: a file changed meanwhile. What leads out of the folder, or is no file, is left out."""
+    tar = shutil.which("tar")
+    place.tool("tar", f'#!/bin/sh\n{tar} "$@"\nstatus=$?\ncase "$1" in -cz) exit 1 ;; esac\nexit $status\n')
+    _write(place, {"box": {"type": "plain"}})
+    said(*SUBMIT)
+    _until(said, "mine", "finished")
+    run = place.home / "root/checkpoints/general/default/mine"
+    run.mkdir(parents=True)
+    (run / "text").write_text("whole")
+    (run / "out").symlink_to("/etc/passwd")
+    os.mkfifo(run / "pipe")
+    status, out, err = said("pull", "mine")
+    assert (status, err) == (0, "")
+    assert "left out, because they are no files of the run: " in out
+    assert "mine/out" in out
+    assert "mine/pipe" in out
+    assert Path("pulled/checkpoints/general/default/mine/text").read_text() == "whole"
 
 
 def test_a_start_that_fails_is_forgotten(place: Place, said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
-    _write(place, {"box": {"type": "plain"}})
+    _write(place, {"box": {"type": "plain"}}, wandb={"env": "MY_KEY"})
     monkeypatch.setattr(PlainHost, "starting", lambda *_: "echo no room >&2; exit 1")
+    monkeypatch.setenv("MY_KEY", TOKEN)
     assert "this machine: no room" in said(*SUBMIT)[2]
     assert read_all() == []
+    for path in place.home.rglob("*"):
+        assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
 
 
 def test_nothing_is_sent_if_it_cannot_be_remembered(place: Place, said: Said, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -225,6 +226,46 @@ def _pid_of(word: str) -> int | None:
         except OSError:
             continue
     return None
+
+
+@pytest.mark.parametrize("waits", ["for packages", "for a lock"])
+def test_a_job_that_still_prepares_stops_at_once(place: Place, waits: str) -> None:
+    """It and all that it started: pip would go on for minutes."""
+    place.tool("uv", f"#!/bin/sh\n{sys.executable} -c 'import time; time.sleep(60)' the-packages & wait\n")
+    cluster, work = place.cluster(python=None), Work("n", (b"",))
+    sent = {"requirements.txt": (b"x\n", 0o644)}
+    path = put(place, cluster, work, job_script(work, cluster, {}, Request(0), RUN, code().tree))
+    (place.home / f"scratch/code/{code().tree}.tar.gz").write_bytes(packed(sent))
+    lock = place.home / f"scratch/code/{code().tree}.lock"
+    with contextlib.ExitStack() as stack:
+        if waits == "for a lock":
+            holder = subprocess.Popen(["flock", str(lock), "sh", "-c", "echo held; sleep 60"], stdout=subprocess.PIPE)
+            stack.callback(holder.wait)
+            stack.callback(holder.kill)
+            assert holder.stdout is not None
+            holder.stdout.readline()
+        process = subprocess.Popen(["bash", str(path)], stderr=subprocess.DEVNULL)
+        end = time.monotonic() + 30
+        while time.monotonic() < end and not (_pid_of("the-packages") if waits == "for packages" else lock.exists()):
+            time.sleep(0.1)
+        time.sleep(0.3)
+        began = time.monotonic()
+        process.terminate()
+        process.wait(timeout=30)
+        assert time.monotonic() - began < 10
+    assert _pid_of("the-packages") is None
+    assert metadata(cluster, work)["state"] == "preempted"
+
+
+def test_a_package_in_src_comes_from_the_code_that_was_sent(place: Place) -> None:
+    cluster, work = place.cluster(), Work("n", (b"",))
+    path = put(place, cluster, work, job_script(work, cluster, {}, Request(0), RUN, code().tree))
+    (place.home / f"scratch/code/{code().tree}.tar.gz").write_bytes(packed({"src/mine.py": (b"", 0o644)}))
+    assert run(path, PYTHONPATH="").returncode == 0
+    folder = place.home / "scratch/code" / code().tree
+    assert place.called["env"]["PYTHONPATH"] == f"{folder}:{folder}/src"
+    assert time.time() - path.parent.joinpath("config.yaml").stat().st_mtime < 600
+    assert time.time() - (folder / "src/mine.py").stat().st_mtime < 600  # sites remove old files from scratch folders
 
 
 def test_variables_reach_the_job_and_leave_the_script_alone(place: Place) -> None:

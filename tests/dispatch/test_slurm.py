@@ -111,15 +111,15 @@ def _tools(place: Place, free: str, state: str = "") -> None:
 
 
 def test_submit_queue_state_and_cancel(place: Place, said: Said) -> None:
-    _tools(place, free="8", state="PENDING")
+    _tools(place, free="8", state="PENDING Priority")
     _write(place, {"hpc": {"type": "slurm", "chips": {"h100": 8}}})
     status, out, err = said("submit", "mine", "run.yaml", "--load", "module_with_jobs", "--cpu", "4")
     assert (status, err) == (0, "")
     assert "host: hpc (hpc has 0 free; queued)" in out
     assert f"as 17; log: {place.home}/scratch/logs/general-default-mine-17.out" in out
     assert "#SBATCH --cpus-per-task=4\n" in (place.home / "submitted").read_text()
-    assert "17  queued" in said("status")[1]
-    _tools(place, free="0", state="RUNNING")
+    assert "17  queued (Priority)" in said("status")[1]
+    _tools(place, free="0", state="RUNNING None")
     assert "17  preparing" in said("status")[1]
     _tools(place, free="0")
     assert "17  lost" in said("status")[1]
@@ -131,9 +131,34 @@ def test_submit_queue_state_and_cancel(place: Place, said: Said) -> None:
     assert (place.home / "scancel").read_text() == "17\n"
 
 
+def test_a_scheduler_that_does_not_answer_is_no_lost_job(place: Place, said: Said) -> None:
+    _tools(place, free="0", state="RUNNING None")
+    _write(place, {"hpc": {"type": "slurm"}})
+    said("submit", "mine", "run.yaml", "--load", "module_with_jobs")
+    place.tool("squeue", "#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2\nexit 1\n")
+    status, out, _ = said("status")
+    assert status == 1
+    assert "17  unknown" in out
+    assert "squeue: slurm_load_jobs error: Unable to contact slurm controller" in out
+    place.tool("squeue", "#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2\nexit 1\n")
+    assert "17  lost" in said("status")[1]
+
+
+def test_secrets_are_not_in_the_environment_that_slurm_keeps(
+    place: Place, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _tools(place, free="0", state="PENDING Priority")
+    place.tool("sbatch", '#!/bin/sh\nenv >"$HOME/sbatch"\necho 17\n')
+    monkeypatch.setenv("MY_KEY", "s3cret")
+    _write(place, {"hpc": {"type": "slurm"}}, wandb={"env": "MY_KEY"})
+    assert said("submit", "mine", "run.yaml", "--load", "module_with_jobs")[0] == 0
+    assert "s3cret" not in (place.home / "sbatch").read_text()
+
+
 def test_the_batch_file_runs_the_script_forwards_usr1_and_requeues(place: Place) -> None:
     """By bash, with srun as a plain process: SLURM's own part is in tests/slurm."""
-    place.tool("srun", '#!/bin/bash\nwhile [ "$1" != bash ]; do shift; done\nexport SLURM_NODEID=0\nexec "$@"\n')
+    skip = 'while [ "$1" != bash ]; do shift; done'
+    place.tool("srun", f'#!/bin/bash\necho "$@" >"$HOME/srun"\n{skip}\nexport SLURM_NODEID=0\nexec "$@"\n')
     place.tool(
         "scontrol", '#!/bin/sh\ncase $1 in show) echo first; echo second ;; *) echo "$@" >>"$HOME/scontrol" ;; esac\n'
     )
@@ -142,7 +167,9 @@ def test_the_batch_file_runs_the_script_forwards_usr1_and_requeues(place: Place)
     host.send([job], code())
     script = place.home / "job.sbatch"
     script.write_text(host.batch_script([job], Request(8, "h100"), "t"))
+    (Path(job.here) / "exit_status").write_text("1\n")  # of an earlier start
     env = {**os.environ, "SLURM_JOB_NODELIST": "x", "SLURM_JOB_ID": "10042", "SLURM_NNODES": "2"}
+    env |= {"MASTER_ADDR": "the laptop's", "NUM_GPUS": "1", "NODE_RANK": "5"}
     with subprocess.Popen(["bash", str(script)], env=env, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "the job speaks\n"
@@ -152,6 +179,8 @@ def test_the_batch_file_runs_the_script_forwards_usr1_and_requeues(place: Place)
     assert "stopped before the time limit; this job is queued again" in out
     assert (place.home / "scontrol").read_text() == "requeue 10042\n"
     assert (place.home / "signals").read_text() == "SIGUSR1\n"
+    assert not (Path(job.here) / "exit_status").exists()
+    assert "--kill-on-bad-exit=1 --nodes=2 --ntasks=2 --ntasks-per-node=1" in (place.home / "srun").read_text()
     link = os.readlink(Path(job.status) / "output.log")
     assert link == f"{place.home}/scratch/logs/t-10042.out"
     called = place.called["env"]
@@ -181,7 +210,8 @@ def test_a_job_that_had_not_begun_is_queued_again_a_few_times(
     Path(job.here).mkdir(parents=True)
     script = place.home / "job.sbatch"
     script.write_text(host.batch_script([job], Request(8, "h100"), "t"))
-    env = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_RESTART_COUNT": str(before)}
+    Path(job.here, "tries").write_text(str(before))
+    env = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_RESTART_COUNT": "9"}
     with subprocess.Popen(["bash", str(script)], env=env, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
@@ -189,7 +219,9 @@ def test_a_job_that_had_not_begun_is_queued_again_a_few_times(
         process.communicate(timeout=30)
     assert process.returncode == code
     assert (place.home / "scontrol").exists() == again
-    assert not Path(job.here, "exit_status").exists()  # it did not end by itself
+    assert Path(job.here, "exit_status").exists() != again
+    assert again or Path(job.here, "exit_status").read_text() == f"{code}\n"  # nothing will continue it
+    assert Path(job.here, "tries").read_text() == (f"{before + 1}\n" if code != 1 else "0\n")
 
 
 def test_a_sweep_is_one_array_with_one_record_each(place: Place) -> None:

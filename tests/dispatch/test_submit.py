@@ -167,7 +167,7 @@ def test_a_host_may_print_lines_on_login(place: Place, said: Said) -> None:
     place.tool("ssh", '#!/bin/sh\necho "Welcome to the machine"\nfor last in "$@"; do :; done\nexec sh -c "$last"\n')
     place.tool("nvidia-smi", NVIDIA)
     _write(place, {"box": {"type": "plain", "ssh": "box"}})
-    assert "box: reached; 2 chips free; has" in said("dispatch", "check")[1]
+    assert "box: reached; 3 x NVIDIA H100 80GB HBM3 (2 free); has" in said("dispatch", "check")[1]
     for count in (1, 2):
         status, _, err = said("submit", "mine", "run.yaml", "--load", "module_with_jobs", "-n", "0")
         assert (status, err) == (0, "")
@@ -195,7 +195,7 @@ def test_code_that_arrived_in_part_is_sent_again(place: Place, said: Said, monke
 
     monkeypatch.setattr(Shell, "run", cut)
     status, _, err = said(*words)
-    assert (status, "tar: Error" in err) == (2, True), err
+    assert (status, "tar: Unexpected EOF in archive" in err) == (2, True), err
     assert list((place.home / "scratch/code").iterdir()) == []
     monkeypatch.setattr(Shell, "run", whole)
     assert said(*words)[0] == 0
@@ -307,7 +307,7 @@ def test_dispatch_check_says_what_each_host_has(place: Place, said: Said, monkey
     _write(place, {"box": {"type": "plain"}})
     status, out, _ = said("dispatch", "check")
     assert status == 0
-    assert "box: reached; 2 chips free; has " in out
+    assert "box: reached; 3 x NVIDIA H100 80GB HBM3 (2 free); has " in out
 
 
 def test_nothing_in_dispatch_imports_torch() -> None:

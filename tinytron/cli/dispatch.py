@@ -8,7 +8,6 @@ from tinytron.dispatch.hosts import Host, hosts_of
 from tinytron.dispatch.reading import read_settings
 from tinytron.dispatch.script import quote, quote_path
 from tinytron.dispatch.settings import FILE
-from tinytron.dispatch.work import Request
 from tinytron.errors import HostError
 from tinytron.utils.flags import Parser, parse_strictly
 from tinytron.utils.texts import counted
@@ -60,6 +59,5 @@ def looked_at(host: Host) -> tuple[str, list[str]]:
         missing.append("uv or python3, which make environments")
     if missing:
         return "reached", missing
-    chips = host.free(Request())
     extra = [tool for tool in _OPTIONAL if tool in there]
-    return f"reached; {chips} chips free; has {', '.join(extra) or 'no optional tools'}", []
+    return f"reached; {host.chips_seen()}; has {', '.join(extra) or 'no optional tools'}", []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tinytron.dispatch.hosts import UNCONFIRMED, State, host_of
+from tinytron.dispatch.hosts import ENDED, UNCONFIRMED, State, host_of
 from tinytron.dispatch.record import Submission, damaged, named, newest, read_all
 from tinytron.dispatch.submit import states_of
 from tinytron.errors import HostError
@@ -44,10 +44,9 @@ def main(argv: Sequence[str], prog: str = "tinytron status") -> int:
 def _row(one: Submission, state: State | HostError) -> tuple[str, ...]:
     if isinstance(state, HostError):
         return (one.place, one.host, one.id, "unknown", "", one.log)
-    status = "" if state.exit_status is None else f" ({state.exit_status})"
     running = state.state in ("preparing", "waiting", "running")
     beat = f"{state.heartbeat} s ago" if running and state.heartbeat is not None else ""
-    return (one.place, one.host, one.id, f"{state.state}{status}", beat, one.log)
+    return (one.place, one.host, one.id, str(state), beat, one.log)
 
 
 def logs(argv: Sequence[str], prog: str = "tinytron logs") -> int:
@@ -66,10 +65,10 @@ def cancel(argv: Sequence[str], prog: str = "tinytron cancel") -> None:
     parser.add_argument("name", metavar="NAME", help=_NAME)
     submission = named(parse_strictly(parser, argv).name)
     host = host_of(submission)
-    (state,) = host.states([submission])
+    (state,) = [State(submission.ended)] if submission.ended else host.states([submission])
     where = f"{submission.place} on {submission.host}"
-    if state.state in ("finished", "cancelled"):
-        print(f"{where} is {state.state}; there is nothing to stop")
+    if submission.ended or state.state in ENDED:
+        print(f"{where} is {state}; there is nothing to stop")
         return
     host.cancel(submission)
     if state.active or state.state == UNCONFIRMED:
@@ -89,7 +88,9 @@ def pull(argv: Sequence[str], prog: str = "tinytron pull") -> None:
     args = parse_strictly(parser, argv)
     submission = named(args.name)
     out = Path(args.out).expanduser()
-    host_of(submission).pull(submission, out)
+    left = host_of(submission).pull(submission, out)
+    if left:
+        print(f"left out, because they are no files of the run: {', '.join(left[:5])}{' ...' if left[5:] else ''}")
     folder = out / "checkpoints" / submission.place
     print(f"copied to {folder}, without checkpoints")
     runs = sorted(path.parent for path in folder.glob(f"*/{LOG}"))

@@ -93,6 +93,7 @@ def bootstrap(argv: Sequence[str], prog: str = "tinytron bootstrap") -> None:
     script = job_script(
         *(work, cluster, {**env, **environment_of(args.env)}, asked, run_id, shipment.files.tree),
         per_node=asked.chips if args.n_chips is not None else None,
+        log=f"{args.log.rstrip('/')}/{work.project}_{work.group}_{work.name}_{run_id}.log" if args.log else "",
         uv_groups=groups,
         payload=payload,
     )

@@ -32,6 +32,7 @@ UPLOAD_SECONDS = 3600.0
 # Checkpoints, and what says that they are there or that the run is over: they stay on the host.
 PULLED_NOT = ("*.pt", "*_opt", "*.part", ".lock", "done.json", "latest", "final")
 UNCONFIRMED = "unconfirmed"
+ENDED = ("finished", "cancelled")  # nothing changes these
 PULLED = ".pulled"  # in a folder that was pulled: it may be replaced
 
 
@@ -54,6 +55,11 @@ class State:
     exit_status: int | None = None
     node: str = ""
     port: int | None = None
+    why: str = ""  # it is queued
+
+    def __str__(self) -> str:
+        status = "" if self.exit_status is None else f" ({self.exit_status})"
+        return f"{self.state}{status}" + (f" ({self.why})" if self.why not in ("", "None") else "")
 
     @property
     def active(self) -> bool:
@@ -115,6 +121,10 @@ class Host(ABC):
     def free(self, request: Request) -> int:
         """The number of free chips of the kind that ``request`` names. Raises: HostError."""
 
+    def chips_seen(self) -> str:
+        """The host's chips, for ``tinytron dispatch check``. Raises: HostError."""
+        return f"{self.free(Request())} chips free"
+
     @abstractmethod
     def prepare(
         self, work: Work, request: Request, run_id: str, tree: str, env: Mapping[str, str], values: Mapping[str, str]
@@ -137,8 +147,8 @@ class Host(ABC):
 
     @abstractmethod
     def alive(self, submissions: Sequence[Submission]) -> str:
-        """A script that prints one line for each submission: ``queued``, ``alive``, ``gone``, or ``failed``
-        and the exit status."""
+        """A script that prints one line for each submission: ``queued`` and why, ``alive``, ``gone``, or ``failed`` and the
+        exit status. It fails if the scheduler does not answer."""
 
     @abstractmethod
     def stopping(self, submission: Submission) -> str:
@@ -152,8 +162,9 @@ class Host(ABC):
             raise HostError(f"{self.name} did not start {name}: it printed {' '.join(lines)!r}")
         return [(one[0], one[1]) for one in found]
 
-    def send(self, jobs: Sequence[Prepared], files: Files) -> None:
-        """Send the files. The code is sent only if the host does not have it yet. Raises: HostError."""
+    def send(self, jobs: Sequence[Prepared], files: Files, more: Mapping[str, bytes] = MappingProxyType({})) -> None:
+        """Send the files of ``jobs``, and ``more`` into the folder of the first. The code is sent only if the host does not
+        have it yet. Raises: HostError."""
         cluster = self.cluster
         share = cluster.folder("share").rstrip("/")
         archive = quote_path(f"{share}/code/{files.tree}.tar.gz")
@@ -163,6 +174,8 @@ class Host(ABC):
             inner = job_folder(cluster, job.work, job.run_id).removeprefix(f"{share}/")
             members |= {f"{inner}/{name}": (content, 0o644) for name, content in job.files().items()}
             members |= {f"{inner}/secret.{name}": (value.encode(), 0o600) for name, value in job.values.items()}
+            if job is jobs[0]:
+                members |= {f"{inner}/{name}": (content, 0o644) for name, content in more.items()}
         folders = " ".join(quote_path(job.here) for job in jobs)
         share = quote_path(share)
         script = f"mkdir -p {share}/code\n(umask 077; mkdir -p {folders})\ncd {share}\n"
@@ -213,6 +226,14 @@ class Host(ABC):
         missing = quote(f"there is no log yet: {submission.log}")
         return self.shell.follow(f"if [ -e {log} ]; then cat -- {log}; else echo {missing} >&2; exit 1; fi")
 
+    def remove(self, jobs: Sequence[Prepared]) -> None:
+        """Remove the folders of submissions that did not start, which have secrets. Raises: HostError."""
+        self.shell.run("rm -rf -- " + " ".join(quote_path(job.here) for job in jobs))
+
+    def group_files(self, jobs: Sequence[Prepared], request: Request, name: str) -> dict[str, bytes]:
+        """Files for all of ``jobs``, in the folder of the first one."""
+        return {}
+
     def known_id(self, job: Prepared) -> str:
         """The id of a submission before it starts; empty if only the host can tell."""
         return ""
@@ -225,16 +246,19 @@ class Host(ABC):
             told = _content(text)
             submission = replace(submission, id=str(told.get("slurm_job") or told.get("pid") or 0))
         here = quote_path(submission.here)
-        marking = f": >{here}/cancelled\nrm -f {here}/secret.*"
+        marking = f"{{ : >{here}/cancelled; }} 2>/dev/null || true\nrm -f {here}/secret.*"
         if self.control is self.shell:
             self.shell.run(f"{marking}\n{self.stopping(submission)}")
-        else:
+            return
+        try:
             self.shell.run(marking)
+        finally:  # whether its files can be reached or not
             self.control.run(self.stopping(submission))
 
-    def pull(self, submission: Submission, out: Path) -> None:
-        """Copy the run's folder, without checkpoints, and the log to ``out``. Raises: HostError; ConfigError if ``out`` has
-        a run of that name that was not pulled."""
+    def pull(self, submission: Submission, out: Path) -> list[str]:
+        """Copy the run's folder, without checkpoints, and the log to ``out``. Returns the names that it left out, because
+        they lead out of the folder or are no files. Raises: HostError; ConfigError if ``out`` has a run of that name that
+        was not pulled."""
         folder = out / "checkpoints" / submission.place
         if folder.is_dir() and any(folder.iterdir()) and not (folder / PULLED).exists():
             raise ConfigError(f"{folder} has a run of this machine; pull to another folder, such as pulled")
@@ -244,7 +268,8 @@ class Host(ABC):
             f"folder={quote(f'checkpoints/{submission.place}')}\n"
             '[ -d "$root/$folder" ] || { echo "$root/$folder does not exist yet; there is nothing to pull" >&2; exit 1; }\n'
             # tar reads backslashes in its arguments as escapes, but not in a list of names that end with a zero.
-            f'pack() {{ cd "$1" && printf "%s\\0" "$2" | tar -cz {skipped} --null -T -; }}\n'
+            # Its status 1 says that a file changed meanwhile, as those of a run do.
+            f'pack() {{ cd "$1"; printf "%s\\0" "$2" | tar -cz {skipped} --null -T - || [ $? = 1 ]; }}\n'
             '(pack "$root" "$folder")\n'
             'if [ -e "$log" ]; then (pack "$(dirname -- "$log")" "./$(basename -- "$log")"); fi'
         )
@@ -253,21 +278,27 @@ class Host(ABC):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / PULLED).touch()
             # Two archives in a row: zeros between them are not the end.
+            left = []
             with tarfile.open(fileobj=file, ignore_zeros=True) as tar:
-                tar.extractall(out, filter="data")  # refuses paths that lead out of the folder
+                for member in tar:
+                    try:
+                        tar.extract(member, out, filter="data")
+                    except tarfile.FilterError:
+                        left.append(member.name)
+        return left
 
 
 def _state(alive: str, age: str, text: str) -> State:
     """The state from what the scheduler says and what the job wrote itself."""
     content = _content(text)
     told, status = content.get("state"), content.get("exit_status")
-    alive, _, code = alive.partition(" ")
+    alive, _, code = alive.partition(" ")  # or why it waits
     age, _, cancelled = age.partition(" ")
     heartbeat = int(age) if age.lstrip("-").isdecimal() else None
     if alive == UNCONFIRMED:
         return State(cancelled or told or UNCONFIRMED, heartbeat, status, content.get("host", ""), content.get("port"))
     if alive == "queued":
-        return State("preempted, queued" if told == "preempted" else "queued", None, None)
+        return State("preempted, queued" if told == "preempted" else "queued", why=code)
     if alive == "alive":
         state = told if told in ("preparing", "waiting", "running") else "preparing"
         return State(state, heartbeat, None, content.get("host", ""), content.get("port"))

@@ -19,7 +19,7 @@ stop_child() { # SIGNAL: pass it on; the run saves and exits
     stop="$1"
     signals=$((signals + 1))
     say "got $1"
-    if [ -n "$child" ]; then kill -s "$1" "$child" 2>/dev/null || true; else exit 143; fi
+    if [ -n "$child" ]; then kill -s "$1" -- "$child" 2>/dev/null || true; else exit 143; fi
 }
 
 leave() { # EXIT_STATUS
@@ -109,10 +109,34 @@ make_folders() {
     fi
 }
 
+wait_for() { # wait for the process $child. A signal ends `wait` early, and the process's own status is in a later one
+    local before code
+    while :; do
+        before=$signals code=0
+        wait "${child#-}" || code=$?
+        if [ "$signals" = "$before" ]; then break; fi
+    done
+    child=""
+    return "$code"
+}
+
+patiently() { # COMMAND: a signal stops it and all that it started, at once
+    set -m # a process group of its own
+    "$@" </dev/null &
+    child=-$!
+    set +m
+    wait_for
+}
+
+lock() { # FILE: until descriptor 8 is closed
+    exec 8>"$1"
+    patiently flock 8 || { [ -n "$stop" ] && exit 143; } ||
+        fail "$1 cannot be locked; set share to a folder of yours on a file system with locks"
+}
+
 unpack_code() { # once per commit; several jobs and nodes may arrive at the same time
     if [ -d "$code" ]; then return 0; fi
-    exec 8>"$code.lock"
-    flock 8
+    lock "$code.lock"
     if [ ! -d "$code" ]; then
         rm -rf "$code.part"
         mkdir "$code.part"
@@ -131,12 +155,12 @@ make_environment() { # once per list of packages
     environment="$share/env/$key"
     python="$environment/bin/python"
     if [ -e "$environment/complete" ]; then return 0; fi
-    exec 8>"$environment.lock"
-    flock 8
+    lock "$environment.lock"
     if [ ! -e "$environment/complete" ]; then
         say "making the environment $environment, once"
         rm -rf "$environment"
-        (install_packages "$environment") >&2 || fail "the environment cannot be made (see above); or set python in the cluster's settings"
+        patiently install_packages "$environment" >&2 || { [ -n "$stop" ] && exit 143; } ||
+            fail "the environment cannot be made (see above); or set python in the cluster's settings"
         touch "$environment/complete"
     fi
     exec 8>&-
@@ -181,7 +205,7 @@ make_lock() { # FILE: for all users; opening another user's file for writing may
 
 take_gpus() { # one lock per GPU of this machine, until this process and its children end
     if [ "$lock_gpus" = 0 ]; then return 0; fi
-    local locks=/tmp/tinytron-gpus index used fd door gpus told=""
+    local locks=/tmp/tinytron-gpus index used fd door gpus taken told=""
     gpus="$(list_gpus)" || fail "nvidia-smi finds no GPU on $(uname -n)"
     [ "$(grep -c . <<<"$gpus")" -ge "$lock_gpus" ] ||
         fail "$(uname -n) has fewer than $lock_gpus GPUs${gpu_kind:+ of the kind $gpu_kind}; ask for fewer with -n"
@@ -218,14 +242,15 @@ take_gpus() { # one lock per GPU of this machine, until this process and its chi
 
 beat() { # the heartbeat is the time of the file; until the script ends, however it ends
     trap '' TERM USR1
-    local fd
-    for fd in 7 "${taken[@]}"; do exec {fd}<&-; done # its sleep outlives it, and must keep neither volume nor GPUs
+    exec 7<&- # its sleep outlives it, and must not keep the volume mounted
     while sleep "$heartbeat_seconds" && kill -0 $$ 2>/dev/null; do touch -c "$status/metadata.json"; done
 }
 
 run_job() {
     # Packages come from the code that was sent, never from the working directory; Python 3.10 looks there first.
-    local ours=("PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1) lifeline=()
+    local found="$code"
+    if [ -d "$code/src" ]; then found+=":$code/src"; fi
+    local ours=("PYTHONPATH=$found${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1) lifeline=()
     if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then ours+=("CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES"); fi
     if [ -e "$work/tinytron" ] && ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
         fail "Python would import $work/tinytron instead of the code that was sent; use another work folder, or Python 3.11"
@@ -244,22 +269,12 @@ run_job() {
     # If this script is killed, the run is asked to save and stop.
     if setpriv --pdeathsig TERM true 2>/dev/null; then lifeline=(setpriv --pdeathsig TERM --); fi
     tell running
-    beat </dev/null >/dev/null 2>&1 &
-    beating=$!
-    disown "$beating" # its end is not worth a line in the log
     "${lifeline[@]}" env -- "${variables[@]}" "${ours[@]}" "$python" -m "${command[@]}" &
     child=$!
-    local before code
-    while :; do # a signal ends `wait` early, and the job's own status is in a later one
-        before=$signals code=0
-        wait "$child" || code=$?
-        if [ "$signals" = "$before" ]; then break; fi
-    done
-    child=""
-    return "$code"
+    wait_for
 }
 
-stop="" taken=() signals=0 child="" beating="" mounted="" port=""
+stop="" signals=0 child="" beating="" mounted="" port=""
 trap 'leave $?' EXIT
 trap 'stop_child TERM' TERM
 trap 'stop_child USR1' USR1
@@ -274,6 +289,9 @@ if [ -e "$here/cancelled" ]; then
     stop=TERM
     exit 143
 fi
+beat </dev/null >/dev/null 2>&1 &
+beating=$!
+disown "$beating" # its end is not worth a line in the log
 unpack_code
 make_environment
 take_gpus

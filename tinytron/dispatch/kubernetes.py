@@ -119,6 +119,9 @@ class KubernetesHost(Host):
     def free(self, request: Request) -> int:
         return 0  # only the cluster's scheduler knows: it queues the job
 
+    def chips_seen(self) -> str:
+        return f"up to {self.settings.num_nodes} x {self.settings.gpus_per_node} GPUs, as its settings say"
+
     def prepare(
         self, work: Work, request: Request, run_id: str, tree: str, env: Mapping[str, str], values: Mapping[str, str]
     ) -> Prepared:

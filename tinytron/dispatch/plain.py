@@ -38,6 +38,17 @@ class PlainHost(Host):
 
     def _gpus(self, request: Request) -> list[int]:
         """The memory in use, in MiB, of each GPU of the kind that ``request`` names."""
+        kind = self._kind(request)  # as in job.sh
+        return [used for used, name in self._seen() if not kind or kind in name.lower().replace("-", " ").split()]
+
+    def chips_seen(self) -> str:
+        kinds: dict[str, list[bool]] = {}
+        for used, name in self._seen():
+            kinds.setdefault(name, []).append(used <= _USED_MIB)
+        return ", ".join(f"{len(free)} x {name} ({sum(free)} free)" for name, free in kinds.items()) or "no GPU"
+
+    def _seen(self) -> list[tuple[int, str]]:
+        """The memory in use, in MiB, and the name of each GPU. Raises: HostError."""
         text = self.shell.run(
             "command -v nvidia-smi >/dev/null || exit 0\n"
             "nvidia-smi --query-gpu=memory.used,name --format=csv,noheader,nounits"
@@ -47,9 +58,7 @@ class PlainHost(Host):
             used, _, name = line.partition(",")
             if not used.strip().isdecimal():
                 raise HostError(f"{self.name}: nvidia-smi says {line.strip()!r}; see nvidia-smi on {self.shell.place}")
-            kind = self._kind(request)
-            if not kind or kind in name.lower().replace("-", " ").split():  # as in job.sh
-                found.append(int(used))
+            found.append((int(used), name.strip()))
         return found
 
     def prepare(

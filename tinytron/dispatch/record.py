@@ -36,6 +36,7 @@ class Submission:
     log: str
     tree: str
     options: dict[str, str] = field(default_factory=dict)  # more about the host, by kind
+    ended: str = ""  # its last state, once nothing can change it: the host is not asked again
 
     @property
     def place(self) -> str:

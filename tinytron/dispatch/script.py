@@ -8,6 +8,7 @@ import json
 import shlex
 import tarfile
 import textwrap
+import time
 from collections.abc import Mapping
 from importlib import resources
 
@@ -164,11 +165,17 @@ def _payload(payload: bytes) -> list[str]:
     return [
         "",
         "# The options and the code.",
-        'mkdir -p "$here"',
-        'chmod 700 "$here"',
-        "base64 -d <<'PAYLOAD' | (cd \"$here\" && tar -xz --no-same-owner)",
+        'part="$here.part.$$"',
+        '(umask 077 && mkdir -p "$part")',
+        "base64 -d <<'PAYLOAD' | (cd \"$part\" && tar -xz --no-same-owner)",
         text,
         "PAYLOAD",
+        'mv -T "$part" "$here" 2>/dev/null || rm -rf "$part" # another node, or an earlier start, may have been first',
+        'if [ -n "$log" ]; then',
+        '    if [ "${NODE_RANK:-0}" != 0 ]; then log+=".node$NODE_RANK"; fi',
+        '    mkdir -p "$(dirname -- "$log")"',
+        '    exec > >(tee -a -- "$log") 2>&1',
+        "fi",
     ]
 
 
@@ -178,6 +185,6 @@ def packed(files: Mapping[str, tuple[bytes, int]]) -> bytes:
     with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=1) as tar:
         for name, (content, mode) in files.items():
             info = tarfile.TarInfo(name)
-            info.size, info.mode = len(content), mode
+            info.size, info.mode, info.mtime = len(content), mode, time.time()  # sites remove old files
             tar.addfile(info, io.BytesIO(content))
     return buffer.getvalue()

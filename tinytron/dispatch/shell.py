@@ -13,6 +13,11 @@ from tinytron.errors import HostError
 CONNECT_SECONDS = 15
 SECONDS = 120.0
 _SSH_FAILED = 255
+_FAREWELLS = (
+    "tar: Exiting with",
+    "tar: Error is not recoverable",
+    "tar: Child returned",
+)  # the reason comes before them
 
 
 class NoAnswerError(HostError):
@@ -68,7 +73,8 @@ class Shell:
             ) from error
         if done.returncode:
             lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
-            last = lines[-1] if lines else f"exit status {done.returncode}"
+            told = [line for line in lines if not line.startswith(_FAREWELLS)] or lines
+            last = told[-1] if told else f"exit status {done.returncode}"
             if self.ssh is not None and done.returncode == _SSH_FAILED:
                 raise HostError(
                     f"{self.ssh} cannot be reached ({last}); make `ssh {self.ssh} true` work without a password"

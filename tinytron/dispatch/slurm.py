@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from tinytron.dispatch.credentials import secrets_of
 from tinytron.dispatch.hosts import Host
 from tinytron.dispatch.record import Submission
 from tinytron.dispatch.script import job_script, quote, quote_path
@@ -36,18 +37,26 @@ while :; do # a signal ends `wait` early, and the step's own status is in a late
     wait "$step" || code=$?
     if [ "$signals" = "$before" ]; then break; fi
 done
-if [ -z "$stop" ]; then echo "$code" >"$job/exit_status"; fi # when one node fails, SLURM stops the others with SIGTERM
-again=0
+again=0 tries=0
 case "$stop:$code" in
-USR1:0) again=1 ;; # saved
-USR1:138 | USR1:143) again=$((${{SLURM_RESTART_COUNT:-0}} < {tries})) ;; # training had not begun
+USR1:0) again=1 ;;                     # saved
+USR1:138 | USR1:143) # training had not begun
+    tries=$(($(cat "$job/tries" 2>/dev/null || echo 0) + 1))
+    again=$((tries <= {tries}))
+    ;;
 esac
+echo "$tries" >"$job/tries"
+# When one node fails, SLURM stops the others with SIGTERM.
+if [ "$again" = 0 ] && [ "$stop" != TERM ]; then echo "$code" >"$job/exit_status"; fi
 if [ "$again" = 1 ]; then
     echo "tinytron: stopped before the time limit; this job is queued again"
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"
 """
+BATCH_FILE = "job.sbatch"
+_SINFO = "sinfo -h -N -O NodeList:100,StateCompact:30,Gres:200,GresUsed:200"
+_PLACE = "MASTER_ADDR MASTER_PORT NUM_NODES NODE_RANK NUM_GPUS"
 _TRIES = 3  # restarts of a job that meets its time limit before it trains; its environment may have taken all the time
 NODES = 'NUM_NODES="$SLURM_NNODES" NODE_RANK="$SLURM_NODEID"'
 _RUNNING = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED", "SUSPENDED")
@@ -92,12 +101,12 @@ class SlurmHost(Host):
         return request.chip is None or chips is None or chips.get(request.chip, 0) > 0
 
     def free(self, request: Request) -> int:
-        if request.chips == 0:
-            return 0
-        return free_chips(
-            self.shell.run("sinfo -h -N -O NodeList:100,StateCompact:30,Gres:200,GresUsed:200"),
-            self._gres(request.chip),
-        )
+        return 0 if request.chips == 0 else free_chips(self.shell.run(_SINFO), self._gres(request.chip))
+
+    def chips_seen(self) -> str:
+        text = self.shell.run(_SINFO)
+        kinds = sorted({found for line in text.splitlines() for found in re.findall(r"gpu(?::[\w.-]+?)?(?=:\d)", line)})
+        return ", ".join(f"{kind}: {free_chips(text, kind)} free" for kind in kinds) or "no GPU"
 
     def prepare(
         self, work: Work, request: Request, run_id: str, tree: str, env: Mapping[str, str], values: Mapping[str, str]
@@ -143,22 +152,29 @@ class SlurmHost(Host):
         }
         options |= own.annotations or {}
         lines = [sbatch_option(key, value) for key, value in options.items() if value]
-        # The environment is needed here too: for MASTER_ADDR, and for srun.
+        # The environment is needed here too: for MASTER_ADDR, and for srun. What the submitting shell had is not.
         exported = [f"export {key}={quote(value)}" for key, value in self.environment({}).items()]
         body = BATCH.format(
             log=quote(self._log(name)), jobs=" ".join(quote_path(job.here) for job in jobs), script=SCRIPT, tries=_TRIES
         )
-        return "\n".join(["#!/bin/bash", *lines, "#SBATCH --requeue", *exported]) + "\n" + body.lstrip("\n")
+        return (
+            "\n".join(["#!/bin/bash", *lines, "#SBATCH --requeue", f"unset {_PLACE}", *exported])
+            + "\n"
+            + body.lstrip("\n")
+        )
+
+    def group_files(self, jobs: Sequence[Prepared], request: Request, name: str) -> dict[str, bytes]:
+        return {BATCH_FILE: self.batch_script(jobs, request, name).encode()}
 
     def starting(self, jobs: Sequence[Prepared], request: Request, name: str) -> str:
-        batch = self.batch_script(jobs, request, name)
         log = self._log(name)
         first = quote_path(jobs[0].here)
+        # sbatch hands the whole environment to the job, and SLURM keeps it.
+        secret = {name for variable, one in secrets_of(self.cluster).items() for name in (variable, one.env) if name}
         lines = [
             f"mkdir -p {quote_path(self.cluster.folder('log'))}",
-            f"printf '%s' {quote(batch)} >{first}/job.sbatch",
             f"cd {first}",
-            "id=$(sbatch --parsable job.sbatch)",
+            f"id=$(env {' '.join(f'-u {quote(name)}' for name in sorted(secret))} sbatch --parsable {BATCH_FILE})",
             'id="${id%%;*}"',
         ]
         if len(jobs) == 1:
@@ -170,8 +186,10 @@ class SlurmHost(Host):
     def alive(self, submissions: Sequence[Submission]) -> str:
         running, waiting = "|".join(_RUNNING), "|".join(_WAITING)
         lines = [
-            'look() { state=$(squeue -h -j "$1" -o %T 2>/dev/null | head -n 1 || true)',
-            f'case "$state" in {running}) echo alive ;; {waiting}) echo queued ;;',
+            'look() { state=$(squeue -h -j "$1" -o "%T %r" 2>&1) || case "$state" in *"Invalid job id"*) state=gone ;;',
+            "*) echo \"squeue: ${state##*$'\\n'}\" >&2; exit 1 ;; esac",
+            'why="${state#* }" state="${state%%[[:space:]]*}"',
+            f'case "$state" in {running}) echo alive ;; {waiting}) echo "queued ${{why%%[[:cntrl:]]*}}" ;;',
             '*) code=$(cat "$2/exit_status" 2>/dev/null || echo 0)',
             'if [ "$code" = 0 ]; then echo gone; else echo "failed $code"; fi ;; esac; }',
         ]

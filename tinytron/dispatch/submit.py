@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tinytron.dispatch import record
 from tinytron.dispatch.choose import Rule, choose
 from tinytron.dispatch.credentials import secrets_of, without_password
-from tinytron.dispatch.hosts import Host, State, host_of, hosts_of
+from tinytron.dispatch.hosts import ENDED, Host, State, host_of, hosts_of
 from tinytron.dispatch.record import Submission
 from tinytron.dispatch.settings import Cluster, Settings
 from tinytron.dispatch.shell import NoAnswerError
 from tinytron.dispatch.ship import Shipment
-from tinytron.dispatch.work import SCRIPT, Prepared, Request, Work, new_run_id
+from tinytron.dispatch.work import Prepared, Request, Work, new_run_id
 from tinytron.errors import ConfigError, HostError
 
 
@@ -53,20 +54,22 @@ def submit_all(
         run_id = new_run_id()
         jobs.append(host.prepare(work, order.request, run_id, shipment.files.tree, order.env, values))
     title = works[0].title if len(works) == 1 else f"{works[0].project}-{works[0].group}-{name or 'sweep'}"
-    starting = host.starting(jobs, order.request, title)
+    more = host.group_files(jobs, order.request, title)
     if dry_run:
-        _show(host, jobs, starting, say)
+        _show(host, jobs, more, host.starting(jobs, order.request, title), say)
         return []
     _check_none_runs(works, say)
     submissions = [_submission(host, job, shipment) for job in jobs]
     for one in submissions:  # before they start: if the connection breaks then, they can still be seen and cancelled
         record.write(one)
     try:
-        host.send(jobs, shipment.files)
+        host.send(jobs, shipment.files, more)
         started = host.start(jobs, order.request, title)
     except NoAnswerError as error:
         raise HostError(f"{error}; {title} may have started: see tinytron status {works[0].name}") from error
     except HostError:
+        with contextlib.suppress(HostError):
+            host.remove(jobs)
         for one in submissions:
             record.remove(one)
         raise
@@ -132,25 +135,34 @@ def _submission(host: Host, job: Prepared, shipment: Shipment) -> Submission:
     )
 
 
-def _show(host: Host, jobs: Sequence[Prepared], starting: str, say: Callable[[str], None]) -> None:
+def _show(
+    host: Host, jobs: Sequence[Prepared], more: Mapping[str, bytes], starting: str, say: Callable[[str], None]
+) -> None:
     for job in jobs:
-        for name, content in job.files().items():
+        for name, content in {**job.files(), **(more if job is jobs[0] else {})}.items():
             say(f"\n# file {job.here}/{name}\n{content.decode('utf-8', 'replace')}")
         for name in job.values:
             say(f"\n# file {job.here}/secret.{name}, which only you can read: not shown")
-    say(f"\n# script that starts it on {host.name} ({SCRIPT} is above)\n{starting}")
+    say(f"\n# script that starts it on {host.name} (its files are above)\n{starting}")
 
 
 def states_of(submissions: Sequence[Submission]) -> dict[str, State | HostError]:
     """The state of each submission by run id; the error for those whose host cannot be asked. Each host is asked once."""
     found: dict[str, State | HostError] = {}
     by_host: dict[tuple[str, str | None], list[Submission]] = {}
+    found |= {one.run_id: State(one.ended) for one in submissions if one.ended}
     for one in submissions:
+        if one.ended:
+            continue
         by_host.setdefault((one.host, one.ssh), []).append(one)
     for several in by_host.values():
         try:
             states = host_of(several[0]).states(several)
             found |= {one.run_id: state for one, state in zip(several, states, strict=True)}
+            for one, state in zip(several, states, strict=True):
+                if state.state in ENDED:
+                    with contextlib.suppress(ConfigError):  # then it is asked again
+                        record.write(replace(one, ended=str(state)))
         except HostError as error:
             found |= {one.run_id: error for one in several}
     return found
