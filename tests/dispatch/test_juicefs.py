@@ -72,7 +72,7 @@ def test_what_a_job_writes_is_on_the_volume(place: Place, engine: str) -> None:
     done = run(_job(place, cluster, "one"), ACT="write")
     assert done.returncode == 0, done.stderr
     assert not root.is_mount()
-    assert list(root.iterdir()) == []  # nothing was written beside the volume
+    assert list(root.iterdir()) == []  # the folder under the volume got nothing
     again = ["juicefs", "mount", "-d", "--cache-dir", str(place.home / "cache"), engine, str(root)]
     subprocess.run(again, env={**os.environ, "META_PASSWORD": PASSWORD}, capture_output=True, check=True)
     assert (root / "written").read_text() == "by a job"

@@ -33,7 +33,7 @@ def test_a_name_that_runs_is_not_submitted_again(place: Place, said: Said) -> No
     said("cancel", "mine")
     _until(said, "mine", "cancelled")
     (place.home / ".tinytron.yaml").unlink()
-    shutil.rmtree(place.home / "scratch")  # what is over is remembered, and the host is not asked again
+    shutil.rmtree(place.home / "scratch")  # the host of a job that is over is not asked again
     assert "cancelled (0)" in said("status", "mine")[1]
     assert "is cancelled (0); there is nothing to stop" in said("cancel", "mine")[1]
     _write(place, {"box": {"type": "plain", "env": {"ACT": "wait"}}})
@@ -87,7 +87,7 @@ def test_a_job_whose_folder_is_gone_is_stopped(place: Place, said: Said) -> None
 
 
 def test_a_run_that_changes_is_pulled(place: Place, said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
-    """tar's status 1: a file changed meanwhile. What leads out of the folder, or is no file, is left out."""
+    """tar's status 1 means that a file changed meanwhile. Links out of the folder and pipes are left out."""
     tar = shutil.which("tar")
     place.tool("tar", f'#!/bin/sh\n{tar} "$@"\nstatus=$?\ncase "$1" in -cz) exit 1 ;; esac\nexit $status\n')
     _write(place, {"box": {"type": "plain"}})
@@ -100,7 +100,7 @@ def test_a_run_that_changes_is_pulled(place: Place, said: Said, monkeypatch: pyt
     os.mkfifo(run / "pipe")
     status, out, err = said("pull", "mine")
     assert (status, err) == (0, "")
-    assert "left out, because they are no files of the run: " in out
+    assert "left out, because they are not files of the run: " in out
     assert "mine/out" in out
     assert "mine/pipe" in out
     assert Path("pulled/checkpoints/general/default/mine/text").read_text() == "whole"

@@ -230,7 +230,7 @@ def _pid_of(word: str) -> int | None:
 
 @pytest.mark.parametrize("waits", ["for packages", "for a lock"])
 def test_a_job_that_still_prepares_stops_at_once(place: Place, waits: str) -> None:
-    """It and all that it started: pip would go on for minutes."""
+    """The programs that it started stop, too: pip would run for minutes more."""
     place.tool("uv", f"#!/bin/sh\n{sys.executable} -c 'import time; time.sleep(60)' the-packages & wait\n")
     cluster, work = place.cluster(python=None), Work("n", (b"",))
     sent = {"requirements.txt": (b"x\n", 0o644)}

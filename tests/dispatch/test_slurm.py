@@ -167,7 +167,7 @@ def test_the_batch_file_runs_the_script_forwards_usr1_and_requeues(place: Place)
     host.send([job], code())
     script = place.home / "job.sbatch"
     script.write_text(host.batch_script([job], Request(8, "h100"), "t"))
-    (Path(job.here) / "exit_status").write_text("1\n")  # of an earlier start
+    (Path(job.here) / "exit_status").write_text("1\n")  # an earlier start wrote it
     env = {**os.environ, "SLURM_JOB_NODELIST": "x", "SLURM_JOB_ID": "10042", "SLURM_NNODES": "2"}
     env |= {"MASTER_ADDR": "the laptop's", "NUM_GPUS": "1", "NODE_RANK": "5"}
     with subprocess.Popen(["bash", str(script)], env=env, stdout=subprocess.PIPE, text=True) as process:

@@ -90,7 +90,7 @@ def pull(argv: Sequence[str], prog: str = "tinytron pull") -> None:
     out = Path(args.out).expanduser()
     left = host_of(submission).pull(submission, out)
     if left:
-        print(f"left out, because they are no files of the run: {', '.join(left[:5])}{' ...' if left[5:] else ''}")
+        print(f"left out, because they are not files of the run: {', '.join(left[:5])}{' ...' if left[5:] else ''}")
     folder = out / "checkpoints" / submission.place
     print(f"copied to {folder}, without checkpoints")
     runs = sorted(path.parent for path in folder.glob(f"*/{LOG}"))

@@ -181,7 +181,7 @@ class Host(ABC):
         script = f"mkdir -p {share}/code\n(umask 077; mkdir -p {folders})\ncd {share}\n"
         if has_code:
             script += "tar -xz --no-same-owner"
-        else:  # under another name until it is whole: nobody may take a part of it for the code
+        else:  # under another name until it is whole, so that no job takes a part of it for the code
             part = f"code/{files.tree}.{jobs[0].run_id}.part"
             members[part] = (files.code, 0o644)
             script += f"trap 'rm -f {part}' EXIT\ntar -xz --no-same-owner\nmv -f {part} {archive}"
@@ -257,7 +257,7 @@ class Host(ABC):
 
     def pull(self, submission: Submission, out: Path) -> list[str]:
         """Copy the run's folder, without checkpoints, and the log to ``out``. Returns the names that it left out, because
-        they lead out of the folder or are no files. Raises: HostError; ConfigError if ``out`` has a run of that name that
+        they lead out of the folder or are not files. Raises: HostError; ConfigError if ``out`` has a run of that name that
         was not pulled."""
         folder = out / "checkpoints" / submission.place
         if folder.is_dir() and any(folder.iterdir()) and not (folder / PULLED).exists():
@@ -310,7 +310,7 @@ def _state(alive: str, age: str, text: str) -> State:
 
 
 def _content(text: str) -> dict[str, Any]:
-    """What a job wrote about itself; empty if there is none, or only a part."""
+    """The state file that a job wrote; empty if there is none, or only a part of it."""
     try:
         content = json.loads(text) if text else {}
     except ValueError:

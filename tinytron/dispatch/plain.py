@@ -31,7 +31,7 @@ class PlainHost(Host):
         return sum(used <= _USED_MIB for used in self._gpus(request))
 
     def _kind(self, request: Request) -> str:
-        """What nvidia-smi's names of the GPUs must have as a word (``NVIDIA H100 80GB HBM3``, ``NVIDIA A100-SXM4-80GB``);
+        """A word that nvidia-smi's names of the GPUs must have (``NVIDIA H100 80GB HBM3``, ``NVIDIA A100-SXM4-80GB``);
         empty if any GPU will do, as when the settings name a single kind."""
         known = self.settings.chips is not None and set(self.settings.chips) == {request.chip}
         return "" if request.chip is None or known else request.chip.lower()

@@ -127,7 +127,7 @@ def secret_values(cluster: Cluster, environment: Mapping[str, str]) -> dict[str,
 
 
 def _submission(host: Host, job: Prepared, shipment: Shipment) -> Submission:
-    """What is known of the submission ``job`` before it starts."""
+    """The submission ``job`` as far as it is known before it starts."""
     work, log = job.work, f"{job.status}/output.log"
     return Submission(
         *(job.run_id, work.name, work.project, work.group, host.name, host.kind, host.shell.ssh, host.shell.proxy),

@@ -10,7 +10,7 @@ from tinytron.dispatch.script import quote, quote_all
 from tinytron.dispatch.settings import Cluster, Tpu
 
 NOTE = "untested, and the trainer has no TPU backend: it trains on the CPUs of the TPU's host"
-# What runs on each machine of the slice. Google's metadata server knows its number, and the addresses of all.
+# Each machine of the slice runs this. Google's metadata server knows its number, and the addresses of all.
 _WORKER = """\
 about=http://metadata.google.internal/computeMetadata/v1/instance/attributes
 NODE_RANK="$(curl -sf -H "Metadata-Flavor: Google" "$about/agent-worker-number")"
@@ -44,7 +44,7 @@ echo "its log: gcloud compute tpus tpu-vm ssh $machine ${{place[*]@Q}} --command
 
 
 def machine_script(own: Tpu, cluster: Cluster, name: str, script: str) -> str:
-    """A bash script that makes the machine ``name`` and starts the job's ``script``, a file beside it, on each of its
+    """A bash script that makes the machine ``name`` and starts the job's ``script``, a file next to it, on each of its
     workers. With the argument ``delete`` it deletes the machine."""
     given = {
         "--accelerator-type": own.accelerator_type,
