@@ -348,6 +348,7 @@ def _run(program: Program) -> None:
     run_as = types.ModuleType("__main__")
     sys.modules["__main__"] = run_as
     if program.module:
+        sys.modules.pop(program.module, None)  # runpy would warn of a second one
         runpy._run_module_as_main(program.module)  # type: ignore[attr-defined]
         return
     file = program.script()
