@@ -12,6 +12,7 @@ matter while Python or torch starts. So does everything inside ``real_processes(
 from __future__ import annotations
 
 import atexit
+import builtins
 import contextlib
 import ctypes
 import fcntl
@@ -87,7 +88,10 @@ class Program:
         """What Python puts before its own folders in sys.path."""
         first = self.cwd if self.module else os.path.dirname(os.path.realpath(self.script()))
         listed = self.env.get("PYTHONPATH")
-        return [first, *(os.path.join(self.cwd, folder) for folder in (listed.split(":") if listed else []))]
+        return [
+            first,
+            *(os.path.normpath(os.path.join(self.cwd, folder)) for folder in (listed.split(":") if listed else [])),
+        ]
 
 
 def program_of(options: Mapping[str, Any]) -> Program | None:
@@ -198,6 +202,11 @@ def install(server: Server) -> None:
     subprocess.Popen._execute_child = execute  # type: ignore[attr-defined]
 
 
+def installed() -> bool:
+    """True if programs can be forks here."""
+    return subprocess.Popen._execute_child is not _real  # type: ignore[attr-defined]
+
+
 @contextlib.contextmanager
 def real_processes() -> Iterator[None]:
     """Nothing that is started here is a fork."""
@@ -301,16 +310,17 @@ def _take_streams(streams: list[int], unbuffered: bool) -> None:
         raw: Any = open(number, mode, buffering=0, closefd=False)  # noqa: SIM115
         raw.name = f"<{name}>"
         buffered = io.BufferedReader(raw) if number == 0 else raw if unbuffered else io.BufferedWriter(raw)
-        stream = io.TextIOWrapper(
+        text: Any = io.TextIOWrapper(
             buffered,
             encoding=before.encoding,
             errors=before.errors,
             newline="\n" if number else None,
-            line_buffering=number == 2 or os.isatty(number),
-            write_through=unbuffered and number > 0,
+            line_buffering=not unbuffered and (number == 2 or os.isatty(number)),
+            write_through=unbuffered,
         )
-        setattr(sys, name, stream)
-        setattr(sys, f"__{name}__", stream)
+        text.mode = mode[0]
+        setattr(sys, name, text)
+        setattr(sys, f"__{name}__", text)
 
 
 def _begin(program: Program) -> None:
@@ -322,10 +332,13 @@ def _begin(program: Program) -> None:
     os.environ.clear()
     os.environ.update(program.env)
     tempfile.tempdir = None
+    numpy.random.seed()  # random has done so by itself
+    torch.default_generator.seed()
     sys.orig_argv, sys.argv = program.argv, program.words[1:] if program.module else program.words
     if program.module:
         sys.argv[0] = "-m"
-    sys.path[:] = dict.fromkeys([*program.path(), *_base_path])
+    first, *folders = program.path()
+    sys.path[:] = [first, *dict.fromkeys([*folders, *_base_path])]
     importlib.invalidate_caches()
     _show_command_line(program.argv)
     for number in program.ignored:
@@ -346,6 +359,7 @@ def _show_command_line(argv: list[str]) -> None:
 def _run(program: Program) -> None:
     """What Python does with ``program``; errors and SystemExit are left to the interpreter."""
     run_as = types.ModuleType("__main__")
+    run_as.__dict__["__builtins__"] = builtins
     sys.modules["__main__"] = run_as
     if program.module:
         sys.modules.pop(program.module, None)  # runpy would warn of a second one
@@ -362,8 +376,8 @@ if __name__ == "__main__":
     _listed = os.environ.get("PYTHONPATH")
     _base_path = [p for p in sys.path[1:] if p not in {os.path.abspath(f) for f in (_listed or "").split(":") if f}]
     sys.path[:] = [ROOT, *_base_path]
-    import numpy  # noqa: F401
-    import torch.distributed.run  # noqa: F401
+    import numpy.random
+    import torch.distributed.run
 
     import tinytron.cli.launch
     import tinytron.cli.main
