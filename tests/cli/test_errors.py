@@ -212,6 +212,7 @@ def _assert_one_line(stderr: str, says: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("name", ["unknown flag", "token id"])
 @pytest.mark.sample(1)
+@pytest.mark.usefixtures("real_processes")
 def test_the_launcher_passes_the_line_and_the_status_on(place: Path, name: str) -> None:
     """With our launcher: before any rank has joined, and when only one rank has seen the bad shard."""
     wrong = WRONG[name]
@@ -220,6 +221,7 @@ def test_the_launcher_passes_the_line_and_the_status_on(place: Path, name: str) 
     _assert_one_line(finished.stderr, wrong.says)
 
 
+@pytest.mark.usefixtures("real_processes")
 def test_plain_python_exits_with_the_status(place: Path) -> None:
     finished = run(*TINY, *WRONG["unknown flag"].flags, cwd=place)
     assert finished.code == 2

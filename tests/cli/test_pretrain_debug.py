@@ -167,6 +167,7 @@ def test_torchrun_itself(runs: dict[str, tuple[Finished, Path]], tmp_path: Path)
     assert _log(tmp_path) == _log(runs["world 2"][1])
 
 
+@pytest.mark.usefixtures("real_processes")
 def test_ctrl_c_saves_and_ends_in_one_line(tmp_path: Path) -> None:
     process = start(*SMALL, "--max_steps", 10**6, "--log_every", 1, cwd=tmp_path)
     deadline = time.monotonic() + 60

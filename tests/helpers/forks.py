@@ -42,8 +42,23 @@ from typing import Any
 ROOT = str(Path(__file__).resolve().parents[2])
 # Python, torch and the libraries below them read these before a program's first line.
 _AT_START = (
-    *("PYTHON", "LANG", "LC_", "LD_", "MALLOC_", "GLIBC_", "TZ", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "DNNL_"),
-    *("ONEDNN_", "ATEN_", "NPY_", "NUMPY_", "TORCH", "PYTORCH_", "TRITON_", "KINETO_", "FX_", "LOGLEVEL"),
+    *(
+        "PYTHON",
+        "LANG",
+        "LC_",
+        "LD_",
+        "MALLOC_",
+        "GLIBC_",
+        "TZ",
+        "TMPDIR",
+        "OMP_",
+        "GOMP_",
+        "KMP_",
+        "MKL_",
+        "OPENBLAS_",
+    ),
+    *("DNNL_", "ONEDNN_", "ATEN_", "NPY_", "NUMPY_", "TORCH", "PYTORCH_", "TRITON_", "KINETO_", "FX_", "COMPILE_"),
+    "LOGLEVEL",
 )
 # Except these, which the launcher sets for its workers: torch reads them where it uses them.
 _LATER = ("PYTHONPATH", "TORCHELASTIC_", "TORCH_ELASTIC_", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "TORCH_NCCL_")
@@ -262,11 +277,9 @@ def _serve(connection: socket.socket) -> tuple[Program, list[int]]:
 
 def _suits(program: Program) -> bool:
     """True if the program would begin as this process did."""
-
-    def at_start(env: Mapping[str, str]) -> dict[str, str]:
-        return {k: v for k, v in env.items() if k.startswith(_AT_START) and not k.startswith(_LATER)}
-
-    if at_start(program.env) != at_start(os.environ):
+    names = {k for k in {*program.env, *_before} if k.startswith(_AT_START) and not k.startswith(_LATER)}
+    # The imports set some, here as in the process that asks.
+    if any(program.env.get(name) not in (_before.get(name), os.environ.get(name)) for name in names):
         return False
     folders = program.path()
     if next((f for f in folders if os.path.isdir(os.path.join(f, "tinytron"))), "") != ROOT:
@@ -373,10 +386,13 @@ def _run(program: Program) -> None:
 
 if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    _listed = os.environ.get("PYTHONPATH")
-    _base_path = [p for p in sys.path[1:] if p not in {os.path.abspath(f) for f in (_listed or "").split(":") if f}]
+    _before = dict(os.environ)
+    _listed = {os.path.abspath(folder) for folder in _before.get("PYTHONPATH", "").split(":")}
+    _base_path = [folder for folder in sys.path[1:] if folder not in _listed]
     sys.path[:] = [ROOT, *_base_path]
     import numpy.random
+    import torch._dynamo  # the first optimizer of a program imports it
+    import torch.distributed.checkpoint  # the first save
     import torch.distributed.run
 
     import tinytron.cli.launch
