@@ -1,4 +1,4 @@
-"""Python programs as forks of one process that has imported torch and tinytron, which each of them would need 4 s for.
+"""Python programs as forks of one process that has imported torch and tinytron, which would take each of them 5 s or more.
 
 After ``install``, ``subprocess.Popen`` asks a server for every ``python script.py`` and ``python -m tinytron ...``. The
 server forks a process that becomes the program: with its arguments, variables, folder, streams and signals, and an end that
@@ -42,23 +42,9 @@ from typing import Any
 ROOT = str(Path(__file__).resolve().parents[2])
 # Python, torch and the libraries below them read these before a program's first line.
 _AT_START = (
-    *(
-        "PYTHON",
-        "LANG",
-        "LC_",
-        "LD_",
-        "MALLOC_",
-        "GLIBC_",
-        "TZ",
-        "TMPDIR",
-        "OMP_",
-        "GOMP_",
-        "KMP_",
-        "MKL_",
-        "OPENBLAS_",
-    ),
-    *("DNNL_", "ONEDNN_", "ATEN_", "NPY_", "NUMPY_", "TORCH", "PYTORCH_", "TRITON_", "KINETO_", "FX_", "COMPILE_"),
-    "LOGLEVEL",
+    *("PYTHON", "LANG", "LC_", "LD_", "MALLOC_", "GLIBC_", "TZ", "TMPDIR", "LOGLEVEL", "OMP_", "GOMP_", "KMP_"),
+    *("MKL_", "OPENBLAS_", "DNNL_", "ONEDNN_", "ATEN_", "NPY_", "NUMPY_"),
+    *("TORCH", "PYTORCH_", "TRITON_", "KINETO_", "FX_", "COMPILE_"),
 )
 # Except these, which the launcher sets for its workers: torch reads them where it uses them.
 _LATER = ("PYTHONPATH", "TORCHELASTIC_", "TORCH_ELASTIC_", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "TORCH_NCCL_")
@@ -100,13 +86,11 @@ class Program:
         return os.path.join(self.cwd, self.words[0])
 
     def path(self) -> list[str]:
-        """What Python puts before its own folders in sys.path."""
+        """The folders that Python puts before its own in sys.path."""
         first = self.cwd if self.module else os.path.dirname(os.path.realpath(self.script()))
         listed = self.env.get("PYTHONPATH")
-        return [
-            first,
-            *(os.path.normpath(os.path.join(self.cwd, folder)) for folder in (listed.split(":") if listed else [])),
-        ]
+        folders = listed.split(":") if listed else []
+        return [first, *(os.path.normpath(os.path.join(self.cwd, folder)) for folder in folders)]
 
 
 def program_of(options: Mapping[str, Any]) -> Program | None:
@@ -149,9 +133,7 @@ class Server:
             try:
                 self._libc.prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
                 return _ask(self._socket, program, streams)
-            except (
-                BaseException
-            ):  # a signal handler's, or the server is gone: its answer can no longer be told from others
+            except BaseException:  # a signal handler's: the next answer could be this one's
                 self._socket = None
                 raise
             finally:  # other orphans are not ours to wait for
@@ -175,7 +157,7 @@ class Server:
         self._pid = pid
 
     def close(self) -> None:
-        """End the server, and wait for it."""
+        """End the server and wait for it: not every machine's process 1 waits for orphans."""
         if self._socket is not None and os.getpid() == self._owner:
             self._socket.close()
             with contextlib.suppress(ChildProcessError):
@@ -370,7 +352,7 @@ def _show_command_line(argv: list[str]) -> None:
 
 
 def _run(program: Program) -> None:
-    """What Python does with ``program``; errors and SystemExit are left to the interpreter."""
+    """Run ``program`` as Python does; errors and SystemExit are left to the interpreter."""
     run_as = types.ModuleType("__main__")
     run_as.__dict__["__builtins__"] = builtins
     sys.modules["__main__"] = run_as

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -46,7 +47,7 @@ def _script(folder: Path, text: str) -> str:
 
 
 def _both(command: list[str], **options: Any) -> Any:
-    """What ``command`` finds as a fork, which must be what it finds as a real process."""
+    """The things that ``command`` finds as a fork. A real process must find the same."""
     printed = []
     for real in (False, True):
         with forks.real_processes() if real else contextlib.nullcontext():
@@ -147,6 +148,12 @@ def _forked(folder: Path, **options: Any) -> bool:
 def test_variables_that_are_read_at_the_start_make_it_real(tmp_path: Path, env: dict[str, str]) -> None:
     assert _forked(tmp_path)
     assert not _forked(tmp_path, env={**os.environ, **env})
+
+
+def test_a_variable_that_importing_torch_sets_does_not(tmp_path: Path) -> None:
+    importlib.import_module("torch._dynamo")
+    assert "TORCHINDUCTOR_CACHE_DIR" in os.environ
+    assert _forked(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["random.py", "sitecustomize.py", "tinytron/__init__.py"])
