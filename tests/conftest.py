@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from tests.helpers import forks
 from tests.helpers.ranks import Ranks
 from tests.helpers.storage import s3, s3_server, storage  # noqa: F401
 
@@ -20,6 +22,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # also for the processes that tests start
 torch.set_num_threads(1)
 if not torch.cuda.is_available():  # before anything imports triton: our kernels then run in its interpreter
     os.environ["TRITON_INTERPRET"] = "1"
+    if sys.platform == "linux" and os.environ.get("TINYTRON_TESTS_FORK") != "0":  # and a fork could not use CUDA
+        forks.install(forks.Server(dict(os.environ)))
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m picks
@@ -36,6 +40,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         drawn = sorted(of_test, key=lambda item: hashlib.sha256(item.nodeid.encode()).digest())
         for item in drawn[mark.args[0] :]:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture
+def real_processes() -> Iterator[None]:
+    """For tests of how a process starts: nothing that they start is a fork (see ``helpers/forks.py``)."""
+    with forks.real_processes():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.helpers.forked import Case, Result, run_cases
-from tests.helpers.runs import ROOT, TINY, config_of, run
+from tests.helpers.runs import ROOT, TINY, config_of, run, run_ranks, run_well
 from tinytron.data import write_shard
 from tinytron.errors import ConfigError
 from tinytron.training.world import join_world
@@ -174,31 +173,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_shard(place / "short/train_0.bin", tokens[:12])
     (place / "text/train_0.bin").write_text("hello")
     (place / "file").write_text("not a folder")
+    run_well(*TINY, *SHORT, cwd=place)
+    next((place / "log").iterdir()).rename(place / "run")
     return place
 
 
-@pytest.fixture(scope="module")
-def results(place: Path) -> dict[tuple[str, int], Result]:
-    """All cases, run in one go."""
-    base = [str(flag) for flag in TINY]
-    first = Case([*base, *SHORT], str(place))
-    cases = [Case([*base, *wrong.flags], str(place), world, wrong.env) for (_, world), wrong in CASES.items()]
-    trained, *others = run_cases([first]) + _renamed_and_run(place, cases)
-    assert trained.code == 0, trained.stderr
-    return dict(zip(CASES, others, strict=True))
-
-
-def _renamed_and_run(place: Path, cases: list[Case]) -> list[Result]:
-    next((place / "log").iterdir()).rename(place / "run")
-    return run_cases(cases)
-
-
 @pytest.mark.parametrize(("name", "world"), CASES)
-def test_one_line_says_what_is_wrong(results: dict[tuple[str, int], Result], name: str, world: int) -> None:
-    result, says = results[name, world], CASES[name, world].says
-    assert not result.hung
-    assert result.code == 2, result.stderr
-    _assert_one_line(result.stderr, says)
+def test_one_line_says_what_is_wrong(place: Path, name: str, world: int) -> None:
+    wrong = CASES[name, world]
+    finished = run_ranks(*TINY, *wrong.flags, cwd=place, world=world, env=wrong.env)
+    assert finished.code == 2, finished.stderr
+    _assert_one_line(finished.stderr, wrong.says)
 
 
 def _would_join(*args: object, **kwargs: object) -> None:
@@ -227,6 +212,7 @@ def _assert_one_line(stderr: str, says: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("name", ["unknown flag", "token id"])
 @pytest.mark.sample(1)
+@pytest.mark.usefixtures("real_processes")
 def test_the_launcher_passes_the_line_and_the_status_on(place: Path, name: str) -> None:
     """With our launcher: before any rank has joined, and when only one rank has seen the bad shard."""
     wrong = WRONG[name]
@@ -235,6 +221,7 @@ def test_the_launcher_passes_the_line_and_the_status_on(place: Path, name: str) 
     _assert_one_line(finished.stderr, wrong.says)
 
 
+@pytest.mark.usefixtures("real_processes")
 def test_plain_python_exits_with_the_status(place: Path) -> None:
     finished = run(*TINY, *WRONG["unknown flag"].flags, cwd=place)
     assert finished.code == 2

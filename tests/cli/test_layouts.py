@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.forked import Case, Result, run_cases
-from tests.helpers.runs import losses, run_well
+from tests.helpers.runs import losses, run_ranks, run_well
 
 BASE = [
     *("--exp_name", "layouts", "--deterministic", "--precision", "fp32", "--use_mock_data", "--debug"),
@@ -51,19 +50,16 @@ def _losses(folder: Path) -> dict[int, float]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Place], dict[int, float]]:
-    """The losses of a run; all of the quick ones are made at once by the first that asks."""
-    made: dict[Place, tuple[Result, Path]] = {}
+    """The losses of a run, which is made when a test first asks for it."""
+    made: dict[Place, dict[int, float]] = {}
 
     def get(place: Place) -> dict[int, float]:
         if place not in made:
-            ones: set[Place] = {(model, 1, 1, 1, 1) for model in MODELS}
-            wanted = sorted((QUICK | ones if place in QUICK | ones else set(ALL)) - made.keys())
-            folders = [tmp_path_factory.mktemp("run") for _ in wanted]
-            cases = [Case(_flags(*p), str(f), p[1]) for p, f in zip(wanted, folders, strict=True)]
-            made.update(zip(wanted, zip(run_cases(cases), folders, strict=True), strict=True))
-        result, folder = made[place]
-        assert (result.code, result.stderr) == (0, ""), result
-        return _losses(folder)
+            folder = tmp_path_factory.mktemp("run")
+            finished = run_ranks(*_flags(*place), cwd=folder, world=place[1])
+            assert (finished.code, finished.stderr) == (0, ""), finished
+            made[place] = _losses(folder)
+        return made[place]
 
     return get
 

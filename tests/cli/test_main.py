@@ -118,6 +118,16 @@ def test_help_imports_no_torch() -> None:
     assert done.stdout.splitlines()[-1] == "False"
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.sample(3)
+@pytest.mark.usefixtures("real_processes")
+def test_a_command_alone_imports_what_it_uses(name: str) -> None:
+    """In most tests its process has already imported much of Tinytron."""
+    command = [sys.executable, "-m", "tinytron", name, "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=_clean(), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_plan_is_the_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     status, planned, _ = said(capsys, "plan", *TINY)
     assert status == 0

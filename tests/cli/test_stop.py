@@ -163,6 +163,7 @@ def test_ctrl_c_in_a_long_step_is_acknowledged(tmp_path: Path) -> None:
     assert "stopped by Ctrl-C: saved; run the same command again to resume" in finished.stdout
 
 
+@pytest.mark.usefixtures("real_processes")
 def test_ctrl_c_before_training_is_one_line_for_all_ranks(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(
         "import time\nfrom tinytron.cli import entry\nentry.run(lambda: print('up', flush=True) or time.sleep(60))\n"

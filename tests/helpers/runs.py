@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +169,24 @@ def free_port() -> int:
 def run(*arguments: object, cwd: Path, processes: int = 0, timeout: float = 180, **options: Any) -> Finished:
     """``start`` and ``finish``."""
     return finish(start(*arguments, cwd=cwd, processes=processes, **options), timeout)
+
+
+def run_ranks(*arguments: object, cwd: Path, world: int, env: Mapping[str, str | None] | None = None) -> Finished:
+    """``run`` on ``world`` ranks without a launcher: the first one that fails ends the others. What all print is joined."""
+    if world == 1:
+        return run(*arguments, cwd=cwd, env=env)
+    place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    variables = [{**place, "RANK": str(rank), "LOCAL_RANK": str(rank), **(env or {})} for rank in range(world)]
+    started = [start(*arguments, cwd=cwd, env=own) for own in variables]
+    deadline = time.monotonic() + 180
+    while not any(codes := [process.poll() for process in started]) and None in codes and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for process in started:
+        kill(process)
+    outputs = [process.communicate() for process in started]
+    stdout, stderr = ("".join(texts) for texts in zip(*outputs, strict=True))
+    assert any(codes) or None not in codes, f"hang: no end of {world} ranks\n{stdout}\n{stderr}"
+    return Finished(next((code for code in codes if code), 0), stdout, stderr)
 
 
 def run_well(*arguments: object, cwd: Path, **options: Any) -> Finished:
