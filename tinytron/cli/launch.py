@@ -16,6 +16,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -35,7 +36,7 @@ from tinytron.cli import entry
 from tinytron.cli.elastic import is_elastic, make_elastic, numbers_of_nodes
 from tinytron.errors import ConfigError, first_line
 from tinytron.utils.flags import Parser
-from tinytron.utils.launcher import ELASTIC, check_meeting_place
+from tinytron.utils.launcher import ELASTIC, LAUNCHER, check_meeting_place
 from tinytron.utils.signals import SAME_SIGNAL_SECONDS, heard
 
 # Time from SIGTERM to SIGKILL for the workers that remain when one has failed: without that one they cannot save anyway.
@@ -72,7 +73,9 @@ class _Forwarder:
         return self._workers
 
     def start_processes(self, *args: Any, **kwargs: Any) -> PContext:
-        """The agent's call that starts its workers, and restarts them."""
+        """The agent's call that starts its workers, and restarts them. It comes from the main thread, and has to: workers
+        are told when the thread that started them ends (``stop_with_launcher``)."""
+        assert threading.current_thread() is threading.main_thread(), "other threads may end before the launcher"
         self.stop_if_asked()
         self._starting = True  # an exception now would leave workers behind that no process stops
         self._workers = self._start(*args, **kwargs)
@@ -150,6 +153,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
             logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="torch.distributed")
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _FAILED_GRACE_SECONDS)
+    os.environ[LAUNCHER] = str(os.getpid())
     forwarder = _Forwarder()
     local_elastic_agent.start_processes = forwarder.start_processes
     if elastic:

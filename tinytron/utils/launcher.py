@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
 import socket
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 from tinytron.errors import ConfigError
 
@@ -14,6 +18,8 @@ _LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MP
 # Set by our launcher for the workers of a run that continues when it loses a node, and in manifests for clusters that start
 # pods again: a process that was asked to stop then ends with a status that is not 0.
 ELASTIC = "TINYTRON_ELASTIC"
+LAUNCHER = "TINYTRON_LAUNCHER"  # set by our launcher for its workers: its process id
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _ADDRESS = "--master_addr, MASTER_ADDR"
 NAME_SECONDS = 60.0  # maximum wait for the host name of the first of several nodes
 
@@ -28,6 +34,33 @@ def check_meeting_place(host: str, port: int | None, *, several: bool, flag: str
             "which finds a free one"
         )
     await_name(host.strip("[]"), seconds=NAME_SECONDS if several else 0.0, flag=flag)
+
+
+def stop_with_launcher() -> None:
+    """Ask Linux for SIGTERM when the launcher of this worker dies: a killed launcher cannot stop its workers, which would
+    train on with no process to stop them. A worker that has a shell between itself and its launcher gets no signal later.
+
+    The signal comes when the launcher's thread that started the worker ends. That is its main thread (cli/launch.py).
+    """
+    launcher = os.environ.pop(LAUNCHER, "")  # processes that this one starts have another parent
+    if sys.platform != "linux" or not launcher.isdecimal():
+        return
+    if os.getppid() == int(launcher):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        gone = os.getppid() != int(launcher)  # it died before the call
+    else:
+        gone = not _is_alive(launcher)
+    if gone:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_alive(pid: str) -> bool:
+    """True for a process of Linux that has not ended; one that has may still be listed, as a zombie."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return text.rpartition(")")[2].split()[0] != "Z"
 
 
 def local_rank_variable(environment: Mapping[str, str]) -> str:
