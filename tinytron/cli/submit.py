@@ -53,7 +53,7 @@ def main(argv: Sequence[str], prog: str = "tinytron submit") -> None:
     settings = read_settings(args.dispatch)
     works, asked = _works(args)
     order = Order(asked, rule_of(args), environment_of(args.env))
-    shipment = pack(Path.cwd(), args.dirty)
+    shipment = pack(Path.cwd(), args.dirty, [args.file, *args.stage])
     done = submit_all(works, settings, order, shipment, os.environ, name=args.name, dry_run=args.dry_run)
     for one in done:
         print(f"submitted {one.place} to {one.host} as {one.id}; log: {one.log}")
@@ -84,7 +84,7 @@ def bootstrap(argv: Sequence[str], prog: str = "tinytron bootstrap") -> None:
     cluster, host = _cluster(args, given)
     env = {**(cluster.env or {}), **(host.env or {})} if host is not None else {}
     groups = getattr(host, "uv_groups", None) or ()
-    shipment = pack(Path.cwd(), args.dirty)
+    shipment = pack(Path.cwd(), args.dirty, [args.file, *args.stage])
     for note in shipment.notes:
         print(note)
     files = {name: (content, 0o644) for name, content in work.stage_files().items()}
