@@ -103,7 +103,7 @@ def test_submit_watch_and_pull(place: Place, said: Said, monkeypatch: pytest.Mon
     for state in ("done.json", ".lock", "latest"):
         (run / state).write_text("of the host")
     for _ in range(2):  # pulled files are replaced
-        status, out, err = said("pull", "mine", "here")
+        status, out, err = said("pull", "mine", "--out", "here")
         assert (status, err) == (0, "")
         pulled = {path.name for path in Path("here").rglob("*") if path.is_file()}
         assert pulled == {"log.jsonl", name, "config.json", ".pulled"}
@@ -113,7 +113,7 @@ def test_submit_watch_and_pull(place: Place, said: Said, monkeypatch: pytest.Mon
     ours = Path("output/checkpoints/general/default/mine/mine_12345678/log.jsonl")
     ours.parent.mkdir(parents=True)
     ours.write_text("of a run here")
-    status, out, err = said("pull", "mine", "output")
+    status, out, err = said("pull", "mine", "--out", "output")
     assert status == 2
     assert "has a run of this machine; pull to another folder, such as pulled" in err
     assert ours.read_text() == "of a run here"
