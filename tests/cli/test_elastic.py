@@ -21,8 +21,8 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 
 from tests.helpers.runs import ROOT, TINY, descendants, finish, free_port, losses, read_logs, run
 from tests.helpers.runs import start as start_run
-from tinytron.cli import elastic
-from tinytron.cli.elastic import is_elastic, make_elastic
+from tinytron.cli import elastic, launch
+from tinytron.cli.elastic import is_elastic, make_elastic, numbers_of_nodes
 from tinytron.errors import ConfigError
 
 # Slow while there is a file called hold. Each step writes its number and the number of processes, and every rank the
@@ -85,6 +85,18 @@ def test_a_range_of_nodes_is_elastic() -> None:
 def test_options_that_do_not_go_with_it(options: dict[str, object], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         is_elastic(_args("1:2", **options))
+
+
+@pytest.mark.parametrize("nodes", ["0:2", "1:2:", "2:1", "a:b", "1:", ":2", "0", "-1:2", "1:2:3", " 1:2", "x"])
+def test_a_number_of_nodes_is_at_least_1_and_a_range_goes_up(nodes: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"--nnodes {nodes} .PET_NNODES. must be .* 1 <= MIN <= MAX; use --nnodes 2, or"
+    ):
+        is_elastic(_args(nodes))
+    with pytest.raises(ConfigError, match="1 <= MIN <= MAX"):
+        launch.main([f"--nnodes={nodes}", "--max_restarts", "2", "-m", "tinytron"])
+    assert numbers_of_nodes("3") == (3, 3)
+    assert numbers_of_nodes("1:4") == (1, 4)
 
 
 class _LeaveError(Exception):
@@ -273,3 +285,44 @@ def test_a_batch_that_does_not_fit_is_one_line_and_not_tried_again(tmp_path: Pat
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: --total_batch_size 96")
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the workers of an agent in /proc")
+def test_the_loss_of_the_node_where_launchers_meet_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "sleep.py").write_text(
+        "import os, time\nopen(f'{os.getpid()}-of-{os.environ[\"WORLD_SIZE\"]}', 'w')\ntime.sleep(600)\n"
+    )
+    port = free_port()
+    place = ("--rdzv_backend", "c10d", "--rdzv_id", "job", "--rdzv_endpoint", f"127.0.0.1:{port}")
+    conf = ("--local_addr", "127.0.0.1", "--rdzv_conf", "last_call_timeout=2")
+    agents = []
+
+    def listens() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    def start() -> None:
+        command = [sys.executable, *LAUNCH, *place, *conf, "sleep.py"]
+        agents.append(subprocess.Popen(
+            command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ))  # fmt: skip
+
+    try:
+        start()
+        _await("store", listens, agents)  # the first launcher has it
+        start()
+        _await("two workers", lambda: len(list(tmp_path.glob("*-of-2"))) == 2, agents)
+        _kill(agents[0])
+        said, _ = agents[1].communicate(timeout=120)
+    finally:
+        for agent in agents:
+            if agent.poll() is None:
+                _kill(agent)
+    assert said == (
+        f"error: the node 127.0.0.1:{port} where the launchers meet is gone; start the same command on all nodes again\n"
+    )
+    assert agents[1].returncode == 1

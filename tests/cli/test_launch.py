@@ -119,6 +119,9 @@ def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
     (("--master_port", "0"), "--master_port 0 (MASTER_PORT) must be in 1..65535; use 29500, or on one node --standalone"),
     (("--master_port", "70000"), "--master_port 70000 (MASTER_PORT) must be in 1..65535; use 29500"),
     (("--master_addr", "no-such-node.invalid"), "the host name no-such-node.invalid (--master_addr, MASTER_ADDR) has"),
+    (("--rdzv_backend", "c10d", "--rdzv_endpoint", "no-such-node.invalid:29400"),
+     "the host name no-such-node.invalid (--rdzv_endpoint) has no address ("),
+    (("--rdzv_backend", "c10d", "--rdzv_endpoint", "node0:many"), "--rdzv_endpoint node0:many must be HOST:PORT; use"),
     (("--master_addr", "a..b"), "the host name a..b (--master_addr, MASTER_ADDR) has no address ("),
 ])  # fmt: skip
 def test_a_place_where_nobody_can_meet_is_one_line(flags: tuple[str, ...], text: str) -> None:
@@ -136,8 +139,10 @@ def test_a_missing_script_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--help", "--help-all"])
-def test_a_scripts_help_is_printed_once(tmp_path: Path, flag: str) -> None:
-    finished = run(flag, cwd=tmp_path, processes=2, script=_script(tmp_path, "import sys; print('help', sys.argv[1:])"))
+@pytest.mark.parametrize("nodes", [{}, {"PET_NNODES": "1:2"}], ids=["one node", "a range"])
+def test_a_scripts_help_is_printed_once(tmp_path: Path, flag: str, nodes: dict[str, str]) -> None:
+    script = _script(tmp_path, "import sys; print('help', sys.argv[1:])")
+    finished = run(flag, cwd=tmp_path, processes=2, script=script, env=nodes)
     assert (finished.code, finished.stdout) == (0, f"help ['{flag}']\n")
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -271,3 +273,21 @@ def test_a_script_that_does_not_train_is_ended(tmp_path: Path) -> None:
     finally:
         kill(process)
     assert (finished.code, finished.stderr) == (128 + USR1, "stopped by SIGUSR1\n")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process that its parent died")
+def test_workers_of_a_killed_launcher_save_and_end(tmp_path: Path) -> None:
+    process = start(*LONG, cwd=tmp_path, processes=2)
+    _wait_for(lambda: _training(tmp_path), process)
+    workers = _workers(process)
+    assert len(workers) == 2
+    process.kill()
+    try:
+        stdout, _ = process.communicate(timeout=60)  # until the workers, which have the same pipe, end
+    finally:
+        for pid in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    assert "stopped by SIGTERM: saved; run the same command again to resume" in stdout
+    assert list(tmp_path.glob("log/*/*_meta.pt"))

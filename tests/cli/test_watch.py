@@ -98,6 +98,8 @@ def test_folders_that_are_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[
     text = f"{tmp_path}/empty is not a run folder: {rule}; use a run folder such as log/<run>"
     assert failed(capsys, "watch", tmp_path / "empty") == text
     make_run(tmp_path / "logs" / "old", records(2))
+    make_run(tmp_path / "logs" / "older", records(2))
+    os.utime(tmp_path / "logs" / "older" / "log.jsonl", (9e8, 9e8))
     make_run(tmp_path / "logs" / "deep" / "er", records(2))
     os.utime(tmp_path / "logs" / "old" / "log.jsonl", (1e9, 1e9))
     text = f"{tmp_path}/logs is not a run folder: {rule}; use {tmp_path}/logs/old"
@@ -105,6 +107,24 @@ def test_folders_that_are_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[
     missing = tmp_path / "none"
     assert failed(capsys, "watch", missing) == f"{missing} is not a folder; use a run folder such as log/<run>"
     assert [run.name for run in open_runs([f"{tmp_path}/logs/old/log.jsonl"])] == ["old"]
+
+
+def test_a_folder_with_runs_inside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = tmp_path / "jobs" / "mine"
+    make_run(job / "mine_1", records(5), max_steps=5)
+    (job / "logs").mkdir()
+    assert [run.name for run in open_runs([f"{job}/"])] == ["mine_1"]
+    assert main(["watch", "--once", str(job)]) == 0
+    assert "mine_1  finished" in capsys.readouterr().out
+    other = make_run(tmp_path / "jobs" / "other" / "other_1", records(5), max_steps=5)
+    make_run(job / "mine_2", records(5), max_steps=5)
+    os.utime(job / "mine_1" / "log.jsonl", (1e9, 1e9))
+    assert failed(capsys, "watch", job).endswith(f"; use {job}/mine_2")
+    assert main(["compare", str(job), str(other.parent), "--csv"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split(",")[0] for row in rows] == ["run", "mine_1", "mine_2", "other_1"]
+    assert failed(capsys, "compare", job, job / "mine_1") == f"{job}/mine_1 is named twice; name each run once"
+    assert failed(capsys, "compare", tmp_path / "jobs").endswith(f"use {job}/mine_2")
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def test_submit_watch_and_pull(place: Place, said: Said, kind: str) -> None:  # 
     (folder / "run").mkdir(parents=True)
     (folder / "run/log.jsonl").write_text("{}\n")
     (folder / "run/00001_model.pt").write_text("large")
-    assert said("pull", "mine", "here")[0] == 0
+    assert said("pull", "mine", "--out", "here")[0] == 0
     assert {path.name for path in Path("here").rglob("*") if path.is_file()} == {
         "log.jsonl",
         ".pulled",

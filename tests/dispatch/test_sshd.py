@@ -149,7 +149,7 @@ def test_a_job_outlives_the_connection_and_keeps_log_and_status(
     run = place.home / "root/checkpoints/general/default/mine"
     run.mkdir(parents=True)
     (run / "a b").write_text("x" * 100_000)
-    assert said("pull", "mine", "here")[0] == 0
+    assert said("pull", "mine", "--out", "here")[0] == 0
     assert (Path("here/checkpoints/general/default/mine") / "a b").stat().st_size == 100_000
 
 

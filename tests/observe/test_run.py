@@ -21,7 +21,7 @@ from tinytron.errors import DataError
 from tinytron.metrics.expert_load import load_statistics
 from tinytron.observe.curves import Curve
 from tinytron.observe.events import spikes
-from tinytron.observe.folder import names_of, open_folder
+from tinytron.observe.folder import names_of, open_folder, runs_inside
 from tinytron.observe.run import Run
 from tinytron.observe.table import clean, sparkline, summary_table
 from tinytron.training import Trainer
@@ -117,6 +117,8 @@ def test_a_run_behind_a_url_is_the_same(storage: str, tmp_path: Path) -> None:
     assert run.log.last_step == 35
     with pytest.raises(DataError, match=r"runs is not a run folder: .* use .*/runs/one$"):
         open_folder(f"{storage}/runs")
+    assert runs_inside(f"{storage}/runs") == [f"{storage}/runs/one"]
+    assert runs_inside(there.url) == []
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,19 @@
-"""Waiting for the name of the node where all processes meet."""
+"""Waiting for the name of the node where all processes meet, and the end of a worker whose launcher is gone."""
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.helpers.runs import ROOT
 from tinytron.errors import ConfigError
 from tinytron.utils import launcher
 
@@ -51,3 +58,54 @@ def test_names_and_addresses_of_this_machine_are_known_at_once(capsys: pytest.Ca
     for host in ("localhost", "127.0.0.1", "::1", socket.gethostname()):
         launcher.await_name(host, seconds=0)
     assert capsys.readouterr().err == ""
+
+
+WORKER = """
+import os, signal, sys, time
+from tinytron.utils.launcher import stop_with_launcher
+signal.signal(signal.SIGTERM, lambda *_: (open("told", "w").close(), sys.exit()))
+if sys.argv[1] == "late":
+    while os.getppid() == int(os.environ["TINYTRON_LAUNCHER"]):
+        time.sleep(0.01)
+stop_with_launcher()
+assert "TINYTRON_LAUNCHER" not in os.environ
+open("ready", "w").close()
+time.sleep(60)
+"""
+PARENT = """
+import os, subprocess, sys, time
+os.environ["TINYTRON_LAUNCHER"] = str(os.getpid())
+print(subprocess.Popen([sys.executable, "worker.py", sys.argv[1]]).pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process that its parent died")
+@pytest.mark.parametrize("when", ["early", "late"])
+def test_a_worker_gets_sigterm_when_its_launcher_is_killed(when: str, tmp_path: Path) -> None:
+    """Also one that asks for it after its launcher has died."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", PARENT, when]
+    parent = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    end = time.monotonic() + 60
+    while when == "early" and not (tmp_path / "ready").exists():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    parent.kill()
+    parent.communicate()
+    while not (tmp_path / "told").exists():
+        if time.monotonic() > end:
+            os.kill(worker, signal.SIGKILL)
+            raise AssertionError("the worker was not told")
+        time.sleep(0.01)
+
+
+def test_a_process_that_no_launcher_started_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(launcher.LAUNCHER, raising=False)
+    monkeypatch.setattr(os, "kill", None)
+    launcher.stop_with_launcher()
+    monkeypatch.setenv(launcher.LAUNCHER, str(os.getpid()))  # a shell is between the two
+    launcher.stop_with_launcher()

@@ -8,10 +8,12 @@ import json
 import sys
 from collections.abc import Sequence
 
-from tinytron.cli.watch import RUN_HELP, open_runs
+from tinytron.cli.watch import open_runs
 from tinytron.observe.compare import NUMBERS, as_lines, best, read_all, results
 from tinytron.utils.flags import Parser, parse_strictly
 from tinytron.utils.paths import expanded
+
+_RUN_HELP = "run folder, or a folder with runs inside, such as a job's; on a disk or at s3:// or gs://"
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -20,7 +22,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         description="Print one table of the results of runs: the options in which they differ, their losses and speed, and "
         "the best run. The runs may still be training.",
     )
-    parser.add_argument("runs", nargs="+", type=expanded, metavar="RUN", help=RUN_HELP)
+    parser.add_argument("runs", nargs="+", type=expanded, metavar="RUN", help=_RUN_HELP)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="the same as JSON, with unrounded numbers")
     form.add_argument("--csv", action="store_true", help="the same as comma-separated values, with unrounded numbers")
@@ -30,7 +32,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 def main(argv: Sequence[str], prog: str = "tinytron compare") -> None:
     """Print what ``argv`` asks for. Raises: TinytronError; OSError."""
     args = parse_strictly(_parser(prog), argv)
-    rows = results(read_all(open_runs(args.runs)))
+    rows = results(read_all(open_runs(args.runs, several=True)))
     if args.json:
         found = best(rows)
         print(

@@ -23,10 +23,23 @@ SAVING_SECONDS = 600  # from SIGTERM to SIGKILL for workers that save to make ro
 Restart = Callable[[Any, WorkerGroup], None]
 
 
+def numbers_of_nodes(nnodes: str) -> tuple[int, int]:
+    """The least and the most nodes that ``--nnodes`` N or MIN:MAX allows. Raises: ConfigError."""
+    least, colon, most = nnodes.partition(":")
+    parts = (least, most if colon else least)
+    numbers = [int(part) for part in parts if part.isascii() and part.isdecimal()]
+    if len(numbers) != len(parts) or not 1 <= numbers[0] <= numbers[1]:
+        raise ConfigError(
+            f"--nnodes {nnodes} (PET_NNODES) must be a number of nodes of at least 1, or MIN:MAX with 1 <= MIN <= MAX; use "
+            "--nnodes 2, or --nnodes 1:2 for a run that may lose nodes"
+        )
+    return numbers[0], numbers[1]
+
+
 def is_elastic(args: argparse.Namespace) -> bool:
     """True if ``--nnodes`` is a range. Raises: ConfigError for options that do not go with it."""
-    least, _, most = str(args.nnodes).partition(":")
-    if not most or least == most:
+    least, most = numbers_of_nodes(str(args.nnodes))
+    if least == most:
         return False
     if args.standalone or args.rdzv_backend == "static" or not args.rdzv_endpoint:
         raise ConfigError(

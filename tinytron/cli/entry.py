@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from tinytron.errors import TinytronError
-from tinytron.utils.launcher import ELASTIC, local_rank_variable
+from tinytron.utils.launcher import ELASTIC, local_rank_variable, stop_with_launcher
 from tinytron.utils.signals import INTERRUPTED, interruptible
 
 _GRACE_SECONDS = 5.0
@@ -27,6 +27,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # write errors that carr
 
 def run(command: Callable[[], int | None]) -> None:
     """Call ``command`` and end the process unless its status (see ``status_of``) is 0."""
+    stop_with_launcher()
     _print_anything()
     with interruptible(_say_interrupted):
         try:

@@ -8,34 +8,41 @@ kill them after 30 seconds. A second Ctrl-C reaches them as SIGTERM, which also 
 
 from __future__ import annotations
 
+from tinytron.cli import quiet_torch  # noqa: F401  # isort: skip  # before torch
+
 import argparse
 import contextlib
 import logging
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from torch.distributed import DistError
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.agent.server import local_elastic_agent
 from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
 from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError, RendezvousError
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from tinytron.cli import entry
-from tinytron.cli.elastic import is_elastic, make_elastic
-from tinytron.errors import ConfigError
+from tinytron.cli.elastic import is_elastic, make_elastic, numbers_of_nodes
+from tinytron.errors import ConfigError, first_line
 from tinytron.utils.flags import Parser
-from tinytron.utils.launcher import ELASTIC, check_meeting_place
+from tinytron.utils.launcher import ELASTIC, LAUNCHER, check_meeting_place
 from tinytron.utils.signals import SAME_SIGNAL_SECONDS, heard
 
 # Time from SIGTERM to SIGKILL for the workers that remain when one has failed: without that one they cannot save anyway.
 _FAILED_GRACE_SECONDS = "10"
 _LEAVE_SECONDS = 10.0  # maximum wait of the first node for the others to leave the store that it hosts
+_NETWORK_BACKENDS = ("c10d", "etcd", "etcd-v2", "static")  # others may give --rdzv_endpoint another meaning
 _DESCRIPTION = """Start a script on several processes: torchrun, which takes the same flags.
 
 %(prog)s --standalone --nproc_per_node 8 -m tinytron pretrain --preset gpt2
@@ -66,7 +73,9 @@ class _Forwarder:
         return self._workers
 
     def start_processes(self, *args: Any, **kwargs: Any) -> PContext:
-        """The agent's call that starts its workers, and restarts them."""
+        """The agent's call that starts its workers, and restarts them. It comes from the main thread, and has to: workers
+        are told when the thread that started them ends (``stop_with_launcher``)."""
+        assert threading.current_thread() is threading.main_thread(), "other threads may end before the launcher"
         self.stop_if_asked()
         self._starting = True  # an exception now would leave workers behind that no process stops
         self._workers = self._start(*args, **kwargs)
@@ -128,7 +137,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Launch the workers and exit with the status of the first that fails. Raises: ConfigError for bad torchrun options."""
     args = _parse(sys.argv[1:] if argv is None else argv, prog)
     if not {"-h", "--help", "--help-all"}.isdisjoint(args.training_script_args):
-        args.standalone, args.nproc_per_node = True, "1"  # the script's help, once
+        args.standalone, args.nproc_per_node, args.nnodes = True, "1", "1"  # the script's help, once
     _check_meeting_place(args)
     elastic = is_elastic(args)
     if not (args.module or args.no_python or Path(args.training_script).exists()):
@@ -144,6 +153,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
             logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="torch.distributed")
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _FAILED_GRACE_SECONDS)
+    os.environ[LAUNCHER] = str(os.getpid())
     forwarder = _Forwarder()
     local_elastic_agent.start_processes = forwarder.start_processes
     if elastic:
@@ -153,28 +163,47 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     try:
         torchrun.run(args)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if forwarder.received is not None and failure.exitcode == -forwarder.received:
-            _exit_stopped_by(forwarder.received)  # the worker had not begun to train
-        if forwarder.received == signal.SIGINT:
-            sys.exit(128 + signal.SIGINT)
-        if failure.exitcode >= 0:
-            sys.exit(failure.exitcode)
-        name = signal.Signals(-failure.exitcode).name
-        hint = " (out of memory?)" if name == "SIGKILL" else ""
-        print(f"error: process {rank} was killed by {name}{hint}", file=sys.stderr, flush=True)
-        sys.exit(128 - failure.exitcode)
+        _exit_failed(error, forwarder.received)
     except SignalException as stop:
         _exit_stopped_by(stop.sigval)
-    except RuntimeError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        raise ConfigError(
-            f"--master_port {args.master_port} (MASTER_PORT) is in use by another program; use another number, or on one "
-            "node --standalone, which finds a free port"
-        ) from error
+    except (DistError, RendezvousError) as error:
+        if "EADDRINUSE" in str(error):
+            raise ConfigError(
+                f"--master_port {args.master_port} (MASTER_PORT) is in use by another program; use another number, or on "
+                "one node --standalone, which finds a free port"
+            ) from error
+        _exit_alone(error, args, started=forwarder.workers() is not None)
     except ValueError as error:  # an invalid option
         raise ConfigError(f"{error}; see --help") from error
+
+
+def _exit_failed(error: ChildFailedError, received: signal.Signals | None) -> NoReturn:
+    """End as the worker that failed first; ``received`` is the signal that stopped this launcher."""
+    rank, failure = error.get_first_failure()
+    if received is not None and failure.exitcode == -received:
+        _exit_stopped_by(received)  # the worker had not begun to train
+    if received == signal.SIGINT:
+        sys.exit(128 + signal.SIGINT)
+    if failure.exitcode >= 0:
+        sys.exit(failure.exitcode)
+    name = signal.Signals(-failure.exitcode).name
+    hint = " (out of memory?)" if name == "SIGKILL" else ""
+    print(f"error: process {rank} was killed by {name}{hint}", file=sys.stderr, flush=True)
+    sys.exit(128 - failure.exitcode)
+
+
+def _exit_alone(error: Exception, args: argparse.Namespace, *, started: bool) -> NoReturn:
+    """End because the launchers cannot meet (again); ``started``: this one has had workers."""
+    place = args.rdzv_endpoint or f"{args.master_addr}:{args.master_port}"
+    again = "start the same command on all nodes again"
+    if not isinstance(error, RendezvousConnectionError):
+        text = f"the launchers did not meet at {place} ({first_line(error)}); {again}"
+    elif started:
+        text = f"the node {place} where the launchers meet is gone; {again}"
+    else:
+        text = f"the node {place} where the launchers meet does not answer, or is gone; {again}"
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    sys.exit(1)
 
 
 def _parse(argv: Sequence[str], prog: str | None) -> argparse.Namespace:
@@ -192,14 +221,26 @@ def _parse(argv: Sequence[str], prog: str | None) -> argparse.Namespace:
 
 def _check_meeting_place(args: argparse.Namespace) -> None:
     """Raises: ConfigError for an address, a port or a number of nodes with which torchrun would wait forever."""
-    if args.standalone and str(args.nnodes) not in ("1", "1:1"):
+    several = numbers_of_nodes(str(args.nnodes))[1] > 1
+    if args.standalone and several:
         raise ConfigError(
             f"--standalone starts the processes of one node, but --nnodes (PET_NNODES) is {args.nnodes}; use --nnodes 1, "
             "or leave --standalone out"
         )
-    if args.standalone or args.rdzv_endpoint or args.rdzv_backend != "static":
+    if args.standalone:
         return
-    check_meeting_place(args.master_addr, args.master_port, several=str(args.nnodes) not in ("1", "1:1"))
+    if args.rdzv_endpoint:
+        if args.rdzv_backend in _NETWORK_BACKENDS and "store_type=file" not in args.rdzv_conf:
+            try:
+                host, _ = parse_rendezvous_endpoint(args.rdzv_endpoint, default_port=0)
+            except ValueError as error:
+                raise ConfigError(
+                    f"--rdzv_endpoint {args.rdzv_endpoint} must be HOST:PORT; use the name of a node that stays, such as "
+                    "--rdzv_endpoint node0:29400"
+                ) from error
+            check_meeting_place(host, None, several=several, flag="--rdzv_endpoint")
+    elif args.rdzv_backend == "static":
+        check_meeting_place(args.master_addr, args.master_port, several=several)
 
 
 def _exit_stopped_by(number: signal.Signals) -> NoReturn:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from tinytron.dispatch.hosts import ENDED, UNCONFIRMED, State, host_of
 from tinytron.dispatch.record import Submission, damaged, named, newest, read_all
 from tinytron.dispatch.submit import states_of
-from tinytron.errors import HostError
+from tinytron.errors import ConfigError, HostError
 from tinytron.observe.folder import LOG
 from tinytron.utils.flags import Parser, parse_strictly
 from tinytron.utils.texts import next_command, table, watch_command
@@ -78,21 +80,50 @@ def cancel(argv: Sequence[str], prog: str = "tinytron cancel") -> None:
     print(next_command("status", submission.name))
 
 
-def pull(argv: Sequence[str], prog: str = "tinytron pull") -> None:
-    """Copy the files of a run here. Raises: ConfigError; HostError."""
+def pull(argv: Sequence[str], prog: str = "tinytron pull") -> int:
+    """Copy the files of runs here. Returns an exit status. Raises: ConfigError; HostError."""
     parser = Parser(
-        prog=prog, description="Copy a run's folder, without checkpoints, and its log here, as for tinytron watch."
+        prog=prog,
+        description="Copy the folders of runs, without checkpoints, and their logs here, as for tinytron watch and compare."
+        "\n\n%(prog)s my-run\n%(prog)s 'lr-*' --out results",
     )
-    parser.add_argument("name", metavar="NAME", help=_NAME)
-    parser.add_argument("out", nargs="?", default="pulled", metavar="OUT", help="folder to copy to (default: pulled)")
+    parser.add_argument("names", nargs="+", metavar="NAME", help=f"{_NAME}; or a pattern in quotes, such as 'lr-*'")
+    parser.add_argument("--out", default="pulled", metavar="DIR", help="folder to copy to (default: pulled)")
     args = parse_strictly(parser, argv)
-    submission = named(args.name)
+    chosen = {one.run_id: one for name in args.names for one in _matching(name)}
     out = Path(args.out).expanduser()
-    left = host_of(submission).pull(submission, out)
-    if left:
-        print(f"left out, because they are not files of the run: {', '.join(left[:5])}{' ...' if left[5:] else ''}")
-    folder = out / "checkpoints" / submission.place
-    print(f"copied to {folder}, without checkpoints")
-    runs = sorted(path.parent for path in folder.glob(f"*/{LOG}"))
+    runs, failed = [], False
+    for submission in chosen.values():
+        try:
+            left = host_of(submission).pull(submission, out)
+        except HostError as error:
+            if len(chosen) == 1:
+                raise
+            print(f"{submission.place} was not copied: {error}", file=sys.stderr)  # a queued run has no folder yet
+            failed = True
+            continue
+        folder = out / "checkpoints" / submission.place
+        print(f"copied to {folder}, without checkpoints")
+        if left:
+            print(f"left out, because they are not files of the run: {', '.join(left[:5])}{' ...' if left[5:] else ''}")
+        runs += sorted(path.parent for path in folder.glob(f"*/{LOG}"))
     if runs:
         print(watch_command(*runs))
+    if len(runs) > 1:
+        print(next_command("compare", *runs))
+    return int(failed)
+
+
+def _matching(name: str) -> list[Submission]:
+    """The newest submissions of the works that ``name``, which may be a pattern, means. Raises: ConfigError if there are
+    none."""
+    if not any(character in name for character in "*?["):
+        return [named(name)]
+    known = newest(read_all())
+    found = [one for one in known if fnmatchcase(one.name, name) or fnmatchcase(one.place, name)]
+    if not found:
+        raise ConfigError(
+            f"nothing was submitted whose name matches {name}; tinytron status lists what was, and {name} needs quotes if "
+            "files here match it"
+        )
+    return found

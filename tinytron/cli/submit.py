@@ -13,6 +13,7 @@ from typing import Any, cast
 from tinytron.cli.jobs import add_load, add_place, parse_with_overrides
 from tinytron.dispatch.checks import check_cluster, check_variable
 from tinytron.dispatch.choose import Rule
+from tinytron.dispatch.load import located
 from tinytron.dispatch.reading import read_section, read_settings
 from tinytron.dispatch.script import job_folder, job_script, packed
 from tinytron.dispatch.settings import FILE, AnyHost, Cluster, Settings, Tpu
@@ -53,7 +54,8 @@ def main(argv: Sequence[str], prog: str = "tinytron submit") -> None:
     settings = read_settings(args.dispatch)
     works, asked = _works(args)
     order = Order(asked, rule_of(args), environment_of(args.env))
-    shipment = pack(Path.cwd(), args.dirty)
+    shipment = pack(Path.cwd(), args.dirty, [args.file, *args.stage])
+    works = [replace(work, load=located(work.load, shipment)) for work in works]
     done = submit_all(works, settings, order, shipment, os.environ, name=args.name, dry_run=args.dry_run)
     for one in done:
         print(f"submitted {one.place} to {one.host} as {one.id}; log: {one.log}")
@@ -84,7 +86,8 @@ def bootstrap(argv: Sequence[str], prog: str = "tinytron bootstrap") -> None:
     cluster, host = _cluster(args, given)
     env = {**(cluster.env or {}), **(host.env or {})} if host is not None else {}
     groups = getattr(host, "uv_groups", None) or ()
-    shipment = pack(Path.cwd(), args.dirty)
+    shipment = pack(Path.cwd(), args.dirty, [args.file, *args.stage])
+    work = replace(work, load=located(work.load, shipment))
     for note in shipment.notes:
         print(note)
     files = {name: (content, 0o644) for name, content in work.stage_files().items()}

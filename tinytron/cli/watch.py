@@ -8,21 +8,24 @@ import time
 from collections.abc import Sequence
 
 from tinytron.errors import ConfigError
-from tinytron.observe.folder import names_of, open_folder
+from tinytron.observe.folder import names_of, open_folder, runs_inside
 from tinytron.observe.run import Run
 from tinytron.observe.server import FIRST_PORT, WatchServer
 from tinytron.observe.table import summary_table
 from tinytron.utils.flags import Parser, parse_strictly
 from tinytron.utils.paths import expanded
 
-RUN_HELP = "run folder, such as log/<run>, on a disk or at s3:// or gs://"
+RUN_HELP = "run folder, such as log/<run>, on a disk or at s3:// or gs://; or a job's folder, with one run inside"
 FIRST_SECONDS = 0.4  # spent on reading before the page opens
 CLEAR = "\x1b[H\x1b[2J"
 
 
-def open_runs(texts: Sequence[str]) -> list[Run]:
-    """The runs that a user named, none of them read yet. Raises: DataError, ConfigError, StorageError; ConfigError for
-    a run that is named twice."""
+def open_runs(texts: Sequence[str], *, several: bool = False) -> list[Run]:
+    """The runs that a user named, none of them read yet. A folder with one run inside, such as a job's, is that run; with
+    ``several`` it is all the runs inside. Raises: DataError, ConfigError, StorageError; ConfigError for a run that is named
+    twice."""
+    found = [(text, runs_inside(text)) for text in texts]
+    texts = [one for text, inside in found for one in (inside if len(inside) == 1 or (inside and several) else [text])]
     folders = [open_folder(text) for text in texts]
     for number, folder in enumerate(folders):
         if folder.name in [other.name for other in folders[:number]]:

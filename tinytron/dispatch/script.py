@@ -70,7 +70,8 @@ def job_script(
     assignments of ``NUM_NODES`` and ``NODE_RANK`` from the scheduler's variables; ``payload``, a tar.gz of the job's
     folder, makes it self-contained."""
     described = {"name": work.name, "project": work.project, "group": work.group, "run_id": run_id}
-    stages = " ".join(f'-s "$here"/stage{number}.yaml' for number in range(1, len(work.files)))
+    paths = [f'--load="$code"/{quote(file)}' for file in work.loaded_files()]
+    paths += [f'-s "$here"/stage{number}.yaml' for number in range(1, len(work.files))]
     mount = without_password(cluster.mount)[0] if cluster.mount else ""
     secrets = secrets_of(cluster) | ({TOKEN: Secret()} if work.notebook else {})
     lines = [
@@ -86,7 +87,7 @@ def job_script(
         'archive="$here"/code.tar.gz' if payload is not None else f'archive="$share"/code/{quote(tree)}.tar.gz',
         f"python={quote_path(cluster.python)}" if cluster.python else 'python=""',
         f"uv_groups=({quote_all(list(uv_groups))})",
-        f"arguments=({quote_all(work.flags())}{' ' + stages if stages else ''})",
+        f"arguments=({' '.join([quote_all(work.flags()), *paths])})",
         f"mount={quote(mount)}",
         f"mount_options=({' '.join(_mount_options(cluster))})",
         f"lock_gpus={request.chips if lock_gpus else 0}",

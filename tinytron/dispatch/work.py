@@ -44,8 +44,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Work:
-    """A named run: the contents of its option ``files``, one per stage, and further words of ``tinytron run``. A
-    ``notebook`` has neither; it runs Jupyter."""
+    """A named run: the contents of its option ``files``, one per stage, and further words of ``tinytron run``. ``load``
+    has modules, and ``.py`` files by their paths in the code. A ``notebook`` has none of these; it runs Jupyter."""
 
     name: str
     files: tuple[bytes, ...]
@@ -79,7 +79,12 @@ class Work:
         flags = ["-p", self.project, "-g", self.group]
         flags += ["-j", self.job] if self.job else []
         flags += [f"--restore={self.restore}"] if self.restore else []
-        return [*flags, *(f"--load={module}" for module in self.load), *self.words]
+        modules = [f"--load={module}" for module in self.load if not module.endswith(".py")]
+        return [*flags, *modules, *self.words]
+
+    def loaded_files(self) -> list[str]:
+        """The ``.py`` files of ``load``."""
+        return [file for file in self.load if file.endswith(".py")]
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,21 @@ def open_folder(text: str) -> Folder:
     raise DataError(f"{text} is not a run folder: it has neither {LOG} nor {CONFIG}; {advice}")
 
 
+def runs_inside(text: str) -> list[str]:
+    """The run folders directly inside a folder that a user named, such as a job's; empty if it is a run itself."""
+    if is_remote(text):
+        names = set(UrlFolder(text).files())
+    else:
+        path = Path(text.removeprefix("file://"))
+        if not path.is_dir() or any((path / name).is_file() for name in RUN_FILES):
+            return []
+        names = {f"{inner.name}/{name}" for inner in _folders(path) for name in RUN_FILES if (inner / name).is_file()}
+    if any(name in RUN_FILES for name in names):
+        return []
+    split = [name.split("/") for name in names]
+    return [f"{text.rstrip('/')}/{name}" for name in sorted({w[0] for w in split if len(w) == 2 and w[1] in RUN_FILES})]
+
+
 def _first_run(names: list[str]) -> str:
     return next((name.rpartition("/")[0] for name in names if name.endswith(f"/{LOG}")), "")
 
