@@ -19,7 +19,7 @@ _LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MP
 # pods again: a process that was asked to stop then ends with a status that is not 0.
 ELASTIC = "TINYTRON_ELASTIC"
 LAUNCHER = "TINYTRON_LAUNCHER"  # set by our launcher for its workers: its process id
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl
+_PR_SET_PDEATHSIG = 1  # an option of Linux's prctl
 _ADDRESS = "--master_addr, MASTER_ADDR"
 NAME_SECONDS = 60.0  # maximum wait for the host name of the first of several nodes
 
