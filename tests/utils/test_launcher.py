@@ -67,7 +67,7 @@ signal.signal(signal.SIGTERM, lambda *_: (open("told", "w").close(), sys.exit())
 if sys.argv[1] == "late":
     while os.getppid() == int(os.environ["TINYTRON_LAUNCHER"]):
         time.sleep(0.01)
-stop_with_launcher()
+stop_with_launcher(os.environ)
 assert "TINYTRON_LAUNCHER" not in os.environ
 open("ready", "w").close()
 time.sleep(60)
@@ -104,8 +104,6 @@ def test_a_worker_gets_sigterm_when_its_launcher_is_killed(when: str, tmp_path: 
 
 
 def test_a_process_that_no_launcher_started_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(launcher.LAUNCHER, raising=False)
     monkeypatch.setattr(os, "kill", None)
-    launcher.stop_with_launcher()
-    monkeypatch.setenv(launcher.LAUNCHER, str(os.getpid()))  # a shell is between the two
-    launcher.stop_with_launcher()
+    launcher.stop_with_launcher({})
+    launcher.stop_with_launcher({launcher.LAUNCHER: str(os.getpid())})  # a shell is between the two

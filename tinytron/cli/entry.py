@@ -27,7 +27,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # write errors that carr
 
 def run(command: Callable[[], int | None]) -> None:
     """Call ``command`` and end the process unless its status (see ``status_of``) is 0."""
-    stop_with_launcher()
+    stop_with_launcher(os.environ)
     _print_anything()
     with interruptible(_say_interrupted):
         try:

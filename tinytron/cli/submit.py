@@ -55,7 +55,7 @@ def main(argv: Sequence[str], prog: str = "tinytron submit") -> None:
     works, asked = _works(args)
     order = Order(asked, rule_of(args), environment_of(args.env))
     shipment = pack(Path.cwd(), args.dirty, [args.file, *args.stage])
-    works = [replace(work, load=located(work.load, shipment)) for work in works]
+    works = [replace(work, load=located(work.load, shipment, os.environ.get("PYTHONPATH", ""))) for work in works]
     done = submit_all(works, settings, order, shipment, os.environ, name=args.name, dry_run=args.dry_run)
     for one in done:
         print(f"submitted {one.place} to {one.host} as {one.id}; log: {one.log}")
@@ -87,7 +87,7 @@ def bootstrap(argv: Sequence[str], prog: str = "tinytron bootstrap") -> None:
     env = {**(cluster.env or {}), **(host.env or {})} if host is not None else {}
     groups = getattr(host, "uv_groups", None) or ()
     shipment = pack(Path.cwd(), args.dirty, [args.file, *args.stage])
-    work = replace(work, load=located(work.load, shipment))
+    work = replace(work, load=located(work.load, shipment, os.environ.get("PYTHONPATH", "")))
     for note in shipment.notes:
         print(note)
     files = {name: (content, 0o644) for name, content in work.stage_files().items()}

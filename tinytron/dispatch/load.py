@@ -12,10 +12,10 @@ from tinytron.dispatch.ship import Shipment
 from tinytron.errors import ConfigError
 
 
-def located(load: Sequence[str], shipment: Shipment) -> tuple[str, ...]:
+def located(load: Sequence[str], shipment: Shipment, path: str) -> tuple[str, ...]:
     """``load`` as the host finds it: modules by their names, and ``.py`` files by their paths in the code. The modules are
-    imported already. Raises: ConfigError for what the host would not find."""
-    return tuple(_file(name, shipment) if name.endswith(".py") else _module(name, shipment) for name in load)
+    imported already; ``path`` is PYTHONPATH here. Raises: ConfigError for what the host would not find."""
+    return tuple(_file(name, shipment) if name.endswith(".py") else _module(name, shipment, path) for name in load)
 
 
 def _file(name: str, shipment: Shipment) -> str:
@@ -28,11 +28,11 @@ def _file(name: str, shipment: Shipment) -> str:
     return _sent(name, path, shipment)
 
 
-def _module(name: str, shipment: Shipment) -> str:
+def _module(name: str, shipment: Shipment, path: str) -> str:
     file = getattr(sys.modules[name], "__file__", None)
     if file is None or any(Path(file).is_relative_to(place) for place in sysconfig.get_paths().values()):
         return name  # installed, if need be in a folder of the repository
-    for place in (os.curdir, *os.environ.get("PYTHONPATH", "").split(os.pathsep)):
+    for place in (os.curdir, *path.split(os.pathsep)):
         folder = Path(place).resolve()
         inner = folder.joinpath(*name.split("."))
         if Path(file).resolve() not in (inner.with_suffix(".py"), inner / "__init__.py"):

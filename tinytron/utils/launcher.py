@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from tinytron.errors import ConfigError
@@ -19,7 +19,7 @@ _LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MP
 # pods again: a process that was asked to stop then ends with a status that is not 0.
 ELASTIC = "TINYTRON_ELASTIC"
 LAUNCHER = "TINYTRON_LAUNCHER"  # set by our launcher for its workers: its process id
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl
+_PR_SET_PDEATHSIG = 1  # an option of Linux's prctl
 _ADDRESS = "--master_addr, MASTER_ADDR"
 NAME_SECONDS = 60.0  # maximum wait for the host name of the first of several nodes
 
@@ -36,13 +36,13 @@ def check_meeting_place(host: str, port: int | None, *, several: bool, flag: str
     await_name(host.strip("[]"), seconds=NAME_SECONDS if several else 0.0, flag=flag)
 
 
-def stop_with_launcher() -> None:
+def stop_with_launcher(environment: MutableMapping[str, str]) -> None:
     """Ask Linux for SIGTERM when the launcher of this worker dies: a killed launcher cannot stop its workers, which would
     train on with no process to stop them. A worker that has a shell between itself and its launcher gets no signal later.
 
     The signal comes when the launcher's thread that started the worker ends. That is its main thread (cli/launch.py).
     """
-    launcher = os.environ.pop(LAUNCHER, "")  # processes that this one starts have another parent
+    launcher = environment.pop(LAUNCHER, "")  # processes that this one starts have another parent
     if sys.platform != "linux" or not launcher.isdecimal():
         return
     if os.getppid() == int(launcher):
