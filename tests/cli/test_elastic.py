@@ -292,6 +292,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "C
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the workers of an agent in /proc")
+@pytest.mark.usefixtures("real_processes")  # torch reads the level of its messages when it is imported
 def test_the_loss_of_the_node_where_launchers_meet_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "sleep.py").write_text(
         "import os, time\nopen(f'{os.getpid()}-of-{os.environ[\"WORLD_SIZE\"]}', 'w')\ntime.sleep(600)\n"
