@@ -228,6 +228,15 @@ def _pid_of(word: str) -> int | None:
     return None
 
 
+@pytest.mark.parametrize(("status", "state"), [(0, "finished"), (3, "failed"), (75, "preempted")])
+def test_the_state_at_the_end(place: Place, status: int, state: str) -> None:
+    """75: the processes of another node were asked to stop, and this node's ended with them."""
+    cluster, work = place.cluster(), Work("n", (b"",))
+    script = job_script(work, cluster, {"ACT": str(status)}, Request(0), RUN, code().tree)
+    assert run(put(place, cluster, work, script)).returncode == status
+    assert metadata(cluster, work)["state"] == state
+
+
 @pytest.mark.parametrize("waits", ["for packages", "for a lock"])
 def test_a_job_that_still_prepares_stops_at_once(place: Place, waits: str) -> None:
     """The programs that it started stop, too: pip would run for minutes more."""

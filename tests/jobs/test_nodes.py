@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import socket
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.runs import ROOT, Finished, finish
+from tests.helpers.runs import ROOT, Finished, finish, free_port
 from tests.jobs.conftest import TINY
+from tinytron.cli.entry import TO_BE_CONTINUED
 from tinytron.cli.main import main
 from tinytron.cli.nodes import Nodes, nodes_of
 from tinytron.errors import ConfigError
@@ -27,13 +29,13 @@ def _node(*words: str, **env: object) -> subprocess.Popen[str]:
     )
 
 
+def _start_two_nodes(*words: str) -> list[subprocess.Popen[str]]:
+    place = {"NUM_NODES": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [_node(*words, **place, NODE_RANK=rank) for rank in (0, 1)]
+
+
 def _two_nodes(*words: str) -> list[Finished]:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    place = {"NUM_NODES": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    nodes = [_node(*words, **place, NODE_RANK=rank) for rank in (1, 0)]
-    return [finish(node, timeout=120) for node in reversed(nodes)]
+    return [finish(node, timeout=120) for node in _start_two_nodes(*words)]
 
 
 def _records(out: str, name: str) -> list[dict[str, object]]:
@@ -63,6 +65,23 @@ def test_stages_on_two_nodes_are_one_run(module: str) -> None:
     assert one.code == 0, one.stderr
     assert len(_records("one", "pipe_stage1")) >= 3
     assert _records("two", "pipe_stage1") == _records("one", "pipe_stage1")
+
+
+@pytest.mark.slow
+def test_a_run_that_another_node_stopped_is_not_taken_for_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["configure", "gpt/train/pretrain", "train.yaml", *TINY, "train.max_steps=100000"]) == 0
+    first, second = _start_two_nodes("long", "train.yaml", "out")
+    end = time.monotonic() + 120
+    while not list(Path("out").rglob("log.jsonl")) and time.monotonic() < end:
+        time.sleep(0.2)
+    second.send_signal(signal.SIGTERM)
+    told = finish(first)
+    assert told.code == TO_BE_CONTINUED, told
+    assert "stopped by SIGTERM: saved" in told.stdout
+    assert finish(second).code in (0, 143)
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,9 @@ from tinytron.utils.signals import INTERRUPTED, interruptible
 
 _GRACE_SECONDS = 5.0
 USER_ERROR = 2
-# A worker was asked to stop, in a run that may lose nodes: the remaining ones continue. The number is that of EX_TEMPFAIL.
-_TO_BE_CONTINUED = 75
+# A worker was asked to stop, in a run that may lose nodes: the remaining ones continue. Or a run on several nodes stopped
+# because another node was asked to. The number is that of EX_TEMPFAIL.
+TO_BE_CONTINUED = 75
 _READER_GONE = 141  # 128 + SIGPIPE
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # write errors that carry no file name
 
@@ -40,7 +41,7 @@ def run(command: Callable[[], int | None]) -> None:
                 raise
             status = end.code or 0  # the run was asked to stop, and has saved
             if status == 0 and ELASTIC in os.environ:
-                status = _TO_BE_CONTINUED
+                status = TO_BE_CONTINUED
         _destroy_groups()
         if status:
             sys.exit(status)
@@ -78,7 +79,12 @@ def _print_anything() -> None:
 
 def _say_interrupted() -> None:
     if _is_first():
-        print("interrupted", file=sys.stderr, flush=True)
+        _print_line("interrupted")
+
+
+def _print_line(text: str) -> None:
+    # In one write: this process may be killed at any moment, and workers have unbuffered streams.
+    print(f"{text}\n", end="", file=sys.stderr, flush=True)
 
 
 def _is_first() -> bool:
@@ -91,7 +97,7 @@ def _said(text: str) -> int:
     if not _is_first():
         time.sleep(_GRACE_SECONDS)
     sys.stdout.flush()
-    print(f"error: {text}", file=sys.stderr, flush=True)
+    _print_line(f"error: {text}")
     _tell_torchrun(f"error: {text}")
     return USER_ERROR
 

@@ -197,7 +197,8 @@ def start(spec: JobSpec, file: Path) -> int:
     from tinytron.cli import launch  # imports all of torchrun
 
     launch.main([*nodes.rendezvous, "--nproc_per_node", str(count), "-m", "tinytron.cli.run", _WORKER, str(file)])
-    return 0
+    # One of the nodes may have been asked to stop, which the others must not take for the end.
+    return entry.TO_BE_CONTINUED if nodes.first and nodes.count > 1 and not _job(spec).done else 0
 
 
 def execute(spec: JobSpec) -> int:

@@ -29,7 +29,7 @@ leave() { # EXIT_STATUS
     local state=failed
     if [ "$1" = 0 ] && [ -z "$stop" ]; then
         state=finished
-    elif [ -n "$stop" ] && { [ "$1" = 0 ] || [ "$1" = 143 ] || [ "$1" = 138 ] || [ "$1" = 75 ]; }; then
+    elif [ "$1" = 75 ] || { [ -n "$stop" ] && { [ "$1" = 0 ] || [ "$1" = 143 ] || [ "$1" = 138 ]; }; }; then
         state=preempted # the same script continues the run
         if [ -e "$here/cancelled" ]; then state=cancelled; fi
     fi

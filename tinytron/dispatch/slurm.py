@@ -39,8 +39,8 @@ while :; do # a signal ends `wait` early, and the step's own status is in a late
 done
 again=0 tries=0
 case "$stop:$code" in
-USR1:0) again=1 ;;                     # saved
-USR1:138 | USR1:143) # training had not begun
+USR1:0 | USR1:75) again=1 ;; # saved
+USR1:138 | USR1:143 | :75 | :143) # training had not begun, or the processes of one node were asked to stop
     tries=$(($(cat "$job/tries" 2>/dev/null || echo 0) + 1))
     again=$((tries <= {tries}))
     ;;
@@ -57,7 +57,9 @@ exit "$code"
 BATCH_FILE = "job.sbatch"
 _SINFO = "sinfo -h -N -O NodeList:100,StateCompact:30,Gres:200,GresUsed:200"
 _PLACE = "MASTER_ADDR MASTER_PORT NUM_NODES NODE_RANK NUM_GPUS"
-_TRIES = 3  # restarts of a job that meets its time limit before it trains; its environment may have taken all the time
+# Restarts in a row of a job that meets its time limit before it trains (its environment may have taken all the time), or
+# loses the processes of a node while the job itself goes on, as when SLURM clears up a node that was lost and is back.
+_TRIES = 3
 NODES = 'NUM_NODES="$SLURM_NNODES" NODE_RANK="$SLURM_NODEID"'
 _RUNNING = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED", "SUSPENDED")
 _WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESIZING", "SPECIAL_EXIT")
