@@ -31,7 +31,8 @@ def _node(*words: str, **env: object) -> subprocess.Popen[str]:
 
 def _start_two_nodes(*words: str) -> list[subprocess.Popen[str]]:
     place = {"NUM_NODES": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    return [_node(*words, **place, NODE_RANK=rank) for rank in (0, 1)]
+    second, first = (_node(*words, **place, NODE_RANK=rank) for rank in (1, 0))  # the second has to wait
+    return [first, second]
 
 
 def _two_nodes(*words: str) -> list[Finished]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -41,6 +43,7 @@ MpiDefault=none
 ReturnToService=2
 SwitchType=switch/none
 KillWait=20
+SlurmdTimeout=30
 MinJobAge=300
 SchedulerParameters=sched_min_interval=200000,bf_interval=1
 MessageTimeout=30
@@ -96,6 +99,21 @@ class Cluster:
         assert program is not None, name
         with open(self.folder / f"{name}.out", "ab") as log:
             self._daemons.append(subprocess.Popen([program, *words], env=self.env, stdout=log, stderr=log))
+
+    def lose(self, node: str) -> None:
+        """Kill a node's daemon and everything that it runs, as if its power were cut."""
+        (daemon,) = [one for one in self._daemons if isinstance(one.args, list) and one.args[-1] == node]
+        self._daemons.remove(daemon)
+        daemon.kill()
+        daemon.wait()
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                environment = (path / "environ").read_bytes().split(b"\0")
+                if f"SLURMD_NODENAME={node}".encode() in environment:
+                    parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+                    if b"slurmstepd" in Path(f"/proc/{parent}/cmdline").read_bytes():
+                        os.kill(parent, signal.SIGKILL)
+                    os.kill(int(path.name), signal.SIGKILL)
 
     def _alive(self) -> None:
         for process in self._daemons:

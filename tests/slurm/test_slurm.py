@@ -135,9 +135,10 @@ def lab(place: Place, slurm: Cluster, monkeypatch: pytest.MonkeyPatch) -> Lab:
     return found
 
 
-def test_two_nodes_interrupted_twice_log_what_an_uninterrupted_run_logs(lab: Lab) -> None:
+def test_two_nodes_interrupted_three_times_log_what_an_uninterrupted_run_logs(lab: Lab) -> None:
     """The time limit first: SLURM sends USR1, the run saves, and the job queues itself again. Then a process is killed with
-    SIGKILL, the job fails, and ``scontrol requeue`` continues it from its last checkpoint."""
+    SIGKILL, the job fails, and ``scontrol requeue`` continues it from its last checkpoint. At last a node is lost: SLURM
+    queues the job again, and starts it when the node is back."""
     lab.settings(time="3:00", signal_seconds=60)
     lab.slow.write_text("0.7")
     watcher = Watcher(TOKEN)
@@ -153,10 +154,16 @@ def test_two_nodes_interrupted_twice_log_what_an_uninterrupted_run_logs(lab: Lab
     lab.kill_rank(1)
     lab.until(lambda: lab.state(one) == "failed", "the failure", 90)
     assert "was killed by SIGKILL" in lab.log(one)
-    lab.slow.write_text("0")
     lab.slurm.run("scontrol", "requeue", one.id)
+    lab.until(lambda: lab.log(one).count("resuming after step") == 2, "the third start")
+    seen = lab.log(one).count("| saved")
+    lab.until(lambda: lab.log(one).count("| saved") > seen, "another checkpoint")
+    lab.slurm.lose("n2")
+    lab.until(lambda: "queued" in lab.state(one), "the loss of the node", 120)
+    lab.slow.write_text("0")
+    lab.slurm.daemon("slurmd", "-D", "-N", "n2")
     lab.until(lambda: lab.state(one) == "finished", "the end")
-    assert lab.log(one).count("resuming after step") == 2
+    assert lab.log(one).count("resuming after step") == 3
     assert watcher.stop() == []
 
     two = lab.submit("whole")
