@@ -235,6 +235,7 @@ def test_the_state_at_the_end(place: Place, status: int, state: str) -> None:
     script = job_script(work, cluster, {"ACT": str(status)}, Request(0), RUN, code().tree)
     assert run(put(place, cluster, work, script)).returncode == status
     assert metadata(cluster, work)["state"] == state
+    assert (Path(job_folder(cluster, work, RUN)) / "failed").exists() == (state == "failed")
 
 
 @pytest.mark.parametrize("waits", ["for packages", "for a lock"])

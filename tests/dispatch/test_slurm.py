@@ -224,6 +224,30 @@ def test_a_job_that_had_not_begun_is_queued_again_a_few_times(
     assert Path(job.here, "tries").read_text() == (f"{before + 1}\n" if code != 1 else "0\n")
 
 
+@pytest.mark.parametrize(("code", "failed", "again"), [(75, False, True), (143, False, True), (143, True, False)])
+def test_a_job_that_lost_the_processes_of_a_node_is_queued_again(
+    place: Place, code: int, failed: bool, again: bool
+) -> None:
+    """SLURM does that when it clears up a node that was lost and is back. After an error it stops the other nodes, too."""
+    host = _host(place, env={"MASTER_ADDR": "first"})
+    job = host.prepare(Work("mine", (b"job: x\n",)), Request(8, "h100"), "run-1", "t", {}, {})
+    Path(job.here).mkdir(parents=True)
+    place.tool("srun", f"#!/bin/bash\n{f'touch {job.here!r}/failed' if failed else ''}\nexit {code}\n")
+    place.tool("scontrol", '#!/bin/sh\necho "$@" >>"$HOME/scontrol"\n')
+    script = place.home / "job.sbatch"
+    script.write_text(host.batch_script([job], Request(8, "h100"), "t"))
+    done = subprocess.run(
+        ["bash", str(script)],
+        env={**os.environ, "SLURM_JOB_ID": "7", "SLURM_NNODES": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code
+    assert (place.home / "scontrol").exists() == again
+    assert ("the processes of one node were asked to stop; this job is queued again" in done.stdout) == again
+    assert Path(job.here, "exit_status").exists() != again
+
+
 def test_a_sweep_is_one_array_with_one_record_each(place: Place) -> None:
     _tools(place, free="0")
     host = _host(place)

@@ -33,12 +33,14 @@ leave() { # EXIT_STATUS
         state=preempted # the same script continues the run
         if [ -e "$here/cancelled" ]; then state=cancelled; fi
     fi
+    if [ "$state" = failed ] && [ -d "$here" ]; then : >"$here/failed"; fi # SLURM then stops the other nodes with SIGTERM
     tell "$state" "$1" || true
     case "$state" in # after a failure they stay: SLURM may queue the job again, when it sees that a node is lost
     finished | cancelled) if [ "${NODE_RANK:-0}" = 0 ]; then rm -f "$here"/secret.*; fi ;;
     esac
     if [ -n "$mount" ]; then exec 7<&-; fi
     if [ -n "$mounted" ]; then juicefs umount "$root" || say "$root stays mounted: other jobs use it"; fi
+    if [ "$1" = 75 ] && [ -n "$stop" ]; then exit 0; fi # saved
     exit "$1"
 }
 

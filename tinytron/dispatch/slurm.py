@@ -21,7 +21,7 @@ export MASTER_ADDR="${{MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELI
 export MASTER_PORT="${{MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}}"
 export TINYTRON_LOG={log}"${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}.out"
 stop="" signals=0
-rm -f "$job/exit_status"
+rm -f "$job/exit_status" "$job/failed"
 # shellcheck disable=SC2317  # called by the traps
 pass_on() {{
     stop="$1" signals=$((signals + 1))
@@ -37,19 +37,22 @@ while :; do # a signal ends `wait` early, and the step's own status is in a late
     wait "$step" || code=$?
     if [ "$signals" = "$before" ]; then break; fi
 done
-again=0 tries=0
-case "$stop:$code" in
-USR1:0 | USR1:75) again=1 ;; # saved
-USR1:138 | USR1:143 | :75 | :143) # training had not begun, or the processes of one node were asked to stop
+again=0 tries=0 ended="$stop" why="stopped before the time limit"
+if [ -z "$ended" ]; then
+    why="the processes of one node were asked to stop"
+    if [ -e "$job/failed" ]; then ended=failed; fi # then SLURM stopped the other nodes with SIGTERM
+fi
+case "$ended:$code" in
+USR1:0) again=1 ;; # saved
+USR1:138 | USR1:143 | :75 | :143) # training had not begun, or only the processes of one node were asked to stop
     tries=$(($(cat "$job/tries" 2>/dev/null || echo 0) + 1))
     again=$((tries <= {tries}))
     ;;
 esac
 echo "$tries" >"$job/tries"
-# When one node fails, SLURM stops the others with SIGTERM.
 if [ "$again" = 0 ] && [ "$stop" != TERM ]; then echo "$code" >"$job/exit_status"; fi
 if [ "$again" = 1 ]; then
-    echo "tinytron: stopped before the time limit; this job is queued again"
+    echo "tinytron: $why; this job is queued again"
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"
