@@ -61,7 +61,7 @@ BATCH_FILE = "job.sbatch"
 _SINFO = "sinfo -h -N -O NodeList:100,StateCompact:30,Gres:200,GresUsed:200"
 _PLACE = "MASTER_ADDR MASTER_PORT NUM_NODES NODE_RANK NUM_GPUS"
 # Restarts in a row of a job that meets its time limit before it trains (its environment may have taken all the time), or
-# loses the processes of a node while the job itself goes on, as when SLURM clears up a node that was lost and is back.
+# loses the processes of a node while the job itself continues, as when SLURM clears up a node that was lost and is back.
 _TRIES = 3
 NODES = 'NUM_NODES="$SLURM_NNODES" NODE_RANK="$SLURM_NODEID"'
 _RUNNING = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED", "SUSPENDED")
