@@ -228,6 +228,19 @@ def _pid_of(word: str) -> int | None:
     return None
 
 
+def test_a_pod_that_was_asked_to_stop_is_started_again(place: Place) -> None:
+    """Kubernetes takes 0 for the end of the job."""
+    cluster, work = place.cluster(), Work("n", (b"",))
+    path = put(place, cluster, work, job_script(work, cluster, {"ACT": "wait"}, Request(0), RUN, code().tree))
+    env = {**os.environ, "KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+    with subprocess.Popen(["bash", str(path)], stdout=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.terminate()
+        assert process.wait(timeout=30) == 75
+    assert metadata(cluster, work)["state"] == "preempted"
+
+
 @pytest.mark.parametrize(("status", "state"), [(0, "finished"), (3, "failed"), (75, "preempted")])
 def test_the_state_at_the_end(place: Place, status: int, state: str) -> None:
     """75: the processes of another node were asked to stop, and this node's ended with them."""

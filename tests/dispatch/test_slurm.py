@@ -57,8 +57,8 @@ def test_free_chips_of_each_node_count_once() -> None:
 def test_the_batch_file_of_two_nodes(place: Place) -> None:
     host = _host(
         place, partitions=["a", {"name": "b", "default": True, "constraint": "ib&h100"}], account="me",
-        exclude=["n1", "n2"], time="1:00:00", annotations={"comment": 'say "hi" \\ there'}, qos="high", cpus=16,
-        env={"A": "b c"},
+        exclude=["n1", "n2"], time="1:00:00", qos="high", cpus=16, env={"A": "b c"},
+        annotations={"comment": 'say "hi" \\ there', "exclusive": True},
     )  # fmt: skip
     text = _batch(host, Request(16, "h100", mem="8G"), "mine")
     options = [line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH")]
@@ -67,7 +67,7 @@ def test_the_batch_file_of_two_nodes(place: Place) -> None:
         f'output="{place.home}/scratch/logs/general-default-mine-%j.out"',
         *("open-mode=append", "nodes=2", "ntasks-per-node=1", "gres=gpu:h100:8", "cpus-per-task=16", "mem=8G"),
         *("time=1:00:00", "partition=b", 'constraint="ib&h100"', "account=me", "qos=high", "exclude=n1,n2"),
-        *("signal=B:USR1@300", 'comment="say \\"hi\\" \\\\ there"', "requeue"),
+        *("signal=B:USR1@300", 'comment="say \\"hi\\" \\\\ there"', "exclusive", "requeue"),
     ]
     assert "export A='b c'" in text
     (place.home / "b.sh").write_text(text)

@@ -40,7 +40,9 @@ leave() { # EXIT_STATUS
     esac
     if [ -n "$mount" ]; then exec 7<&-; fi
     if [ -n "$mounted" ]; then juicefs umount "$root" || say "$root stays mounted: other jobs use it"; fi
-    if [ "$1" = 75 ] && [ -n "$stop" ]; then exit 0; fi # saved
+    # The run is saved. Kubernetes starts pods again that do not end with 0; SLURM stops the other nodes for them.
+    if [ "$state" = preempted ] && [ -n "${KUBERNETES_SERVICE_HOST:-}" ]; then exit 75; fi
+    if [ "$1" = 75 ] && [ -n "$stop" ]; then exit 0; fi
     exit "$1"
 }
 

@@ -156,7 +156,8 @@ class SlurmHost(Host):
             "array": f"0-{len(jobs) - 1}" if len(jobs) > 1 else "",
         }
         options |= own.annotations or {}
-        lines = [sbatch_option(key, value) for key, value in options.items() if value]
+        # An annotation `exclusive: true` is an option without a value.
+        lines = [sbatch_option(key, None if value == "true" else value) for key, value in options.items() if value]
         # The environment is needed here too: for MASTER_ADDR, and for srun. What the submitting shell had is not.
         exported = [f"export {key}={quote(value)}" for key, value in self.environment({}).items()]
         body = BATCH.format(
