@@ -141,7 +141,8 @@ def load_module(name: str) -> None:
         if name.endswith(".py"):
             _import_file(Path(name))
         else:
-            if "" not in sys.path and str(Path.cwd()) not in sys.path:
+            safe = getattr(sys.flags, "safe_path", False)  # the working directory may have other modules of that name
+            if not safe and "" not in sys.path and str(Path.cwd()) not in sys.path:
                 sys.path.insert(0, str(Path.cwd()))  # as `python -m` does; a console script does not
             importlib.import_module(name)
     except ConfigError:

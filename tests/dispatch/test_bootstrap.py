@@ -135,6 +135,10 @@ def test_a_bootstrap_for_a_tpu_also_makes_the_machine(place: Place, said: Said) 
     ("words", "says"),
     [
         ((), "--root and --work are needed without --target; use --root /data/out --work /tmp/work"),
+        (
+            ("--target", "box", "--mount", "redis://:p/a@h:1/0"),
+            "--mount has an @ or a password where it is not understood",
+        ),
         (("--target", "bx"), "is not a host of"),
         (("--root", "r", "--work", "/w"), "bootstrap.root r must be an absolute path or begin with ~/, as /data/root"),
         (("--target", "box", "--cache-size", "x"), "bootstrap.cache_size x must be a number with M, G or T; use 100G"),

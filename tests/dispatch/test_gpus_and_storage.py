@@ -25,8 +25,10 @@ def test_a_job_gets_gpus_of_the_kind_that_it_asked_for(place: Place) -> None:
     text = NVIDIA.replace("0, 10, NVIDIA H100 80GB HBM3", "0, 10, NVIDIA A100-SXM4-80GB")
     place.tool("nvidia-smi", text)
     cluster = place.cluster()
-    for kind, gpus in (("h100", "1"), ("a100", "0"), ("", "0")):
-        work = Work(f"n{kind}", (b"",))
+    text = text.replace("1, 20, NVIDIA H100 80GB HBM3", "1, 20, NVIDIA GeForce RTX 4090").replace("2, 9000", "2, 10")
+    place.tool("nvidia-smi", text)
+    for kind, gpus in (("h100", "2"), ("a100", "0"), ("a100 80gb", "0"), ("rtx4090", "1"), ("4090", "1"), ("", "0")):
+        work = Work(f"n{kind.replace(' ', '-')}", (b"",))
         script = job_script(work, cluster, {}, Request(1), RUN, code().tree, lock_gpus=True, gpu_kind=kind, per_node=1)
         path = put(place, cluster, work, script.replace("/tmp/tinytron-gpus", f"'{place.home}/locks'"))
         done = run(path)
@@ -34,9 +36,9 @@ def test_a_job_gets_gpus_of_the_kind_that_it_asked_for(place: Place) -> None:
         assert place.called["env"]["CUDA_VISIBLE_DEVICES"] == gpus
         assert place.called["env"]["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
     work = Work("v", (b"",))
-    script = job_script(work, cluster, {}, Request(1), RUN, code().tree, lock_gpus=True, gpu_kind="v100", per_node=1)
+    script = job_script(work, cluster, {}, Request(1), RUN, code().tree, lock_gpus=True, gpu_kind="a10", per_node=1)
     assert (
-        "has fewer than 1 GPUs of the kind v100; ask for fewer with -n" in run(put(place, cluster, work, script)).stderr
+        "has fewer than 1 GPUs of the kind a10; ask for fewer with -n" in run(put(place, cluster, work, script)).stderr
     )
 
 

@@ -13,10 +13,11 @@ import yaml
 from tests.dispatch.conftest import Place
 from tests.dispatch.test_submit import SUBMIT, TOKEN, Said, _until, said  # noqa: F401  # a fixture
 from tinytron.dispatch.hosts import hosts_of
+from tinytron.dispatch.kubernetes import PodShell
 from tinytron.dispatch.reading import read_settings
 from tinytron.dispatch.record import read_all
 from tinytron.dispatch.work import Work, name_of
-from tinytron.errors import ConfigError
+from tinytron.errors import ConfigError, HostError
 
 KUBECTL = f"""#!{sys.executable}
 import json, os, pathlib, subprocess, sys, yaml
@@ -129,7 +130,7 @@ def test_submit_watch_and_pull(place: Place, said: Said, kind: str) -> None:  # 
 @pytest.mark.usefixtures("key")
 def test_logs_and_cancel(place: Place, said: Said) -> None:  # noqa: F811
     _write(place, "kubernetes", env={"ACT": "wait"})
-    assert said(*SUBMIT, "-n", "0")[0] == 0
+    assert said(*SUBMIT, "-n", "0")[0:3:2] == (0, "")
     _until(said, "mine", "running")
     while not (place.home / "called.json").exists():
         pass
@@ -197,6 +198,24 @@ def test_names_fit(name: str) -> None:
         assert made[0].isalpha()
         assert made.replace("-", "").isalnum()
         assert made == made.lower()
+
+
+def test_cancel_deletes_a_job_whose_files_cannot_be_reached(
+    place: Place,
+    said: Said,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MY_KEY", TOKEN)
+    _write(place, "kubernetes", env={"ACT": "wait"})
+    assert said(*SUBMIT, "-n", "0")[0:3:2] == (0, "")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise HostError("the pod cannot be scheduled")
+
+    monkeypatch.setattr(PodShell, "run_into", full)
+    status, _, err = said("cancel", "mine")
+    assert (status, "the pod cannot be scheduled" in err) == (2, True)
+    assert '"delete"' in (place.home / "kubectl.log").read_text()
 
 
 def test_hosts_of_all_kinds_but_tpu_are_submitted_to(place: Place) -> None:

@@ -251,6 +251,13 @@ def test_the_state_at_the_end(place: Place, status: int, state: str) -> None:
     assert (Path(job_folder(cluster, work, RUN)) / "failed").exists() == (state == "failed")
 
 
+def test_a_job_without_its_secret_says_that_it_failed(place: Place) -> None:
+    cluster, work = place.cluster(wandb=Secret(file="~/missing")), Work("n", (b"",))
+    done = run(put(place, cluster, work, job_script(work, cluster, {}, Request(0), RUN, code().tree)))
+    assert "the secret WANDB_API_KEY cannot be read" in done.stderr
+    assert metadata(cluster, work)["state"] == "failed"
+
+
 @pytest.mark.parametrize("waits", ["for packages", "for a lock"])
 def test_a_job_that_still_prepares_stops_at_once(place: Place, waits: str) -> None:
     """The programs that it started stop, too: pip would run for minutes more."""

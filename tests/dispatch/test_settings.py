@@ -162,6 +162,12 @@ def test_a_secret_by_value_is_refused_and_not_repeated(value: Any) -> None:
     assert error.value.__cause__ is None
 
 
+def test_switches_sizes_and_engines_as_others_write_them() -> None:
+    host = _settings({"log": "/l"}, {"type": "slurm", "rank_logs": "Yes", "mem": "64gb", "time": "0"}).hosts["box"]
+    assert host == Slurm(cluster="lab", rank_logs=True, mem="64gb", time="0")
+    assert _settings({"mount": "sqlite3:///data/me@lab/meta.db", "env": {"DISABLE_IMPLICIT_TOKEN": 1}}).hosts
+
+
 @pytest.mark.parametrize("time", ["6", "0:06:00", "1-00", "1-0:30", "INFINITE", "00:05:01", None])
 def test_time_limits_as_slurm_writes_them(time: str | None) -> None:
     assert _settings({"log": "/l"}, {"type": "slurm", "time": time}).hosts["box"] == Slurm(cluster="lab", time=time)

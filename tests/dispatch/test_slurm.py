@@ -140,6 +140,8 @@ def test_a_scheduler_that_does_not_answer_is_no_lost_job(place: Place, said: Sai
     assert status == 1
     assert "17  unknown" in out
     assert "squeue: slurm_load_jobs error: Unable to contact slurm controller" in out
+    place.tool("squeue", "#!/bin/sh\necho 'squeue: warning: old' >&2\necho RUNNING None\n")
+    assert "17  preparing" in said("status")[1]
     place.tool("squeue", "#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2\nexit 1\n")
     assert "17  lost" in said("status")[1]
 
@@ -224,15 +226,17 @@ def test_a_job_that_had_not_begun_is_queued_again_a_few_times(
     assert Path(job.here, "tries").read_text() == (f"{before + 1}\n" if code != 1 else "0\n")
 
 
-@pytest.mark.parametrize(("code", "failed", "again"), [(75, False, True), (143, False, True), (143, True, False)])
+@pytest.mark.parametrize(
+    ("code", "failed", "again"), [(75, "", True), (143, "", True), (143, "failed", False), (143, "cancelled", False)]
+)
 def test_a_job_that_lost_the_processes_of_a_node_is_queued_again(
-    place: Place, code: int, failed: bool, again: bool
+    place: Place, code: int, failed: str, again: bool
 ) -> None:
     """SLURM does that when it clears up a node that was lost and is back. After an error it stops the other nodes, too."""
     host = _host(place, env={"MASTER_ADDR": "first"})
     job = host.prepare(Work("mine", (b"job: x\n",)), Request(8, "h100"), "run-1", "t", {}, {})
     Path(job.here).mkdir(parents=True)
-    place.tool("srun", f"#!/bin/bash\n{f'touch {job.here!r}/failed' if failed else ''}\nexit {code}\n")
+    place.tool("srun", f"#!/bin/bash\n{f'touch {job.here!r}/{failed}' if failed else ''}\nexit {code}\n")
     place.tool("scontrol", '#!/bin/sh\necho "$@" >>"$HOME/scontrol"\n')
     script = place.home / "job.sbatch"
     script.write_text(host.batch_script([job], Request(8, "h100"), "t"))

@@ -67,8 +67,11 @@ def cancel(argv: Sequence[str], prog: str = "tinytron cancel") -> None:
     parser.add_argument("name", metavar="NAME", help=_NAME)
     submission = named(parse_strictly(parser, argv).name)
     host = host_of(submission)
-    (state,) = [State(submission.ended)] if submission.ended else host.states([submission])
     where = f"{submission.place} on {submission.host}"
+    try:
+        (state,) = [State(submission.ended)] if submission.ended else host.states([submission])
+    except HostError:  # it may be stopped all the same
+        state = State(UNCONFIRMED)
     if submission.ended or state.state in ENDED:
         print(f"{where} is {state}; there is nothing to stop")
         return

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from tinytron.cli.jobs import add_load, add_place, parse_with_overrides
-from tinytron.dispatch.checks import check_cluster, check_variable
+from tinytron.dispatch.checks import check_cluster, check_engine, check_variable
 from tinytron.dispatch.choose import Rule
 from tinytron.dispatch.load import located
 from tinytron.dispatch.reading import read_section, read_settings
@@ -222,7 +222,7 @@ def environment_of(words: Sequence[str]) -> dict[str, str]:
         name, equals, value = word.partition("=")
         if not equals:
             raise ConfigError(f"--env {word} must be a name, = and a value, such as --env NCCL_DEBUG=INFO")
-        check_variable(name, "--env")
+        check_variable(name, "--env", value=value)
         found[name] = value
     return found
 
@@ -241,6 +241,8 @@ def _cluster(args: argparse.Namespace, given: dict[str, str]) -> tuple[Cluster, 
             f"--target {args.target} is not a host of {settings.file}{nearest(args.target, settings.hosts)}; use one of "
             f"{', '.join(settings.hosts)}"
         )
+    if "mount" in given:
+        check_engine(given["mount"], "--mount")
     cluster = replace(settings.cluster_of(args.target), **cast(Any, given))
     check_cluster(cluster, "bootstrap")
     return cluster, settings.hosts[args.target]

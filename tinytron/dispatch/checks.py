@@ -49,7 +49,7 @@ def check_host(host: AnyHost, cluster: Cluster, where: str) -> None:
 
 def _check_slurm(host: Slurm, cluster: Cluster, where: str) -> None:
     """sbatch expands no ``~`` in its options, and patterns with a backslash not at all."""
-    if re.fullmatch(r"\d+[KMGT]?", host.mem, re.ASCII) is None:
+    if re.fullmatch(r"\d+([KMGT]B?)?", host.mem, re.ASCII | re.IGNORECASE) is None:
         raise ConfigError(f"{where}.mem {host.mem} must be a whole number with K, M, G or T; use 64G")
     if host.time is not None:
         seconds = _seconds(host.time, f"{where}.time")
@@ -103,12 +103,12 @@ def mebibytes(text: str, where: str) -> int:
     return int(number) * {"M": 1, "G": 1024, "T": 1024 * 1024}[unit]
 
 
-def check_variable(name: str, where: str, *, secret: bool = False) -> None:
-    """Raises: ConfigError if no environment variable can have that name, and for the name of a secret unless it is one:
-    values are written into scripts."""
+def check_variable(name: str, where: str, *, value: str = "1") -> None:
+    """Raises: ConfigError if no environment variable can have that name, and for a ``value`` that may be a secret, by its
+    name: values are written into scripts."""
     if not (name.isascii() and name.isidentifier()):
         raise ConfigError(f"{where}: {name!r} must be letters, digits and _; use a name such as NCCL_DEBUG")
-    if not secret and SECRET_NAME.search(name):
+    if SECRET_NAME.search(name) and not value.isdecimal() and value.lower() not in ("true", "false", "yes", "no"):
         raise ConfigError(
             f"{where}: {name} looks like a secret, and values here are written into scripts; name it in the cluster's "
             f"settings, as secrets: {{{name}: {{env: {name}}}}}"
@@ -127,9 +127,9 @@ def check_engine(value: Any, where: str) -> str:
     if not isinstance(value, str) or not value or any(ord(c) < 32 or ord(c) == 127 for c in value):
         raise ConfigError(f"{where} must be one line of text; use {works}")
     url, _ = without_password(value)
-    if re.fullmatch(r"([\w+.-]+://)?([^:@/]+@)?[^@]*", url) is None or re.search(
-        "password=|passwd=", url, re.IGNORECASE
-    ):
+    local = url.startswith(("sqlite3://", "badger://"))  # a file
+    usual = local or re.fullmatch(r"([\w+.-]+://)?([^:@/]+@)?[^@]*", url) is not None
+    if not usual or re.search("password=|passwd=", url, re.IGNORECASE):
         raise ConfigError(
             f"{where} has an @ or a password where it is not understood; write the password as mount_password: "
             f"{{env: META_PASSWORD}}, and the rest as {works}"
@@ -139,7 +139,7 @@ def check_engine(value: Any, where: str) -> str:
 
 def _seconds(text: str, where: str) -> int | None:
     """A time limit as SLURM writes it, in seconds; ``None`` if there is none. Raises: ConfigError."""
-    if text.upper() in ("INFINITE", "UNLIMITED"):
+    if text.upper() in ("INFINITE", "UNLIMITED", "0"):
         return None
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text, re.ASCII)
     if found is None:

@@ -14,9 +14,9 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from tinytron.dispatch.record import Submission
-from tinytron.dispatch.script import job_folder, packed, quote, quote_path, status_folder
+from tinytron.dispatch.script import job_folder, packed, quote, quote_all, quote_path, status_folder
 from tinytron.dispatch.settings import HOST_TYPES, Cluster, Settings
-from tinytron.dispatch.shell import Shell
+from tinytron.dispatch.shell import NoAnswerError, Shell
 from tinytron.dispatch.work import Prepared, Request, Work
 from tinytron.errors import ConfigError, HostError
 
@@ -29,8 +29,7 @@ KINDS: Mapping[str, str] = MappingProxyType(
     }
 )
 UPLOAD_SECONDS = 3600.0
-# Checkpoints, and what says that they are there or that the run is over: they stay on the host.
-PULLED_NOT = ("*.pt", "*_opt", "*.part", ".lock", "done.json", "latest", "final")
+PULLED_NOT = (".lock", "done.json", "latest", "final")  # they are about checkpoints, which stay on the host
 UNCONFIRMED = "unconfirmed"
 ENDED = ("finished", "cancelled")  # nothing changes these
 PULLED = ".pulled"  # in a folder that was pulled: it may be replaced
@@ -72,6 +71,7 @@ class Host(ABC):
 
     kind: ClassVar[str]
     queues: ClassVar[bool] = False  # True if it keeps jobs that do not fit yet
+    together: ClassVar[bool] = False  # True if an error means that none of several jobs has started
     tools: ClassVar[tuple[str, ...]] = ("bash", "tar", "flock", "base64", "sha256sum")
 
     def __init__(self, name: str, shell: Shell, settings: Any = None, whole: Settings | None = None) -> None:
@@ -159,7 +159,7 @@ class Host(ABC):
         lines = self.control.run(self.starting(jobs, request, name)).splitlines()
         found = [tuple(line.split("\t")) for line in lines]
         if len(found) != len(jobs) or any(len(one) != 2 for one in found):
-            raise HostError(f"{self.name} did not start {name}: it printed {' '.join(lines)!r}")
+            raise NoAnswerError(f"{self.name} printed {' '.join(lines)!r} when it started {name}")
         return [(one[0], one[1]) for one in found]
 
     def send(self, jobs: Sequence[Prepared], files: Files, more: Mapping[str, bytes] = MappingProxyType({})) -> None:
@@ -244,16 +244,17 @@ class Host(ABC):
         if not submission.id:  # its own words may tell; without them it has not begun
             text = self.shell.run(f"cat {quote_path(submission.status)}/metadata.json 2>/dev/null || true")
             told = _content(text)
-            submission = replace(submission, id=str(told.get("slurm_job") or told.get("pid") or 0))
+            submission = replace(submission, id=str(told.get("slurm_job") or told.get("pid") or ""))
         here = quote_path(submission.here)
         marking = f"{{ : >{here}/cancelled; }} 2>/dev/null || true\nrm -f {here}/secret.*"
+        stopping = self.stopping(submission) if submission.id else ":"
         if self.control is self.shell:
-            self.shell.run(f"{marking}\n{self.stopping(submission)}")
+            self.shell.run(f"{marking}\n{stopping}")
             return
         try:
             self.shell.run(marking)
         finally:  # whether its files can be reached or not
-            self.control.run(self.stopping(submission))
+            self.control.run(stopping)
 
     def pull(self, submission: Submission, out: Path) -> list[str]:
         """Copy the run's folder, without checkpoints, and the log to ``out``. Returns the names that it left out, because
@@ -262,14 +263,17 @@ class Host(ABC):
         folder = out / "checkpoints" / submission.place
         if folder.is_dir() and any(folder.iterdir()) and not (folder / PULLED).exists():
             raise ConfigError(f"{folder} has a run of this machine; pull to another folder, such as pulled")
-        skipped = " ".join(f"--exclude={quote(pattern)}" for pattern in PULLED_NOT)
+        base = f"checkpoints/{submission.place}"
+        words = ["--anchored", "--wildcards-match-slash", f"--exclude={base}/*.pt", f"--exclude={base}/*.part"]
+        words += ["--no-wildcards-match-slash", f"--exclude={base}/*/[0-9]*_opt"]
+        words += [f"--exclude={base}/{inner}{name}" for name in PULLED_NOT for inner in ("", "*/")]
         script = (
             f"root={quote_path(submission.root)}\nlog={quote_path(submission.log)}\n"
-            f"folder={quote(f'checkpoints/{submission.place}')}\n"
+            f"folder={quote(base)}\n"
             '[ -d "$root/$folder" ] || { echo "$root/$folder does not exist yet; there is nothing to pull" >&2; exit 1; }\n'
             # tar reads backslashes in its arguments as escapes, but not in a list of names that end with a zero.
             # Its status 1 says that a file changed meanwhile, as those of a run do.
-            f'pack() {{ cd "$1"; printf "%s\\0" "$2" | tar -cz {skipped} --null -T - || [ $? = 1 ]; }}\n'
+            f'pack() {{ cd "$1"; printf "%s\\0" "$2" | tar -cz {quote_all(words)} --null -T - || [ $? = 1 ]; }}\n'
             '(pack "$root" "$folder")\n'
             'if [ -e "$log" ]; then (pack "$(dirname -- "$log")" "./$(basename -- "$log")"); fi'
         )
@@ -296,7 +300,9 @@ def _state(alive: str, age: str, text: str) -> State:
     age, _, cancelled = age.partition(" ")
     heartbeat = int(age) if age.lstrip("-").isdecimal() else None
     if alive == UNCONFIRMED:
-        return State(cancelled or told or UNCONFIRMED, heartbeat, status, content.get("host", ""), content.get("port"))
+        if told not in ("preparing", "waiting", "running"):
+            told = cancelled or told or UNCONFIRMED
+        return State(told, heartbeat, status, content.get("host", ""), content.get("port"))
     if alive == "queued":
         return State("preempted, queued" if told == "preempted" else "queued", why=code)
     if alive == "alive":

@@ -19,7 +19,8 @@ stop_child() { # SIGNAL: pass it on; the run saves and exits
     stop="$1"
     signals=$((signals + 1))
     say "got $1"
-    if [ -n "$child" ]; then kill -s "$1" -- "$child" 2>/dev/null || true; else exit 143; fi
+    if [ -z "$child" ]; then exit 143; fi
+    kill -s "$1" -- "$child" 2>/dev/null || kill -s "$1" "${child#-}" 2>/dev/null || true # it may have no group yet
 }
 
 leave() { # EXIT_STATUS
@@ -41,7 +42,7 @@ leave() { # EXIT_STATUS
     if [ -n "$mount" ]; then exec 7<&-; fi
     if [ -n "$mounted" ]; then juicefs umount "$root" || say "$root stays mounted: other jobs use it"; fi
     # The run is saved. Kubernetes starts pods again that do not end with 0; SLURM stops the other nodes for them.
-    if [ "$state" = preempted ] && [ -n "${KUBERNETES_SERVICE_HOST:-}" ]; then exit 75; fi
+    if [ "$state" = preempted ] && [ -n "${KUBERNETES_SERVICE_HOST:-}" ] && [ -z "${SLURM_JOB_ID:-}" ]; then exit 75; fi
     if [ "$1" = 75 ] && [ -n "$stop" ]; then exit 0; fi
     exit "$1"
 }
@@ -125,17 +126,22 @@ wait_for() { # wait for the process $child. A signal ends `wait` early, and the 
 }
 
 patiently() { # COMMAND: a signal stops it and all that it started, at once
-    set -m # a process group of its own
-    "$@" </dev/null &
+    setsid "$@" </dev/null & # a process group of its own
     child=-$!
-    set +m
-    wait_for
+    # Bash may wait for ever when a signal comes just before `wait`, so look instead; traps run between two looks.
+    while kill -0 "${child#-}" 2>/dev/null; do sleep 0.5; done
+    if [ -n "$stop" ]; then exit 143; fi
+    local code=0
+    wait "${child#-}" || code=$?
+    child=""
+    return "$code"
 }
 
 lock() { # FILE: until descriptor 8 is closed
     exec 8>"$1"
-    patiently flock 8 || { [ -n "$stop" ] && exit 143; } ||
-        fail "$1 cannot be locked; set share to a folder of yours on a file system with locks"
+    until flock -w 1 8; do # a signal is handled between two tries
+        [ $? = 1 ] || fail "$1 cannot be locked; set share to a folder of yours on a file system with locks"
+    done
 }
 
 unpack_code() { # once per commit; several jobs and nodes may arrive at the same time
@@ -163,7 +169,8 @@ make_environment() { # once per list of packages
     if [ ! -e "$environment/complete" ]; then
         say "making the environment $environment, once"
         rm -rf "$environment"
-        patiently install_packages "$environment" >&2 || { [ -n "$stop" ] && exit 143; } ||
+        patiently bash -c "$(declare -p code python uv_groups)"$'\n'"$(declare -f say install_packages)"$'\ninstall_packages "$1"' \
+            bash "$environment" >&2 ||
             fail "the environment cannot be made (see above); or set python in the cluster's settings"
         touch "$environment/complete"
     fi
@@ -171,8 +178,7 @@ make_environment() { # once per list of packages
 }
 
 install_packages() { # FOLDER
-    set -e
-    cd "$code"
+    cd "$code" || return
     local packages=()
     if [ -e uv.lock ] && command -v uv >/dev/null; then
         UV_PROJECT_ENVIRONMENT="$1" uv sync --frozen --no-install-project "${uv_groups[@]/#/--group=}"
@@ -188,18 +194,24 @@ install_packages() { # FOLDER
         return 2
     fi
     if command -v uv >/dev/null; then
-        uv venv "$1"
+        uv venv "$1" || return
         uv pip install --python "$python" "${packages[@]}"
     else
-        python3 -m venv "$1"
+        python3 -m venv "$1" || return
         "$python" -m pip install --quiet --disable-pip-version-check "${packages[@]}"
     fi
 }
 
-list_gpus() { # index and memory in use of each GPU of the kind
+list_gpus() { # index and memory in use of each GPU whose name has all words of the kind: `rtx4090` is RTX 4090, too
+    local index used name part
     nvidia-smi --query-gpu=index,memory.used,name --format=csv,noheader,nounits | while IFS=', ' read -r index used name; do
         name="${name,,}"
-        case " ${name//-/ } " in *" $gpu_kind "* | *" $gpu_kind") echo "$index, $used" ;; esac
+        name="${name//-/ }"
+        name=" $name $(sed -E 's/([a-z]) ([0-9])/\1\2/g' <<<"$name") "
+        for part in "${gpu_kind[@]}"; do
+            case "$name" in *" $part "*) ;; *) continue 2 ;; esac
+        done
+        echo "$index, $used"
     done
 }
 
@@ -212,7 +224,7 @@ take_gpus() { # one lock per GPU of this machine, until this process and its chi
     local locks=/tmp/tinytron-gpus index used fd door gpus taken told=""
     gpus="$(list_gpus)" || fail "nvidia-smi finds no GPU on $(uname -n)"
     [ "$(grep -c . <<<"$gpus")" -ge "$lock_gpus" ] ||
-        fail "$(uname -n) has fewer than $lock_gpus GPUs${gpu_kind:+ of the kind $gpu_kind}; ask for fewer with -n"
+        fail "$(uname -n) has fewer than $lock_gpus GPUs${gpu_kind:+ of the kind ${gpu_kind[*]}}; ask for fewer with -n"
     [ -d "$locks" ] || mkdir -m 1777 "$locks" || true
     export CUDA_DEVICE_ORDER=PCI_BUS_ID # as nvidia-smi counts
     while :; do
@@ -282,17 +294,19 @@ stop="" signals=0 child="" beating="" mounted="" port=""
 trap 'leave $?' EXIT
 trap 'stop_child TERM' TERM
 trap 'stop_child USR1' USR1
+trap 'case "$child" in -*) stop_child TERM ;; "") exit 130 ;; esac' INT # Ctrl-C; a run gets it itself
+mkdir -p "$status"
+if [ -e "$here/cancelled" ]; then
+    say "cancelled before it began"
+    stop=TERM
+    exit 143
+fi
 export_variables
 check_folders
 read_secrets
 mount_storage
 make_folders
 tell preparing
-if [ -e "$here/cancelled" ]; then
-    say "cancelled before it began"
-    stop=TERM
-    exit 143
-fi
 beat </dev/null >/dev/null 2>&1 &
 beating=$!
 disown "$beating" # its end is not worth a line in the log

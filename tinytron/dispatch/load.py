@@ -43,7 +43,7 @@ def _module(name: str, shipment: Shipment, path: str) -> str:
                 "repository and git add it, or install it here and on the host"
             )
         sent = _sent(name, Path(file).resolve(), shipment)
-        if folder == shipment.top:
+        if folder in (shipment.top, shipment.top / "src"):  # PYTHONPATH there
             return name
         if "." not in name and inner.with_suffix(".py").is_file():
             return sent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from tinytron.dispatch.hosts import Host
@@ -31,15 +32,15 @@ class PlainHost(Host):
         return sum(used <= _USED_MIB for used in self._gpus(request))
 
     def _kind(self, request: Request) -> str:
-        """A word that nvidia-smi's names of the GPUs must have (``NVIDIA H100 80GB HBM3``, ``NVIDIA A100-SXM4-80GB``);
+        """The words that nvidia-smi's names of the GPUs must have (``NVIDIA H100 80GB HBM3``, ``NVIDIA A100-SXM4-80GB``);
         empty if any GPU will do, as when the settings name a single kind."""
         known = self.settings.chips is not None and set(self.settings.chips) == {request.chip}
-        return "" if request.chip is None or known else request.chip.lower()
+        return "" if request.chip is None or known else re.sub("[-_]", " ", request.chip.lower())
 
     def _gpus(self, request: Request) -> list[int]:
         """The memory in use, in MiB, of each GPU of the kind that ``request`` names."""
-        kind = self._kind(request)  # as in job.sh
-        return [used for used, name in self._seen() if not kind or kind in name.lower().replace("-", " ").split()]
+        kind = set(self._kind(request).split())
+        return [used for used, name in self._seen() if kind <= _words(name)]
 
     def chips_seen(self) -> str:
         kinds: dict[str, list[bool]] = {}
@@ -97,6 +98,12 @@ class PlainHost(Host):
 
     def stopping(self, submission: Submission) -> str:
         return f"if {_is_its_process(submission)}; then kill -TERM {quote(submission.id)}; fi"
+
+
+def _words(name: str) -> set[str]:
+    """The words of a GPU's name; ``rtx4090`` and ``4090`` are words of RTX 4090. As in job.sh."""
+    name = name.lower().replace("-", " ")
+    return {*name.split(), *re.sub("([a-z]) ([0-9])", r"\1\2", name).split()}
 
 
 def _is_its_process(submission: Submission) -> str:

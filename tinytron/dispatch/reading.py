@@ -29,6 +29,7 @@ from tinytron.utils.flags import FieldInfo, config_fields, nearest
 from tinytron.utils.optional import require_package
 
 T = TypeVar("T")
+_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 def read_settings(file: str = FILE) -> Settings:
@@ -156,12 +157,12 @@ def _value(value: Any, where: str, info: FieldInfo) -> Any:
     if kind == Secrets:
         given = _mapping(value, where, str(works))
         for name in given:
-            check_variable(str(name), where, secret=True)
+            check_variable(str(name), where)
         return {str(name): _secret(one, f"{where}.{name}", "{env: MY_KEY}") for name, one in given.items()}
     if info.name == "mount":
         return check_engine(value, where)
-    if kind is bool and value in ("true", "false"):
-        return value == "true"
+    if kind is bool and isinstance(value, str) and value.lower() in _WORDS:
+        return _WORDS[value.lower()]
     if kind == Texts:
         return _texts(value, where, works)
     if kind == Numbers:
@@ -216,7 +217,7 @@ def _texts(value: Any, where: str, works: object) -> Texts:
         if "\0" in text:
             raise ConfigError(f"{where}.{name} must not have the character 0; use {works}")
         if where.endswith(".env"):
-            check_variable(str(name), where)
+            check_variable(str(name), where, value=text)
     return found
 
 

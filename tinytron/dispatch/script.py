@@ -91,7 +91,7 @@ def job_script(
         f"mount={quote(mount)}",
         f"mount_options=({' '.join(_mount_options(cluster))})",
         f"lock_gpus={request.chips if lock_gpus else 0}",
-        f"gpu_kind={quote(gpu_kind)}",
+        f"gpu_kind=({quote_all(gpu_kind.split())})",
         f"notebook={int(work.notebook)}",
         f"heartbeat_seconds={HEARTBEAT_SECONDS}",
         "",
@@ -166,8 +166,8 @@ def _payload(payload: bytes) -> list[str]:
     return [
         "",
         "# The options and the code.",
-        'part="$here.part.$$"',
-        '(umask 077 && mkdir -p "$part")',
+        'mkdir -p "$(dirname -- "$here")"',
+        'part="$(mktemp -d -- "$here.part.XXXXXX")"',
         "base64 -d <<'PAYLOAD' | (cd \"$part\" && tar -xz --no-same-owner)",
         text,
         "PAYLOAD",
@@ -175,7 +175,7 @@ def _payload(payload: bytes) -> list[str]:
         'if [ -n "$log" ]; then',
         '    if [ "${NODE_RANK:-0}" != 0 ]; then log+=".node$NODE_RANK"; fi',
         '    mkdir -p "$(dirname -- "$log")"',
-        '    exec > >(tee -a -- "$log") 2>&1',
+        '    exec > >(tee -ai -- "$log") 2>&1',
         "fi",
     ]
 

@@ -76,7 +76,7 @@ class Shell:
             told = [line for line in lines if not line.startswith(_FAREWELLS)] or lines
             last = told[-1] if told else f"exit status {done.returncode}"
             if self.ssh is not None and done.returncode == _SSH_FAILED:
-                raise HostError(
+                raise NoAnswerError(
                     f"{self.ssh} cannot be reached ({last}); make `ssh {self.ssh} true` work without a password"
                 )
             raise HostError(f"{self.place}: {last}")

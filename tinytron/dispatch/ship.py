@@ -83,7 +83,7 @@ def _states(top: Path) -> dict[str, str]:
     for word in words:
         state, name = word[:2], word[3:]
         found[name] = state
-        if state[0] in "RC":
+        if "R" in state or "C" in state:
             next(words)  # the old name
     return found
 

@@ -40,10 +40,10 @@ done
 again=0 tries=0 ended="$stop" why="stopped before the time limit"
 if [ -z "$ended" ]; then
     why="the processes of one node were asked to stop"
-    if [ -e "$job/failed" ]; then ended=failed; fi # then SLURM stopped the other nodes with SIGTERM
+    if [ -e "$job/failed" ] || [ -e "$job/cancelled" ]; then ended=1; fi # then SLURM stopped the other nodes with SIGTERM
 fi
 case "$ended:$code" in
-USR1:0) again=1 ;; # saved
+USR1:0 | USR1:75) again=1 ;; # saved
 USR1:138 | USR1:143 | :75 | :143) # training had not begun, or only the processes of one node were asked to stop
     tries=$(($(cat "$job/tries" 2>/dev/null || echo 0) + 1))
     again=$((tries <= {tries}))
@@ -53,7 +53,7 @@ echo "$tries" >"$job/tries"
 if [ "$again" = 0 ] && [ "$stop" != TERM ]; then echo "$code" >"$job/exit_status"; fi
 if [ "$again" = 1 ]; then
     echo "tinytron: $why; this job is queued again"
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$SLURM_JOB_ID" || echo "$code" >"$job/exit_status"
 fi
 exit "$code"
 """
@@ -61,7 +61,8 @@ BATCH_FILE = "job.sbatch"
 _SINFO = "sinfo -h -N -O NodeList:100,StateCompact:30,Gres:200,GresUsed:200"
 _PLACE = "MASTER_ADDR MASTER_PORT NUM_NODES NODE_RANK NUM_GPUS"
 # Restarts in a row of a job that meets its time limit before it trains (its environment may have taken all the time), or
-# loses the processes of a node while the job itself continues, as when SLURM clears up a node that was lost and is back.
+# loses the processes of a node while the job itself continues, as when SLURM clears up a node that was lost and is back. A
+# checkpoint before the time limit begins a new row.
 _TRIES = 3
 NODES = 'NUM_NODES="$SLURM_NNODES" NODE_RANK="$SLURM_NODEID"'
 _RUNNING = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED", "SUSPENDED")
@@ -88,7 +89,7 @@ class SlurmHost(Host):
     """A SLURM cluster."""
 
     kind = "slurm"
-    queues = True
+    queues = together = True
     tools = (*Host.tools, "sbatch", "squeue", "sinfo", "scancel", "scontrol")
 
     def _gres(self, chip: str | None) -> str:
@@ -192,8 +193,11 @@ class SlurmHost(Host):
     def alive(self, submissions: Sequence[Submission]) -> str:
         running, waiting = "|".join(_RUNNING), "|".join(_WAITING)
         lines = [
-            'look() { state=$(squeue -h -j "$1" -o "%T %r" 2>&1) || case "$state" in *"Invalid job id"*) state=gone ;;',
-            "*) echo \"squeue: ${state##*$'\\n'}\" >&2; exit 1 ;; esac",
+            # What it warns of is not a state, so its errors are asked for separately.
+            'look() { if ! state=$(squeue -h -j "$1" -o "%T %r" 2>/dev/null); then',
+            'said=$(squeue -h -j "$1" -o %T 2>&1 >/dev/null || true)',
+            'case "$said" in *"Invalid job id"*) ;;',
+            "*) echo \"squeue: ${said##*$'\\n'}\" >&2; exit 1 ;; esac; fi",
             'why="${state#* }" state="${state%%[[:space:]]*}"',
             f'case "$state" in {running}) echo alive ;; {waiting}) echo "queued ${{why%%[[:cntrl:]]*}}" ;;',
             '*) code=$(cat "$2/exit_status" 2>/dev/null || echo 0)',

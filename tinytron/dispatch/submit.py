@@ -62,13 +62,19 @@ def submit_all(
     submissions = [_submission(host, job, shipment) for job in jobs]
     for one in submissions:  # before they start: if the connection breaks then, they can still be seen and cancelled
         record.write(one)
+    begun = False
     try:
         host.send(jobs, shipment.files, more)
+        begun = True
         started = host.start(jobs, order.request, title)
-    except NoAnswerError as error:
-        raise HostError(f"{error}; {title} may have started: see tinytron status {works[0].name}") from error
-    except HostError:
+    except HostError as error:
+        some = len(jobs) > 1 and not host.together and not all(one.id for one in submissions)
+        if begun and (some or isinstance(error, NoAnswerError)):
+            raise HostError(f"{error}; {title} may have started: see tinytron status {works[0].name}") from error
         with contextlib.suppress(HostError):
+            if begun:
+                for one in submissions:
+                    host.cancel(one)
             host.remove(jobs)
         for one in submissions:
             record.remove(one)
@@ -84,7 +90,9 @@ def _check_none_runs(works: Sequence[Work], say: Callable[[str], None]) -> None:
     commands that take its name mean the newest one only."""
     places = {str(work.place) for work in works}
     earlier = [one for one in record.newest(record.read_all()) if one.place in places]
-    for one, state in ((one, states_of([one])[one.run_id]) for one in earlier):
+    states = states_of(earlier)
+    for one in earlier:
+        state = states[one.run_id]
         if isinstance(state, HostError):
             say(f"it is unknown whether the submission of {one.place} to {one.host} still runs: {state}")
         elif state.active:
