@@ -47,7 +47,7 @@ def test_a_bootstrap_script_keeps_a_log(place: Place, said: Said) -> None:
         assert "the job speaks\n" in log.read_text()
     (link,) = (place.home / "scratch/status").rglob("output.log")
     assert link.resolve().name.endswith(".log")
-    assert list((place.home / "scratch/jobs").rglob("*.part.*")) == []
+    assert len(list((place.home / "scratch/jobs/general/default/mine").iterdir())) == 1  # no part is left
 
 
 def test_folders_of_a_bootstrap_script_may_be_set_where_it_runs(place: Place, said: Said) -> None:

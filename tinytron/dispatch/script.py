@@ -167,7 +167,7 @@ def _payload(payload: bytes) -> list[str]:
         "",
         "# The options and the code.",
         'mkdir -p "$(dirname -- "$here")"',
-        'part="$(mktemp -d -- "$here.part.XXXXXX")"',
+        'part="$(mktemp -d -p "$(dirname -- "$here")")"',
         "base64 -d <<'PAYLOAD' | (cd \"$part\" && tar -xz --no-same-owner)",
         text,
         "PAYLOAD",
