@@ -50,6 +50,7 @@ def test_every_module_of_the_package_is_a_command_or_named_here() -> None:
         "gpt2fun",
         "main",
         "nodes",
+        "quiet_torch",
         "timl",
         "timl_translation",
     }

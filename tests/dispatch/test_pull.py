@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tests.dispatch.conftest import Place
 from tests.dispatch.test_submit import Said, _until, _write, said  # noqa: F401
+from tinytron.utils.texts import next_command, watch_command
 
 
 def test_a_sweep_is_pulled_with_a_pattern_and_compared(place: Place, said: Said) -> None:  # noqa: F811
@@ -24,8 +25,8 @@ def test_a_sweep_is_pulled_with_a_pattern_and_compared(place: Place, said: Said)
     places = [f"pulled/checkpoints/general/default/{name}/{name}_12345678" for name in ("lr-1", "lr-2", "other")]
     assert out.splitlines() == [
         *(f"copied to {Path(folder).parent}, without checkpoints" for folder in places),
-        f"look: tinytron watch {' '.join(places)}",
-        f"next: tinytron compare {' '.join(places)}",
+        watch_command(*places),
+        next_command("compare", *places),
     ]
     assert said("pull", "lr-1", "other", "--out", "here")[0] == 0
     status, out, err = said("compare", *(Path("here", *Path(folder).parts[1:-1]) for folder in places[::2]))

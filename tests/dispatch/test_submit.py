@@ -21,6 +21,7 @@ from tinytron.checkpoint.files import CheckpointFiles
 from tinytron.cli.main import main
 from tinytron.dispatch.record import read_all
 from tinytron.dispatch.shell import Shell
+from tinytron.utils.texts import watch_command
 
 Said = Callable[..., tuple[int, str, str]]
 TOKEN = "s3cret-t0ken"
@@ -109,7 +110,7 @@ def test_submit_watch_and_pull(place: Place, said: Said, monkeypatch: pytest.Mon
         assert pulled == {"log.jsonl", name, "config.json", ".pulled"}
         (run / "log.jsonl").write_text("{}\n{}\n")
     assert Path("here/checkpoints/general/default/mine/mine_12345678/log.jsonl").read_text() == "{}\n{}\n"
-    assert out.endswith("look: tinytron watch here/checkpoints/general/default/mine/mine_12345678\n")
+    assert out.endswith(watch_command("here/checkpoints/general/default/mine/mine_12345678") + "\n")
     ours = Path("output/checkpoints/general/default/mine/mine_12345678/log.jsonl")
     ours.parent.mkdir(parents=True)
     ours.write_text("of a run here")

@@ -140,7 +140,7 @@ class Slow(Trainer):
 
     def _loss(self, batch: Batch) -> LossSums:
         if self.state.rank == 1 and self.model.training:
-            time.sleep(0.05)
+            time.sleep(0.15)
         return super()._loss(batch)
 
 
