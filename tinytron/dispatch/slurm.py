@@ -193,7 +193,7 @@ class SlurmHost(Host):
     def alive(self, submissions: Sequence[Submission]) -> str:
         running, waiting = "|".join(_RUNNING), "|".join(_WAITING)
         lines = [
-            # What it warns of is not a state, so its errors are asked for separately.
+            # Its warnings are not a state, so its errors are asked for separately.
             'look() { if ! state=$(squeue -h -j "$1" -o "%T %r" 2>/dev/null); then',
             'said=$(squeue -h -j "$1" -o %T 2>&1 >/dev/null || true)',
             'case "$said" in *"Invalid job id"*) ;;',
