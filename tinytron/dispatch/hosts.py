@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from tinytron.dispatch.record import Submission
-from tinytron.dispatch.script import job_folder, packed, quote, quote_all, quote_path, status_folder
+from tinytron.dispatch.script import inner_folder, job_folder, packed, quote, quote_all, quote_path, status_folder
 from tinytron.dispatch.settings import HOST_TYPES, Cluster, Settings
 from tinytron.dispatch.shell import NoAnswerError, Shell
 from tinytron.dispatch.work import Prepared, Request, Work
@@ -171,7 +171,7 @@ class Host(ABC):
         has_code = self.shell.run(f"if [ -e {archive} ]; then echo yes; fi").strip() == "yes"
         members: dict[str, tuple[bytes, int]] = {}
         for job in jobs:
-            inner = job_folder(cluster, job.work, job.run_id).removeprefix(f"{share}/")
+            inner = inner_folder(job.work, job.run_id)
             members |= {f"{inner}/{name}": (content, 0o644) for name, content in job.files().items()}
             members |= {f"{inner}/secret.{name}": (value.encode(), 0o600) for name, value in job.values.items()}
             if job is jobs[0]:

@@ -114,17 +114,6 @@ make_folders() {
     fi
 }
 
-wait_for() { # wait for the process $child. A signal ends `wait` early, and the process's own status is in a later one
-    local before code
-    while :; do
-        before=$signals code=0
-        wait "${child#-}" || code=$?
-        if [ "$signals" = "$before" ]; then break; fi
-    done
-    child=""
-    return "$code"
-}
-
 patiently() { # COMMAND: a signal stops it and all that it started, at once
     setsid "$@" </dev/null & # a process group of its own
     child=-$!
@@ -287,7 +276,14 @@ run_job() {
     tell running
     "${lifeline[@]}" env -- "${variables[@]}" "${ours[@]}" "$python" -m "${command[@]}" &
     child=$!
-    wait_for
+    local before code
+    while :; do # a signal ends `wait` early, and the job's own status is in a later one
+        before=$signals code=0
+        wait "$child" || code=$?
+        if [ "$signals" = "$before" ]; then break; fi
+    done
+    child=""
+    return "$code"
 }
 
 stop="" signals=0 child="" beating="" mounted="" port=""

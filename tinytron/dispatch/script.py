@@ -40,7 +40,12 @@ def quote_all(words: list[str]) -> str:
 
 def job_folder(cluster: Cluster, work: Work, run_id: str) -> str:
     """The folder of one submission on the host."""
-    return f"{cluster.folder('share').rstrip('/')}/jobs/{work.place}/{run_id}"
+    return f"{cluster.folder('share').rstrip('/')}/{inner_folder(work, run_id)}"
+
+
+def inner_folder(work: Work, run_id: str) -> str:
+    """``job_folder`` inside the cluster's ``share``."""
+    return f"jobs/{work.place}/{run_id}"
 
 
 def status_folder(cluster: Cluster, work: Work, run_id: str) -> str:
@@ -122,7 +127,7 @@ def _folders(cluster: Cluster, work: Work, run_id: str, *, fixed: bool) -> list[
             lines.append(f'{name}="${{TINYTRON_{name.upper()}:-${name}}}"')
     return [
         *lines,
-        f'here="$share"/{quote(f"jobs/{work.place}/{run_id}")}',
+        f'here="$share"/{quote(inner_folder(work, run_id))}',
         f"status+=/{quote(f'{work.place}/{run_id}')}",
     ]
 
